@@ -1,0 +1,39 @@
+"""jemkit: train, sample, attack and judge joint energy-based models."""
+
+from jemkit.attack import PGD, Attack, perturbed
+from jemkit.backbone import Backbone, BackboneSpec, Task
+from jemkit.data import Augmentation, Bounds, Dataset, Images, Loader, Splits, Views
+from jemkit.density import Buffer, Contrastive, Density, ReplayBuffer
+from jemkit.distance import Distance
+from jemkit.energy import EnergyModel, LogSumExpEnergy, ModelEnergy, Network, Scores
+from jemkit.errors import (
+    ConfigError,
+    DataError,
+    Diverged,
+    JemkitError,
+    MisfitError,
+    Preempted,
+    UnknownName,
+)
+from jemkit.evaluation import Evaluator, Figure, PixelModel, evaluate
+from jemkit.hookspecs import hookimpl
+from jemkit.networks import Adapted
+from jemkit.objective import Batch, Objective, Terms
+from jemkit.options import Options, PartOf
+from jemkit.recipe import Recipe, resolve
+from jemkit.registry import Registry, installed
+from jemkit.sampling import PYLD, SGLD, Sampler, SignDescent, chain, gradient, run
+from jemkit.starts import Start
+from jemkit.training import Trainer, check, train, train_step
+from jemkit.update import SAM, Guard, Plain, Updater
+
+__all__ = [
+    "PGD", "PYLD", "SAM", "SGLD", "Adapted", "Attack", "Augmentation", "Backbone", "BackboneSpec",
+    "Batch", "Bounds", "Buffer", "ConfigError", "Contrastive", "DataError", "Dataset", "Density",
+    "Distance", "Diverged", "EnergyModel", "Evaluator", "Figure", "Guard", "Images", "JemkitError",
+    "Loader", "LogSumExpEnergy", "MisfitError", "ModelEnergy", "Network", "Objective", "Options",
+    "PartOf", "PixelModel", "Plain", "Preempted", "Recipe", "Registry", "ReplayBuffer", "Sampler",
+    "Scores", "SignDescent", "Splits", "Start", "Task", "Terms", "Trainer", "UnknownName",
+    "Updater", "Views", "chain", "check", "evaluate", "gradient", "hookimpl", "installed",
+    "perturbed", "resolve", "run", "train", "train_step",
+]  # fmt: skip

@@ -1,0 +1,117 @@
+"""Backbones: what a JEM variant brings to any objective."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Generator, Tensor, nn
+
+from jemkit.data import Augmentation, Bounds, Images, Stream, Views
+from jemkit.density import Buffer, Density, DensitySpec, ReplayBuffer
+from jemkit.energy import EnergyModel, EnergyModelSpec, LogitEnergy, Scores
+from jemkit.errors import MisfitError
+from jemkit.modes import batch_norms, frozen_batch_stats
+from jemkit.networks import Adapted, NetworkSpec, Shape, lent
+from jemkit.sampling import Sampler
+from jemkit.starts import StartSpec
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a part must know of the data and of the run."""
+
+    shape: Shape
+    n_classes: int
+    radius_px: float  # the usual threat model, L-inf, in 1/255
+    n_train: int
+    total_steps: int
+    images: Callable[[Literal["train", "valid"]], Images]  # never the test split
+    hash: str  # of the training images
+    bounds: Bounds = Bounds()
+    augmentation: Augmentation = Augmentation()
+
+
+class Backbone:
+    """A model, how its density is drawn and learnt, and how it wants to see data."""
+
+    def __init__(
+        self,
+        model: EnergyModel,
+        density: Density | None = None,
+        *,
+        views: Views | None = None,
+        bounds: Bounds = Bounds(),
+        radius_px: float = 8.0,
+    ) -> None:
+        self.model, self._density = model, density
+        self.views = Views() if views is None else views
+        self.bounds, self.radius_px = bounds, radius_px
+        self._separate = bool(batch_norms(model))
+
+    @classmethod
+    def of_module(cls, module: nn.Module, n_classes: int, **settings: object) -> "Backbone":
+        """A backbone without density around any module that returns logits [B, K]."""
+        return cls(LogitEnergy(Adapted(module, n_classes)), **settings)  # type: ignore[arg-type]
+
+    @property
+    def has_density(self) -> bool:
+        return self._density is not None
+
+    @property
+    def density(self) -> Density:
+        if self._density is None:
+            raise MisfitError("this backbone is a classifier only: it has no density to draw from")
+        return self._density
+
+    def scores(self, streams: dict[Stream, Tensor]) -> dict[Stream, Scores]:
+        """Every stream's scores, for an update.
+
+        One joint pass where nothing couples the rows; with batch norm one pass a stream, each by
+        its own statistics, and only the streams in `views.stats_from` move the running ones.
+        """
+        if not self._separate:
+            joint = self.model(torch.cat(list(streams.values())))
+            parts = joint.split([len(x) for x in streams.values()])
+            return dict(zip(streams, parts, strict=True))
+        return {name: self._alone(name, x) for name, x in streams.items()}
+
+    def _alone(self, name: Stream, x: Tensor) -> Scores:
+        if name in self.views.stats_from:
+            return self.model(x)
+        with frozen_batch_stats(self.model):
+            return self.model(x)
+
+
+@runtime_checkable
+class BackboneSpec(Protocol):
+    """A backbone's options; a registered part."""
+
+    def build(self, task: Task, rng: Generator) -> Backbone:
+        """Make the model and its density on the generator's device."""
+        ...
+
+
+def assemble(
+    task: Task,
+    rng: Generator,
+    *,
+    network: NetworkSpec,
+    energy: EnergyModelSpec,
+    views: Views,
+    density: DensitySpec | None = None,
+    sampler: Sampler | None = None,
+    start: StartSpec | None = None,
+    buffer: Buffer | None = None,
+    steps: int = 0,
+) -> Backbone:
+    """Put a backbone together from its parts; without `density` it is a classifier."""
+    with lent(rng):
+        model = energy.build(network.build(task.shape), task.n_classes)
+    model = model.to(rng.device)
+    drawn = None
+    if density is not None and sampler is not None and start is not None and buffer is not None:
+        p0 = start.build(task, rng.device)
+        states = ReplayBuffer(buffer, p0, task.n_classes, rng)
+        drawn = density.build(sampler, steps, p0, states, task.bounds)
+    return Backbone(model, drawn, views=views, bounds=task.bounds, radius_px=task.radius_px)

@@ -1,0 +1,59 @@
+"""The core's own parts, offered through the same hooks as a guest's."""
+
+from collections.abc import Mapping
+
+from jemkit.attack import PGD, Attack
+from jemkit.density import Contrastive, DensitySpec
+from jemkit.distance import L2, Distance, Logits, Nothing
+from jemkit.energy import EnergyModelSpec, LinearHead, LogSumExp
+from jemkit.evaluation import Accuracy, EnergyGap, Evaluator, Robustness
+from jemkit.hookspecs import hookimpl
+from jemkit.networks import MLP, WRN, NetworkSpec, SmallCNN
+from jemkit.sampling import PYLD, SGLD, L2Descent, Sampler, SignDescent
+from jemkit.starts import Gaussian, Mixture, Noise, StartSpec, Uniform
+from jemkit.update import SAM, Plain, UpdaterSpec
+
+
+@hookimpl
+def jemkit_networks() -> Mapping[str, type[NetworkSpec]]:
+    return {"wrn": WRN, "smallcnn": SmallCNN, "mlp": MLP}
+
+
+@hookimpl
+def jemkit_energy_models() -> Mapping[str, type[EnergyModelSpec]]:
+    return {"logsumexp": LogSumExp, "linear": LinearHead}
+
+
+@hookimpl
+def jemkit_samplers() -> Mapping[str, type[Sampler]]:
+    return {"sgld": SGLD, "pyld": PYLD, "sign": SignDescent, "l2": L2Descent}
+
+
+@hookimpl
+def jemkit_starts() -> Mapping[str, type[StartSpec]]:
+    return {"uniform": Uniform, "noise": Noise, "gaussian": Gaussian, "mixture": Mixture}
+
+
+@hookimpl
+def jemkit_densities() -> Mapping[str, type[DensitySpec]]:
+    return {"contrastive": Contrastive}
+
+
+@hookimpl
+def jemkit_updaters() -> Mapping[str, type[UpdaterSpec]]:
+    return {"plain": Plain, "sam": SAM}
+
+
+@hookimpl
+def jemkit_distances() -> Mapping[str, type[Distance]]:
+    return {"none": Nothing, "l2": L2, "logits": Logits}
+
+
+@hookimpl
+def jemkit_attacks() -> Mapping[str, type[Attack]]:
+    return {"pgd": PGD}
+
+
+@hookimpl
+def jemkit_evaluators() -> Mapping[str, type[Evaluator]]:
+    return {"accuracy": Accuracy, "robustness": Robustness, "energygap": EnergyGap}

@@ -1,0 +1,253 @@
+"""Data: pixel bounds, image sets, their splits, and the two views of a batch."""
+
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from pydantic import Field
+from torch import Generator, Tensor
+
+from jemkit.errors import ConfigError, DataError
+from jemkit.objective import Batch
+from jemkit.options import Options
+
+Split = Literal["train", "test"]
+SIZES = (8, 64)
+"""The image sizes, in pixels, that the networks are built for."""
+
+
+class Bounds(NamedTuple):
+    """The range in which a model sees pixels; (-1, 1) inside jemkit, (0, 1) at its edge."""
+
+    low: float = -1.0
+    high: float = 1.0
+
+    def px(self, size: float) -> float:
+        """A size given in 1/255 of the pixel range, in tensor units."""
+        return size / 255 * (self.high - self.low)
+
+    def clamp(self, x: Tensor) -> Tensor:
+        return x.clamp(self.low, self.high)
+
+    def from_unit(self, x: Tensor) -> Tensor:
+        """[0, 1] pixels to this range."""
+        return self.low + (self.high - self.low) * x
+
+    def to_unit(self, x: Tensor) -> Tensor:
+        """This range to [0, 1] pixels."""
+        return (x - self.low) / (self.high - self.low)
+
+
+class Images(NamedTuple):
+    """A labelled set of images, as it is stored."""
+
+    x: Tensor  # [N, C, H, W], uint8 in 0..255 or float32 in [0, 1]
+    y: Tensor  # [N], int64
+
+    def unit(self) -> Tensor:
+        """All images as float32 in [0, 1]."""
+        return self.x.float() / 255 if self.x.dtype == torch.uint8 else self.x
+
+    def take(self, index: Tensor) -> "Images":
+        return Images(self.x[index], self.y[index])
+
+    def to(self, device: torch.device) -> "Images":
+        return Images(self.x.to(device), self.y.to(device))
+
+
+class Augmentation(NamedTuple):
+    """What the classifier's view may do to an image: reflect-padded crops, mirror images."""
+
+    pad: int = 0  # pixels
+    flip: bool = False
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """A source of labelled images; a registered part, so its fields are its options."""
+
+    radius_px: ClassVar[float]  # L-inf, the usual threat model, in 1/255
+    augmentation: ClassVar[Augmentation]
+
+    @property
+    def n_classes(self) -> int: ...
+
+    def load(self, split: Split) -> Images:
+        """Read one split whole. Raises DataError with the file that is missing or damaged."""
+        ...
+
+
+def checked(images: Images, n_classes: int, source: str) -> Images:
+    """The images, or a DataError that says what of them cannot be used."""
+    x, y = images
+    if x.ndim != 4 or len(x) != len(y) or not len(x):
+        raise DataError(
+            f"{source}: wanted images [N, C, H, W] with one label each, "
+            f"got images {list(x.shape)} and {len(y)} labels"
+        )
+    if x.shape[1] not in (1, 3) or x.shape[2] != x.shape[3]:
+        raise DataError(
+            f"{source}: wanted square images of 1 or 3 channels, got {list(x.shape[1:])}"
+        )
+    if not SIZES[0] <= x.shape[2] <= SIZES[1]:
+        raise DataError(
+            f"{source}: images of {x.shape[2]} px; jemkit's networks take "
+            f"{SIZES[0]} to {SIZES[1]} px. Resize them first"
+        )
+    if x.dtype != torch.uint8:
+        _check_floats(x, source)
+    if y.min() < 0 or y.max() >= n_classes:
+        bad = int(y[(y < 0) | (y >= n_classes)][0])
+        raise DataError(f"{source}: label {bad} is outside 0..{n_classes - 1}")
+    return Images(x, y.long())
+
+
+def _check_floats(x: Tensor, source: str) -> None:
+    if not x.is_floating_point():
+        raise DataError(f"{source}: wanted uint8 or float pixels, got {x.dtype}")
+    broken = (~x.isfinite()).flatten(1).any(1)
+    if broken.any():
+        first = int(broken.nonzero()[0])
+        raise DataError(
+            f"{source}: {int(broken.sum())} image(s) hold NaN or inf, the first is {first}"
+        )
+    if x.min() < 0 or x.max() > 1:
+        raise DataError(
+            f"{source}: float pixels run from {x.min():.3g} to {x.max():.3g}; wanted [0, 1]"
+        )
+
+
+Stream = Literal["x", "x_adv", "x_pos", "x_neg"]
+"""The images that pass through the model in an update."""
+
+
+class Views(Options):
+    """The two views of a batch, and which of its streams batch norm learns from."""
+
+    augment_x: bool = True  # the classifier's view
+    augment_pos: bool = True  # the density's view
+    noise_x: float = Field(0.0, ge=0)  # standard deviation in model units
+    noise_pos: float = Field(0.0, ge=0)
+    pos_share: float = Field(1.0, gt=0, le=1)  # the density's share of the batch
+    stats_from: tuple[Stream, ...] = ("x", "x_adv")
+
+
+class Splits:
+    """A data set's training, validation and test images; each is read when first asked for.
+
+    Validation is a fixed part of the training split, the same for every run: chosen class by class
+    with a generator of its own, so that runs and data orders of any seed can be compared.
+    """
+
+    def __init__(
+        self, dataset: Dataset, *, valid_fraction: float = 0.1, max_train: int | None = None
+    ) -> None:
+        self.dataset, self.valid_fraction, self.max_train = dataset, valid_fraction, max_train
+        self._kept: dict[str, Images] = {}
+
+    def images(self, split: Literal["train", "valid", "test"]) -> Images:
+        if split not in self._kept:
+            if split == "test":
+                self._kept["test"] = self.dataset.load("test")
+            else:
+                self._divide()
+        return self._kept[split]
+
+    def _divide(self) -> None:
+        whole = self.dataset.load("train")
+        index = shuffled_by_class(whole.y, self.dataset.n_classes)
+        if self.max_train is not None:
+            index = index[: self.max_train]
+        n_valid = round(len(index) * self.valid_fraction)
+        if not 0 < n_valid < len(index):
+            raise ConfigError(
+                f"{len(index)} images with a validation share of {self.valid_fraction} leave "
+                f"{n_valid} to validate and {len(index) - n_valid} to train on; both must be some"
+            )
+        self._kept["valid"] = whole.take(index[:n_valid].sort().values)
+        self._kept["train"] = whole.take(index[n_valid:].sort().values)
+
+
+def shuffled_by_class(y: Tensor, n_classes: int) -> Tensor:
+    """A fixed order of all indices in which every beginning holds the classes in proportion."""
+    order = torch.randperm(len(y), generator=Generator().manual_seed(0))
+    rank = torch.zeros(len(y))
+    for label in range(n_classes):
+        members = order[y[order] == label]
+        rank[members] = (torch.arange(len(members)) + 0.5) / max(1, len(members))
+    return order[rank[order].argsort(stable=True)]
+
+
+class Loader:
+    """Batches without end, drawn on the run's device in whole batches; its state can be saved."""
+
+    def __init__(
+        self,
+        images: Images,
+        batch_size: int,
+        rng: Generator,
+        *,
+        views: Views,
+        bounds: Bounds,
+        augmentation: Augmentation,
+    ) -> None:
+        self.images, self.rng = images, rng
+        self.batch_size = min(batch_size, len(images.y))
+        self.views, self.bounds, self.augmentation = views, bounds, augmentation
+        self.steps_per_epoch = len(images.y) // self.batch_size
+        self.step = 0
+        self.order = torch.empty(0, dtype=torch.int64, device=images.x.device)
+
+    def batch(self) -> Batch:
+        """The next batch; a new order is drawn at the start of each epoch."""
+        at = self.step % self.steps_per_epoch
+        if at == 0:
+            n = len(self.images.y)
+            self.order = torch.randperm(n, generator=self.rng, device=self.images.x.device)
+        index = self.order[at * self.batch_size : (at + 1) * self.batch_size]
+        found = self.images.take(index)
+        views, positives = self.views, max(1, round(self.views.pos_share * len(index)))
+        x = self._view(found, augment=views.augment_x, noise=views.noise_x)
+        pos = Images(found.x[:positives], found.y[:positives])
+        x_pos = self._view(pos, augment=views.augment_pos, noise=views.noise_pos)
+        batch = Batch(x, found.y, x_pos, index, self.step)
+        self.step += 1
+        return batch
+
+    def _view(self, images: Images, *, augment: bool, noise: float) -> Tensor:
+        x = augmented(images.x, self.augmentation, self.rng) if augment else images.x
+        x = self.bounds.from_unit(Images(x, images.y).unit())
+        if noise:
+            x = x + noise * torch.randn(x.shape, generator=self.rng, device=x.device)
+        return x
+
+    def state_dict(self) -> dict[str, Tensor | int]:
+        return {"step": self.step, "order": self.order, "rng": self.rng.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
+        self.step = int(state["step"])
+        self.order = torch.as_tensor(state["order"]).to(self.images.x.device)
+        self.rng.set_state(torch.as_tensor(state["rng"]))
+
+
+def augmented(x: Tensor, augmentation: Augmentation, rng: Generator) -> Tensor:
+    """Reflect-padded crops and mirror images of [B, C, H, W], as one gather for the batch."""
+    n, _, height, width = x.shape
+    pad = augmentation.pad
+    rows = torch.arange(height, device=x.device).expand(n, -1)
+    columns = torch.arange(width, device=x.device).expand(n, -1)
+    if pad:
+        shift = torch.randint(-pad, pad + 1, (2, n, 1), generator=rng, device=x.device)
+        rows, columns = reflected(rows + shift[0], height), reflected(columns + shift[1], width)
+    if augmentation.flip:
+        mirror = torch.rand((n, 1), generator=rng, device=x.device) < 0.5
+        columns = torch.where(mirror, columns.flip(1), columns)
+    if not pad and not augmentation.flip:
+        return x
+    each = torch.arange(n, device=x.device).view(-1, 1, 1)
+    return x.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def reflected(index: Tensor, size: int) -> Tensor:
+    """Indices beyond an edge, mirrored at it without repeating the edge."""
+    index = index.abs()
+    return torch.where(index >= size, 2 * (size - 1) - index, index)

@@ -1,0 +1,224 @@
+"""log p(x): drawing negatives from the model, and the contrastive loss on them (Eqs. 2, 9)."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from pydantic import Field
+from torch import Generator, Tensor
+
+from jemkit.data import Bounds
+from jemkit.energy import EnergyModel, ModelEnergy
+from jemkit.errors import ConfigError, MisfitError
+from jemkit.modes import BatchNormMode, sampling_mode
+from jemkit.options import Options
+from jemkit.sampling import Boxed, Sampler, run
+from jemkit.starts import Start
+
+
+@runtime_checkable
+class Density(Protocol):
+    """How p(x) is drawn and learnt."""
+
+    sampler: Sampler
+    start: Start
+    steps: int
+
+    def draw(self, model: EnergyModel, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
+        """x_neg [n, ...] of p(x), or of p(x | y); uses and updates the buffer."""
+        ...
+
+    def sample(
+        self,
+        model: EnergyModel,
+        n: int,
+        rng: Generator,
+        *,
+        steps: int,
+        start: Start,
+        y: Tensor | None = None,
+    ) -> Tensor:
+        """x [n, ...] from fresh chains; never touches the buffer."""
+        ...
+
+    def loss(self, positive: Tensor, negative: Tensor) -> Tensor:
+        """-log p(x) up to a constant, from energies of data [B] and of negatives [n] (Eq. 9)."""
+        ...
+
+    def mark(self) -> None:
+        """Begin a step: remember what `rollback` would have to undo."""
+        ...
+
+    def rollback(self) -> None:
+        """Undo every draw's effect on the buffer since `mark`."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Buffer(Options):
+    """A replay buffer's options."""
+
+    capacity: int = Field(10_000, ge=1)
+    restart: float = Field(0.05, ge=0, le=1)  # share of chains that begin afresh
+    conditional: bool = False  # one equal slice of slots for each class
+
+
+class ReplayBuffer:
+    """The ends of earlier chains, from which most new chains begin; on the run's device.
+
+    Slots are drawn without replacement, so that no chain's end is lost to another's. How many
+    chains restart is the running sum of n * restart, rounded down: exact over many draws, and
+    known without waiting for the device. Rows of a draw have no order, so the first ones restart.
+    """
+
+    def __init__(self, options: Buffer, start: Start, n_classes: int, rng: Generator) -> None:
+        self.options, self.start, self.n_classes = options, start, n_classes
+        slots = torch.arange(options.capacity, device=rng.device)
+        y = slots * n_classes // options.capacity
+        if options.conditional and options.capacity % n_classes:
+            raise ConfigError(
+                f"a class-conditional buffer of {options.capacity} slots cannot be shared evenly "
+                f"by {n_classes} classes; set backbone.buffer.capacity to a multiple of {n_classes}"
+            )
+        self.states = start.draw(options.capacity, rng, y)
+        self.drawn = 0  # chains begun so far
+        self._undo: list[tuple[Tensor, Tensor]] | None = None
+        self._drawn_at_mark = 0
+
+    def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """n states to go on from, and the slots that they belong to."""
+        slots = self.slots(n, rng, y)
+        restarts = self._restarts(n)
+        x = self.states[slots]
+        if restarts:
+            x[:restarts] = self.start.draw(restarts, rng, None if y is None else y[:restarts])
+        return x, slots
+
+    def slots(self, n: int, rng: Generator, y: Tensor | None) -> Tensor:
+        capacity = self.options.capacity
+        if y is None:
+            if n > capacity:
+                raise ConfigError(f"{n} chains from a buffer of {capacity}: raise buffer.capacity")
+            return torch.randperm(capacity, generator=rng, device=rng.device)[:n]
+        if not self.options.conditional:
+            raise MisfitError(
+                "chains of given classes need a class-conditional buffer: "
+                "set backbone.buffer.conditional = true"
+            )
+        size = capacity // self.n_classes
+        return y * size + torch.randint(size, (n,), generator=rng, device=rng.device)
+
+    def store(self, slots: Tensor, x: Tensor) -> None:
+        if self._undo is not None:
+            self._undo.append((slots, self.states[slots]))
+        self.states[slots] = x
+
+    def mark(self) -> None:
+        self._undo, self._drawn_at_mark = [], self.drawn
+
+    def rollback(self) -> None:
+        for slots, states in reversed(self._undo or []):
+            self.states[slots] = states
+        self._undo, self.drawn = None, self._drawn_at_mark
+
+    def _restarts(self, n: int) -> int:
+        before, self.drawn = self.drawn, self.drawn + n
+        return int(self.drawn * self.options.restart) - int(before * self.options.restart)
+
+
+class ContrastiveDensity:
+    """Persistent chains from a replay buffer, and the difference of mean energies (Eqs. 2, 9)."""
+
+    def __init__(
+        self,
+        options: "Contrastive",
+        sampler: Sampler,
+        steps: int,
+        start: Start,
+        buffer: ReplayBuffer,
+        bounds: Bounds,
+    ) -> None:
+        self.options, self.sampler, self.steps = options, sampler, steps
+        self.start, self.buffer, self.bounds = start, buffer, bounds
+
+    def draw(self, model: EnergyModel, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
+        """Algorithm 1, lines 6-9; 'random noise' of line 7 is the buffer, as in all JEMs."""
+        x, slots = self.buffer.draw(n, rng, y)
+        x = self._run(model, x, rng, self.steps, y)
+        self.buffer.store(slots, x)
+        return x
+
+    def sample(
+        self,
+        model: EnergyModel,
+        n: int,
+        rng: Generator,
+        *,
+        steps: int,
+        start: Start,
+        y: Tensor | None = None,
+    ) -> Tensor:
+        return self._run(model, start.draw(n, rng, y), rng, steps, y)
+
+    def _run(
+        self, model: EnergyModel, x: Tensor, rng: Generator, steps: int, y: Tensor | None
+    ) -> Tensor:
+        kernel = Boxed(self.sampler, self.bounds) if self.options.box else self.sampler
+        with sampling_mode(model, self.options.batch_norm):
+            return run(kernel, ModelEnergy(model, y), x, rng, steps)
+
+    def loss(self, positive: Tensor, negative: Tensor) -> Tensor:
+        """mean E(x+) - mean E(x-), and the penalty where there is one."""
+        gap = positive.mean() - negative.mean()
+        if not self.options.penalty:
+            return gap
+        return gap + self.options.penalty * self._size(positive, negative)
+
+    def _size(self, positive: Tensor, negative: Tensor) -> Tensor:
+        if self.options.penalty_on == "means":  # SADA-JEM
+            return positive.mean().square() + negative.mean().square()
+        return positive.square().mean() + negative.mean().square()  # M-EBM
+
+    def mark(self) -> None:
+        self.buffer.mark()
+
+    def rollback(self) -> None:
+        self.buffer.rollback()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"states": self.buffer.states, "drawn": self.buffer.drawn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        states = state["states"]
+        if states.shape != self.buffer.states.shape:
+            raise MisfitError(
+                f"a buffer of {list(states.shape)} does not fit one of "
+                f"{list(self.buffer.states.shape)}"
+            )
+        self.buffer.states.copy_(states)
+        self.buffer.drawn = int(state["drawn"])
+
+
+@runtime_checkable
+class DensitySpec(Protocol):
+    """How a density is put together; a registered part."""
+
+    def build(
+        self, sampler: Sampler, steps: int, start: Start, buffer: ReplayBuffer, bounds: Bounds
+    ) -> Density: ...
+
+
+class Contrastive(Options):
+    """Contrastive divergence with persistent chains, the density of every JEM."""
+
+    batch_norm: BatchNormMode = "batch_stats"
+    box: bool = True  # keep chains in the pixel range
+    penalty: float = Field(0.0, ge=0)  # on the size of the energies
+    penalty_on: str = Field("means", pattern="^(means|positives)$")
+
+    def build(
+        self, sampler: Sampler, steps: int, start: Start, buffer: ReplayBuffer, bounds: Bounds
+    ) -> Density:
+        return ContrastiveDensity(self, sampler, steps, start, buffer, bounds)

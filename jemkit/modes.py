@@ -1,0 +1,77 @@
+"""Scoped switches of a model's modes; each restores what it found, module by module."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Literal
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+BatchNormMode = Literal["batch_stats", "running_stats", "released"]
+"""How batch norm behaves while sampling: by the batch with its running statistics untouched, by
+the running statistics, or in plain train mode as the released codes have it."""
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluate: running statistics, no dropout."""
+    with _training(model, on=False):
+        yield
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Ask no gradient of any parameter, so that a chain keeps no graph for them."""
+    asked = [p for p in model.parameters() if p.requires_grad]
+    for p in asked:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in asked:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def frozen_batch_stats(model: nn.Module) -> Iterator[None]:
+    """Keep running statistics still; in train mode batch norm still normalises by the batch."""
+    norms = [m for m in batch_norms(model) if m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+@contextmanager
+def sampling_mode(model: nn.Module, batch_norm: BatchNormMode) -> Iterator[None]:
+    """The model as a chain sees it: frozen weights, no dropout, batch norm as asked for."""
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        if batch_norm == "released":
+            stack.enter_context(_training(model, on=True))
+        else:
+            stack.enter_context(eval_mode(model))
+        if batch_norm == "batch_stats":
+            stack.enter_context(frozen_batch_stats(model))
+            for norm in batch_norms(model):
+                stack.enter_context(_training(norm, on=True))
+        yield
+
+
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """The modules that normalise by statistics of the batch."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm)]
+
+
+@contextmanager
+def _training(model: nn.Module, *, on: bool) -> Iterator[None]:
+    found = [(m, m.training) for m in model.modules()]
+    model.train(on)
+    try:
+        yield
+    finally:
+        for module, training in found:
+            module.training = training

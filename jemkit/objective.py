@@ -1,0 +1,85 @@
+"""Objectives: a sampling phase, then a loss that may be taken again at other weights."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Generator, Tensor, nn
+
+from jemkit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jemkit.backbone import Backbone, Task
+
+
+class Batch(NamedTuple):
+    """One step's data, in the model's range (Algorithm 1, line 5)."""
+
+    x: Tensor  # [B, C, H, W], the classifier's view
+    y: Tensor  # [B]
+    x_pos: Tensor  # [P, C, H, W], the density's view of the first P of the same images
+    index: Tensor  # type: ignore[assignment]  # [B], which training images these are
+    step: int = 0
+
+
+class Terms(NamedTuple):
+    """A loss by name, and the weighted sum that training minimises."""
+
+    parts: dict[str, tuple[float, Tensor]]  # name: (weight, scalar), attached
+    total: Tensor  # scalar
+    watched: dict[str, Tensor]  # detached scalars for the log: mean energies, accuracy
+
+    @classmethod
+    def weighted(
+        cls, parts: Mapping[str, tuple[float, Tensor]], watched: Mapping[str, Tensor] | None = None
+    ) -> "Terms":
+        """Sum the parts (Algorithm 1, line 18). Leave a part of weight 0 out: do not compute it."""
+        if not parts:
+            raise ConfigError("every weight of the objective is 0, so there is nothing to learn")
+        total = torch.stack([weight * term for weight, term in parts.values()]).sum()
+        seen = {name: value.detach() for name, value in (watched or {}).items()}
+        return cls(dict(parts), total, seen)
+
+
+D = TypeVar("D")
+
+
+@runtime_checkable
+class Objective(Protocol[D]):
+    """What one training step minimises: an immutable value, the same for every backbone."""
+
+    needs_density: ClassVar[bool]
+
+    def draw(self, backbone: "Backbone", batch: Batch, rng: Generator) -> D:
+        """Run every chain of this step; all that comes back is detached."""
+        ...
+
+    def loss(self, backbone: "Backbone", batch: Batch, draws: D) -> Terms:
+        """The terms at the model's present weights; pure, so that SAM may call it twice."""
+        ...
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """An objective with state of its own (a teacher, a momentum), made by `build(task, rng)`."""
+
+    def after(self, backbone: "Backbone", batch: Batch, draws: Any, rng: Generator) -> None:
+        """Move that state; called once, after the update."""
+        ...
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the main optimizer trains beside the model."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class ObjectiveSpec(Protocol):
+    """The options of an objective with memory."""
+
+    needs_density: ClassVar[bool]
+
+    def build(self, task: "Task", rng: Generator) -> Objective[Any]: ...

@@ -1,0 +1,94 @@
+"""Options: what every registered part is made of."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    SerializationInfo,
+    ValidationInfo,
+)
+from pydantic_core import PydanticCustomError, core_schema
+
+
+class Options(BaseModel):
+    """A frozen set of options: fields, TOML keys, JSON schema and `--set` names at once."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, strict=False
+    )
+
+
+class PartOf:
+    """Marks a field that holds a part: `sampler: Annotated[Sampler, PartOf("sampler")]`.
+
+    A table `{use = "sgld", noise = 0.01}` is resolved by the registry in the validation context;
+    an instance is taken as it is; a dump gives the table back.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def resolve(self, value: Any, source: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, Mapping):
+            table = dict(value)
+            if "use" not in table:
+                raise PydanticCustomError(
+                    "part", "wanted `use`, the name of the {kind}", {"kind": self.kind}
+                )
+            shelf = _registry(info)[self.kind]
+            part, named = shelf.named(str(table.pop("use")))
+            return part.model_validate({**named, **table}, context=info.context)
+        if not isinstance(value, _protocols(source)):
+            came = type(value).__name__
+            raise PydanticCustomError(
+                "part", "wanted a {kind}, got {came}", {"kind": self.kind, "came": came}
+            )
+        return value
+
+    def dump(self, value: Any, info: SerializationInfo) -> Any:
+        name = _registry(info)[self.kind].name_of(type(value))
+        return {"use": name, **value.model_dump(mode=info.mode, context=info.context)}
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        def check(value: Any, info: ValidationInfo) -> Any:
+            return self.resolve(value, source, info)
+
+        dump = core_schema.plain_serializer_function_ser_schema(self.dump, info_arg=True)
+        return core_schema.with_info_plain_validator_function(check, serialization=dump)
+
+    def __get_pydantic_json_schema__(
+        self, core: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        use = {"type": "string", "description": f"the name of a {self.kind}"}
+        return {"type": "object", "required": ["use"], "properties": {"use": use}}
+
+
+def nearest(name: str, names: Any) -> str:
+    """ "; did you mean 'x'?" where a name is close, else an empty string."""
+    near = get_close_matches(name, [str(n) for n in names], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _protocols(source: Any) -> tuple[type[Any], ...]:
+    """A field's type, or the members of its union, without their parameters."""
+    members = (
+        get_args(source)
+        if isinstance(source, UnionType) or get_origin(source) is Union
+        else (source,)
+    )
+    return tuple(get_origin(member) or member for member in members)
+
+
+def _registry(info: ValidationInfo | SerializationInfo) -> Any:
+    context = info.context or {}
+    if "registry" not in context:
+        raise PydanticCustomError("part", "a table of a part needs a registry to find its name in")
+    return context["registry"]

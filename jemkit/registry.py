@@ -1,0 +1,232 @@
+"""Names to parts: the guarded loader of plug-ins."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import pluggy
+
+from jemkit import hookspecs
+from jemkit.errors import ConfigError, UnknownName
+from jemkit.options import nearest
+
+T = TypeVar("T")
+
+KINDS: dict[str, str] = {
+    "network": "jemkit_networks",
+    "energy": "jemkit_energy_models",
+    "sampler": "jemkit_samplers",
+    "start": "jemkit_starts",
+    "density": "jemkit_densities",
+    "backbone": "jemkit_backbones",
+    "objective": "jemkit_objectives",
+    "updater": "jemkit_updaters",
+    "distance": "jemkit_distances",
+    "dataset": "jemkit_datasets",
+    "attack": "jemkit_attacks",
+    "evaluator": "jemkit_evaluators",
+}
+"""Every kind of part, and the hook that offers it."""
+
+NEEDS: dict[str, tuple[str, ...]] = {
+    "network": ("build",),
+    "energy": ("build",),
+    "sampler": ("step", "needs_stem"),
+    "start": ("build",),
+    "density": ("build",),
+    "backbone": ("build",),
+    "objective": ("needs_density",),
+    "updater": ("build",),
+    "distance": ("bind", "min_size"),
+    "dataset": ("load", "n_classes", "radius_px", "augmentation"),
+    "attack": ("draw",),
+    "evaluator": ("__call__",),
+}
+"""What a class of each kind must have to be taken in; the rest is for mypy and `jemkit.testing`."""
+
+
+class Offer(NamedTuple):
+    """One part as one plug-in offers it."""
+
+    kind: str
+    name: str
+    part: type[Any]
+    distribution: str
+    version: str
+
+
+class Fault(NamedTuple):
+    """A plug-in, or a part of one, that was left out, and why."""
+
+    plugin: str
+    distribution: str
+    version: str
+    reason: str
+
+
+class Shelf(Generic[T], Mapping[str, type[T]]):
+    """The parts of one kind."""
+
+    def __init__(self, kind: str, offers: list[Offer]) -> None:
+        self.kind = kind
+        self._offers: dict[str, Offer] = {}
+        for offer in offers:
+            other = self._offers.get(offer.name)
+            if other is not None:
+                raise ConfigError(
+                    f"two plug-ins offer the {kind} {offer.name!r}: "
+                    f"{other.part.__module__} of {other.distribution} and "
+                    f"{offer.part.__module__} of {offer.distribution}; uninstall one of them, "
+                    "or use --no-plugins"
+                )
+            self._offers[offer.name] = offer
+
+    def __getitem__(self, name: str) -> type[T]:
+        if name not in self._offers:
+            raise UnknownName(
+                f"no {self.kind} {name!r}{nearest(name, self._offers)}. "
+                f"There are: {', '.join(sorted(self._offers))}"
+            )
+        return self._offers[name].part
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._offers))
+
+    def __len__(self) -> int:
+        return len(self._offers)
+
+    def named(self, name: str) -> tuple[type[T], dict[str, str]]:
+        """A part, and the options in its name: `wrn-28-10` is wrn with depth 28 and width 10."""
+        word, *values = name.split("-")
+        if name in self._offers or word not in self._offers:
+            return self[name], {}
+        part = self[word]
+        fields: tuple[str, ...] = getattr(part, "positional", ())
+        if len(values) != len(fields):
+            pattern = "-".join([word, *(f.upper() for f in fields)])
+            raise ConfigError(f"{name!r} does not name a {self.kind}; the pattern is {pattern}")
+        return part, dict(zip(fields, values, strict=True))
+
+    def name_of(self, part: type[Any]) -> str:
+        for name, offer in self._offers.items():
+            if offer.part is part:
+                return name
+        raise UnknownName(f"{part.__name__} is no registered {self.kind}")
+
+    def offers(self) -> list[Offer]:
+        return [self._offers[name] for name in self]
+
+
+@dataclass(frozen=True)
+class Registry:
+    """All parts that the installed plug-ins offer; a value."""
+
+    shelves: Mapping[str, Shelf[Any]]
+    recipes: Mapping[str, Any]
+    faults: list[Fault] = field(default_factory=list)
+
+    def __getitem__(self, kind: str) -> Shelf[Any]:
+        return self.shelves[kind]
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """What pydantic needs to resolve the parts of a table."""
+        return {"registry": self}
+
+
+class Plugin(NamedTuple):
+    """A loaded plug-in module and where it came from."""
+
+    name: str
+    module: Any
+    distribution: str = "(local)"
+    version: str = ""
+
+
+def registry_of(plugins: list[Plugin], faults: list[Fault] | None = None) -> Registry:
+    """The registry of these plug-ins, in any order; a wrong one is left out with a fault."""
+    faults = list(faults or [])
+    offers: dict[str, list[Offer]] = {kind: [] for kind in KINDS}
+    recipes: dict[str, Any] = {}
+    for plugin in sorted(plugins, key=lambda p: (p.distribution, p.name)):
+        try:
+            found, layers = _taken_in(plugin)
+        except Exception as error:  # a plug-in may raise anything; the others must stay
+            reason = f"{type(error).__name__}: {error}"
+            faults.append(Fault(plugin.name, plugin.distribution, plugin.version, reason))
+            continue
+        for offer in found:
+            offers[offer.kind].append(offer)
+        recipes |= layers
+    shelves = {kind: Shelf[Any](kind, of_kind) for kind, of_kind in offers.items()}
+    return Registry(shelves, recipes, faults)
+
+
+def _taken_in(plugin: Plugin) -> tuple[list[Offer], dict[str, Any]]:
+    """All that one plug-in offers, checked; an error of any part refuses the whole of it."""
+    manager = pluggy.PluginManager("jemkit")
+    manager.add_hookspecs(hookspecs)
+    manager.register(plugin.module)
+    _check_hook_names(plugin.module)
+    manager.check_pending()
+    offers = []
+    for kind, hook in KINDS.items():
+        for mapping in getattr(manager.hook, hook)():
+            for name, part in mapping.items():
+                _check_part(kind, name, part)
+                offers.append(Offer(kind, name, part, plugin.distribution, plugin.version))
+    layers: dict[str, Any] = {}
+    for mapping in manager.hook.jemkit_recipes():
+        layers |= mapping
+    return offers, layers
+
+
+def _check_hook_names(module: Any) -> None:
+    known = {*KINDS.values(), "jemkit_recipes"}
+    for name in dir(module):
+        if name.startswith("jemkit_") and callable(getattr(module, name)) and name not in known:
+            raise TypeError(f"{name} is no hook of jemkit{nearest(name, known)}")
+
+
+def _check_part(kind: str, name: str, part: Any) -> None:
+    if not isinstance(part, type):
+        raise TypeError(f"the {kind} {name!r} is {part!r}; wanted a class")
+    missing = [need for need in NEEDS[kind] if not _has(part, need)]
+    if kind == "objective" and not ({"draw", "loss"} <= set(dir(part)) or hasattr(part, "build")):
+        missing.append("draw and loss, or build")
+    if not hasattr(part, "model_fields"):
+        missing.append("options (make it a subclass of jemkit.Options)")
+    if missing:
+        raise TypeError(f"the {kind} {name!r} ({part.__qualname__}) lacks {', '.join(missing)}")
+    if name != name.lower() or not name.replace("_", "").isalnum():
+        raise TypeError(f"the {kind} name {name!r} is not one lower-case word")
+
+
+def _has(part: type[Any], attribute: str) -> bool:
+    return hasattr(part, attribute) or attribute in getattr(part, "model_fields", {})
+
+
+def installed(*, third_party: bool = True) -> Registry:
+    """The registry of all installed plug-ins; of the built-in ones alone on demand."""
+    plugins: list[Plugin] = []
+    faults: list[Fault] = []
+    for entry in _entry_points():
+        distribution = entry.dist.name if entry.dist else "(unknown)"
+        version = entry.dist.version if entry.dist else ""
+        if not third_party and distribution != "jemkit":
+            continue
+        try:
+            module: ModuleType = entry.load()
+        except Exception as error:  # an import may fail in any way; the others must stay
+            reason = f"cannot be imported: {type(error).__name__}: {error}"
+            faults.append(Fault(entry.name, distribution, version, reason))
+            continue
+        plugins.append(Plugin(entry.name, module, distribution, version))
+    return registry_of(plugins, faults)
+
+
+def _entry_points() -> list[EntryPoint]:
+    """Each once, though an editable install may show its distribution twice."""
+    return sorted(set(entry_points(group="jemkit")), key=lambda e: (e.name, e.value))

@@ -1,0 +1,128 @@
+"""A run's folder: its config, events, metrics, checkpoints and pictures."""
+
+import csv
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jemkit.errors import ConfigError
+from jemkit.runtime.files import read_json, write_json, write_text
+
+
+class RunFolder:
+    """Where a run keeps everything; made new, or opened to go on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+
+    @classmethod
+    def create(cls, path: Path) -> "RunFolder":
+        if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
+            raise ConfigError(
+                f"{path} exists already; go on with it by --resume, or choose another --out"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        folder = cls(path)
+        folder.checkpoints.mkdir()
+        folder.samples.mkdir()
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        if not (path / "config.json").exists():
+            raise ConfigError(f"{path} is no run that could be resumed: it has no config.json")
+        return cls(path)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        found = read_json(self.path / "config.json")
+        return found  # type: ignore[no-any-return]
+
+    def write_config(self, recipe: dict[str, Any], origins: dict[str, str]) -> None:
+        about = {"recipe": recipe, "origins": origins, "versions": versions(), "git": git_state()}
+        write_json(self.path / "config.json", about)
+
+    def event(self, kind: str, **what: Any) -> None:
+        """Append one line to events.jsonl."""
+        line = json.dumps({"time": round(time.time(), 3), "event": kind, **what}, allow_nan=True)
+        with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def append_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows to metrics.csv; the first one gives the columns."""
+        path = self.path / "metrics.csv"
+        columns = list(rows[0]) if not path.exists() else _columns(path)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns)
+        if not path.exists():
+            writer.writeheader()
+        writer.writerows(rows)
+        with path.open("a", encoding="utf-8", newline="") as file:
+            file.write(text.getvalue())
+
+    def metrics(self) -> list[dict[str, str]]:
+        path = self.path / "metrics.csv"
+        if not path.exists():
+            return []
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    def drop_metrics_from(self, step: int) -> None:
+        """Forget rows that a resumed run will write again."""
+        rows = self.metrics()
+        kept = [row for row in rows if int(row["step"]) < step]
+        if len(kept) == len(rows):
+            return
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(kept)
+        write_text(self.path / "metrics.csv", text.getvalue())
+
+    def link_latest(self) -> None:
+        """Point `latest`, beside the run, to it."""
+        link, fresh = self.path.parent / "latest", self.path.parent / f".latest.{os.getpid()}"
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(self.path.name)
+        os.replace(fresh, link)
+
+
+def versions() -> dict[str, str]:
+    """What a figure depends on."""
+    return {
+        "jemkit": importlib.metadata.version("jemkit"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+
+
+def git_state() -> dict[str, Any] | None:
+    """The commit of the folder that the run was started in, and whether it had changes."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        return {"commit": head, "dirty": bool(_git("status", "--porcelain"))} if head else None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, timeout=10, check=False
+    )
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _columns(path: Path) -> list[str]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return next(csv.reader(file))

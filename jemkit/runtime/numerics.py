@@ -1,0 +1,72 @@
+"""Devices, precision and determinism: what a method never learns of."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Generator, nn
+
+from jemkit.backbone import Backbone
+from jemkit.errors import ConfigError
+from jemkit.objective import Batch, Objective, Terms
+
+Precision = Literal["fp32", "tf32", "bf16"]
+
+
+def device_of(name: str) -> torch.device:
+    """auto is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device here; use cpu or auto")
+    return torch.device(name)
+
+
+@dataclass(frozen=True)
+class InPrecision:
+    """An objective whose passes run in bfloat16; energies and losses stay float32.
+
+    Autocast is entered anew for every pass, since it keeps casts of weights that SAM moves.
+    """
+
+    inner: Objective[Any]
+    device_type: str
+
+    @property
+    def needs_density(self) -> bool:
+        return self.inner.needs_density
+
+    def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> Any:
+        with torch.autocast(self.device_type, torch.bfloat16):
+            return self.inner.draw(backbone, batch, rng)
+
+    def loss(self, backbone: Backbone, batch: Batch, draws: Any) -> Terms:
+        with torch.autocast(self.device_type, torch.bfloat16):
+            return self.inner.loss(backbone, batch, draws)
+
+
+@contextmanager
+def numerics(*, precision: Precision, deterministic: bool) -> Iterator[None]:
+    """Torch's switches for a run, put back as they were found."""
+    matmul, conv = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    strict, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+        torch.backends.cudnn.allow_tf32 = conv
+        torch.backends.cudnn.benchmark = benchmark
+        torch.use_deterministic_algorithms(strict)
+
+
+def laid_out(model: nn.Module, choice: str, device: torch.device) -> nn.Module:
+    """Channels last where asked for; `auto` takes it on a GPU, where its convolutions are faster."""
+    if choice == "yes" or (choice == "auto" and device.type == "cuda"):
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return model

@@ -1,0 +1,81 @@
+"""Optimizers by name, and learning rates as pure functions of the step."""
+
+import math
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.optim import Optimizer
+
+from jemkit.options import Options
+
+
+class SGD(Options):
+    """Stochastic gradient descent with momentum."""
+
+    use: Literal["sgd"] = "sgd"
+    lr: float = Field(0.1, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(5e-4, ge=0)
+
+    def build(self, params: Iterable[nn.Parameter], *, fused: bool) -> Optimizer:
+        return torch.optim.SGD(
+            params,
+            lr=self.lr,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            weight_decay=self.weight_decay,
+            fused=fused or None,
+        )
+
+
+class Adam(Options):
+    """Adam, or AdamW with decoupled weight decay."""
+
+    use: Literal["adam", "adamw"] = "adam"
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+
+    def build(self, params: Iterable[nn.Parameter], *, fused: bool) -> Optimizer:
+        kind = torch.optim.AdamW if self.use == "adamw" else torch.optim.Adam
+        return kind(
+            params,
+            lr=self.lr,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            fused=fused or None,
+        )
+
+
+OptimizerOptions = Annotated[SGD | Adam, Field(discriminator="use")]
+
+
+class Schedule(Options):
+    """A factor on the learning rate: linear warm-up, then constant, steps or half a cosine.
+
+    Warm-up ends after `warmup` steps or `warmup_share` of the run, whichever comes first. Its first
+    step has a rate above 0: the released codes waste it.
+    """
+
+    decay: Literal["constant", "steps", "cosine"] = "steps"
+    warmup: int = Field(1000, ge=0)  # steps
+    warmup_share: float = Field(0.05, ge=0, le=1)
+    at: tuple[float, ...] = (0.5, 0.75)  # of `steps`: shares of the run; our choice (3.5, row 22)
+    by: float = Field(0.2, gt=0, le=1)
+    floor: float = Field(0.0, ge=0, le=1)  # of `cosine`: the factor at the end
+
+    def factor(self, step: int, total: int) -> float:
+        """The factor at `step` of 0, ..., total - 1."""
+        warmup = min(self.warmup, math.ceil(self.warmup_share * total))
+        rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+        if self.decay == "constant":
+            return rise
+        if self.decay == "steps":
+            passed = sum(step >= share * total for share in self.at)
+            return rise * math.pow(self.by, passed)
+        along = min(1.0, max(0.0, (step - warmup) / max(1, total - warmup)))
+        return rise * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * along)))

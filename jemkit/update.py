@@ -1,0 +1,189 @@
+"""Updaters: how terms move the weights; and the guard that lets an update through."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from jemkit.errors import Diverged
+from jemkit.modes import frozen_batch_stats
+from jemkit.objective import Terms
+from jemkit.options import Options
+
+
+class Verdict(NamedTuple):
+    """What the guard saw of one update; tensors, so that the device is not waited for."""
+
+    finite: Tensor  # bool scalar
+    grad_norm: Tensor  # scalar
+    parts: dict[str, Tensor]
+
+
+class Guard:
+    """Lets an update through only where loss and gradient are finite.
+
+    On a GPU the decision stays on the device, and the host reads it one update later.
+    """
+
+    def __init__(self) -> None:
+        self.seen: Verdict | None = None
+        self.updates = 0
+
+    def update(self, optimizer: Optimizer, terms: Terms) -> None:
+        """Step the optimizer, unless something is not finite."""
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norm = total_norm([g for g in grads if g is not None], terms.total)
+        finite = norm.isfinite() & terms.total.detach().isfinite()
+        earlier, parts = self.seen, {name: t.detach() for name, (_, t) in terms.parts.items()}
+        self.seen = Verdict(finite, norm, parts)
+        self.updates += 1
+        if finite.is_cuda and optimizer.defaults.get("fused"):
+            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            optimizer.step()
+            self._judge(earlier, self.updates - 1)
+        else:
+            self.settle()
+            optimizer.step()
+
+    def settle(self) -> None:
+        """Raise Diverged if the newest update was stopped."""
+        self._judge(self.seen, self.updates)
+
+    def _judge(self, verdict: Verdict | None, update: int) -> None:
+        if verdict is None or bool(verdict.finite):
+            return
+        sick = [f"{name} = {float(t)}" for name, t in verdict.parts.items() if not t.isfinite()]
+        what = ", ".join(sick) or f"the gradient (norm {float(verdict.grad_norm)})"
+        raise Diverged(f"update {update}: not finite: {what}; the weights were left as they were")
+
+
+@runtime_checkable
+class Updater(Protocol):
+    """Owns the optimizer; takes the terms as often as its rule needs."""
+
+    optimizer: Optimizer
+
+    def step(self, terms: Callable[[], Terms], guard: Guard) -> None: ...
+
+
+@runtime_checkable
+class UpdaterSpec(Protocol):
+    """An update rule's options; a registered part."""
+
+    def build(self, model: nn.Module, optimizer: Optimizer) -> Updater: ...
+
+
+class Plain(Options):
+    """One gradient, one step."""
+
+    def build(self, model: nn.Module, optimizer: Optimizer) -> Updater:
+        return PlainUpdater(optimizer)
+
+
+class SAM(Options):
+    """Sharpness-aware minimisation (Foret et al. 2021); adaptive is ASAM (Kwon et al. 2021)."""
+
+    rho: float = Field(0.05, ge=0)
+    adaptive: bool = False
+
+    def build(self, model: nn.Module, optimizer: Optimizer) -> Updater:
+        return SAMUpdater(model, optimizer, self)
+
+
+class PlainUpdater:
+    """Plain descent on an optimizer."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def step(self, terms: Callable[[], Terms], guard: Guard) -> None:
+        guard.update(self.optimizer, backward(self.optimizer, terms))
+
+
+class SAMUpdater:
+    """The gradient is taken at the worst weights nearby; the model alone is moved there."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, options: SAM) -> None:
+        self.model, self.optimizer, self.options = model, optimizer, options
+
+    def step(self, terms: Callable[[], Terms], guard: Guard) -> None:
+        backward(self.optimizer, terms)
+        with moved_weights(self.ascent()), frozen_batch_stats(self.model):
+            found = backward(self.optimizer, terms)
+        guard.update(self.optimizer, found)
+
+    def ascent(self) -> dict[nn.Parameter, Tensor]:
+        """rho g / |g|, or rho p^2 g / | |p| g |; a gradient of 0 moves nothing."""
+        params = [p for p in self.model.parameters() if p.grad is not None]
+        grads = [p.grad.float() for p in params if p.grad is not None]
+        if not params:
+            return {}
+        sizes = [p.detach().abs() for p in params] if self.options.adaptive else None
+        scaled = grads if sizes is None else list(torch._foreach_mul(grads, sizes))
+        norm = total_norm(scaled, scaled[0])
+        shifts = scaled if sizes is None else list(torch._foreach_mul(scaled, sizes))
+        factor = torch.where(norm == 0, 0.0, self.options.rho / norm)
+        return dict(zip(params, torch._foreach_mul(shifts, factor), strict=True))
+
+
+def backward(optimizer: Optimizer, terms: Callable[[], Terms]) -> Terms:
+    """Fresh gradients of the total in every `.grad`."""
+    optimizer.zero_grad()
+    found = terms()
+    found.total.backward()  # type: ignore[no-untyped-call]
+    return found
+
+
+def total_norm(tensors: list[Tensor], like: Tensor) -> Tensor:
+    """The L2 norm of all tensors together, a float32 scalar on their device."""
+    if not tensors:
+        return like.new_zeros((), dtype=torch.float32)
+    each = torch.stack([n.float() for n in torch._foreach_norm(tensors)])
+    return each.square().sum().sqrt()
+
+
+@contextmanager
+def moved_weights(by: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Weights shifted inside the block and put back exactly, not subtracted, after it."""
+    params: list[Tensor] = list(by)
+    were = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        if params:
+            shifts: list[Tensor] = list(by.values())
+            torch._foreach_add_(params, shifts)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, old in zip(params, were, strict=True):
+                p.copy_(old)
+
+
+class EMA:
+    """An exponential moving average of a model's weights; its buffers are taken as they are."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.average = {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        for name, t in model.state_dict().items():
+            if t.is_floating_point():
+                self.average[name].lerp_(t, 1 - self.decay)
+            else:
+                self.average[name].copy_(t)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """The averaged weights inside the block, the live ones after it."""
+        live = {name: t.detach().clone() for name, t in model.state_dict().items()}
+        model.load_state_dict(self.average)
+        try:
+            yield
+        finally:
+            model.load_state_dict(live)

@@ -1,0 +1,1 @@
+"""The built-in plug-ins: one method, one file."""

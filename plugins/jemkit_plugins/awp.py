@@ -1,0 +1,56 @@
+"""AWP (Wu et al., NeurIPS 2020): adversarial weight perturbation, an updater of any objective."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from jemkit.hookspecs import hookimpl
+from jemkit.modes import frozen_batch_stats
+from jemkit.objective import Terms
+from jemkit.options import Options
+from jemkit.update import Guard, Updater, UpdaterSpec, backward, moved_weights
+
+
+class AWP(Options):
+    """Each weight matrix moves by gamma times its own norm up the loss; the step is taken there.
+
+    The released code climbs with a proxy network and an optimizer of its own; one ascent step of
+    that, rescaled layer by layer, is this direction.
+    """
+
+    gamma: float = Field(0.01, ge=0)  # AT-AWP; TRADES-AWP uses 0.005
+
+    def build(self, model: nn.Module, optimizer: Optimizer) -> Updater:
+        return AWPUpdater(model, optimizer, self.gamma)
+
+
+class AWPUpdater:
+    """The gradient is taken where every layer stands worst; the model alone is moved there."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, gamma: float) -> None:
+        self.model, self.optimizer, self.gamma = model, optimizer, gamma
+
+    def step(self, terms: Callable[[], Terms], guard: Guard) -> None:
+        backward(self.optimizer, terms)
+        with moved_weights(self.ascent()), frozen_batch_stats(self.model):
+            found = backward(self.optimizer, terms)
+        guard.update(self.optimizer, found)
+
+    def ascent(self) -> dict[nn.Parameter, Tensor]:
+        """gamma |theta_l| g_l / |g_l| for every layer's matrix; biases and norms stay."""
+        shifts = {}
+        for p in self.model.parameters():
+            if p.grad is None or p.ndim < 2:
+                continue
+            size = p.grad.float().norm()
+            factor = torch.where(size == 0, 0.0, self.gamma * p.detach().norm() / size)
+            shifts[p] = factor * p.grad
+        return shifts
+
+
+@hookimpl
+def jemkit_updaters() -> Mapping[str, type[UpdaterSpec]]:
+    return {"awp": AWP}

@@ -1,0 +1,33 @@
+"""Standard training: the cross-entropy of clean images."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Generator
+
+from jemkit.backbone import Backbone
+from jemkit.hookspecs import hookimpl
+from jemkit.objective import Batch, Objective, Terms
+from jemkit.options import Options
+
+
+class CE(Options):
+    """-log p(y | x)."""
+
+    needs_density: ClassVar[bool] = False
+
+    def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> None:
+        return None
+
+    def loss(self, backbone: Backbone, batch: Batch, draws: None) -> Terms:
+        logits = backbone.scores({"x": batch.x})["x"].logits
+        accuracy = (logits.argmax(1) == batch.y).float().mean()
+        return Terms.weighted(
+            {"p(y|x)": (1.0, F.cross_entropy(logits, batch.y))}, {"accuracy": accuracy}
+        )
+
+
+@hookimpl
+def jemkit_objectives() -> Mapping[str, type[Objective[Any]]]:
+    return {"ce": CE}

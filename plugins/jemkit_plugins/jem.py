@@ -1,0 +1,107 @@
+"""JEM (Grathwohl et al., ICLR 2020): the backbone, and the plain objective log p(x) + log p(y|x)."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Generator, Tensor
+
+from jemkit.backbone import Backbone, BackboneSpec, Task, assemble
+from jemkit.data import Stream, Views
+from jemkit.density import Buffer, Contrastive, DensitySpec
+from jemkit.energy import EnergyModelSpec, LogSumExp
+from jemkit.errors import ConfigError
+from jemkit.hookspecs import hookimpl
+from jemkit.networks import WRN, NetworkSpec
+from jemkit.objective import Batch, Objective, Terms
+from jemkit.options import Options, PartOf
+from jemkit.sampling import SGLD, Sampler
+from jemkit.starts import StartSpec, Uniform
+
+
+class JEM(Options):
+    """A WideResNet without normalisation, 20 steps of SGLD from uniform noise, noisy views."""
+
+    network: Annotated[NetworkSpec, PartOf("network")] = WRN(norm="none")
+    energy: Annotated[EnergyModelSpec, PartOf("energy")] = LogSumExp()
+    density: Annotated[DensitySpec, PartOf("density")] = Contrastive(box=False)
+    sampler: Annotated[Sampler, PartOf("sampler")] = SGLD(step_size=1.0, noise=0.01)
+    start: Annotated[StartSpec, PartOf("start")] = Uniform()
+    buffer: Buffer = Buffer(capacity=10_000, restart=0.05)
+    steps: int = Field(20, ge=0)  # M
+    views: Views = Views(noise_x=0.03, noise_pos=0.03)
+
+    def build(self, task: Task, rng: Generator) -> Backbone:
+        return assemble(task, rng, **dict(self))
+
+
+class Draws(NamedTuple):
+    """Negatives, and the classes that they were drawn of."""
+
+    x_neg: Tensor | None  # [P, C, H, W]
+    y: Tensor | None  # [P]
+
+
+class JEMObjective(Options):
+    """log p(x) + log p(y | x), or log p(x | y) in place of the first with conditional negatives."""
+
+    needs_density: ClassVar[bool] = True
+
+    w_px: float = Field(1.0, ge=0)
+    w_pyx: float = Field(1.0, ge=0)
+    negatives: Literal["marginal", "conditional"] = "marginal"
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "JEMObjective":
+        if not (self.w_px or self.w_pyx):
+            raise ConfigError("w_px and w_pyx are both 0: nothing to learn")
+        return self
+
+    def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> Draws:
+        if not self.w_px:
+            return Draws(None, None)
+        n = len(batch.x_pos)
+        y = batch.y[:n] if self.negatives == "conditional" else None
+        return Draws(backbone.density.draw(backbone.model, n, rng, y), y)
+
+    def loss(self, backbone: Backbone, batch: Batch, draws: Draws) -> Terms:
+        streams: dict[Stream, Tensor] = {"x": batch.x} if self.w_pyx else {}
+        if draws.x_neg is not None:
+            streams |= {"x_pos": batch.x_pos, "x_neg": draws.x_neg}
+        scores = backbone.scores(streams)
+        terms: dict[str, tuple[float, Tensor]] = {}
+        watched: dict[str, Tensor] = {}
+        if draws.x_neg is not None:
+            pos, neg = scores["x_pos"], scores["x_neg"]
+            e_pos = pos.energy if draws.y is None else pos.joint(draws.y)
+            e_neg = neg.energy if draws.y is None else neg.joint(draws.y)
+            terms["p(x)"] = (self.w_px, backbone.density.loss(e_pos, e_neg))
+            watched |= {"E(x+)": e_pos.mean(), "E(x-)": e_neg.mean()}
+        if self.w_pyx:
+            logits = scores["x"].logits
+            terms["p(y|x)"] = (self.w_pyx, F.cross_entropy(logits, batch.y))
+            watched["accuracy"] = (logits.argmax(1) == batch.y).float().mean()
+        return Terms.weighted(terms, watched)
+
+
+@hookimpl
+def jemkit_backbones() -> Mapping[str, type[BackboneSpec]]:
+    return {"jem": JEM}
+
+
+@hookimpl
+def jemkit_objectives() -> Mapping[str, type[Objective[Any]]]:
+    return {"jem": JEMObjective}
+
+
+@hookimpl
+def jemkit_recipes() -> Mapping[str, Mapping[str, Any]]:
+    return {
+        "backbone/jem": {
+            "optimizer": {"use": "adam", "lr": 1e-4, "weight_decay": 0.0},
+            "updater": {"use": "plain"},
+            "schedule": {"decay": "steps", "at": [0.8, 0.9], "by": 0.3},  # 160 and 180 of 200
+            "run": {"batch_size": 64},
+        }
+    }

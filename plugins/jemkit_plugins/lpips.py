@@ -1,0 +1,215 @@
+"""LPIPS (Zhang et al. 2018, v0.1): distance between the features of a frozen ImageNet network."""
+
+import logging
+import pickle
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from jemkit.data import Bounds
+from jemkit.distance import Distance, Measure
+from jemkit.energy import EnergyModel
+from jemkit.errors import ConfigError, DataError, MisfitError
+from jemkit.hookspecs import hookimpl
+from jemkit.options import Options
+from jemkit.vision import torchvision
+
+TRUNKS = {  # torchvision's names of the weights that the heads were fitted on
+    "alex": "AlexNet_Weights",
+    "vgg": "VGG16_Weights",
+    "squeeze": "SqueezeNet1_1_Weights",
+}
+
+
+class LPIPS(Options):
+    """Perceptual distance d(x, x~), the P of the papers' tables."""
+
+    min_size: ClassVar[int] = 31  # AlexNet's last pooling has nothing left of smaller images
+
+    net: Literal["alex", "vgg", "squeeze"] = "alex"
+    weights: Path | None = None  # .pth, .safetensors or .npz; else torchvision's cache
+    download: bool = False
+
+    def bind(self, model: EnergyModel, x: Tensor, bounds: Bounds) -> Measure:
+        _fits(x)
+        perceptual = network(self, x.device, x.dtype)
+        with torch.no_grad():
+            clean = list(perceptual.features(_as_seen(x, bounds)))
+
+        def measure(x_adv: Tensor) -> Tensor:
+            return perceptual.compare(clean, _as_seen(x_adv, bounds))
+
+        return measure
+
+
+@hookimpl
+def jemkit_distances() -> Mapping[str, type[Distance]]:
+    return {"lpips": LPIPS}
+
+
+class Perceptual(nn.Module):
+    """The lpips package's network, its two passes apart; frozen and in eval mode."""
+
+    def __init__(self, package: nn.Module) -> None:
+        super().__init__()
+        self.scale = package.get_submodule("scaling_layer")
+        self.slices = nn.ModuleList(package.get_submodule("net").children())
+        self.heads = nn.ModuleList(package.get_submodule("lins").children())
+        self.requires_grad_(False).eval()
+
+    def features(self, x: Tensor) -> Iterator[Tensor]:
+        """Images [B, 3, H, W] in [-1, 1] to the unit features [B, D, h, w] of each layer."""
+        h = self.scale(x)
+        for layer in self.slices:
+            h = layer(h)
+            yield h / (torch.linalg.vector_norm(h, dim=1, keepdim=True) + 1e-10)
+
+    def compare(self, clean: list[Tensor], x_adv: Tensor) -> Tensor:
+        """The sum over layers of the weighted squared differences, mean over places, [B]."""
+        total = x_adv.new_zeros(len(x_adv))
+        for head, ours, theirs in zip(self.heads, clean, self.features(x_adv), strict=True):
+            total = total + head((ours - theirs).square()).mean((1, 2, 3))
+        return total
+
+
+@lru_cache(maxsize=4)
+def network(spec: LPIPS, device: torch.device, dtype: torch.dtype) -> Perceptual:
+    """Build the network of these options once for each device and precision."""
+    source, weights = _trunk_weights(spec)
+    package = _package(spec.net)
+    _fill(package, spec, weights, source)
+    with torch.inference_mode(False):
+        return Perceptual(package).to(device, dtype)
+
+
+def _fits(x: Tensor) -> None:
+    channels, height, width = x.shape[1:]
+    if channels not in (1, 3):
+        raise MisfitError(f"lpips wanted grey or colour images, got {channels} channels")
+    if min(height, width) < LPIPS.min_size:
+        raise MisfitError(
+            f"lpips wanted images of at least {LPIPS.min_size} px, got {height} x {width}; "
+            "use the distance `nothing`, `l2` or `logits`"
+        )
+
+
+def _as_seen(x: Tensor, bounds: Bounds) -> Tensor:
+    """Images as the network was trained to see them: three channels in [-1, 1]."""
+    middle, half = (bounds.high + bounds.low) / 2, (bounds.high - bounds.low) / 2
+    return ((x - middle) / half).expand(-1, 3, -1, -1)
+
+
+def _package(net: str) -> nn.Module:
+    """The package's network with its own heads and an empty trunk; nothing is downloaded."""
+    torchvision()  # first: the package imports it on its own
+    try:
+        import lpips
+    except ImportError as error:
+        raise ConfigError(
+            f"the distance lpips needs the package lpips ({error}): pip install lpips"
+        ) from error
+    # Its random trunk is replaced; the fork keeps those draws from moving anybody's generator.
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        built: nn.Module = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    return built
+
+
+def _trunk_weights(spec: LPIPS) -> tuple[str, dict[str, Tensor]]:
+    """The trunk's weights and where they came from: the path, torchvision's cache, a download."""
+    if spec.weights is not None:
+        path = spec.weights.expanduser()
+        if not path.is_file():
+            raise DataError(f"{path}: missing; wanted the weights of LPIPS's {spec.net} trunk")
+        return str(path), _read(path)
+    enum = getattr(torchvision().models, TRUNKS[spec.net]).IMAGENET1K_V1
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(enum.url).name
+    if cached.is_file():
+        return str(cached), _read(cached)
+    if not spec.download:
+        raise ConfigError(
+            f"lpips has no weights for its {spec.net} trunk: {cached} does not exist. Put "
+            f"{enum.url} there, or give `weights` a .pth, .safetensors or .npz file, or ask with "
+            "`download = true`. The distances `nothing`, `l2` and `logits` need no weights"
+        )
+    logging.getLogger("jemkit").info("downloading %s", enum.url)
+    try:
+        return enum.url, enum.get_state_dict(
+            progress=False, check_hash=True, map_location="cpu", weights_only=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{enum.url}: the download failed ({error})") from error
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, without running anything that is in it."""
+    try:
+        match path.suffix:
+            case ".npz":
+                with np.load(path, allow_pickle=False) as arrays:
+                    return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+            case ".safetensors":
+                return load_file(path)
+            case ".pth" | ".pt":
+                return _state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        SafetensorError,
+    ) as error:
+        raise DataError(f"{path}: cannot be read as weights ({error})") from error
+    raise DataError(f"{path}: wanted a .pth, .safetensors or .npz file of weights")
+
+
+def _state_dict(loaded: Any) -> dict[str, Tensor]:
+    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise TypeError(f"wanted a dictionary of tensors, got {type(loaded).__name__}")
+    return dict(loaded)
+
+
+def _fill(package: nn.Module, spec: LPIPS, weights: dict[str, Tensor], source: str) -> None:
+    """Put a file's weights into the network: the whole trunk, and the heads where it has them."""
+    slots = {_file_name(name): slot for name, slot in package.named_parameters()}
+    if not any(name.startswith("lin") for name in weights):
+        slots = {name: slot for name, slot in slots.items() if not name.startswith("lin")}
+    given = {name: w for name, w in weights.items() if not name.startswith("classifier.")}
+    wanted = f"wanted torchvision's names for the {spec.net} trunk"
+    if missing := [name for name in slots if name not in given]:
+        raise DataError(f"{source}: {wanted}, missing {_some(missing)}")
+    if unknown := [name for name in given if name not in slots]:
+        raise DataError(f"{source}: {wanted}, got beside them {_some(unknown)}")
+    for name, slot in slots.items():
+        if given[name].shape != slot.shape:
+            came, shape = list(given[name].shape), list(slot.shape)
+            raise DataError(f"{source}: {name} is {came}, the {spec.net} trunk wanted {shape}")
+        if not given[name].isfinite().all():
+            raise DataError(f"{source}: {name} holds NaN or inf")
+        with torch.no_grad():
+            slot.copy_(given[name])
+
+
+def _file_name(parameter: str) -> str:
+    """net.slice2.3.weight is features.3.weight in torchvision; the heads keep their names."""
+    if parameter.startswith("net."):
+        return "features." + parameter.split(".", 2)[2]
+    return parameter
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,0 +1,47 @@
+"""PGD-AT (Madry et al., ICLR 2018): training on the worst images of a ball."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from jemkit.attack import PGD, Attack
+from jemkit.backbone import Backbone
+from jemkit.hookspecs import hookimpl
+from jemkit.objective import Batch, Objective, Terms
+from jemkit.options import Options, PartOf
+
+
+class PGDAT(Options):
+    """-log p(y | x~) with x~ by PGD on the cross-entropy, in eval mode."""
+
+    needs_density: ClassVar[bool] = False
+
+    attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10)
+
+    def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> Tensor:
+        def loss(x: Tensor) -> Tensor:
+            return F.cross_entropy(backbone.model(x).logits, batch.y, reduction="none")
+
+        return self.attack.draw(
+            backbone.model,
+            loss,
+            batch.x,
+            rng,
+            bounds=backbone.bounds,
+            radius_px=backbone.radius_px,
+        )
+
+    def loss(self, backbone: Backbone, batch: Batch, x_adv: Tensor) -> Terms:
+        adv = backbone.scores({"x_adv": x_adv})["x_adv"]
+        watched = {
+            "E(x~)": adv.energy.mean(),
+            "accuracy": (adv.logits.argmax(1) == batch.y).float().mean(),
+        }
+        return Terms.weighted({"p(y|x~)": (1.0, F.cross_entropy(adv.logits, batch.y))}, watched)
+
+
+@hookimpl
+def jemkit_objectives() -> Mapping[str, type[Objective[Any]]]:
+    return {"pgdat": PGDAT}

@@ -1,0 +1,67 @@
+"""TRADES (Zhang et al., ICML 2019): accuracy traded for smoothness by a divergence."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Generator, Tensor
+
+from jemkit.attack import PGD, Attack
+from jemkit.backbone import Backbone
+from jemkit.hookspecs import hookimpl
+from jemkit.modes import eval_mode
+from jemkit.objective import Batch, Objective, Terms
+from jemkit.options import Options, PartOf
+
+
+class TRADES(Options):
+    """-log p(y | x) + beta KL(p(. | x) || p(. | x~)), with x~ by PGD on the divergence."""
+
+    needs_density: ClassVar[bool] = False
+
+    beta: float = Field(6.0, ge=0)
+    attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10)
+
+    def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> Tensor | None:
+        if not self.beta:
+            return None
+        with eval_mode(backbone.model), torch.no_grad():
+            clean = backbone.model(batch.x).logits
+        return self.attack.draw(
+            backbone.model,
+            lambda x: divergence(clean, backbone.model(x).logits),
+            batch.x,
+            rng,
+            bounds=backbone.bounds,
+            radius_px=backbone.radius_px,
+        )
+
+    def loss(self, backbone: Backbone, batch: Batch, x_adv: Tensor | None) -> Terms:
+        scores = backbone.scores(
+            {"x": batch.x} if x_adv is None else {"x": batch.x, "x_adv": x_adv}
+        )
+        clean = scores["x"]
+        terms = {"p(y|x)": (1.0, F.cross_entropy(clean.logits, batch.y))}
+        watched = {
+            "E(x)": clean.energy.mean(),
+            "accuracy": (clean.logits.argmax(1) == batch.y).float().mean(),
+        }
+        if x_adv is not None:
+            adv = scores["x_adv"]
+            terms["KL"] = (self.beta, divergence(clean.logits, adv.logits).mean())
+            watched["E(x~)"] = adv.energy.mean()
+        return Terms.weighted(terms, watched)
+
+
+def divergence(clean: Tensor, adv: Tensor) -> Tensor:
+    """KL(p(. | x) || p(. | x~)) of each row, [B], from logits."""
+    return F.kl_div(
+        adv.log_softmax(1), clean.log_softmax(1), reduction="none", log_target=True
+    ).sum(1)
+
+
+@hookimpl
+def jemkit_objectives() -> Mapping[str, type[Objective[Any]]]:
+    return {"trades": TRADES}
