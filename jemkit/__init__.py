@@ -2,7 +2,7 @@
 
 from jemkit.attack import PGD, Attack, perturbed
 from jemkit.backbone import Backbone, BackboneSpec, Task
-from jemkit.data import Augmentation, Bounds, Dataset, Images, Loader, Splits, Views
+from jemkit.data import Augmentation, Bounds, Dataset, Images, Loader, Views
 from jemkit.density import Buffer, Contrastive, Density, ReplayBuffer
 from jemkit.distance import Distance
 from jemkit.energy import EnergyModel, LogSumExpEnergy, ModelEnergy, Network, Scores
@@ -23,6 +23,7 @@ from jemkit.options import Options, PartOf
 from jemkit.recipe import Recipe, resolve
 from jemkit.registry import Registry, installed
 from jemkit.sampling import PYLD, SGLD, Sampler, SignDescent, chain, gradient, run
+from jemkit.splits import Splits
 from jemkit.starts import Start
 from jemkit.training import Trainer, check, train, train_step
 from jemkit.update import SAM, Guard, Plain, Updater

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from jemkit.errors import ConfigError, DataError
+from jemkit.errors import DataError
 from jemkit.objective import Batch
 from jemkit.options import Options
 
@@ -129,52 +129,6 @@ class Views(Options):
     noise_pos: float = Field(0.0, ge=0)
     pos_share: float = Field(1.0, gt=0, le=1)  # the density's share of the batch
     stats_from: tuple[Stream, ...] = ("x", "x_adv")
-
-
-class Splits:
-    """A data set's training, validation and test images; each is read when first asked for.
-
-    Validation is a fixed part of the training split, the same for every run: chosen class by class
-    with a generator of its own, so that runs and data orders of any seed can be compared.
-    """
-
-    def __init__(
-        self, dataset: Dataset, *, valid_fraction: float = 0.1, max_train: int | None = None
-    ) -> None:
-        self.dataset, self.valid_fraction, self.max_train = dataset, valid_fraction, max_train
-        self._kept: dict[str, Images] = {}
-
-    def images(self, split: Literal["train", "valid", "test"]) -> Images:
-        if split not in self._kept:
-            if split == "test":
-                self._kept["test"] = self.dataset.load("test")
-            else:
-                self._divide()
-        return self._kept[split]
-
-    def _divide(self) -> None:
-        whole = self.dataset.load("train")
-        index = shuffled_by_class(whole.y, self.dataset.n_classes)
-        if self.max_train is not None:
-            index = index[: self.max_train]
-        n_valid = round(len(index) * self.valid_fraction)
-        if not 0 < n_valid < len(index):
-            raise ConfigError(
-                f"{len(index)} images with a validation share of {self.valid_fraction} leave "
-                f"{n_valid} to validate and {len(index) - n_valid} to train on; both must be some"
-            )
-        self._kept["valid"] = whole.take(index[:n_valid].sort().values)
-        self._kept["train"] = whole.take(index[n_valid:].sort().values)
-
-
-def shuffled_by_class(y: Tensor, n_classes: int) -> Tensor:
-    """A fixed order of all indices in which every beginning holds the classes in proportion."""
-    order = torch.randperm(len(y), generator=Generator().manual_seed(0))
-    rank = torch.zeros(len(y))
-    for label in range(n_classes):
-        members = order[y[order] == label]
-        rank[members] = (torch.arange(len(members)) + 0.5) / max(1, len(members))
-    return order[rank[order].argsort(stable=True)]
 
 
 class Loader:

@@ -108,7 +108,9 @@ class ReplayBuffer:
                 "set backbone.buffer.conditional = true"
             )
         size = capacity // self.n_classes
-        return y * size + torch.randint(size, (n,), generator=rng, device=rng.device)
+        order = torch.rand((self.n_classes, size), generator=rng, device=rng.device).argsort(dim=1)
+        earlier = (y[:, None] == y).tril(-1).sum(dim=1)  # rows of the same class before each
+        return y * size + order[y, earlier % size]
 
     def store(self, slots: Tensor, x: Tensor) -> None:
         if self._undo is not None:

@@ -72,9 +72,9 @@ class PartOf:
 
 
 def nearest(name: str, names: Any) -> str:
-    """ "; did you mean 'x'?" where a name is close, else an empty string."""
+    """ " (did you mean 'x'?)" where a name is close, else an empty string."""
     near = get_close_matches(name, [str(n) for n in names], n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _protocols(source: Any) -> tuple[type[Any], ...]:

@@ -149,19 +149,26 @@ def registry_of(plugins: list[Plugin], faults: list[Fault] | None = None) -> Reg
     """The registry of these plug-ins, in any order; a wrong one is left out with a fault."""
     faults = list(faults or [])
     offers: dict[str, list[Offer]] = {kind: [] for kind in KINDS}
-    recipes: dict[str, Any] = {}
+    recipes: dict[str, tuple[Any, Plugin]] = {}
     for plugin in sorted(plugins, key=lambda p: (p.distribution, p.name)):
         try:
             found, layers = _taken_in(plugin)
-        except Exception as error:  # a plug-in may raise anything; the others must stay
+        except (Exception, SystemExit) as error:  # whatever a plug-in raises, the others stay
             reason = f"{type(error).__name__}: {error}"
             faults.append(Fault(plugin.name, plugin.distribution, plugin.version, reason))
             continue
         for offer in found:
             offers[offer.kind].append(offer)
-        recipes |= layers
+        for key, layer in layers.items():
+            if key in recipes:
+                raise ConfigError(
+                    f"two plug-ins offer the recipe {key!r}: {recipes[key][1].name} of "
+                    f"{recipes[key][1].distribution} and {plugin.name} of {plugin.distribution}; "
+                    "uninstall one of them, or use --no-plugins"
+                )
+            recipes[key] = layer, plugin
     shelves = {kind: Shelf[Any](kind, of_kind) for kind, of_kind in offers.items()}
-    return Registry(shelves, recipes, faults)
+    return Registry(shelves, {key: layer for key, (layer, _) in recipes.items()}, faults)
 
 
 def _taken_in(plugin: Plugin) -> tuple[list[Offer], dict[str, Any]]:
@@ -174,6 +181,8 @@ def _taken_in(plugin: Plugin) -> tuple[list[Offer], dict[str, Any]]:
     offers = []
     for kind, hook in KINDS.items():
         for mapping in getattr(manager.hook, hook)():
+            if not isinstance(mapping, Mapping):
+                raise TypeError(f"{hook} gave {mapping!r}; wanted a mapping of names to classes")
             for name, part in mapping.items():
                 _check_part(kind, name, part)
                 offers.append(Offer(kind, name, part, plugin.distribution, plugin.version))
@@ -186,8 +195,13 @@ def _taken_in(plugin: Plugin) -> tuple[list[Offer], dict[str, Any]]:
 def _check_hook_names(module: Any) -> None:
     known = {*KINDS.values(), "jemkit_recipes"}
     for name in dir(module):
-        if name.startswith("jemkit_") and callable(getattr(module, name)) and name not in known:
+        found = getattr(module, name)
+        if not name.startswith("jemkit_") or not callable(found):
+            continue
+        if name not in known:
             raise TypeError(f"{name} is no hook of jemkit{nearest(name, known)}")
+        if not hasattr(found, "jemkit_impl"):  # the mark that pluggy leaves
+            raise TypeError(f"{name} lacks its mark; write @hookimpl above it")
 
 
 def _check_part(kind: str, name: str, part: Any) -> None:
@@ -219,7 +233,7 @@ def installed(*, third_party: bool = True) -> Registry:
             continue
         try:
             module: ModuleType = entry.load()
-        except Exception as error:  # an import may fail in any way; the others must stay
+        except (Exception, SystemExit) as error:  # an import may fail in any way
             reason = f"cannot be imported: {type(error).__name__}: {error}"
             faults.append(Fault(entry.name, distribution, version, reason))
             continue

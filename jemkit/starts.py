@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from jemkit.data import Bounds, Images
+from jemkit.errors import ConfigError
 from jemkit.options import Options
 from jemkit.runtime.files import cache_folder, load_tensors, write_tensors
 
@@ -86,7 +87,7 @@ class NoiseStart:
 
 
 class GaussianStart:
-    """x = m_k + L_k z with L_k the Cholesky factor of class k's covariance, clamped to the range."""
+    """x = m_k + L_k z, L_k the Cholesky factor of class k's covariance; clamped to the range."""
 
     def __init__(self, means: Tensor, factors: Tensor, task: "Task") -> None:
         self.means, self.factors = means, factors  # [K, D], [K, D, D] lower triangular
@@ -108,7 +109,7 @@ class GaussianStart:
         x = torch.empty_like(z)
         for label in torch.unique(y).tolist():
             rows = y == label
-            x[rows] = self.means[label] + z[rows] @ self.factors[label].T
+            x[rows] = self.means[label] + (self.factors[label] @ z[rows].T).T
         return x
 
     def _gathered(self, z: Tensor, y: Tensor, rows: int = 32) -> Tensor:
@@ -118,6 +119,16 @@ class GaussianStart:
             for part, label in zip(torch.split(z, rows), torch.split(y, rows), strict=True)
         ]
         return torch.cat(pieces)
+
+
+class Labelled:
+    """A start that always begins with these classes."""
+
+    def __init__(self, start: Start, y: Tensor) -> None:
+        self.start, self.y = start, y
+
+    def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
+        return self.start.draw(n, rng, self.y[:n] if y is None else y)
 
 
 def moments(task: "Task", *, classwise: bool, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -147,6 +158,12 @@ def _estimate(task: "Task", classwise: bool) -> dict[str, Tensor]:
     images = task.images("train")
     x = task.bounds.from_unit(images.unit()).flatten(1)
     groups = [x[images.y == k] for k in range(task.n_classes)] if classwise else [x]
+    empty = [k for k, group in enumerate(groups) if not len(group)]
+    if empty:
+        raise ConfigError(
+            f"no training image of class {', '.join(map(str, empty[:5]))}, so it has no Gaussian; "
+            "use more images (run.max_train) or backbone.start.use=gaussian"
+        )
     pairs = [gaussian(group) for group in groups]
     means, factors = zip(*pairs, strict=True)
     return {"means": torch.stack(means), "factors": torch.stack(factors)}

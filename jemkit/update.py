@@ -169,11 +169,12 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.average = {name: t.detach().clone() for name, t in model.state_dict().items()}
+        self._weights = {name for name, _ in model.named_parameters()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         for name, t in model.state_dict().items():
-            if t.is_floating_point():
+            if name in self._weights:
                 self.average[name].lerp_(t, 1 - self.decay)
             else:
                 self.average[name].copy_(t)

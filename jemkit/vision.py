@@ -28,8 +28,8 @@ def torchvision() -> ModuleType:
     spec = find_spec("torchvision")
     if spec is None or spec.origin is None:
         raise ConfigError(
-            "torchvision is not installed; data sets of image files, `folder` and `lpips` need it: "
-            "pip install torchvision"
+            "torchvision is not installed; every data set but `digits`, and the distance `lpips`, "
+            "need it: pip install torchvision"
         )
     _load_operators(Path(spec.origin).parent)
     _declare_missing()
@@ -49,7 +49,7 @@ def _load_operators(package: Path) -> None:
     if library is None or library.origin is None:
         return
     try:
-        torch.ops.load_library(library.origin)
+        torch.ops.load_library(library.origin)  # type: ignore[no-untyped-call]
     except (ImportError, OSError) as error:
         logging.getLogger("jemkit").debug("torchvision's operators: %s", error)
 
@@ -61,9 +61,9 @@ def _declare_missing() -> Library | None:
     missing = [name for name in OPERATORS if getattr(torch.ops.torchvision, name, None) is None]
     if not missing:
         return None
-    library = Library("torchvision", "FRAGMENT")
+    library = Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for name in missing:
-        library.define(OPERATORS[name])
+        library.define(OPERATORS[name])  # type: ignore[no-untyped-call]
     logging.getLogger("jemkit").info(
         "torchvision's compiled operators do not load beside torch %s; data sets and models "
         "need none of them, so %s are declared without a kernel",

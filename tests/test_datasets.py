@@ -22,7 +22,9 @@ from pydantic import ValidationError
 from jemkit.data import Augmentation, Dataset
 from jemkit.errors import DataError
 from jemkit.vision import torchvision
-from jemkit_plugins.datasets import CIFAR10, CIFAR100, SVHN, Digits, Folder, jemkit_datasets
+from jemkit_plugins.datasets import CIFAR10, CIFAR100, SVHN, Digits, jemkit_datasets
+from jemkit_plugins.folder import Folder
+from jemkit_plugins.folder import jemkit_datasets as jemkit_folders
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data" / "cifar10"
 
@@ -46,7 +48,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class TestParts:
     def test_every_data_set_is_offered_by_its_name(self, tmp_path: Path) -> None:
-        offered = jemkit_datasets()
+        offered = {**jemkit_datasets(), **jemkit_folders()}
         assert sorted(offered) == ["cifar10", "cifar100", "digits", "folder", "svhn"]
         folder = Folder(dir=sorted_folder(tmp_path))
         for name, part in offered.items():

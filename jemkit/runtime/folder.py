@@ -27,15 +27,24 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path) -> "RunFolder":
-        if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
-            raise ConfigError(
-                f"{path} exists already; go on with it by --resume, or choose another --out"
-            )
+        cls.check_vacant(path)
         path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
         folder.checkpoints.mkdir()
         folder.samples.mkdir()
         return folder
+
+    @staticmethod
+    def check_vacant(path: Path) -> None:
+        """Refuse a path that a new run cannot have."""
+        if path.name == "latest":
+            raise ConfigError(
+                f"{path} is the link to the newest run beside it; choose another --out"
+            )
+        if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
+            raise ConfigError(
+                f"{path} exists already; go on with it by --resume, or choose another --out"
+            )
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -45,8 +54,7 @@ class RunFolder:
 
     @property
     def config(self) -> dict[str, Any]:
-        found = read_json(self.path / "config.json")
-        return found  # type: ignore[no-any-return]
+        return read_json(self.path / "config.json")  # type: ignore[no-any-return]
 
     def write_config(self, recipe: dict[str, Any], origins: dict[str, str]) -> None:
         about = {"recipe": recipe, "origins": origins, "versions": versions(), "git": git_state()}
@@ -92,6 +100,8 @@ class RunFolder:
     def link_latest(self) -> None:
         """Point `latest`, beside the run, to it."""
         link, fresh = self.path.parent / "latest", self.path.parent / f".latest.{os.getpid()}"
+        if link.exists() and not link.is_symlink():
+            return  # somebody's own file of that name
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(self.path.name)
         os.replace(fresh, link)

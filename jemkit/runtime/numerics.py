@@ -10,7 +10,7 @@ from torch import Generator, nn
 
 from jemkit.backbone import Backbone
 from jemkit.errors import ConfigError
-from jemkit.objective import Batch, Objective, Terms
+from jemkit.objective import Batch, Objective, Remembering, Terms
 
 Precision = Literal["fp32", "tf32", "bf16"]
 
@@ -46,9 +46,25 @@ class InPrecision:
         with torch.autocast(self.device_type, torch.bfloat16):
             return self.inner.loss(backbone, batch, draws)
 
+    def after(self, backbone: Backbone, batch: Batch, draws: Any, rng: Generator) -> None:
+        if isinstance(self.inner, Remembering):
+            self.inner.after(backbone, batch, draws, rng)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return self.inner.parameters() if isinstance(self.inner, Remembering) else []
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict() if isinstance(self.inner, Remembering) else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if isinstance(self.inner, Remembering):
+            self.inner.load_state_dict(state)
+
 
 @contextmanager
-def numerics(*, precision: Precision, deterministic: bool) -> Iterator[None]:
+def numerics(
+    *, precision: Precision = "fp32", deterministic: bool = False, threads: int | None = None
+) -> Iterator[None]:
     """Torch's switches for a run, put back as they were found."""
     matmul, conv = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     strict, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
@@ -56,6 +72,8 @@ def numerics(*, precision: Precision, deterministic: bool) -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = not deterministic
     torch.use_deterministic_algorithms(deterministic)
+    found = torch.get_num_threads()
+    torch.set_num_threads(threads or found)
     try:
         yield
     finally:
@@ -63,10 +81,11 @@ def numerics(*, precision: Precision, deterministic: bool) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = conv
         torch.backends.cudnn.benchmark = benchmark
         torch.use_deterministic_algorithms(strict)
+        torch.set_num_threads(found)
 
 
 def laid_out(model: nn.Module, choice: str, device: torch.device) -> nn.Module:
-    """Channels last where asked for; `auto` takes it on a GPU, where its convolutions are faster."""
+    """Channels last where asked for; `auto` takes it on a GPU, where convolutions gain."""
     if choice == "yes" or (choice == "auto" and device.type == "cuda"):
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
     return model

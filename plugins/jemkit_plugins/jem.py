@@ -1,4 +1,4 @@
-"""JEM (Grathwohl et al., ICLR 2020): the backbone, and the plain objective log p(x) + log p(y|x)."""
+"""JEM (Grathwohl et al., ICLR 2020): the backbone, and the objective log p(x) + log p(y | x)."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple

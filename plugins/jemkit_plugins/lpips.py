@@ -98,7 +98,7 @@ def _fits(x: Tensor) -> None:
     if min(height, width) < LPIPS.min_size:
         raise MisfitError(
             f"lpips wanted images of at least {LPIPS.min_size} px, got {height} x {width}; "
-            "use the distance `nothing`, `l2` or `logits`"
+            "use the distance `none`, `l2` or `logits`"
         )
 
 
@@ -139,7 +139,7 @@ def _trunk_weights(spec: LPIPS) -> tuple[str, dict[str, Tensor]]:
         raise ConfigError(
             f"lpips has no weights for its {spec.net} trunk: {cached} does not exist. Put "
             f"{enum.url} there, or give `weights` a .pth, .safetensors or .npz file, or ask with "
-            "`download = true`. The distances `nothing`, `l2` and `logits` need no weights"
+            "`download = true`. The distances `none`, `l2` and `logits` need no weights"
         )
     logging.getLogger("jemkit").info("downloading %s", enum.url)
     try:

@@ -1,4 +1,4 @@
-"""M-EBM (Yang and Ji, PAKDD 2023): an energy head beside the classifier, one Gaussian to start from."""
+"""M-EBM (Yang and Ji, PAKDD 2023): an energy head beside the classifier, one Gaussian start."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any

@@ -1,4 +1,4 @@
-"""SADA-JEM (Yang, Su and Ji, CVPR 2023): sharpness-aware, and a density that sees no augmentation."""
+"""SADA-JEM (Yang, Su and Ji, CVPR 2023): sharpness-aware, its density without augmentation."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any

@@ -1,0 +1,26 @@
+# The two commands of README.md set up all they need; RUN makes another run of `make train`.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: train test lint acceptance bench
+
+train: $(STAMP)
+	$(BIN)/jemkit train --backbone sadajem --objective ebjdat
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -rs
+
+lint: $(STAMP)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+acceptance: $(STAMP)
+	$(BIN)/python -m pytest -m slow -rs && $(BIN)/python benchmarks/acceptance.py
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run.py
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,metrics]'
+	touch $(STAMP)

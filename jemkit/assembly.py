@@ -1,0 +1,150 @@
+"""A recipe's parts put together into a run, with every check that needs no step."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
+
+from jemkit.backbone import Backbone, Task
+from jemkit.data import Loader
+from jemkit.distance import Distance
+from jemkit.errors import DataError, MisfitError
+from jemkit.objective import Objective, ObjectiveSpec, Remembering
+from jemkit.recipe import Recipe
+from jemkit.runtime.numerics import InPrecision, device_of, laid_out
+from jemkit.splits import Splits
+from jemkit.starts import images_hash
+from jemkit.update import EMA, Updater
+
+
+class Assembly(NamedTuple):
+    """Everything that a recipe determines, ready for the first step."""
+
+    device: torch.device
+    splits: Splits
+    task: Task
+    rng: Generator  # of all chains
+    backbone: Backbone
+    objective: Objective[Any]
+    optimizer: Optimizer
+    updater: Updater
+    ema: EMA | None
+    loader: Loader  # with a generator of its own, so that a sampler never moves the data
+
+
+def put_together(recipe: Recipe) -> Assembly:
+    """Build and check; raises ConfigError or DataError."""
+    run = recipe.run
+    device = device_of(run.device)
+    splits = Splits(recipe.data, valid_fraction=run.valid_fraction, max_train=run.max_train)
+    task = task_of(recipe, splits)
+    rng = Generator(device).manual_seed(run.seed)
+    backbone = recipe.backbone.build(task, rng)
+    objective = built_objective(recipe, task, rng)
+    check(backbone, objective)
+    check_distance(recipe, task, backbone, device)
+    model = laid_out(backbone.model, run.channels_last, device)
+    parameters = [*model.parameters()]
+    if isinstance(objective, Remembering):
+        parameters += objective.parameters()
+    optimizer = recipe.optimizer.build(parameters, fused=device.type == "cuda")
+    if run.precision == "bf16":
+        objective = InPrecision(objective, device.type)  # type: ignore[assignment]
+    if run.compile:
+        model.compile()
+    loader = Loader(
+        splits.images("train").to(device),
+        run.batch_size,
+        Generator(device).manual_seed(run.seed + 2**32),
+        views=backbone.views,
+        bounds=task.bounds,
+        augmentation=task.augmentation,
+    )
+    return Assembly(
+        device=device,
+        splits=splits,
+        task=task,
+        rng=rng,
+        backbone=backbone,
+        objective=objective,
+        optimizer=optimizer,
+        updater=recipe.updater.build(model, optimizer),
+        ema=EMA(model, run.ema_decay) if run.ema_decay else None,
+        loader=loader,
+    )
+
+
+def task_of(recipe: Recipe, splits: Splits) -> Task:
+    """What the parts must know of this recipe's data and length; reads the training split."""
+    images = splits.images("train")
+    n_train = len(images.y)
+    steps = n_train // min(recipe.run.batch_size, n_train)
+    return Task(
+        shape=tuple(images.x.shape[1:]),  # type: ignore[arg-type]
+        n_classes=recipe.data.n_classes,
+        radius_px=recipe.data.radius_px,
+        n_train=n_train,
+        total_steps=steps * recipe.run.epochs,
+        images=splits.images,
+        hash=images_hash(images),
+        augmentation=recipe.data.augmentation,
+    )
+
+
+def built_objective(recipe: Recipe, task: Task, rng: Generator) -> Objective[Any]:
+    found = recipe.objective
+    return found.build(task, rng) if isinstance(found, ObjectiveSpec) else found
+
+
+def check(backbone: Backbone, objective: Objective[Any]) -> None:
+    """Refuse, before the first step, parts that do not fit each other."""
+    if objective.needs_density and not backbone.has_density:
+        name = type(objective).__name__
+        raise MisfitError(
+            f"the objective {name} learns p(x), and this backbone has no density; "
+            "choose another backbone (jem, jempp, mebm, sadajem) or an objective that needs none "
+            "(ce, pgdat, trades)"
+        )
+    if backbone.has_density:
+        sampler, network = backbone.density.sampler, backbone.model.network
+        if sampler.needs_stem and not network.has_stem:
+            raise MisfitError(
+                f"the sampler {type(sampler).__name__} differentiates through the first layer "
+                "alone, and this network, an adapted module, has no stem to split off; choose "
+                "another sampler, such as sgld"
+            )
+
+
+def check_distance(recipe: Recipe, task: Task, backbone: Backbone, device: torch.device) -> None:
+    """Refuse a distance that the images are too small for, or whose weights are missing."""
+    distance = getattr(recipe.objective, "distance", None)
+    if isinstance(distance, Distance) and task.shape[1] < distance.min_size:
+        raise MisfitError(
+            f"the distance {type(distance).__name__} takes images of {distance.min_size} px at "
+            f"least; these have {task.shape[1]}. Choose objective.distance none, l2 or logits"
+        )
+    if isinstance(distance, Distance):  # missing weights are told now, not at the first step
+        x = task.bounds.from_unit(task.images("train").take(torch.arange(1)).unit())
+        distance.bind(backbone.model, x.to(device), task.bounds)
+
+
+def load_model(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Weights into a model, every name and shape of both accounted for."""
+    wanted = model.state_dict()
+    wrong = [
+        f"{name}: {list(weights[name].shape)}, wanted {list(t.shape)}"
+        for name, t in wanted.items()
+        if name in weights and weights[name].shape != t.shape
+    ]
+    missing, extra = sorted(wanted.keys() - weights), sorted(weights.keys() - wanted)
+    if wrong or missing or extra:
+        raise DataError(
+            "the weights do not fit the model: "
+            + "; ".join(
+                f"{label} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+                for label, names in (("shapes", wrong), ("missing", missing), ("unknown", extra))
+                if names
+            )
+        )
+    model.load_state_dict(weights)

@@ -1,0 +1,67 @@
+"""How a model is looked at while it trains, and judged at the end."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator
+
+from jemkit.backbone import Backbone, Task
+from jemkit.data import Images, checked
+from jemkit.evaluation import Accuracy, Context, EnergyGap, Figure, PixelModel, Robustness, evaluate
+from jemkit.pictures import save_grid
+from jemkit.runtime.folder import versions
+from jemkit.splits import Splits
+from jemkit.starts import Labelled
+
+GRID, GRID_STEPS = 100, 40
+"""Images in an epoch's sample grid, and the steps of the fresh chains that give them."""
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Looks at a backbone after an epoch, with generators of its own and never at the buffer."""
+
+    backbone: Backbone
+    task: Task
+    splits: Splits
+    seed: int
+    epoch: int
+
+    def validate(self, n_robust: int) -> dict[str, float]:
+        """Validation accuracy, and under PGD-10 on its first `n_robust` images."""
+        valid = self.splits.images("valid")
+        part = Images(valid.x[:n_robust], valid.y[:n_robust])
+        ctx = Context(self._generator("validate"), self.task.radius_px)
+        (clean,) = evaluate(self._subject(), valid, [Accuracy()], ctx)
+        (robust,) = evaluate(self._subject(), part, [Robustness(steps=10)], ctx)
+        return {"accuracy": clean.value, "pgd10": robust.value}
+
+    def draw_grid(self, path: Path) -> None:
+        """Samples of fresh chains, a row a class where the start knows classes."""
+        if not self.backbone.has_density:
+            return
+        density, k = self.backbone.density, self.task.n_classes
+        rng = self._generator("grid")
+        y = torch.arange(GRID, device=rng.device) * min(k, 10) // GRID
+        start = Labelled(density.start, y)
+        x = density.sample(self.backbone.model, GRID, rng, steps=GRID_STEPS, start=start)
+        save_grid(path, self.task.bounds.to_unit(x))
+
+    def judge(self, card: dict[str, Any]) -> list[Figure]:
+        """Clean accuracy, PGD-20 and the energy gap on the whole test split."""
+        data = checked(self.splits.images("test"), self.task.n_classes, "the test split")
+        about = {"split": "test", "images": len(data.y), "seed": self.seed, "versions": versions()}
+        ctx = Context(self._generator("test"), self.task.radius_px, card={**about, **card})
+        return evaluate(self._subject(), data, [Accuracy(), Robustness(), EnergyGap()], ctx)
+
+    def _subject(self) -> PixelModel:
+        return PixelModel(self.backbone.model, self.task.bounds)
+
+    def _generator(self, name: str) -> Generator:
+        """From the seed, the epoch and the name of what it is for."""
+        device = next(self.backbone.model.parameters()).device
+        word = int.from_bytes(name.encode()[:4], "big")
+        seed = (self.seed * 1_000_003 + self.epoch) * 2**32 + word
+        return Generator(device).manual_seed(seed % 2**63)

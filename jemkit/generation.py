@@ -1,0 +1,194 @@
+"""Images from a trained run: fresh chains of its density, or the states of its buffer."""
+
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from jemkit import checkpoint
+from jemkit.assembly import load_model, task_of
+from jemkit.backbone import Backbone, Task
+from jemkit.density import Density, ReplayBuffer
+from jemkit.errors import ConfigError, DataError, MisfitError
+from jemkit.modes import eval_mode
+from jemkit.pictures import save_grid, to_bytes
+from jemkit.recipe import resolve
+from jemkit.registry import Registry
+from jemkit.runtime.files import write_bytes
+from jemkit.runtime.folder import RunFolder
+from jemkit.runtime.numerics import device_of
+from jemkit.splits import Splits
+
+STEPS = 40
+"""Of a fresh chain, where none are given."""
+
+TOGETHER = 500
+"""Chains that run side by side; a batch norm that normalises by the batch sees this many."""
+
+
+class Samples(NamedTuple):
+    """Images, and all that tells how they were drawn."""
+
+    pixels: Tensor  # [N, C, H, W], float32 in [0, 1]
+    y: Tensor | None  # [N], the classes that were asked for
+    protocol: dict[str, Any]
+
+
+@runtime_checkable
+class Buffered(Protocol):
+    """A density that keeps a replay buffer."""
+
+    buffer: ReplayBuffer
+
+
+def sample(
+    path: Path,
+    *,
+    registry: Registry,
+    n: int = 100,
+    steps: int | None = None,
+    start: str | None = None,
+    source: Literal["chains", "buffer"] = "chains",
+    classes: list[str] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    which: Literal["best", "last"] = "best",
+) -> Samples:
+    """Draw n images from the run in `path`.
+
+    With `classes`, chains go down E(x, y), and the images are shared evenly among them in order.
+    """
+    if n < 1:
+        raise ConfigError(f"{n} images: wanted 1 or more")
+    if steps is not None and steps < 0:
+        raise ConfigError(f"chains of {steps} steps: wanted 0 or more")
+    folder = run_folder(path)
+    resolved = resolve(registry, config=folder.path / "config.json")
+    recipe, rng = resolved.recipe, Generator(device_of(device)).manual_seed(seed)
+    splits = Splits(
+        recipe.data, valid_fraction=recipe.run.valid_fraction, max_train=recipe.run.max_train
+    )
+    task = task_of(recipe, splits)
+    backbone = recipe.backbone.build(task, Generator(rng.device).manual_seed(recipe.run.seed))
+    density = _density(backbone, resolved.tables["backbone"]["use"])
+    y = _labels(classes or [], n, task.n_classes, rng.device)
+    saved, state, digest = _checkpoint(folder, which)
+    load_model(backbone.model, state.get("ema") or state["model"])
+    if source == "buffer":
+        if steps is not None or start is not None:
+            raise ConfigError("steps and start belong to fresh chains; a buffer's states are kept")
+        x = _kept(density, state["density"], n, rng, y)
+        how: dict[str, Any] = {"source": "buffer", "start": "buffer", "steps": 0}
+    else:
+        steps = STEPS if steps is None else steps
+        name = start or resolved.tables["backbone"].get("start", {}).get("use", "the backbone's")
+        x = _fresh(backbone, density, task, registry, start, n, steps, rng, y)
+        how = {"source": "chains", "start": name, "steps": steps}
+    protocol = {
+        **how,
+        "run": str(folder.path),
+        "sampler": resolved.tables["backbone"].get("sampler", type(density.sampler).__name__),
+        "weights": "averaged" if state.get("ema") else "live",
+        "class": None if y is None else sorted(set(y.tolist())),
+        "images": n,
+        "seed": seed,
+        "device": rng.device.type,
+        "checkpoint": saved.name,
+        "sha256": digest,
+    }
+    return Samples(task.bounds.to_unit(task.bounds.clamp(x)).cpu(), y, protocol)
+
+
+def save(samples: Samples, out: Path | None = None) -> tuple[Path, Path]:
+    """Write a PNG grid and an .npz of the images; the names hold a hash of the protocol.
+
+    The .npz has `images` [N, H, W, C] in 0..255, `y` where classes were asked for, and `protocol`,
+    a JSON string.
+    """
+    text = json.dumps(samples.protocol, sort_keys=True)
+    folder = Path(samples.protocol["run"]) / "samples" if out is None else out
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{samples.protocol['source']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    png, npz = folder / f"{stem}.png", folder / f"{stem}.npz"
+    arrays = {"images": to_bytes(samples.pixels).permute(0, 2, 3, 1).numpy()}
+    if samples.y is not None:
+        arrays["y"] = samples.y.cpu().numpy()
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, protocol=np.array(text), **arrays)
+    save_grid(png, samples.pixels)
+    write_bytes(npz, buffer.getvalue())
+    return png, npz
+
+
+def run_folder(path: Path) -> RunFolder:
+    """The folder of a run that exists; `latest` is followed to the run that it points to."""
+    if not (path / "config.json").exists():
+        raise ConfigError(f"{path} is no run of jemkit: it has no config.json")
+    return RunFolder(path.resolve())
+
+
+def _density(backbone: Backbone, name: str) -> Density:
+    if not backbone.has_density:
+        raise MisfitError(
+            f"the run's backbone is {name!r}, a classifier without a density: there is nothing to "
+            "sample from. Train jem, jempp, mebm or sadajem"
+        )
+    return backbone.density
+
+
+def _labels(classes: list[str], n: int, n_classes: int, device: torch.device) -> Tensor | None:
+    """Each image's class: the classes asked for, in blocks as even as n allows."""
+    if not classes:
+        return None
+    wanted = [str(k) for k in range(n_classes)] if "all" in classes else classes
+    for label in wanted:
+        if not label.isdigit() or int(label) >= n_classes:
+            raise ConfigError(f"class {label!r}: wanted a number of 0..{n_classes - 1}, or all")
+    labels = torch.tensor([int(label) for label in wanted], device=device)
+    return labels[torch.arange(n, device=device) * len(labels) // n]
+
+
+def _checkpoint(folder: RunFolder, which: str) -> tuple[Path, dict[str, Any], str]:
+    best = folder.checkpoints / "best"
+    path = best if which == "best" else checkpoint.newest(folder.checkpoints)
+    if path is None or not path.exists():
+        hint = "; no epoch is complete yet, try the last one" if which == "best" else ""
+        raise DataError(f"{folder.path} holds no complete {which} checkpoint{hint}")
+    return path, checkpoint.load(path), checkpoint.verify(path)[checkpoint.MODEL]
+
+
+def _kept(
+    density: Density, state: dict[str, Any], n: int, rng: Generator, y: Tensor | None
+) -> Tensor:
+    """n different states of the buffer; where it is class-conditional, of the classes y."""
+    if not isinstance(density, Buffered):
+        raise MisfitError("this density keeps no buffer; draw fresh chains instead")
+    density.load_state_dict(state)
+    return density.buffer.states[density.buffer.slots(n, rng, y)]
+
+
+def _fresh(
+    backbone: Backbone,
+    density: Density,
+    task: Task,
+    registry: Registry,
+    start: str | None,
+    n: int,
+    steps: int,
+    rng: Generator,
+    y: Tensor | None,
+) -> Tensor:
+    p0 = density.start if start is None else registry["start"][start]().build(task, rng.device)
+    pieces = []
+    with eval_mode(backbone.model):
+        for at in range(0, n, TOGETHER):
+            part = None if y is None else y[at : at + TOGETHER]
+            count = min(TOGETHER, n - at)
+            x = density.sample(backbone.model, count, rng, steps=steps, start=p0, y=part)
+            pieces.append(x)
+    return torch.cat(pieces)

@@ -1,0 +1,193 @@
+"""Layers of settings: TOML tables laid over each other, with the origin of every value."""
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jemkit.errors import ConfigError, UnknownName
+from jemkit.options import Options, PartOf, nearest
+from jemkit.registry import Registry
+from jemkit.schedule import SGD, Adam
+
+Table = dict[str, Any]
+PARTS = {"data": "dataset", "backbone": "backbone", "objective": "objective", "updater": "updater"}
+"""The tables that name a part, and the kind of that part."""
+
+OPTIMIZERS: dict[str, type[Options]] = {"sgd": SGD, "adam": Adam, "adamw": Adam}
+
+
+class Layer(NamedTuple):
+    """One source of settings."""
+
+    origin: str
+    table: Table
+
+
+class Stack:
+    """Layers laid over each other. A table whose `use` changes begins again from its defaults."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self.tables: Table = {}
+        self.origins: dict[str, str] = {}  # dotted key: origin
+
+    def lay(self, layer: Layer) -> None:
+        for name, table in layer.table.items():
+            kind = "optimizer" if name == "optimizer" else PARTS.get(name)
+            self._lay(self.tables, name, table, layer.origin, kind, name)
+
+    def _lay(
+        self, into: Table, key: str, new: Any, origin: str, kind: str | None, path: str
+    ) -> None:
+        if not isinstance(new, dict):
+            into[key] = new
+            self._came_from(path, {"": origin})
+            return
+        target = into[key] if isinstance(into.get(key), dict) else {}
+        if kind is not None and "use" in new:
+            name, spelt = self._spelt(kind, new["use"], origin)
+            new = {**spelt, **new, "use": name}
+            if target.get("use") != name:
+                target = self._fresh(kind, name)
+                self._came_from(path, {f".{key}": "default" for key, _ in flat(target)})
+        into[key] = target
+        for name, value in new.items():
+            self._lay(target, name, value, origin, self._kind(kind, target, name), f"{path}.{name}")
+
+    def _came_from(self, path: str, origins: Mapping[str, str]) -> None:
+        """Forget where the values at `path` came from, in favour of these."""
+        kept = {k: v for k, v in self.origins.items() if k != path and not inside(k, path)}
+        self.origins = kept | {f"{path}{key}": origin for key, origin in origins.items()}
+
+    def _spelt(self, kind: str, use: Any, origin: str) -> tuple[str, Table]:
+        """A part's registered name, and the options in its pattern: wrn-16-2 has depth 16."""
+        if kind == "optimizer":
+            if use not in OPTIMIZERS:
+                there = ", ".join(sorted(OPTIMIZERS))
+                raise UnknownName(
+                    f"no optimizer {use!r}{nearest(str(use), OPTIMIZERS)}. "
+                    f"There are: {there} ({origin})"
+                )
+            return use, {}
+        try:
+            part, named = self.registry[kind].named(str(use))
+        except ConfigError as error:
+            raise type(error)(f"{error} ({origin})") from None
+        numbers = {k: int(v) if v.isdigit() else v for k, v in named.items()}
+        return self.registry[kind].name_of(part), numbers
+
+    def _fresh(self, kind: str, name: str) -> Table:
+        """The defaults of a newly chosen part."""
+        part = OPTIMIZERS[name] if kind == "optimizer" else self.registry[kind][name]
+        return {**part_defaults(part, self.registry), "use": name}
+
+    def _kind(self, kind: str | None, table: Table, name: str) -> str | None:
+        """The kind of part that a field of this table holds, if it holds one."""
+        if kind is None or kind == "optimizer":
+            return None
+        return part_kind(self.registry[kind][table["use"]], name)
+
+
+def part_kind(part: type[Options], name: str) -> str | None:
+    """The kind of part that a field holds, if it holds one."""
+    field = part.model_fields.get(name)
+    marks = field.metadata if field is not None else ()
+    return next((mark.kind for mark in marks if isinstance(mark, PartOf)), None)
+
+
+def part_defaults(part: type[Options], registry: Registry) -> Table:
+    """A part's default options as a table; options without a default are left out."""
+    known = {
+        name: field.get_default(call_default_factory=True, validated_data={})
+        for name, field in part.model_fields.items()
+        if not field.is_required()
+    }
+    whole = part.model_construct(**known)
+    dumped = whole.model_dump(mode="json", context=registry.context, include=set(known))
+    return {name: dumped[name] for name in known}
+
+
+def flat(tables: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted keys and values."""
+    rows: list[tuple[str, Any]] = []
+    for name, value in tables.items():
+        if isinstance(value, dict):
+            rows += flat(value, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", value))
+    return rows
+
+
+def inside(key: str, path: str) -> bool:
+    """Whether a dotted key lies in the table at `path`."""
+    return key.startswith(f"{path}.")
+
+
+def read_layer(source: Path | Mapping[str, Any]) -> Table:
+    """A TOML file, a run's saved config (JSON), or a table as it is."""
+    if not isinstance(source, Path):
+        return json.loads(json.dumps(source))  # type: ignore[no-any-return]
+    try:
+        text = source.read_text(encoding="utf-8")
+        table = json.loads(text) if source.suffix == ".json" else tomllib.loads(text)
+    except FileNotFoundError:
+        raise ConfigError(f"{source} is missing") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{source} cannot be read as a recipe: {error}") from None
+    if not isinstance(table, dict):
+        raise ConfigError(f"{source} holds no table")
+    return table.get("recipe", table)  # type: ignore[no-any-return]
+
+
+def override_layers(texts: Iterable[str]) -> list[Layer]:
+    """A layer for each KEY=VALUE; those that choose a part come before those that set its options.
+
+    So `network.width=8 network.use=smallcnn` means the same in both orders.
+    """
+    ordered = sorted(texts, key=_choice_first)
+    return [Layer(f"--set {text}", _override(text)) for text in ordered]
+
+
+def _choice_first(text: str) -> tuple[bool, int]:
+    key = text.partition("=")[0].strip()
+    return not key.endswith(".use"), key.count(".") if key.endswith(".use") else 0
+
+
+def _override(text: str) -> Table:
+    """`a.b=VALUE`; VALUE is TOML, or else a plain string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text}: wanted KEY=VALUE, such as optimizer.lr=0.01")
+    try:
+        return tomllib.loads(f"{key} = {value}")
+    except tomllib.TOMLDecodeError:
+        try:
+            return tomllib.loads(f"{key} = {json.dumps(value, ensure_ascii=False)}")
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"--set {text} is not KEY=VALUE: {error}") from None
+
+
+def choices(table: Mapping[str, Any]) -> Table:
+    """Only what chooses parts: every `use`, in its place."""
+    found: Table = {}
+    for name, value in table.items():
+        if isinstance(value, dict):
+            below = choices(value)
+            found |= {name: below} if below else {}
+        elif name == "use":
+            found[name] = value
+    return found
+
+
+def leading_comment(source: Any) -> str:
+    """The comment that a TOML file opens with, as one paragraph; empty for anything else."""
+    if not isinstance(source, Path):
+        return ""
+    words: list[str] = []
+    for line in source.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        words.append(line.lstrip("#").strip())
+    return " ".join(words)

@@ -1,0 +1,56 @@
+"""Metrics of a run, read from the device in bundles so that no step waits for them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jemkit.objective import Terms
+from jemkit.runtime.folder import RunFolder
+from jemkit.update import Guard
+
+GATHER = 20
+"""Steps between two readings of the metrics from the device."""
+
+
+class Journal:
+    """Keeps every step's metrics on the device until `gather` writes them to metrics.csv."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self._rows: list[tuple[dict[str, Any], list[str], Tensor]] = []
+
+    def note(self, known: dict[str, Any], terms: Terms, guard: Guard) -> None:
+        """Keep a step: what the host knows of it, and the tensors that the device has."""
+        seen: dict[str, Tensor] = {"loss": terms.total.detach()}
+        seen |= {f"loss {name}": part.detach() for name, (_, part) in terms.parts.items()}
+        seen |= terms.watched
+        if guard.seen is not None:
+            seen["gradient norm"] = guard.seen.grad_norm
+        self._rows.append((known, list(seen), torch.stack([t.float() for t in seen.values()])))
+
+    def gather(self) -> dict[str, Any]:
+        """Write what was kept; give the newest row back, empty where nothing was kept."""
+        if not self._rows:
+            return {}
+        values = torch.stack([tensor for _, _, tensor in self._rows]).tolist()
+        rows = [
+            with_gaps({**known, **dict(zip(names, read, strict=True))})
+            for (known, names, _), read in zip(self._rows, values, strict=True)
+        ]
+        self._rows = []
+        self.folder.append_metrics(rows)
+        return rows[-1]
+
+    def drop(self) -> None:
+        """Forget what was kept."""
+        self._rows = []
+
+
+def with_gaps(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of metrics with the differences of its mean energies."""
+    if "E(x+)" in row and "E(x-)" in row:
+        row = {**row, "gap x+ x-": row["E(x+)"] - row["E(x-)"]}
+    if "E(x~)" in row and "E(x)" in row:
+        row = {**row, "gap x~ x": row["E(x~)"] - row["E(x)"]}
+    return row

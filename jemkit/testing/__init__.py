@@ -1,0 +1,34 @@
+"""Conformance laws: what every part of a kind keeps, for plug-in authors to run on theirs.
+
+    from jemkit.testing import check_sampler
+    check_sampler(MySampler(step_size=0.1))
+
+Each raises ConformanceError with the law that was broken. All run on the CPU, on toys of 8 x 8
+pixels, in about a second, and need no test framework.
+"""
+
+from jemkit.testing.drawing import check_density, check_sampler, check_start
+from jemkit.testing.judging import check_attack, check_distance, check_evaluator
+from jemkit.testing.law import ConformanceError
+from jemkit.testing.modelling import check_backbone, check_energy_model, check_network
+from jemkit.testing.toys import toy_backbone, toy_batch, toy_model, toy_task
+from jemkit.testing.training import check_objective, check_updater
+
+__all__ = [
+    "ConformanceError",
+    "check_attack",
+    "check_backbone",
+    "check_density",
+    "check_distance",
+    "check_energy_model",
+    "check_evaluator",
+    "check_network",
+    "check_objective",
+    "check_sampler",
+    "check_start",
+    "check_updater",
+    "toy_backbone",
+    "toy_batch",
+    "toy_model",
+    "toy_task",
+]

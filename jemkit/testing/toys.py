@@ -1,0 +1,104 @@
+"""Toys to try parts on: a task of small random images, a small model, a batch."""
+
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from jemkit.backbone import Backbone, Task
+from jemkit.data import Augmentation, Bounds, Images, Views
+from jemkit.density import Buffer, Contrastive, DensitySpec, ReplayBuffer
+from jemkit.energy import EnergyModel, EnergyModelSpec, LogSumExp
+from jemkit.networks import NetworkSpec, SmallCNN, lent
+from jemkit.objective import Batch
+from jemkit.sampling import SGLD, Sampler
+from jemkit.starts import StartSpec, Uniform, images_hash
+
+
+def toy_images(n: int, n_classes: int, size: int, channels: int, seed: int) -> Images:
+    """Noise around a pattern of each class, uint8."""
+    rng = Generator().manual_seed(seed)
+    shape = (channels, size, size)
+    y = torch.arange(n) % n_classes
+    pattern = torch.rand((n_classes, *shape), generator=rng)
+    x = 0.7 * pattern[y] + 0.3 * torch.rand((n, *shape), generator=rng)
+    return Images((x * 255).round().to(torch.uint8), y)
+
+
+def toy_task(
+    n_classes: int = 3,
+    size: int = 8,
+    channels: int = 1,
+    n_train: int = 24,
+    seed: int = 0,
+    bounds: Bounds = Bounds(),
+) -> Task:
+    """A task of images that a small network can learn."""
+    whole = toy_images(2 * n_train, n_classes, size, channels, seed)
+    parts = {
+        "train": Images(whole.x[:n_train], whole.y[:n_train]),
+        "valid": Images(whole.x[n_train:], whole.y[n_train:]),
+    }
+
+    def images(split: Literal["train", "valid"]) -> Images:
+        return parts[split]
+
+    return Task(
+        shape=(channels, size, size),
+        n_classes=n_classes,
+        radius_px=25.5,
+        n_train=n_train,
+        total_steps=10,
+        images=images,
+        hash=images_hash(parts["train"]),
+        bounds=bounds,
+        augmentation=Augmentation(pad=1, flip=True),
+    )
+
+
+def toy_model(
+    task: Task,
+    network: NetworkSpec | None = None,
+    energy: EnergyModelSpec | None = None,
+    seed: int = 0,
+) -> EnergyModel:
+    """A small convolutional network with batch norm, unless another is named."""
+    network = SmallCNN(channels=2, norm="batch") if network is None else network
+    with lent(Generator().manual_seed(seed)):
+        built = network.build(task.shape)
+        return (LogSumExp() if energy is None else energy).build(built, task.n_classes)
+
+
+def toy_backbone(
+    task: Task,
+    model: EnergyModel | None = None,
+    density: DensitySpec | None = None,
+    *,
+    sampler: Sampler | None = None,
+    start: StartSpec | None = None,
+    buffer: Buffer | None = None,
+    steps: int = 2,
+    seed: int = 0,
+) -> Backbone:
+    """A backbone with a density: two steps of SGLD from a buffer of twelve slots."""
+    rng = Generator().manual_seed(seed)
+    p0 = (Uniform() if start is None else start).build(task, rng.device)
+    options = Buffer(capacity=4 * task.n_classes) if buffer is None else buffer
+    states = ReplayBuffer(options, p0, task.n_classes, rng)
+    spec = Contrastive() if density is None else density
+    kernel = SGLD(step_size=1.0, noise=0.01) if sampler is None else sampler
+    drawn = spec.build(kernel, steps, p0, states, task.bounds)
+    return Backbone(
+        toy_model(task) if model is None else model,
+        drawn,
+        views=Views(),
+        bounds=task.bounds,
+        radius_px=task.radius_px,
+    )
+
+
+def toy_batch(task: Task, n: int = 6, positives: int | None = None) -> Batch:
+    """The first n training images, plain in both views."""
+    images = task.images("train")
+    x: Tensor = task.bounds.from_unit(Images(images.x[:n], images.y[:n]).unit())
+    return Batch(x, images.y[:n], x[: n if positives is None else positives], torch.arange(n))

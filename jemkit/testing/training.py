@@ -1,0 +1,111 @@
+"""Laws of what trains: objectives and updaters."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from jemkit.backbone import Backbone
+from jemkit.checkpoint import same
+from jemkit.errors import Diverged
+from jemkit.objective import Objective, ObjectiveSpec, Terms
+from jemkit.testing.law import generator, plain, require, untouched
+from jemkit.testing.toys import toy_backbone, toy_batch, toy_model, toy_task
+from jemkit.update import Guard, UpdaterSpec
+
+
+def check_objective(objective: Objective[Any] | ObjectiveSpec) -> None:
+    """The laws of an objective: draws that leave the model alone, a loss that may be repeated."""
+    task = toy_task()
+    backbone, batch = toy_backbone(task), toy_batch(task, 6, positives=4)
+    backbone.model.train()
+    built = (
+        objective.build(task, generator()) if isinstance(objective, ObjectiveSpec) else objective
+    )
+    require(isinstance(built.needs_density, bool), built, "says whether it needs a density")
+    if not built.needs_density:
+        plainer = Backbone(backbone.model, bounds=task.bounds, radius_px=task.radius_px)
+        _check_draw(built, plainer, batch)
+    draws = _check_draw(built, backbone, batch)
+    backbone.model.eval()  # so that batch norm's running statistics stand still between calls
+    terms, again = built.loss(backbone, batch, draws), built.loss(backbone, batch, draws)
+    law = "the loss is pure: called again it is the same"
+    require(torch.equal(terms.total, again.total), built, law)
+    require(terms.total.shape == (), built, "the total is one number")
+    require(bool(terms.total.isfinite()), built, "the total is finite on a fresh model")
+    law = "the total is the weighted sum of its parts"
+    parts = sum((weight * term.detach() for weight, term in terms.parts.values()), torch.zeros(()))
+    require(torch.allclose(parts, terms.total.detach(), rtol=1e-5, atol=1e-6), built, law)
+    law = "a part of weight 0 is left out"
+    require(all(weight for weight, _ in terms.parts.values()), built, law)
+    watched = not any(t.requires_grad for t in terms.watched.values())
+    require(watched, built, "what is watched carries no graph")
+    grads = torch.autograd.grad(terms.total, [*backbone.model.parameters()], allow_unused=True)
+    moved = any(g is not None and bool(g.abs().max() > 0) for g in grads)
+    require(moved, built, "the total has a gradient for the model")
+
+
+def _check_draw(objective: Objective[Any], backbone: Backbone, batch: Any) -> Any:
+    before = [t.clone() for t in plain(batch)]
+    with untouched(backbone.model, objective):
+        draws = objective.draw(backbone, batch, generator())
+    attached = any(t.requires_grad for t in plain(draws))
+    require(not attached, objective, "what it draws carries no graph")
+    require(same(before, plain(batch)), objective, "leaves the batch alone")
+    return draws
+
+
+def check_updater(spec: UpdaterSpec) -> None:
+    """The laws of an update rule."""
+    still, moved = _Step(spec, lr=0.0), _Step(spec, lr=0.1)
+    law = "at a learning rate of 0 the weights stay bit for bit"
+    require(same(still.before, still.after), spec, law)
+    require(not same(moved.before, moved.after), spec, "a step moves the weights")
+    require(moved.calls >= 1, spec, "asks for the terms")
+    law = "the guard lets one update through in a step"
+    require(moved.guard.updates == 1, spec, law)
+    law = "running statistics learn once in an update, at the weights that it began with"
+    require(same(moved.statistics, moved.of_one_pass), spec, law)
+    require(same(moved.modes, still.modes), spec, "leaves train and eval modes alone")
+    broken = _Step(spec, lr=0.1, factor=float("nan"))
+    require(broken.diverged, spec, "a loss that is not finite raises Diverged")
+    law = "a loss that is not finite leaves the weights as they were"
+    require(same(broken.before, broken.after), spec, law)
+    flat = _Step(spec, lr=0.1, factor=0.0)
+    law = "a gradient of 0 moves nothing and makes no NaN"
+    require(same(flat.before, flat.after), spec, law)
+
+
+class _Step:
+    """One step on a toy, and what it did."""
+
+    def __init__(self, spec: UpdaterSpec, lr: float, factor: float = 1.0) -> None:
+        task = toy_task()
+        self.model, self.batch = toy_model(task), toy_batch(task)
+        self.model.train()
+        twin = toy_model(task)
+        twin.train()
+        twin(self.batch.x)
+        self.of_one_pass = {n: b.clone() for n, b in twin.named_buffers()}
+        self.before = _weights(self.model)
+        updater = spec.build(self.model, SGD(self.model.parameters(), lr=lr, momentum=0.9))
+        self.guard, self.calls, self.factor, self.diverged = Guard(), 0, factor, False
+        try:
+            updater.step(self.terms, self.guard)
+            self.guard.settle()
+        except Diverged:
+            self.diverged = True
+        self.after = _weights(self.model)
+        self.statistics = {n: b.clone() for n, b in self.model.named_buffers()}
+        self.modes = {n: m.training for n, m in self.model.named_modules()}
+
+    def terms(self) -> Terms:
+        self.calls += 1
+        logits = self.model(self.batch.x).logits
+        loss = nn.functional.cross_entropy(logits, self.batch.y)
+        return Terms.weighted({"p(y|x)": (1.0, self.factor * loss)})
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}

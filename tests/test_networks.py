@@ -1,0 +1,118 @@
+"""Networks have the layers, sizes and counts that their papers give."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import normal
+from torch import nn
+from toys import gen
+
+from jemkit.networks import MLP, WRN, SmallCNN, lent, norm_layer
+
+
+def built(spec: WRN | SmallCNN | MLP, *shape: int) -> nn.Module:
+    with lent(gen()):
+        return spec.build(shape)
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def convolutions(module: nn.Module) -> list[nn.Conv2d]:
+    return [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+
+
+@pytest.mark.parametrize(("norm", "millions"), [("none", 36.47), ("batch", 36.49)])
+def test_wrn_28_10_has_the_parameters_of_the_jem_family(norm: str, millions: float) -> None:
+    with torch.device("meta"):
+        network = WRN(norm=norm).build((3, 32, 32))
+    heads = 640 * 10 + 10 + 640 + 1  # the classifier, and the released code's unused energy head
+    assert round((count(network) + heads) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize(("depth", "width"), [(10, 1), (16, 2), (28, 10)])
+def test_a_wide_residual_network_has_depth_minus_three_convolutions_and_its_shortcuts(
+    depth: int, width: int
+) -> None:
+    with torch.device("meta"):
+        network = WRN(depth=depth, width=width, norm="none").build((3, 32, 32))
+    kernels = [m.kernel_size[0] for m in convolutions(network)]
+    assert kernels.count(3) == 1 + 6 * ((depth - 4) // 6)
+    assert kernels.count(1) == (3 if width > 1 else 2)  # at width 1 the first stage changes nothing
+    assert network.width == 64 * width
+    assert all(m.bias is not None for m in convolutions(network))
+
+
+def test_the_stride_sits_on_the_second_convolution_and_on_the_shortcut() -> None:
+    network = built(WRN(depth=10, width=1), 1, 32, 32)
+    strides = [(b.conv1.stride, b.conv2.stride) for b in network.blocks]
+    assert strides == [((1, 1), (1, 1)), ((1, 1), (2, 2)), ((1, 1), (2, 2))]
+    assert network.blocks[1].shortcut.stride == (2, 2)
+
+
+@pytest.mark.parametrize(("size", "stages"), [(8, 3), (32, 3), (63, 3), (64, 4)])
+def test_images_of_64_px_and_more_get_a_fourth_stage(size: int, stages: int) -> None:
+    network = built(WRN(depth=10, width=1), 3, size, size).eval()
+    assert len(network.blocks) == stages
+    features = network(normal(0, 2, 3, size, size))
+    assert features.shape == (2, 16 * 2 ** (stages - 1))
+    assert features.isfinite().all()
+
+
+@given(depth=st.integers(10, 60))
+def test_a_depth_that_is_not_6_n_plus_4_is_refused(depth: int) -> None:
+    if (depth - 4) % 6 == 0:
+        assert WRN(depth=depth).depth == depth
+        return
+    with pytest.raises(ValueError, match="6 n"):
+        WRN(depth=depth)
+
+
+@pytest.mark.parametrize("size", [8, 16, 28, 32, 64])
+@pytest.mark.parametrize("norm", ["none", "batch", "instance", "group"])
+def test_the_small_network_takes_every_image_size(size: int, norm: str) -> None:
+    network = built(SmallCNN(channels=3, norm=norm), 1, size, size)
+    assert network(normal(0, 2, 1, size, size)).shape == (2, network.width)
+
+
+def test_the_small_network_has_the_parameters_that_its_docstring_says() -> None:
+    network = built(SmallCNN(), 1, 8, 8)
+    assert 18_500 < count(network) + network.width * 10 + 10 < 19_500
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_a_perceptron_has_its_layers(layers: int) -> None:
+    network = built(MLP(hidden=5, layers=layers), 3, 2, 2)
+    assert sum(isinstance(m, nn.Linear) for m in network.modules()) == layers
+    assert network(normal(0, 4, 3, 2, 2)).shape == (4, 5)
+
+
+def test_the_momentum_of_batch_norm_is_an_option() -> None:
+    for momentum in (0.1, 0.9):
+        network = built(WRN(depth=10, width=1, bn_momentum=momentum), 1, 8, 8)
+        found = {m.momentum for m in network.modules() if isinstance(m, nn.BatchNorm2d)}
+        assert found == {momentum}
+    assert WRN().bn_momentum == 0.1
+
+
+@pytest.mark.parametrize(("norm", "kind"), [
+    ("none", nn.Identity), ("batch", nn.BatchNorm2d), ("instance", nn.InstanceNorm2d),
+    ("group", nn.GroupNorm),
+])  # fmt: skip
+def test_a_norm_is_what_it_is_called(norm: str, kind: type[nn.Module]) -> None:
+    assert isinstance(norm_layer(norm, 6), kind)
+
+
+@given(seed=st.integers(0, 1000))
+def test_lending_a_generator_moves_it_and_leaves_torchs_own_alone(seed: int) -> None:
+    own, rng = torch.get_rng_state(), gen(seed)
+    before = rng.get_state()
+    with lent(rng):
+        one = nn.Linear(3, 3)
+    with lent(rng):
+        other = nn.Linear(3, 3)
+    assert torch.equal(torch.get_rng_state(), own)
+    assert not torch.equal(rng.get_state(), before)
+    assert not torch.equal(one.weight, other.weight)
