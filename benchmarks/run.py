@@ -1,7 +1,6 @@
 """`make bench`: what a step costs, as ratios within one run, and the main job of three seeds."""
 
 import argparse
-import json
 import resource
 import statistics
 import subprocess
@@ -10,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from tools import in_turn, keep
+from tools import in_turn, keep, trained
 from torch import Generator
 
 from jemkit.backbone import Task
@@ -94,9 +93,11 @@ def one_step(steps: int, adv_steps: int) -> None:
 def main_job(seeds: int) -> None:
     """`jemkit train` as README has it, against pgdat with the same network and schedule."""
     rows = []
-    for backbone, objective in (("sadajem", "ebjdat"), ("classifier", "pgdat")):
-        for seed in range(seeds):
-            rows.append(trained(backbone, objective, seed))
+    with tempfile.TemporaryDirectory() as folder:
+        for backbone, objective in (("sadajem", "ebjdat"), ("classifier", "pgdat")):
+            for seed in range(seeds):
+                arguments = ["--backbone", backbone, "--objective", objective, "--seed", str(seed)]
+                rows.append(trained(arguments, Path(folder) / f"{objective}-{seed}"))
     names = ("clean_accuracy", "pgd_accuracy", "energy_gap_mean", "energy_gap_relative", "seconds")
     means = {
         f"{b} x {o}": {
@@ -105,17 +106,6 @@ def main_job(seeds: int) -> None:
         for b, o in (("sadajem", "ebjdat"), ("classifier", "pgdat"))
     }
     keep("main_job", {"means": means, "runs": rows})
-
-
-def trained(backbone: str, objective: str, seed: int) -> dict[str, object]:
-    """The JSON line of one run of the command."""
-    with tempfile.TemporaryDirectory() as folder:
-        jemkit = Path(sys.executable).with_name("jemkit")
-        command = [jemkit, "train", "--backbone", backbone, "--objective", objective]
-        command += ["--seed", str(seed), "--out", f"{folder}/run", "--json", "--quiet"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    line = json.loads(done.stdout.splitlines()[-1])
-    return {name: value for name, value in line.items() if name != "run"}
 
 
 if __name__ == "__main__":

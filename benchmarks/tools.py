@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,9 @@ def machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.split(":")[1] for line in info.read_text().splitlines() if "model name" in line]
+        names = [
+            line.split(":")[1] for line in info.read_text().splitlines() if "model name" in line
+        ]
         cpu = names[0].strip() if names else cpu
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {"cpu": cpu, "cores": os.cpu_count(), "gpu": gpu, "threads": torch.get_num_threads()}
@@ -36,7 +40,9 @@ def keep(name: str, figures: Any) -> None:
     print(name, json.dumps(figures, indent=1))
 
 
-def in_turn(first: Callable[[], Any], second: Callable[[], Any], rounds: int = 15) -> dict[str, Any]:
+def in_turn(
+    first: Callable[[], Any], second: Callable[[], Any], rounds: int = 15
+) -> dict[str, Any]:
     """Two functions timed in turn: medians in milliseconds, and the median ratio pair by pair."""
     first(), second()
     pairs = [(_seconds(first), _seconds(second)) for _ in range(rounds)]
@@ -45,6 +51,18 @@ def in_turn(first: Callable[[], Any], second: Callable[[], Any], rounds: int = 1
         "second_ms": 1e3 * statistics.median(b for _, b in pairs),
         "ratio": statistics.median(a / b for a, b in pairs),
     }
+
+
+def trained(arguments: list[str], out: Path) -> dict[str, Any]:
+    """The JSON line of `jemkit train ARGUMENTS --out OUT`; a run that is there is not run again."""
+    kept = out.with_suffix(".json")
+    if not kept.exists():
+        jemkit = str(Path(sys.executable).with_name("jemkit"))
+        command = [jemkit, "train", *arguments, "--out", str(out), "--json", "--quiet"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        kept.write_text(done.stdout.splitlines()[-1])
+    line = json.loads(kept.read_text())
+    return {name: value for name, value in line.items() if name != "run"}
 
 
 def _seconds(function: Callable[[], Any]) -> float:

@@ -23,9 +23,10 @@ from jemkit.options import Options, PartOf
 from jemkit.recipe import Recipe, resolve
 from jemkit.registry import Registry, installed
 from jemkit.sampling import PYLD, SGLD, Sampler, SignDescent, chain, gradient, run
+from jemkit.session import train
 from jemkit.splits import Splits
 from jemkit.starts import Start
-from jemkit.training import Trainer, check, train, train_step
+from jemkit.training import Trainer, check, train_step
 from jemkit.update import SAM, Guard, Plain, Updater
 
 __all__ = [

@@ -10,6 +10,7 @@ from jemkit.backbone import Backbone, Task
 from jemkit.data import Loader
 from jemkit.distance import Distance
 from jemkit.errors import DataError, MisfitError
+from jemkit.modes import eval_mode
 from jemkit.objective import Objective, ObjectiveSpec, Remembering
 from jemkit.recipe import Recipe
 from jemkit.runtime.numerics import InPrecision, device_of, laid_out
@@ -31,6 +32,33 @@ class Assembly(NamedTuple):
     updater: Updater
     ema: EMA | None
     loader: Loader  # with a generator of its own, so that a sampler never moves the data
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a step changes."""
+        density = self.backbone.density if self.backbone.has_density else None
+        remembered = self.objective if isinstance(self.objective, Remembering) else None
+        return {
+            "model": self.backbone.model.state_dict(),
+            "ema": self.ema.average if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "density": density.state_dict() if density else None,
+            "objective": remembered.state_dict() if remembered else None,
+            "loader": self.loader.state_dict(),
+            "rng": self.rng.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        load_model(self.backbone.model, state["model"])
+        if self.ema is not None:
+            for name, tensor in self.ema.average.items():
+                tensor.copy_(state["ema"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.backbone.has_density:
+            self.backbone.density.load_state_dict(state["density"])
+        if isinstance(self.objective, Remembering):
+            self.objective.load_state_dict(state["objective"])
+        self.loader.load_state_dict(state["loader"])
+        self.rng.set_state(state["rng"])
 
 
 def put_together(recipe: Recipe) -> Assembly:
@@ -125,8 +153,9 @@ def check_distance(recipe: Recipe, task: Task, backbone: Backbone, device: torch
             f"least; these have {task.shape[1]}. Choose objective.distance none, l2 or logits"
         )
     if isinstance(distance, Distance):  # missing weights are told now, not at the first step
-        x = task.bounds.from_unit(task.images("train").take(torch.arange(1)).unit())
-        distance.bind(backbone.model, x.to(device), task.bounds)
+        x = task.bounds.from_unit(task.images("train").take(torch.arange(1)).unit()).to(device)
+        with torch.no_grad(), eval_mode(backbone.model):
+            distance.bind(backbone.model, x, task.bounds)
 
 
 def load_model(model: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -8,13 +8,13 @@ import torch
 from torch import Generator, Tensor, nn
 
 from jemkit.data import Augmentation, Bounds, Images, Stream, Views
-from jemkit.density import Buffer, Density, DensitySpec, ReplayBuffer
+from jemkit.density import Buffer, Contrastive, Density, DensitySpec, ReplayBuffer
 from jemkit.energy import EnergyModel, EnergyModelSpec, LogitEnergy, Scores
 from jemkit.errors import MisfitError
 from jemkit.modes import batch_norms, frozen_batch_stats
 from jemkit.networks import Adapted, NetworkSpec, Shape, lent
-from jemkit.sampling import Sampler
-from jemkit.starts import StartSpec
+from jemkit.sampling import SGLD, Sampler
+from jemkit.starts import Start, StartSpec, UniformStart
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,31 @@ class Backbone:
         self._separate = bool(batch_norms(model))
 
     @classmethod
-    def of_module(cls, module: nn.Module, n_classes: int, **settings: object) -> "Backbone":
-        """A backbone without density around any module that returns logits [B, K]."""
-        return cls(LogitEnergy(Adapted(module, n_classes)), **settings)  # type: ignore[arg-type]
+    def of_module(
+        cls,
+        module: nn.Module,
+        *,
+        shape: Shape,
+        n_classes: int,
+        rng: Generator,
+        sampler: Sampler | None = None,
+        steps: int = 10,
+        start: Start | None = None,
+        buffer: Buffer | None = None,
+        views: Views | None = None,
+        bounds: Bounds = Bounds(),
+        radius_px: float = 8.0,
+    ) -> "Backbone":
+        """A backbone around any module that maps images in `bounds` to logits [B, K].
+
+        Chains are noisy SGLD with a clamped gradient from uniform pixels, unless told otherwise.
+        """
+        p0 = UniformStart(shape, bounds) if start is None else start
+        states = ReplayBuffer(Buffer() if buffer is None else buffer, p0, n_classes, rng)
+        kernel = SGLD(noise=0.01, clip=1.0) if sampler is None else sampler
+        density = Contrastive().build(kernel, steps, p0, states, bounds)
+        model = LogitEnergy(Adapted(module, n_classes))
+        return cls(model, density, views=views, bounds=bounds, radius_px=radius_px)
 
     @property
     def has_density(self) -> bool:

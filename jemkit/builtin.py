@@ -6,7 +6,7 @@ from jemkit.attack import PGD, Attack
 from jemkit.density import Contrastive, DensitySpec
 from jemkit.distance import L2, Distance, Logits, Nothing
 from jemkit.energy import EnergyModelSpec, LinearHead, LogSumExp
-from jemkit.evaluation import Accuracy, EnergyGap, Evaluator, Robustness
+from jemkit.evaluation import Accuracy, Evaluator, Robustness
 from jemkit.hookspecs import hookimpl
 from jemkit.networks import MLP, WRN, NetworkSpec, SmallCNN
 from jemkit.sampling import PYLD, SGLD, L2Descent, Sampler, SignDescent
@@ -56,4 +56,4 @@ def jemkit_attacks() -> Mapping[str, type[Attack]]:
 
 @hookimpl
 def jemkit_evaluators() -> Mapping[str, type[Evaluator]]:
-    return {"accuracy": Accuracy, "robustness": Robustness, "energygap": EnergyGap}
+    return {"accuracy": Accuracy, "robustness": Robustness}

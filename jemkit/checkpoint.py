@@ -37,14 +37,26 @@ def save(path: Path, state: dict[str, Any]) -> str:
         hashes = {name: file_hash(work / name) for name in FILES}
         write_json(work / MANIFEST, {"format": FORMAT, "sha256": hashes})
         os.chmod(work, 0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(work, path)
-        sync_folder(path.parent)
+        _put(work, path)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
     return hashes[MODEL]
+
+
+def _put(work: Path, path: Path) -> None:
+    """Rename `work` to `path`; what stood there is deleted last, or put back on an error."""
+    aside = work.with_name(f"{work.name}.old")
+    if path.exists():
+        os.replace(path, aside)
+    try:
+        os.replace(work, path)
+    except BaseException:
+        if aside.exists():
+            os.replace(aside, path)
+        raise
+    sync_folder(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -87,19 +87,29 @@ class Accuracy(Options):
 
 
 class Robustness(Options):
-    """Accuracy under PGD, at a radius in 1/255 of the pixel range."""
+    """Accuracy under PGD, and how far apart the attack drives the energies (the paper's Table 1).
+
+    `gap_mean` and `gap_variance` are of |E(x~) - E(x)|, image by image; `gap_signed` is without the
+    bars, `gap_joint` of E(x, y); `gap_relative` is the mean over the standard deviation of E(x),
+    since the gap scales with the logits. The radius is in 1/255 of the pixel range.
+    """
 
     steps: int = Field(20, ge=1)
     radius_px: float | None = Field(None, gt=0)
     norm: Ball = "Linf"
 
     def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
-        right = 0
+        right, rows = 0, []
         for x, y in batches(data, ctx):
             x_adv = self.attacked(subject, x, y, ctx)
             with torch.no_grad():
-                right += int((subject(x_adv).argmax(1) == y).sum())
-        return [share(f"pgd{self.steps}", right, len(data.y), self.card(ctx))]
+                clean, adv = subject.scores(x), subject.scores(x_adv)
+            right += int((adv.logits.argmax(1) == y).sum())
+            rows.append(torch.stack([clean.energy, adv.energy, clean.joint(y), adv.joint(y)]))
+        card = self.card(ctx)
+        gaps = energy_gaps(*torch.cat(rows, dim=1).double())
+        accuracy = share(f"pgd{self.steps}", right, len(data.y), card)
+        return [accuracy, *(Figure(k, v, None, None, len(data.y), card) for k, v in gaps.items())]
 
     def attacked(self, subject: PixelModel, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
         """x~ in [0, 1], by PGD on the cross-entropy."""
@@ -111,6 +121,7 @@ class Robustness(Options):
         return attack.draw(subject, loss, x, ctx.rng, bounds=UNIT, radius_px=ctx.radius_px)
 
     def card(self, ctx: Context) -> dict[str, Any]:
+        """The protocol of every figure."""
         radius = ctx.radius_px if self.radius_px is None else self.radius_px
         return {
             **ctx.card,
@@ -124,35 +135,16 @@ class Robustness(Options):
         }
 
 
-class EnergyGap(Options):
-    """One-to-one energy differences between PGD's images and the clean ones (the paper's Table 1).
-
-    `gap_mean` and `gap_variance` are of |E(x~) - E(x)|; `gap_relative` is the mean over the
-    standard deviation of E(x), since the gap scales with the logits.
-    """
-
-    steps: int = Field(20, ge=1)
-    radius_px: float | None = Field(None, gt=0)
-
-    def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
-        attack = Robustness(steps=self.steps, radius_px=self.radius_px)
-        rows = []
-        for x, y in batches(data, ctx):
-            x_adv = attack.attacked(subject, x, y, ctx)
-            with torch.no_grad():
-                clean, adv = subject.scores(x), subject.scores(x_adv)
-            rows.append(torch.stack([clean.energy, adv.energy, clean.joint(y), adv.joint(y)]))
-        clean, adv, joint, joint_adv = torch.cat(rows, dim=1).double()
-        gap = (adv - clean).abs()
-        values = {
-            "gap_mean": gap.mean(),
-            "gap_variance": gap.var(correction=0),
-            "gap_signed": (adv - clean).mean(),
-            "gap_joint": (joint_adv - joint).mean(),
-            "gap_relative": gap.mean() / clean.std(correction=0),
-        }
-        card = attack.card(ctx)
-        return [Figure(k, float(v), None, None, len(gap), card) for k, v in values.items()]
+def energy_gaps(clean: Tensor, adv: Tensor, joint: Tensor, joint_adv: Tensor) -> dict[str, float]:
+    """Statistics of one-to-one differences of E(x) and E(x, y), each [N]."""
+    gap = (adv - clean).abs()
+    return {
+        "gap_mean": float(gap.mean()),
+        "gap_variance": float(gap.var(correction=0)),
+        "gap_signed": float((adv - clean).mean()),
+        "gap_joint": float((joint_adv - joint).mean()),
+        "gap_relative": float(gap.mean() / clean.std(correction=0)),
+    }
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:

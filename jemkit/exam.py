@@ -5,12 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from jemkit.backbone import Backbone, Task
 from jemkit.data import Images, checked
-from jemkit.evaluation import Accuracy, Context, EnergyGap, Figure, PixelModel, Robustness, evaluate
-from jemkit.pictures import save_grid
+from jemkit.evaluation import (
+    Accuracy,
+    Context,
+    Figure,
+    PixelModel,
+    Robustness,
+    batches,
+    evaluate,
+)
+from jemkit.modes import eval_mode, frozen
+from jemkit.pictures import save_energies, save_grid
 from jemkit.runtime.folder import versions
 from jemkit.splits import Splits
 from jemkit.starts import Labelled
@@ -35,26 +44,44 @@ class Exam:
         part = Images(valid.x[:n_robust], valid.y[:n_robust])
         ctx = Context(self._generator("validate"), self.task.radius_px)
         (clean,) = evaluate(self._subject(), valid, [Accuracy()], ctx)
-        (robust,) = evaluate(self._subject(), part, [Robustness(steps=10)], ctx)
+        robust, *_ = evaluate(self._subject(), part, [Robustness(steps=10)], ctx)
         return {"accuracy": clean.value, "pgd10": robust.value}
 
     def draw_grid(self, path: Path) -> None:
         """Samples of fresh chains, a row a class where the start knows classes."""
         if not self.backbone.has_density:
             return
-        density, k = self.backbone.density, self.task.n_classes
-        rng = self._generator("grid")
-        y = torch.arange(GRID, device=rng.device) * min(k, 10) // GRID
-        start = Labelled(density.start, y)
-        x = density.sample(self.backbone.model, GRID, rng, steps=GRID_STEPS, start=start)
-        save_grid(path, self.task.bounds.to_unit(x))
+        save_grid(path, self.task.bounds.to_unit(self._samples(self._generator("grid"))))
+
+    def draw_energies(self, path: Path) -> None:
+        """Histograms of E(x) of validation images, of PGD-20's and of samples (Figure 1)."""
+        valid = self.splits.images("valid")
+        ctx = Context(self._generator("energies"), self.task.radius_px)
+        subject, attack = self._subject(), Robustness()
+        rows: dict[str, list[Tensor]] = {"clean": [], "PGD-20": []}
+        with frozen(subject), eval_mode(subject):
+            for x, y in batches(valid, ctx):
+                rows["clean"].append(subject.scores(x).energy)
+                rows["PGD-20"].append(subject.scores(attack.attacked(subject, x, y, ctx)).energy)
+            if self.backbone.has_density:
+                drawn = self.task.bounds.to_unit(self._samples(ctx.rng))
+                rows["samples"] = [subject.scores(drawn).energy]
+        title = f"PGD-20 at {self.task.radius_px:g}/255, L-inf; fresh chains of {GRID_STEPS} steps"
+        save_energies(path, {name: torch.cat(found) for name, found in rows.items()}, title)
 
     def judge(self, card: dict[str, Any]) -> list[Figure]:
         """Clean accuracy, PGD-20 and the energy gap on the whole test split."""
         data = checked(self.splits.images("test"), self.task.n_classes, "the test split")
         about = {"split": "test", "images": len(data.y), "seed": self.seed, "versions": versions()}
         ctx = Context(self._generator("test"), self.task.radius_px, card={**about, **card})
-        return evaluate(self._subject(), data, [Accuracy(), Robustness(), EnergyGap()], ctx)
+        return evaluate(self._subject(), data, [Accuracy(), Robustness()], ctx)
+
+    def _samples(self, rng: Generator) -> Tensor:
+        """GRID images in the model's range, in the order of their starts' classes."""
+        density = self.backbone.density
+        y = torch.arange(GRID, device=rng.device) * min(self.task.n_classes, 10) // GRID
+        start = Labelled(density.start, y)
+        return density.sample(self.backbone.model, GRID, rng, steps=GRID_STEPS, start=start)
 
     def _subject(self) -> PixelModel:
         return PixelModel(self.backbone.model, self.task.bounds)

@@ -15,7 +15,6 @@ from jemkit.assembly import load_model, task_of
 from jemkit.backbone import Backbone, Task
 from jemkit.density import Density, ReplayBuffer
 from jemkit.errors import ConfigError, DataError, MisfitError
-from jemkit.modes import eval_mode
 from jemkit.pictures import save_grid, to_bytes
 from jemkit.recipe import resolve
 from jemkit.registry import Registry
@@ -88,7 +87,8 @@ def sample(
         steps = STEPS if steps is None else steps
         name = start or resolved.tables["backbone"].get("start", {}).get("use", "the backbone's")
         x = _fresh(backbone, density, task, registry, start, n, steps, rng, y)
-        how = {"source": "chains", "start": name, "steps": steps}
+        energy = "E(x)" if y is None else "E(x, y)"
+        how = {"source": "chains", "start": name, "steps": steps, "energy": energy}
     protocol = {
         **how,
         "run": str(folder.path),
@@ -107,19 +107,18 @@ def sample(
 def save(samples: Samples, out: Path | None = None) -> tuple[Path, Path]:
     """Write a PNG grid and an .npz of the images; the names hold a hash of the protocol.
 
-    The .npz has `images` [N, H, W, C] in 0..255, `y` where classes were asked for, and `protocol`,
-    a JSON string.
+    The .npz has `images` [N, H, W, C] in 0..255, `y` (empty where no classes were asked for), and
+    `protocol`, a JSON string.
     """
     text = json.dumps(samples.protocol, sort_keys=True)
     folder = Path(samples.protocol["run"]) / "samples" if out is None else out
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{samples.protocol['source']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     png, npz = folder / f"{stem}.png", folder / f"{stem}.npz"
-    arrays = {"images": to_bytes(samples.pixels).permute(0, 2, 3, 1).numpy()}
-    if samples.y is not None:
-        arrays["y"] = samples.y.cpu().numpy()
+    images = to_bytes(samples.pixels).permute(0, 2, 3, 1).numpy()
+    y = np.empty(0, np.int64) if samples.y is None else samples.y.cpu().numpy()
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, protocol=np.array(text), **arrays)
+    np.savez_compressed(buffer, images=images, y=y, protocol=np.array(text))
     save_grid(png, samples.pixels)
     write_bytes(npz, buffer.getvalue())
     return png, npz
@@ -165,7 +164,7 @@ def _checkpoint(folder: RunFolder, which: str) -> tuple[Path, dict[str, Any], st
 def _kept(
     density: Density, state: dict[str, Any], n: int, rng: Generator, y: Tensor | None
 ) -> Tensor:
-    """n different states of the buffer; where it is class-conditional, of the classes y."""
+    """n states of the buffer; of the classes y where it is class-conditional."""
     if not isinstance(density, Buffered):
         raise MisfitError("this density keeps no buffer; draw fresh chains instead")
     density.load_state_dict(state)
@@ -185,10 +184,8 @@ def _fresh(
 ) -> Tensor:
     p0 = density.start if start is None else registry["start"][start]().build(task, rng.device)
     pieces = []
-    with eval_mode(backbone.model):
-        for at in range(0, n, TOGETHER):
-            part = None if y is None else y[at : at + TOGETHER]
-            count = min(TOGETHER, n - at)
-            x = density.sample(backbone.model, count, rng, steps=steps, start=p0, y=part)
-            pieces.append(x)
+    for at in range(0, n, TOGETHER):
+        part = None if y is None else y[at : at + TOGETHER]
+        count = min(TOGETHER, n - at)
+        pieces.append(density.sample(backbone.model, count, rng, steps=steps, start=p0, y=part))
     return torch.cat(pieces)

@@ -68,13 +68,13 @@ class Stack:
                 there = ", ".join(sorted(OPTIMIZERS))
                 raise UnknownName(
                     f"no optimizer {use!r}{nearest(str(use), OPTIMIZERS)}. "
-                    f"There are: {there} ({origin})"
+                    f"There are: {there}{spoken(origin)}"
                 )
             return use, {}
         try:
             part, named = self.registry[kind].named(str(use))
         except ConfigError as error:
-            raise type(error)(f"{error} ({origin})") from None
+            raise type(error)(f"{error}{spoken(origin)}") from None
         numbers = {k: int(v) if v.isdigit() else v for k, v in named.items()}
         return self.registry[kind].name_of(part), numbers
 
@@ -88,6 +88,12 @@ class Stack:
         if kind is None or kind == "optimizer":
             return None
         return part_kind(self.registry[kind][table["use"]], name)
+
+
+def spoken(origin: str) -> str:
+    """Where a mistake came from, for the end of a message; a default needs no word."""
+    words = {"option": "a named option", "": "", "default": ""}.get(origin, origin)
+    return f" (from {words})" if words else ""
 
 
 def part_kind(part: type[Options], name: str) -> str | None:
@@ -118,6 +124,14 @@ def flat(tables: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         else:
             rows.append((f"{prefix}{name}", value))
     return rows
+
+
+def table_at(tables: Mapping[str, Any], where: Iterable[str]) -> Mapping[str, Any]:
+    """The table at a path; an empty one where there is none."""
+    for name in where:
+        below = tables.get(name)
+        tables = below if isinstance(below, dict) else {}
+    return tables
 
 
 def inside(key: str, path: str) -> bool:

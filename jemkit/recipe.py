@@ -22,6 +22,8 @@ from jemkit.layers import (
     override_layers,
     part_defaults,
     read_layer,
+    spoken,
+    table_at,
 )
 from jemkit.objective import Objective, ObjectiveSpec
 from jemkit.options import Options, PartOf, nearest
@@ -52,6 +54,7 @@ class Run(Options):
     deterministic: bool = False
     threads: int | None = Field(None, ge=1)  # of the CPU; None: torch's own choice
     eval_images: int = Field(256, ge=1)  # of validation, under PGD-10 after each epoch
+    tensorboard: bool = False  # write TensorBoard files beside metrics.csv
     keep: int = Field(2, ge=1)  # newest checkpoints to keep, beside the best
 
 
@@ -212,14 +215,13 @@ def _line(
     if mistake["type"] == "part" and isinstance(mistake["input"], str):
         message += f"; choose one by {key}.use"
     if where in unknown:
-        table = _table(tables, where[:-1])
+        table = table_at(tables, where[:-1])
         known = [name for name in table if (*where[:-1], name) not in unknown and name != "use"]
         message = f"no such option{nearest(where[-1], known)}. There are: {', '.join(known)}"
     origin = origins.get(key) or next((o for k, o in origins.items() if inside(k, key)), "")
-    notes = [] if isinstance(mistake["input"], dict) else [f"got {mistake['input']!r}"]
-    if where in unknown or notes:
-        notes += [f"from {origin}"] if origin not in ("", "default") else []
-    return f"{key}: {message} ({', '.join(notes)})" if notes else f"{key}: {message}"
+    whole = isinstance(mistake["input"], dict) and where not in unknown
+    got = "" if isinstance(mistake["input"], dict) else f"; got {mistake['input']!r}"
+    return f"{key}: {message}{got}{'' if whole else spoken(origin)}"
 
 
 def _where(mistake: Mapping[str, Any]) -> tuple[str, ...]:
@@ -228,13 +230,6 @@ def _where(mistake: Mapping[str, Any]) -> tuple[str, ...]:
     if loc[0] == "optimizer" and loc[1:2] and loc[1] in OPTIMIZERS:
         del loc[1]
     return tuple(loc)
-
-
-def _table(tables: Mapping[str, Any], where: tuple[str, ...]) -> Mapping[str, Any]:
-    for name in where:
-        below = tables.get(name)
-        tables = below if isinstance(below, dict) else {}
-    return tables
 
 
 def schema(registry: Registry) -> Table:

@@ -11,19 +11,18 @@ from torch import Generator
 from jemkit import checkpoint
 from jemkit.assembly import check, load_model, put_together
 from jemkit.backbone import Backbone
-from jemkit.errors import DataError, Diverged, Preempted
+from jemkit.errors import Diverged, Preempted
 from jemkit.evaluation import Figure
 from jemkit.exam import Exam
 from jemkit.objective import Batch, Objective, Remembering, Terms
 from jemkit.pictures import save_curves
-from jemkit.recipe import Recipe, Resolved, complete
-from jemkit.registry import Registry
+from jemkit.recipe import Recipe, Resolved
 from jemkit.runtime.folder import RunFolder
-from jemkit.runtime.journal import GATHER, Journal
+from jemkit.runtime.journal import GATHER, PATIENCE, Journal
 from jemkit.runtime.numerics import Precision, numerics
 from jemkit.update import Guard, Updater
 
-__all__ = ["Summary", "Trainer", "check", "train", "train_step"]
+__all__ = ["Summary", "Trainer", "check", "train_step"]
 
 Watch = Callable[[str, dict[str, Any]], None]
 """Told of "start", "step", "epoch" and "end", with what there is to show."""
@@ -89,11 +88,11 @@ class Trainer:
         self.recipe: Recipe = resolved.recipe
         self.folder, self.watch = folder, watch or (lambda kind, what: None)
         self.stop: Callable[[], bool] = lambda: False  # polled between steps
-        parts = put_together(self.recipe)
+        self.parts = parts = put_together(self.recipe)
         self.task, self.splits, self.rng = parts.task, parts.splits, parts.rng
         self.backbone, self.objective, self.loader = parts.backbone, parts.objective, parts.loader
         self.optimizer, self.updater, self.ema = parts.optimizer, parts.updater, parts.ema
-        self.guard, self.journal = Guard(), Journal(folder)
+        self.guard, self.journal = Guard(), Journal(folder, tensorboard=self.recipe.run.tensorboard)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
         self.seconds = 0.0
@@ -157,7 +156,7 @@ class Trainer:
             "images/s": round(len(batch.y) / spent, 1),
         }
         self.journal.note(known, terms, self.guard)
-        if self.step % GATHER == 0 or self.step == self.total_steps:
+        if self.step % GATHER == 0 or self.journal.age > PATIENCE:
             self.watch("step", {**self.journal.gather(), "step": self.step})
 
     def end_epoch(self) -> None:
@@ -198,6 +197,7 @@ class Trainer:
         }
         with self._numerics("fp32"):
             figures = self.exam(0).judge(card)
+            self.exam(0).draw_energies(self.folder.path / "energies.png")
         epochs, epoch = self.recipe.run.epochs, self.best["epoch"]
         summary = Summary(self.folder.path, epochs, epoch, self.seconds, figures)
         self.folder.event("end", figures=[figure._asdict() for figure in figures])
@@ -208,37 +208,18 @@ class Trainer:
         """A checkpoint of this very step."""
         self.guard.settle()
         self.journal.gather()
-        checkpoint.save(self.folder.checkpoints / f"step-{self.step:08d}", self.state_dict())
+        path = self.folder.checkpoints / f"step-{self.step:08d}"
+        if not (path / checkpoint.MANIFEST).exists():  # the end of an epoch saved it already
+            checkpoint.save(path, self.state_dict())
         checkpoint.prune(self.folder.checkpoints, self.recipe.run.keep)
 
     def state_dict(self) -> dict[str, Any]:
-        density = self.backbone.density if self.backbone.has_density else None
-        remembered = self.objective if isinstance(self.objective, Remembering) else None
-        return {
-            "model": self.backbone.model.state_dict(),
-            "ema": self.ema.average if self.ema else None,
-            "optimizer": self.optimizer.state_dict(),
-            "density": density.state_dict() if density else None,
-            "objective": remembered.state_dict() if remembered else None,
-            "loader": self.loader.state_dict(),
-            "rng": self.rng.get_state(),
-            "history": self.history,
-            "best": self.best,
-            "seconds": self.seconds,
-        }
+        """Everything that going on depends on."""
+        told = {"history": self.history, "best": self.best, "seconds": self.seconds}
+        return {**self.parts.state_dict(), **told}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_model(self.backbone.model, state["model"])
-        if self.ema is not None:
-            for name, tensor in self.ema.average.items():
-                tensor.copy_(state["ema"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.backbone.has_density:
-            self.backbone.density.load_state_dict(state["density"])
-        if isinstance(self.objective, Remembering):
-            self.objective.load_state_dict(state["objective"])
-        self.loader.load_state_dict(state["loader"])
-        self.rng.set_state(state["rng"])
+        self.parts.load_state_dict(state)
         self.history, self.best = list(state["history"]), dict(state["best"])
         self.seconds = state["seconds"]
 
@@ -255,44 +236,3 @@ class Trainer:
             f"diverged at step {self.step}: {error}; {where}. Lower optimizer.lr, raise "
             "backbone.steps or set backbone.density.penalty = 0.1, and --resume or begin again"
         )
-
-
-def train(
-    resolved: Resolved,
-    out: Path,
-    *,
-    registry: Registry,
-    resume: bool = False,
-    init_from: Path | None = None,
-    watch: Watch | None = None,
-    stop: Callable[[], bool] | None = None,
-) -> Summary:
-    """Train a recipe into the folder `out` and judge its best epoch on the test split.
-
-    Raises ConfigError or DataError before the first step, Diverged, or Preempted once it is saved.
-    """
-    whole = complete(resolved, registry)
-    folder = RunFolder.open(out) if resume else None
-    trainer = Trainer(whole, folder or RunFolder(out), watch)  # before anything is written
-    if stop is not None:
-        trainer.stop = stop
-    if folder is not None:
-        resume_from(trainer, folder)
-    else:
-        if init_from is not None:
-            load_model(trainer.backbone.model, checkpoint.load_weights(init_from))
-        RunFolder.create(out)
-        trainer.folder.write_config(whole.tables, whole.origins)
-    trainer.folder.link_latest()
-    trainer.folder.event("resume" if resume else "start", step=trainer.step)
-    trainer.run()
-    return trainer.finish()
-
-
-def resume_from(trainer: Trainer, folder: RunFolder) -> None:
-    """Put a trainer where the newest checkpoint of its folder stands."""
-    newest = checkpoint.newest(folder.checkpoints)
-    if newest is None:
-        raise DataError(f"{folder.path} holds no complete checkpoint to resume from")
-    trainer.load_state_dict(checkpoint.load(newest))
-    folder.drop_metrics_from(trainer.step)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import logits, normal, seeds
 from torch import Tensor, nn
-from toys import linear_model
+from toys import gen, linear_model
 
 from jemkit import Backbone, LogSumExpEnergy, ModelEnergy, Scores
 from jemkit.energy import LinearEnergy, LogitEnergy
@@ -132,10 +132,10 @@ def test_scores_of_a_joint_pass_split_into_their_streams() -> None:
 
 def test_a_plain_torch_module_of_logits_is_an_energy_model() -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
-    backbone = Backbone.of_module(module, 3)
+    backbone = Backbone.of_module(module, shape=(1, 3, 4), n_classes=3, rng=gen())
     x = normal(0, 4, 1, 3, 4)
     scores = backbone.model(x)
     assert torch.equal(scores.logits, module(x))
     torch.testing.assert_close(scores.energy, -module(x).logsumexp(1))
-    assert not backbone.has_density
+    assert backbone.has_density
     assert isinstance(linear_model(4, 3), LogSumExpEnergy)

@@ -1,6 +1,7 @@
 """Every registered part at the size of a toy, a data set of noise, and recipes of them."""
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -135,8 +136,8 @@ class ToyPlugin:
         return {"toy": Toy}
 
 
-def toy_registry() -> Registry:
-    """The built-in plug-ins and the toy data set."""
+def toy_registry(guests: Iterable[Plugin] = ()) -> Registry:
+    """The built-in plug-ins, the toy data set, and whoever else comes."""
     from importlib.metadata import entry_points
 
     plugins = [
@@ -144,7 +145,7 @@ def toy_registry() -> Registry:
         for e in set(entry_points(group="jemkit"))
         if e.dist and e.dist.name == "jemkit"
     ]
-    return registry_of([*plugins, Plugin("toy", ToyPlugin)])
+    return registry_of([*plugins, Plugin("toy", ToyPlugin), *guests])
 
 
 def toy_recipe(

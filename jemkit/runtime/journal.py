@@ -1,24 +1,33 @@
 """Metrics of a run, read from the device in bundles so that no step waits for them."""
 
+import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from jemkit.errors import ConfigError
 from jemkit.objective import Terms
 from jemkit.runtime.folder import RunFolder
 from jemkit.update import Guard
 
-GATHER = 20
-"""Steps between two readings of the metrics from the device."""
+GATHER, PATIENCE = 20, 1.0
+"""Steps, or seconds, between two readings of the metrics from the device."""
 
 
 class Journal:
     """Keeps every step's metrics on the device until `gather` writes them to metrics.csv."""
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, *, tensorboard: bool = False) -> None:
         self.folder = folder
+        self._board = _board(folder) if tensorboard else None
+        self._gathered = time.monotonic()
         self._rows: list[tuple[dict[str, Any], list[str], Tensor]] = []
+
+    @property
+    def age(self) -> float:
+        """Seconds since the last reading."""
+        return time.monotonic() - self._gathered
 
     def note(self, known: dict[str, Any], terms: Terms, guard: Guard) -> None:
         """Keep a step: what the host knows of it, and the tensors that the device has."""
@@ -31,6 +40,7 @@ class Journal:
 
     def gather(self) -> dict[str, Any]:
         """Write what was kept; give the newest row back, empty where nothing was kept."""
+        self._gathered = time.monotonic()
         if not self._rows:
             return {}
         values = torch.stack([tensor for _, _, tensor in self._rows]).tolist()
@@ -40,11 +50,25 @@ class Journal:
         ]
         self._rows = []
         self.folder.append_metrics(rows)
+        if self._board is not None:
+            for row in rows:
+                for name, value in row.items():
+                    self._board.add_scalar(name.replace(" ", "/"), value, row["step"])
         return rows[-1]
 
     def drop(self) -> None:
         """Forget what was kept."""
         self._rows = []
+
+
+def _board(folder: RunFolder) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError(
+            "run.tensorboard needs the package tensorboard: pip install 'jemkit[tensorboard]'"
+        ) from None
+    return SummaryWriter(folder.path / "tensorboard")
 
 
 def with_gaps(row: dict[str, Any]) -> dict[str, Any]:

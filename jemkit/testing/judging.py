@@ -66,7 +66,7 @@ def check_attack(attack: Attack) -> None:
         order = 2.0 if norm == "L2" else math.inf
         size = (x_adv - batch.x).flatten(1).norm(order, dim=1)
         law = "stays within the radius, which is in 1/255 of the range"
-        require(bool((size <= 25.5 / 255 + 1e-6).all()), attack, law)
+        require(bool((size <= task.bounds.px(25.5) + 1e-6).all()), attack, law)
 
 
 def check_evaluator(evaluator: Evaluator) -> None:

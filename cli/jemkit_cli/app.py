@@ -1,0 +1,44 @@
+"""The `jemkit` command."""
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from jemkit_cli import config, plugins
+from jemkit_cli.sample import sample
+from jemkit_cli.terminal import say
+from jemkit_cli.train import train
+
+app = typer.Typer(
+    name="jemkit",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train and sample joint energy-based models: any backbone with any objective.",
+)
+app.command()(train)
+app.command()(sample)
+app.add_typer(plugins.app, name="plugins")
+app.add_typer(config.app, name="config")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        say(version("jemkit"))
+        raise typer.Exit
+
+
+@app.callback()
+def _jemkit(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; exit codes: 2 usage, 3 recipe, 4 diverged, 5 stopped, 6 data, 130 ^C."""
+    app(args=arguments)

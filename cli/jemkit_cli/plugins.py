@@ -1,0 +1,129 @@
+"""`jemkit plugins`: which parts there are, who offers them, and what their options are."""
+
+import inspect
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jemkit_cli.terminal import guarded, installed_parts, say, say_json, show_table
+
+if TYPE_CHECKING:
+    from jemkit.registry import Offer, Registry
+
+app = typer.Typer(no_args_is_help=True, help="Parts and the plug-ins that offer them.")
+Json = Annotated[bool, typer.Option("--json", help="A JSON array of objects.")]
+NoPlugins = Annotated[
+    bool, typer.Option("--no-plugins", help="Only the parts that come with jemkit.")
+]
+
+
+@app.command("list")
+@guarded
+def list_parts(as_json: Json = False, no_plugins: NoPlugins = False) -> None:
+    """List every part, and every plug-in that was skipped and why."""
+    rows = _rows(installed_parts(third_party=not no_plugins))
+    if as_json:
+        say_json(rows, indent=1)
+    else:
+        show_table(list(rows[0]), [[str(cell or "") for cell in row.values()] for row in rows])
+
+
+@app.command()
+@guarded
+def info(
+    name: Annotated[str, typer.Argument(help="A part's name.")],
+    as_json: Json = False,
+    no_plugins: NoPlugins = False,
+) -> None:
+    """Tell what a part does and what its options are; a name may stand for parts of two kinds."""
+    registry = installed_parts(third_party=not no_plugins)
+    from jemkit.errors import UnknownName
+    from jemkit.options import nearest
+
+    offers = _offers(registry)
+    found = [_about(offer, registry) for offer in offers if offer.name == name]
+    if not found:
+        raise UnknownName(f"no part {name!r}{nearest(name, {o.name for o in offers})}")
+    if as_json:
+        say_json(found, indent=1)
+        return
+    for part in found:
+        say(f"{part['kind']} {part['name']}  ({part['distribution']} {part['version']})")
+        say(part["doc"])
+        rows = [[option["name"], option["type"], _shown(option)] for option in part["options"]]
+        if rows:
+            show_table(["option", "type", "default"], rows)
+        else:
+            say("no options\n")
+
+
+def _offers(registry: "Registry") -> list["Offer"]:
+    return [offer for shelf in registry.shelves.values() for offer in shelf.offers()]
+
+
+def _rows(registry: "Registry") -> list[dict[str, Any]]:
+    good = [
+        {
+            "kind": offer.kind,
+            "name": offer.name,
+            "distribution": offer.distribution,
+            "version": offer.version,
+            "state": "ok",
+            "fault": None,
+        }
+        for offer in _offers(registry)
+    ]
+    skipped = [
+        {
+            "kind": "plugin",
+            "name": fault.plugin,
+            "distribution": fault.distribution,
+            "version": fault.version,
+            "state": "skipped",
+            "fault": fault.reason,
+        }
+        for fault in registry.faults
+    ]
+    return good + skipped
+
+
+def _about(offer: "Offer", registry: "Registry") -> dict[str, Any]:
+    from jemkit.recipe import part_schema
+
+    schema = part_schema(offer.part, registry)
+    required = schema.get("required", [])
+    options = [
+        {
+            "name": name,
+            "type": _type(field),
+            "required": name in required,
+            "default": field.get("default"),
+        }
+        for name, field in schema.get("properties", {}).items()
+    ]
+    return {
+        "kind": offer.kind,
+        "name": offer.name,
+        "distribution": offer.distribution,
+        "version": offer.version,
+        "doc": inspect.getdoc(offer.part) or "",
+        "options": options,
+        "schema": schema,
+    }
+
+
+def _shown(option: dict[str, Any]) -> str:
+    return "(must be given)" if option["required"] else str(option["default"])
+
+
+def _type(field: dict[str, Any]) -> str:
+    """A field's type in a few words, from its JSON schema."""
+    if "enum" in field:
+        return " | ".join(map(str, field["enum"]))
+    if "anyOf" in field:
+        return " | ".join(_type(choice) for choice in field["anyOf"])
+    if "$ref" in field:
+        return "table"
+    use = field.get("properties", {}).get("use", {})
+    words = str(use.get("description", "")).removeprefix("the name of ")
+    return words or str(field.get("type", field.get("const", "any")))

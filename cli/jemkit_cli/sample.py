@@ -1,0 +1,71 @@
+"""`jemkit sample`: images from a trained run."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from jemkit_cli.terminal import guarded, installed_parts, say, say_json
+
+
+@guarded
+def sample(
+    run: Annotated[
+        Path, typer.Argument(help="The run's folder.", metavar="[RUN]")
+    ] = Path("runs/latest"),
+    n: Annotated[int, typer.Option("--n", help="How many images.")] = 100,
+    steps: Annotated[
+        int | None, typer.Option(help="Of each chain; 40 by default.", show_default=False)
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Where chains begin; the backbone's own start by default.",
+            show_default=False,
+        ),
+    ] = None,
+    source: Annotated[
+        Literal["chains", "buffer"], typer.Option("--from", help="Fresh chains, or the buffer.")
+    ] = "chains",
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--class", metavar="K", help="Chains of this class; repeatable, or `all`.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the chains.")] = 0,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run.")
+    ] = "auto",
+    checkpoint: Annotated[
+        Literal["best", "last"], typer.Option(help="Which weights of the run.")
+    ] = "best",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where to write; the run's samples/ by default.", show_default=False),
+    ] = None,
+    no_plugins: Annotated[
+        bool, typer.Option("--no-plugins", help="Only the parts that come with jemkit.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One line of JSON: the files and the protocol.")
+    ] = False,
+) -> None:  # fmt: skip
+    """Draw images from a run: a PNG grid and an .npz, with how they were drawn."""
+    registry = installed_parts(third_party=not no_plugins)
+    from jemkit.generation import sample as draw
+    from jemkit.generation import save
+
+    samples = draw(
+        run, registry=registry, n=n, steps=steps, start=start, source=source, classes=classes,
+        seed=seed, device=device, which=checkpoint,
+    )  # fmt: skip
+    png, npz = save(samples, out)
+    if as_json:
+        say_json({"png": str(png), "npz": str(npz), "protocol": samples.protocol})
+        return
+    say(f"grid {png}")
+    say(f"images {npz}")
+    for name, value in samples.protocol.items():
+        say(f"  {name}: {value}")

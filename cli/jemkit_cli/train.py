@@ -1,0 +1,204 @@
+"""`jemkit train`: a recipe into a run folder, judged at its end."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jemkit_cli import selection as pick
+from jemkit_cli.results import record, show
+from jemkit_cli.terminal import (
+    USAGE,
+    fail,
+    guarded,
+    installed_parts,
+    say,
+    say_json,
+    show_table,
+    watching,
+)
+
+if TYPE_CHECKING:
+    from jemkit.recipe import Resolved
+    from jemkit.registry import Registry
+    from jemkit.training import Summary
+
+RUNS = Path("runs")
+STOPPING = b"\nstopping after this step; once more ends at once\n"
+
+
+@guarded
+def train(
+    backbone: pick.Backbone = None,
+    objective: pick.Objective = None,
+    dataset: pick.Dataset = None,
+    network: pick.Network = None,
+    sampler: pick.Sampler = None,
+    updater: pick.Updater = None,
+    data_dir: pick.DataDir = None,
+    download: pick.Download = None,
+    epochs: pick.Epochs = None,
+    batch_size: pick.BatchSize = None,
+    seed: pick.Seed = None,
+    device: pick.Device = None,
+    precision: pick.Precision = None,
+    compile: pick.Compile = None,
+    channels_last: pick.ChannelsLast = None,
+    deterministic: pick.Deterministic = None,
+    preset: pick.Preset = None,
+    config: pick.Config = None,
+    overrides: pick.Set = None,
+    no_plugins: pick.NoPlugins = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The run's folder; a new one in runs/ by default.", show_default=False),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, or in runs/latest.")
+    ] = False,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(metavar="CHECKPOINT", help="Begin with these weights.", show_default=False),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Put the run together, check it, write nothing.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="End with one line of JSON on standard output.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show the results alone.")] = False,
+) -> None:
+    """Train any backbone with any objective, and judge the best epoch on the test split."""
+    options: dict[str, Any] = {
+        "backbone": backbone,
+        "objective": objective,
+        "dataset": dataset,
+        "network": network,
+        "sampler": sampler,
+        "updater": updater,
+        "data_dir": data_dir,
+        "download": download,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "seed": seed,
+        "precision": precision,
+        "compile": compile,
+        "channels_last": channels_last,
+        "deterministic": deterministic,
+    }
+    layers: dict[str, Any] = {"preset": preset, "config": config, "set": overrides}
+    if resume:
+        others = {**options, **layers, "init_from": init_from, "dry_run": dry_run or None}
+        _refuse_with_resume(others)
+    silent = quiet or as_json
+    registry = installed_parts(third_party=not no_plugins)
+    if resume:
+        out = (out or RUNS / "latest").resolve()
+        resolved = _saved(registry, out, device)
+    else:
+        resolved = pick.chosen(
+            registry, {**options, "device": device}, preset=preset, config=config,
+            overrides=overrides,
+        )  # fmt: skip
+        out = out or _new_run(resolved)
+    if preset is not None and not silent:
+        _introduce(registry, preset)
+    if dry_run:
+        _show_plan(resolved, out, init_from, as_json)
+        return
+    summary = _trained(registry, resolved, out, resume=resume, init_from=init_from, silent=silent)
+    if as_json:
+        say_json(record(summary, resolved))
+    else:
+        show(summary)
+
+
+def _refuse_with_resume(others: dict[str, Any]) -> None:
+    given = [f"--{name.replace('_', '-')}" for name, value in others.items() if value is not None]
+    if given:
+        fail(
+            f"--resume goes on with the recipe that the run was started with; leave out "
+            f"{', '.join(given)}",
+            USAGE,
+        )
+
+
+def _saved(registry: "Registry", out: Path, device: str | None) -> "Resolved":
+    """The recipe of the run in `out`, perhaps on another device."""
+    from jemkit.runtime.folder import RunFolder
+
+    RunFolder.open(out)
+    options = {"device": device}
+    return pick.chosen(registry, options, preset=None, config=out / "config.json", overrides=None)
+
+
+def _new_run(resolved: "Resolved") -> Path:
+    """A name that no run has yet: the parts and the time."""
+    parts = [resolved.tables[table]["use"] for table in ("backbone", "objective", "data")]
+    name = RUNS / "-".join([*parts, time.strftime("%Y%m%d-%H%M%S")])
+    again = (name.with_name(f"{name.name}-{count}") for count in range(2, 1000))
+    return next((path for path in (name, *again) if not path.exists()), name)
+
+
+def _introduce(registry: "Registry", preset: str) -> None:
+    from jemkit.recipe import about_preset
+
+    say(f"preset {preset}: {about_preset(registry, preset)}")
+
+
+def _trained(
+    registry: "Registry",
+    resolved: "Resolved",
+    out: Path,
+    *,
+    resume: bool,
+    init_from: Path | None,
+    silent: bool,
+) -> "Summary":
+    from jemkit.errors import Preempted
+    from jemkit.session import train as run
+
+    with watching(out, silent=silent) as watch, stopping() as stop:
+        try:
+            return run(
+                resolved, out, registry=registry, resume=resume, init_from=init_from,
+                watch=watch, stop=stop,
+            )  # fmt: skip
+        except Preempted as error:
+            raise Preempted(f"{error} --out {out}") from None
+
+
+@contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM came; a second SIGINT raises KeyboardInterrupt."""
+    came: list[int] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if came and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        came.append(number)
+        os.write(2, STOPPING)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _show_plan(resolved: "Resolved", out: Path, init_from: Path | None, as_json: bool) -> None:
+    from jemkit.plan import plan
+
+    found = plan(resolved, out, init_from=init_from)
+    if as_json:
+        say_json(found)
+        return
+    show_table(["", ""], [[name, str(value)] for name, value in found.items()])
+    say("nothing was written")

@@ -1,0 +1,231 @@
+"""Who may import whom, and what no file may hold."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from toys import root
+
+PACKAGES = {
+    "jemkit": root() / "jemkit",
+    "jemkit_plugins": root() / "plugins" / "jemkit_plugins",
+    "jemkit_cli": root() / "cli" / "jemkit_cli",
+}
+OWNER = {path: package for package, at in PACKAGES.items() for path in at.rglob("*.py")}
+FILES = sorted(OWNER)
+OURS = set(PACKAGES)
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(root())))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Every module that some import names, wherever it stands."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif (
+            isinstance(node, ast.Call)
+            and name_of(node.func).endswith("import_module")
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            found.add(str(node.args[0].value))
+    return found
+
+
+def at_import(tree: ast.Module) -> set[str]:
+    """The modules that come in when this one is imported."""
+    found: set[str] = set()
+    queue: list[ast.AST] = list(tree.body)
+    while queue:
+        node = queue.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            queue += node.orelse
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found |= imports(node)
+        queue += ast.iter_child_nodes(node)
+    return found
+
+
+def tops(modules: set[str]) -> set[str]:
+    return {module.split(".")[0] for module in modules}
+
+
+def name_of(node: ast.AST) -> str:
+    """`torch.manual_seed` of an attribute, else its last name."""
+    if isinstance(node, ast.Attribute):
+        return f"{name_of(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+ALLOWED = {
+    "jemkit": {"jemkit"},
+    "jemkit_plugins": {"jemkit"},
+    "jemkit_cli": {"jemkit", "jemkit_cli"},
+}
+
+
+@each_file
+def test_a_package_imports_only_what_it_may(path: Path) -> None:
+    assert tops(imports(TREES[path])) & OURS <= ALLOWED[OWNER[path]]
+
+
+@each_file
+def test_imports_are_absolute(path: Path) -> None:
+    levels = {n.level for n in ast.walk(TREES[path]) if isinstance(n, ast.ImportFrom)}
+    assert levels <= {0}
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if OWNER[p] == "jemkit_cli"], ids=str)
+def test_the_command_line_imports_the_library_inside_its_functions(path: Path) -> None:
+    assert not tops(at_import(TREES[path])) & {"jemkit", "torch", "jemkit_plugins"}
+
+
+@each_file
+def test_torchvision_comes_in_by_one_door(path: Path) -> None:
+    if path != PACKAGES["jemkit"] / "vision.py":
+        assert "torchvision" not in tops(imports(TREES[path]))
+
+
+SLOW = {"torchvision", "lpips", "matplotlib", "sklearn", "timm", "pyautoattack", "torch_fidelity"}
+
+
+@each_file
+def test_what_one_part_needs_is_imported_where_it_is_used(path: Path) -> None:
+    assert not tops(at_import(TREES[path])) & SLOW
+
+
+@each_file
+def test_nobody_unpickles(path: Path) -> None:
+    assert not tops(imports(TREES[path])) & {"dill", "cloudpickle", "joblib", "shelve"}
+    names = {name_of(n) for n in ast.walk(TREES[path]) if isinstance(n, ast.Attribute)}
+    assert {n for n in names if n.startswith("pickle.")} <= {"pickle.UnpicklingError"}
+    for call in calls(path, "torch.load"):
+        safe = {k.arg: ast.unparse(k.value) for k in call.keywords}
+        assert safe.get("weights_only") == "True"
+
+
+def calls(path: Path, *names: str) -> list[ast.Call]:
+    return [
+        node
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.Call) and name_of(node.func) in names
+    ]
+
+
+GLOBAL = (
+    "torch.manual_seed",
+    "torch.seed",
+    "torch.random.manual_seed",
+    "torch.cuda.manual_seed",
+    "torch.cuda.manual_seed_all",
+)
+
+
+@each_file
+def test_nobody_draws_from_random_state_of_the_process(path: Path) -> None:
+    assert not calls(path, *GLOBAL)
+    assert not tops(imports(TREES[path])) & {"random"}
+    names = {name_of(n) for n in ast.walk(TREES[path]) if isinstance(n, ast.Attribute)}
+    assert not {n for n in names if n.startswith(("np.random", "numpy.random"))}
+    drawn = calls(path, *(f"torch.{f}" for f in ("rand", "randn", "randint", "randperm", "normal")))
+    for call in drawn:
+        assert "generator" in {k.arg for k in call.keywords}, ast.unparse(call)
+    for like in ("torch.rand_like", "torch.randn_like", "torch.randint_like", "torch.bernoulli"):
+        assert not calls(path, like)
+
+
+@each_file
+def test_no_mistake_of_a_user_is_an_assertion(path: Path) -> None:
+    assert not [n for n in ast.walk(TREES[path]) if isinstance(n, ast.Assert)]
+
+
+@each_file
+def test_only_an_updater_calls_backward(path: Path) -> None:
+    methods = {
+        n.func.attr
+        for n in ast.walk(TREES[path])
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
+    }
+    assert path.name == "update.py" or "backward" not in methods
+
+
+@each_file
+def test_modes_change_only_through_their_context_managers(path: Path) -> None:
+    """`model.train()` at the start of a run is the one exception."""
+    allowed = {"modes.py": {"train", "eval"}, "training.py": {"train"}}.get(path.name, set())
+    if "testing" in path.parts:
+        allowed = {"train", "eval"}
+    for node in ast.walk(TREES[path]):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in {"train", "eval"}
+            and name_of(node.func).split(".")[-2].endswith(("model", "network", "module", "net"))
+        ):
+            assert node.func.attr in allowed, ast.unparse(node)
+
+
+@each_file
+def test_no_bare_pixel_fraction_stands_in_the_code(path: Path) -> None:
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            numbers = [n.value for n in (node.left, node.right) if isinstance(n, ast.Constant)]
+            assert len(numbers) < 2 or numbers[1] != 255, ast.unparse(node)
+
+
+@each_file
+def test_a_file_has_one_subject_and_at_most_250_lines(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 250
+    assert path.name == "__init__.py" or ast.get_docstring(TREES[path])
+
+
+@each_file
+def test_a_function_fits_on_a_screen(path: Path) -> None:
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.FunctionDef):
+            first, last = node.body[0].lineno, node.end_lineno or 0
+            assert last - first <= 45, node.name
+
+
+@each_file
+def test_nothing_is_left_for_later_without_an_issue(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"\b(TODO|FIXME|XXX)\b(?!.*#\d+)", text)
+
+
+def test_every_package_is_typed_and_its_folder_is_none() -> None:
+    for at in PACKAGES.values():
+        assert (at / "py.typed").exists()
+    for folder in ("plugins", "cli", "tests", "docs"):
+        assert not (root() / folder / "__init__.py").exists()
+
+
+def test_importing_the_library_loads_no_plug_in_and_nothing_slow() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, jemkit; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root()
+    )
+    loaded = set(done.stdout.split())
+    assert "jemkit" in loaded
+    assert not loaded & {*SLOW, "jemkit_plugins", "jemkit_cli"}
+
+
+def test_every_module_of_plug_ins_is_an_entry_point_or_helps_one() -> None:
+    text = (root() / "pyproject.toml").read_text()
+    for path in PACKAGES["jemkit_plugins"].glob("*.py"):
+        tree = TREES[path]
+        hooks = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name[:7] == "jemkit_"]
+        if hooks:
+            assert f'"jemkit_plugins.{path.stem}"' in text

@@ -1,0 +1,157 @@
+"""What holds on a GPU alone: no waiting inside a step, and a guard that is read a step later."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from toys import backbone_of, objective_of, tiny, toy_recipe, toy_registry
+
+from jemkit import PYLD, SGLD, Backbone, Batch, Diverged, Guard, Terms, Trainer, train_step
+from jemkit.checkpoint import same
+from jemkit.runtime.folder import RunFolder
+from jemkit.sampling import L2Descent, SignDescent
+from jemkit.testing import toy_batch, toy_task
+
+pytestmark = pytest.mark.cuda
+TASK = toy_task()
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator("cuda").manual_seed(seed)
+
+
+def batch() -> Batch:
+    x, y, x_pos, index, step = toy_batch(TASK)
+    return Batch(x.cuda(), y.cuda(), x_pos.cuda(), index.cuda(), step)
+
+
+def on_gpu(name: str, **options: object) -> Backbone:
+    built: Backbone = tiny("backbone", name, **options).build(TASK, generator())
+    built.model.train()
+    return built
+
+
+@contextmanager
+def nobody_waits() -> Iterator[None]:
+    """Raise where the host waits for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def fused(backbone: Backbone, updater: str = "plain") -> object:
+    optimizer = torch.optim.SGD(backbone.model.parameters(), lr=0.01, momentum=0.9, fused=True)
+    return tiny("updater", updater).build(backbone.model, optimizer)
+
+
+@pytest.mark.parametrize("objective", ["ce", "pgdat", "trades", "jem", "ebjdat"])
+@pytest.mark.parametrize("updater", ["plain", "sam", "awp"])
+def test_a_step_trains_on_the_device(objective: str, updater: str) -> None:
+    backbone = on_gpu("sadajem")
+    before = [p.detach().clone() for p in backbone.model.parameters()]
+    guard = Guard()
+    step = fused(backbone, updater)
+    for _ in range(2):
+        terms = train_step(
+            backbone, objective_of(objective), step, batch(), generator(1), guard
+        )  # fmt: skip
+    guard.settle()
+    assert terms.total.is_cuda
+    assert terms.total.isfinite()
+    assert not all(map(torch.equal, before, backbone.model.parameters()))
+
+
+def test_the_buffer_and_every_generator_live_on_the_device() -> None:
+    backbone = on_gpu("sadajem")
+    assert backbone.density.buffer.states.is_cuda
+    with pytest.raises(RuntimeError):
+        backbone.density.draw(backbone.model, 4, torch.Generator())
+
+
+@pytest.mark.parametrize("sampler", [SGLD(), PYLD(), SignDescent(), L2Descent()])
+def test_no_step_of_a_chain_waits_for_the_device(sampler: SGLD) -> None:
+    backbone, rng = on_gpu("jem", sampler=sampler), generator(1)
+    backbone.density.draw(backbone.model, 6, rng)  # what libraries set up on their first call
+    with nobody_waits():
+        backbone.density.draw(backbone.model, 6, rng)
+
+
+@pytest.mark.parametrize("name", ["jem", "jempp", "mebm", "sadajem"])
+def test_the_draws_of_ebjdat_wait_for_nothing(name: str) -> None:
+    backbone, rng, data = on_gpu(name), generator(1), batch()
+    objective = objective_of("ebjdat")
+    objective.draw(backbone, data, rng)
+    with nobody_waits():
+        objective.draw(backbone, data, rng)
+
+
+class Sick:
+    """An objective whose total is not finite from its second call on."""
+
+    needs_density = False
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def draw(self, *_: object) -> None:
+        return None
+
+    def loss(self, backbone: Backbone, data: Batch, draws: None) -> Terms:
+        self.calls += 1
+        energy = backbone.model(data.x).energy.mean()
+        return Terms.weighted({"E": (1.0, energy * (float("nan") if self.calls == 2 else 1.0))})
+
+
+def test_the_guard_skips_an_update_on_the_device_and_tells_a_step_later() -> None:
+    backbone, guard, objective = on_gpu("classifier"), Guard(), Sick()
+    updater, data = fused(backbone), batch()
+    train_step(backbone, objective, updater, data, generator(), guard)
+    before = [p.detach().clone() for p in backbone.model.parameters()]
+    train_step(backbone, objective, updater, data, generator(), guard)  # not finite; nobody looks
+    assert all(map(torch.equal, before, backbone.model.parameters()))
+    with pytest.raises(Diverged, match="update 2: not finite: E = nan"):
+        train_step(backbone, objective, updater, data, generator(), guard)
+
+
+def test_settling_tells_at_once() -> None:
+    backbone, guard, objective = on_gpu("classifier"), Guard(), Sick()
+    updater = fused(backbone)
+    for _ in range(2):
+        train_step(backbone, objective, updater, batch(), generator(), guard)
+    with pytest.raises(Diverged):
+        guard.settle()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_a_run_trains_in_every_precision_and_goes_on_where_it_was_cut(
+    tmp_path: Path, precision: str
+) -> None:
+    registry = toy_registry()
+    options = ["run.device=cuda", f"run.precision={precision}", "run.deterministic=true"]
+    recipe = toy_recipe(registry, "sadajem", "ebjdat", "sam", *options)
+    ends = []
+    for cut in (8, 4):
+        trainer = Trainer(recipe, RunFolder.create(tmp_path / f"{cut}"))
+        trainer.run(until=cut)
+        if cut == 4:
+            state = trainer.state_dict()
+            trainer = Trainer(recipe, RunFolder(tmp_path / f"{cut}"))
+            trainer.load_state_dict(state)
+            trainer.run(until=8)
+        ends.append(trainer.state_dict())
+    for key in ("model", "density", "rng"):
+        assert same(ends[0][key], ends[1][key])
+    assert all(t.isfinite().all() for t in ends[0]["model"].values())
+
+
+def test_energies_are_float32_where_passes_run_in_bfloat16() -> None:
+    backbone = backbone_of("classifier")
+    backbone.model.cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        scores = backbone.model(batch().x)
+    assert scores.energy.dtype == scores.logits.dtype == torch.float32

@@ -1,0 +1,69 @@
+"""README and docs say what is so: code runs, links lead somewhere, names exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from jemkit.recipe import resolve
+from jemkit.registry import installed
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+README = (ROOT / "README.md").read_text()
+
+
+def example() -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    return str(code)
+
+
+def test_readmes_example_is_under_twenty_lines_and_learns() -> None:
+    code = example()
+    assert len([line for line in code.splitlines() if line.strip()]) < 20
+    scope: dict[str, object] = {}
+    shorter = code.replace("range(500)", "range(60)")
+    assert shorter != code
+    exec(compile(shorter, "README.md", "exec"), scope)
+    right = eval("(net(x).argmax(1) == y).float().mean().item()", scope)
+    assert right > 0.5  # chance is 0.1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_link_leads_to_a_file(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_table_of_parts_names_every_part_and_no_other() -> None:
+    registry = installed(third_party=False)
+    for kind in ("backbone", "objective", "updater", "sampler", "distance", "dataset", "start"):
+        label = "data set" if kind == "dataset" else kind
+        (row,) = re.findall(rf"^\| {label} \| (.*?) \|", README, re.M)
+        bare = re.sub(r"\([^)]*\)", "", row)
+        assert set(re.findall(r"`(\w+)`", bare)) == set(registry[kind]), kind
+
+
+def test_every_preset_in_readme_and_readings_resolves() -> None:
+    registry = installed(third_party=False)
+    (row,) = re.findall(r"^\| preset \| (.*?) \|", README, re.M)
+    named = set(re.findall(r"`([\w-]+)`", row))
+    shipped = {key.split("/")[1] for key in registry.recipes if key.startswith("preset/")}
+    assert named == shipped
+    readings = (ROOT / "docs" / "readings.md").read_text()
+    assert named == set(re.findall(r"^\| `([\w-]+)` \|", readings, re.M))
+    for preset in named:
+        assert resolve(registry, preset=preset).recipe.objective is not None
+
+
+def test_every_option_that_readings_names_exists() -> None:
+    registry = installed(third_party=False)
+    text = (ROOT / "docs" / "readings.md").read_text()
+    tables = resolve(registry).tables
+    for key in re.findall(r"`((?:backbone|run|schedule)\.[\w.]+)", text):
+        at: object = tables
+        for name in key.split("."):
+            assert isinstance(at, dict), key
+            assert name in at, key
+            at = at[name]

@@ -1,0 +1,86 @@
+"""Every backbone with every objective and every updater: steps that repeat, draws that disturb
+nothing, losses that may be taken again."""
+
+import time
+
+import pytest
+import torch
+from toys import MATRIX, MISFITS, UPDATERS, backbone_of, gen, objective_of, updater_of
+
+from jemkit import Backbone, Guard, MisfitError, check, train_step
+from jemkit.checkpoint import same
+from jemkit.testing import toy_batch, toy_task
+from jemkit.testing.law import plain, state_of
+
+TASK = toy_task()
+BATCH = toy_batch(TASK, 6, positives=4)
+PAIRS = sorted({(b, o) for b, o, _ in MATRIX})
+
+
+def after_two_steps(names: tuple[str, str, str]) -> tuple[Backbone, list[dict[str, float]]]:
+    backbone, objective = backbone_of(names[0]), objective_of(names[1])
+    check(backbone, objective)
+    updater, guard, rng = updater_of(names[2], backbone.model), Guard(), gen(1)
+    seen = []
+    for _ in range(2):
+        terms = train_step(backbone, objective, updater, BATCH, rng, guard)
+        seen.append({name: float(term.detach()) for name, (_, term) in terms.parts.items()})
+    guard.settle()
+    return backbone, seen
+
+
+@pytest.mark.parametrize("names", MATRIX, ids="-".join)
+def test_two_steps_repeat_bit_for_bit_and_stay_finite(names: tuple[str, str, str]) -> None:
+    began = state_of(backbone_of(names[0]).model)["tensors"]
+    (one, seen), (other, again) = after_two_steps(names), after_two_steps(names)
+    assert same(one.model.state_dict(), other.model.state_dict())
+    assert seen == again
+    assert all(t.isfinite().all() for t in one.model.state_dict().values())
+    assert all(torch.tensor(v).isfinite() for terms in seen for v in terms.values())
+    assert not same(one.model.state_dict(), began)
+    if one.has_density:
+        assert same(one.density.state_dict(), other.density.state_dict())
+
+
+@pytest.mark.parametrize(("backbone", "objective"), PAIRS)
+def test_a_draw_leaves_the_model_alone(backbone: str, objective: str) -> None:
+    built, chosen = backbone_of(backbone), objective_of(objective)
+    first = next(built.model.parameters())
+    first.grad = torch.full_like(first, 3.0)
+    before, own = state_of(built.model), torch.get_rng_state()
+    draws = chosen.draw(built, BATCH, gen())
+    assert same(state_of(built.model), before)
+    assert torch.equal(torch.get_rng_state(), own)
+    assert not any(t.requires_grad for t in plain(draws))
+    assert all(t.isfinite().all() for t in plain(draws))
+
+
+@pytest.mark.parametrize(("backbone", "objective"), PAIRS)
+def test_a_loss_can_be_taken_again_and_is_the_sum_of_what_is_logged(
+    backbone: str, objective: str
+) -> None:
+    built, chosen = backbone_of(backbone), objective_of(objective)
+    draws = chosen.draw(built, BATCH, gen())
+    one, other = (chosen.loss(built, BATCH, draws) for _ in range(2))
+    assert torch.equal(one.total, other.total)  # by the batch's statistics, which are the same
+    total = sum(weight * float(term.detach()) for weight, term in one.parts.values())
+    assert float(one.total.detach()) == pytest.approx(total, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(("backbone", "objective"), MISFITS)
+def test_misfits_are_refused_with_what_would_fit(backbone: str, objective: str) -> None:
+    with pytest.raises(MisfitError, match=r"has no density; choose another backbone \(jem"):
+        check(backbone_of(backbone), objective_of(objective))
+
+
+def test_the_matrix_is_whole() -> None:
+    assert len(MATRIX) + len(MISFITS) * len(UPDATERS) == 5 * 5 * 3
+    assert {b for b, _ in MISFITS} == {"classifier"}
+    assert {o for _, o in MISFITS} == {"jem", "ebjdat"}
+
+
+def test_a_step_of_every_objective_takes_less_than_ten_seconds() -> None:
+    began = time.perf_counter()
+    for name in ("ce", "pgdat", "trades", "jem", "ebjdat"):
+        after_two_steps(("sadajem", name, "plain"))
+    assert time.perf_counter() - began < 10

@@ -1,0 +1,270 @@
+"""A recipe is its layers: the later wins, each value has an origin, and no mistake passes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jemkit import hookimpl, installed, resolve
+from jemkit.errors import ConfigError, UnknownName
+from jemkit.layers import leading_comment
+from jemkit.networks import WRN, SmallCNN
+from jemkit.recipe import Resolved, about_preset, build, complete, flat, schema
+from jemkit.registry import Plugin, Registry, registry_of
+
+INSTALLED = installed(third_party=False)
+
+
+class Layers:
+    """A layer of each kind, all of which set the same options."""
+
+    LOW_TO_HIGH = ("data/digits", "backbone/jem", "objective/jem", "preset/test")
+
+    @hookimpl
+    def jemkit_recipes(self) -> dict[str, Any]:
+        tables = {}
+        for at, key in enumerate(self.LOW_TO_HIGH):
+            names = ["theta_steps", "keep", "epochs", "batch_size"][at:]
+            tables[key] = {"run": dict.fromkeys(names, 10 + at)}
+        return tables
+
+
+def layered() -> Registry:
+    """The built-in parts with these layers alone."""
+    bare = registry_of([Plugin("layers", Layers())])
+    return Registry(INSTALLED.shelves, bare.recipes)
+
+
+def run_of(resolved: Resolved) -> dict[str, Any]:
+    return resolved.recipe.run.model_dump()
+
+
+class TestPrecedence:
+    def test_every_layer_wins_over_those_below_it(self, tmp_path: Path) -> None:
+        config = tmp_path / "mine.toml"
+        config.write_text("[run]\nseed = 14\nmax_train = 14\neval_images = 14\n")
+        found = resolve(
+            layered(),
+            preset="test",
+            config=config,
+            overrides=["run.max_train=15", "run.eval_images=15"],
+            named={
+                "backbone": {"use": "jem"},
+                "objective": {"use": "jem"},
+                "run": {"eval_images": 16},
+            },
+        )
+        run = run_of(found)
+        wanted = {"theta_steps": 10, "keep": 11, "epochs": 12, "batch_size": 13}
+        assert wanted.items() <= run.items()
+        assert (run["seed"], run["max_train"], run["eval_images"]) == (14, 15, 16)
+        origins = {key: found.origins[f"run.{key}"] for key in (*wanted, "ema_decay")}
+        assert origins == dict(zip(wanted, Layers.LOW_TO_HIGH, strict=True)) | {
+            "ema_decay": "default"
+        }
+        assert found.origins["run.seed"] == str(config)
+        assert found.origins["run.max_train"] == "--set run.max_train=15"
+        assert found.origins["run.eval_images"] == "option"
+        assert found.origins["backbone.use"] == "option"
+        assert found.origins["data.use"] == "default"
+
+    def test_layers_of_parts_that_are_not_chosen_do_nothing(self) -> None:
+        found = resolve(layered(), named={"backbone": {"use": "sadajem"}})
+        assert found.recipe.run.keep == 10
+        assert found.origins["run.keep"] == "data/digits"
+
+    @given(st.permutations(["backbone.network.use=smallcnn", "backbone.network.channels=3"]))
+    def test_a_part_is_chosen_before_its_options_are_set(self, overrides: list[str]) -> None:
+        network = resolve(INSTALLED, overrides=overrides).recipe.backbone
+        assert dict(network)["network"] == SmallCNN(channels=3)
+
+    def test_a_named_part_takes_the_options_that_set_gives_it(self) -> None:
+        found = resolve(
+            INSTALLED,
+            overrides=["backbone.network.channels=3"],
+            named={"backbone": {"network": {"use": "smallcnn"}}},
+        )
+        assert dict(found.recipe.backbone)["network"] == SmallCNN(channels=3)
+
+    def test_every_value_has_an_origin(self) -> None:
+        found = complete(resolve(INSTALLED), INSTALLED)
+        assert set(found.origins) == {key for key, _ in flat(found.tables)}
+
+
+class TestParts:
+    def test_another_part_begins_from_its_own_defaults(self) -> None:
+        config = {"optimizer": {"use": "sgd", "momentum": 0.5, "lr": 3.0}}
+        found = resolve(INSTALLED, config=config, overrides=["optimizer.use=adam"])
+        assert found.tables["optimizer"] == {
+            "use": "adam",
+            "lr": 1e-4,
+            "betas": [0.9, 0.999],
+            "weight_decay": 0.0,
+        }
+        assert found.origins["optimizer.lr"] == "default"
+        assert found.origins["optimizer.use"] == "--set optimizer.use=adam"
+
+    def test_the_same_part_keeps_what_lower_layers_set(self) -> None:
+        found = resolve(
+            INSTALLED,
+            config={"objective": {"use": "ebjdat", "w1": 0.2}},
+            named={"objective": {"use": "ebjdat"}},
+        )
+        assert found.tables["objective"]["w1"] == 0.2
+
+    def test_a_pattern_spells_a_networks_options(self) -> None:
+        found = resolve(INSTALLED, named={"backbone": {"network": {"use": "wrn-16-2"}}})
+        network = dict(found.recipe.backbone)["network"]
+        assert isinstance(network, WRN)
+        assert (network.depth, network.width) == (16, 2)
+        assert found.tables["backbone"]["network"]["use"] == "wrn"
+
+    def test_a_pattern_leaves_the_other_options_to_the_backbone(self) -> None:
+        named = {"backbone": {"use": "jem", "network": {"use": "wrn-16-2"}}}
+        network = dict(resolve(layered(), named=named).recipe.backbone)["network"]
+        assert network == WRN(depth=16, width=2, norm="none")
+
+    @pytest.mark.parametrize("name", ["wrn-16", "wrn-16-2-3", "wrn-"])
+    def test_a_pattern_that_is_not_whole_is_refused(self, name: str) -> None:
+        with pytest.raises(ConfigError, match="the pattern is wrn-DEPTH-WIDTH"):
+            resolve(INSTALLED, named={"backbone": {"network": {"use": name}}})
+
+    @pytest.mark.parametrize("backbone", sorted(INSTALLED["backbone"]))
+    @pytest.mark.parametrize("objective", sorted(INSTALLED["objective"]))
+    def test_a_saved_config_gives_the_same_recipe(
+        self, backbone: str, objective: str, tmp_path: Path
+    ) -> None:
+        named = {"backbone": {"use": backbone}, "objective": {"use": objective}}
+        first = complete(resolve(INSTALLED, named=named), INSTALLED)
+        saved = tmp_path / "config.json"
+        saved.write_text(json.dumps({"recipe": first.tables, "versions": {}}))
+        again = complete(resolve(INSTALLED, config=saved), INSTALLED)
+        assert again.tables == first.tables
+        assert again.recipe == first.recipe
+        assert build(first.tables, INSTALLED) == first.recipe
+
+    def test_a_plain_string_needs_no_quotes(self, tmp_path: Path) -> None:
+        overrides = ["data.use=cifar10", f"data.dir={tmp_path}", "backbone.network.norm=none"]
+        found = resolve(INSTALLED, overrides=overrides)
+        assert found.tables["data"]["dir"] == str(tmp_path)
+        assert found.tables["backbone"]["network"]["norm"] == "none"
+
+    @given(st.integers(0, 2**31), st.floats(0.01, 0.99), st.booleans())
+    def test_set_reads_numbers_truths_and_tables_as_toml(
+        self, seed: int, share: float, strict: bool
+    ) -> None:
+        found = resolve(
+            INSTALLED,
+            overrides=[
+                f"run.seed={seed}",
+                f"run={{valid_fraction={share!r}, deterministic={str(strict).lower()}}}",
+            ],
+        )
+        run = found.recipe.run
+        assert (run.seed, run.valid_fraction, run.deterministic) == (seed, share, strict)
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            (
+                "backbone.stps=5",
+                r"^backbone.stps: no such option \(did you mean 'steps'\?\).*"
+                r"got 5 \(from --set backbone.stps=5\)$",
+            ),
+            ("backbone.network.chanels=5", r"backbone.network.chanels: .*'channels'"),
+            ("backbone.buffer.capacty=5", r"backbone.buffer.capacty: .*'capacity'"),
+            ("optimizer.momentm=0", r"optimizer.momentm: .*'momentum'"),
+            ("run.epoch=5", r"run.epoch: .*'epochs'"),
+            ("run.epochs=many", r"run.epochs: .*integer.*'many' \(from --set run.epochs=many\)"),
+            ("run.epochs=0", r"run.epochs: .*greater than or equal to 1; got 0"),
+            ("optimizer.lr=nan", r"optimizer.lr: .*finite"),
+            ("objective.outer=algin", r"objective.outer: .*'align'"),
+            ("objective.distance=l2", r"choose one by objective.distance.use"),
+            ("updater.rho=fast", r"updater.rho: .*number"),
+            ("data.use=folder", r"data.dir: must be given"),
+            (
+                "backbone.sampler.use=sgdl",
+                r"no sampler 'sgdl' \(did you mean 'sgld'\?\).*from --set",
+            ),
+            ("optimizer.use=adm", r"no optimizer 'adm' \(did you mean 'adam'\?\)"),
+            ("objective={w1=0, w2=0, w3=0}", r"objective: .*nothing to learn"),
+            ("rnu.epochs=1", r"--set rnu.epochs=1: unknown table \[rnu\] \(did you mean 'run'\?\)"),
+            ("run=5", r"wanted a table \[run\]"),
+            ("run.epochs", r"wanted KEY=VALUE"),
+            ("=5", r"wanted KEY=VALUE"),
+            ("run..epochs=5", r"is not KEY=VALUE"),
+        ],
+    )
+    def test_a_mistake_names_its_key_its_origin_and_what_was_wanted(
+        self, override: str, message: str
+    ) -> None:
+        with pytest.raises(ConfigError, match=message):
+            resolve(INSTALLED, overrides=[override])
+
+    def test_every_mistake_has_a_line(self) -> None:
+        with pytest.raises(ConfigError) as caught:
+            resolve(INSTALLED, overrides=["run.epochs=0", "run.sed=1", "optimizer.lr=-1"])
+        assert len(str(caught.value).splitlines()) == 3
+
+    def test_an_unknown_part_or_preset_is_a_lookup_error_with_the_nearest_name(self) -> None:
+        with pytest.raises(UnknownName, match=r"no backbone 'sadajm' \(did you mean 'sadajem'"):
+            resolve(INSTALLED, named={"backbone": {"use": "sadajm"}})
+        with pytest.raises(ConfigError, match=r"no preset 'papr' \(did you mean 'paper'"):
+            resolve(INSTALLED, preset="papr")
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("a.toml", "run = [", "cannot be read as a recipe"),
+            ("a.json", "{", "cannot be read as a recipe"),
+            ("a.json", "[]", "holds no table"),
+            ("a.toml", "data = 'digits'", r"wanted a table \[data\]"),
+        ],
+    )
+    def test_a_file_that_is_no_recipe_is_named(
+        self, name: str, content: str, message: str, tmp_path: Path
+    ) -> None:
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ConfigError, match=f"{name}.*{message}"):
+            resolve(INSTALLED, config=tmp_path / name)
+
+    def test_a_file_that_is_missing_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"none.toml is missing"):
+            resolve(INSTALLED, config=tmp_path / "none.toml")
+
+
+class TestShipped:
+    PRESETS = sorted(k for k in INSTALLED.recipes if k.startswith("preset/"))
+
+    @pytest.mark.parametrize("key", PRESETS)
+    def test_every_preset_resolves_and_tells_its_reading(self, key: str) -> None:
+        name = key.removeprefix("preset/")
+        assert resolve(INSTALLED, preset=name).recipe.objective is not None
+        assert "nswers to" in about_preset(INSTALLED, name)
+
+    @pytest.mark.parametrize("data", ["digits", "cifar10", "cifar100", "svhn"])
+    @pytest.mark.parametrize("backbone", sorted(INSTALLED["backbone"]))
+    @pytest.mark.parametrize("objective", sorted(INSTALLED["objective"]))
+    def test_every_choice_of_parts_has_a_recipe(
+        self, data: str, backbone: str, objective: str
+    ) -> None:
+        named = {"data": {"use": data}, "backbone": {"use": backbone}}
+        assert resolve(INSTALLED, named={**named, "objective": {"use": objective}})
+
+    def test_a_leading_comment_is_one_paragraph(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.toml"
+        path.write_text("# What it is,\n# and more.\n[run]\n# not this\n")
+        assert leading_comment(path) == "What it is, and more."
+        assert leading_comment({"run": {}}) == ""
+
+    def test_the_schema_is_json_and_its_defaults_name_their_parts(self) -> None:
+        found = json.loads(json.dumps(schema(INSTALLED), allow_nan=False))
+        for kind, shelf in INSTALLED.shelves.items():
+            assert set(found["parts"][kind]) == set(shelf)
+        sampler = found["parts"]["backbone"]["sadajem"]["properties"]["sampler"]
+        assert sampler["default"]["use"] == "sgld"

@@ -1,0 +1,253 @@
+"""Updaters move the weights as their formulas say, and the guard lets nothing else through."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import normal, seeds
+from torch import Tensor, nn
+from torch.optim import SGD, Adam
+from toys import UPDATERS, backbone_of, gen, objective_of, tiny, updater_of
+
+from jemkit import SAM, Diverged, Guard, Plain, Terms, train_step
+from jemkit.testing import toy_batch, toy_model, toy_task
+from jemkit.update import EMA, moved_weights, total_norm
+
+TASK = toy_task()
+
+
+def bowl(w: nn.Parameter) -> Terms:
+    """|w|^2 / 2, with gradient w."""
+    return Terms.weighted({"bowl": (1.0, 0.5 * w.square().sum())})
+
+
+class Holder(nn.Module):
+    """A model of one weight."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.w = nn.Parameter(value.clone())
+
+
+def stepped(spec: object, value: Tensor, lr: float = 0.1) -> Tensor:
+    model = Holder(value)
+    updater = spec.build(model, SGD(model.parameters(), lr=lr))
+    updater.step(lambda: bowl(model.w), Guard())
+    return model.w.detach()
+
+
+@given(seed=seeds)
+def test_plain_descent_is_the_optimizers_own_step(seed: int) -> None:
+    w = normal(seed, 5)
+    torch.testing.assert_close(stepped(Plain(), w), w - 0.1 * w)
+
+
+@given(seed=seeds, adaptive=st.booleans())
+def test_sam_of_radius_zero_is_plain_descent(seed: int, adaptive: bool) -> None:
+    w = normal(seed, 5)
+    assert torch.equal(stepped(SAM(rho=0, adaptive=adaptive), w), stepped(Plain(), w))
+
+
+@given(seed=seeds)
+def test_awp_of_gamma_zero_is_plain_descent(seed: int) -> None:
+    w = normal(seed, 3, 4)
+    assert torch.equal(stepped(tiny("updater", "awp", gamma=0), w), stepped(Plain(), w))
+
+
+@given(seed=seeds, rho=st.floats(0.01, 2))
+def test_sam_descends_by_the_gradient_at_the_worst_point_nearby(seed: int, rho: float) -> None:
+    w = normal(seed, 5)
+    worst = w * (1 + rho / w.norm())  # of a bowl: further out along w, where the gradient is it
+    torch.testing.assert_close(stepped(SAM(rho=rho), w), w - 0.1 * worst)
+
+
+@given(seed=seeds, rho=st.floats(0.01, 2))
+def test_adaptive_sam_climbs_in_proportion_to_each_weight(seed: int, rho: float) -> None:
+    w = normal(seed, 5)
+    worst = w + rho * w.square() * w / (w.abs() * w).norm()  # Kwon et al. 2021, Eq. 4
+    torch.testing.assert_close(stepped(SAM(rho=rho, adaptive=True), w), w - 0.1 * worst)
+
+
+@given(seed=seeds, gamma=st.floats(0.001, 0.1))
+def test_awp_moves_each_matrix_by_a_share_of_its_own_norm(seed: int, gamma: float) -> None:
+    w = normal(seed, 3, 4)
+    worst = w + gamma * w.norm() * w / w.norm()
+    torch.testing.assert_close(stepped(tiny("updater", "awp", gamma=gamma), w), w - 0.1 * worst)
+    bias = normal(seed, 5)  # a vector is no matrix: it stays
+    assert torch.equal(stepped(tiny("updater", "awp", gamma=gamma), bias), stepped(Plain(), bias))
+
+
+@pytest.mark.parametrize("name", UPDATERS)
+def test_at_a_rate_of_zero_without_decay_the_weights_stay_bit_for_bit(name: str) -> None:
+    model = toy_model(TASK).train()
+    before = [p.detach().clone() for p in model.parameters()]
+    updater = tiny("updater", name).build(model, SGD(model.parameters(), lr=0.0, momentum=0.9))
+    batch = toy_batch(TASK)
+    for _ in range(3):
+        updater.step(lambda: energies(model, batch.x), Guard())
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def energies(model: nn.Module, x: Tensor) -> Terms:
+    return Terms.weighted({"E": (1.0, model(x).energy.mean())})
+
+
+@pytest.mark.parametrize("name", UPDATERS)
+def test_a_gradient_of_zero_makes_no_nan(name: str) -> None:
+    model = Holder(torch.zeros(2, 3))
+    updater = tiny("updater", name).build(model, SGD(model.parameters(), lr=0.1))
+    updater.step(lambda: bowl(model.w), Guard())
+    assert torch.equal(model.w, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("name", UPDATERS)
+def test_a_parameter_that_no_term_reaches_is_skipped(name: str) -> None:
+    model = toy_model(TASK).train()
+    model.unused = nn.Linear(3, 3)
+    before = model.unused.weight.detach().clone()
+    updater_of(name, model).step(lambda: energies(model, toy_batch(TASK).x), Guard())
+    assert model.unused.weight.grad is None
+    assert torch.equal(model.unused.weight, before)
+
+
+@pytest.mark.parametrize("name", UPDATERS)
+def test_running_statistics_learn_in_the_first_pass_alone(name: str) -> None:
+    batch, once, model = toy_batch(TASK), toy_model(TASK).train(), toy_model(TASK).train()
+    once(batch.x)
+    updater_of(name, model).step(lambda: energies(model, batch.x), Guard())
+    for (n, b), (_, expected) in zip(model.named_buffers(), once.named_buffers(), strict=True):
+        assert torch.equal(b, expected), n
+
+
+@pytest.mark.parametrize("name", ["sam", "awp"])
+def test_both_passes_take_the_same_draws_and_the_same_weights_of_the_terms(name: str) -> None:
+    backbone, batch = backbone_of("sadajem"), toy_batch(TASK)
+    objective = Spy(objective_of("ebjdat"))
+    train_step(backbone, objective, updater_of(name, backbone.model), batch, gen(), Guard())
+    (first, one), (second, other) = objective.calls
+    assert first is second
+    assert list(one.parts) == list(other.parts)
+    assert [w for w, _ in one.parts.values()] == [w for w, _ in other.parts.values()]
+
+
+class Spy:
+    """An objective that keeps what it was asked."""
+
+    def __init__(self, inner: object) -> None:
+        self.inner, self.calls, self.drawn = inner, [], 0
+        self.needs_density = inner.needs_density
+
+    def draw(self, *arguments: object) -> object:
+        self.drawn += 1
+        return self.inner.draw(*arguments)
+
+    def loss(self, backbone: object, batch: object, draws: object) -> Terms:
+        terms = self.inner.loss(backbone, batch, draws)
+        self.calls.append((draws, terms))
+        return terms
+
+
+@pytest.mark.parametrize(("name", "passes"), [("plain", 1), ("sam", 2), ("awp", 2)])
+def test_m_theta_updates_draw_once_and_step_as_often_as_asked(name: str, passes: int) -> None:
+    backbone, guard, batch = backbone_of("sadajem"), Guard(), toy_batch(TASK)
+    objective = Spy(objective_of("ebjdat"))
+    updater = updater_of(name, backbone.model)
+    terms = train_step(backbone, objective, updater, batch, gen(), guard, theta_steps=3)
+    assert objective.drawn == 1
+    assert len(objective.calls) == 3 * passes
+    assert guard.updates == 3
+    assert torch.equal(terms.total, objective.calls[0][1].total)
+
+
+@given(seed=seeds)
+def test_moved_weights_come_back_bit_for_bit_even_after_an_error(seed: int) -> None:
+    model = Holder(normal(seed, 4))
+    before = model.w.detach().clone()
+    shift = normal(seed + 1, 4, scale=1e6)  # adding and subtracting this would lose digits
+
+    def fails() -> None:
+        with moved_weights({model.w: shift}):
+            assert torch.equal(model.w, before + shift)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert torch.equal(model.w, before)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", UPDATERS)
+def test_a_loss_that_is_not_finite_changes_no_weight_and_names_its_term(
+    name: str, bad: float
+) -> None:
+    model = Holder(normal(0, 2, 3))
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    updater, guard = tiny("updater", name).build(model, optimizer), Guard()
+    updater.step(lambda: bowl(model.w), guard)
+    before = model.w.detach().clone()
+    momentum = optimizer.state[model.w]["momentum_buffer"].clone()
+
+    def sick() -> Terms:
+        fine = 0.5 * model.w.square().sum()
+        return Terms.weighted({"fine": (1.0, fine), "h1": (0.5, fine + bad)})
+
+    with pytest.raises(Diverged, match=r"update 2: not finite: h1 = (nan|inf|-inf)"):
+        updater.step(sick, guard)
+    assert torch.equal(model.w, before)
+    assert torch.equal(optimizer.state[model.w]["momentum_buffer"], momentum)
+
+
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_stopped_too() -> None:
+    model = Holder(torch.zeros(2))
+    updater = Plain().build(model, SGD(model.parameters(), lr=0.1))
+    with pytest.raises(Diverged, match="the gradient"):
+        updater.step(lambda: Terms.weighted({"root": (1.0, model.w.sqrt().sum())}), Guard())
+    assert torch.equal(model.w, torch.zeros(2))
+
+
+@given(seed=seeds, n=st.integers(0, 4))
+def test_the_gradient_norm_is_that_of_all_gradients_together(seed: int, n: int) -> None:
+    grads = [normal(seed + i, 3, 2) for i in range(n)]
+    flat = torch.cat([torch.zeros(1), *(g.flatten() for g in grads)])
+    torch.testing.assert_close(total_norm(grads, flat), flat.norm())
+
+
+@given(decay=st.floats(0, 0.99), seed=seeds)
+def test_the_average_of_weights_is_exponential(decay: float, seed: int) -> None:
+    model = Holder(torch.zeros(3))
+    ema, values, expected = EMA(model, decay), normal(seed, 4, 3), torch.zeros(3)
+    for value in values:
+        with torch.no_grad():
+            model.w.copy_(value)
+        ema.update(model)
+        expected = decay * expected + (1 - decay) * value
+    torch.testing.assert_close(ema.average["w"], expected)
+    with ema.applied(model):
+        torch.testing.assert_close(model.w.detach(), expected)
+    assert torch.equal(model.w, values[-1])
+
+
+def test_the_average_takes_buffers_as_they_are() -> None:
+    model = toy_model(TASK).train()
+    ema = EMA(model, 0.9)
+    model(toy_batch(TASK).x)
+    ema.update(model)
+    assert all(torch.equal(ema.average[n], b) for n, b in model.named_buffers())
+
+
+@pytest.mark.parametrize("name", UPDATERS)
+def test_updaters_compose_with_any_optimizer_and_lower_the_loss(name: str) -> None:
+    model, batch = toy_model(TASK).train(), toy_batch(TASK, 12)
+    updater = tiny("updater", name).build(model, Adam(model.parameters(), lr=0.01))
+
+    def terms() -> Terms:
+        return Terms.weighted({"CE": (1.0, F.cross_entropy(model(batch.x).logits, batch.y))})
+
+    before, guard = float(terms().total.detach()), Guard()
+    for _ in range(30):
+        updater.step(terms, guard)
+    assert float(terms().total.detach()) < 0.7 * before
+    assert guard.updates == 30
