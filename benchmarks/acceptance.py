@@ -26,7 +26,7 @@ ROWS = {
     "sadajem x jem": ("sadajem", "jem", []),
     "jempp x ebjdat": ("jempp", "ebjdat", []),
     "sadajem x ebjdat": ("sadajem", "ebjdat", []),
-    "sadajem x ebjdat, inner ce": ("sadajem", "ebjdat", ["objective.inner=ce"]),
+    "sadajem x ebjdat, inner joint": ("sadajem", "ebjdat", ["objective.inner=joint"]),
 }
 RIVALS = ("classifier x pgdat", "classifier x trades")
 

@@ -8,28 +8,29 @@ from typing import Any
 
 from tools import keep, trained
 
-SETTINGS = (
-    "objective.w2=0.05",
-    "objective.w2=0.2",
-    "objective.w2=0.4",
-    "objective.w2=0.05 objective.inner=ce",
-    "objective.w2=0.2 objective.inner=ce",
-    "objective.w2=0.4 objective.inner=ce",
-    "objective.w2=0.4 objective.adv_steps=10",
-    "objective.w2=0.4 objective.outer=abs",
-    "objective.w2=2.0 objective.outer=squared",
-    "objective.w2=0.4 objective.outer=contrastive",
-    "objective.w2=0.4 objective.direction=lower",
-    "objective.w2=0.4 objective.w3=0.8 objective.w_clean=0.1",
-)
+PAPER = "objective.outer=align objective.w2=0.05 objective.w3=0.45 objective.w_clean=0.45"
+JOINT = "objective.inner=joint"
+ALIGN = PAPER.replace("w2=0.05", "w2=0.4")
+SETTINGS = {
+    "the recipe": "",
+    "inner joint (Eq. 12)": JOINT,
+    "the paper's weights, inner joint": f"{PAPER} {JOINT}",
+    "the paper's weights, inner ce": PAPER,
+    "align, w2 0.4, inner joint": f"{ALIGN} {JOINT}",
+    "align, w2 0.4, inner ce": ALIGN,
+    "contrastive, w2 0.4, inner joint": f"{ALIGN} objective.outer=contrastive {JOINT}",
+    "direction lower, w2 0.4, inner joint": f"{ALIGN} objective.direction=lower {JOINT}",
+    "squared, w2 10": "objective.w2=10.0",
+    "ten steps of x~": "objective.adv_steps=10",
+}
 
 
 def main(folder: Path, jobs: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
-    def one(setting: str) -> dict[str, Any]:
-        given = [f"--set={part}" for part in setting.split()]
-        return trained(given, folder / "-".join(re.findall(r"[a-z0-9]+", setting)))
+    def one(name: str) -> dict[str, Any]:
+        given = [f"--set={part}" for part in SETTINGS[name].split()]
+        return trained(given, folder / "-".join(re.findall(r"[a-z0-9]+", name)))
 
     with ThreadPoolExecutor(jobs) as pool:
         keep("sweep", dict(zip(SETTINGS, pool.map(one, SETTINGS), strict=True)))

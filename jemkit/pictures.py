@@ -64,7 +64,7 @@ def save_energies(path: Path, energies: Mapping[str, Tensor], title: str) -> Non
     """Histograms of E(x) of several sets of images, in the manner of the paper's Figure 1."""
     figure, axes = _figure(1, 1)
     everything = torch.cat([e.flatten().cpu() for e in energies.values()])
-    edges = np.linspace(float(everything.min()), float(everything.max()), 60)
+    edges = np.linspace(float(everything.min()), float(everything.max()), 40)
     for name, energy in energies.items():
         axes[0].hist(energy.cpu().numpy(), edges, alpha=0.55, density=True, label=name)
     axes[0].set_ylabel("density")

@@ -42,9 +42,10 @@ def train_step(
 ) -> Terms:
     """Draw once, then move the weights `theta_steps` times (M_theta) on what was drawn.
 
-    A step is a transaction: where it fails, the buffer and the generator are as before it.
+    A step is a transaction: where it fails, the buffer, the generator and batch norm are as before it.
     """
     before = rng.get_state()
+    statistics = [(buffer, buffer.clone()) for buffer in backbone.model.buffers()]
     if backbone.has_density:
         backbone.density.mark()
     seen: list[Terms] = []
@@ -61,6 +62,8 @@ def train_step(
         if backbone.has_density:
             backbone.density.rollback()
         rng.set_state(before)
+        for buffer, old in statistics:
+            buffer.copy_(old)
         raise
     if isinstance(objective, Remembering):
         objective.after(backbone, batch, draws, rng)

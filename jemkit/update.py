@@ -18,9 +18,16 @@ from jemkit.options import Options
 class Verdict(NamedTuple):
     """What the guard saw of one update; tensors, so that the device is not waited for."""
 
-    finite: Tensor  # bool scalar
+    finite: Tensor  # bool scalar; on the host, there once `ready` has passed
+    ready: torch.cuda.Event | None
     grad_norm: Tensor  # scalar
     parts: dict[str, Tensor]
+
+    def is_finite(self) -> bool:
+        """Wait for this update alone, not for what was queued after it."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return bool(self.finite)
 
 
 class Guard:
@@ -39,7 +46,7 @@ class Guard:
         norm = total_norm([g for g in grads if g is not None], terms.total)
         finite = norm.isfinite() & terms.total.detach().isfinite()
         earlier, parts = self.seen, {name: t.detach() for name, (_, t) in terms.parts.items()}
-        self.seen = Verdict(finite, norm, parts)
+        self.seen = Verdict(*_on_the_way(finite), norm, parts)
         self.updates += 1
         if finite.is_cuda and optimizer.defaults.get("fused"):
             optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
@@ -54,11 +61,21 @@ class Guard:
         self._judge(self.seen, self.updates)
 
     def _judge(self, verdict: Verdict | None, update: int) -> None:
-        if verdict is None or bool(verdict.finite):
+        if verdict is None or verdict.is_finite():
             return
         sick = [f"{name} = {float(t)}" for name, t in verdict.parts.items() if not t.isfinite()]
         what = ", ".join(sick) or f"the gradient (norm {float(verdict.grad_norm)})"
         raise Diverged(f"update {update}: not finite: {what}; the weights were left as they were")
+
+
+def _on_the_way(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy for the host that nobody waits for yet, and the event after which it is there."""
+    if not flag.is_cuda:
+        return flag, None
+    host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+    return host, ready
 
 
 @runtime_checkable

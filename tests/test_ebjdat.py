@@ -308,9 +308,9 @@ class TestLoss:
         after = objective.loss(backbone, batch, draws).total
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
-    @given(seed=seeds)
+    @pytest.mark.parametrize("seed", [0, 1, 2])
     def test_h2_compares_each_image_with_the_one_that_it_came_from(self, seed: int) -> None:
-        backbone, batch, draws = drawn(seed % 1000)
+        backbone, batch, draws = drawn(seed)
         objective = objective_of("ebjdat", outer="abs", w1=0, w3=0)
         e = [backbone.model(x).energy for x in (draws.x_adv, batch.x)]
         expected = (e[0] - e[1]).abs().mean()

@@ -272,7 +272,7 @@ def test_without_weights_the_error_names_the_ways_out(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     with pytest.raises(ConfigError) as told:
         distance(LPIPS(), images(0), images(1))
-    for word in ("alexnet-owt-7be5be79.pth", "download", "weights", "nothing", "l2", "logits"):
+    for word in ("alexnet-owt-7be5be79.pth", "download", "weights", "`none`", "l2", "logits"):
         assert word in str(told.value)
 
 

@@ -102,6 +102,14 @@ def test_no_chain_drops_out_anything_by_default() -> None:
         assert not model.network[1].training
 
 
+@pytest.mark.parametrize("mode", ["batch_stats", "running_stats", "released"])
+def test_a_chain_sees_frozen_weights_in_every_mode(mode: str) -> None:
+    model = toy_model(TASK)
+    with sampling_mode(model, mode):
+        assert not any(p.requires_grad for p in model.parameters())
+        assert not model(normal(0, 4, *TASK.shape)).energy.requires_grad
+
+
 def test_frozen_weights_get_no_graph() -> None:
     model = toy_model(TASK).eval()
     with frozen(model):

@@ -237,6 +237,12 @@ def test_a_chain_knows_no_random_state_but_the_generator_it_was_given(sampler: S
         assert torch.equal(run(sampler, energy, x, gen(), 3), first)
 
 
+def test_every_state_of_a_chain_is_detached_even_from_a_leaf() -> None:
+    leaf = normal(0, 2, 3).requires_grad_()
+    for sampler in (SGLD(), SignDescent(), L2Descent()):
+        assert not any(x.requires_grad for x in chain(sampler, bowl, leaf, gen(), 3))
+
+
 def test_no_steps_give_the_beginning_back() -> None:
     x = normal(0, 2, 3)
     assert torch.equal(run(SGLD(), bowl, x, gen(), 0), x)

@@ -381,10 +381,12 @@ def test_chains_and_validation_never_move_the_data_or_each_other(tmp_path: Path)
         orders.append(batches)
     assert same(*orders)
     before, loader = trainer.rng.get_state(), trainer.loader.rng.get_state()
+    states = trainer.backbone.density.buffer.states.clone()
     trainer.exam(1).validate(6)
     trainer.exam(1).draw_grid(tmp_path / "grid.png")
     assert torch.equal(trainer.rng.get_state(), before)
     assert torch.equal(trainer.loader.rng.get_state(), loader)
+    assert torch.equal(trainer.backbone.density.buffer.states, states)
 
 
 def test_a_run_of_one_seed_repeats_and_of_another_differs(tmp_path: Path) -> None:
@@ -430,3 +432,17 @@ def test_a_first_step_of_every_objective_takes_seconds(tmp_path: Path) -> None:
         folder = RunFolder.create(tmp_path / name)
         Trainer(toy_recipe(REGISTRY, "jempp", name), folder).one_step()
     assert time.perf_counter() - began < 10
+
+
+def test_a_diverged_step_leaves_batch_norm_as_it_was() -> None:
+    network = SmallCNN(channels=4, norm="batch")
+    backbone = backbone_of("sadajem", network=network)
+    backbone.model.train()
+    sick = BATCH._replace(x=BATCH.x * float("nan"))
+    before = {name: t.clone() for name, t in backbone.model.named_buffers()}
+    updater = updater_of("plain", backbone.model)
+    with pytest.raises(Diverged):
+        train_step(backbone, objective_of("ebjdat"), updater, sick, gen(), Guard())
+    assert before
+    for name, t in backbone.model.named_buffers():
+        assert torch.equal(t, before[name]), name

@@ -39,7 +39,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    packed = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    packed: dict[str, Tensor] = {}
+    stored: set[int] = set()
+    for name, tensor in tensors.items():
+        t = tensor.detach().cpu().contiguous()
+        if t.untyped_storage().data_ptr() in stored:  # safetensors takes no tied tensors
+            t = t.clone()
+        stored.add(t.untyped_storage().data_ptr())
+        packed[name] = t
     write_bytes(path, safetensors.torch.save(packed))
 
 
