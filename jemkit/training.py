@@ -42,7 +42,7 @@ def train_step(
 ) -> Terms:
     """Draw once, then move the weights `theta_steps` times (M_theta) on what was drawn.
 
-    A step is a transaction: where it fails, the buffer, the generator and batch norm are as before it.
+    A step is a transaction: where it fails, buffer, generator and batch norm are as before it.
     """
     before = rng.get_state()
     statistics = [(buffer, buffer.clone()) for buffer in backbone.model.buffers()]

@@ -73,7 +73,7 @@ def _on_the_way(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     if not flag.is_cuda:
         return flag, None
     host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
-    ready = torch.cuda.Event()
+    ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
     ready.record()
     return host, ready
 
