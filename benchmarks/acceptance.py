@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from tools import keep, trained
-from torch import Generator, Tensor
+from torch import Tensor
 
 from jemkit import checkpoint
 from jemkit.assembly import load_model, put_together
@@ -18,6 +18,7 @@ from jemkit.evaluation import Context, PixelModel, Robustness, batches
 from jemkit.modes import eval_mode, frozen
 from jemkit.recipe import resolve
 from jemkit.registry import installed
+from jemkit.seeds import generator
 
 ROWS = {
     "classifier x pgdat": ("classifier", "pgdat", []),
@@ -42,15 +43,16 @@ def survivors(out: Path) -> Tensor:
     registry = installed()
     recipe = resolve(registry, config=out / "config.json").recipe
     parts = put_together(recipe)
-    load_model(parts.backbone.model, checkpoint.load(out / "checkpoints" / "best")["model"])
+    state = checkpoint.load(out / "checkpoints" / "best")
+    load_model(parts.backbone.model, state["ema"] or state["model"])
     subject = PixelModel(parts.backbone.model, parts.task.bounds)
-    ctx = Context(Generator().manual_seed(0), parts.task.radius_px)
+    ctx = Context(generator(parts.device, "acceptance"), parts.task.radius_px)
     right = []
     with frozen(subject), eval_mode(subject):
         for x, y in batches(parts.splits.images("test"), ctx):
             x_adv = Robustness().attacked(subject, x, y, ctx)
             right.append(subject(x_adv).argmax(1) == y)
-    return torch.cat(right)
+    return torch.cat(right).cpu()
 
 
 def bootstrap(ours: np.ndarray, theirs: np.ndarray, draws: int = 10_000) -> list[float]:

@@ -7,16 +7,18 @@ from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 from jemkit.backbone import Backbone, Task
-from jemkit.data import Loader
-from jemkit.distance import Distance
-from jemkit.errors import DataError, MisfitError
+from jemkit.data import Loader, positives
+from jemkit.density import Buffered
+from jemkit.distance import UsesDistances
+from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.modes import eval_mode
-from jemkit.objective import Objective, ObjectiveSpec, Remembering
+from jemkit.objective import Conditional, Objective, ObjectiveSpec, Remembering
 from jemkit.recipe import Recipe
 from jemkit.runtime.numerics import InPrecision, device_of, laid_out
+from jemkit.seeds import generator
 from jemkit.splits import Splits
 from jemkit.starts import images_hash
-from jemkit.update import EMA, Updater
+from jemkit.update import EMA, Stateful, Updater
 
 
 class Assembly(NamedTuple):
@@ -38,9 +40,11 @@ class Assembly(NamedTuple):
         density = self.backbone.density if self.backbone.has_density else None
         remembered = self.objective if isinstance(self.objective, Remembering) else None
         return {
+            "device": self.device.type,
             "model": self.backbone.model.state_dict(),
             "ema": self.ema.average if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
+            "updater": self.updater.state_dict() if isinstance(self.updater, Stateful) else None,
             "density": density.state_dict() if density else None,
             "objective": remembered.state_dict() if remembered else None,
             "loader": self.loader.state_dict(),
@@ -48,11 +52,20 @@ class Assembly(NamedTuple):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["device"] != self.device.type:
+            raise ConfigError(
+                f"the run was saved on {state['device']} and cannot go on bit for bit on "
+                f"{self.device.type}; use --device {state['device']}, or begin a new run with "
+                "--init-from"
+            )
         load_model(self.backbone.model, state["model"])
         if self.ema is not None:
             for name, tensor in self.ema.average.items():
                 tensor.copy_(state["ema"][name])
         self.optimizer.load_state_dict(state["optimizer"])
+        lay_like_parameters(self.optimizer)
+        if isinstance(self.updater, Stateful):
+            self.updater.load_state_dict(state["updater"])
         if self.backbone.has_density:
             self.backbone.density.load_state_dict(state["density"])
         if isinstance(self.objective, Remembering):
@@ -67,11 +80,12 @@ def put_together(recipe: Recipe) -> Assembly:
     device = device_of(run.device)
     splits = Splits(recipe.data, valid_fraction=run.valid_fraction, max_train=run.max_train)
     task = task_of(recipe, splits)
-    rng = Generator(device).manual_seed(run.seed)
+    rng = generator(device, run.seed, "chains")
     backbone = recipe.backbone.build(task, rng)
     objective = built_objective(recipe, task, rng)
     check(backbone, objective)
-    check_distance(recipe, task, backbone, device)
+    check_distances(objective, task, backbone, device)
+    check_chains(objective, backbone, positives(min(run.batch_size, task.n_train), backbone.views))
     model = laid_out(backbone.model, run.channels_last, device)
     parameters = [*model.parameters()]
     if isinstance(objective, Remembering):
@@ -84,7 +98,7 @@ def put_together(recipe: Recipe) -> Assembly:
     loader = Loader(
         splits.images("train").to(device),
         run.batch_size,
-        Generator(device).manual_seed(run.seed + 2**32),
+        generator(device, run.seed, "data"),
         views=backbone.views,
         bounds=task.bounds,
         augmentation=task.augmentation,
@@ -131,8 +145,8 @@ def check(backbone: Backbone, objective: Objective[Any]) -> None:
         name = type(objective).__name__
         raise MisfitError(
             f"the objective {name} learns p(x), and this backbone has no density; "
-            "choose another backbone (jem, jempp, mebm, sadajem) or an objective that needs none "
-            "(ce, pgdat, trades)"
+            "choose a backbone that has one, or an objective that needs none: "
+            "`jemkit plugins list` has all"
         )
     if backbone.has_density:
         sampler, network = backbone.density.sampler, backbone.model.network
@@ -144,18 +158,45 @@ def check(backbone: Backbone, objective: Objective[Any]) -> None:
             )
 
 
-def check_distance(recipe: Recipe, task: Task, backbone: Backbone, device: torch.device) -> None:
+def check_distances(
+    objective: Objective[Any], task: Task, backbone: Backbone, device: torch.device
+) -> None:
     """Refuse a distance that the images are too small for, or whose weights are missing."""
-    distance = getattr(recipe.objective, "distance", None)
-    if isinstance(distance, Distance) and task.shape[1] < distance.min_size:
-        raise MisfitError(
-            f"the distance {type(distance).__name__} takes images of {distance.min_size} px at "
-            f"least; these have {task.shape[1]}. Choose objective.distance none, l2 or logits"
-        )
-    if isinstance(distance, Distance):  # missing weights are told now, not at the first step
+    for distance in objective.distances if isinstance(objective, UsesDistances) else ():
+        if task.shape[1] < distance.min_size:
+            raise MisfitError(
+                f"the distance {type(distance).__name__} takes images of {distance.min_size} px at "
+                f"least; these have {task.shape[1]}. Choose another objective.distance, such as "
+                "none, l2 or logits"
+            )
         x = task.bounds.from_unit(task.images("train").take(torch.arange(1)).unit()).to(device)
         with torch.no_grad(), eval_mode(backbone.model):
             distance.bind(backbone.model, x, task.bounds)
+
+
+def check_chains(objective: Objective[Any], backbone: Backbone, chains: int) -> None:
+    """Refuse a buffer too small for a step, or without classes where some are asked for."""
+    if not backbone.has_density or not isinstance(backbone.density, Buffered):
+        return
+    buffer = backbone.density.buffer.options
+    if chains > buffer.capacity:
+        raise ConfigError(
+            f"each step begins {chains} chains, and the buffer holds {buffer.capacity}: raise "
+            "backbone.buffer.capacity or lower run.batch_size"
+        )
+    if isinstance(objective, Conditional) and objective.conditional and not buffer.conditional:
+        raise MisfitError(
+            "chains of given classes need a class-conditional buffer: "
+            "set backbone.buffer.conditional = true"
+        )
+
+
+def lay_like_parameters(optimizer: Optimizer) -> None:
+    """Give momenta read from a file their parameters' memory format, which fused steps ask for."""
+    for p, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == p.shape:
+                state[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
 def load_model(model: nn.Module, weights: dict[str, Tensor]) -> None:

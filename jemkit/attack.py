@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 
 from jemkit.data import Bounds
 from jemkit.modes import eval_mode, frozen
-from jemkit.options import Options
+from jemkit.options import Options, Radius
 from jemkit.sampling import Ball, L2Descent, Projected, Sampler, SignDescent, run
 
 AttackLoss = Callable[[Tensor], Tensor]
@@ -50,7 +50,7 @@ class PGD(Options):
     """Projected gradient ascent (Madry et al. 2018) on any loss; sizes in 1/255 of the range."""
 
     steps: int = Field(10, ge=0)
-    radius_px: float | None = Field(None, ge=0)  # None: the data set's
+    radius_px: Radius | None = None  # None: the data set's
     step_px: float | None = Field(None, ge=0)  # None: a quarter of the radius
     norm: Ball = "Linf"
 

@@ -7,9 +7,9 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Generator, Tensor, nn
 
-from jemkit.data import Augmentation, Bounds, Images, Stream, Views
+from jemkit.data import Augmentation, Bounds, Images, Views
 from jemkit.density import Buffer, Contrastive, Density, DensitySpec, ReplayBuffer
-from jemkit.energy import EnergyModel, EnergyModelSpec, LogitEnergy, Scores
+from jemkit.energy import EnergyModel, EnergyModelSpec, LogitEnergy, Scores, Stream
 from jemkit.errors import MisfitError
 from jemkit.modes import batch_norms, frozen_batch_stats
 from jemkit.networks import Adapted, NetworkSpec, Shape, lent
@@ -96,10 +96,11 @@ class Backbone:
             joint = self.model(torch.cat(list(streams.values())))
             parts = joint.split([len(x) for x in streams.values()])
             return dict(zip(streams, parts, strict=True))
-        return {name: self._alone(name, x) for name, x in streams.items()}
+        learnt = set(streams) & set(self.views.stats_from) or {"x_pos"}  # data, at the least
+        return {name: self._alone(x, learn=name in learnt) for name, x in streams.items()}
 
-    def _alone(self, name: Stream, x: Tensor) -> Scores:
-        if name in self.views.stats_from:
+    def _alone(self, x: Tensor, *, learn: bool) -> Scores:
+        if learn:
             return self.model(x)
         with frozen_batch_stats(self.model):
             return self.model(x)

@@ -112,6 +112,9 @@ def prune(folder: Path, keep: int) -> None:
     found = sorted(p for p in folder.glob("step-*") if (p / MANIFEST).exists())
     for old in found[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
+    for aside in folder.glob(".best.*.old"):  # a kill between two renames left no best
+        if not (folder / "best").exists():
+            os.replace(aside, folder / "best")
     for orphan in [*folder.glob(".step-*"), *folder.glob(".best.*")]:
         shutil.rmtree(orphan, ignore_errors=True)
 

@@ -6,6 +6,7 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
+from jemkit.energy import Stream
 from jemkit.errors import DataError
 from jemkit.objective import Batch
 from jemkit.options import Options
@@ -116,10 +117,6 @@ def _check_floats(x: Tensor, source: str) -> None:
         )
 
 
-Stream = Literal["x", "x_adv", "x_pos", "x_neg"]
-"""The images that pass through the model in an update."""
-
-
 class Views(Options):
     """The two views of a batch, and which of its streams batch norm learns from."""
 
@@ -159,9 +156,10 @@ class Loader:
             self.order = torch.randperm(n, generator=self.rng, device=self.images.x.device)
         index = self.order[at * self.batch_size : (at + 1) * self.batch_size]
         found = self.images.take(index)
-        views, positives = self.views, max(1, round(self.views.pos_share * len(index)))
+        views = self.views
+        n_pos = positives(len(index), views)
         x = self._view(found, augment=views.augment_x, noise=views.noise_x)
-        pos = Images(found.x[:positives], found.y[:positives])
+        pos = Images(found.x[:n_pos], found.y[:n_pos])
         x_pos = self._view(pos, augment=views.augment_pos, noise=views.noise_pos)
         batch = Batch(x, found.y, x_pos, index, self.step)
         self.step += 1
@@ -181,6 +179,11 @@ class Loader:
         self.step = int(state["step"])
         self.order = torch.as_tensor(state["order"]).to(self.images.x.device)
         self.rng.set_state(torch.as_tensor(state["rng"]))
+
+
+def positives(batch_size: int, views: Views) -> int:
+    """How many images of a batch the density sees, and so how many chains a step begins."""
+    return max(1, round(views.pos_share * batch_size))
 
 
 def augmented(x: Tensor, augmentation: Augmentation, rng: Generator) -> Tensor:

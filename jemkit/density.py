@@ -1,6 +1,6 @@
 """log p(x): drawing negatives from the model, and the contrastive loss on them (Eqs. 2, 9)."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -204,6 +204,13 @@ class ContrastiveDensity:
 
 
 @runtime_checkable
+class Buffered(Protocol):
+    """A density that keeps a replay buffer."""
+
+    buffer: ReplayBuffer
+
+
+@runtime_checkable
 class DensitySpec(Protocol):
     """How a density is put together; a registered part."""
 
@@ -218,7 +225,7 @@ class Contrastive(Options):
     batch_norm: BatchNormMode = "batch_stats"
     box: bool = True  # keep chains in the pixel range
     penalty: float = Field(0.0, ge=0)  # on the size of the energies
-    penalty_on: str = Field("means", pattern="^(means|positives)$")
+    penalty_on: Literal["means", "positives"] = "means"
 
     def build(
         self, sampler: Sampler, steps: int, start: Start, buffer: ReplayBuffer, bounds: Bounds

@@ -25,6 +25,14 @@ class Distance(Protocol):
         ...
 
 
+@runtime_checkable
+class UsesDistances(Protocol):
+    """An objective that holds x~ near x; the run checks these before its first step."""
+
+    @property
+    def distances(self) -> list[Distance]: ...
+
+
 class Nothing(Options):
     """No distance: the papers' rows without P."""
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,10 @@ from jemkit.options import Options
 
 EnergyFn = Callable[[Tensor], Tensor]
 """E: [B, ...] to [B]; lower is likelier."""
+
+
+Stream = Literal["x", "x_adv", "x_pos", "x_neg"]
+"""The images that pass through a model in an update."""
 
 
 class Scores(NamedTuple):
@@ -56,10 +60,17 @@ class EnergyModel(nn.Module, ABC):
 
     @abstractmethod
     def read(self, features: Tensor) -> Scores:
-        """Features [B, D] to scores, in float32 whatever the features' precision."""
+        """Features [B, D], float32, to scores."""
 
     def forward(self, x: Tensor) -> Scores:
-        return self.read(self.network(x))
+        return self.scores(self.network(x))
+
+    def scores(self, features: Tensor) -> Scores:
+        """`read` in float32, also where the network runs in bfloat16: an energy's grain there is
+        wider than the gaps that training works on."""
+        wide = torch.promote_types(features.dtype, torch.float32)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.read(features.to(wide))
 
     if TYPE_CHECKING:
 
@@ -75,7 +86,7 @@ class LogSumExpEnergy(EnergyModel):
         self.head = nn.Linear(network.width, n_classes)
 
     def read(self, features: Tensor) -> Scores:
-        logits = self.head(features).float()
+        logits = self.head(features)
         return Scores(logits, -logits.logsumexp(dim=1))
 
 
@@ -87,8 +98,7 @@ class LogitEnergy(EnergyModel):
         self.network = network
 
     def read(self, features: Tensor) -> Scores:
-        logits = features.float()
-        return Scores(logits, -logits.logsumexp(dim=1))
+        return Scores(features, -features.logsumexp(dim=1))
 
 
 class LinearEnergy(EnergyModel):
@@ -101,7 +111,7 @@ class LinearEnergy(EnergyModel):
         self.energy = nn.Linear(network.width, 1)
 
     def read(self, features: Tensor) -> Scores:
-        return Scores(self.head(features).float(), -self.energy(features).float().squeeze(1))
+        return Scores(self.head(features), -self.energy(features).squeeze(1))
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,7 @@ class ModelEnergy:
 
     def trunk(self, h: Tensor) -> Tensor:
         """The energy from the first layer's output on."""
-        return self._of(self.model.read(self.model.network.trunk(h)))
+        return self._of(self.model.scores(self.model.network.trunk(h)))
 
     def _of(self, scores: Scores) -> Tensor:
         return scores.energy if self.y is None else scores.joint(self.y)

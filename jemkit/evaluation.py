@@ -12,7 +12,7 @@ from jemkit.attack import PGD
 from jemkit.data import Bounds, Images
 from jemkit.energy import EnergyModel, Scores
 from jemkit.modes import eval_mode, frozen
-from jemkit.options import Options
+from jemkit.options import Options, Radius
 from jemkit.sampling import Ball
 
 UNIT = Bounds(0.0, 1.0)
@@ -95,7 +95,7 @@ class Robustness(Options):
     """
 
     steps: int = Field(20, ge=1)
-    radius_px: float | None = Field(None, gt=0)
+    radius_px: Radius | None = None
     norm: Ball = "Linf"
 
     def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:

@@ -21,6 +21,7 @@ from jemkit.evaluation import (
 from jemkit.modes import eval_mode, frozen
 from jemkit.pictures import save_energies, save_grid
 from jemkit.runtime.folder import versions
+from jemkit.seeds import generator
 from jemkit.splits import Splits
 from jemkit.starts import Labelled
 
@@ -89,6 +90,4 @@ class Exam:
     def _generator(self, name: str) -> Generator:
         """From the seed, the epoch and the name of what it is for."""
         device = next(self.backbone.model.parameters()).device
-        word = int.from_bytes(name.encode()[:4], "big")
-        seed = (self.seed * 1_000_003 + self.epoch) * 2**32 + word
-        return Generator(device).manual_seed(seed % 2**63)
+        return generator(device, self.seed, self.epoch, name)

@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from jemkit import checkpoint
 from jemkit.assembly import load_model, task_of
 from jemkit.backbone import Backbone, Task
-from jemkit.density import Density, ReplayBuffer
+from jemkit.density import Buffered, Density
 from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.pictures import save_grid, to_bytes
 from jemkit.recipe import resolve
@@ -36,13 +36,6 @@ class Samples(NamedTuple):
     pixels: Tensor  # [N, C, H, W], float32 in [0, 1]
     y: Tensor | None  # [N], the classes that were asked for
     protocol: dict[str, Any]
-
-
-@runtime_checkable
-class Buffered(Protocol):
-    """A density that keeps a replay buffer."""
-
-    buffer: ReplayBuffer
 
 
 def sample(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, 
 import torch
 from torch import Generator, Tensor, nn
 
+from jemkit.energy import Scores, Stream
 from jemkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,6 +42,19 @@ class Terms(NamedTuple):
         return cls(dict(parts), total, seen)
 
 
+NAMES: dict[Stream, str] = {"x": "E(x)", "x_pos": "E(x+)", "x_neg": "E(x-)", "x_adv": "E(x~)"}
+
+
+def watched(scores: Mapping[Stream, Scores], y: Tensor) -> dict[str, Tensor]:
+    """What a log wants of an update: every stream's mean energy, and accuracies."""
+    seen = {NAMES[stream]: of.energy.mean() for stream, of in scores.items()}
+    accuracies: dict[Stream, str] = {"x": "accuracy", "x_adv": "accuracy(x~)"}
+    for stream, name in accuracies.items():
+        if stream in scores:
+            seen[name] = (scores[stream].logits.argmax(1) == y).float().mean()
+    return seen
+
+
 D = TypeVar("D")
 
 
@@ -57,6 +71,14 @@ class Objective(Protocol[D]):
     def loss(self, backbone: "Backbone", batch: Batch, draws: D) -> Terms:
         """The terms at the model's present weights; pure, so that SAM may call it twice."""
         ...
+
+
+@runtime_checkable
+class Conditional(Protocol):
+    """An objective that may ask for chains of given classes."""
+
+    @property
+    def conditional(self) -> bool: ...
 
 
 @runtime_checkable

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from difflib import get_close_matches
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     GetCoreSchemaHandler,
@@ -22,6 +23,22 @@ class Options(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, strict=False
     )
+
+
+def not_a_fraction(px: float) -> float:
+    """A radius in 1/255 of the pixel range; one like 0.031 was surely meant as 8/255."""
+    if px < 0:
+        raise ValueError("a radius should be greater than or equal to 0")
+    if 0 < px < 1:
+        raise ValueError(
+            f"a radius is given in 1/255 of the pixel range, so 8 for 8/255; {px:g} is probably a "
+            f"fraction: write {px * 255:.4g}"
+        )
+    return px
+
+
+Radius = Annotated[float, AfterValidator(not_a_fraction)]
+"""A radius in pixels, for every norm: 0, or at least 1/255 of the range."""
 
 
 class PartOf:

@@ -21,11 +21,15 @@ def train(
     init_from: Path | None = None,
     watch: Watch | None = None,
     stop: Callable[[], bool] | None = None,
+    latest: Path | None = None,
 ) -> Summary:
     """Train a recipe into the folder `out` and judge its best epoch on the test split.
 
-    Raises ConfigError or DataError before the first step, Diverged, or Preempted once it is saved.
+    A link `latest` in the folder of that name, else beside the run, points to it. Raises
+    ConfigError or DataError before the first step, Diverged, or Preempted once it is saved.
     """
+    if not resume:
+        RunFolder.check_vacant(out)
     whole = complete(resolved, registry)
     folder = RunFolder.open(out) if resume else None
     trainer = Trainer(whole, folder or RunFolder(out), watch)  # before anything is written
@@ -38,7 +42,7 @@ def train(
             load_model(trainer.backbone.model, checkpoint.load_weights(init_from))
         RunFolder.create(out)
         trainer.folder.write_config(whole.tables, whole.origins)
-    trainer.folder.link_latest()
+    trainer.folder.link_latest(latest or out.parent)
     trainer.folder.event("resume" if resume else "start", step=trainer.step)
     trainer.run()
     return trainer.finish()

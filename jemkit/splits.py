@@ -42,7 +42,7 @@ class Splits:
                 f"{len(index)} images with a validation share of {self.valid_fraction} leave "
                 f"{n_valid} to validate and {len(index) - n_valid} to train on; both must be some"
             )
-        self._kept["valid"] = whole.take(index[:n_valid].sort().values)
+        self._kept["valid"] = whole.take(index[:n_valid])
         self._kept["train"] = whole.take(index[n_valid:].sort().values)
 
 

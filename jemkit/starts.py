@@ -86,6 +86,10 @@ class NoiseStart:
         return self.bounds.clamp(sum(self.bounds) / 2 + self.std * z)
 
 
+GATHERED = 2**28
+"""Numbers of Cholesky factors that are gathered at a time: 1 GiB of float32."""
+
+
 class GaussianStart:
     """x = m_k + L_k z, L_k the Cholesky factor of class k's covariance; clamped to the range."""
 
@@ -112,8 +116,9 @@ class GaussianStart:
             x[rows] = self.means[label] + (self.factors[label] @ z[rows].T).T
         return x
 
-    def _gathered(self, z: Tensor, y: Tensor, rows: int = 32) -> Tensor:
+    def _gathered(self, z: Tensor, y: Tensor) -> Tensor:
         """A batched product in pieces; on a GPU, where reading y back would stop the device."""
+        rows = max(1, GATHERED // self.factors[0].numel())
         pieces = [
             self.means[label] + torch.bmm(self.factors[label], part.unsqueeze(2)).squeeze(2)
             for part, label in zip(torch.split(z, rows), torch.split(y, rows), strict=True)

@@ -42,7 +42,8 @@ def train_step(
 ) -> Terms:
     """Draw once, then move the weights `theta_steps` times (M_theta) on what was drawn.
 
-    A step is a transaction: where it fails, buffer, generator and batch norm are as before it.
+    A step is a transaction: where it fails, buffer, generator and batch norm are as before it. Of
+    several updates those before the failing one stay.
     """
     before = rng.get_state()
     statistics = [(buffer, buffer.clone()) for buffer in backbone.model.buffers()]
@@ -138,16 +139,21 @@ class Trainer:
         factor = self.recipe.schedule.factor(step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.optimizer.lr * factor
+        before = self.loader.state_dict()
         batch = self.loader.batch()
-        terms = train_step(
-            self.backbone,
-            self.objective,
-            self.updater,
-            batch,
-            self.rng,
-            self.guard,
-            run.theta_steps,
-        )
+        try:
+            terms = train_step(
+                self.backbone,
+                self.objective,
+                self.updater,
+                batch,
+                self.rng,
+                self.guard,
+                run.theta_steps,
+            )
+        except BaseException:
+            self.loader.load_state_dict(before)
+            raise
         if self.ema is not None:
             self.ema.update(self.backbone.model)
         spent = time.perf_counter() - began
@@ -231,7 +237,7 @@ class Trainer:
         return numerics(precision=precision, deterministic=run.deterministic, threads=run.threads)
 
     def _diverged(self, error: Diverged) -> Diverged:
-        self.journal.drop()
+        self.journal.gather()
         newest = checkpoint.newest(self.folder.checkpoints)
         where = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
         self.folder.event("diverged", step=self.step, reason=str(error))

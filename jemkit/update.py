@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -65,7 +65,7 @@ class Guard:
             return
         sick = [f"{name} = {float(t)}" for name, t in verdict.parts.items() if not t.isfinite()]
         what = ", ".join(sick) or f"the gradient (norm {float(verdict.grad_norm)})"
-        raise Diverged(f"update {update}: not finite: {what}; the weights were left as they were")
+        raise Diverged(f"update {update}: not finite: {what}; this update was not applied")
 
 
 def _on_the_way(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
@@ -85,6 +85,15 @@ class Updater(Protocol):
     optimizer: Optimizer
 
     def step(self, terms: Callable[[], Terms], guard: Guard) -> None: ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An updater with state beside its optimizer's; a checkpoint keeps it."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @runtime_checkable

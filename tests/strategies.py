@@ -11,7 +11,7 @@ batch_sizes = st.integers(1, 7)
 class_counts = st.sampled_from([3, 10, 100])
 image_sizes = st.sampled_from([2, 3, 5, 8])
 weights = st.floats(0.01, 4.0)
-radii_px = st.floats(0.0, 64.0)
+radii_px = st.just(0.0) | st.floats(1, 64)  # between 0 and 1 they are refused as fractions
 
 
 def normal(

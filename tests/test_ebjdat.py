@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import normal, seeds, uniform
+from strategies import normal, radii_px, seeds, uniform
 from torch import Tensor
 from toys import backbone_of, gen, linear_model, objective_of
 
@@ -91,8 +91,8 @@ class TestChain:
 
     @given(
         seed=seeds,
-        radius=st.floats(0, 40),
-        start=st.floats(0, 80),
+        radius=radii_px,
+        start=radii_px,
         step_px=st.floats(0, 20),
         norm=st.sampled_from(["Linf", "L2"]),
         step=st.sampled_from(["sign", "gradient", "normalised"]),
@@ -111,7 +111,7 @@ class TestChain:
             assert (size <= 2 * radius / 255 * (1 + 1e-4) + 1e-6).all()
             assert x_adv.abs().max() <= 1
 
-    @given(seed=seeds, start=st.floats(0, 8), step_px=st.floats(0.1, 4), steps=st.integers(0, 6))
+    @given(seed=seeds, start=radii_px, step_px=st.floats(0.1, 4), steps=st.integers(0, 6))
     def test_without_projection_the_reach_is_the_start_and_every_step(
         self, seed: int, start: float, step_px: float, steps: int
     ) -> None:

@@ -139,3 +139,14 @@ def test_a_plain_torch_module_of_logits_is_an_energy_model() -> None:
     torch.testing.assert_close(scores.energy, -module(x).logsumexp(1))
     assert backbone.has_density
     assert isinstance(linear_model(4, 3), LogSumExpEnergy)
+
+
+@given(seed=seeds)
+def test_energies_are_read_in_float32_whatever_the_network_ran_in(seed: int) -> None:
+    model = toy_model(toy_task())
+    features = normal(seed, 4, model.network.width, scale=20.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = model.scores(features)
+    outside = model.scores(features)
+    assert torch.equal(inside.logits, outside.logits)
+    assert torch.equal(inside.energy, outside.energy)

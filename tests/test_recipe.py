@@ -192,7 +192,7 @@ class TestMistakes:
                 r"no sampler 'sgdl' \(did you mean 'sgld'\?\).*from --set",
             ),
             ("optimizer.use=adm", r"no optimizer 'adm' \(did you mean 'adam'\?\)"),
-            ("objective={w1=0, w2=0, w3=0}", r"objective: .*nothing to learn"),
+            ("objective={w1=0, w2=0, w3=0, w_clean=0}", r"objective: .*nothing to learn"),
             ("rnu.epochs=1", r"--set rnu.epochs=1: unknown table \[rnu\] \(did you mean 'run'\?\)"),
             ("run=5", r"wanted a table \[run\]"),
             ("run.epochs", r"wanted KEY=VALUE"),

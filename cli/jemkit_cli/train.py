@@ -168,7 +168,7 @@ def _trained(
         try:
             return run(
                 resolved, out, registry=registry, resume=resume, init_from=init_from,
-                watch=watch, stop=stop,
+                watch=watch, stop=stop, latest=RUNS,
             )  # fmt: skip
         except Preempted as error:
             raise Preempted(f"{error} --out {out}") from None

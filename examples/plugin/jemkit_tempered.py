@@ -25,7 +25,7 @@ class TemperedEnergy(EnergyModel):
         self.head = nn.Linear(network.width, n_classes)
 
     def read(self, features: Tensor) -> Scores:
-        logits = self.head(features).float()
+        logits = self.head(features)
         t = self.temperature
         return Scores(logits, -t * (logits / t).logsumexp(dim=1))
 

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +68,15 @@ class RunFolder:
             file.write(line + "\n")
 
     def append_metrics(self, rows: list[dict[str, Any]]) -> None:
-        """Append rows to metrics.csv; the first one gives the columns."""
+        """Append rows to metrics.csv; a column that is new is empty in the rows before."""
         path = self.path / "metrics.csv"
-        columns = list(rows[0]) if not path.exists() else _columns(path)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns)
-        if not path.exists():
-            writer.writeheader()
-        writer.writerows(rows)
+        before = _columns(path) if path.exists() else []
+        columns = list(dict.fromkeys([*before, *(name for row in rows for name in row)]))
+        if columns != before:
+            write_text(path, _csv(columns, [*self.metrics(), *rows]))
+            return
         with path.open("a", encoding="utf-8", newline="") as file:
-            file.write(text.getvalue())
+            csv.DictWriter(file, columns).writerows(rows)
 
     def metrics(self) -> list[dict[str, str]]:
         path = self.path / "metrics.csv"
@@ -91,19 +91,16 @@ class RunFolder:
         kept = [row for row in rows if int(row["step"]) < step]
         if len(kept) == len(rows):
             return
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(kept)
-        write_text(self.path / "metrics.csv", text.getvalue())
+        write_text(self.path / "metrics.csv", _csv(list(rows[0]), kept))
 
-    def link_latest(self) -> None:
-        """Point `latest`, beside the run, to it."""
-        link, fresh = self.path.parent / "latest", self.path.parent / f".latest.{os.getpid()}"
+    def link_latest(self, folder: Path) -> None:
+        """Point `latest` in `folder` to the run."""
+        folder.mkdir(parents=True, exist_ok=True)
+        link, fresh = folder / "latest", folder / f".latest.{os.getpid()}"
         if link.exists() and not link.is_symlink():
             return  # somebody's own file of that name
         fresh.unlink(missing_ok=True)
-        fresh.symlink_to(self.path.name)
+        fresh.symlink_to(os.path.relpath(self.path.resolve(), folder.resolve()))
         os.replace(fresh, link)
 
 
@@ -131,6 +128,14 @@ def _git(*arguments: str) -> str:
         ["git", *arguments], capture_output=True, text=True, timeout=10, check=False
     )
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _csv(columns: list[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _columns(path: Path) -> list[str]:

@@ -43,10 +43,10 @@ class Journal:
         self._gathered = time.monotonic()
         if not self._rows:
             return {}
-        values = torch.stack([tensor for _, _, tensor in self._rows]).tolist()
+        values = iter(torch.cat([tensor for _, _, tensor in self._rows]).tolist())  # one reading
         rows = [
-            with_gaps({**known, **dict(zip(names, read, strict=True))})
-            for (known, names, _), read in zip(self._rows, values, strict=True)
+            with_gaps({**known, **{name: next(values) for name in names}})
+            for known, names, _ in self._rows
         ]
         self._rows = []
         self.folder.append_metrics(rows)
@@ -55,10 +55,6 @@ class Journal:
                 for name, value in row.items():
                     self._board.add_scalar(name.replace(" ", "/"), value, row["step"])
         return rows[-1]
-
-    def drop(self) -> None:
-        """Forget what was kept."""
-        self._rows = []
 
 
 def _board(folder: RunFolder) -> Any:

@@ -8,7 +8,7 @@ from torch import Generator
 
 from jemkit.backbone import Backbone
 from jemkit.hookspecs import hookimpl
-from jemkit.objective import Batch, Objective, Terms
+from jemkit.objective import Batch, Objective, Terms, watched
 from jemkit.options import Options
 
 
@@ -21,11 +21,9 @@ class CE(Options):
         return None
 
     def loss(self, backbone: Backbone, batch: Batch, draws: None) -> Terms:
-        logits = backbone.scores({"x": batch.x})["x"].logits
-        accuracy = (logits.argmax(1) == batch.y).float().mean()
-        return Terms.weighted(
-            {"p(y|x)": (1.0, F.cross_entropy(logits, batch.y))}, {"accuracy": accuracy}
-        )
+        scores = backbone.scores({"x": batch.x})
+        term = F.cross_entropy(scores["x"].logits, batch.y)
+        return Terms.weighted({"p(y|x)": (1.0, term)}, watched(scores, batch.y))
 
 
 @hookimpl

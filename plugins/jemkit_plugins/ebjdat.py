@@ -9,14 +9,13 @@ from torch import Generator, Tensor
 
 from jemkit.attack import perturbed
 from jemkit.backbone import Backbone
-from jemkit.data import Stream
 from jemkit.distance import Distance, Nothing
-from jemkit.energy import EnergyFn, Scores
+from jemkit.energy import EnergyFn, Scores, Stream
 from jemkit.errors import ConfigError
 from jemkit.hookspecs import hookimpl
 from jemkit.modes import eval_mode, frozen
-from jemkit.objective import Batch, Objective, Terms
-from jemkit.options import Options, PartOf
+from jemkit.objective import Batch, Objective, Terms, watched
+from jemkit.options import Options, PartOf, Radius
 from jemkit.sampling import SGLD, Ball, Boxed, L2Descent, Projected, Sampler, SignDescent, run
 
 
@@ -41,8 +40,8 @@ class EBJDAT(Options):
     w3: float = Field(0.45, ge=0)
     w_clean: float | None = Field(None, ge=0)  # of the clean cross-entropy; None: w3
     adv_steps: int = Field(5, ge=0)  # M_adv, Section 4.1
-    radius_px: float | None = Field(None, ge=0)  # of the ball, Omega of Eq. 5; None: the data set's
-    start_px: float | None = Field(None, ge=0)  # of the first perturbation; None: the radius
+    radius_px: Radius | None = None  # of the ball, Omega of Eq. 5; None: the data set's
+    start_px: Radius | None = None  # of the first perturbation; None: the radius
     step_px: float | None = Field(None, ge=0)  # None: a quarter of the radius
     step_size: float = Field(0.01, ge=0)  # c^2 / 2 of Eq. 12, for `step = "gradient"` alone
     step: Literal["sign", "gradient", "normalised"] = "sign"
@@ -66,6 +65,12 @@ class EBJDAT(Options):
     def clean_weight(self) -> float:
         return self.w3 if self.w_clean is None else self.w_clean
 
+    @property
+    def distances(self) -> list[Distance]:
+        """The distance, where some weight asks for it."""
+        asked = self.distance_weight and (self.w2 or self.w3)
+        return [self.distance] if asked and not isinstance(self.distance, Nothing) else []
+
     def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> Draws:
         x_neg = x_adv = None
         if self.w1:  # lines 6-9: x^- by the backbone's own chain, Eq. 10
@@ -85,13 +90,12 @@ class EBJDAT(Options):
 
     def downhill(self, backbone: Backbone, batch: Batch) -> EnergyFn:
         """What the chain descends: lambda d(x, .) - E(., y), Eq. 12."""
-        far = self.distance.bind(backbone.model, batch.x, backbone.bounds)
+        far = [d.bind(backbone.model, batch.x, backbone.bounds) for d in self.distances]
         up = -1.0 if self.direction == "raise" else 1.0
-        weighted = self.distance_weight and not isinstance(self.distance, Nothing)
 
         def energy(x: Tensor) -> Tensor:
             value = up * self._climbed(backbone.model(x), batch.y)
-            return value + self.distance_weight * far(x) if weighted else value
+            return value + sum(self.distance_weight * d(x) for d in far)
 
         return energy
 
@@ -128,7 +132,7 @@ class EBJDAT(Options):
             terms["p(y|x~)"] = (self.w3, F.cross_entropy(scores["x_adv"].logits, batch.y))
         if self.clean_weight:
             terms["p(y|x)"] = (self.clean_weight, F.cross_entropy(scores["x"].logits, batch.y))
-        return Terms.weighted(terms, _watched(scores, batch.y))  # line 18
+        return Terms.weighted(terms, watched(scores, batch.y))  # line 18
 
     def _streams(self, batch: Batch, draws: Draws) -> dict[Stream, Tensor]:
         """The images that some term of weight above 0 asks for."""
@@ -157,16 +161,6 @@ class EBJDAT(Options):
 
     def _radius(self, backbone: Backbone) -> float:
         return backbone.radius_px if self.radius_px is None else self.radius_px
-
-
-def _watched(scores: Mapping[Stream, Scores], y: Tensor) -> dict[str, Tensor]:
-    names: dict[Stream, str] = {"x": "E(x)", "x_pos": "E(x+)", "x_neg": "E(x-)", "x_adv": "E(x~)"}
-    seen = {names[stream]: of.energy.mean() for stream, of in scores.items()}
-    for stream in ("x", "x_adv"):
-        if stream in scores:
-            right = scores[stream].logits.argmax(1) == y
-            seen["accuracy" if stream == "x" else "accuracy(x~)"] = right.float().mean()
-    return seen
 
 
 @hookimpl

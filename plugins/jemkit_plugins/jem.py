@@ -8,13 +8,13 @@ from pydantic import Field, model_validator
 from torch import Generator, Tensor
 
 from jemkit.backbone import Backbone, BackboneSpec, Task, assemble
-from jemkit.data import Stream, Views
+from jemkit.data import Views
 from jemkit.density import Buffer, Contrastive, DensitySpec
-from jemkit.energy import EnergyModelSpec, LogSumExp
+from jemkit.energy import EnergyModelSpec, LogSumExp, Stream
 from jemkit.errors import ConfigError
 from jemkit.hookspecs import hookimpl
 from jemkit.networks import WRN, NetworkSpec
-from jemkit.objective import Batch, Objective, Terms
+from jemkit.objective import Batch, Objective, Terms, watched
 from jemkit.options import Options, PartOf
 from jemkit.sampling import SGLD, Sampler
 from jemkit.starts import StartSpec, Uniform
@@ -58,11 +58,15 @@ class JEMObjective(Options):
             raise ConfigError("w_px and w_pyx are both 0: nothing to learn")
         return self
 
+    @property
+    def conditional(self) -> bool:
+        return bool(self.w_px) and self.negatives == "conditional"
+
     def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> Draws:
         if not self.w_px:
             return Draws(None, None)
         n = len(batch.x_pos)
-        y = batch.y[:n] if self.negatives == "conditional" else None
+        y = batch.y[:n] if self.conditional else None
         return Draws(backbone.density.draw(backbone.model, n, rng, y), y)
 
     def loss(self, backbone: Backbone, batch: Batch, draws: Draws) -> Terms:
@@ -71,18 +75,14 @@ class JEMObjective(Options):
             streams |= {"x_pos": batch.x_pos, "x_neg": draws.x_neg}
         scores = backbone.scores(streams)
         terms: dict[str, tuple[float, Tensor]] = {}
-        watched: dict[str, Tensor] = {}
         if draws.x_neg is not None:
             pos, neg = scores["x_pos"], scores["x_neg"]
             e_pos = pos.energy if draws.y is None else pos.joint(draws.y)
             e_neg = neg.energy if draws.y is None else neg.joint(draws.y)
             terms["p(x)"] = (self.w_px, backbone.density.loss(e_pos, e_neg))
-            watched |= {"E(x+)": e_pos.mean(), "E(x-)": e_neg.mean()}
         if self.w_pyx:
-            logits = scores["x"].logits
-            terms["p(y|x)"] = (self.w_pyx, F.cross_entropy(logits, batch.y))
-            watched["accuracy"] = (logits.argmax(1) == batch.y).float().mean()
-        return Terms.weighted(terms, watched)
+            terms["p(y|x)"] = (self.w_pyx, F.cross_entropy(scores["x"].logits, batch.y))
+        return Terms.weighted(terms, watched(scores, batch.y))
 
 
 @hookimpl
@@ -102,6 +102,6 @@ def jemkit_recipes() -> Mapping[str, Mapping[str, Any]]:
             "optimizer": {"use": "adam", "lr": 1e-4, "weight_decay": 0.0},
             "updater": {"use": "plain"},
             "schedule": {"decay": "steps", "at": [0.8, 0.9], "by": 0.3},  # 160 and 180 of 200
-            "run": {"batch_size": 64},
+            "run": {"epochs": 200, "batch_size": 64},
         }
     }

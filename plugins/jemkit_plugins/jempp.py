@@ -45,6 +45,6 @@ def jemkit_recipes() -> Mapping[str, Mapping[str, Any]]:
             "optimizer": {"use": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 4e-4},
             "updater": {"use": "plain"},
             "schedule": {"decay": "steps", "at": [1 / 3, 2 / 3, 5 / 6], "by": 0.2},
-            "run": {"batch_size": 64},
+            "run": {"epochs": 150, "batch_size": 64},
         }
     }

@@ -47,6 +47,6 @@ def jemkit_recipes() -> Mapping[str, Mapping[str, Any]]:
             "optimizer": {"use": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4},
             "updater": {"use": "plain"},
             "schedule": {"decay": "steps", "at": [0.3, 0.6, 0.9], "by": 0.2},
-            "run": {"batch_size": 128},
+            "run": {"epochs": 200, "batch_size": 128},
         }
     }

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from jemkit.attack import PGD, Attack
 from jemkit.backbone import Backbone
 from jemkit.hookspecs import hookimpl
-from jemkit.objective import Batch, Objective, Terms
+from jemkit.objective import Batch, Objective, Terms, watched
 from jemkit.options import Options, PartOf
 
 
@@ -34,12 +34,9 @@ class PGDAT(Options):
         )
 
     def loss(self, backbone: Backbone, batch: Batch, x_adv: Tensor) -> Terms:
-        adv = backbone.scores({"x_adv": x_adv})["x_adv"]
-        watched = {
-            "E(x~)": adv.energy.mean(),
-            "accuracy": (adv.logits.argmax(1) == batch.y).float().mean(),
-        }
-        return Terms.weighted({"p(y|x~)": (1.0, F.cross_entropy(adv.logits, batch.y))}, watched)
+        scores = backbone.scores({"x_adv": x_adv})
+        term = F.cross_entropy(scores["x_adv"].logits, batch.y)
+        return Terms.weighted({"p(y|x~)": (1.0, term)}, watched(scores, batch.y))
 
 
 @hookimpl

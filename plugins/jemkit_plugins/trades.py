@@ -12,7 +12,7 @@ from jemkit.attack import PGD, Attack
 from jemkit.backbone import Backbone
 from jemkit.hookspecs import hookimpl
 from jemkit.modes import eval_mode
-from jemkit.objective import Batch, Objective, Terms
+from jemkit.objective import Batch, Objective, Terms, watched
 from jemkit.options import Options, PartOf
 
 
@@ -42,17 +42,11 @@ class TRADES(Options):
         scores = backbone.scores(
             {"x": batch.x} if x_adv is None else {"x": batch.x, "x_adv": x_adv}
         )
-        clean = scores["x"]
-        terms = {"p(y|x)": (1.0, F.cross_entropy(clean.logits, batch.y))}
-        watched = {
-            "E(x)": clean.energy.mean(),
-            "accuracy": (clean.logits.argmax(1) == batch.y).float().mean(),
-        }
+        clean = scores["x"].logits
+        terms = {"p(y|x)": (1.0, F.cross_entropy(clean, batch.y))}
         if x_adv is not None:
-            adv = scores["x_adv"]
-            terms["KL"] = (self.beta, divergence(clean.logits, adv.logits).mean())
-            watched["E(x~)"] = adv.energy.mean()
-        return Terms.weighted(terms, watched)
+            terms["KL"] = (self.beta, divergence(clean, scores["x_adv"].logits).mean())
+        return Terms.weighted(terms, watched(scores, batch.y))
 
 
 def divergence(clean: Tensor, adv: Tensor) -> Tensor:
