@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from jemkit.backbone import Backbone, Task
+from jemkit.backbone import Backbone, Task, check_stem
 from jemkit.data import Loader, positives
 from jemkit.density import Buffered
 from jemkit.distance import UsesDistances
@@ -149,13 +149,7 @@ def check(backbone: Backbone, objective: Objective[Any]) -> None:
             "`jemkit plugins list` has all"
         )
     if backbone.has_density:
-        sampler, network = backbone.density.sampler, backbone.model.network
-        if sampler.needs_stem and not network.has_stem:
-            raise MisfitError(
-                f"the sampler {type(sampler).__name__} differentiates through the first layer "
-                "alone, and this network, an adapted module, has no stem to split off; choose "
-                "another sampler, such as sgld"
-            )
+        check_stem(backbone.density.sampler, backbone.model.network)
 
 
 def check_distances(

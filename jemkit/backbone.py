@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 from jemkit.data import Augmentation, Bounds, Images, Views
 from jemkit.density import Buffer, Contrastive, Density, DensitySpec, ReplayBuffer
-from jemkit.energy import EnergyModel, EnergyModelSpec, LogitEnergy, Scores, Stream
+from jemkit.energy import EnergyModel, EnergyModelSpec, LogitEnergy, Network, Scores, Stream
 from jemkit.errors import MisfitError
 from jemkit.modes import batch_norms, frozen_batch_stats
 from jemkit.networks import Adapted, NetworkSpec, Shape, lent
@@ -115,6 +115,16 @@ class BackboneSpec(Protocol):
         ...
 
 
+def check_stem(sampler: Sampler, network: Network) -> None:
+    """Refuse a sampler that needs the first layer apart where the network cannot split it off."""
+    if sampler.needs_stem and not network.has_stem:
+        raise MisfitError(
+            f"the sampler {type(sampler).__name__} differentiates through the first layer "
+            "alone, and this network, an adapted module, has no stem to split off; choose "
+            "another sampler, such as sgld"
+        )
+
+
 def assemble(
     task: Task,
     rng: Generator,
@@ -134,6 +144,8 @@ def assemble(
     model = model.to(rng.device)
     drawn = None
     if density is not None and sampler is not None and start is not None and buffer is not None:
+        check_stem(sampler, model.network)  # before the start's moments, which take a while
+        buffer.check_classes(task.n_classes)
         p0 = start.build(task, rng.device)
         states = ReplayBuffer(buffer, p0, task.n_classes, rng)
         drawn = density.build(sampler, steps, p0, states, task.bounds)

@@ -64,6 +64,14 @@ class Buffer(Options):
     restart: float = Field(0.05, ge=0, le=1)  # share of chains that begin afresh
     conditional: bool = False  # one equal slice of slots for each class
 
+    def check_classes(self, n_classes: int) -> None:
+        """Refuse slices that would not be equal."""
+        if self.conditional and self.capacity % n_classes:
+            raise ConfigError(
+                f"a class-conditional buffer of {self.capacity} slots cannot be shared evenly "
+                f"by {n_classes} classes; set backbone.buffer.capacity to a multiple of {n_classes}"
+            )
+
 
 class ReplayBuffer:
     """The ends of earlier chains, from which most new chains begin; on the run's device.
@@ -75,13 +83,9 @@ class ReplayBuffer:
 
     def __init__(self, options: Buffer, start: Start, n_classes: int, rng: Generator) -> None:
         self.options, self.start, self.n_classes = options, start, n_classes
+        options.check_classes(n_classes)
         slots = torch.arange(options.capacity, device=rng.device)
         y = slots * n_classes // options.capacity
-        if options.conditional and options.capacity % n_classes:
-            raise ConfigError(
-                f"a class-conditional buffer of {options.capacity} slots cannot be shared evenly "
-                f"by {n_classes} classes; set backbone.buffer.capacity to a multiple of {n_classes}"
-            )
         self.states = start.draw(options.capacity, rng, y)
         self.drawn = 0  # chains begun so far
         self._undo: list[tuple[Tensor, Tensor]] | None = None

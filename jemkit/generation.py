@@ -19,8 +19,9 @@ from jemkit.pictures import save_grid, to_bytes
 from jemkit.recipe import resolve
 from jemkit.registry import Registry
 from jemkit.runtime.files import write_bytes
-from jemkit.runtime.folder import RunFolder
+from jemkit.runtime.folder import RunFolder, versions
 from jemkit.runtime.numerics import device_of
+from jemkit.seeds import generator
 from jemkit.splits import Splits
 
 STEPS = 40
@@ -59,42 +60,60 @@ def sample(
         raise ConfigError(f"{n} images: wanted 1 or more")
     if steps is not None and steps < 0:
         raise ConfigError(f"chains of {steps} steps: wanted 0 or more")
+    if source == "buffer" and (steps is not None or start is not None):
+        raise ConfigError("steps and start belong to fresh chains; a buffer's states are kept")
+    rng = Generator(device_of(device)).manual_seed(seed)
+    run = opened(path, registry, rng.device, which)
+    y = _labels(classes or [], n, run.task.n_classes, rng.device)
+    if source == "buffer":
+        x = _kept(run, n, rng, y)
+        how: dict[str, Any] = {"source": "buffer", "start": "buffer", "steps": 0}
+    else:
+        steps = STEPS if steps is None else steps
+        x = _fresh(run, registry, start, n, steps, rng, y)
+        energy = "E(x)" if y is None else "E(x, y)"
+        name = start or run.table.get("start", {}).get("use", "the backbone's")
+        how = {"source": "chains", "start": name, "steps": steps, "energy": energy}
+    asked = {"class": None if y is None else sorted(set(y.tolist())), "images": n, "seed": seed}
+    protocol = {**how, **run.card, **asked, "device": rng.device.type}
+    return Samples(run.task.bounds.to_unit(run.task.bounds.clamp(x)).cpu(), y, protocol)
+
+
+class Opened(NamedTuple):
+    """A run's model as one of its checkpoints has it."""
+
+    task: Task
+    table: dict[str, Any]  # [backbone] of the run's recipe
+    backbone: Backbone
+    density: Density
+    state: dict[str, Any]
+    card: dict[str, Any]  # what tells where the model came from
+
+
+def opened(
+    path: Path, registry: Registry, device: torch.device, which: Literal["best", "last"]
+) -> Opened:
+    """The run in `path`, its weights averaged where it keeps an average."""
     folder = run_folder(path)
     resolved = resolve(registry, config=folder.path / "config.json")
-    recipe, rng = resolved.recipe, Generator(device_of(device)).manual_seed(seed)
+    recipe, table = resolved.recipe, resolved.tables["backbone"]
     splits = Splits(
         recipe.data, valid_fraction=recipe.run.valid_fraction, max_train=recipe.run.max_train
     )
     task = task_of(recipe, splits)
-    backbone = recipe.backbone.build(task, Generator(rng.device).manual_seed(recipe.run.seed))
-    density = _density(backbone, resolved.tables["backbone"]["use"])
-    y = _labels(classes or [], n, task.n_classes, rng.device)
+    backbone = recipe.backbone.build(task, generator(device, recipe.run.seed, "chains"))
+    density = _density(backbone, table["use"])
     saved, state, digest = _checkpoint(folder, which)
-    load_model(backbone.model, state.get("ema") or state["model"])
-    if source == "buffer":
-        if steps is not None or start is not None:
-            raise ConfigError("steps and start belong to fresh chains; a buffer's states are kept")
-        x = _kept(density, state["density"], n, rng, y)
-        how: dict[str, Any] = {"source": "buffer", "start": "buffer", "steps": 0}
-    else:
-        steps = STEPS if steps is None else steps
-        name = start or resolved.tables["backbone"].get("start", {}).get("use", "the backbone's")
-        x = _fresh(backbone, density, task, registry, start, n, steps, rng, y)
-        energy = "E(x)" if y is None else "E(x, y)"
-        how = {"source": "chains", "start": name, "steps": steps, "energy": energy}
-    protocol = {
-        **how,
+    load_model(backbone.model, state["ema"] or state["model"])
+    card = {
         "run": str(folder.path),
-        "sampler": resolved.tables["backbone"].get("sampler", type(density.sampler).__name__),
-        "weights": "averaged" if state.get("ema") else "live",
-        "class": None if y is None else sorted(set(y.tolist())),
-        "images": n,
-        "seed": seed,
-        "device": rng.device.type,
+        "sampler": table.get("sampler", type(density.sampler).__name__),
+        "weights": "averaged" if state["ema"] else "live",
         "checkpoint": saved.name,
         "sha256": digest,
+        "versions": versions(),
     }
-    return Samples(task.bounds.to_unit(task.bounds.clamp(x)).cpu(), y, protocol)
+    return Opened(task, table, backbone, density, state, card)
 
 
 def save(samples: Samples, out: Path | None = None) -> tuple[Path, Path]:
@@ -154,20 +173,16 @@ def _checkpoint(folder: RunFolder, which: str) -> tuple[Path, dict[str, Any], st
     return path, checkpoint.load(path), checkpoint.verify(path)[checkpoint.MODEL]
 
 
-def _kept(
-    density: Density, state: dict[str, Any], n: int, rng: Generator, y: Tensor | None
-) -> Tensor:
+def _kept(run: Opened, n: int, rng: Generator, y: Tensor | None) -> Tensor:
     """n states of the buffer; of the classes y where it is class-conditional."""
-    if not isinstance(density, Buffered):
+    if not isinstance(run.density, Buffered):
         raise MisfitError("this density keeps no buffer; draw fresh chains instead")
-    density.load_state_dict(state)
-    return density.buffer.states[density.buffer.slots(n, rng, y)]
+    run.density.load_state_dict(run.state["density"])
+    return run.density.buffer.states[run.density.buffer.slots(n, rng, y)]
 
 
 def _fresh(
-    backbone: Backbone,
-    density: Density,
-    task: Task,
+    run: Opened,
     registry: Registry,
     start: str | None,
     n: int,
@@ -175,10 +190,14 @@ def _fresh(
     rng: Generator,
     y: Tensor | None,
 ) -> Tensor:
-    p0 = density.start if start is None else registry["start"][start]().build(task, rng.device)
+    """The ends of n chains, TOGETHER at a time."""
+    p0 = run.density.start
+    if start is not None:
+        p0 = registry["start"][start]().build(run.task, rng.device)
     pieces = []
     for at in range(0, n, TOGETHER):
         part = None if y is None else y[at : at + TOGETHER]
         count = min(TOGETHER, n - at)
-        pieces.append(density.sample(backbone.model, count, rng, steps=steps, start=p0, y=part))
+        piece = run.density.sample(run.backbone.model, count, rng, steps=steps, start=p0, y=part)
+        pieces.append(piece)
     return torch.cat(pieces)
