@@ -52,6 +52,7 @@ def show(summary: "Summary") -> None:
     title = f"epoch {summary.best_epoch} of {summary.epochs} ({card['selection']})"
     show_table(["figure", "value", "measured on"], rows, title)
     say(f"trained in {summary.seconds:.1f} s")
+    say(", ".join(f"{name} {version}" for name, version in card["versions"].items()))
     say(f"run {summary.run}")
     say(f"checkpoint {summary.run / 'checkpoints' / 'best'}, sha256 {card['checkpoint']}")
 
