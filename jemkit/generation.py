@@ -139,7 +139,9 @@ def save(samples: Samples, out: Path | None = None) -> tuple[Path, Path]:
 def run_folder(path: Path) -> RunFolder:
     """The folder of a run that exists; `latest` is followed to the run that it points to."""
     if not (path / "config.json").exists():
-        raise ConfigError(f"{path} is no run of jemkit: it has no config.json")
+        raise ConfigError(
+            f"{path} is no run of jemkit: it has no config.json; `jemkit train` makes one"
+        )
     return RunFolder(path.resolve())
 
 

@@ -11,6 +11,14 @@ from torch import Tensor
 
 from jemkit.runtime.files import write_bytes
 
+LEGEND = {
+    "gap x+ x-": "E(x+) - E(x-)",
+    "gap x~ x": "E(x~) - E(x)",
+    "loss": "weighted sum",
+    "pgd10": "accuracy under PGD-10",
+}
+"""Columns of metrics.csv that a picture calls by another name."""
+
 
 def save_grid(path: Path, pixels: Tensor, *, columns: int = 10, scale: int | None = None) -> None:
     """Images [N, C, H, W] in [0, 1] as one PNG, rounded to 8 bits; small ones are enlarged."""
@@ -50,11 +58,12 @@ def save_curves(
     for axis, (title, columns) in zip(axes, panels.items(), strict=False):
         for column in columns:
             values = np.array([float(row[column] or "nan") for row in rows])
-            axis.plot(steps, smoothed(values), label=column.removeprefix("loss "), linewidth=1)
+            axis.plot(steps, smoothed(values), label=LEGEND.get(column, column), linewidth=1)
         _finish(axis, title)
     for name in ("accuracy", "pgd10"):
         points = [(e["step"], e[name]) for e in epochs if name in e]
-        axes[3].plot(*zip(*points, strict=True), marker=".", label=f"{name} (validation)")
+        label = LEGEND.get(name, name)
+        axes[3].plot(*zip(*points, strict=True), marker=".", label=f"{label}, validation")
     axes[3].set_ylim(0, 1.02)
     _finish(axes[3], "accuracy")
     _write(figure, path)
@@ -64,10 +73,18 @@ def save_energies(path: Path, energies: Mapping[str, Tensor], title: str) -> Non
     """Histograms of E(x) of several sets of images, in the manner of the paper's Figure 1."""
     figure, axes = _figure(1, 1)
     everything = torch.cat([e.flatten().cpu() for e in energies.values()])
-    edges = np.linspace(float(everything.min()), float(everything.max()), 40)
+    low, high = float(everything.min()), float(everything.max())
+    margin = 0.0 if high > low else 0.5  # a constant energy is a single bar
+    edges = np.linspace(low - margin, high + margin, 32)
     for name, energy in energies.items():
-        axes[0].hist(energy.cpu().numpy(), edges, alpha=0.55, density=True, label=name)
-    axes[0].set_ylabel("density")
+        values, label = energy.cpu().numpy(), f"{name}, {len(energy)} images"
+        weights = np.full(len(values), 1 / len(values))
+        _, _, filled = axes[0].hist(
+            values, edges, weights=weights, alpha=0.3, histtype="stepfilled", label=label
+        )
+        colour = filled[0].get_facecolor()[:3]
+        axes[0].hist(values, edges, weights=weights, histtype="step", color=colour, linewidth=1.5)
+    axes[0].set_ylabel("share")
     _finish(axes[0], title, xlabel="E(x)")
     _write(figure, path)
 

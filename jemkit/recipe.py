@@ -10,21 +10,18 @@ from jemkit.backbone import BackboneSpec
 from jemkit.data import Dataset
 from jemkit.errors import ConfigError
 from jemkit.layers import (
-    OPTIMIZERS,
     PARTS,
     Layer,
     Stack,
     Table,
     choices,
     flat,
-    inside,
     leading_comment,
     override_layers,
     part_defaults,
     read_layer,
-    spoken,
-    table_at,
 )
+from jemkit.mistakes import explain
 from jemkit.objective import Objective, ObjectiveSpec
 from jemkit.options import Options, PartOf, nearest
 from jemkit.registry import Registry
@@ -190,46 +187,6 @@ def _check_tables(layer: Layer) -> None:
             )
         if not isinstance(table, dict):
             raise ConfigError(f"{layer.origin}: {name} = {table!r}; wanted a table [{name}]")
-
-
-def explain(
-    error: ValidationError, tables: Mapping[str, Any], origins: Mapping[str, str] | None = None
-) -> str:
-    """A line for each mistake: the key, what came and from where, what was wanted, the nearest."""
-    mistakes = [dict(mistake) for mistake in error.errors(include_url=False)]
-    unknown = {_where(m) for m in mistakes if m["type"] == "extra_forbidden"}
-    return "\n".join(_line(mistake, tables, unknown, origins or {}) for mistake in mistakes)
-
-
-def _line(
-    mistake: dict[str, Any],
-    tables: Mapping[str, Any],
-    unknown: set[tuple[str, ...]],
-    origins: Mapping[str, str],
-) -> str:
-    where = _where(mistake)
-    key = ".".join(where)
-    message = mistake["msg"].removeprefix("Value error, ")
-    if mistake["type"] == "missing":
-        message = "must be given"
-    if mistake["type"] == "part" and isinstance(mistake["input"], str):
-        message += f"; choose one by {key}.use"
-    if where in unknown:
-        table = table_at(tables, where[:-1])
-        known = [name for name in table if (*where[:-1], name) not in unknown and name != "use"]
-        message = f"no such option{nearest(where[-1], known)}. There are: {', '.join(known)}"
-    origin = origins.get(key) or next((o for k, o in origins.items() if inside(k, key)), "")
-    whole = isinstance(mistake["input"], dict) and where not in unknown
-    got = "" if isinstance(mistake["input"], dict) else f"; got {mistake['input']!r}"
-    return f"{key}: {message}{got}{'' if whole else spoken(origin)}"
-
-
-def _where(mistake: Mapping[str, Any]) -> tuple[str, ...]:
-    """A mistake's key; pydantic names the chosen optimizer between a table and its field."""
-    loc = [str(part) for part in mistake["loc"]]
-    if loc[0] == "optimizer" and loc[1:2] and loc[1] in OPTIMIZERS:
-        del loc[1]
-    return tuple(loc)
 
 
 def schema(registry: Registry) -> Table:

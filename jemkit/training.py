@@ -239,9 +239,9 @@ class Trainer:
     def _diverged(self, error: Diverged) -> Diverged:
         self.journal.gather()
         newest = checkpoint.newest(self.folder.checkpoints)
-        where = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        where = f"--init-from {newest} takes its weights" if newest else "no checkpoint was kept"
         self.folder.event("diverged", step=self.step, reason=str(error))
         return Diverged(
-            f"diverged at step {self.step}: {error}; {where}. Lower optimizer.lr, raise "
-            "backbone.steps or set backbone.density.penalty = 0.1, and --resume or begin again"
+            f"diverged at step {self.step}: {error}. Begin a new run with a lower optimizer.lr, "
+            f"more backbone.steps or backbone.density.penalty = 0.1; {where}"
         )

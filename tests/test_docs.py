@@ -60,7 +60,7 @@ def test_every_preset_in_readme_and_readings_resolves() -> None:
 def test_every_option_that_readings_names_exists() -> None:
     registry = installed(third_party=False)
     text = (ROOT / "docs" / "readings.md").read_text()
-    tables = resolve(registry).tables
+    tables = resolve(registry, named={"backbone": {"network": {"use": "wrn-28-10"}}}).tables
     for key in re.findall(r"`((?:backbone|run|schedule)\.[\w.]+)", text):
         at: object = tables
         for name in key.split("."):

@@ -43,7 +43,7 @@ def sample(
     ] = "best",
     out: Annotated[
         Path | None,
-        typer.Option(help="Where to write; the run's samples/ by default.", show_default=False),
+        typer.Option(help="Folder to write to; the run's samples/ by default.", show_default=False),
     ] = None,
     no_plugins: Annotated[
         bool, typer.Option("--no-plugins", help="Only the parts that come with jemkit.")

@@ -129,6 +129,7 @@ def _progress(where: "Console") -> "Progress":
         Left(),
         TextColumn("{task.fields[now]}"),
         console=where,
+        transient=True,
     )
 
 

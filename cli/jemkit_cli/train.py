@@ -141,7 +141,8 @@ def _saved(registry: "Registry", out: Path, device: str | None) -> "Resolved":
 def _new_run(resolved: "Resolved") -> Path:
     """A name that no run has yet: the parts and the time."""
     parts = [resolved.tables[table]["use"] for table in ("backbone", "objective", "data")]
-    name = RUNS / "-".join([*parts, time.strftime("%Y%m%d-%H%M%S")])
+    when = [time.strftime("%Y%m%d-%H%M%S"), str(os.getpid())]  # two may start in one second
+    name = RUNS / "-".join([*parts, *when])
     again = (name.with_name(f"{name.name}-{count}") for count in range(2, 1000))
     return next((path for path in (name, *again) if not path.exists()), name)
 

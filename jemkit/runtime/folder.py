@@ -50,7 +50,10 @@ class RunFolder:
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
         if not (path / "config.json").exists():
-            raise ConfigError(f"{path} is no run that could be resumed: it has no config.json")
+            raise ConfigError(
+                f"{path} is no run that could be resumed: it has no config.json; "
+                "`jemkit train` begins one"
+            )
         return cls(path)
 
     @property

@@ -1,0 +1,60 @@
+"""A real CIFAR-10 run on two cores: 5,000 images, WRN-10-2, three epochs, SADA-JEM x EB-JDAT."""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tools import keep, trained
+
+from jemkit.data import Images
+from jemkit.evaluation import Accuracy, Context, PixelModel, Robustness, evaluate
+from jemkit.generation import opened
+from jemkit.recipe import resolve
+from jemkit.registry import installed
+from jemkit.seeds import generator
+
+SETTINGS = "--dataset cifar10 --network wrn-10-2 --epochs 3 --set run.max_train=5000"
+SETTINGS += " --set schedule.decay=constant"
+ROBUST = 1000
+"""Test images that PGD-20 attacks at the last step; the run's own table has all of them."""
+
+
+def last(out: Path) -> dict[str, Any]:
+    """The model of the last step, on the test split."""
+    registry = installed()
+    run = opened(out, registry, torch.device("cpu"), "last")
+    test = resolve(registry, config=out / "config.json").recipe.data.load("test")
+    ctx = Context(generator(torch.device("cpu"), "cifar"), run.task.radius_px)
+    subject = PixelModel(run.backbone.model, run.task.bounds)
+    part = Images(test.x[:ROBUST], test.y[:ROBUST])
+    figures = evaluate(subject, test, [Accuracy()], ctx)
+    figures += evaluate(subject, part, [Robustness()], ctx)
+    return {f.name: [f.value, f.low, f.high, f.n] for f in figures}
+
+
+def main(data: Path, out: Path) -> None:
+    best = trained([*SETTINGS.split(), "--data-dir", str(data)], out)
+    with (out / "metrics.csv").open() as file:
+        gaps = [abs(float(row["gap x+ x-"])) for row in csv.DictReader(file)]
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    names = ("epoch", "accuracy", "pgd10")
+    epochs = [{k: e[k] for k in names} for e in events if e["event"] == "epoch"]
+    figures = {
+        "command": f"jemkit train {SETTINGS}",
+        "largest_gap_of_x_pos_and_x_neg": max(gaps),
+        "validation": epochs,
+        "last_step_on_test": last(out),
+        "best_epoch_by_pgd10_on_test": best,
+    }
+    keep("cifar10", figures)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--out", type=Path, default=Path("runs/cifar10"))
+    given = parser.parse_args()
+    main(given.data_dir, given.out)
