@@ -2,11 +2,13 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jemkit.recipe import resolve
 from jemkit.registry import installed
+from jemkit.testing import check_objective, check_sampler
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -67,3 +69,24 @@ def test_every_option_that_readings_names_exists() -> None:
             assert isinstance(at, dict), key
             assert name in at, key
             at = at[name]
+
+
+def test_the_guides_objective_and_sampler_keep_the_laws() -> None:
+    guide = (ROOT / "docs" / "write-a-plugin.md").read_text()
+    (code,) = re.findall(r"```python no-example\n(.*?)```", guide, re.S)
+    scope: dict[str, Any] = {}
+    exec(IMPORTS + code, scope)
+    check_objective(scope["Smoothed"]())
+    check_sampler(scope["NoisySign"]())
+
+
+IMPORTS = """
+from typing import ClassVar
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Generator, Tensor
+from jemkit import Backbone, Batch, Options, Terms
+from jemkit.energy import EnergyFn
+from jemkit.objective import watched
+from jemkit.sampling import gradient, noise_like
+"""
