@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,12 @@ def main(folder: Path, jobs: int) -> None:
 
     def one(name: str) -> dict[str, Any]:
         given = [f"--set={part}" for part in SETTINGS[name].split()]
-        return trained(given, folder / "-".join(re.findall(r"[a-z0-9]+", name)))
+        try:
+            return trained(given, folder / "-".join(re.findall(r"[a-z0-9]+", name)))
+        except subprocess.CalledProcessError as error:
+            if error.returncode != 4:
+                raise
+            return {"diverged": error.stderr.strip()}
 
     with ThreadPoolExecutor(jobs) as pool:
         keep("sweep", dict(zip(SETTINGS, pool.map(one, SETTINGS), strict=True)))

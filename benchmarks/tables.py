@@ -24,7 +24,7 @@ def table(rows: dict[str, dict[str, Any]], first: str, columns: list[str]) -> st
     heads = [first, *(COLUMNS[c][0] for c in columns)]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, row in rows.items():
-        cells = [COLUMNS[c][1].format(row[c]) for c in columns]
+        cells = [COLUMNS[c][1].format(row[c]) if c in row else "diverged" for c in columns]
         lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines)
 

@@ -104,6 +104,7 @@ def jemkit_recipes() -> Mapping[str, Path | Mapping[str, Any]]:
     """Recipe layers, TOML files or tables, by what they belong to.
 
     `data/NAME`, `backbone/NAME`, `objective/NAME` go under a run that has that part,
-    `backbone/NAME/DATA` under that pair, `preset/NAME` under `--preset NAME`.
+    `backbone/NAME/DATA` and `objective/NAME/DATA` under that pair, `run/BACKBONE/OBJECTIVE/DATA`
+    under these three, `preset/NAME` under `--preset NAME`.
     """
     return {}

@@ -146,6 +146,7 @@ def _part_layers(registry: Registry, names: Mapping[str, str]) -> list[Layer]:
         f"backbone/{backbone}/{data}",
         f"objective/{objective}",
         f"objective/{objective}/{data}",
+        f"run/{backbone}/{objective}/{data}",
     )
     found = [Layer(k, read_layer(registry.recipes[k])) for k in keys if k in registry.recipes]
     for layer in found:
