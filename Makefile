@@ -1,4 +1,4 @@
-# The two commands of README.md set up all they need; RUN makes another run of `make train`.
+# The two commands of README.md do all the set-up there is.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
