@@ -136,7 +136,7 @@ def _progress(where: "Console") -> "Progress":
 def _bar(progress: "Progress", run: Path) -> Watch:
     def watch(kind: str, what: dict[str, Any]) -> None:
         if kind == "start":
-            progress.console.print(f"run {run}", markup=False, soft_wrap=True)
+            progress.console.print(_beginning(run, what), markup=False, soft_wrap=True)
             progress.add_task(
                 "training",
                 total=what["total"],
@@ -159,13 +159,18 @@ def _lines(run: Path) -> Watch:
 
     def watch(kind: str, what: dict[str, Any]) -> None:
         if kind == "start":
-            say(f"run {run}")
+            say(_beginning(run, what))
         elif kind == "step":
             last.update(what)
         elif kind == "epoch":
             say(f"{_epoch(what)}  {_now(last)}".rstrip())
 
     return watch
+
+
+def _beginning(run: Path, what: Mapping[str, Any]) -> str:
+    complete = what["step"] == what["total"]
+    return f"run {run}" + (": complete already, judged again" if complete else "")
 
 
 def _now(what: Mapping[str, Any]) -> str:
