@@ -12,13 +12,10 @@ import torch
 from tools import keep, trained
 from torch import Tensor
 
-from jemkit import checkpoint
-from jemkit.assembly import load_model, put_together
-from jemkit.evaluation import Context, PixelModel, Robustness, batches
-from jemkit.modes import eval_mode, frozen
-from jemkit.recipe import resolve
+from jemkit.evaluation import judge
 from jemkit.registry import installed
-from jemkit.seeds import generator
+from jemkit.settings import Settings
+from jemkit.subjects import subject_at
 
 ROWS = {
     "classifier x pgdat": ("classifier", "pgdat", []),
@@ -49,19 +46,11 @@ def arguments(row: str, seed: int) -> list[str]:
 
 def survivors(out: Path) -> Tensor:
     """Which test images the run's best model gets right under PGD-20, the same noise for all."""
-    registry = installed()
-    recipe = resolve(registry, config=out / "config.json").recipe
-    parts = put_together(recipe)
-    state = checkpoint.load(out / "checkpoints" / "best")
-    load_model(parts.backbone.model, state["ema"] or state["model"])
-    subject = PixelModel(parts.backbone.model, parts.task.bounds)
-    ctx = Context(generator(parts.device, "acceptance"), parts.task.radius_px)
-    right = []
-    with frozen(subject), eval_mode(subject):
-        for x, y in batches(parts.splits.images("test"), ctx):
-            x_adv = Robustness().attacked(subject, x, y, ctx)
-            right.append(subject(x_adv).argmax(1) == y)
-    return torch.cat(right).cpu()
+    subject = subject_at(out, installed(), torch.device("cpu"))
+    asked = Settings(
+        attacks=("pgd",), only=("robustness",), options={"robustness": {"indicators": False}}
+    )
+    return judge(subject._replace(folder=None), asked, installed()).rows["pgd20"]
 
 
 def bootstrap(ours: np.ndarray, theirs: np.ndarray, draws: int = 10_000) -> list[float]:

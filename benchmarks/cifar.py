@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from tools import keep, trained
 
-from jemkit.data import Images
-from jemkit.evaluation import Accuracy, Context, PixelModel, Robustness, evaluate
-from jemkit.generation import opened
-from jemkit.recipe import resolve
+from jemkit.evaluation import judge
 from jemkit.registry import installed
-from jemkit.seeds import generator
+from jemkit.settings import Settings
+from jemkit.subjects import subject_at
 
 SETTINGS = "--dataset cifar10 --network wrn-10-2 --epochs 3 --set run.max_train=5000"
 SETTINGS += " --set schedule.decay=constant"
@@ -24,14 +22,11 @@ ROBUST = 1000
 
 def last(out: Path) -> dict[str, Any]:
     """The model of the last step, on the test split."""
-    registry = installed()
-    run = opened(out, registry, torch.device("cpu"), "last")
-    test = resolve(registry, config=out / "config.json").recipe.data.load("test")
-    ctx = Context(generator(torch.device("cpu"), "cifar"), run.task.radius_px)
-    subject = PixelModel(run.backbone.model, run.task.bounds)
-    part = Images(test.x[:ROBUST], test.y[:ROBUST])
-    figures = evaluate(subject, test, [Accuracy()], ctx)
-    figures += evaluate(subject, part, [Robustness()], ctx)
+    subject = subject_at(out, installed(), torch.device("cpu"), which="last")._replace(folder=None)
+    clean = judge(subject, Settings(only=("accuracy",)), installed())
+    asked = Settings(attacks=("pgd",), only=("robustness", "energies"), max_images=ROBUST)
+    robust = judge(subject, asked, installed())
+    figures = [clean.figure("clean"), *(f for f in robust.figures if f.name != "clean")]
     return {f.name: [f.value, f.low, f.high, f.n] for f in figures}
 
 

@@ -1,6 +1,6 @@
 """jemkit: train, sample, attack and judge joint energy-based models."""
 
-from jemkit.attack import PGD, Attack, perturbed
+from jemkit.attack import PGD, Attack, ModelAttack, Threat, perturbed
 from jemkit.backbone import Backbone, BackboneSpec, Task
 from jemkit.data import Augmentation, Bounds, Dataset, Images, Loader, Views
 from jemkit.density import Buffer, Contrastive, Density, ReplayBuffer
@@ -15,12 +15,16 @@ from jemkit.errors import (
     Preempted,
     UnknownName,
 )
-from jemkit.evaluation import Evaluator, Figure, PixelModel, evaluate
+from jemkit.evaluation import evaluate
+from jemkit.evaluator import Context, Evaluator
+from jemkit.figures import Figure
 from jemkit.hookspecs import hookimpl
 from jemkit.networks import Adapted
 from jemkit.objective import Batch, Objective, Terms
 from jemkit.options import Options, PartOf
+from jemkit.pixels import PixelModel
 from jemkit.recipe import Recipe, resolve
+from jemkit.record import Record
 from jemkit.registry import Registry, installed
 from jemkit.sampling import PYLD, SGLD, Sampler, SignDescent, chain, gradient, run
 from jemkit.session import train
@@ -30,12 +34,13 @@ from jemkit.training import Trainer, check, train_step
 from jemkit.update import SAM, Guard, Plain, Updater
 
 __all__ = [
-    "PGD", "PYLD", "SAM", "SGLD", "Adapted", "Attack", "Augmentation", "Backbone", "BackboneSpec",
-    "Batch", "Bounds", "Buffer", "ConfigError", "Contrastive", "DataError", "Dataset", "Density",
-    "Distance", "Diverged", "EnergyModel", "Evaluator", "Figure", "Guard", "Images", "JemkitError",
-    "Loader", "LogSumExpEnergy", "MisfitError", "ModelEnergy", "Network", "Objective", "Options",
-    "PartOf", "PixelModel", "Plain", "Preempted", "Recipe", "Registry", "ReplayBuffer", "Sampler",
-    "Scores", "SignDescent", "Splits", "Start", "Task", "Terms", "Trainer", "UnknownName",
+    "PGD", "PYLD", "SAM", "SGLD", "Adapted", "Attack", "Augmentation", "Backbone",
+    "BackboneSpec", "Batch", "Bounds", "Buffer", "ConfigError", "Context", "Contrastive",
+    "DataError", "Dataset", "Density", "Distance", "Diverged", "EnergyModel", "Evaluator",
+    "Figure", "Guard", "Images", "JemkitError", "Loader", "LogSumExpEnergy", "MisfitError",
+    "ModelAttack", "ModelEnergy", "Network", "Objective", "Options", "PartOf", "PixelModel",
+    "Plain", "Preempted", "Recipe", "Record", "Registry", "ReplayBuffer", "Sampler", "Scores",
+    "SignDescent", "Splits", "Start", "Task", "Terms", "Threat", "Trainer", "UnknownName",
     "Updater", "Views", "chain", "check", "evaluate", "gradient", "hookimpl", "installed",
     "perturbed", "resolve", "run", "train", "train_step",
 ]  # fmt: skip

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 
-from jemkit.attack import PGD, Attack
+from jemkit.attack import PGD, Attack, ModelAttack
 from jemkit.density import Contrastive, DensitySpec
 from jemkit.distance import L2, Distance, Logits, Nothing
 from jemkit.energy import EnergyModelSpec, LinearHead, LogSumExp
-from jemkit.evaluation import Accuracy, Evaluator, Robustness
+from jemkit.evaluator import Accuracy, Evaluator
 from jemkit.hookspecs import hookimpl
 from jemkit.networks import MLP, WRN, NetworkSpec, SmallCNN
 from jemkit.sampling import PYLD, SGLD, L2Descent, Sampler, SignDescent
@@ -50,10 +50,10 @@ def jemkit_distances() -> Mapping[str, type[Distance]]:
 
 
 @hookimpl
-def jemkit_attacks() -> Mapping[str, type[Attack]]:
+def jemkit_attacks() -> Mapping[str, type[Attack] | type[ModelAttack]]:
     return {"pgd": PGD}
 
 
 @hookimpl
 def jemkit_evaluators() -> Mapping[str, type[Evaluator]]:
-    return {"accuracy": Accuracy, "robustness": Robustness}
+    return {"accuracy": Accuracy}

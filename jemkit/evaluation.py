@@ -1,170 +1,198 @@
-"""Evaluation: a model seen as a classifier of [0, 1] images, and what can be measured of it."""
+"""Evaluation: a model, its attacks and evaluators, and the record of all that they find."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import Field
-from torch import Generator, Tensor, nn
+from torch import nn
 
-from jemkit.attack import PGD
-from jemkit.data import Bounds, Images
-from jemkit.energy import EnergyModel, Scores
-from jemkit.modes import eval_mode, frozen
-from jemkit.options import Options, Radius
-from jemkit.sampling import Ball
+from jemkit import record as records
+from jemkit.cascade import as_model_attack
+from jemkit.data import Dataset, Images
+from jemkit.evaluator import (
+    AnyAttack,
+    Context,
+    Evaluator,
+    Unmeasurable,
+    measure,
+    never,
+    no_progress,
+)
+from jemkit.figures import Figure
+from jemkit.modes import eval_mode
+from jemkit.pixels import check_subject
+from jemkit.record import Record
+from jemkit.refined import Refined, Refinement, refined
+from jemkit.registry import Registry, installed
+from jemkit.runtime.folder import versions
+from jemkit.runtime.ledger import WHOLE, Shard
+from jemkit.runtime.numerics import device_of, numerics
+from jemkit.seeds import generator
+from jemkit.settings import Settings, attacks_of, evaluators_of, settings_of, threat_of
+from jemkit.subjects import Subject, check_images, subject_at, subject_of
 
-UNIT = Bounds(0.0, 1.0)
-"""The range in which whatever judges a model sees images."""
-
-
-class PixelModel(nn.Module):
-    """A module of [0, 1] images that returns logits; the scaling is inside."""
-
-    def __init__(self, model: EnergyModel, bounds: Bounds) -> None:
-        super().__init__()
-        self.model, self.bounds = model, bounds
-
-    def scores(self, pixels: Tensor) -> Scores:
-        """Scores of images [B, C, H, W] in [0, 1]."""
-        return self.model(self.bounds.from_unit(pixels))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.scores(pixels).logits
-
-
-class Figure(NamedTuple):
-    """One measured number, with an interval where one is defined, and how it was measured."""
-
-    name: str
-    value: float
-    low: float | None
-    high: float | None
-    n: int
-    protocol: dict[str, Any]
+__all__ = ["Settings", "evaluate", "judge"]
 
 
-def _no_progress(*_: int) -> None:
-    return None
-
-
-@dataclass(frozen=True)
-class Context:
-    """What an evaluator works with beside its subject."""
-
-    rng: Generator
-    radius_px: float
-    batch_size: int = 256
-    card: dict[str, Any] = field(default_factory=dict)  # joins every figure's protocol
-    progress: Callable[[int, int], None] = _no_progress
-
-
-@runtime_checkable
-class Evaluator(Protocol):
-    """Measures a model on labelled images."""
-
-    def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]: ...
+QUICK = 256
+"""Images of a quick look."""
 
 
 def evaluate(
-    subject: PixelModel, data: Images, evaluators: Sequence[Evaluator], ctx: Context
-) -> list[Figure]:
-    """Every evaluator's figures, of the subject in evaluation mode with frozen weights."""
-    with frozen(subject), eval_mode(subject):
-        return [figure for judge in evaluators for figure in judge(subject, data, ctx)]
+    model: nn.Module,
+    dataset: Dataset | Images,
+    *,
+    n_classes: int | None = None,
+    registry: Registry | None = None,
+    out: Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    **settings: Any,
+) -> Record:
+    """Judge any module that maps [0, 1] images to logits.
 
-
-class Accuracy(Options):
-    """The share of images that are classified right, with its 95 % Wilson interval."""
-
-    def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
-        right = 0
-        for x, y in batches(data, ctx):
-            with torch.no_grad():
-                right += int((subject(x).argmax(1) == y).sum())
-        return [share("clean", right, len(data.y), ctx.card)]
-
-
-class Robustness(Options):
-    """Accuracy under PGD, and how far apart the attack drives the energies (the paper's Table 1).
-
-    `gap_mean` and `gap_variance` are of |E(x~) - E(x)|, image by image; `gap_signed` is without the
-    bars, `gap_joint` of E(x, y); `gap_relative` is the mean over the standard deviation of E(x),
-    since the gap scales with the logits. The radius is in 1/255 of the pixel range.
+    `settings` are the fields of `Settings`: attacks=("aa",), eps_px=8, norm="L2", ... With a
+    folder `out` the record is written there, and half-done work survives a kill.
     """
-
-    steps: int = Field(20, ge=1)
-    radius_px: Radius | None = None
-    norm: Ball = "Linf"
-
-    def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
-        right, rows = 0, []
-        for x, y in batches(data, ctx):
-            x_adv = self.attacked(subject, x, y, ctx)
-            with torch.no_grad():
-                clean, adv = subject.scores(x), subject.scores(x_adv)
-            right += int((adv.logits.argmax(1) == y).sum())
-            rows.append(torch.stack([clean.energy, adv.energy, clean.joint(y), adv.joint(y)]))
-        card = self.card(ctx)
-        gaps = energy_gaps(*torch.cat(rows, dim=1).double())
-        accuracy = share(f"pgd{self.steps}", right, len(data.y), card)
-        return [accuracy, *(Figure(k, v, None, None, len(data.y), card) for k, v in gaps.items())]
-
-    def attacked(self, subject: PixelModel, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
-        """x~ in [0, 1], by PGD on the cross-entropy."""
-
-        def loss(pixels: Tensor) -> Tensor:
-            return cross_entropy(subject(pixels), y)
-
-        attack = PGD(steps=self.steps, radius_px=self.radius_px, norm=self.norm)
-        return attack.draw(subject, loss, x, ctx.rng, bounds=UNIT, radius_px=ctx.radius_px)
-
-    def card(self, ctx: Context) -> dict[str, Any]:
-        """The protocol of every figure."""
-        radius = ctx.radius_px if self.radius_px is None else self.radius_px
-        return {
-            **ctx.card,
-            "attack": "pgd",
-            "norm": self.norm,
-            "radius_px": radius,
-            "steps": self.steps,
-            "step_px": radius / 4,
-            "restarts": 1,
-            "start": "uniform in the ball",
-        }
+    subject = subject_of(model, dataset, n_classes)._replace(folder=out)
+    parts = registry or installed()
+    return judge(subject, settings_of(settings), parts, progress=progress)
 
 
-def energy_gaps(clean: Tensor, adv: Tensor, joint: Tensor, joint_adv: Tensor) -> dict[str, float]:
-    """Statistics of one-to-one differences of E(x) and E(x, y), each [N]."""
-    gap = (adv - clean).abs()
-    return {
-        "gap_mean": float(gap.mean()),
-        "gap_variance": float(gap.var(correction=0)),
-        "gap_signed": float((adv - clean).mean()),
-        "gap_joint": float((joint_adv - joint).mean()),
-        "gap_relative": float(gap.mean() / clean.std(correction=0)),
+def judge(
+    subject: Subject,
+    settings: Settings,
+    registry: Registry,
+    *,
+    shard: Shard = WHOLE,
+    progress: Callable[[str, int, int], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+    keep_adversarial: bool = False,
+) -> Record:
+    """Run the evaluators that are asked for; write the record after each, where it has a place.
+
+    Raises ConfigError or DataError before any slow work, and Preempted where `stop` says so:
+    finished batches are kept, and the same call goes on from there.
+    """
+    evaluators = evaluators_of(settings, registry)
+    attacks = attacks_of(settings, registry)
+    if settings.refine_steps:
+        refinement = Refinement(steps=settings.refine_steps, seed=settings.seed)
+        subject = subject._replace(model=refined(subject.model, refinement))
+    test = check_images(subject.test, subject.n_classes)
+    limit = QUICK if settings.quick else len(test.y)
+    n = min(len(test.y), settings.max_images or limit)
+    data = Images(test.x[:n], test.y[:n])
+    ctx = _context(subject, settings, data, attacks)
+    ctx = replace(ctx, shard=shard, progress=progress or no_progress, stop=stop or never)
+    for name, attack in attacks.items():  # what does not fit is refused before anything slow
+        as_model_attack(attack, name).bind(subject.model, ctx.threat)
+    threads = max(1, torch.get_num_threads() // shard.size)  # the same in all of them
+    with numerics(threads=threads):
+        first = data.take(torch.arange(min(n, settings.batch_size))).to(ctx.rng.device)
+        with eval_mode(subject.model):
+            check_subject(subject.model, first.unit(), subject.n_classes)
+        return _Judgement(subject, settings, ctx, data).run(evaluators, keep_adversarial)
+
+
+def join_in(
+    path: Path, settings: Settings, place: Mapping[str, Any], third_party: bool, shard: Shard
+) -> None:
+    """One process's part of an evaluation that another process writes the record of."""
+    registry = installed(third_party=third_party)
+    subject = subject_at(path, registry, device_of(place["device"]), **place["subject"])
+    if place["out"] is not None:
+        subject = subject._replace(folder=place["out"])
+    judge(subject, settings, registry, shard=shard)
+
+
+class _Judgement:
+    """One evaluation on its way."""
+
+    def __init__(self, subject: Subject, settings: Settings, ctx: Context, data: Images) -> None:
+        self.subject, self.settings, self.ctx, self.data = subject, settings, ctx, data
+        self.figures: list[Figure] = []
+        self.left_out: dict[str, str] = {}
+
+    def run(self, evaluators: Mapping[str, Evaluator], keep_adversarial: bool) -> Record:
+        for name, evaluator in evaluators.items():
+            try:
+                self.figures += self._figures(name, evaluator)
+            except Unmeasurable as error:
+                if name in self.settings.only:
+                    raise
+                self.left_out[name] = str(error)
+            self._write()
+        if self.ctx.shard.rank == 0 and self.subject.folder and keep_adversarial:
+            records.save_adversarial(self.subject.folder, self.ctx.notes, self.record())
+        for ledger in self.ctx.notes.ledgers:
+            ledger.remove()
+        return self.record()
+
+    def record(self) -> Record:
+        notes = self.ctx.notes
+        return Record(
+            self.subject.about, self.ctx.card, self.figures, notes.tables, notes.rows,
+            self.left_out, notes.warnings,
+        )  # fmt: skip
+
+    def _figures(self, name: str, evaluator: Evaluator) -> list[Figure]:
+        rng = generator(self.ctx.rng.device, self.settings.seed, name)
+        ctx = replace(self.ctx, rng=rng, card={**self.ctx.card, "evaluator": name})
+        figures = measure(self.subject.model, self.data, [evaluator], ctx)
+        if name == "accuracy":
+            self._warn_if_guessing(figures[0])
+        return figures
+
+    def _warn_if_guessing(self, clean: Figure) -> None:
+        if clean.value < 1.5 / self.subject.n_classes:
+            self.ctx.notes.warnings.append(
+                f"clean accuracy is {clean.value:.1%}, hardly more than guessing among "
+                f"{self.subject.n_classes} classes: is the preprocessing inside the model?"
+            )
+
+    def _write(self) -> None:
+        if self.subject.folder is not None and self.ctx.shard.rank == 0:
+            records.save(self.subject.folder, self.record(), self.ctx.notes)
+
+
+def _context(
+    subject: Subject,
+    settings: Settings,
+    data: Images,
+    attacks: Mapping[str, AnyAttack],
+) -> Context:
+    device = next((p.device for p in subject.model.parameters()), torch.device("cpu"))
+    threat = threat_of(settings, subject.radius_px, data.x.shape[1:].numel())
+    whole = len(data.y) == len(subject.test.y)
+    card = {
+        "protocol": settings.protocol,
+        "standard": settings.protocol == "standard" and whole and not settings.quick,
+        "split": "test",
+        "images": len(data.y),
+        "selection": "all" if whole else f"the first {len(data.y)} of {len(subject.test.y)}",
+        "quick": settings.quick,
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+        "norm": threat.norm,
+        "radius_px": threat.radius_px,
+        "trained_radius_px": subject.about.get("trained_radius_px"),
+        "checkpoint": subject.about["sha256"],
+        "versions": versions(),
+        "device": device.type,
     }
-
-
-def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Of each row, [B]."""
-    return nn.functional.cross_entropy(logits, y, reduction="none")
-
-
-def batches(data: Images, ctx: Context) -> Iterator[tuple[Tensor, Tensor]]:
-    """[0, 1] images and labels, batch by batch, on the generator's device."""
-    total = len(data.y)
-    for at in range(0, total, ctx.batch_size):
-        part = Images(data.x[at : at + ctx.batch_size], data.y[at : at + ctx.batch_size])
-        part = part.to(ctx.rng.device)
-        yield part.unit(), part.y
-        ctx.progress(min(at + ctx.batch_size, total), total)
-
-
-def share(name: str, right: int, n: int, protocol: dict[str, Any]) -> Figure:
-    """A share with its 95 % Wilson interval."""
-    z, p = 1.959964, right / n
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return Figure(name, p, max(0.0, middle - half), min(1.0, middle + half), n, protocol)
+    if isinstance(subject.model, Refined):
+        card |= subject.model.card
+    return Context(
+        generator(device, settings.seed),
+        threat,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        card=card,
+        attacks=attacks,
+        images=subject.images,
+        others=subject.others,
+        quick=settings.quick,
+        work=None if subject.folder is None else subject.folder / ".evaluation",
+    )

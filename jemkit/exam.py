@@ -1,25 +1,22 @@
 """How a model is looked at while it trains, and judged at the end."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from jemkit.attack import PGD, Threat
 from jemkit.backbone import Backbone, Task
+from jemkit.cascade import attacked
 from jemkit.data import Images, checked
-from jemkit.evaluation import (
-    Accuracy,
-    Context,
-    Figure,
-    PixelModel,
-    Robustness,
-    batches,
-    evaluate,
-)
+from jemkit.evaluator import Accuracy, Context, measure
+from jemkit.figures import Figure
 from jemkit.modes import eval_mode, frozen
 from jemkit.pictures import save_energies, save_grid
+from jemkit.pixels import PixelModel
+from jemkit.robustness import PGD20, Robustness, energies
 from jemkit.runtime.folder import versions
 from jemkit.seeds import generator
 from jemkit.splits import Splits
@@ -43,9 +40,9 @@ class Exam:
         """Validation accuracy, and under PGD-10 on its first `n_robust` images."""
         valid = self.splits.images("valid")
         part = Images(valid.x[:n_robust], valid.y[:n_robust])
-        ctx = Context(self._generator("validate"), self.task.radius_px)
-        (clean,) = evaluate(self._subject(), valid, [Accuracy()], ctx)
-        robust, *_ = evaluate(self._subject(), part, [Robustness(steps=10)], ctx)
+        (clean,) = measure(self._subject(), valid, [Accuracy()], self._context("validate"))
+        judge = Robustness(attack=PGD(steps=10))
+        robust, *_ = measure(self._subject(), part, [judge], self._context("validate"))
         return {"accuracy": clean.value, "pgd10": robust.value}
 
     def draw_grid(self, path: Path) -> None:
@@ -56,26 +53,29 @@ class Exam:
 
     def draw_energies(self, path: Path) -> None:
         """Histograms of E(x) of validation images, of PGD-20's and of samples (Figure 1)."""
-        valid = self.splits.images("valid")
-        ctx = Context(self._generator("energies"), self.task.radius_px)
-        subject, attack = self._subject(), Robustness()
-        rows: dict[str, list[Tensor]] = {"clean": [], "PGD-20": []}
+        valid, ctx, subject = (
+            self.splits.images("valid"),
+            self._context("energies"),
+            self._subject(),
+        )
         with frozen(subject), eval_mode(subject):
-            for x, y in batches(valid, ctx):
-                rows["clean"].append(subject.scores(x).energy)
-                rows["PGD-20"].append(subject.scores(attack.attacked(subject, x, y, ctx)).energy)
+            found = attacked(subject, PGD20, valid, ctx, "pgd")
+            rows = {
+                "clean": energies(subject, valid, ctx)[0],
+                "PGD-20": energies(subject, Images(found.x_adv, valid.y), ctx)[0],
+            }
             if self.backbone.has_density:
                 drawn = self.task.bounds.to_unit(self._samples(ctx.rng))
-                rows["samples"] = [subject.scores(drawn).energy]
+                rows["samples"] = subject.scores(drawn).energy
         title = f"PGD-20 at {self.task.radius_px:g}/255, L-inf; fresh chains of {GRID_STEPS} steps"
-        save_energies(path, {name: torch.cat(found) for name, found in rows.items()}, title)
+        save_energies(path, rows, title)
 
     def judge(self, card: dict[str, Any]) -> list[Figure]:
         """Clean accuracy, PGD-20 and the energy gap on the whole test split."""
         data = checked(self.splits.images("test"), self.task.n_classes, "the test split")
         about = {"split": "test", "images": len(data.y), "seed": self.seed, "versions": versions()}
-        ctx = Context(self._generator("test"), self.task.radius_px, card={**about, **card})
-        return evaluate(self._subject(), data, [Accuracy(), Robustness()], ctx)
+        ctx = replace(self._context("test", {**about, **card}), seed=self.seed)
+        return measure(self._subject(), data, [Accuracy(), Robustness()], ctx)
 
     def _samples(self, rng: Generator) -> Tensor:
         """GRID images in the model's range, in the order of their starts' classes."""
@@ -86,6 +86,11 @@ class Exam:
 
     def _subject(self) -> PixelModel:
         return PixelModel(self.backbone.model, self.task.bounds)
+
+    def _context(self, name: str, card: dict[str, Any] | None = None) -> Context:
+        rng = self._generator(name)
+        threat = Threat("Linf", self.task.radius_px)
+        return Context(rng, threat, seed=rng.initial_seed(), card=card or {})
 
     def _generator(self, name: str) -> Generator:
         """From the seed, the epoch and the name of what it is for."""

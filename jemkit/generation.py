@@ -11,18 +11,15 @@ import torch
 from torch import Generator, Tensor
 
 from jemkit import checkpoint
-from jemkit.assembly import load_model, task_of
 from jemkit.backbone import Backbone, Task
 from jemkit.density import Buffered, Density
-from jemkit.errors import ConfigError, DataError, MisfitError
+from jemkit.errors import ConfigError, MisfitError
 from jemkit.pictures import save_grid, to_bytes
-from jemkit.recipe import resolve
 from jemkit.registry import Registry
+from jemkit.restoring import chosen, restored, run_folder
 from jemkit.runtime.files import write_bytes
-from jemkit.runtime.folder import RunFolder, versions
+from jemkit.runtime.folder import versions
 from jemkit.runtime.numerics import device_of
-from jemkit.seeds import generator
-from jemkit.splits import Splits
 
 STEPS = 40
 """Of a fresh chain, where none are given."""
@@ -95,25 +92,21 @@ def opened(
 ) -> Opened:
     """The run in `path`, its weights averaged where it keeps an average."""
     folder = run_folder(path)
-    resolved = resolve(registry, config=folder.path / "config.json")
-    recipe, table = resolved.recipe, resolved.tables["backbone"]
-    splits = Splits(
-        recipe.data, valid_fraction=recipe.run.valid_fraction, max_train=recipe.run.max_train
-    )
-    task = task_of(recipe, splits)
-    backbone = recipe.backbone.build(task, generator(device, recipe.run.seed, "chains"))
-    density = _density(backbone, table["use"])
-    saved, state, digest = _checkpoint(folder, which)
-    load_model(backbone.model, state["ema"] or state["model"])
+    saved = chosen(folder, which)
+    state = checkpoint.load(saved)
+    weights = state["ema"] or state["model"]
+    found = restored(folder.path / "config.json", weights, registry, device)
+    table = found.tables["backbone"]
+    density = _density(found.backbone, table["use"])
     card = {
         "run": str(folder.path),
         "sampler": table.get("sampler", type(density.sampler).__name__),
         "weights": "averaged" if state["ema"] else "live",
         "checkpoint": saved.name,
-        "sha256": digest,
+        "sha256": checkpoint.verify(saved)[checkpoint.MODEL],
         "versions": versions(),
     }
-    return Opened(task, table, backbone, density, state, card)
+    return Opened(found.task, table, found.backbone, density, state, card)
 
 
 def save(samples: Samples, out: Path | None = None) -> tuple[Path, Path]:
@@ -136,15 +129,6 @@ def save(samples: Samples, out: Path | None = None) -> tuple[Path, Path]:
     return png, npz
 
 
-def run_folder(path: Path) -> RunFolder:
-    """The folder of a run that exists; `latest` is followed to the run that it points to."""
-    if not (path / "config.json").exists():
-        raise ConfigError(
-            f"{path} is no run of jemkit: it has no config.json; `jemkit train` makes one"
-        )
-    return RunFolder(path.resolve())
-
-
 def _density(backbone: Backbone, name: str) -> Density:
     if not backbone.has_density:
         raise MisfitError(
@@ -164,15 +148,6 @@ def _labels(classes: list[str], n: int, n_classes: int, device: torch.device) ->
             raise ConfigError(f"class {label!r}: wanted a number of 0..{n_classes - 1}, or all")
     labels = torch.tensor([int(label) for label in wanted], device=device)
     return labels[torch.arange(n, device=device) * len(labels) // n]
-
-
-def _checkpoint(folder: RunFolder, which: str) -> tuple[Path, dict[str, Any], str]:
-    best = folder.checkpoints / "best"
-    path = best if which == "best" else checkpoint.newest(folder.checkpoints)
-    if path is None or not path.exists():
-        hint = "; no epoch is complete yet, try the last one" if which == "best" else ""
-        raise DataError(f"{folder.path} holds no complete {which} checkpoint{hint}")
-    return path, checkpoint.load(path), checkpoint.verify(path)[checkpoint.MODEL]
 
 
 def _kept(run: Opened, n: int, rng: Generator, y: Tensor | None) -> Tensor:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pluggy
 
-from jemkit.attack import Attack
+from jemkit.attack import Attack, ModelAttack
 from jemkit.backbone import BackboneSpec
 from jemkit.data import Dataset
 from jemkit.density import DensitySpec
 from jemkit.distance import Distance
 from jemkit.energy import EnergyModelSpec
-from jemkit.evaluation import Evaluator
+from jemkit.evaluator import Evaluator
 from jemkit.networks import NetworkSpec
 from jemkit.objective import Objective, ObjectiveSpec
 from jemkit.sampling import Sampler
@@ -88,7 +88,7 @@ def jemkit_datasets() -> Mapping[str, type[Dataset]]:
 
 
 @hookspec
-def jemkit_attacks() -> Mapping[str, type[Attack]]:
+def jemkit_attacks() -> Mapping[str, type[Attack] | type[ModelAttack]]:
     """Attacks, by name."""
     return {}
 

@@ -59,8 +59,14 @@ class PartOf:
                     "part", "wanted `use`, the name of the {kind}", {"kind": self.kind}
                 )
             shelf = _registry(info)[self.kind]
-            part, named = shelf.named(str(table.pop("use")))
-            return part.model_validate({**named, **table}, context=info.context)
+            name = str(table.pop("use"))
+            part, named = shelf.named(name)
+            value = part.model_validate({**named, **table}, context=info.context)
+            if not isinstance(value, _protocols(source)):  # an attack may judge but not train
+                raise PydanticCustomError(
+                    "part", "the {kind} {name} cannot serve here", {"kind": self.kind, "name": name}
+                )
+            return value
         if not isinstance(value, _protocols(source)):
             came = type(value).__name__
             raise PydanticCustomError(

@@ -117,3 +117,93 @@ def _write(figure: Any, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_bytes(path, buffer.getvalue())
+
+
+def grid(pixels: Tensor, *, columns: int = 10, scale: int | None = None) -> bytes:
+    """Images [N, C, H, W] in [0, 1] as one PNG, rounded to 8 bits; small ones are enlarged."""
+    return _png(_tiled(to_bytes(pixels), columns), scale or max(1, 64 // pixels.shape[-1]))
+
+
+def neighbours(samples: Tensor, nearest: Tensor, *, scale: int | None = None) -> bytes:
+    """Samples [N, C, H, W] in the first row, and under a white line the training images [N, k, C,
+    H, W] nearest to each, nearest first; a PNG."""
+    top = _tiled(to_bytes(samples), len(samples))
+    below = _tiled(to_bytes(nearest).transpose(0, 1).flatten(0, 1), len(samples))
+    line = torch.full((top.shape[0], 2, top.shape[2]), 255, dtype=torch.uint8)
+    whole = torch.cat([top, line, below], dim=1)
+    return _png(whole, scale or max(1, 64 // samples.shape[-1]))
+
+
+def _tiled(images: Tensor, columns: int) -> Tensor:
+    """uint8 images [N, C, H, W] side by side in rows, one grey pixel between them, [C, ...]."""
+    n, channels, height, width = images.shape
+    rows = -(-n // columns)
+    canvas = torch.full((rows * columns, channels, height + 1, width + 1), 128, dtype=torch.uint8)
+    canvas[:n, :, 1:, 1:] = images.cpu()
+    shelf = canvas.view(rows, columns, channels, height + 1, width + 1).permute(2, 0, 3, 1, 4)
+    flat = shelf.reshape(channels, rows * (height + 1), columns * (width + 1))
+    return torch.nn.functional.pad(flat, (0, 1, 0, 1), value=128)
+
+
+def _png(canvas: Tensor, scale: int) -> bytes:
+    from PIL import Image
+
+    array = canvas.permute(1, 2, 0).numpy()
+    image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def histograms_png(panels: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Tables of `jemkit.histograms`, a panel for each under its title."""
+    figure, axes = _figure(1, len(panels))
+    for axis, (title, table) in zip(axes, panels.items(), strict=True):
+        for i, name in enumerate(name for name in table["n"] if name in table):
+            label = f"{name}, {table['n'][name]} images, mean {table['mean'][name]:.3g}"
+            look: dict[str, Any] = {"color": f"C{i}"}
+            axis.stairs(table[name], table["edges"], fill=True, alpha=0.25, **look)
+            axis.stairs(table[name], table["edges"], linewidth=1.5, label=label, **look)
+        axis.set_ylabel("share")
+        _finish(axis, title, xlabel="energy")
+    return _drawn(figure)
+
+
+def curves_png(
+    steps: Sequence[int],
+    lines: Mapping[str, Sequence[float]],
+    band: tuple[Sequence[float], Sequence[float]],
+    title: str,
+) -> bytes:
+    """Lines against the step; the band, from a low to a high quantile, is of the first of them."""
+    figure, (axis,) = _figure(1, 1)
+    for name, values in lines.items():
+        axis.plot(steps, values, marker=".", label=name)
+    label = f"{next(iter(lines))}, most images"
+    axis.fill_between(steps, *band, alpha=0.2, color="C0", linewidth=0, label=label)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    _finish(axis, title)
+    return _drawn(figure)
+
+
+def reliability_png(table: Mapping[str, Any], title: str) -> bytes:
+    """Accuracy against confidence, bin by bin, over the share of images in each."""
+    figure, (left, right) = _figure(1, 2)
+    accuracy = [np.nan if value is None else value for value in table["accuracy"]]
+    points = [(c, a) for c, a in zip(table["confidence"], accuracy, strict=True) if c is not None]
+    left.stairs(accuracy, table["edges"], fill=True, alpha=0.4, label="accuracy")
+    left.plot([0, 1], [0, 1], "--", color="grey", label="calibrated")
+    left.plot(*zip(*points, strict=True), ".", color="C1", label="at the bin's mean confidence")
+    left.set_ylim(0, 1.02)
+    right.stairs(table["count"], table["edges"], fill=True, alpha=0.4)
+    right.set_ylabel("images")
+    _finish(left, title, xlabel="confidence")
+    _finish(right, "images in each bin", xlabel="confidence")
+    return _drawn(figure)
+
+
+def _drawn(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

@@ -41,7 +41,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "updater": ("build",),
     "distance": ("bind", "min_size"),
     "dataset": ("load", "n_classes", "radius_px", "augmentation"),
-    "attack": ("draw",),
+    "attack": (),
     "evaluator": ("__call__",),
 }
 """What a class of each kind must have to be taken in; the rest is for mypy and `jemkit.testing`."""
@@ -210,6 +210,8 @@ def _check_part(kind: str, name: str, part: Any) -> None:
     missing = [need for need in NEEDS[kind] if not _has(part, need)]
     if kind == "objective" and not ({"draw", "loss"} <= set(dir(part)) or hasattr(part, "build")):
         missing.append("draw and loss, or build")
+    if kind == "attack" and not (hasattr(part, "draw") or hasattr(part, "bind")):
+        missing.append("draw, or bind")
     if not hasattr(part, "model_fields"):
         missing.append("options (make it a subclass of jemkit.Options)")
     if missing:

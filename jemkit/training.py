@@ -12,8 +12,8 @@ from jemkit import checkpoint
 from jemkit.assembly import check, load_model, put_together
 from jemkit.backbone import Backbone
 from jemkit.errors import Diverged, Preempted
-from jemkit.evaluation import Figure
 from jemkit.exam import Exam
+from jemkit.figures import Figure
 from jemkit.objective import Batch, Objective, Remembering, Terms
 from jemkit.pictures import save_curves
 from jemkit.recipe import Recipe, Resolved

@@ -8,7 +8,7 @@ import pytest
 
 from jemkit.recipe import resolve
 from jemkit.registry import installed
-from jemkit.testing import check_objective, check_sampler
+from jemkit.testing import check_evaluator, check_objective, check_sampler
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -40,7 +40,8 @@ def test_every_link_leads_to_a_file(page: Path) -> None:
 
 def test_the_table_of_parts_names_every_part_and_no_other() -> None:
     registry = installed(third_party=False)
-    for kind in ("backbone", "objective", "updater", "sampler", "distance", "dataset", "start"):
+    for kind in ("backbone", "objective", "updater", "sampler", "distance", "dataset", "start",
+                 "attack", "evaluator"):  # fmt: skip
         label = "data set" if kind == "dataset" else kind
         (row,) = re.findall(rf"^\| {label} \| (.*?) \|", README, re.M)
         bare = re.sub(r"\([^)]*\)", "", row)
@@ -80,13 +81,31 @@ def test_the_guides_objective_and_sampler_keep_the_laws() -> None:
     check_sampler(scope["NoisySign"]())
 
 
+def test_the_guides_evaluator_keeps_the_laws() -> None:
+    guide = (ROOT / "docs" / "write-a-plugin.md").read_text()
+    (code,) = re.findall(r"```python no-evaluator\n(.*?)```", guide, re.S)
+    scope: dict[str, Any] = {}
+    exec(IMPORTS + code, scope)
+    check_evaluator(scope["Confidence"]())
+
+
+def test_the_page_on_evaluation_names_every_attack_and_evaluator() -> None:
+    registry = installed(third_party=False)
+    page = (ROOT / "docs" / "evaluate.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == set(registry["attack"])
+    for name in registry["evaluator"]:
+        assert f"`{name}`" in page
+
+
 IMPORTS = """
 from typing import ClassVar
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor
-from jemkit import Backbone, Batch, Options, Terms
+from jemkit import Backbone, Batch, Context, Figure, Images, Options, PixelModel, Terms
 from jemkit.energy import EnergyFn
+from jemkit.evaluator import batches
 from jemkit.objective import watched
 from jemkit.sampling import gradient, noise_like
 """

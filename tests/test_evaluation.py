@@ -1,175 +1,178 @@
-"""What judges a model sees [0, 1] images and gives back what can be counted by hand."""
+"""Settings to a record: the right radius, the right parts, and a label where it is not standard."""
 
-import math
+import json
+from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import seeds, uniform
-from toys import gen, linear_model
+from toys import REGISTRY, gen, linear_model
 
-from jemkit import Bounds, EnergyModel, Images, PixelModel, evaluate
-from jemkit.checkpoint import same
-from jemkit.evaluation import Accuracy, Context, Figure, Robustness, cross_entropy, share
-from jemkit.testing import toy_model, toy_task
-from jemkit.testing.law import state_of
+import jemkit as api
+from jemkit import ConfigError, Figure, Images, PixelModel, UnknownName
+from jemkit import record as records
+from jemkit.evaluation import judge
+from jemkit.evaluator import Notes
+from jemkit.figures import paired_difference
+from jemkit.record import Record
+from jemkit.runtime.files import load_tensors
+from jemkit.settings import attacks_of, evaluators_of, options_of, settings_of, threat_of
+from jemkit.subjects import subject_of
+from jemkit.testing import toy_task
 
-TASK = toy_task(n_train=40)
-
-
-def context(radius_px: float = 8.0, **settings: object) -> Context:
-    return Context(gen(), radius_px, **settings)
-
-
-def figures(model: EnergyModel, data: Images, judge: object, ctx: Context) -> dict[str, Figure]:
-    found = evaluate(PixelModel(model, Bounds()), data, [judge], ctx)
-    return {figure.name: figure for figure in found}
+TASK = toy_task()
+DATA = TASK.images("valid")
+QUIET = {"robustness": {"indicators": False}}
 
 
-@pytest.mark.parametrize(("right", "n", "low", "high"), [
-    (0, 10, 0.0, 0.27753), (10, 10, 0.72247, 1.0), (5, 10, 0.23659, 0.76341),
-    (81, 263, 0.25529, 0.36621),  # Newcombe 1998, Table I
-    (1, 29, 0.00611, 0.17176),  # the same
+def measured(out: Path | None = None, **settings: object) -> Record:
+    subject = PixelModel(linear_model(64, 3))
+    asked = {"attacks": ("pgd",), "only": ("robustness",), "options": QUIET, **settings}
+    return api.evaluate(subject, DATA, registry=REGISTRY, out=out, **asked)
+
+
+@pytest.mark.parametrize(("values", "radius"), [
+    ({}, 8.0), ({"protocol": "released"}, 4.0), ({"eps_px": 2}, 2.0),
+    ({"protocol": "released", "eps_px": 2}, 2.0), ({"norm": "L2", "eps_px": 127.5}, 127.5),
+    ({"norm": "L1", "eps_px": 3060}, 3060.0),
 ])  # fmt: skip
-def test_the_interval_of_a_share_is_wilsons(right: int, n: int, low: float, high: float) -> None:
-    figure = share("clean", right, n, {})
-    assert figure.value == right / n
-    assert (figure.low, figure.high) == pytest.approx((low, high), abs=2e-4)
+def test_a_radius_is_in_pixels_for_every_norm(values: dict[str, object], radius: float) -> None:
+    threat = threat_of(settings_of(values), 8.0, 3072)
+    assert threat.radius_px == radius
+    assert threat.eps == pytest.approx(radius / 255)
 
 
-@given(n=st.integers(1, 2000), part=st.floats(0, 1))
-def test_an_interval_holds_its_share_and_stays_in_zero_to_one(n: int, part: float) -> None:
-    figure = share("clean", round(part * n), n, {})
-    assert 0 <= figure.low <= figure.value + 1e-9
-    assert figure.value - 1e-9 <= figure.high <= 1
-
-
-@given(seed=st.integers(0, 100), batch_size=st.integers(1, 50))
-def test_accuracy_through_the_wrapper_is_that_of_the_model_itself_for_any_batch_size(
-    seed: int, batch_size: int
+@pytest.mark.parametrize(("values", "message"), [
+    ({"eps_px": 0.03}, "probably a fraction"), ({"eps_px": 256}, "wider than the whole range"),
+    ({"eps_px": -1}, "greater than or equal to 0"), ({"norm": "L2"}, "127.5, which is 0.5"),
+    ({"norm": "L0"}, "Linf"), ({"max_images": 0}, "max_images"), ({"batch_size": 0}, "batch_size"),
+    ({"only": ("acuracy",)}, "did you mean 'accuracy'"), ({"skip": ("nothing",)}, "no evaluator"),
+    ({"attacks": ("pgb",)}, "did you mean 'pgd'"), ({"radius": 3}, "no such option"),
+    ({"options": {"pgd": {"step": 3}}}, "did you mean 'steps'"),
+    ({"options": {"pdg": {"steps": 3}}}, "did you mean 'pgd'"),
+    ({"options": {"pgd": {"radius_px": 3}}, "eps_px": 4}, "same norm and radius"),
+])  # fmt: skip
+def test_a_setting_that_cannot_be_is_refused_with_what_to_do(
+    values: dict[str, object], message: str
 ) -> None:
-    model, data = toy_model(TASK, seed=seed), TASK.images("valid")
-    model.train()
-    model(TASK.bounds.from_unit(TASK.images("train").unit()))  # statistics other than the first
-    found = figures(model, data, Accuracy(), context(batch_size=batch_size))["clean"]
-    model.eval()
-    native = model(2 * data.unit() - 1).logits.argmax(1) == data.y
-    assert found.value == native.float().mean()
-    assert found.n == len(data.y)
+    with pytest.raises(ConfigError, match=message):
+        measured(**{"options": {}, **values})
 
 
-def test_the_wrapper_gives_logits_and_not_probabilities() -> None:
-    subject = PixelModel(linear_model(12, 3), Bounds())
-    pixels = uniform(0, 5, 1, 3, 4, low=0)
-    logits = subject(pixels)
-    assert torch.equal(logits, subject.model(2 * pixels - 1).logits)
-    assert not torch.allclose(logits.sum(1), torch.ones(5))
-    assert float(logits.detach().min()) < 0
+def test_options_of_attacks_and_evaluators_are_named_with_their_part() -> None:
+    found = options_of(["pgd.steps=7", "pgd.restarts=2", "robustness.indicators=false"])
+    assert found == {"pgd": {"steps": 7, "restarts": 2}, "robustness": {"indicators": False}}
+    attacks = attacks_of(settings_of({"attacks": ("pgd",), "options": found}), REGISTRY)
+    assert attacks["pgd"].label == "pgd7x2"
+    with pytest.raises(ConfigError, match="wanted NAME"):
+        options_of(["steps=7"])
 
 
-def test_measurements_are_repeatable_and_leave_the_model_alone() -> None:
-    model, data = toy_model(TASK).train(), TASK.images("valid")
-    before = state_of(model)
-    for judge in (Accuracy(), Robustness(steps=2)):
-        one, two = (figures(model, data, judge, context()) for _ in range(2))
-        assert one == two
-    assert same(state_of(model), before)
+def test_clean_accuracy_comes_first_whatever_is_asked_for() -> None:
+    assert next(iter(evaluators_of(settings_of({}), REGISTRY))) == "accuracy"
+    only = evaluators_of(settings_of({"only": ("robustness",)}), REGISTRY)
+    assert list(only) == ["accuracy", "robustness"]
+    skipped = evaluators_of(settings_of({"skip": ("robustness",)}), REGISTRY)
+    assert "robustness" not in skipped
+    with pytest.raises(UnknownName):
+        evaluators_of(settings_of({"only": ("nothing",)}), REGISTRY)
 
 
-@given(seed=seeds, radius=st.floats(1, 40), norm=st.sampled_from(["Linf", "L2"]))
-def test_attacked_images_are_within_the_radius_in_pixel_units(
-    seed: int, radius: float, norm: str
+def test_pgd_and_aa_are_the_default_and_pgd_alone_of_a_quick_look() -> None:
+    assert list(attacks_of(settings_of({}), REGISTRY)) == ["pgd", "aa"]
+    assert list(attacks_of(settings_of({"quick": True}), REGISTRY)) == ["pgd"]
+    assert attacks_of(settings_of({}), REGISTRY)["pgd"].label == "pgd20"
+
+
+def test_what_is_not_standard_says_so_in_every_figure() -> None:
+    assert measured().protocol["standard"]
+    for settings in (
+        {"max_images": 10},
+        {"quick": True, "max_images": 5},
+        {"protocol": "released"},
+    ):
+        found = measured(**settings)
+        assert not found.protocol["standard"]
+        assert all(not figure.protocol["standard"] for figure in found.figures)
+
+
+def test_one_seed_gives_one_record_and_every_figure_its_protocol() -> None:
+    one, two = measured(max_images=20), measured(max_images=20)
+    wanted = {"norm", "radius_px", "seed", "images", "versions", "checkpoint", "batch_size"}
+    for a, b in zip(one.figures, two.figures, strict=True):
+        assert a[:5] == b[:5]
+        assert wanted <= set(a.protocol)
+    assert one.figure("pgd20").protocol["steps"] == 20
+    assert torch.equal(one.rows["pgd20"], two.rows["pgd20"])
+
+
+def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    found = measured(tmp_path)
+    again = records.load(tmp_path)
+    assert again.figures == found.figures
+    assert again.subject == found.subject
+    assert again.protocol == found.protocol
+    assert torch.equal(again.rows["clean"], found.rows["clean"])
+    text = (tmp_path / "evaluation.json").read_text()
+    assert set(json.loads(text)["figures"][0]) == {"name", "value", "low", "high", "n", "protocol"}
+    assert not any((tmp_path / ".evaluation").iterdir())  # nothing half-done is left
+
+
+def test_a_second_evaluation_adds_to_the_record_of_the_same_weights(tmp_path: Path) -> None:
+    measured(tmp_path)
+    measured(tmp_path, options={**QUIET, "pgd": {"steps": 3}})
+    names = [figure.name for figure in records.load(tmp_path).figures]
+    assert names == ["clean", "pgd3", "pgd20"]
+    other = PixelModel(linear_model(64, 3, seed=5))
+    api.evaluate(other, DATA, registry=REGISTRY, out=tmp_path, only=("accuracy",))
+    assert [figure.name for figure in records.load(tmp_path).figures] == ["clean"]
+
+
+def test_a_number_that_is_not_finite_is_null_and_named(tmp_path: Path) -> None:
+    figure = Figure("gap_relative", float("nan"), None, None, 3, {"standard": True})
+    record = Record({"sha256": "0"}, {}, [figure])
+    records.save(tmp_path, record, Notes())
+    saved = json.loads((tmp_path / "evaluation.json").read_text())
+    assert saved["figures"][0]["value"] is None
+    assert "gap_relative is not a finite number" in saved["warnings"]
+    assert records.load(tmp_path).figures[0].value != records.load(tmp_path).figures[0].value
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', '{"format": 9}', '{"form'])
+def test_a_damaged_record_is_refused_with_its_path(tmp_path: Path, text: str) -> None:
+    (tmp_path / "evaluation.json").write_text(text)
+    with pytest.raises(api.DataError, match=r"evaluation\.json"):
+        records.load(tmp_path)
+
+
+def test_the_attacked_images_are_kept_on_demand(tmp_path: Path) -> None:
+    subject = subject_of(PixelModel(linear_model(64, 3)), DATA)._replace(folder=tmp_path)
+    asked = settings_of({"attacks": ("pgd",), "only": ("robustness",), "options": QUIET})
+    found = judge(subject, asked, REGISTRY, keep_adversarial=True)
+    kept = load_tensors(tmp_path / "evaluation" / "adversarial-pgd20.safetensors")
+    delta = (kept["x_adv"] - DATA.unit()).abs().max() * 255
+    assert float(delta) == pytest.approx(found.figure("pgd20").protocol["max_delta_px"]["Linf"])
+    assert torch.equal(kept["right"].bool(), found.rows["pgd20"])
+
+
+@given(shift=st.floats(-1, 1), n=st.integers(30, 80), seed=st.integers(0, 99))
+def test_a_paired_interval_holds_its_mean_and_is_a_point_where_all_pairs_differ_alike(
+    shift: float, n: int, seed: int
 ) -> None:
-    subject = PixelModel(linear_model(64, 3, seed % 1000), Bounds())
-    x, y = uniform(seed, 4, *TASK.shape, low=0), torch.tensor([0, 1, 2, 0])
-    x_adv = Robustness(steps=3, norm=norm).attacked(subject, x, y, context(radius))
-    order = 2.0 if norm == "L2" else math.inf
-    assert ((x_adv - x).flatten(1).norm(order, dim=1) <= radius / 255 * (1 + 1e-5) + 1e-6).all()
-    assert x_adv.min() >= 0
-    assert x_adv.max() <= 1
+    b = torch.rand(n, generator=gen(seed), dtype=torch.float64)
+    mean, low, high = paired_difference(b + shift, b, gen(), resamples=50)
+    assert (mean, low, high) == pytest.approx((shift, shift, shift), abs=1e-9)
+    a = torch.rand(n, generator=gen(seed + 1), dtype=torch.float64)
+    mean, low, high = paired_difference(a, b, gen(), resamples=400)
+    assert low <= mean <= high
+    wide = 1.96 * float((a - b).std()) / n**0.5  # the central limit's interval
+    assert high - low == pytest.approx(2 * wide, rel=0.35)
 
 
-def test_eight_pixels_are_eight_of_255_in_zero_to_one_and_sixteen_inside() -> None:
-    subject = PixelModel(linear_model(64, 3), Bounds())
-    x, y = torch.full((2, *TASK.shape), 0.5), torch.tensor([0, 1])
-    x_adv = Robustness(steps=9).attacked(subject, x, y, context(8))
-    assert math.isclose(float((x_adv - x).abs().max()), 8 / 255, rel_tol=1e-5)
-    inside = Bounds().from_unit(x_adv) - Bounds().from_unit(x)
-    assert math.isclose(float(inside.abs().max()), 16 / 255, rel_tol=1e-5)
-
-
-@given(seed=seeds)
-def test_on_a_linear_model_an_image_falls_exactly_where_its_margin_is_reached(seed: int) -> None:
-    """|f_0 - f_1| of two linear logits falls by 2 eps |w_0 - w_1|_1 under the worst x~."""
-    model = linear_model(64, 2, seed)
-    pixels = uniform(seed, 60, *TASK.shape, low=0.3, high=0.7)
-    w, logits = model.head.weight.detach(), model(2 * pixels - 1).logits
-    y = logits.argmax(1)
-    margin = (logits[:, 0] - logits[:, 1]).abs().detach()
-    reach = margin / (2 * (w[0] - w[1]).abs().sum()) * 255  # of each image, in pixels
-    radius = float(reach.median()) + 1e-4
-    safe = reach > radius + 1e-3
-    undecided = int(((reach - radius).abs() <= 1e-3).sum())
-    data = Images(pixels, y)
-    found = figures(model, data, Robustness(steps=10), context(radius))["pgd10"]
-    assert abs(found.value * 60 - int(safe.sum())) <= undecided
-
-
-def test_the_gaps_are_those_of_the_attacked_images_one_by_one() -> None:
-    model, data, ctx = linear_model(64, 3), TASK.images("valid"), context(8)
-    found = figures(model, data, Robustness(steps=3), ctx)
-    subject, x = PixelModel(model, Bounds()), data.unit()
-    x_adv = Robustness(steps=3).attacked(subject, x, data.y, context(8))
-    clean, adv = model(2 * x - 1), model(2 * x_adv - 1)
-    gap = (adv.energy - clean.energy).double().detach()
-    expected = {
-        "gap_mean": gap.abs().mean(),
-        "gap_variance": gap.abs().var(correction=0),
-        "gap_signed": gap.mean(),
-        "gap_joint": (adv.joint(data.y) - clean.joint(data.y)).mean(),
-        "gap_relative": gap.abs().mean() / clean.energy.detach().double().std(correction=0),
-    }
-    for name, value in expected.items():
-        assert found[name].value == pytest.approx(float(value.detach()), rel=1e-4)
-
-
-def test_the_relative_gap_does_not_grow_with_the_logits() -> None:
-    model, data = linear_model(64, 3), TASK.images("valid")
-    with torch.no_grad():  # far from flat, where the energy is the largest logit
-        model.head.weight.mul_(100)
-        model.head.bias.zero_()
-    one = figures(model, data, Robustness(steps=3), context(2))
-    with torch.no_grad():
-        model.head.weight.mul_(2)
-    two = figures(model, data, Robustness(steps=3), context(2))
-    assert two["gap_mean"].value == pytest.approx(2 * one["gap_mean"].value, rel=0.01)
-    assert two["gap_relative"].value == pytest.approx(one["gap_relative"].value, rel=0.01)
-
-
-def test_a_figure_says_how_it_was_measured() -> None:
-    found = figures(
-        linear_model(64, 3), TASK.images("valid"), Robustness(steps=2),
-        context(8, card={"split": "valid"}),
+def test_a_stranger_without_a_density_or_other_images_is_judged_all_the_same() -> None:
+    found = api.evaluate(
+        PixelModel(linear_model(64, 3)), Images(DATA.x[:30], DATA.y[:30]), registry=REGISTRY,
+        attacks=("pgd",), options=QUIET, skip=("generation", "ood", "energies", "calibration"),
     )  # fmt: skip
-    protocol = found["pgd2"].protocol
-    wanted = {"split": "valid", "attack": "pgd", "norm": "Linf", "radius_px": 8, "steps": 2}
-    assert wanted.items() <= protocol.items()
-
-
-def test_a_batch_is_the_same_attacked_image_by_image() -> None:
-    model, data = toy_model(TASK).eval(), TASK.images("valid")
-    logits = model(2 * data.unit() - 1).logits
-    each = torch.cat([model(2 * x - 1).logits for x in data.unit().split(1)])
-    torch.testing.assert_close(logits, each, rtol=1e-4, atol=1e-5)
-    loss = cross_entropy(logits, data.y)
-    assert loss.shape == (len(data.y),)
-    torch.testing.assert_close(loss.mean(), F.cross_entropy(logits, data.y))
-
-
-def test_progress_is_told_to_the_last_image() -> None:
-    told: list[tuple[int, int]] = []
-    ctx = context(batch_size=16, progress=lambda done, total: told.append((done, total)))
-    figures(linear_model(64, 3), TASK.images("valid"), Accuracy(), ctx)
-    assert told == [(16, 40), (32, 40), (40, 40)]
+    assert {"clean", "pgd20"} <= {figure.name for figure in found.figures}

@@ -6,6 +6,10 @@ from typing import Annotated
 import typer
 
 from jemkit_cli import config, plugins
+from jemkit_cli.doctor import doctor
+from jemkit_cli.evaluate import evaluate
+from jemkit_cli.foreign import export_model, import_model
+from jemkit_cli.report import compare, report
 from jemkit_cli.sample import sample
 from jemkit_cli.terminal import say
 from jemkit_cli.train import train
@@ -15,10 +19,16 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Train and sample joint energy-based models: any backbone with any objective.",
+    help="Train, sample and judge joint energy-based models: any backbone with any objective.",
 )
 app.command()(train)
 app.command()(sample)
+app.command()(evaluate)
+app.command()(report)
+app.command()(compare)
+app.command("import")(import_model)
+app.command("export")(export_model)
+app.command()(doctor)
 app.add_typer(plugins.app, name="plugins")
 app.add_typer(config.app, name="config")
 
@@ -40,5 +50,8 @@ def _jemkit(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; exit codes: 2 usage, 3 recipe, 4 diverged, 5 stopped, 6 data, 130 ^C."""
+    """Run the command.
+
+    Exit codes: 1 unhealthy, 2 usage, 3 recipe, 4 diverged, 5 stopped, 6 data, 130 ^C.
+    """
     app(args=arguments)

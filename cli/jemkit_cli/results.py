@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 from jemkit_cli.terminal import say, show_table
 
 if TYPE_CHECKING:
-    from jemkit.evaluation import Figure
+    from jemkit.figures import Figure
     from jemkit.recipe import Resolved
+    from jemkit.record import Record
     from jemkit.training import Summary
 
 TITLES = {
@@ -44,7 +45,7 @@ def show(summary: "Summary") -> None:
     """Every figure with its protocol, and where the run is."""
     rows, above = [], ""
     for figure in summary.figures:
-        told = _protocol(figure)
+        told = told_protocol(figure)
         shown = "as above" if told == above else told
         rows.append([TITLES.get(figure.name, figure.name), _value(figure), shown])
         above = told
@@ -57,22 +58,61 @@ def show(summary: "Summary") -> None:
     say(f"checkpoint {summary.run / 'checkpoints' / 'best'}, sha256 {card['checkpoint']}")
 
 
+def show_record(record: "Record") -> None:
+    """Every figure of an evaluation with its protocol, the indicators and what was left out."""
+    rows, above = [], ""
+    for figure in record.figures:
+        told = told_protocol(figure)
+        rows.append([TITLES.get(figure.name, figure.name), _value(figure),
+                     "as above" if told == above else told])  # fmt: skip
+        above = told
+    show_table(["figure", "value", "measured on"], rows, _title(record))
+    for name, verdict in record.tables.get("indicators", {}).items():
+        _show_indicators(name, verdict)
+    for name, reason in record.left_out.items():
+        say(f"left out: {name}: {reason}")
+    for warning in record.warnings:
+        say(f"warning: {warning}")
+    card = record.protocol
+    say(", ".join(f"{name} {version}" for name, version in card["versions"].items()))
+    say(f"weights {card['checkpoint']}")
+
+
+def _title(record: "Record") -> str:
+    about = record.subject
+    parts = [str(about[k]) for k in ("run", "file", "model", "backbone", "objective") if k in about]
+    label = "" if record.protocol["standard"] else ", NON-STANDARD protocol"
+    return f"{' '.join(parts)}: {record.protocol['protocol']} protocol{label}"
+
+
+def _show_indicators(attack: str, found: list[dict[str, Any]]) -> None:
+    """The flags of one attack's figure, or that there is none."""
+    flagged = [row for row in found if row["flag"]]
+    say(f"{attack}: {len(found)} failure indicators, {len(flagged)} flagged")
+    for row in flagged:
+        say(f"  FLAG {row['name']}: {row['found']}")
+
+
 def _value(figure: "Figure") -> str:
-    if figure.low is None or figure.high is None:
-        return f"{figure.value:.4g}"
-    return f"{figure.value:.2%} [{figure.low:.2%}, {figure.high:.2%}]"
+    from jemkit.trilemma import shown, shown_interval
+
+    interval = shown_interval(figure)
+    return f"{shown(figure)} [{interval}]" if interval else shown(figure)
 
 
-def _protocol(figure: "Figure") -> str:
+def told_protocol(figure: "Figure") -> str:
     """How a figure was measured, beside it."""
     card = figure.protocol
     told = [f"{figure.n} {card['split']} images"]
     if "attack" in card:
-        told.append(
-            f"PGD {card['norm']} {card['radius_px']:g}/255, {card['steps']} steps of "
-            f"{card['step_px']:g}/255, start {card['start']}"
-        )
+        told.append(f"{card['attack']} {card['norm']} {card['radius_px']:g}/255")
+    if "steps" in card:
+        told.append(f"{card['steps']} steps")
+    if "step_px" in card:
+        told.append(f"of {card['step_px']:g}/255, start {card['start']}")
+    if card.get("standard") is False:
+        told.append("non-standard")
     told.append(f"seed {card['seed']}")
     if figure.low is not None:
-        told.append("95 % Wilson interval")
+        told.append(f"95 % {card.get('interval', 'Wilson')} interval")
     return "; ".join(told)

@@ -1,25 +1,25 @@
 """What every command shares: the registry with its warnings, errors, JSON, tables, progress."""
 
+import errno
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
     from jemkit.registry import Registry
 
 P = ParamSpec("P")
-Watch = Callable[[str, dict[str, Any]], None]
 USAGE, DATA, INTERRUPTED = 2, 6, 130
 
 
@@ -39,7 +39,9 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         except OSError as error:
             if error.filename is None:
                 raise
-            fail(f"{error.filename}: {error.strerror}", DATA)
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            hint = "; make room and run the same command again, nothing is lost" if full else ""
+            fail(f"{error.filename}: {error.strerror}{hint}", DATA)
         except Exception as error:
             from jemkit.errors import JemkitError
 
@@ -105,90 +107,23 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str
     console().print(table)
 
 
+STOPPING = b"\nstopping; what is done is kept. Once more ends at once\n"
+
+
 @contextmanager
-def watching(run: Path, *, silent: bool) -> Iterator[Watch | None]:
-    """Who is told how a run goes: a bar on a terminal, else a plain line for each epoch."""
-    where = console()
-    if silent:
-        yield None
-    elif where.is_terminal:
-        with _progress(where) as progress:
-            yield _bar(progress, run)
-    else:
-        yield _lines(run)
+def stopping() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM came; a second SIGINT raises KeyboardInterrupt."""
+    came: list[int] = []
 
+    def handle(number: int, _: FrameType | None) -> None:
+        if came and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        came.append(number)
+        os.write(2, STOPPING)
 
-def _progress(where: "Console") -> "Progress":
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Left
-
-    return Progress(
-        TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-        BarColumn(bar_width=14),
-        MofNCompleteColumn(),
-        Left(),
-        TextColumn("{task.fields[now]}"),
-        console=where,
-        transient=True,
-    )
-
-
-def _bar(progress: "Progress", run: Path) -> Watch:
-    def watch(kind: str, what: dict[str, Any]) -> None:
-        if kind == "start":
-            progress.console.print(_beginning(run, what), markup=False, soft_wrap=True)
-            progress.add_task(
-                "training",
-                total=what["total"],
-                completed=what["step"],
-                epoch=1,
-                epochs=what["epochs"],
-                now="",
-            )
-        elif kind == "step":
-            task = progress.tasks[0].id
-            progress.update(task, completed=what["step"], epoch=what["epoch"], now=_brief(what))
-        elif kind == "epoch":
-            progress.console.print(_epoch(what))
-
-    return watch
-
-
-def _lines(run: Path) -> Watch:
-    last: dict[str, Any] = {}
-
-    def watch(kind: str, what: dict[str, Any]) -> None:
-        if kind == "start":
-            say(_beginning(run, what))
-        elif kind == "step":
-            last.update(what)
-        elif kind == "epoch":
-            say(f"{_epoch(what)}  {_now(last)}".rstrip())
-
-    return watch
-
-
-def _beginning(run: Path, what: Mapping[str, Any]) -> str:
-    complete = what["step"] == what["total"]
-    return f"run {run}" + (": complete already, judged again" if complete else "")
-
-
-def _now(what: Mapping[str, Any]) -> str:
-    """The rate, the loss and the energy gaps of a step, as far as they are known."""
-    shown = {"images/s": "{:.0f} images/s", "loss": "loss {:.3f}"}
-    shown |= {"gap x+ x-": "E(x+) - E(x-) {:.3f}", "gap x~ x": "E(x~) - E(x) {:.3f}"}
-    return "  ".join(text.format(what[key]) for key, text in shown.items() if key in what)
-
-
-def _brief(what: Mapping[str, Any]) -> str:
-    """The same for one line of a terminal: the gap is the density's, else the adversary's."""
-    told = [f"{what['images/s']:.0f} images/s", f"loss {what['loss']:.2f}"]
-    gaps = [what[key] for key in ("gap x+ x-", "gap x~ x") if key in what]
-    return " ".join([*told, *(f"gap {gap:.2f}" for gap in gaps[:1])])
-
-
-def _epoch(what: Mapping[str, Any]) -> str:
-    return (
-        f"epoch {what['epoch']:>3}  step {what['step']:>6}  validation accuracy "
-        f"{what['accuracy']:.1%}  under PGD-10 {what['pgd10']:.1%}  {what['seconds']:.1f} s"
-    )
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,17 +1,14 @@
 """`jemkit train`: a recipe into a run folder, judged at its end."""
 
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from jemkit_cli import selection as pick
+from jemkit_cli.progress import watching
 from jemkit_cli.results import record, show
 from jemkit_cli.terminal import (
     USAGE,
@@ -21,7 +18,7 @@ from jemkit_cli.terminal import (
     say,
     say_json,
     show_table,
-    watching,
+    stopping,
 )
 
 if TYPE_CHECKING:
@@ -30,7 +27,6 @@ if TYPE_CHECKING:
     from jemkit.training import Summary
 
 RUNS = Path("runs")
-STOPPING = b"\nstopping after this step; once more ends at once\n"
 
 
 @guarded
@@ -173,25 +169,6 @@ def _trained(
             )  # fmt: skip
         except Preempted as error:
             raise Preempted(f"{error} --out {out}") from None
-
-
-@contextmanager
-def stopping() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM came; a second SIGINT raises KeyboardInterrupt."""
-    came: list[int] = []
-
-    def handle(number: int, _: FrameType | None) -> None:
-        if came and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        came.append(number)
-        os.write(2, STOPPING)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _show_plan(resolved: "Resolved", out: Path, init_from: Path | None, as_json: bool) -> None:

@@ -3,17 +3,21 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from jemkit.attack import Attack
+from jemkit.attack import PGD, Attack, ModelAttack, Threat
 from jemkit.backbone import Task
+from jemkit.cascade import attacked as run_attack
 from jemkit.data import Bounds
 from jemkit.distance import Distance
-from jemkit.evaluation import Context, Evaluator, PixelModel, cross_entropy, evaluate
+from jemkit.evaluator import Context, Evaluator, measure
+from jemkit.figures import Figure
 from jemkit.modes import eval_mode, frozen
+from jemkit.pixels import PixelModel
 from jemkit.sampling import gradient
 from jemkit.testing.law import generator, require, untouched
-from jemkit.testing.toys import toy_batch, toy_model, toy_task
+from jemkit.testing.toys import toy_backbone, toy_batch, toy_model, toy_task
 
 
 def check_distance(distance: Distance, task: Task | None = None) -> None:
@@ -36,13 +40,37 @@ def check_distance(distance: Distance, task: Task | None = None) -> None:
         require(torch.allclose(alone, d[:1], rtol=1e-4, atol=1e-6), distance, law)
 
 
-def check_attack(attack: Attack) -> None:
-    """The laws of an attack: inside the ball and the range, detached, and a worse loss."""
+def check_attack(attack: Attack | ModelAttack) -> None:
+    """The laws of an attack: inside the ball and the range, repeatable, and a worse loss."""
+    if isinstance(attack, Attack):
+        _check_ascent(attack)
+    if isinstance(attack, ModelAttack):
+        _check_model_attack(attack)
+
+
+def _check_model_attack(attack: ModelAttack) -> None:
+    task = toy_task(bounds=Bounds(0.0, 1.0))
+    subject, data = PixelModel(toy_model(task), task.bounds), task.images("valid")
+    ctx = Context(generator(), Threat("Linf", 25.5), batch_size=5)
+    require(isinstance(attack.label, str), attack, "has the name of its figure as label")
+    with untouched(subject, attack), frozen(subject), eval_mode(subject):
+        state = torch.get_rng_state()
+        one, two = (run_attack(subject, attack, data, ctx) for _ in range(2))
+        law = "leaves the global random state as it was"
+        require(torch.equal(state, torch.get_rng_state()), attack, law)
+    require(torch.equal(one.x_adv, two.x_adv), attack, "one generator gives one result")
+    require(not one.x_adv.requires_grad, attack, "what it gives carries no graph")
+    with eval_mode(subject), torch.no_grad():
+        clean = (subject(data.unit()).argmax(1) == data.y).float().mean()
+    require(float(one.right.float().mean()) <= float(clean), attack, "no image is made right")
+
+
+def _check_ascent(attack: Attack) -> None:
     task = toy_task(bounds=Bounds(0.0, 1.0))
     model, batch = toy_model(task), toy_batch(task)
 
     def loss(x: Tensor) -> Tensor:
-        return cross_entropy(model(x).logits, batch.y)
+        return F.cross_entropy(model(x).logits, batch.y, reduction="none")
 
     def attacked(radius_px: float) -> Tensor:
         return attack.draw(
@@ -72,12 +100,17 @@ def check_attack(attack: Attack) -> None:
 def check_evaluator(evaluator: Evaluator) -> None:
     """The laws of a measurement: repeatable figures with their names, counts and protocol."""
     task = toy_task()
-    model, data = toy_model(task), task.images("valid")
-    subject = PixelModel(model, task.bounds)
+    backbone, data = toy_backbone(task), task.images("valid")
+    model, subject = backbone.model, PixelModel(backbone.model, task.bounds, backbone.density)
+    splits = {"train": task.images("train"), "valid": data, "test": data}
 
     def measured() -> list[tuple[object, ...]]:
-        context = Context(generator(), task.radius_px, batch_size=5, card={"split": "valid"})
-        return [tuple(f) for f in evaluate(subject, data, [evaluator], context)]
+        threat = Threat("Linf", task.radius_px)
+        context = Context(
+            generator(), threat, batch_size=5, card={"split": "valid"}, images=splits.__getitem__,
+            attacks={"pgd": PGD(steps=3)}, quick=True,
+        )  # fmt: skip
+        return [comparable(f) for f in measure(subject, data, [evaluator], context)]
 
     with untouched(model, evaluator):
         figures = measured()
@@ -91,3 +124,9 @@ def check_evaluator(evaluator: Evaluator) -> None:
             require(low <= value <= high, evaluator, "a value lies in its interval")
         law = "a figure's protocol holds what the context says of the data"
         require(isinstance(protocol, dict) and "split" in protocol, evaluator, law)
+
+
+def comparable(figure: Figure) -> tuple[object, ...]:
+    """A figure without the seconds that it took."""
+    protocol = {k: v for k, v in figure.protocol.items() if k != "seconds"}
+    return (*figure[:-1], protocol)

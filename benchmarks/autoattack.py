@@ -1,0 +1,99 @@
+"""What jemkit's driver costs: AutoAttack through it against pyautoattack's own, in turn.
+
+Beside seconds on the clock it counts those of the processor, which other work on the machine
+moves less.
+"""
+
+import argparse
+import json
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tools import keep
+
+from jemkit import installed
+from jemkit.attack import Threat
+from jemkit.cascade import attacked
+from jemkit.evaluator import Context
+from jemkit.modes import eval_mode, frozen
+from jemkit.subjects import Subject, subject_at
+
+TARGET = 1.03
+SEED, BATCH = 0, 250
+
+
+def ours(subject: Subject, n: int) -> torch.Tensor:
+    """The attack `aa` through jemkit's driver, with its half-done work on disk."""
+    device = next(subject.model.parameters()).device
+    data = subject.test.take(torch.arange(n))
+    threat = Threat("Linf", subject.radius_px)
+    with tempfile.TemporaryDirectory() as folder, frozen(subject.model), eval_mode(subject.model):
+        ctx = Context(
+            torch.Generator(device), threat, seed=SEED, batch_size=BATCH, work=Path(folder)
+        )
+        return attacked(subject.model, installed()["attack"]["aa"](), data, ctx, "aa").right
+
+
+def theirs(subject: Subject, n: int) -> torch.Tensor:
+    """pyautoattack's own driver on the same model."""
+    from pyautoattack import AutoAttack
+
+    logging.getLogger("auto-attack").addHandler(logging.NullHandler())
+    device = next(subject.model.parameters()).device
+    x, y = subject.test.unit()[:n], subject.test.y[:n]
+    eps = subject.radius_px / 255
+    with frozen(subject.model), eval_mode(subject.model), torch.random.fork_rng():
+        driver = AutoAttack(subject.model, norm="Linf", eps=eps, seed=SEED, device=device)
+        _, y_adv = driver.run_standard_evaluation(x, y, batch_size=BATCH)
+        return y_adv == y
+
+
+def compared(subject: Subject, n: int, rounds: int) -> dict[str, Any]:
+    """Seconds of both, who is first by turns, and their ratio."""
+    pair = {"jemkit": ours, "pyautoattack": theirs}
+    clock: dict[str, list[float]] = {name: [] for name in pair}
+    processor: dict[str, list[float]] = {name: [] for name in pair}
+    right: dict[str, torch.Tensor] = {}
+    for turn in range(rounds):
+        for name in pair if turn % 2 == 0 else reversed(pair):
+            began = time.perf_counter(), time.process_time()
+            right[name] = pair[name](subject, n)
+            clock[name].append(round(time.perf_counter() - began[0], 3))
+            processor[name].append(round(time.process_time() - began[1], 3))
+            print(name, clock[name][-1], "s on the clock,", processor[name][-1], "s of work")
+    return {
+        "images": n,
+        "clock_s": clock,
+        "processor_s": processor,
+        "ratio": round(sum(clock["jemkit"]) / sum(clock["pyautoattack"]), 4),
+        "processor_ratio": round(sum(processor["jemkit"]) / sum(processor["pyautoattack"]), 4),
+        "target": TARGET,
+        "accuracy": float(right["jemkit"].float().mean()),
+        "equal": bool(torch.equal(right["jemkit"], right["pyautoattack"])),
+    }
+
+
+def main(run: Path, n: int | None, rounds: int) -> None:
+    subject = subject_at(run, installed(), torch.device("cpu"))
+    whole = len(subject.test.y)
+    for warm in (ours, theirs):  # imports and first allocations are nobody's
+        warm(subject, 2)
+    found = compared(subject, min(n or whole, whole), rounds)
+    if found["images"] == whole:
+        keep("autoattack", found)
+    else:
+        print(json.dumps(found, indent=1))
+    print(f"jemkit takes {found['ratio']:.3f} of pyautoattack's time; wanted at most {TARGET}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="a trained run, such as one on digits")
+    parser.add_argument("--images", type=int, help="the first ones; a record needs all")
+    parser.add_argument("--rounds", type=int, default=2)
+    given = parser.parse_args()
+    main(given.run, given.images, given.rounds)

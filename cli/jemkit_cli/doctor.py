@@ -1,0 +1,36 @@
+"""`jemkit doctor`: what this machine has of what jemkit needs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jemkit_cli.terminal import guarded, say, say_json
+
+
+@guarded
+def doctor(
+    no_plugins: Annotated[
+        bool, typer.Option("--no-plugins", help="Only the parts that come with jemkit.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One line of JSON: whether all is well, every check.")
+    ] = False,
+) -> None:
+    """Check torch, weights, plug-ins and disk, and test a small model; exit code 1 on a failure."""
+    from jemkit.doctor import diagnose, healthy
+    from jemkit.registry import installed
+
+    checks = diagnose(installed(third_party=not no_plugins), Path.cwd())
+    well = healthy(checks)
+    if as_json:
+        say_json({"ok": well, "checks": [check._asdict() for check in checks]})
+    else:
+        for check in checks:
+            say(f"{check.state:<5} {check.name:<20} {check.what}")
+            if check.advice:
+                say(f"{'':26} -> {check.advice}")
+        failed = [check.name for check in checks if check.state == "fail"]
+        say(f"failed: {', '.join(failed)}" if failed else "nothing fails")
+    if not well:
+        raise typer.Exit(1)

@@ -1,0 +1,160 @@
+"""`jemkit evaluate`: every figure of a model, with how it was measured."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from jemkit_cli.progress import tracking
+from jemkit_cli.results import show_record
+from jemkit_cli.terminal import guarded, installed_parts, say_json, stopping
+
+if TYPE_CHECKING:
+    from jemkit.record import Record
+    from jemkit.registry import Registry
+    from jemkit.settings import Settings
+
+
+def _option(name: str, text: str, panel: str, metavar: str | None = None) -> Any:
+    return typer.Option(name, help=text, metavar=metavar, rich_help_panel=panel, show_default=False)
+
+
+WHAT, HOW, WHERE = "What is measured", "How", "On what"
+
+
+@guarded
+def evaluate(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="A run, a checkpoint folder, an exported model or a .safetensors file.",
+            metavar="[RUN]",
+        ),
+    ] = Path("runs/latest"),
+    attack: Annotated[
+        list[str] | None,
+        _option("--attack", "An attack; repeatable. pgd and aa by default.", WHAT, "NAME"),
+    ] = None,
+    only: Annotated[
+        list[str] | None, _option("--only", "This evaluator alone; repeatable.", WHAT, "NAME")
+    ] = None,
+    skip: Annotated[
+        list[str] | None, _option("--skip", "All but this evaluator; repeatable.", WHAT, "NAME")
+    ] = None,
+    eps_px: Annotated[
+        float | None,
+        _option("--eps-px", "The radius in 1/255, 8 for 8/255; the data set's by default.", HOW),
+    ] = None,
+    norm: Annotated[
+        Literal["Linf", "L2", "L1"], typer.Option(help="Of the radius.", rich_help_panel=HOW)
+    ] = "Linf",
+    max_images: Annotated[
+        int | None, _option("--max-images", "The first ones alone; all by default.", HOW)
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Images attacked together.", rich_help_panel=HOW)
+    ] = 250,
+    seed: Annotated[int, typer.Option(help="Of every generator.", rich_help_panel=HOW)] = 0,
+    protocol: Annotated[
+        Literal["standard", "released"],
+        typer.Option(help="released: as EB-JDAT's evaluator attacks.", rich_help_panel=HOW),
+    ] = "standard",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A first look, on few images.", rich_help_panel=HOW)
+    ] = False,
+    refine_steps: Annotated[
+        int, typer.Option(help="SGLD steps from each image (JEM-k).", rich_help_panel=HOW)
+    ] = 0,
+    overrides: Annotated[
+        list[str] | None,
+        _option("--set", "An option of an attack or evaluator, pgd.steps=50.", HOW, "K=V"),
+    ] = None,
+    checkpoint: Annotated[
+        Literal["best", "last"], typer.Option(help="Which weights of a run.", rich_help_panel=WHERE)
+    ] = "best",
+    network: Annotated[
+        str | None, _option("--network", "Of a .safetensors file, wrn-28-10.", WHERE, "NAME")
+    ] = None,
+    dataset: Annotated[
+        str | None, _option("--dataset", "Other images than the run's own.", WHERE, "NAME")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, _option("--data-dir", "Where the data set's files are.", WHERE)
+    ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run.", rich_help_panel=WHERE)
+    ] = "auto",
+    out: Annotated[
+        Path | None, _option("--out", "The record's folder; the run's by default.", WHERE)
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(help="Processes that share the attacks.", min=1, rich_help_panel=WHERE)
+    ] = 1,
+    save_adversarial: Annotated[
+        bool, typer.Option("--save-adversarial", help="Keep the attacked images.")
+    ] = False,
+    no_plugins: Annotated[
+        bool, typer.Option("--no-plugins", help="Only the parts that come with jemkit.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the record as one line of JSON.")
+    ] = False,
+) -> None:
+    """Judge a model: accuracy, robustness, energies, calibration, OOD, generation."""
+    registry = installed_parts(third_party=not no_plugins)
+    from jemkit.settings import options_of, settings_of
+
+    settings = settings_of(
+        {
+            "attacks": attack or (), "norm": norm, "eps_px": eps_px, "max_images": max_images,
+            "batch_size": batch_size, "seed": seed, "protocol": protocol, "quick": quick,
+            "refine_steps": refine_steps, "only": only or (), "skip": skip or (),
+            "options": options_of(overrides or ()),
+        }
+    )  # fmt: skip
+    data = {"use": dataset, "dir": data_dir and str(data_dir)}
+    given = {k: v for k, v in data.items() if v is not None}
+    where = {
+        "subject": {"which": checkpoint, "network": network, "dataset": given or None},
+        "device": device,
+        "out": out,
+    }
+    record = _judged(
+        registry, run, settings, where, jobs=jobs, third_party=not no_plugins,
+        keep_adversarial=save_adversarial, silent=as_json,
+    )  # fmt: skip
+    if as_json:
+        say_json(record.to_json())
+    else:
+        show_record(record)
+
+
+def _judged(
+    registry: "Registry",
+    run: Path,
+    settings: "Settings",
+    where: dict[str, Any],
+    *,
+    jobs: int,
+    third_party: bool,
+    keep_adversarial: bool,
+    silent: bool,
+) -> "Record":
+    from jemkit.evaluation import join_in, judge
+    from jemkit.runtime.jobs import helpers
+    from jemkit.runtime.ledger import Shard
+    from jemkit.runtime.numerics import device_of
+    from jemkit.subjects import subject_at
+
+    subject = subject_at(run, registry, device_of(where["device"]), **where["subject"])
+    if where["out"] is not None:
+        subject = subject._replace(folder=where["out"])
+    with (
+        tracking(silent=silent) as progress,
+        stopping() as stop,
+        helpers(jobs, join_in, run, settings, where, third_party) as failed,
+    ):
+        return judge(
+            subject, settings, registry, shard=Shard(0, jobs), progress=progress,
+            stop=lambda: failed() or stop(), keep_adversarial=keep_adversarial,
+        )  # fmt: skip

@@ -1,0 +1,103 @@
+"""`jemkit import` and `jemkit export`: models from others and for others."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from jemkit_cli.terminal import guarded, installed_parts, say, say_json
+
+NoPlugins = Annotated[
+    bool, typer.Option("--no-plugins", help="Only the parts that come with jemkit.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One line of JSON: what was written.")]
+
+
+@guarded
+def import_model(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="A published checkpoint, .pt, .pth or .safetensors.", metavar="CHECKPOINT",
+            show_default=False,
+        ),
+    ],
+    format: Annotated[
+        Literal["jem", "jempp", "sadajem", "mebm", "ebjdat", "wrn"],
+        typer.Option(help="Whose names it has.", show_default=False),
+    ],
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="What it was trained on; by its classes, cifar10 or cifar100.",
+            show_default=False,
+        ),
+    ] = None,
+    norm: Annotated[
+        Literal["instance"] | None,
+        typer.Option(
+            help="Where names do not tell instance from layer norm.", show_default=False
+        ),
+    ] = None,
+    sha256: Annotated[
+        str | None,
+        typer.Option(metavar="HEX", help="Take this file and no other.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write; CHECKPOINT-imported by default.", show_default=False),
+    ] = None,
+    no_plugins: NoPlugins = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Read the authors' weights, running nothing in the file, into a folder that jemkit reads."""
+    registry = installed_parts(third_party=not no_plugins)
+    from jemkit.foreign import import_checkpoint
+
+    found = import_checkpoint(
+        path, format, registry, dataset=dataset, norm=norm, out=out, sha256=sha256
+    )
+    if as_json:
+        say_json({**found._asdict(), "folder": str(found.folder)})
+        return
+    say(f"model {found.folder}, sha256 {found.sha256}")
+    say(f"{found.network} in {found.backbone}, on {found.dataset}")
+    if found.left_out:
+        say(f"left out: {', '.join(found.left_out)}")
+    say(f"judge it by `jemkit evaluate {found.folder}`")
+
+
+@guarded
+def export_model(
+    run: Annotated[
+        Path, typer.Argument(help="A run of `jemkit train`.", metavar="[RUN]")
+    ] = Path("runs/latest"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write; RUN/export by default.", show_default=False),
+    ] = None,
+    checkpoint: Annotated[
+        Literal["best", "last"], typer.Option(help="Which weights of the run.")
+    ] = "best",
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO", help="Upload it to this repository of the Hugging Face hub.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Write a run's model for others: config.json, model.safetensors, a model card."""
+    from jemkit import exporting
+
+    found = exporting.export(run, out=out, which=checkpoint)
+    where = exporting.push(found.folder, push) if push is not None else None
+    if as_json:
+        say_json({**found._asdict(), "folder": str(found.folder), "pushed": where})
+        return
+    say(f"model {found.folder}, sha256 {found.sha256}")
+    say(f"checkpoint {found.checkpoint}, {found.weights} weights")
+    say(found.note or f"its card has {found.figures} figures")
+    if where is not None:
+        say(f"pushed to {where}")

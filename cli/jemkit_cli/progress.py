@@ -1,0 +1,137 @@
+"""How far long work is: bars with rate and time left on a terminal, else a line now and then."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jemkit_cli.terminal import console, say
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+Watch = Callable[[str, dict[str, Any]], None]
+
+
+@contextmanager
+def watching(run: Path, *, silent: bool) -> Iterator[Watch | None]:
+    """Who is told how a run goes: a bar on a terminal, else a plain line for each epoch."""
+    where = console()
+    if silent:
+        yield None
+    elif where.is_terminal:
+        with _progress(where) as progress:
+            yield _bar(progress, run)
+    else:
+        yield _lines(run)
+
+
+def _progress(where: "Console") -> "Progress":
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Left
+
+    return Progress(
+        TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+        BarColumn(bar_width=14),
+        MofNCompleteColumn(),
+        Left(),
+        TextColumn("{task.fields[now]}"),
+        console=where,
+        transient=True,
+    )
+
+
+def _bar(progress: "Progress", run: Path) -> Watch:
+    def watch(kind: str, what: dict[str, Any]) -> None:
+        if kind == "start":
+            progress.console.print(_beginning(run, what), markup=False, soft_wrap=True)
+            progress.add_task(
+                "training",
+                total=what["total"],
+                completed=what["step"],
+                epoch=1,
+                epochs=what["epochs"],
+                now="",
+            )
+        elif kind == "step":
+            task = progress.tasks[0].id
+            progress.update(task, completed=what["step"], epoch=what["epoch"], now=_brief(what))
+        elif kind == "epoch":
+            progress.console.print(_epoch(what))
+
+    return watch
+
+
+def _lines(run: Path) -> Watch:
+    last: dict[str, Any] = {}
+
+    def watch(kind: str, what: dict[str, Any]) -> None:
+        if kind == "start":
+            say(_beginning(run, what))
+        elif kind == "step":
+            last.update(what)
+        elif kind == "epoch":
+            say(f"{_epoch(what)}  {_now(last)}".rstrip())
+
+    return watch
+
+
+def _beginning(run: Path, what: Mapping[str, Any]) -> str:
+    complete = what["step"] == what["total"]
+    return f"run {run}" + (": complete already, judged again" if complete else "")
+
+
+def _now(what: Mapping[str, Any]) -> str:
+    """The rate, the loss and the energy gaps of a step, as far as they are known."""
+    shown = {"images/s": "{:.0f} images/s", "loss": "loss {:.3f}"}
+    shown |= {"gap x+ x-": "E(x+) - E(x-) {:.3f}", "gap x~ x": "E(x~) - E(x) {:.3f}"}
+    return "  ".join(text.format(what[key]) for key, text in shown.items() if key in what)
+
+
+def _brief(what: Mapping[str, Any]) -> str:
+    """The same for one line of a terminal: the gap is the density's, else the adversary's."""
+    told = [f"{what['images/s']:.0f} images/s", f"loss {what['loss']:.2f}"]
+    gaps = [what[key] for key in ("gap x+ x-", "gap x~ x") if key in what]
+    return " ".join([*told, *(f"gap {gap:.2f}" for gap in gaps[:1])])
+
+
+def _epoch(what: Mapping[str, Any]) -> str:
+    return (
+        f"epoch {what['epoch']:>3}  step {what['step']:>6}  validation accuracy "
+        f"{what['accuracy']:.1%}  under PGD-10 {what['pgd10']:.1%}  {what['seconds']:.1f} s"
+    )
+
+
+Track = Callable[[str, int, int], None]
+
+
+@contextmanager
+def tracking(*, silent: bool) -> Iterator[Track | None]:
+    """Who is told how far long work is: a bar for each part of it, on a terminal only."""
+    where = console()
+    if silent or not where.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Left
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(bar_width=14), MofNCompleteColumn(), Left(),
+        TextColumn("{task.speed:.1f}/s"),
+    )  # fmt: skip
+    with Progress(*columns, console=where, transient=True) as progress:
+        yield _bars(progress)
+
+
+def _bars(progress: "Progress") -> Track:
+    tasks: dict[str, Any] = {}
+
+    def track(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            for old in tasks.values():
+                progress.update(old, visible=False)
+            tasks[what] = progress.add_task(what, total=total)
+        progress.update(tasks[what], completed=done, total=total)
+
+    return track

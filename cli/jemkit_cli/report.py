@@ -1,0 +1,122 @@
+"""`jemkit report` and `jemkit compare`: one run or several, to look at and to compare."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jemkit_cli.terminal import guarded, say, say_json, show_table
+
+if TYPE_CHECKING:
+    from jemkit.comparison import Comparison, Difference, Spread
+    from jemkit.trilemma import Line
+
+Runs = Annotated[
+    list[Path], typer.Argument(help="Run folders, or folders with a record.", metavar="RUN...")
+]
+
+
+@guarded
+def report(
+    runs: Runs,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The file; report.html in the first run's folder by default.",
+                     show_default=False),
+    ] = None,
+) -> None:  # fmt: skip
+    """Write one HTML file with all there is to see of the runs; it needs no network."""
+    from jemkit.report import write
+
+    say(f"report {write(runs, out)}")
+
+
+@guarded
+def compare(
+    runs: Runs,
+    figure: Annotated[
+        list[str] | None,
+        typer.Option("--figure", help="This figure alone; repeatable.", metavar="NAME",
+                     show_default=False),
+    ] = None,
+    seeds: Annotated[
+        bool, typer.Option("--seeds", help="Mean and spread over runs that differ in the seed.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+) -> None:  # fmt: skip
+    """Compare runs: the trilemma, and of two runs the differences image by image."""
+    from jemkit.comparison import compare as put_together
+
+    found = put_together(runs, names=figure or (), seeds=seeds)
+    if as_json:
+        say_json(found.to_json())
+        return
+    _show_lines(found)
+    _show_differences(found)
+    _show_spreads(found.spreads)
+
+
+def _show_lines(found: "Comparison") -> None:
+    rows = [[line.column.title, *_cells(line)] for line in found.lines]
+    show_table(["figure", *found.runs], rows)
+    many = len(found.runs) > 1
+    if many:
+        say("* best; ~ non-standard protocol; ! protocols differ, not comparable")
+    elif any("~" in cell for row in rows for cell in row):
+        say("~ non-standard protocol")
+    for line in found.lines:
+        for different in line.differs:
+            say(f"! {line.column.name}: {different}")
+
+
+def _cells(line: "Line") -> list[str]:
+    from jemkit.trilemma import shown, shown_interval
+
+    cells = []
+    for at, figure in enumerate(line.figures):
+        if figure is None:
+            cells.append(f"-  ({line.why[at].split(';')[0]})")
+            continue
+        marks = "*" if at in line.best else ""
+        marks += "~" if figure.protocol.get("standard") is False else ""
+        marks += "!" if line.differs else ""
+        interval = shown_interval(figure)
+        told = f"{shown(figure)} [{interval}]" if interval else shown(figure)
+        cells.append(f"{told} {marks}".rstrip())
+    return cells
+
+
+def _show_differences(found: "Comparison") -> None:
+    if not found.differences:
+        return
+    rows = [[d.name, *_difference(d)] for d in found.differences if not d.why]
+    if rows:
+        a, b = found.runs
+        head = ["figure", f"{a} - {b}, points", "95 % interval", "images", "holds 0"]
+        show_table(head, rows, "the same images, paired bootstrap")
+    for difference in found.differences:
+        if difference.why:
+            say(f"{difference.name}: no paired difference: {difference.why}")
+
+
+def _difference(found: "Difference") -> list[str]:
+    low, high = f"{100 * found.low:+.2f}", f"{100 * found.high:+.2f}"
+    holds = "yes" if found.holds_zero else "no"
+    return [f"{100 * found.mean:+.2f}", f"{low} to {high}", str(found.n), holds]
+
+
+def _show_spreads(spreads: "list[Spread]") -> None:
+    if not spreads:
+        return
+    rows = [
+        [
+            ", ".join(s.runs), s.name, f"{s.mean:.4g}", "-" if s.sd is None else f"{s.sd:.2g}",
+            str(len(s.values)),
+        ]
+        for s in spreads
+        if not s.why
+    ]  # fmt: skip
+    show_table(["runs", "figure", "mean", "standard deviation", "seeds"], rows, "over seeds")
+    for spread in spreads:
+        if spread.why:
+            say(f"{', '.join(spread.runs)}: no mean of {spread.name}: {spread.why}")

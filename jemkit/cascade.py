@@ -1,0 +1,222 @@
+"""The driver of attacks: stage by stage over the images still right, batch by batch on disk."""
+
+import hashlib
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from jemkit.attack import Attack, ModelAttack, Perturb, Threat
+from jemkit.data import Images
+from jemkit.errors import DataError, MisfitError
+from jemkit.evaluator import AnyAttack, Context, batches, no_progress
+from jemkit.pixels import UNIT, PixelModel, weights_hash
+from jemkit.runtime.ledger import Ledger, Piece, tensors_hash
+
+SLACK = 1e-5
+"""What rounding may add to a bound, as a share of it and in [0, 1] units of a pixel."""
+
+
+class Attacked(NamedTuple):
+    """What an attack made of a set of images."""
+
+    label: str
+    x_adv: Tensor  # [N, C, H, W] in [0, 1], on the CPU; a clean image where it was not attacked
+    right: Tensor  # [N], still right after every stage
+    stages: dict[str, float]  # accuracy after each
+    protocol: dict[str, Any]
+
+
+def attacked(
+    subject: PixelModel, attack: AnyAttack, data: Images, ctx: Context, name: str = "attack"
+) -> Attacked:
+    """Run an attack over labelled images within `ctx.threat`.
+
+    Each batch begins from the seed, as AutoAttack's do, so its result depends on the seed, the
+    batch size and its images alone: batches may be read back from `ctx.work` after a kill, or
+    be computed by another process of `ctx.shard`. Subject and mode are the caller's affair:
+    call it inside `measure`.
+
+    A batch is read back for an equal model alone: equal weights, buffers, `repr` and pixel range.
+    What a module of the user's own keeps besides, in plain Python fields that its `repr` does not
+    show, no hash sees: after changing such a field take another folder.
+    """
+    whole = as_model_attack(attack, name)
+    n_classes = _n_classes(subject, data, ctx)
+    protocol = {
+        **ctx.card,
+        "attack": name,
+        **ctx.threat._asdict(),
+        **whole.card(ctx.threat, n_classes),
+        "batch_size": ctx.batch_size,
+    }
+    ledger = ctx.ledger(_fingerprint(subject, attack, data, ctx, name))
+    course = _Course(subject, data, ctx, ledger, name, everyone=whole.everyone)
+    stages = course.run(whole.bind(subject, ctx.threat))
+    x, x_adv = data.unit().cpu(), course.x_adv
+    protocol["accuracy_after"] = stages
+    protocol["max_delta_px"] = check_bound(x, x_adv, ctx.threat, name)
+    protocol["seconds"] = round(course.seconds, 3)  # of all batches, whoever computed them
+    return Attacked(whole.label, x_adv, course.right, stages, protocol)
+
+
+class _Course:
+    """One attack's way over the images.
+
+    Clean predictions are a piece of the ledger like any batch, and a batch's name holds a hash of
+    which images it has: so all processes, and a run that goes on, agree on who is attacked.
+    """
+
+    def __init__(
+        self,
+        subject: PixelModel,
+        data: Images,
+        ctx: Context,
+        ledger: Ledger,
+        name: str,
+        *,
+        everyone: bool,
+    ) -> None:
+        self.subject, self.data, self.ctx, self.ledger = subject, data, ctx, ledger
+        self.name, self.everyone = name, everyone
+        self.x_adv, self.seconds = data.unit().cpu().clone(), 0.0
+        (clean,) = ledger.pieces(["clean"], self._clean, ctx.poll, no_progress)
+        self.right = clean["right"].bool()
+
+    def run(self, stages: Mapping[str, Perturb]) -> dict[str, float]:
+        accuracy = {}
+        for at, (stage, perturb) in enumerate(stages.items()):
+            everyone = self.everyone and at == 0
+            index = torch.arange(len(self.right)) if everyone else self.right.nonzero().squeeze(1)
+            self._stage(at, stage, perturb, index)
+            accuracy[stage] = int(self.right.sum()) / len(self.right)
+        return accuracy
+
+    def _stage(self, at: int, stage: str, perturb: Perturb, index: Tensor) -> None:
+        parts = torch.split(index, self.ctx.batch_size) if len(index) else ()
+
+        def compute(b: int) -> Piece:
+            return self._batch(parts[b], perturb)
+
+        def done(b: int) -> None:
+            self.ctx.progress(stage, min(b * self.ctx.batch_size, len(index)), len(index))
+
+        names = [f"{at}-{b:05d}-{_short_hash(part)}" for b, part in enumerate(parts)]
+        found = self.ledger.each(names, compute, self.ctx.poll, done)
+        for part, piece in zip(parts, found, strict=True):
+            self.x_adv[part] = piece["x_adv"]
+            self.right[part] &= piece["right"].bool()
+            self.seconds += float(piece["seconds"])
+
+    def _clean(self, _: int) -> Piece:
+        right = [self._right(x, y, "clean") for x, y in batches(self.data, self.ctx)]
+        return {"right": torch.cat(right)}
+
+    def _batch(self, index: Tensor, perturb: Perturb) -> Piece:
+        began = time.monotonic()
+        device = self.ctx.rng.device
+        part = self.data.take(index).to(device)
+        x, y = part.unit(), part.y
+        x_adv = perturb(x, y, Generator(device).manual_seed(self.ctx.seed)).detach()
+        check_bound(x, x_adv, self.ctx.threat, self.name)
+        right = self._right(x_adv, y, "attacked")
+        seconds = torch.tensor(time.monotonic() - began, dtype=torch.float64)
+        return {"x_adv": x_adv.cpu(), "right": right, "seconds": seconds}
+
+    def _right(self, x: Tensor, y: Tensor, which: str) -> Tensor:
+        with torch.no_grad():
+            logits = self.subject(x)
+        if not logits.isfinite().all():
+            raise DataError(f"the model's logits hold NaN or inf on {which} images")
+        right: Tensor = logits.argmax(1) == y
+        return right.to(torch.uint8).cpu()
+
+
+@dataclass(frozen=True)
+class AscentOnModel:
+    """An attack on any loss, sent up a model's cross-entropy."""
+
+    attack: Attack
+    label: str
+    everyone: bool = True
+
+    def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
+        def perturb(x: Tensor, y: Tensor, rng: Generator) -> Tensor:
+            def loss(z: Tensor) -> Tensor:
+                return F.cross_entropy(subject(z), y, reduction="none")
+
+            return self.attack.draw(subject, loss, x, rng, bounds=UNIT, radius_px=threat.radius_px)
+
+        return {self.label: perturb}
+
+    def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
+        return {"options": self.attack.model_dump(mode="json")}  # type: ignore[attr-defined]
+
+
+def as_model_attack(attack: AnyAttack, name: str) -> ModelAttack:
+    """What judges a model: the attack itself, or its ascent of the cross-entropy."""
+    if isinstance(attack, ModelAttack):
+        return attack
+    return AscentOnModel(attack, name)  # type: ignore[return-value]
+
+
+def check_bound(x: Tensor, x_adv: Tensor, threat: Threat, name: str) -> dict[str, float]:
+    """The largest perturbation per norm, in 1/255; a MisfitError where the ball is left."""
+    if x_adv.shape != x.shape:
+        raise MisfitError(
+            f"the attack {name} gives images {list(x_adv.shape)} for {list(x.shape)}; wanted one "
+            "for each"
+        )
+    delta = (x_adv - x).flatten(1)
+    sizes = {
+        "Linf": float(delta.abs().max()),
+        "L2": float(delta.norm(dim=1).max()),
+        "L1": float(delta.abs().sum(1).max()),
+    }
+    limit = threat.eps * (1 + SLACK) + SLACK * (1 if threat.norm != "L1" else delta.shape[1] ** 0.5)
+    if not sizes[threat.norm] <= limit:
+        raise MisfitError(
+            f"the attack {name} left its ball: the largest {threat.norm} perturbation is "
+            f"{sizes[threat.norm] * 255:.6g}/255, and the radius {threat.radius_px:g}/255. Its "
+            "figure would be wrong; report this to whoever wrote the attack"
+        )
+    if not (x_adv.min() >= 0 and x_adv.max() <= 1):
+        raise MisfitError(
+            f"the attack {name} gives pixels from {float(x_adv.min()):.4g} to "
+            f"{float(x_adv.max()):.4g}; wanted [0, 1]"
+        )
+    return {norm: round(size * 255, 6) for norm, size in sizes.items()}
+
+
+def _n_classes(subject: PixelModel, data: Images, ctx: Context) -> int:
+    part = data.take(torch.arange(1)).to(ctx.rng.device)
+    with torch.no_grad():
+        return len(subject(part.unit())[0])
+
+
+def _fingerprint(
+    subject: PixelModel, attack: AnyAttack, data: Images, ctx: Context, name: str
+) -> dict[str, Any]:
+    """All that a batch's result depends on."""
+    return {
+        "attack": name,
+        "options": attack.model_dump(mode="json"),  # type: ignore[union-attr]
+        "threat": ctx.threat._asdict(),
+        "seed": ctx.seed,
+        "batch_size": ctx.batch_size,
+        "model": weights_hash(subject),
+        "buffers": tensors_hash(dict(subject.named_buffers())),  # a state dict leaves some out
+        "subject": re.sub(r" at 0x[0-9a-f]+", "", repr(subject)),  # places in memory say nothing
+        "bounds": list(subject.bounds),
+        "images": tensors_hash(data._asdict()),
+        "device": ctx.rng.device.type,
+    }
+
+
+def _short_hash(index: Tensor) -> str:
+    return hashlib.sha256(index.contiguous().numpy().data).hexdigest()[:8]

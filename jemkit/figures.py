@@ -1,0 +1,45 @@
+"""Figures: measured numbers with their intervals and the protocol that gave them."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+Z = 1.959964
+"""Of a two-sided 95 % interval."""
+
+
+class Figure(NamedTuple):
+    """One measured number, with an interval where one is defined, and how it was measured."""
+
+    name: str
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+    protocol: dict[str, Any]
+
+
+def share(name: str, right: int, n: int, protocol: dict[str, Any]) -> Figure:
+    """A share with its 95 % interval (Wilson 1927)."""
+    p = right / n
+    middle = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z / (1 + Z * Z / n) * (p * (1 - p) / n + Z * Z / (4 * n * n)) ** 0.5
+    return Figure(name, p, max(0.0, middle - half), min(1.0, middle + half), n, protocol)
+
+
+def plain(name: str, value: float, n: int, protocol: dict[str, Any]) -> Figure:
+    """A number for which no interval is defined."""
+    return Figure(name, float(value), None, None, n, protocol)
+
+
+def paired_difference(
+    a: Tensor, b: Tensor, rng: Generator, resamples: int = 10_000
+) -> tuple[float, float, float]:
+    """Mean of a - b [N] with its 95 % percentile interval of the paired bootstrap (Efron 1979)."""
+    gap = a.double() - b.double()
+    means = torch.stack(
+        [gap[torch.randint(len(gap), (len(gap),), generator=rng)].mean() for _ in range(resamples)]
+    )
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(gap.mean()), low, high

@@ -1,0 +1,123 @@
+"""A model as whatever judges it sees it: a module of [0, 1] images that returns logits."""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor, nn
+
+from jemkit.data import Bounds
+from jemkit.density import Density
+from jemkit.energy import EnergyModel, Scores
+from jemkit.errors import DataError, MisfitError
+from jemkit.starts import Start
+
+UNIT = Bounds(0.0, 1.0)
+"""The range in which whatever judges a model sees images."""
+
+
+class PixelModel(nn.Module):
+    """A module of [0, 1] images that returns logits; the scaling is inside.
+
+    With a density it can be sampled. `poll` is called before every pass, so that what runs for
+    long can be stopped inside.
+    """
+
+    def __init__(
+        self, model: EnergyModel, bounds: Bounds = Bounds(), density: Density | None = None
+    ) -> None:
+        super().__init__()
+        self.model, self.bounds = model, bounds
+        self._density = density
+        self.poll: Callable[[], None] = _nothing
+
+    def scores(self, pixels: Tensor) -> Scores:
+        """Scores of images [B, C, H, W] in [0, 1]."""
+        self.poll()
+        return self.model(self.bounds.from_unit(pixels))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.scores(pixels).logits
+
+    @property
+    def has_density(self) -> bool:
+        return self._density is not None
+
+    @property
+    def density(self) -> Density:
+        if self._density is None:
+            raise MisfitError("this model is a classifier without a density: nothing to sample")
+        return self._density
+
+    def sample(
+        self,
+        n: int,
+        rng: Generator,
+        *,
+        steps: int,
+        start: Start | None = None,
+        y: Tensor | None = None,
+    ) -> Tensor:
+        """The ends of n fresh chains, [n, C, H, W] in [0, 1]; never touches the buffer."""
+        p0 = self.density.start if start is None else start
+        with self.model.register_forward_pre_hook(lambda *_: self.poll()):
+            x = self.density.sample(self.model, n, rng, steps=steps, start=p0, y=y)
+        return self.bounds.to_unit(self.bounds.clamp(x))
+
+
+def _nothing() -> None:
+    return None
+
+
+class Stranger(EnergyModel):
+    """Any module that maps [0, 1] images to logits, read as JEM reads a classifier (Eq. 1)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Scores:
+        return self.scores(self.module(x))
+
+    def read(self, features: Tensor) -> Scores:
+        return Scores(features, -features.logsumexp(dim=1))
+
+
+def pixel_model(module: nn.Module, bounds: Bounds = UNIT) -> PixelModel:
+    """A module as it is judged: a PixelModel, an energy model or any classifier of images.
+
+    An energy model sees images in `bounds`, a classifier sees [0, 1] and does its own scaling.
+    """
+    if isinstance(module, PixelModel):
+        return module
+    if isinstance(module, EnergyModel):
+        return PixelModel(module, bounds)
+    return PixelModel(Stranger(module), bounds)
+
+
+def check_subject(subject: PixelModel, pixels: Tensor, n_classes: int) -> None:
+    """Refuse, before any attack, a model whose output is not logits of these classes."""
+    with torch.no_grad():
+        logits = subject(pixels)
+    if logits.shape != (len(pixels), n_classes):
+        raise MisfitError(
+            f"the model gives {list(logits.shape)} for {len(pixels)} images of {n_classes} "
+            f"classes; wanted logits [{len(pixels)}, {n_classes}]"
+        )
+    if not logits.isfinite().all():
+        raise DataError("the model's logits hold NaN or inf on clean images: it has diverged")
+    rows = logits.sum(dim=1)
+    if logits.min() >= 0 and logits.max() <= 1 and bool(((rows - 1).abs() < 1e-4).all()):
+        raise MisfitError(
+            "the model gives probabilities: every row lies in [0, 1] and sums to 1. Attacks need "
+            "logits; take the softmax off"
+        )
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 of a module's names and weights."""
+    found = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()

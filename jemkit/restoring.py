@@ -1,0 +1,65 @@
+"""A run's parts as one of its checkpoints has them."""
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from jemkit import checkpoint
+from jemkit.assembly import load_model, task_of
+from jemkit.backbone import Backbone, Task
+from jemkit.errors import ConfigError, DataError
+from jemkit.recipe import Recipe, resolve
+from jemkit.registry import Registry
+from jemkit.runtime.folder import RunFolder
+from jemkit.seeds import generator
+from jemkit.splits import Splits
+
+Which = Literal["best", "last"]
+
+
+class Restored(NamedTuple):
+    """A recipe's parts with the weights of a checkpoint."""
+
+    recipe: Recipe
+    tables: dict[str, Any]
+    task: Task
+    splits: Splits
+    backbone: Backbone
+
+
+def restored(
+    config: Path,
+    weights: dict[str, torch.Tensor],
+    registry: Registry,
+    device: torch.device,
+    dataset: dict[str, Any] | None = None,
+) -> Restored:
+    """The backbone of a run's config.json, with these weights."""
+    resolved = resolve(registry, config=config, named={"data": dataset} if dataset else {})
+    recipe = resolved.recipe
+    run = recipe.run
+    splits = Splits(recipe.data, valid_fraction=run.valid_fraction, max_train=run.max_train)
+    task = task_of(recipe, splits)
+    backbone = recipe.backbone.build(task, generator(device, run.seed, "chains"))
+    load_model(backbone.model, weights)
+    return Restored(recipe, resolved.tables, task, splits, backbone)
+
+
+def run_folder(path: Path) -> RunFolder:
+    """The folder of a run that exists; `latest` is followed to the run that it points to."""
+    if not (path / "config.json").exists():
+        raise ConfigError(
+            f"{path} is no run of jemkit: it has no config.json; `jemkit train` makes one"
+        )
+    return RunFolder(path.resolve())
+
+
+def chosen(folder: RunFolder, which: Which) -> Path:
+    """The checkpoint of a run that is asked for."""
+    best = folder.checkpoints / "best"
+    path = best if which == "best" else checkpoint.newest(folder.checkpoints)
+    if path is None or not path.exists():
+        hint = "; no epoch is complete yet, try the last one" if which == "best" else ""
+        raise DataError(f"{folder.path} holds no complete {which} checkpoint{hint}")
+    return path

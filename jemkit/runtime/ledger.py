@@ -1,0 +1,132 @@
+"""Half-done work: named pieces of tensors on disk, so that a killed run repeats one at most."""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from jemkit.errors import DataError
+from jemkit.runtime.files import load_tensors, write_json, write_tensors
+
+Piece = dict[str, Tensor]
+
+SEAL = "sha256"
+"""A piece's own hash among its tensors: safetensors would not notice a flipped bit."""
+
+
+class Shard(NamedTuple):
+    """Which part of the pieces a process computes."""
+
+    rank: int = 0
+    size: int = 1
+
+    def owns(self, piece: int) -> bool:
+        return piece % self.size == self.rank
+
+
+WHOLE = Shard()
+
+
+class Ledger:
+    """Pieces in a folder whose name is a hash of all that they depend on.
+
+    Without a `work` folder they are kept in memory, and no other process can share them.
+    """
+
+    def __init__(self, work: Path | None, about: dict[str, Any], shard: Shard = WHOLE) -> None:
+        self.shard = WHOLE if work is None else shard
+        self.folder: Path | None = None
+        self._kept: dict[str, Piece] = {}
+        if work is None:
+            return
+        text = json.dumps(about, sort_keys=True, default=str)
+        self.folder = work / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "about.json").exists():
+            write_json(self.folder / "about.json", json.loads(text))
+
+    def pieces(
+        self,
+        names: list[str],
+        compute: Callable[[int], Piece],
+        poll: Callable[[], None],
+        done: Callable[[int], None],
+    ) -> list[Piece]:
+        """Every piece, in order: read, computed here, or waited for where another process has it.
+
+        `compute(i)` gives piece i; `done(n)` hears how many are complete.
+        """
+        return list(self.each(names, compute, poll, done))
+
+    def each(
+        self,
+        names: list[str],
+        compute: Callable[[int], Piece],
+        poll: Callable[[], None],
+        done: Callable[[int], None],
+    ) -> Iterator[Piece]:
+        """`pieces` one by one, so that memory holds a single one of them."""
+        for i, name in enumerate(names):
+            if self.shard.owns(i) and not self._has(name):
+                poll()
+                self._write(name, compute(i))
+            done(i + 1)
+        for name in names:
+            while not self._has(name):
+                poll()
+                time.sleep(0.05)
+            yield self._read(name)
+
+    def remove(self) -> None:
+        """Forget every piece; the first process alone does, since others may still read."""
+        self._kept.clear()
+        if self.folder is not None and self.shard.rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _has(self, name: str) -> bool:
+        return name in self._kept if self.folder is None else _path(self.folder, name).exists()
+
+    def _write(self, name: str, piece: Piece) -> None:
+        if self.folder is None:
+            self._kept[name] = piece
+        else:
+            write_tensors(_path(self.folder, name), {**piece, SEAL: _seal(piece)})
+
+    def _read(self, name: str) -> Piece:
+        if self.folder is None:
+            return self._kept[name]
+        path = _path(self.folder, name)
+        try:
+            piece = load_tensors(path)
+            if not torch.equal(piece.pop(SEAL, torch.empty(0)), _seal(piece)):
+                raise DataError("it does not hold what was written")
+        except DataError:
+            path.unlink(missing_ok=True)
+            raise DataError(
+                f"{path} was damaged and is removed; the same command computes it anew"
+            ) from None
+        return piece
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names and tensors."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _seal(piece: Piece) -> Tensor:
+    return torch.tensor(list(bytes.fromhex(tensors_hash(piece))), dtype=torch.uint8)

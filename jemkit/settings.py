@@ -1,0 +1,117 @@
+"""Settings of an evaluation: what its figures depend on beside the model."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from jemkit.attack import Norm, Threat
+from jemkit.errors import ConfigError
+from jemkit.evaluator import AnyAttack, Evaluator
+from jemkit.layers import override_layers
+from jemkit.mistakes import explain
+from jemkit.options import Options, Radius, nearest
+from jemkit.registry import Registry
+
+ORDER = ("accuracy", "robustness", "energies", "calibration", "ood", "generation")
+"""In which evaluators run; those of other plug-ins follow."""
+
+
+class Settings(Options):
+    """How a model is judged: everything that a record's figures depend on beside the model."""
+
+    attacks: tuple[str, ...] = ()  # by name; none: pgd and aa, in a quick look pgd alone
+    norm: Norm = "Linf"
+    eps_px: Radius | None = None  # None: the data set's, which is L-inf
+    max_images: int | None = Field(None, ge=1)  # the first ones; None: all
+    batch_size: int = Field(250, ge=1)  # AutoAttack's; it changes what a seed finds
+    seed: int = Field(0, ge=0, lt=2**32)
+    protocol: Literal["standard", "released"] = "standard"
+    quick: bool = False
+    refine_steps: int = Field(0, ge=0)  # k of JEM-k: SGLD from the image before it is classified
+    only: tuple[str, ...] = ()  # evaluators; none: all
+    skip: tuple[str, ...] = ()
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)  # of an attack or evaluator
+
+
+def settings_of(values: Mapping[str, Any]) -> Settings:
+    """Settings, or a ConfigError that says which of them cannot be."""
+    try:
+        return Settings.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(explain(error, dict.fromkeys(Settings.model_fields))) from None
+
+
+def options_of(overrides: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The options of attacks and evaluators in texts such as pgd.steps=50."""
+    found: dict[str, dict[str, Any]] = {}
+    for layer in override_layers(overrides):
+        for name, options in layer.table.items():
+            if not isinstance(options, dict):
+                raise ConfigError(f"{layer.origin}: wanted NAME.OPTION=VALUE, such as pgd.steps=50")
+            found[name] = {**found.get(name, {}), **options}
+    return found
+
+
+def threat_of(settings: Settings, default_px: float, pixels: int) -> Threat:
+    """Norm and radius of every attack; the released protocol halves the default radius."""
+    radius = settings.eps_px
+    if radius is None:
+        if settings.norm != "Linf":
+            usual = {"L2": "127.5, which is 0.5", "L1": "3060, which is 12"}[settings.norm]
+            raise ConfigError(
+                f"the norm {settings.norm} has no radius by default: give one in 1/255 of the "
+                f"pixel range; on CIFAR-10 --eps-px {usual}, is usual"
+            )
+        radius = default_px / 2 if settings.protocol == "released" else default_px
+    widest = 255 * {"Linf": 1.0, "L2": pixels**0.5, "L1": float(pixels)}[settings.norm]
+    if radius > widest:
+        raise ConfigError(
+            f"--eps-px {radius:g} is wider than the whole range, {widest:g} in the norm "
+            f"{settings.norm}: a radius is given in 1/255 of the pixel range, so 8 for 8/255"
+        )
+    return Threat(settings.norm, radius)
+
+
+def attacks_of(settings: Settings, registry: Registry) -> dict[str, AnyAttack]:
+    """The attacks that are asked for, with their options."""
+    default = ("pgd",) if settings.quick else ("pgd", "aa")
+    names = dict.fromkeys(settings.attacks or default)
+    usual: dict[str, dict[str, Any]] = {"pgd": {"steps": 20}}
+    if settings.protocol == "released":
+        usual["aa"] = {"version": "released"}
+    options = {n: {**usual.get(n, {}), **settings.options.get(n, {})} for n in names}
+    return {name: _built(registry, "attack", name, options) for name in names}
+
+
+def evaluators_of(settings: Settings, registry: Registry) -> dict[str, Evaluator]:
+    """The evaluators that are asked for, clean accuracy first."""
+    shelf = registry["evaluator"]
+    for name in (*settings.only, *settings.skip):
+        shelf[name]
+    rest = [name for name in shelf if name not in ORDER]
+    asked = {*settings.only, "accuracy"} if settings.only else set(shelf)
+    names = [n for n in (*ORDER, *rest) if n in asked and n not in settings.skip]
+    _check_options(settings, registry)
+    return {name: _built(registry, "evaluator", name, settings.options) for name in names}
+
+
+def _check_options(settings: Settings, registry: Registry) -> None:
+    known = [*registry["attack"], *registry["evaluator"]]
+    for name in settings.options:
+        if name not in known:
+            raise ConfigError(
+                f"no attack or evaluator {name!r} to set options of{nearest(name, known)}"
+            )
+
+
+def _built(
+    registry: Registry, kind: str, name: str, options: Mapping[str, Mapping[str, Any]]
+) -> Any:
+    part = registry[kind][name]
+    try:
+        return part.model_validate(dict(options.get(name, {})), context=registry.context)
+    except ValidationError as error:
+        raise ConfigError(
+            f"{kind} {name}: {explain(error, dict.fromkeys(part.model_fields))}"
+        ) from None

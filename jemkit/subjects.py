@@ -1,0 +1,205 @@
+"""What can be judged: a run, one of its checkpoints, an exported model, weights, any module."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import ValidationError
+from torch import Generator, nn
+
+from jemkit import checkpoint
+from jemkit.anchor import anchored
+from jemkit.assembly import load_model
+from jemkit.data import Dataset, Images, checked
+from jemkit.energy import LogSumExpEnergy
+from jemkit.errors import ConfigError, DataError
+from jemkit.networks import lent
+from jemkit.pixels import PixelModel, pixel_model, weights_hash
+from jemkit.recipe import resolve
+from jemkit.registry import Registry
+from jemkit.restoring import Restored, Which, chosen, restored, run_folder
+from jemkit.runtime.files import load_tensors
+from jemkit.splits import Splits
+
+WEIGHTS = "model.safetensors"
+
+
+class Subject(NamedTuple):
+    """A model with the images that it is judged on, and where it comes from."""
+
+    model: PixelModel
+    test: Images
+    n_classes: int
+    radius_px: float  # the data set's usual one, in the L-infinity norm
+    images: Callable[[str], Images] | None  # of "train" and "valid"
+    about: dict[str, Any]
+    folder: Path | None  # where its record belongs
+    others: Callable[[], dict[str, Images]] = dict  # the test images of data sets beside its own
+
+
+def subject_at(
+    path: Path,
+    registry: Registry,
+    device: torch.device,
+    *,
+    which: Which = "best",
+    network: str | None = None,
+    dataset: dict[str, Any] | None = None,
+) -> Subject:
+    """What stands at a path; `dataset` replaces the one that it was trained on.
+
+    Weights alone, a .safetensors file, need a `network`.
+    """
+    if path.is_file():
+        return _weights(path, registry, device, network, dataset)
+    if network is not None:
+        raise ConfigError(f"--network belongs to a file of weights; {path} says itself what it is")
+    if (path / checkpoint.MANIFEST).exists():
+        run = path.resolve().parents[1]
+        if not (run / "config.json").exists():
+            raise ConfigError(
+                f"{path} is a checkpoint outside its run: there is no {run / 'config.json'} to say "
+                "what it is. Give the run, or its model.safetensors with --network"
+            )
+        return _checkpoint(run, path, registry, device, dataset)
+    if (path / "config.json").exists() and (path / WEIGHTS).exists():
+        return _exported(path, registry, device, dataset)
+    folder = run_folder(path)
+    return _checkpoint(folder.path, chosen(folder, which), registry, device, dataset)
+
+
+def subject_of(
+    module: nn.Module, dataset: Dataset | Images, n_classes: int | None = None
+) -> Subject:
+    """Any module that maps [0, 1] images to logits, on a data set or on labelled images."""
+    test = dataset.load("test") if isinstance(dataset, Dataset) else dataset
+    classes = n_classes or (
+        dataset.n_classes if isinstance(dataset, Dataset) else int(test.y.max()) + 1
+    )
+    plain = pixel_model(module)
+    device = next((p.device for p in plain.parameters()), torch.device("cpu"))
+    model = anchored(plain, test.take(torch.arange(min(2, len(test.y)))).to(device).unit())
+    splits = Splits(dataset) if isinstance(dataset, Dataset) else None
+    return Subject(
+        model,
+        test,
+        classes,
+        dataset.radius_px if isinstance(dataset, Dataset) else 8.0,
+        splits.images if splits else None,  # type: ignore[arg-type]
+        {"model": type(module).__name__, "sha256": weights_hash(model), "trained_radius_px": None},
+        None,
+    )
+
+
+def others_of(dataset: Dataset, registry: Registry) -> Callable[[], dict[str, Images]]:
+    """The test images of other data sets whose files lie in the same folder, of the same shape."""
+
+    def read() -> dict[str, Images]:
+        found: dict[str, Images] = {}
+        folder = getattr(dataset, "dir", None)
+        for name, part in registry["dataset"].items():
+            if folder is None or part is type(dataset) or "dir" not in part.model_fields:
+                continue
+            try:
+                images = part(dir=folder).load("test")
+            except (DataError, ValidationError):  # its files are not there
+                continue
+            if images.x.shape[1:] == dataset.load("test").x.shape[1:]:
+                found[name] = images
+        return found
+
+    return read
+
+
+def _checkpoint(
+    run: Path,
+    path: Path,
+    registry: Registry,
+    device: torch.device,
+    dataset: dict[str, Any] | None,
+) -> Subject:
+    state = checkpoint.load(path)
+    found = restored(run / "config.json", state["ema"] or state["model"], registry, device, dataset)
+    about = {
+        "run": run.name,
+        "checkpoint": path.name,
+        "sha256": checkpoint.verify(path)[checkpoint.MODEL],
+        "weights": "averaged" if state["ema"] else "live",
+    }
+    return _subject(found, about, run, registry)
+
+
+def _exported(
+    path: Path, registry: Registry, device: torch.device, dataset: dict[str, Any] | None
+) -> Subject:
+    weights = load_tensors(path / WEIGHTS)
+    found = restored(path / "config.json", weights, registry, device, dataset)
+    about = {"run": path.name, "sha256": checkpoint.file_hash(path / WEIGHTS)}
+    return _subject(found, about, path, registry)
+
+
+def _subject(found: Restored, about: dict[str, Any], folder: Path, registry: Registry) -> Subject:
+    tables, backbone = found.tables, found.backbone
+    density = backbone.density if backbone.has_density else None
+    parts = {kind: tables[kind]["use"] for kind in ("backbone", "objective", "data")}
+    return Subject(
+        PixelModel(backbone.model, found.task.bounds, density),
+        found.splits.images("test"),
+        found.task.n_classes,
+        found.recipe.data.radius_px,
+        found.splits.images,  # type: ignore[arg-type]
+        {
+            **about,
+            **parts,
+            "network": tables["backbone"]["network"],
+            "seed": found.recipe.run.seed,
+            "trained_radius_px": found.task.radius_px,
+        },
+        folder,
+        others_of(found.recipe.data, registry),
+    )
+
+
+def _weights(
+    path: Path,
+    registry: Registry,
+    device: torch.device,
+    network: str | None,
+    dataset: dict[str, Any] | None,
+) -> Subject:
+    if path.suffix != ".safetensors":
+        raise ConfigError(
+            f"{path}: wanted a run, a checkpoint folder, an exported model or a .safetensors file"
+        )
+    if network is None:
+        raise ConfigError(
+            f"{path} holds weights alone: say which network they belong to, such as "
+            "--network wrn-28-10"
+        )
+    data: Dataset = resolve(registry, named={"data": dataset} if dataset else {}).recipe.data
+    part, named = registry["network"].named(network)
+    test = data.load("test")
+    with lent(Generator(device).manual_seed(0)):
+        built = part.model_validate(named).build(tuple(test.x.shape[1:]))
+    model = LogSumExpEnergy(built, data.n_classes).to(device)
+    load_model(model, load_tensors(path))
+    name = registry["dataset"].name_of(type(data))
+    about = {"file": path.name, "network": network, "data": name, "trained_radius_px": None}
+    found = subject_of(PixelModel(model), data)
+    sha = checkpoint.file_hash(path)
+    folder = path.with_name(f"{path.stem}-evaluation")
+    return found._replace(about={**about, "sha256": sha}, folder=folder)
+
+
+def check_images(test: Images, n_classes: int) -> Images:
+    """The test images, or a DataError that says what of them cannot be judged on."""
+    images = checked(test, n_classes, "the test images")
+    counts = torch.bincount(images.y, minlength=n_classes)
+    if not counts.all():
+        empty = ", ".join(map(str, (counts == 0).nonzero().flatten().tolist()))
+        raise DataError(
+            f"the test images have none of class {empty}, of {n_classes} classes: no accuracy of "
+            "theirs stands for the whole. Add images, or give n_classes as it is"
+        )
+    return images

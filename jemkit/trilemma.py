@@ -1,0 +1,228 @@
+"""The trilemma of several runs: accuracy, robustness and generation, with how they compare."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jemkit.errors import ConfigError, DataError
+from jemkit.figures import Figure
+from jemkit.layers import flat
+from jemkit.record import Record
+from jemkit.runtime.files import read_json
+
+NOT_PROTOCOL = frozenset(
+    {"checkpoint", "versions", "device", "evaluator", "trained_radius_px", "max_delta_px"}
+    | {"seconds", "seed", "batch_size", "accuracy_after"}
+)
+"""Entries of a card that tell of the model, the machine, chance or the result, and not of how it
+was measured."""
+
+
+class Judged(NamedTuple):
+    """A run with its record and its recipe."""
+
+    name: str
+    folder: Path
+    record: Record
+    config: dict[str, Any]  # empty where the record stands alone
+
+    def figure(self, name: str) -> Figure | None:
+        return next((figure for figure in self.record.figures if figure.name == name), None)
+
+
+class Column(NamedTuple):
+    """A figure of the trilemma: accuracy, robustness, generation."""
+
+    name: str
+    title: str
+    better: int  # 1 where higher is better, -1 where lower is
+    source: str  # the option of `jemkit evaluate` that measures it
+    evaluator: str
+
+
+COLUMNS = (
+    Column("clean", "Clean", 1, "--only accuracy", "accuracy"),
+    Column("aa", "AA", 1, "--attack aa --only robustness", "robustness"),
+    Column("pgd20", "PGD-20", 1, "--attack pgd --only robustness", "robustness"),
+    Column("fid", "FID", -1, "--only generation", "generation"),
+    Column("gap_mean", "Energy gap", -1, "--only energies", "energies"),
+    Column("ece", "ECE", -1, "--only calibration", "calibration"),
+    Column("auroc", "AUROC", 1, "--only ood", "ood"),
+)
+HASH = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{56}\b")
+"""A SHA-256, of which the first digits are enough to read."""
+
+UNATTACKED = ("clean", "ece", "nll", "brier", "auroc", "fid", "fd", "kid", "is")
+"""Figures on which norm and radius have no bearing, unless their card names an attack."""
+
+HIGHER, LOWER = ("clean", "auroc", "aupr", "is"), ("fid", "fd", "kid", "gap", "ece", "nll", "brier")
+
+
+class Line(NamedTuple):
+    """One figure of every run."""
+
+    column: Column
+    figures: list[Figure | None]
+    why: list[str]  # a figure is missing; empty where it is there
+    differs: list[str]  # how the protocols differ; then the figures cannot be compared
+
+    @property
+    def best(self) -> list[int]:
+        """The best runs; none where there is nothing to choose between."""
+        found = [(i, f.value) for i, f in enumerate(self.figures) if f and math.isfinite(f.value)]
+        if self.differs or len(found) < 2 or not self.column.better:
+            return []
+        top = max(value * self.column.better for _, value in found)
+        best = [i for i, value in found if value * self.column.better == top]
+        return best if len(best) < len(found) else []
+
+
+def read_runs(folders: Sequence[Path], read: Callable[[Path], Record]) -> list[Judged]:
+    """Each run by a name of its own."""
+    paths = [Path(folder).resolve() for folder in folders]
+    if not paths:
+        raise ConfigError("no run was given; name one or more run folders")
+    twice = next((path for path in paths if paths.count(path) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{twice} was given twice; name each run once")
+    return [
+        Judged(name, path, read(path), _config(path))
+        for name, path in zip(_names(paths), paths, strict=True)
+    ]
+
+
+def trilemma(runs: Sequence[Judged], names: Sequence[str] = ()) -> list[Line]:
+    """The figures that matter of a JEM, or those that are named, of every run."""
+    return [_line(column, runs) for column in _columns(runs, names)]
+
+
+def differing(runs: Sequence[Judged], name: str) -> list[str]:
+    """In what the protocols of one figure differ between the runs that have it."""
+    having = [(run.name, run, figure) for run in runs if (figure := run.figure(name)) is not None]
+    return _apart({name: {**_data(run), **_measured(figure)} for name, run, figure in having})
+
+
+def other_images(runs: Sequence[Judged]) -> list[str]:
+    """In what the images differ that the runs were judged on."""
+    keys = ("split", "images", "selection")
+    cards = {run.name: {k: run.record.protocol.get(k) for k in keys} | _data(run) for run in runs}
+    return _apart(cards)
+
+
+def _apart(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Every entry that is not the same in all cards, in words."""
+    told = []
+    for key in sorted({key for card in cards.values() for key in card}):
+        groups: dict[str, list[str]] = {}
+        for name, card in cards.items():
+            value = json.dumps(card.get(key), sort_keys=True, default=str)
+            groups.setdefault(value, []).append(name)
+        if len(groups) > 1:
+            each = (f"{value} in {', '.join(names)}" for value, names in groups.items())
+            told.append(HASH.sub(r"\1...", f"{key} is {' and '.join(each)}"))
+    return told
+
+
+def _data(run: Judged) -> dict[str, Any]:
+    return {"data": run.record.subject.get("data")}
+
+
+def shown(figure: Figure) -> str:
+    """A figure's value as it is read: accuracies as a percentage."""
+    if not math.isfinite(figure.value):
+        return "not finite"
+    return f"{figure.value:.2%}" if _is_share(figure) else f"{figure.value:.4g}"
+
+
+def shown_interval(figure: Figure) -> str:
+    """Its 95 % interval; empty where none is defined."""
+    if figure.low is None or figure.high is None:
+        return ""
+    if _is_share(figure):
+        return f"{100 * figure.low:.2f} to {100 * figure.high:.2f} %"
+    return f"{figure.low:.4g} to {figure.high:.4g}"
+
+
+def _is_share(figure: Figure) -> bool:
+    return figure.low is not None and (figure.name == "clean" or "attack" in figure.protocol)
+
+
+def _measured(figure: Figure) -> dict[str, Any]:
+    """What of a card decides what the figure means."""
+    card = {
+        key: value
+        for key, value in flat(figure.protocol)
+        if not NOT_PROTOCOL.intersection(key.split("."))
+    }
+    if "attack" not in card and stem_of(figure.name) in UNATTACKED:
+        card = {key: value for key, value in card.items() if key not in ("norm", "radius_px")}
+    return card
+
+
+def stem_of(name: str) -> str:
+    """auroc of auroc/svhn, fd of fd-alexnet, gap of gap_mean."""
+    return name.replace("-", "/").replace("_", "/").split("/")[0]
+
+
+def _columns(runs: Sequence[Judged], names: Sequence[str]) -> list[Column]:
+    there = list(dict.fromkeys(figure.name for run in runs for figure in run.record.figures))
+    if names:
+        for name in names:
+            if name not in there:
+                known = ", ".join(sorted(there)) or "none at all"
+                raise DataError(f"no run has a figure {name!r}; there are {known}")
+        return [_column(name) for name in names]
+    found = []
+    for column in COLUMNS:
+        several = {"fid": ("fid", "fd-"), "auroc": ("auroc",)}.get(column.name)
+        most = int(column.name == "auroc")  # the set; a score of its own stands below the table
+        kinds = [n for n in there if several and n.startswith(several) and n.count("/") <= most]
+        found += [_column(name) for name in kinds] or [column]
+    return found
+
+
+def _column(name: str) -> Column:
+    """The column of a figure; one that the trilemma does not know has no best."""
+    known = next((c for c in COLUMNS if c.name == name), None)
+    if known is not None:
+        return known
+    stem = stem_of(name)
+    near = next((c for c in COLUMNS if c.name == {"fd": "fid"}.get(stem, stem)), None)
+    title = name.replace("fd-", "FD, ").replace("auroc/", "AUROC, ") if near else name
+    better = (stem in HIGHER) - (stem in LOWER)
+    return Column(name, title, better, near.source if near else "", near.evaluator if near else "")
+
+
+def _line(column: Column, runs: Sequence[Judged]) -> Line:
+    figures = [run.figure(column.name) for run in runs]
+    why = [
+        "" if figure else _why_missing(column, run)
+        for run, figure in zip(runs, figures, strict=True)
+    ]
+    return Line(column, figures, why, differing(runs, column.name))
+
+
+def _why_missing(column: Column, run: Judged) -> str:
+    left_out = run.record.left_out.get(column.evaluator)
+    if left_out:
+        return f"left out: {left_out}"
+    how = f"; `jemkit evaluate RUN {column.source}` measures it" if column.source else ""
+    return f"not measured{how}"
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    found = read_json(path) if path.exists() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many of the folders above as tell them apart."""
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names

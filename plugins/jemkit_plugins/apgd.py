@@ -1,0 +1,56 @@
+"""Auto-PGD (Croce and Hein, ICML 2020; for L1 ICML 2021) alone: it sets its own step."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from jemkit.attack import Attack, ModelAttack, Perturb, Threat
+from jemkit.autoattack import Stage, nonstandard, package
+from jemkit.hookspecs import hookimpl
+from jemkit.options import Options
+from jemkit.pixels import PixelModel
+
+
+class APGD(Options):
+    """Auto-PGD on the cross-entropy or the difference-of-logits ratio.
+
+    In L1 it begins in wider balls, as AutoAttack's does.
+    """
+
+    everyone: ClassVar[bool] = False
+
+    steps: int = Field(100, ge=3)
+    restarts: int = Field(1, ge=1)
+    loss: Literal["ce", "dlr"] = "ce"
+    eot: int = Field(1, ge=1)  # gradients that a step averages, for a model that draws
+
+    @property
+    def label(self) -> str:
+        return "apgd"
+
+    def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
+        stage = self._stage(threat)
+        return {stage.name: stage.bind(subject, threat)}
+
+    def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
+        stage = self._stage(threat)
+        return {
+            **stage.card(n_classes),
+            **nonstandard(stage.departures(n_classes)),
+            "package": package(),
+        }
+
+    def _stage(self, threat: Threat) -> Stage:
+        return Stage(
+            "apgd-ce" if self.loss == "ce" else "apgd-dlr",
+            steps=self.steps,
+            restarts=self.restarts,
+            eot=self.eot,
+            widened=threat.norm == "L1",
+        )
+
+
+@hookimpl
+def jemkit_attacks() -> Mapping[str, type[Attack] | type[ModelAttack]]:
+    return {"apgd": APGD}

@@ -1,0 +1,165 @@
+"""Calibration (Guo et al., ICML 2017): does a model's confidence say how often it is right?"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from jemkit.data import Images
+from jemkit.errors import ConfigError, DataError
+from jemkit.evaluator import Context, Evaluator, batches
+from jemkit.figures import Figure, plain
+from jemkit.hookspecs import hookimpl
+from jemkit.options import Options
+from jemkit.pictures import reliability_png
+from jemkit.pixels import PixelModel
+
+COLDEST, HOTTEST = 0.01, 100.0
+"""Between which a temperature is looked for."""
+
+QUICK = 512
+"""Validation images of a quick look."""
+
+
+class Calibration(Options):
+    """Expected calibration error, log-likelihood and Brier score, before and after one temperature.
+
+    The temperature is fitted on validation images alone; without any its figures are left out.
+    """
+
+    bins: int = Field(20, ge=1)  # of equal width, as in the JEM papers
+
+    def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
+        logits, y = _outputs(subject, data, ctx, "calibration")
+        table = reliability(logits, y, self.bins)
+        ctx.notes.tables["reliability"] = table.to_json()
+        title = f"ECE {table.ece:.4f}, {self.bins} bins"
+        ctx.notes.pictures["reliability"] = reliability_png(table.to_json(), title)
+        card = {**ctx.card, "bins": self.bins, "widths": "equal, each without its lower edge"}
+        values = {"ece": table.ece, "nll": nll(logits, y), "brier": brier(logits, y)}
+        figures = [plain(name, value, len(y), card) for name, value in values.items()]
+        return figures + self._scaled(subject, logits, y, ctx, card)
+
+    def _scaled(
+        self, subject: PixelModel, logits: Tensor, y: Tensor, ctx: Context, card: dict[str, Any]
+    ) -> list[Figure]:
+        """The temperature, and what the test images say once it is in place."""
+        try:
+            valid = ctx.split("valid")
+        except (ConfigError, DataError) as error:
+            ctx.notes.warnings.append(f"calibration: no temperature, since {error}")
+            return []
+        part = Images(valid.x[:QUICK], valid.y[:QUICK]) if ctx.quick else valid
+        seen, labels = _outputs(subject, part, ctx, "temperature")
+        t = temperature(seen, labels)
+        if t in (COLDEST, HOTTEST):
+            ctx.notes.warnings.append(
+                f"calibration: the temperature {t:g} is the end of its range; on validation images "
+                "that are all right, or no better than chance, the likelihood has no maximum"
+            )
+        after = reliability(logits / t, y, self.bins)
+        card = {**card, "fitted_on": "valid", "fitted_images": len(labels)}
+        values = {"temperature": t, "ece_scaled": after.ece, "nll_scaled": nll(logits / t, y)}
+        ns = {"temperature": len(labels)}
+        return [plain(name, value, ns.get(name, len(y)), card) for name, value in values.items()]
+
+
+class Reliability(NamedTuple):
+    """Bins of confidence: how sure the model is in each, and how often it is right."""
+
+    edges: list[float]
+    confidence: list[float | None]  # mean of the bin; None where it is empty
+    accuracy: list[float | None]
+    images: list[int]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "edges": self.edges,
+            "confidence": self.confidence,
+            "accuracy": self.accuracy,
+            "count": self.images,
+        }
+
+    @property
+    def ece(self) -> float:
+        """Mean of |accuracy - confidence| over the bins, weighted by their images."""
+        gaps = [
+            n * abs(right - sure)
+            for n, right, sure in zip(self.images, self.accuracy, self.confidence, strict=True)
+            if right is not None and sure is not None
+        ]
+        return sum(gaps) / sum(self.images)
+
+
+def reliability(logits: Tensor, y: Tensor, bins: int) -> Reliability:
+    """The table of logits [N, K] with labels y [N]."""
+    sure, label = logits.double().softmax(1).max(1)
+    return binned(sure, label == y, bins)
+
+
+def binned(confidence: Tensor, right: Tensor, bins: int) -> Reliability:
+    """Bins (low, high] of equal width over [0, 1]; the first one holds 0 too."""
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+    index = torch.bucketize(confidence.double(), edges[1:-1])
+    count = torch.bincount(index, minlength=bins)
+
+    def means(values: Tensor) -> list[float | None]:
+        sums = torch.bincount(index, weights=values.double(), minlength=bins)
+        return [float(s / n) if n else None for s, n in zip(sums, count.tolist(), strict=True)]
+
+    return Reliability(edges.tolist(), means(confidence), means(right), count.tolist())
+
+
+def nll(logits: Tensor, y: Tensor) -> float:
+    """Mean of -log p(y | x), in nats."""
+    return float(F.cross_entropy(logits.double(), y))
+
+
+def brier(logits: Tensor, y: Tensor) -> float:
+    """Squared distance of p(. | x) from the label over all classes (Brier 1950): 0 to 2."""
+    p = logits.double().softmax(1)
+    return float((p - F.one_hot(y, p.shape[1])).square().sum(1).mean())
+
+
+def temperature(logits: Tensor, y: Tensor) -> float:
+    """T > 0 for which logits / T are likeliest.
+
+    In 1 / T the log-likelihood is concave, so T lies where its slope changes sign: bisection of
+    the logarithm finds it. Where the slope does not change sign T is the end of the range.
+    """
+    z = logits.double()
+    truth = z.gather(1, y[:, None]).squeeze(1)
+
+    def slope(t: float) -> float:
+        """Of the NLL in 1 / T: the mean logit that the model expects, less the label's."""
+        return float(((z / t).softmax(1).mul(z).sum(1) - truth).mean())
+
+    here = slope(1.0)
+    if math.isnan(here):
+        return here
+    if here == 0:  # the best there is, or a flat model, which no temperature changes
+        return 1.0
+    if slope(COLDEST) <= 0 or slope(HOTTEST) >= 0:
+        return COLDEST if slope(COLDEST) <= 0 else HOTTEST
+    low, high = COLDEST, HOTTEST
+    while high / low > 1 + 1e-12:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
+    return math.sqrt(low * high)
+
+
+def _outputs(subject: PixelModel, data: Images, ctx: Context, what: str) -> tuple[Tensor, Tensor]:
+    """Logits [N, K] in float64 and labels [N], on the CPU."""
+    with torch.no_grad():
+        rows = [(subject(x).double().cpu(), y.long().cpu()) for x, y in batches(data, ctx, what)]
+    logits, labels = zip(*rows, strict=True)
+    return torch.cat(logits), torch.cat(labels)
+
+
+@hookimpl
+def jemkit_evaluators() -> Mapping[str, type[Evaluator]]:
+    return {"calibration": Calibration}

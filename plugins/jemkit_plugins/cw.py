@@ -1,0 +1,70 @@
+"""PGD on the margin loss of Carlini and Wagner (S&P 2017), inside the ball."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Generator, Tensor
+
+from jemkit.attack import PGD, Best, ModelAttack, Perturb, Threat, ball_of, perturbed
+from jemkit.hookspecs import hookimpl
+from jemkit.options import Options
+from jemkit.pixels import UNIT, PixelModel
+from jemkit.sampling import run
+
+
+class CW(Options):
+    """Projected gradient ascent of max_{k != y} z_k - z_y, which is their f_6 without a target.
+
+    A difference of logits: its slope does not fade where the softmax is sure of the label. The
+    other form of their attack, the smallest L2 perturbation, is not this one.
+    """
+
+    everyone: ClassVar[bool] = True
+
+    steps: int = Field(20, ge=0)
+    step_px: float | None = Field(None, ge=0)  # None: a quarter of the radius
+    restarts: int = Field(1, ge=1)
+
+    @property
+    def label(self) -> str:
+        return f"cw{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "")
+
+    def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
+        norm = ball_of(threat, self.label)
+
+        def perturb(x: Tensor, y: Tensor, rng: Generator) -> Tensor:
+            best = Best(x)
+
+            def energy(z: Tensor) -> Tensor:
+                logits = subject(z)
+                loss = margin(logits, y)
+                best.see(z, loss, logits.argmax(1) != y)
+                return -loss
+
+            kernel = PGD(step_px=self.step_px).kernel(x, threat.radius_px, UNIT, norm)
+            for _ in range(self.restarts):
+                start = kernel.project(perturbed(x, threat.eps, rng, norm))
+                end = run(kernel, energy, start, rng, self.steps)
+                with torch.no_grad():
+                    energy(end)
+            return best.x
+
+        return {self.label: perturb}
+
+    def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
+        plain = PGD(steps=self.steps, step_px=self.step_px, restarts=self.restarts)
+        return {**plain.card(threat, n_classes), "loss": "max_{k != y} z_k - z_y"}
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """max_{k != y} z_k - z_y, [B]; above 0 where the label is not the first choice."""
+    own = F.one_hot(y, logits.shape[1]).bool()
+    return logits.masked_fill(own, -torch.inf).amax(1) - logits[own]
+
+
+@hookimpl
+def jemkit_attacks() -> Mapping[str, type[ModelAttack]]:
+    return {"cw": CW}

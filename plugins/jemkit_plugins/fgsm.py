@@ -1,0 +1,48 @@
+"""FGSM (Goodfellow et al., ICLR 2015): one step of the whole radius up the cross-entropy."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from jemkit.attack import PGD, ModelAttack, Perturb, Threat, ball_of, perturbed
+from jemkit.hookspecs import hookimpl
+from jemkit.options import Options
+from jemkit.pixels import UNIT, PixelModel
+
+
+class FGSM(Options):
+    """x + eps sign(grad); in the L2 norm x + eps grad / |grad|. It keeps where the step ends."""
+
+    everyone: ClassVar[bool] = True
+
+    random_start: bool = False  # uniform in the ball, and the step is projected back into it
+
+    @property
+    def label(self) -> str:
+        return "fgsm"
+
+    def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
+        norm = ball_of(threat, self.label)
+
+        def perturb(x: Tensor, y: Tensor, rng: Generator) -> Tensor:
+            def energy(z: Tensor) -> Tensor:
+                return -F.cross_entropy(subject(z), y, reduction="none")
+
+            kernel = PGD(step_px=threat.radius_px).kernel(x, threat.radius_px, UNIT, norm)
+            start = x
+            if self.random_start:
+                start = kernel.project(perturbed(x, threat.eps, rng, norm))
+            return kernel.step(energy, start, rng)
+
+        return {self.label: perturb}
+
+    def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
+        start = "uniform in the ball" if self.random_start else "x"
+        return {"steps": 1, "step_px": threat.radius_px, "start": start, "kept": "the one step"}
+
+
+@hookimpl
+def jemkit_attacks() -> Mapping[str, type[ModelAttack]]:
+    return {"fgsm": FGSM}

@@ -1,0 +1,229 @@
+"""Generation: how near samples come to the data, by FID and its family."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field, InstanceOf
+from pydantic.json_schema import SkipJsonSchema
+from torch import Tensor
+
+from jemkit import fidelity, pictures
+from jemkit.backbone import Task
+from jemkit.data import Images
+from jemkit.errors import ConfigError, DataError, MisfitError
+from jemkit.evaluator import Context, Evaluator, Unmeasurable
+from jemkit.features import PIECE, Features, Seen, inception, inception_file, own, seen
+from jemkit.figures import Figure, plain
+from jemkit.generation import STEPS
+from jemkit.hookspecs import hookimpl
+from jemkit.options import Options, PartOf
+from jemkit.pictures import to_bytes
+from jemkit.pixels import PixelModel
+from jemkit.samples import Drawn, fresh, kept
+from jemkit.seeds import generator
+from jemkit.starts import Start, StartSpec, images_hash
+
+CPU = torch.device("cpu")
+ENOUGH = 2048
+"""Images below which a covariance of Inception's 2,048 features has no full rank."""
+
+QUICK, QUICK_REFERENCE = 256, 2_500
+GRID, SHOWN, NEIGHBOURS = 100, 20, 5  # of the pictures
+SPLITS, K, KEPT = 10, 3, 0.9  # of an Inception score; of precision and recall; of top90
+SUBSETS, SUBSET = 100, 1000  # of the kernel distance
+OTHERWISE = {"fid": "fd", "kid": "kd"}
+"""Measures whose names are Inception's alone, and what they are called in other features."""
+
+QUANTISATION = "8 bits, rounded and clamped"
+
+
+def _part(value: Any) -> Any:
+    return {"use": value} if isinstance(value, str) else value
+
+
+class Generation(Options):
+    """Frechet and kernel distance, precision and recall of samples against training images.
+
+    In Inception's features, where its weights are there, these are FID and KID, and an Inception
+    score stands beside them. In any other features they are called by the features' name, such as
+    `fd-self` for the judged model's own: no FID, and of no use between models.
+    """
+
+    n: int = Field(2_500, ge=16)  # papers take 10,000 or 50,000: fewer make every distance larger
+    steps: int = Field(STEPS, ge=0)
+    start: Annotated[Annotated[StartSpec, PartOf("start")] | None, BeforeValidator(_part)] = None
+    source: Literal["chains", "buffer"] = "chains"  # the buffer is an artefact of training
+    selection: Literal["none", "top90"] = "none"  # top90: the surest of each predicted class
+    reference: Literal["train", "train+test"] = "train"
+    max_reference: int | None = Field(None, ge=16)  # drawn at random; None: all
+    inception: Path | None = None  # torch-fidelity's weights; None: those in torch's cache, if any
+    features: SkipJsonSchema[InstanceOf[Features] | None] = Field(None, exclude=True, repr=False)
+
+    def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
+        if not subject.has_density:
+            raise Unmeasurable("the model is a classifier without a density: nothing to sample")
+        features = self._features(subject, ctx)
+        reference = self._reference(ctx)
+        drawn = self._drawn(subject, ctx, reference)
+        if drawn.x.shape[1:] != reference.x.shape[1:]:
+            raise MisfitError(
+                f"samples are {list(drawn.x.shape[1:])} and the reference's images "
+                f"{list(reference.x.shape[1:])}; judge the model on the data set it is trained on"
+            )
+        label = "" if self.selection == "none" else f"-{self.selection}"
+        x = drawn.surest(KEPT).x if self.selection == "top90" else drawn.x
+        if len(x) < ENOUGH:
+            ctx.notes.warnings.append(
+                f"generation is measured on {len(x)} samples, under {ENOUGH:,}: its distances are "
+                "too large to be compared with others'"
+            )
+        _show(x, ctx, label)
+        ours = seen(features, x, ctx, "features of samples")
+        theirs = seen(features, _bytes(reference), ctx, "features of the reference")
+        card = self._card(subject, ctx, features, reference, len(x))
+        return [
+            plain(_name(name, features) + label, value, len(x), {**card, **extra})
+            for name, (value, extra) in _measured(ours, theirs, ctx).items()
+        ]
+
+    def _features(self, subject: PixelModel, ctx: Context) -> Features:
+        """The ones that were handed in, Inception, or the model's own: the first there is."""
+        if self.features is not None:
+            return self.features
+        try:
+            return inception(inception_file(self.inception), ctx.rng.device)
+        except (DataError, ConfigError) as error:
+            if self.inception is not None:
+                raise
+            found, reason = own(subject), str(error)
+        if found is None:
+            raise Unmeasurable(f"the model has no network whose features could serve; {reason}")
+        ctx.notes.warnings.append(f"{reason}. Measured instead: fd-self and its kin, no FID")
+        return found
+
+    def _reference(self, ctx: Context) -> Images:
+        """What samples are compared with: all that the data set has to train and validate on."""
+        names = ["train", "valid", *(["test"] if self.reference == "train+test" else [])]
+        parts = [ctx.split(name) for name in names]
+        whole = Images(torch.cat([p.x.cpu() for p in parts]), torch.cat([p.y.cpu() for p in parts]))
+        limit = min(self.max_reference or len(whole.y), QUICK_REFERENCE if ctx.quick else 2**31)
+        if limit >= len(whole.y):
+            return whole
+        rng = generator(CPU, ctx.seed, "generation", "reference")
+        return whole.take(torch.randperm(len(whole.y), generator=rng)[:limit].sort().values)
+
+    def _drawn(self, subject: PixelModel, ctx: Context, reference: Images) -> Drawn:
+        n = min(self.n, QUICK) if ctx.quick else self.n
+        if self.source == "buffer":
+            return kept(subject, ctx, n)
+        about = {"option": repr(self.start), "reference": images_hash(reference)}
+        start = self._start(subject, ctx)
+        return fresh(subject, ctx, n, about, steps=self.steps, start=start)
+
+    def _start(self, subject: PixelModel, ctx: Context) -> Start:
+        if self.start is None:
+            return subject.density.start
+        train = ctx.split("train")
+        channels, height, width = train.x.shape[1:]
+        task = Task(
+            shape=(channels, height, width),
+            n_classes=int(train.y.max()) + 1,
+            radius_px=ctx.threat.radius_px,
+            n_train=len(train.y),
+            total_steps=0,
+            images=ctx.split,
+            hash=images_hash(train),
+            bounds=subject.bounds,
+        )
+        return self.start.build(task, ctx.rng.device)
+
+    def _card(
+        self, subject: PixelModel, ctx: Context, features: Features, reference: Images, n: int
+    ) -> dict[str, Any]:
+        chains = self.source == "chains"
+        usual = all(getattr(self, name) == default for name, default in STANDARD.items())
+        start = repr(self.start) if self.start else type(subject.density.start).__name__
+        return {
+            **ctx.card,
+            "standard": bool(ctx.card.get("standard")) and usual,
+            "split": "generated",
+            "images": n,
+            "n": n,
+            "few": n < ENOUGH,
+            "source": self.source,
+            "steps": self.steps if chains else None,
+            "start": start if chains else None,
+            "sampler": repr(subject.density.sampler),
+            "selection": self.selection,
+            "reference": {
+                "set": self.reference,
+                "count": len(reference.y),
+                "sha256": images_hash(reference),
+            },
+            "quantisation": QUANTISATION,
+            "features": {"name": features.name, **features.card},
+            "seed": ctx.seed,
+        }
+
+
+STANDARD = {
+    name: Generation.model_fields[name].default
+    for name in ("steps", "start", "source", "selection", "reference", "max_reference")
+}
+"""What makes a figure one of the standard protocol; its count of samples stands beside it."""
+
+
+def _bytes(images: Images) -> Tensor:
+    return images.x if images.x.dtype == torch.uint8 else to_bytes(images.x)
+
+
+def _name(measure: str, features: Features) -> str:
+    """A figure's name: the bare measure in Inception's features alone."""
+    if features.is_inception:
+        return measure
+    return f"{OTHERWISE.get(measure, measure)}-{features.name}"
+
+
+def _measured(ours: Seen, theirs: Seen, ctx: Context) -> dict[str, tuple[float, dict[str, Any]]]:
+    """Every measure by name: its value, and what joins its protocol."""
+    rng = generator(CPU, ctx.seed, "generation", "subsets")
+    a, b = (side.features.to(ctx.rng.device) for side in (ours, theirs))
+    near, far = (fidelity.moments(torch.split(rows, PIECE)) for rows in (a, b))
+    kid = fidelity.kernel_distance(a, b, rng, subsets=SUBSETS, size=SUBSET)
+    few = b[torch.randperm(len(b), generator=rng)[: len(a)].to(b.device)]
+    precision, recall = fidelity.precision_recall(a, few, k=K)
+    subsets = {"std": kid.std, "subsets": SUBSETS, "subset_size": min(SUBSET, len(a), len(b))}
+    balls = {"neighbours": K, "reference_rows": len(few)}
+    found: dict[str, tuple[float, dict[str, Any]]] = {
+        "fid": (fidelity.frechet(near, far), {}),
+        "kid": (kid.mean, subsets),
+        "precision": (precision, balls),
+        "recall": (recall, balls),
+    }
+    if ours.logits is not None:
+        score = fidelity.inception_score(ours.logits, splits=SPLITS)
+        found["is"] = (score.mean, {"std": score.std, "splits": SPLITS})
+    return found
+
+
+def _show(x: Tensor, ctx: Context, label: str) -> None:
+    """The first samples, and the training images nearest to them: copies would stand out."""
+    samples, train = x[:SHOWN].float() / 255, ctx.split("train")
+    k = min(NEIGHBOURS, len(train.y))
+    distances, nearest = fidelity.nearest_rows(samples, train.unit().cpu(), k)
+    ctx.notes.pictures[f"samples{label}"] = pictures.grid(x[:GRID].float() / 255)
+    found = Images(train.x.cpu()[nearest.flatten()], nearest).unit()
+    found = found.view(*nearest.shape, *samples.shape[1:])
+    ctx.notes.pictures[f"neighbours{label}"] = pictures.neighbours(samples, found)
+    ctx.notes.tables[f"neighbours{label}"] = {
+        "distance": "L2 of pixels in [0, 1] to the nearest training image",
+        "mean_distance": float(distances[:, 0].mean()),
+        "distances": distances[:, 0].tolist(),
+    }
+
+
+@hookimpl
+def jemkit_evaluators() -> Mapping[str, type[Evaluator]]:
+    return {"generation": Generation}

@@ -1,0 +1,208 @@
+"""Several runs beside each other: what is compared, and what is not."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from report_runs import RECIPE, bare_run, full_record, record
+
+from jemkit import record as records
+from jemkit.comparison import compare, over_seeds, paired
+from jemkit.errors import ConfigError, DataError
+from jemkit.figures import plain
+from jemkit.record import Record
+from jemkit.trilemma import Judged, Line, differing, read_runs, shown, shown_interval, trilemma
+
+
+def judged(name: str, found: Record, seed: int = 0, **recipe: object) -> Judged:
+    run = {**RECIPE["run"], "seed": seed}
+    return Judged(name, Path(name), found, {"recipe": {**RECIPE, "run": run, **recipe}})
+
+
+def line(runs: list[Judged], name: str) -> Line:
+    return next(found for found in trilemma(runs) if found.column.name == name)
+
+
+def test_the_best_run_of_a_column_is_the_highest_accuracy_and_the_lowest_gap() -> None:
+    runs = [judged("a", full_record()), judged("b", full_record(1.0))]
+    best = {found.column.name: found.best for found in trilemma(runs)}
+    assert best == {
+        "clean": [0], "aa": [1], "pgd20": [], "fid": [1], "gap_mean": [0], "ece": [0],
+        "auroc/noise": [0],
+    }  # fmt: skip
+
+
+def test_a_single_run_is_not_the_best_of_anything() -> None:
+    assert not [found for found in trilemma([judged("a", full_record())]) if found.best]
+
+
+def test_a_missing_figure_says_how_to_measure_it_or_why_it_was_left_out() -> None:
+    found = Record({}, {}, [], left_out={"ood": "one image set"})
+    lines = {x.column.name: x.why[0] for x in trilemma([judged("a", found)])}
+    assert "one image set" in lines["auroc"]
+    assert "jemkit evaluate RUN --attack aa" in lines["aa"]
+
+
+def test_figures_of_other_radii_are_marked_and_have_no_best() -> None:
+    runs = [judged("a", record()), judged("b", record({"pgd20": 100}, radius_px=4.0))]
+    assert differing(runs, "pgd20") == ["radius_px is 8.0 in a and 4.0 in b"]
+    assert not line(runs, "pgd20").best
+
+
+def test_the_radius_has_no_bearing_on_clean_accuracy() -> None:
+    runs = [judged("a", record()), judged("b", record(radius_px=4.0))]
+    assert not differing(runs, "clean")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"seconds": 3.0}, {"seed": 1}, {"device": "cuda"}, {"accuracy_after": {"apgd": 0.5}},
+        {"checkpoint": "cd"},
+        {"max_delta_px": {"L2": 4.0}}, {"sets": {"adversarial": {"max_delta_px": {"L2": 4.0}}}},
+    ],
+)  # fmt: skip
+def test_what_is_no_protocol_keeps_figures_comparable(more: dict[str, object]) -> None:
+    other = {"sets": {"adversarial": {"max_delta_px": {"L2": 3.0}}}} if "sets" in more else {}
+    runs = [judged("a", record(**other)), judged("b", record(**more))]
+    assert not differing(runs, "pgd20")
+
+
+def test_other_data_is_another_protocol() -> None:
+    a, b = record(), record()
+    b.subject["data"] = "cifar10"
+    assert differing([judged("a", a), judged("b", b)], "clean") == [
+        'data is "digits" in a and "cifar10" in b'
+    ]
+
+
+def test_a_paired_difference_is_worked_out_image_by_image() -> None:
+    """150 images right by both, 30 by a alone, 10 by b alone: 0.1, +- 1.96 sd of the mean."""
+    a, b = record({"clean": 180}), record({"clean": 160})
+    a.rows["clean"] = torch.arange(200) < 180
+    b.rows["clean"] = (torch.arange(200) < 150) | (torch.arange(200) >= 190)
+    found = paired(judged("a", a), judged("b", b))[0]
+    assert (found.name, found.n) == ("clean", 200)
+    assert found.mean == pytest.approx(0.1)
+    half = 1.96 * ((40 / 200 - 0.1**2) / 200) ** 0.5
+    assert found.low == pytest.approx(0.1 - half, abs=0.006)  # the bootstrap's steps are 0.005
+    assert found.high == pytest.approx(0.1 + half, abs=0.006)
+    assert not found.holds_zero
+
+
+def test_a_paired_difference_is_the_same_each_time_and_leaves_the_global_generator() -> None:
+    a, b = judged("a", record({"clean": 180})), judged("b", record({"clean": 170}, seed=0))
+    before = torch.get_rng_state()
+    assert paired(a, b, 200) == paired(a, b, 200)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@given(st.integers(0, 200), st.integers(0, 200))
+def test_a_run_differs_from_itself_by_nothing_and_swapped_by_the_opposite(p: int, q: int) -> None:
+    a, b = judged("a", record({"clean": p})), judged("b", record({"clean": q}))
+    same, there, back = (paired(x, y, 50)[0] for x, y in ((a, a), (a, b), (b, a)))
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
+    assert there.mean == pytest.approx(-back.mean)
+    assert there.low <= there.mean <= there.high
+
+
+def test_other_images_give_no_paired_difference_but_the_reason() -> None:
+    a, b = record(), record(selection="the first 200 of 500")
+    found = paired(judged("a", a), judged("b", b))
+    assert all("selection" in difference.why for difference in found)
+    assert all(math.isnan(difference.mean) for difference in found)
+
+
+def test_rows_that_another_evaluation_left_are_not_paired() -> None:
+    a, b = record({"clean": 180}), record({"clean": 170})
+    b.rows["clean"] = b.rows["clean"][:100]
+    assert "rows of b" in paired(judged("a", a), judged("b", b))[0].why
+
+
+def test_rows_that_are_no_accuracy_are_not_compared() -> None:
+    a, b = record({"clean": 180}), record({"clean": 170})
+    for found in (a, b):
+        found.rows["energy"] = torch.zeros(200)
+    assert [d.name for d in paired(judged("a", a), judged("b", b))] == ["clean"]
+
+
+def test_seeds_of_one_recipe_give_mean_and_spread() -> None:
+    """Of 0.9, 0.8 and 0.85: mean 0.85, standard deviation 0.05."""
+    runs = [judged(str(s), record({"clean": right}), s) for s, right in enumerate((180, 160, 170))]
+    found = over_seeds(runs, ["clean", "aa"])
+    assert [spread.name for spread in found] == ["clean"]
+    assert found[0].runs == ["0", "1", "2"]
+    assert found[0].mean == pytest.approx(0.85)
+    assert found[0].sd == pytest.approx(0.05)
+
+
+def test_another_recipe_is_another_group_and_one_seed_has_no_spread() -> None:
+    runs = [judged("a", record()), judged("b", record(), 1, objective={"use": "trades"})]
+    assert [(s.runs, s.sd) for s in over_seeds(runs, ["clean"])] == [(["a"], None), (["b"], None)]
+
+
+def test_seeds_judged_by_other_protocols_have_no_mean() -> None:
+    runs = [judged("a", record()), judged("b", record(radius_px=4.0), 1)]
+    found = {spread.name: spread for spread in over_seeds(runs, ["clean", "pgd20"])}
+    assert math.isnan(found["pgd20"].mean)
+    assert "radius_px" in found["pgd20"].why
+    assert found["clean"].mean == pytest.approx(0.9)
+
+
+def test_a_value_that_is_not_finite_is_never_the_best_and_makes_no_spread() -> None:
+    a, b = record({"clean": 1}), record({"clean": 2})
+    for found, value in ((a, math.nan), (b, 1.0)):
+        found.figures.append(plain("ece", value, 200, {}))
+    runs = [judged("a", a), judged("b", b, 1)]
+    assert not line(runs, "ece").best
+    spread = over_seeds(runs, ["ece"])[0]
+    assert math.isnan(spread.mean)
+    assert spread.sd is None
+    assert shown(a.figure("ece")) == "not finite"
+
+
+def test_accuracies_are_shown_as_percentages_and_the_rest_as_numbers() -> None:
+    found = full_record()
+    assert shown(found.figure("clean")) == "90.00%"
+    assert shown_interval(found.figure("clean")) == "85.06 to 93.43 %"
+    assert shown(found.figure("ece")) == "0.031"
+    assert shown_interval(found.figure("ece")) == ""
+
+
+def test_runs_of_one_name_are_told_apart_by_the_folder_above(tmp_path: Path) -> None:
+    for above in ("x", "y"):
+        bare_run(tmp_path / above / "run", record())
+    runs = read_runs([tmp_path / "x" / "run", tmp_path / "y" / "run"], records.load)
+    assert [run.name for run in runs] == ["x/run", "y/run"]
+
+
+def test_a_run_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    bare_run(tmp_path / "a", record())
+    with pytest.raises(ConfigError, match="twice"):
+        compare([tmp_path / "a", tmp_path / "x" / ".." / "a"])
+
+
+def test_a_comparison_is_json_and_holds_what_was_asked_for(tmp_path: Path) -> None:
+    a = bare_run(tmp_path / "a", full_record())
+    b = bare_run(tmp_path / "b", full_record(1.0), {**RECIPE, "run": {"seed": 1, "epochs": 20}})
+    found = compare([a, b], names=["clean", "nll"], seeds=True)
+    told = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert [x["name"] for x in told["lines"]] == ["clean", "nll"]
+    assert [x["name"] for x in told["paired"]] == ["clean"]
+    assert [x["name"] for x in told["seeds"]] == ["clean", "nll"]
+    assert told["lines"][0]["best"] == ["a"]
+
+
+def test_a_figure_that_no_run_has_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    a = bare_run(tmp_path / "a", record())
+    with pytest.raises(DataError, match=r"pgd50.*aa, clean, pgd20"):
+        compare([a], names=["pgd50"])
+
+
+def test_a_folder_without_a_record_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="jemkit evaluate"):
+        compare([tmp_path])

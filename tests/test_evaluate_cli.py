@@ -1,0 +1,155 @@
+"""`jemkit evaluate` as its user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cli_tools import SHORT, command, environment, jemkit, process
+
+QUIET = ("--set", "robustness.indicators=false")
+PGD = ("--attack", "pgd", "--only", "robustness", *QUIET)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run on digits."""
+    out = tmp_path_factory.mktemp("evaluate") / "run"
+    outcome = jemkit("train", *SHORT, "--quiet", "--out", str(out))
+    assert outcome.code == 0, outcome.err
+    return out
+
+
+def judged(run: Path, out: Path, *options: str) -> dict[str, dict[str, object]]:
+    outcome = jemkit("evaluate", str(run), *PGD, "--out", str(out), "--json", *options)
+    assert outcome.code == 0, outcome.err
+    return {figure["name"]: figure for figure in outcome.record["figures"]}
+
+
+def test_the_record_of_a_run_is_what_json_prints(run: Path, tmp_path: Path) -> None:
+    outcome = jemkit("evaluate", str(run), *PGD, "--out", str(tmp_path), "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == outcome.record
+    names = [figure["name"] for figure in outcome.record["figures"]]
+    assert names == ["clean", "pgd20"]
+    assert outcome.record["subject"]["backbone"] == "sadajem"
+
+
+def test_training_and_evaluation_agree_on_clean_and_pgd20(run: Path, tmp_path: Path) -> None:
+    lines = (run / "events.jsonl").read_text().splitlines()
+    end = next(json.loads(line) for line in lines if json.loads(line)["event"] == "end")
+    trained = {figure["name"]: figure["value"] for figure in end["figures"]}
+    found = judged(run, tmp_path)
+    for name in ("clean", "pgd20"):
+        assert found[name]["value"] == trained[name]
+
+
+def test_a_wider_radius_and_another_norm_are_in_the_card(run: Path, tmp_path: Path) -> None:
+    wide = judged(run, tmp_path, "--eps-px", "100")["pgd20"]
+    narrow = judged(run, tmp_path, "--eps-px", "1")["pgd20"]
+    assert wide["value"] <= narrow["value"]
+    assert wide["protocol"]["radius_px"] == 100
+    assert wide["protocol"]["trained_radius_px"] == 25.5
+    two = judged(run, tmp_path, "--norm", "L2", "--eps-px", "127.5")["pgd20"]
+    assert two["protocol"]["norm"] == "L2"
+    assert 120 < two["protocol"]["max_delta_px"]["L2"] <= 127.5 * (1 + 1e-4)
+
+
+def test_the_table_shows_clean_first_and_every_protocol(run: Path, tmp_path: Path) -> None:
+    outcome = jemkit("evaluate", str(run), *PGD, "--out", str(tmp_path), "--max-images", "40")
+    assert outcome.code == 0, outcome.err
+    lines = [line for line in outcome.out.splitlines() if "accuracy" in line]
+    assert lines[0].strip().startswith("clean accuracy")
+    assert "25.5/255" in outcome.out
+    assert "NON-STANDARD" in outcome.out
+    assert "weights " in outcome.out
+
+
+@pytest.mark.parametrize(("options", "code", "message"), [
+    (("--eps-px", "0.031"), 3, "probably a fraction: write 7.9"),
+    (("--eps-px", "300"), 3, "wider than the whole range"),
+    (("--attack", "pgb"), 3, "did you mean 'pgd'"),
+    (("--only", "accurracy"), 3, "did you mean 'accuracy'"),
+    (("--set", "pgd.stepz=3"), 3, "did you mean 'steps'"),
+    (("--norm", "L7"), 2, "L7"),
+    (("--checkpoint", "worst"), 2, "worst"),
+])  # fmt: skip
+def test_a_mistake_is_one_message_and_a_code(
+    run: Path, tmp_path: Path, options: tuple[str, ...], code: int, message: str
+) -> None:
+    outcome = jemkit("evaluate", str(run), *options, "--out", str(tmp_path / "new"))
+    assert outcome.code == code
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_is_no_run_and_a_run_without_checkpoint_are_told_apart(
+    run: Path, tmp_path: Path
+) -> None:
+    nothing = jemkit("evaluate", str(tmp_path))
+    assert (nothing.code, "no run of jemkit" in nothing.err) == (3, True)
+    (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
+    bare = jemkit("evaluate", str(tmp_path))
+    assert (bare.code, "no complete best checkpoint" in bare.err) == (6, True)
+
+
+def test_two_processes_find_what_one_finds(run: Path, tmp_path: Path) -> None:
+    one = judged(run, tmp_path / "one", "--batch-size", "60")
+    done = process(
+        "evaluate", str(run), *PGD, "--batch-size", "60", "--jobs", "2", "--json", "--out",
+        str(tmp_path / "two"), cwd=tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    two = {figure["name"]: figure for figure in done.record["figures"]}
+    assert two["pgd20"]["value"] == one["pgd20"]["value"]
+    first, second = (tmp_path / name / "evaluation.safetensors" for name in ("one", "two"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_termination_ends_soon_with_its_own_code_and_loses_nothing(
+    run: Path, tmp_path: Path
+) -> None:
+    slow = (*PGD, "--set", "pgd.steps=400", "--batch-size", "20", "--out", str(tmp_path / "a"))
+    started = subprocess.Popen(
+        command("evaluate", str(run), *slow), env=environment(), cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    pieces = tmp_path / "a" / ".evaluation"
+    deadline = time.monotonic() + 120
+    while len(list(pieces.glob("*/*.safetensors"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    started.send_signal(signal.SIGTERM)
+    _, err = started.communicate(timeout=30)
+    assert started.returncode == 5, err
+    assert "same command goes on" in err
+    kept = len(list(pieces.glob("*/*.safetensors")))
+    assert kept >= 2
+    again = process("evaluate", str(run), *slow, "--json", cwd=tmp_path)
+    assert again.code == 0, again.err
+    whole = judged(run, tmp_path / "b", "--set", "pgd.steps=400", "--batch-size", "20")
+    found = {figure["name"]: figure["value"] for figure in again.record["figures"]}
+    assert found["pgd400"] == whole["pgd400"]["value"]
+
+
+def test_a_full_disk_keeps_the_record_that_was_there(run: Path, tmp_path: Path) -> None:
+    judged(run, tmp_path, "--max-images", "30")
+    before = (tmp_path / "evaluation.json").read_bytes()
+    script = (
+        "import resource, sys; from jemkit_cli.app import main; import jemkit.evaluation;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); main(sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "evaluate", str(run), "--only", "accuracy", "--out",
+         str(tmp_path)],
+        env=environment(), capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 6, done.stderr
+    assert "make room" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "evaluation.json").read_bytes() == before
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".evaluation.json")]

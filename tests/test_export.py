@@ -1,0 +1,243 @@
+"""Exported models: judged as their run, whole or not at all, with a card of their figures."""
+
+import json
+import shutil
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from toys import REGISTRY, toy_recipe, toy_registry
+from typer.testing import CliRunner
+
+from jemkit import checkpoint, exporting, train
+from jemkit.errors import ConfigError, DataError
+from jemkit.evaluation import judge
+from jemkit.exporting import CARD, CONFIG, export, push, verify, write_model
+from jemkit.registry import Registry
+from jemkit.runtime.files import load_tensors, read_json, write_json
+from jemkit.settings import settings_of
+from jemkit.subjects import WEIGHTS, subject_at
+from jemkit_cli.foreign import export_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def parts() -> Registry:
+    return toy_registry()
+
+
+@pytest.fixture(scope="module")
+def averaged(parts: Registry, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs that keeps an average of its weights."""
+    run = tmp_path_factory.mktemp("runs") / "averaged"
+    train(toy_recipe(parts, "sadajem", "ebjdat", "plain", "run.ema_decay=0.5"), run, registry=parts)
+    return run
+
+
+def copied(run: Path, to: Path) -> Path:
+    return Path(shutil.copytree(run, to / run.name))
+
+
+def clean(path: Path, parts: Registry) -> float:
+    subject = subject_at(path, parts, CPU)._replace(folder=None)
+    settings = settings_of({"only": ("accuracy",)})
+    return judge(subject, settings, parts).value("clean")
+
+
+def test_an_exported_model_is_the_best_checkpoint_averaged(averaged: Path, tmp_path: Path) -> None:
+    found = export(averaged, out=tmp_path / "model")
+    state = checkpoint.load(averaged / "checkpoints" / "best")
+    weights = load_tensors(found.folder / WEIGHTS)
+    assert found.weights == "averaged"
+    assert checkpoint.same(weights, state["ema"])
+    assert not checkpoint.same(weights, state["model"])
+
+
+def test_an_exported_model_is_judged_as_its_run(
+    averaged: Path, parts: Registry, tmp_path: Path
+) -> None:
+    found = export(averaged, out=tmp_path / "model")
+    ours, theirs = subject_at(averaged, parts, CPU), subject_at(found.folder, parts, CPU)
+    x = ours.test.unit()
+    with torch.no_grad():
+        assert torch.equal(ours.model.eval()(x), theirs.model.eval()(x))
+    assert clean(averaged, parts) == clean(found.folder, parts)
+    assert theirs.about["sha256"] == found.sha256 == verify(found.folder)
+
+
+def test_the_last_checkpoint_is_exported_where_it_is_asked_for(
+    averaged: Path, tmp_path: Path
+) -> None:
+    found = export(averaged, out=tmp_path / "model", which="last")
+    assert found.checkpoint.startswith("step-")
+
+
+def test_the_config_says_what_it_is(averaged: Path, tmp_path: Path) -> None:
+    found = export(averaged, out=tmp_path / "model")
+    config = read_json(found.folder / CONFIG)
+    assert config["format"] == exporting.FORMAT
+    assert config["jemkit"]
+    assert config["recipe"] == read_json(averaged / CONFIG)["recipe"]
+    assert config["sha256"] == {WEIGHTS: checkpoint.file_hash(found.folder / WEIGHTS)}
+    assert config["source"]["checkpoint"] == "best"
+
+
+def test_the_card_has_the_figures_of_these_weights_alone(
+    averaged: Path, parts: Registry, tmp_path: Path
+) -> None:
+    run = copied(averaged, tmp_path)
+    judge(subject_at(run, parts, CPU), settings_of({"only": ("accuracy",)}), parts)
+    found = export(run, out=tmp_path / "model")
+    card = (found.folder / CARD).read_text()
+    figure = read_json(run / "evaluation.json")["figures"][0]
+    assert found.figures == 1
+    assert f"| clean | {figure['value']:.4g} |" in card
+    assert found.sha256 in card
+    assert "evaluator accuracy" in card
+    assert "split test" in card
+    assert "radius_px" in card
+    other = read_json(run / "evaluation.json")
+    other["subject"]["sha256"] = "0" * 64
+    write_json(run / "evaluation.json", other)
+    found = export(run, out=tmp_path / "again")
+    assert found.figures == 0
+    assert "of other weights" in (found.folder / CARD).read_text()
+
+
+def test_a_run_that_was_not_judged_has_a_card_without_figures(
+    averaged: Path, tmp_path: Path
+) -> None:
+    found = export(averaged, out=tmp_path / "model")
+    assert "No figure was measured yet" in (found.folder / CARD).read_text()
+    assert (found.folder / CARD).read_text().startswith("---\nlibrary_name: jemkit\n")
+
+
+def test_the_default_folder_is_in_the_run(averaged: Path, tmp_path: Path) -> None:
+    run = copied(averaged, tmp_path)
+    assert export(run).folder == run / "export"
+    with pytest.raises(ConfigError, match="is not empty"):
+        export(run)
+
+
+def test_a_folder_with_something_in_it_is_left_alone(averaged: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("model", "file"):
+        with pytest.raises(ConfigError, match="is not empty"):
+            export(averaged, out=tmp_path / name)
+    assert [p.name for p in (tmp_path / "model").iterdir()] == ["mine.txt"]
+    (tmp_path / "empty").mkdir()
+    assert export(averaged, out=tmp_path / "empty").folder.is_dir()
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(KeyError):
+        write_model(tmp_path / "model", {"recipe": {}}, {"a": torch.zeros(1)}, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_run_is_refused(averaged: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no run of jemkit"):
+        export(tmp_path)
+    with pytest.raises(ConfigError, match="is a checkpoint; give its run"):
+        export(averaged / "checkpoints" / "best")
+    model = export(averaged, out=tmp_path / "model").folder
+    with pytest.raises(ConfigError, match="is an exported model already"):
+        export(model)
+    run = copied(averaged, tmp_path)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(DataError, match="holds no complete best checkpoint"):
+        export(run)
+
+
+def test_a_damaged_checkpoint_is_refused(averaged: Path, tmp_path: Path) -> None:
+    run = copied(averaged, tmp_path)
+    weights = run / "checkpoints" / "best" / checkpoint.MODEL
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(DataError, match="is damaged"):
+        export(run)
+    assert not (run / "export").exists()
+
+
+def test_a_changed_model_is_not_verified(averaged: Path, tmp_path: Path) -> None:
+    folder = export(averaged, out=tmp_path / "model").folder
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(bytes(data))
+    with pytest.raises(DataError, match="missing or damaged"):
+        verify(folder)
+    write_json(folder / CONFIG, {**read_json(folder / CONFIG), "format": 99})
+    with pytest.raises(DataError, match="export format 99"):
+        verify(folder)
+
+
+def test_push_without_its_package_names_the_extra(
+    averaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = export(averaged, out=tmp_path / "model").folder
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ConfigError, match=r"pip install 'jemkit\[hub\]'"):
+        push(folder, "me/model")
+
+
+class Hub:
+    """The part of huggingface_hub that a push uses."""
+
+    def __init__(self, refuses: bool = False) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.refuses = refuses
+
+    def HfApi(self) -> "Hub":
+        return self
+
+    def create_repo(self, repo: str, **how: Any) -> None:
+        if self.refuses:
+            raise OSError("401: log in")
+        self.calls.append((repo, how))
+
+    def upload_folder(self, **how: Any) -> str:
+        self.calls.append(("upload", how))
+        return f"https://hub/{how['repo_id']}"
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_push_uploads_the_folder_or_says_why_not(
+    refuses: bool, averaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, module = Hub(refuses), types.ModuleType("huggingface_hub")
+    module.HfApi = hub.HfApi  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    folder = export(averaged, out=tmp_path / "model").folder
+    if refuses:
+        with pytest.raises(DataError, match="was not pushed to me/model: 401: log in"):
+            push(folder, "me/model")
+        return
+    assert push(folder, "me/model") == "https://hub/me/model"
+    assert hub.calls[-1] == ("upload", {"repo_id": "me/model", "folder_path": str(folder)})
+
+
+def test_the_command_tells_in_json_what_it_wrote(averaged: Path, tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(export_model)
+    where = ["--out", str(tmp_path / "model")]
+    done = CliRunner().invoke(app, [str(averaged), *where, "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.output)
+    assert told["folder"] == str(tmp_path / "model")
+    assert told["sha256"] == verify(tmp_path / "model")
+    again = CliRunner().invoke(app, [str(averaged), *where])
+    assert again.exit_code == 3
+    assert "is not empty" in again.stderr
+
+
+def test_jemkits_own_parts_are_enough_to_read_a_card(averaged: Path, tmp_path: Path) -> None:
+    """A guest's data set is named in the card, and its absence is told when it is judged."""
+    folder = export(averaged, out=tmp_path / "model").folder
+    with pytest.raises(ConfigError, match="no dataset 'toy'"):
+        subject_at(folder, REGISTRY, CPU)

@@ -1,0 +1,620 @@
+"""Checkpoints of the methods' authors: the same logits, and nothing in them is ever run."""
+
+import io
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import typer
+from hypothesis import given
+from hypothesis import settings as bounded
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from strategies import uniform
+from torch import Tensor, nn
+from toys import REGISTRY, gen
+from typer.testing import CliRunner
+
+from jemkit.energy import LinearHead, LogSumExp
+from jemkit.errors import ConfigError, DataError
+from jemkit.exporting import verify
+from jemkit.foreign import FORMATS, Format, import_checkpoint, read_checkpoint
+from jemkit.foreign.layouts import looks_like, read_layout
+from jemkit.modes import eval_mode
+from jemkit.networks import lent
+from jemkit.subjects import subject_at
+from jemkit_cli.foreign import import_model
+
+PUBLISHED = Path(__file__).parents[1].parent / "shared" / "data" / "checkpoints"
+
+
+def normed(norm: str, channels: int) -> nn.Module:
+    if norm == "batch":
+        layer: nn.Module = nn.BatchNorm2d(channels, momentum=0.9)
+        layer.running_mean.uniform_(-0.5, 0.5)
+        layer.running_var.uniform_(0.5, 2.0)
+    elif norm == "instance":
+        layer = nn.InstanceNorm2d(channels, affine=True)
+    else:
+        return nn.Identity()
+    nn.init.uniform_(layer.weight, 0.5, 1.5)
+    nn.init.uniform_(layer.bias, -0.5, 0.5)
+    return layer
+
+
+class Unit(nn.Module):
+    """Two 3 x 3 convolutions after norm and LeakyReLU 0.2; the second one and a 1 x 1 stride."""
+
+    def __init__(self, inner: int, outer: int, stride: int, norm: str) -> None:
+        super().__init__()
+        self.bn1, self.bn2 = normed(norm, inner), normed(norm, outer)
+        self.conv1 = nn.Conv2d(inner, outer, 3, padding=1)
+        self.conv2 = nn.Conv2d(outer, outer, 3, stride=stride, padding=1)
+        changes = inner != outer or stride > 1
+        self.shortcut = nn.Sequential(
+            *([nn.Conv2d(inner, outer, 1, stride=stride)] if changes else [])
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.leaky_relu(self.bn1(x), 0.2))
+        return self.conv2(F.leaky_relu(self.bn2(h), 0.2)) + self.shortcut(x)
+
+
+class Trunk(nn.Module):
+    """A WideResNet of depth 6 n + 4 by the authors' names."""
+
+    def __init__(
+        self, n: int = 1, width: int = 1, norm: str = "batch", channels: int = 3, stages: int = 3,
+        linear: int = 0, yopo: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        sizes = [16, *(16 * width * 2**s for s in range(stages))]
+        self.stages = stages
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1)
+        for s in range(stages):
+            units = [
+                Unit(
+                    sizes[s] if i == 0 else sizes[s + 1],
+                    sizes[s + 1],
+                    2 if s and not i else 1,
+                    norm,
+                )
+                for i in range(n)
+            ]
+            self.add_module(f"layer{s + 1}", nn.Sequential(*units))
+        self.bn1 = normed(norm, sizes[-1])
+        if linear:
+            self.linear = nn.Linear(sizes[-1], linear)
+        if yopo:  # JEM++'s program registers its layers twice
+            self.layer_one = self.conv1
+            layers = [self.get_submodule(f"layer{s + 1}") for s in range(stages)]
+            self.other_layers = nn.ModuleList([*layers, self.bn1])
+        self.last_dim = sizes[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(x)
+        for s in range(self.stages):
+            h = self.get_submodule(f"layer{s + 1}")(h)
+        h = F.leaky_relu(self.bn1(h), 0.2)
+        return F.avg_pool2d(h, min(8, h.shape[-1])).flatten(1)
+
+
+class Authors(nn.Module):
+    """The trunk with its two heads, of which a JEM reads one and M-EBM both."""
+
+    def __init__(self, classes: int = 10, **trunk: Any) -> None:
+        super().__init__()
+        self.f = Trunk(**trunk)
+        self.energy_output = nn.Linear(self.f.last_dim, 1)
+        self.class_output = nn.Linear(self.f.last_dim, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.class_output(self.f(x))
+
+
+class Plain(Trunk):
+    """The trunk as a classifier of its own."""
+
+    def __init__(self, classes: int = 10, **trunk: Any) -> None:
+        super().__init__(linear=classes, **trunk)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(super().forward(x))
+
+
+def made(kind: Callable[..., nn.Module] = Authors, seed: int = 0, **options: Any) -> nn.Module:
+    with lent(gen(seed)):
+        return kind(**options).eval()
+
+
+def buffer(seed: int = 1) -> Tensor:
+    return uniform(seed, 5, 3, 32, 32)
+
+
+def saved(path: Path, module: nn.Module, **how: Any) -> Path:
+    """As the authors' programs save: the model and its replay buffer."""
+    torch.save({"model_state_dict": module.state_dict(), "replay_buffer": buffer()}, path, **how)
+    return path
+
+
+LAYOUTS: list[tuple[Format, dict[str, Any]]] = [
+    ("jem", {"norm": "none", "linear": 10}),
+    ("jem", {"norm": "none", "linear": 10, "n": 2, "width": 2}),
+    ("jempp", {"yopo": True}),
+    ("jempp", {}),
+    ("sadajem", {}),
+    ("sadajem", {"norm": "none"}),
+    ("sadajem", {"norm": "instance"}),
+    ("sadajem", {"classes": 100}),
+    ("sadajem", {"stages": 4, "n": 2}),
+    ("mebm", {}),
+    ("ebjdat", {}),
+    ("ebjdat", {"yopo": True}),
+    ("ebjdat", {"norm": "none", "linear": 10}),
+    ("wrn", {"kind": Plain}),
+    ("wrn", {"kind": Plain, "norm": "none", "n": 2}),
+]
+
+
+@pytest.mark.parametrize(("format", "options"), LAYOUTS, ids=str)
+def test_an_imported_network_gives_the_authors_logits(
+    format: Format, options: dict[str, Any], tmp_path: Path
+) -> None:
+    theirs = made(**options)
+    path = saved(tmp_path / "official.pt", theirs)
+    norm = "instance" if options.get("norm") == "instance" else None
+    reading = read_layout(read_checkpoint(path).weights, format, norm)
+    network = reading.network.build((3, *2 * (64 if reading.stages == 4 else 32,)))
+    energy = LinearHead() if format == "mebm" else LogSumExp()
+    ours = energy.build(network, reading.n_classes)
+    ours.load_state_dict(reading.weights)
+    x = uniform(3, 4, 3, *2 * (64 if reading.stages == 4 else 32,))
+    with torch.no_grad(), eval_mode(ours):
+        scores = ours(x)
+        logits = theirs(x)
+        torch.testing.assert_close(scores.logits, logits, atol=1e-5, rtol=1e-5)
+        negative = logits.logsumexp(1)
+        if format == "mebm":
+            negative = theirs.energy_output(theirs.f(x)).squeeze(1)
+        torch.testing.assert_close(scores.energy, -negative, atol=1e-5, rtol=1e-5)
+    assert (reading.network.depth - 4) // 6 == options.get("n", 1)
+    assert reading.network.width == options.get("width", 1)
+
+
+def test_every_format_has_a_layout_that_is_read() -> None:
+    assert {format for format, _ in LAYOUTS} == set(FORMATS)
+    for format, options in LAYOUTS:
+        assert format in looks_like(made(**options).state_dict())
+
+
+@pytest.mark.parametrize("format", ["sadajem", "mebm", "wrn"])
+def test_an_imported_folder_is_judged_as_the_authors_model(format: Format, tmp_path: Path) -> None:
+    theirs = made(Plain if format == "wrn" else Authors, channels=1)
+    path = saved(tmp_path / "official.pt", theirs)
+    found = import_checkpoint(path, format, REGISTRY, dataset="digits")
+    assert found.folder == tmp_path / "official-imported"
+    assert verify(found.folder) == found.sha256
+    subject = subject_at(found.folder, REGISTRY, torch.device("cpu"))
+    x = subject.test.unit()[:20]
+    with torch.no_grad(), eval_mode(subject.model):
+        torch.testing.assert_close(subject.model(x), theirs(2 * x - 1), atol=1e-5, rtol=1e-5)
+    assert subject.about["sha256"] == found.sha256
+    assert subject.about["network"]["depth"] == 10
+
+
+@pytest.mark.parametrize("format", ["jem", "jempp", "sadajem", "mebm", "ebjdat", "wrn"])
+def test_the_recipe_names_the_method_of_the_format(format: Format, tmp_path: Path) -> None:
+    theirs = made(**dict(LAYOUTS)[format])
+    found = import_checkpoint(saved(tmp_path / "a.pt", theirs), format, REGISTRY)
+    assert found.dataset == "cifar10"
+    wanted = {"wrn": "classifier", "ebjdat": "jem"}.get(format, format)
+    assert found.backbone == wanted  # the last ebjdat of the table has no norm: its JEM folder
+    assert "replay_buffer" in found.left_out
+
+
+def weights_at(path: Path) -> dict[str, Tensor]:
+    return read_layout(read_checkpoint(path).weights, "sadajem").weights
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_every_container_gives_the_same_weights(tmp_path: Path) -> None:
+    theirs = made()
+    state = {name: t.contiguous() for name, t in theirs.state_dict().items()}
+    wanted = weights_at(saved(tmp_path / "buffer.pt", theirs))
+    parallel = {f"module.{name}": t for name, t in state.items()}
+    files = {
+        "plain": state,
+        "parallel": parallel,
+        "parallel-buffer": {"model_state_dict": parallel, "replay_buffer": buffer()},
+        "state": {"state_dict": state, "epoch": 3, "best": 0.5},
+        "model": {"model": state, "optimizer": {"lr": 0.1, "state": {}}},
+    }
+    for name, content in files.items():
+        torch.save(content, tmp_path / f"{name}.pt")
+        assert same(weights_at(tmp_path / f"{name}.pt"), wanted), name
+    saved(tmp_path / "old.pt", theirs, _use_new_zipfile_serialization=False)
+    assert same(weights_at(tmp_path / "old.pt"), wanted)
+    save_file(state, tmp_path / "tensors.safetensors")
+    assert same(weights_at(tmp_path / "tensors.safetensors"), wanted)
+    save_file(state, tmp_path / "misnamed.pt")
+    assert same(weights_at(tmp_path / "misnamed.pt"), wanted)
+
+
+def test_half_precision_is_widened_and_counters_stay_whole(tmp_path: Path) -> None:
+    torch.save(made().half().state_dict(), tmp_path / "half.pt")
+    weights = weights_at(tmp_path / "half.pt")
+    assert weights["network.first.weight"].dtype == torch.float32
+    assert weights["network.norm.num_batches_tracked"].dtype == torch.int64
+
+
+def test_reading_draws_nothing_from_the_process(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.pt", made())
+    before = torch.get_rng_state()
+    import_checkpoint(path, "sadajem", REGISTRY)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# What is refused, each by one message.
+
+
+class Hostile:
+    """Would make a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+class Greedy:
+    def __reduce__(self) -> Any:
+        return bytearray, (10**12,)
+
+
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_hostile_pickle_is_never_run(new: bool, protocol: int, tmp_path: Path) -> None:
+    state = {**made().state_dict(), "evil": Hostile(tmp_path / "was-here")}
+    torch.save(
+        {"model_state_dict": state}, tmp_path / "a.pt", pickle_protocol=protocol,
+        _use_new_zipfile_serialization=new,
+    )  # fmt: skip
+    wanted = r"calls posix\.mkdir" if protocol == 2 else "STACK_GLOBAL|did not write"
+    with pytest.raises(DataError, match=wanted):
+        read_checkpoint(tmp_path / "a.pt")
+    assert not (tmp_path / "was-here").exists()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_bare_hostile_pickle_is_never_run(protocol: int, tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(pickle.dumps(Hostile(tmp_path / "was-here"), protocol))
+    with pytest.raises(DataError):
+        read_checkpoint(tmp_path / "a.pt")
+    assert not (tmp_path / "was-here").exists()
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_pickle_that_asks_for_memory_is_refused(new: bool, tmp_path: Path) -> None:
+    torch.save({"a": Greedy()}, tmp_path / "a.pt", _use_new_zipfile_serialization=new)
+    with pytest.raises(DataError, match=r"calls .*bytearray"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_whole_module_is_refused(tmp_path: Path) -> None:
+    torch.save(made(), tmp_path / "a.pt")
+    with pytest.raises(DataError, match="Ask its author for a state_dict"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_tensor_that_unfolds_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1).expand(10**9)}, tmp_path / "a.pt")
+    with pytest.raises(DataError, match="a unfolds to"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+def rezipped(path: Path, change: Callable[[zipfile.ZipFile, zipfile.ZipInfo, bytes], None]) -> Path:
+    """A good checkpoint with its archive written anew, entry by entry."""
+    good = io.BytesIO()
+    torch.save(made().state_dict(), good)
+    with zipfile.ZipFile(good) as old, zipfile.ZipFile(path, "w") as new:
+        for entry in old.infolist():
+            change(new, entry, old.read(entry))
+    return path
+
+
+def test_a_rewritten_archive_is_read_as_long_as_nothing_changes(tmp_path: Path) -> None:
+    path = rezipped(tmp_path / "a.pt", lambda new, e, content: new.writestr(e.filename, content))
+    assert same(weights_at(path), read_layout(made().state_dict(), "sadajem").weights)
+
+
+def test_a_zip_bomb_is_refused_unread(tmp_path: Path) -> None:
+    def change(new: zipfile.ZipFile, entry: zipfile.ZipInfo, content: bytes) -> None:
+        if entry.filename.endswith("/data/0"):
+            content = bytes(10**7)
+        new.writestr(entry.filename, content, compress_type=zipfile.ZIP_DEFLATED)
+
+    with pytest.raises(DataError, match=r"holds [\d,]+ bytes in a file of [\d,]+, .*zip bomb"):
+        read_checkpoint(rezipped(tmp_path / "a.pt", change))
+
+
+def test_entries_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
+    """An overlapping bomb: entries of the directory that point to one another's bytes."""
+    path = rezipped(tmp_path / "a.pt", lambda new, e, content: new.writestr(e.filename, content))
+    with zipfile.ZipFile(path, "a") as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        for i in range(5):
+            copy = zipfile.ZipInfo(f"archive/data/9{i}")
+            copy.header_offset, copy.CRC = largest.header_offset, largest.CRC
+            copy.file_size = copy.compress_size = 10 * largest.file_size
+            archive.filelist.append(copy)
+            archive._didModify = True
+    with pytest.raises(DataError, match="zip bomb"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "/etc/outside", "archive/../../outside", "a\\..\\b", "C:/outside"]
+)
+def test_a_path_that_leaves_the_archive_is_refused(name: str, tmp_path: Path) -> None:
+    path = rezipped(tmp_path / "a.pt", lambda new, e, content: new.writestr(e.filename, content))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, b"x")
+    with pytest.raises(DataError, match="leaves its folder"):
+        read_checkpoint(path)
+
+
+def test_entries_that_claim_to_be_folders_are_read_as_they_are(tmp_path: Path) -> None:
+    """torch's own reader gives uninitialised memory for them."""
+    path = rezipped(tmp_path / "a.pt", lambda new, e, content: new.writestr(e.filename, content))
+    with zipfile.ZipFile(path, "a") as archive:
+        for entry in archive.filelist:
+            entry.external_attr |= 0x10
+        archive._didModify = True
+    assert same(weights_at(path), read_layout(made().state_dict(), "sadajem").weights)
+
+
+def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
+    path = rezipped(tmp_path / "a.pt", lambda new, e, content: new.writestr(e.filename, content))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("archive/constants.pkl", b"x")
+    with pytest.raises(DataError, match="a TorchScript program"):
+        read_checkpoint(path)
+
+
+def test_two_entries_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = rezipped(tmp_path / "a.pt", lambda new, e, content: new.writestr(e.filename, content))
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("archive/data/0", b"x")
+    with pytest.raises(DataError, match="two entries of one name"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "the file is empty"),
+        (b"hello, this is a text", "it begins with b'hello, t'"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "not a checkpoint"),
+        (b"PK\x03\x04" + bytes(100), "damaged or no checkpoint"),
+        (struct.pack("<Q", 50) + b"{" + bytes(60), "damaged or no checkpoint"),
+        (pickle.dumps({"a": 1}), "a Python pickle that torch.save did not write"),
+        (pickle.dumps({"a": 1}, 2), "a Python pickle that torch.save did not write"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named(content: bytes, told: str, tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(DataError, match=told):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere.pt"):
+        with pytest.raises(DataError, match="is no file"):
+            read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ([1, 2], "it holds list"),
+        ({}, "it holds no weights"),
+        ({"a": 1}, "'a' is int"),
+        ({1: torch.zeros(1)}, "1 is Tensor"),
+        ({"model_state_dict": {"a": torch.zeros(1), "b": None}}, "'b' is NoneType"),
+        ({"a": torch.tensor([1.0, float("nan")])}, "a holds NaN or inf"),
+    ],
+)
+def test_what_is_no_state_dict_is_named(content: Any, told: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(DataError, match=told):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+def changed(**tensors: Tensor | None) -> dict[str, Tensor]:
+    state = {**made().state_dict()}
+    for name, tensor in tensors.items():
+        key = name.replace("__", ".")
+        if tensor is None:
+            del state[key]
+        else:
+            state[key] = tensor
+    return state
+
+
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        (changed(f__conv1__weight=None), "missing: f.conv1.weight|lack f.conv1.weight"),
+        (changed(f__layer2__0__conv2__bias=None), "missing: f.layer2.0.conv2.bias"),
+        (changed(f__layer9=torch.zeros(1)), "unknown: f.layer9"),
+        (changed(class_output__weight=torch.zeros(10, 3)), r"class_output.weight is \[10, 3\]"),
+        (changed(class_output__weight=torch.zeros(0, 64)), r"class_output.weight is \[0, 64\]"),
+        (changed(f__layer1__0__conv1__weight=torch.zeros(17, 16, 3, 3)), "multiple of 16"),
+        (changed(f__bn1__running_var=-torch.ones(64)), "a variance below 0"),
+        (changed(f__conv1__weight=torch.zeros((16, 3, 3, 3), dtype=torch.int64)), "torch.int64"),
+        (changed(f__layer1__0__bn1__loc=torch.zeros(1)), "ActNorm"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_names_and_shapes_are_named(state: dict[str, Tensor], told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        read_layout(state, "sadajem")
+
+
+def test_a_scale_without_statistics_is_asked_about() -> None:
+    state = made(norm="instance").state_dict()
+    with pytest.raises(DataError, match="--norm instance"):
+        read_layout(state, "sadajem")
+    assert read_layout(state, "sadajem", "instance").network.norm == "instance"
+
+
+def test_a_second_name_with_other_values_is_refused() -> None:
+    state = {**made(yopo=True).state_dict(), "f.layer_one.weight": torch.zeros(16, 3, 3, 3)}
+    with pytest.raises(DataError, match=r"f.layer_one.weight is another name of f.conv1.weight"):
+        read_layout(state, "jempp")
+
+
+@pytest.mark.parametrize(
+    ("options", "format", "told"),
+    [
+        ({"kind": Plain}, "jem", "look like wrn: give --format wrn"),
+        ({}, "wrn", "give --format jempp"),
+        ({"yopo": True}, "sadajem", "look like jempp or ebjdat"),
+        ({"norm": "none", "linear": 10}, "mebm", "look like jem or jempp or ebjdat"),
+    ],
+)
+def test_a_wrong_format_is_told_what_the_names_look_like(
+    options: dict[str, Any], format: Format, told: str
+) -> None:
+    with pytest.raises(DataError, match=told):
+        read_layout(made(**options).state_dict(), format)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("resnet20-12fca82f.th", "module|conv1"), ("resnet2b.pth", "conv1|0")]
+)
+@pytest.mark.parametrize("format", FORMATS)
+def test_other_peoples_networks_are_refused_by_their_names(
+    file: str, name: str, format: Format
+) -> None:
+    if not (PUBLISHED / file).exists():
+        pytest.skip("no published checkpoints here")
+    weights = read_checkpoint(PUBLISHED / file).weights
+    with pytest.raises(DataError, match=rf"no format that is known: .*({name})"):
+        read_layout(weights, format)
+
+
+def test_classes_and_data_set_must_agree(tmp_path: Path) -> None:
+    hundred = saved(tmp_path / "a.pt", made(classes=100))
+    with pytest.raises(DataError, match="know 100 classes, and cifar10 has 10"):
+        import_checkpoint(hundred, "sadajem", REGISTRY, dataset="cifar10")
+    assert import_checkpoint(hundred, "sadajem", REGISTRY).dataset == "cifar100"
+    seven = saved(tmp_path / "b.pt", made(classes=7))
+    with pytest.raises(ConfigError, match="name it by --dataset"):
+        import_checkpoint(seven, "sadajem", REGISTRY)
+
+
+def test_a_folder_that_exists_and_another_hash_are_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.pt", made())
+    with pytest.raises(DataError, match="has SHA-256"):
+        import_checkpoint(path, "sadajem", REGISTRY, sha256="0" * 64)
+    good = read_checkpoint(path).sha256
+    import_checkpoint(path, "sadajem", REGISTRY, sha256=good.upper())
+    with pytest.raises(ConfigError, match="is not empty"):
+        import_checkpoint(path, "sadajem", REGISTRY)
+
+
+# Damage: never a traceback, never other weights.
+
+GOOD, OLD = io.BytesIO(), io.BytesIO()
+torch.save({"model_state_dict": made().state_dict(), "replay_buffer": torch.zeros(3)}, GOOD)
+torch.save(made().state_dict(), OLD, _use_new_zipfile_serialization=False)
+WEIGHTS = read_layout(made().state_dict(), "sadajem").weights
+bits = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7)), min_size=1)
+
+
+def flipped(data: bytes, flips: list[tuple[float, int]]) -> bytes:
+    changed = bytearray(data)
+    for where, bit in flips:
+        changed[int(where * len(changed))] ^= 1 << bit
+    return bytes(changed)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("damaged") / "a.pt"
+
+
+@bounded(max_examples=60, deadline=None)
+@given(flips=bits, ends=st.booleans())
+def test_flipped_bits_are_a_data_error_or_change_no_weight(
+    flips: list[tuple[float, int]], ends: bool, place: Path
+) -> None:
+    data = GOOD.getvalue()
+    if ends:  # the pickle and the directory, where a flip means most
+        flips = [(w * 0.05 if b % 2 else 0.95 + w * 0.05, b) for w, b in flips]
+    place.write_bytes(flipped(data, flips))
+    try:
+        found = read_layout(read_checkpoint(place).weights, "sadajem").weights
+    except DataError:
+        return
+    assert same(found, WEIGHTS)
+
+
+@bounded(max_examples=40, deadline=None)
+@given(flips=bits, ends=st.booleans())
+def test_flipped_bits_of_an_old_file_are_a_data_error_or_finite_weights(
+    flips: list[tuple[float, int]], ends: bool, place: Path
+) -> None:
+    """A file from before torch 1.6 has no checksum: flips among its numbers cannot be told."""
+    if ends:
+        flips = [(w * 0.03, b) for w, b in flips]
+    place.write_bytes(flipped(OLD.getvalue(), flips))
+    try:
+        found = read_layout(read_checkpoint(place).weights, "sadajem").weights
+    except DataError:
+        return
+    assert all(t.isfinite().all() for t in found.values())
+    assert {k: t.shape for k, t in found.items()} == {k: t.shape for k, t in WEIGHTS.items()}
+
+
+@bounded(max_examples=40, deadline=None)
+@given(share=st.floats(0, 1, exclude_max=True), old=st.booleans())
+def test_a_truncated_file_is_a_data_error(share: float, old: bool, place: Path) -> None:
+    data = (OLD if old else GOOD).getvalue()
+    place.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(DataError):
+        read_checkpoint(place)
+
+
+# The command.
+
+app = typer.Typer()
+app.command()(import_model)
+
+
+def test_the_command_writes_the_folder_and_refuses_by_exit_code_6(tmp_path: Path) -> None:
+    path = saved(tmp_path / "official.pt", made())
+    where = ["--out", str(tmp_path / "model"), "--format", "sadajem", "--json"]
+    done = CliRunner().invoke(app, [str(path), *where])
+    assert done.exit_code == 0, done.output
+    assert '"network": "wrn-10-1"' in done.output
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [
+        "README.md", "config.json", "model.safetensors",
+    ]  # fmt: skip
+    path.write_bytes(path.read_bytes()[:1000])
+    done = CliRunner().invoke(app, [str(path), "--format", "sadajem"])
+    assert done.exit_code == 6
+    assert "is damaged" in done.stderr
+    assert not (tmp_path / "official-imported").exists()

@@ -1,0 +1,506 @@
+"""How samples are judged: drawn so that a kill costs little, measured under an honest name."""
+
+import io
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from strategies import labels, seeds, uniform
+from torch import Tensor, nn
+from toys import REGISTRY, gen
+
+from jemkit import PixelModel
+from jemkit.attack import Threat
+from jemkit.data import Images
+from jemkit.density import Density
+from jemkit.errors import ConfigError, DataError, MisfitError, Preempted
+from jemkit.evaluator import Context, Unmeasurable, measure
+from jemkit.features import WEIGHTS as INCEPTION_FILE
+from jemkit.features import Features, Seen, inception, inception_file, of_module, own
+from jemkit.fidelity import Moments, frechet
+from jemkit.figures import Figure
+from jemkit.networks import lent
+from jemkit.pictures import to_bytes
+from jemkit.pixels import Stranger
+from jemkit.runtime.ledger import Shard
+from jemkit.samples import Drawn, fresh
+from jemkit.starts import UniformStart
+from jemkit.testing import toy_model, toy_task
+from jemkit.testing.toys import toy_backbone
+from jemkit.vision import torchvision
+from jemkit_plugins.generation import Generation
+
+TASK = toy_task(n_train=40)
+CPU = torch.device("cpu")
+
+
+def images(split: str) -> Images:
+    return TASK.images("train" if split == "train" else "valid")
+
+
+def subject(seed: int = 0) -> PixelModel:
+    built = toy_backbone(TASK, toy_model(TASK, seed=seed))
+    return PixelModel(built.model, TASK.bounds, built.density)
+
+
+def context(**settings: Any) -> Context:
+    given = {"images": images, "card": {"split": "test", "standard": True}, "batch_size": 30}
+    return Context(gen(), Threat("Linf", 8.0), **{**given, **settings})
+
+
+def judged(
+    ctx: Context | None = None, model: PixelModel | None = None, **options: Any
+) -> dict[str, Figure]:
+    evaluator = Generation(**{"n": 40, "steps": 1, "features": PIXELS, **options})
+    found = measure(model or subject(), images("test"), [evaluator], ctx or context())
+    return {figure.name: figure for figure in found}
+
+
+def mean_pixels(pixels: Tensor) -> Tensor:
+    return nn.functional.avg_pool2d(pixels, 4).flatten(1)
+
+
+class MeanPixels(nn.Module):
+    """Four numbers an image."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return mean_pixels(pixels)
+
+
+PIXELS = of_module(MeanPixels(), "pixels")
+
+
+def test_a_figure_is_the_distance_of_the_samples_that_chains_give(tmp_path: Path) -> None:
+    model, ctx = subject(), context(work=tmp_path)
+    found = judged(ctx, model)
+    start = model.density.start
+    drawn = fresh(model, ctx, 40, {}, steps=1, start=start)
+    train = torch.cat([images("train").unit(), images("valid").unit()])
+    a, b = (Moments.of(mean_pixels(x)) for x in (drawn.x.float() / 255, train))
+    assert found["fd-pixels"].value == pytest.approx(frechet(a, b), abs=1e-6)
+
+
+def test_every_figure_tells_how_it_came_about() -> None:
+    found = judged(context(seed=7), max_reference=50)
+    assert list(found) == ["fd-pixels", "kd-pixels", "precision-pixels", "recall-pixels"]
+    for figure in found.values():
+        card = figure.protocol
+        assert figure.n == card["n"] == card["images"] == 40
+        assert (card["source"], card["steps"], card["start"]) == ("chains", 1, "UniformStart")
+        assert card["sampler"].startswith("SGLD(")
+        assert card["selection"] == "none"
+        assert (card["reference"]["set"], card["reference"]["count"]) == ("train", 50)
+        assert "rounded" in card["quantisation"]
+        assert card["features"]["name"] == "pixels"
+        assert len(card["features"]["sha256"]) == 64
+        assert card["seed"] == 7
+        assert not card["standard"]  # part of the reference only
+        json.dumps(card)
+    assert found["kd-pixels"].protocol["std"] >= 0
+    assert found["kd-pixels"].protocol["subset_size"] == 40
+
+
+@pytest.mark.parametrize(("n", "quick", "drawn"), [(40, False, 40), (300, True, 256)])
+def test_a_quick_look_takes_few_samples(n: int, quick: bool, drawn: int) -> None:
+    found = judged(context(quick=quick), n=n, steps=0)
+    assert {figure.n for figure in found.values()} == {drawn}
+
+
+@pytest.mark.parametrize(("n", "few"), [(2047, True), (2048, False)])
+def test_under_2048_samples_a_warning_stands_beside_the_figures(n: int, few: bool) -> None:
+    ctx = context(batch_size=2048)
+    found = judged(ctx, n=n, steps=0)
+    assert any("2,048" in warning for warning in ctx.notes.warnings) is few
+    assert found["fd-pixels"].protocol["few"] is few
+
+
+@pytest.mark.parametrize(("reference", "count"), [("train", 80), ("train+test", 120)])
+def test_the_reference_is_counted_whole(reference: str, count: int) -> None:
+    """40 images to train on and 40 to validate make the data set's training images."""
+    found = judged(reference=reference)
+    assert found["fd-pixels"].protocol["reference"]["count"] == count
+
+
+@pytest.mark.parametrize(
+    ("options", "standard"),
+    [({}, True), ({"n": 20}, True), ({"steps": 39}, False), ({"reference": "train+test"}, False)],
+)
+def test_only_the_default_options_are_the_standard_protocol(
+    options: dict[str, Any], standard: bool
+) -> None:
+    found = judged(**{"steps": 40, **options})
+    assert {figure.protocol["standard"] for figure in found.values()} == {standard}
+
+
+def test_images_of_the_reference_itself_have_no_distance() -> None:
+    """A buffer that holds the training images and nothing else."""
+    model = subject()
+    whole = torch.cat([images("train").unit(), images("valid").unit()])
+    found = judged(model=with_buffer(model, whole), source="buffer", n=len(whole))
+    assert abs(found["fd-pixels"].value) < 1e-3
+    assert found["precision-pixels"].value == found["recall-pixels"].value == 1
+    assert found["fd-pixels"].protocol["source"] == "buffer"
+    assert found["fd-pixels"].protocol["steps"] is None
+    assert not found["fd-pixels"].protocol["standard"]
+
+
+def with_buffer(model: PixelModel, pixels: Tensor) -> PixelModel:
+    buffer = model.density.buffer  # type: ignore[attr-defined]
+    buffer.states, buffer.drawn = TASK.bounds.from_unit(pixels), len(pixels)
+    return model
+
+
+def test_a_buffer_of_fewer_states_than_asked_for_is_taken_whole() -> None:
+    found = judged(model=with_buffer(subject(), uniform(0, 25, 1, 8, 8, low=0)), source="buffer")
+    assert found["fd-pixels"].n == 25
+
+
+def test_a_buffer_that_no_training_filled_is_no_sample() -> None:
+    with pytest.raises(Unmeasurable, match="buffer that training left"):
+        judged(source="buffer")
+
+
+def test_chains_begin_where_they_are_told_to() -> None:
+    own_start = judged(steps=0)["fd-pixels"]
+    named = Generation.model_validate(
+        {"start": "gaussian", "n": 40, "steps": 0, "features": PIXELS}, context=REGISTRY.context
+    )
+    ctx = context()
+    gaussian = {f.name: f for f in measure(subject(), images("test"), [named], ctx)}["fd-pixels"]
+    assert gaussian.protocol["start"] == "Gaussian()"
+    assert gaussian.value < own_start.value  # nearer to the data than uniform noise
+
+
+def test_an_unknown_start_is_refused_with_its_name() -> None:
+    with pytest.raises(ValueError, match="did you mean 'uniform'"):
+        Generation.model_validate({"start": "unifrom"}, context=REGISTRY.context)
+
+
+@pytest.mark.parametrize("option", [{"n": 3}, {"steps": -1}, {"selection": "top10"}, {"x": 1}])
+def test_options_that_cannot_be_are_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(option))):
+        Generation(**option)
+
+
+# the JEM family's habit
+
+
+@given(seed=seeds, n=st.integers(1, 60), n_classes=st.integers(1, 7))
+def test_the_surest_nine_tenths_of_each_class_are_kept_in_their_order(
+    seed: int, n: int, n_classes: int
+) -> None:
+    y, confidence = labels(seed, n, n_classes), uniform(seed + 1, n, low=0)
+    kept = Drawn(torch.arange(n), y, confidence).surest(0.9)
+    assert torch.equal(kept.x, kept.x.sort().values)
+    for label in y.unique():
+        inside = y == label
+        left = kept.y == label
+        assert int(left.sum()) == math.ceil(0.9 * int(inside.sum()))
+        dropped = sorted(confidence[inside].tolist())[: int(inside.sum()) - int(left.sum())]
+        assert not dropped or max(dropped) <= float(kept.confidence[left].min())
+
+
+def test_a_selection_stands_in_the_figures_names_and_counts() -> None:
+    ctx = context()
+    found = judged(ctx, selection="top90")
+    assert set(found) == {f"{m}-pixels-top90" for m in ("fd", "kd", "precision", "recall")}
+    for figure in found.values():
+        assert 36 <= figure.n < 40
+        assert figure.protocol["n"] == figure.n
+        assert figure.protocol["selection"] == "top90"
+        assert not figure.protocol["standard"]
+    assert set(ctx.notes.pictures) == {"samples-top90", "neighbours-top90"}
+
+
+# what cannot be measured
+
+
+def test_a_classifier_has_no_samples() -> None:
+    with pytest.raises(Unmeasurable, match="without a density"):
+        judged(model=PixelModel(toy_model(TASK), TASK.bounds))
+
+
+def test_without_training_images_there_is_no_reference() -> None:
+    with pytest.raises(Unmeasurable, match="no train images"):
+        judged(context(images=None))
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_a_strangers_module_has_no_features_of_its_own() -> None:
+    built = subject()
+    stranger = PixelModel(
+        Stranger(nn.Sequential(nn.Flatten(), nn.Linear(64, 3))), TASK.bounds, built.density
+    )
+    with pytest.raises(Unmeasurable, match="no network"):
+        judged(model=stranger, features=None)
+    assert judged(model=stranger)["fd-pixels"].n == 40
+
+
+def test_samples_of_another_shape_than_the_reference_are_refused() -> None:
+    other = toy_task(channels=3)
+    with pytest.raises(MisfitError, match=r"\[1, 8, 8\].*\[3, 8, 8\]"):
+        judged(context(images=lambda split: other.images("valid")))
+
+
+class Broken:
+    """A density whose chains leave every range."""
+
+    def __init__(self, inner: Density) -> None:
+        self.sampler, self.start, self.steps = inner.sampler, inner.start, inner.steps
+
+    def sample(self, model: Any, n: int, rng: Any, **_: Any) -> Tensor:
+        return torch.full((n, 1, 8, 8), float("nan"))
+
+
+def test_samples_that_are_not_finite_are_no_black_images() -> None:
+    model = subject()
+    broken = PixelModel(model.model, TASK.bounds, Broken(model.density))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="diverge"):
+        judged(model=broken)
+
+
+def test_features_that_are_not_finite_are_refused_by_name() -> None:
+    bad = Features("bad", lambda x: Seen(torch.full((len(x), 3), float("inf"))), {})
+    with pytest.raises(DataError, match="'bad'"):
+        judged(features=bad)
+
+
+# half-done work
+
+
+def drawn_in(work: Path | None, n: int = 1100, **settings: Any) -> tuple[list[Figure], Context]:
+    ctx = context(work=work, batch_size=500, **settings)
+    evaluator = Generation(n=n, steps=1, features=PIXELS)
+    return measure(subject(), images("test"), [evaluator], ctx), ctx
+
+
+def test_interrupted_sampling_ends_in_the_same_figures_bit_for_bit(tmp_path: Path) -> None:
+    whole, one = drawn_in(None)
+    polls = iter(range(100))
+    with pytest.raises(Preempted):
+        drawn_in(tmp_path, stop=lambda: next(polls) >= 3)
+    pieces = list(tmp_path.rglob("0*.safetensors"))
+    assert 0 < len(pieces) < 3
+    before = {piece: piece.stat().st_mtime_ns for piece in pieces}
+    resumed, two = drawn_in(tmp_path)
+    assert {piece: piece.stat().st_mtime_ns for piece in pieces} == before
+    assert resumed == whole
+    assert two.notes.pictures == one.notes.pictures
+    assert two.notes.tables == one.notes.tables
+
+
+def test_processes_that_share_the_work_find_what_one_finds(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    whole, _ = drawn_in(None)
+    with ThreadPoolExecutor(2) as pool:
+        parts = [pool.submit(drawn_in, tmp_path, shard=Shard(rank, 2)) for rank in range(2)]
+        assert [part.result()[0] for part in parts] == [whole, whole]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"steps": 2}, {"source": "buffer"}, {"model": 1}],
+    ids=lambda change: next(iter(change)),
+)
+def test_samples_of_anything_else_are_drawn_anew(tmp_path: Path, change: dict[str, Any]) -> None:
+    judged(context(work=tmp_path))
+    before = {path.name for path in tmp_path.iterdir()}
+    model = with_buffer(subject(change.pop("model", 0)), uniform(0, 40, 1, 8, 8, low=0))
+    judged(context(work=tmp_path, seed=change.pop("seed", 0)), model, **change)
+    assert len({path.name for path in tmp_path.iterdir()} - before) >= 2  # samples and features
+
+
+@given(seed=st.integers(0, 100))
+@settings(max_examples=5)
+def test_the_same_seed_gives_the_same_samples_and_another_others(seed: int) -> None:
+    model = subject()
+    start = UniformStart(TASK.shape, TASK.bounds)
+
+    def drawn(seed: int) -> Tensor:
+        return fresh(model, context(seed=seed), 20, {}, steps=1, start=start).x
+
+    assert torch.equal(drawn(seed), drawn(seed))
+    assert not torch.equal(drawn(seed), drawn(seed + 1))
+
+
+def test_judging_moves_no_global_generator_and_no_buffer() -> None:
+    model = subject()
+    before, states = torch.get_rng_state(), model.density.buffer.states.clone()  # type: ignore[attr-defined]
+    judged(model=model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(model.density.buffer.states, states)  # type: ignore[attr-defined]
+
+
+# pictures and neighbours
+
+
+def test_copies_of_training_images_are_found_out() -> None:
+    train, ctx = images("train").unit(), context()
+    judged(ctx, with_buffer(subject(), train), source="buffer")
+    table = ctx.notes.tables["neighbours"]
+    assert table["mean_distance"] == 0
+    assert table["distances"] == [0.0] * 20
+
+
+def test_the_neighbours_picture_has_each_sample_over_its_nearest_training_images() -> None:
+    train, ctx = images("train").unit(), context()
+    judged(ctx, with_buffer(subject(), train), source="buffer")
+    picture = np.asarray(Image.open(io.BytesIO(ctx.notes.pictures["neighbours"])))
+    small = picture[::8, ::8]  # each pixel of an 8 px image is 8 wide
+    assert small.shape == (6 * 9 + 2 + 2, 20 * 9 + 1)  # six rows, a line, and the frames' ends
+    for i in range(20):
+        sample = small[1:9, 9 * i + 1 : 9 * i + 9]
+        nearest = small[9 + 1 + 2 + 1 :][:8, 9 * i + 1 : 9 * i + 9]
+        assert np.array_equal(sample, nearest)
+    assert (small[10:12] == 255).all()
+    shown = np.asarray(Image.open(io.BytesIO(ctx.notes.pictures["samples"])))[::8, ::8]
+    assert shown.shape == (4 * 9 + 1, 10 * 9 + 1)
+    assert np.array_equal(shown[1:9, 1:9], small[1:9, 1:9])
+
+
+# whose features, and what that is called
+
+
+@pytest.fixture
+def no_cache(tmp_path: Path) -> Any:
+    """A torch cache of its own, with nothing in it."""
+    before = torch.hub.get_dir()
+    torch.hub.set_dir(tmp_path / "hub")
+    yield tmp_path / "hub" / "checkpoints"
+    torch.hub.set_dir(before)
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_without_inception_the_models_own_features_stand_in_under_another_name() -> None:
+    ctx = context()
+    found = judged(ctx, features=None)
+    assert set(found) == {"fd-self", "kd-self", "precision-self", "recall-self"}
+    told = " ".join(ctx.notes.warnings)
+    assert INCEPTION_FILE in told
+    assert "never downloaded" in told
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_inception_that_is_asked_for_and_missing_is_one_clear_message(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.pth is missing") as told:
+        judged(features=None, inception=tmp_path / "nowhere.pth")
+    for word in ("FID", "https://", INCEPTION_FILE, "generation.inception"):
+        assert word in str(told.value)
+
+
+def test_own_features_are_the_networks_in_the_models_range() -> None:
+    model, x = subject(), images("train")
+    found = own(model)
+    assert found is not None
+    with torch.no_grad():
+        expected = model.model.network(TASK.bounds.from_unit(x.unit()))
+        assert torch.equal(found.extract(x.x).features, expected)
+
+
+def test_no_other_network_may_call_itself_inception() -> None:
+    with pytest.raises(ConfigError, match="another name"):
+        of_module(MeanPixels(), "inception")
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights under the names and of the shapes of torch-fidelity's InceptionV3."""
+    torchvision()
+    pytest.importorskip("torch_fidelity")
+    from torch_fidelity import feature_extractor_inceptionv3 as package
+
+    class Empty(package.FeatureExtractorInceptionV3):  # type: ignore[misc]
+        def load_state_dict(self, *_: Any, **__: Any) -> None:
+            return None
+
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    with lent(gen()):
+        built = Empty("any", ["2048"], feature_extractor_weights_path=nothing)
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save(built.state_dict(), path)
+    return path
+
+
+def test_inceptions_features_are_torch_fidelitys_own(inception_weights: Path) -> None:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    with lent(gen(1)):
+        package = FeatureExtractorInceptionV3(
+            "x", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(inception_weights)
+        )
+    x = to_bytes(uniform(0, 2, 3, 8, 8, low=0))
+    with torch.no_grad():
+        features, logits = package(x)
+        seen = inception(inception_weights, CPU).extract(x)
+    assert torch.equal(seen.features, features)
+    assert seen.logits is not None
+    assert torch.equal(seen.logits, logits)
+    assert seen.features.shape == (2, 2048)
+
+
+def test_in_inceptions_features_the_figures_have_the_names_that_papers_use(
+    inception_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("a download nobody asked for")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    before = torch.get_rng_state()
+    found = judged(features=None, inception=inception_weights, n=16, max_reference=16)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert set(found) == {"fid", "kid", "precision", "recall", "is"}
+    assert found["is"].protocol["splits"] == 10
+    assert 1 - 1e-9 <= found["is"].value <= 1008
+    card = found["fid"].protocol["features"]
+    assert card["extractor"] == "torch-fidelity's InceptionV3"
+    assert len(card["sha256"]) == 64
+
+
+def test_weights_in_torchs_cache_are_used(no_cache: Path) -> None:
+    no_cache.mkdir(parents=True)
+    (no_cache / INCEPTION_FILE).write_bytes(b"weights")
+    assert inception_file(None) == no_cache / INCEPTION_FILE
+
+
+def test_without_the_package_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"):
+        monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / "there.pth").write_bytes(b"weights")
+    with pytest.raises(ConfigError, match=r"jemkit\[metrics\]"):
+        judged(features=None, inception=tmp_path / "there.pth")
+
+
+@pytest.mark.parametrize("how", ["missing", "shape", "nan", "cut", "code"])
+def test_weights_that_are_not_inceptions_are_refused_by_name(
+    inception_weights: Path, tmp_path: Path, how: str
+) -> None:
+    path = tmp_path / "other.pth"
+    weights: dict[str, Any] = torch.load(inception_weights, weights_only=True)
+    match how:
+        case "missing":
+            del weights["fc.weight"]
+        case "shape":
+            weights["fc.weight"] = weights["fc.weight"][:1000]
+        case "nan":
+            weights["fc.bias"][0] = float("nan")
+        case "code":
+            weights["fc.bias"] = replace  # a function: unpickling it would import a module
+    torch.save(weights, path)
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"other\.pth"):
+        inception(path, CPU)

@@ -1,0 +1,258 @@
+"""A model that masks its gradient is flagged every time; an honest one never is."""
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from masked import (
+    RADIUS_PX,
+    Detached,
+    Noisy,
+    Quantised,
+    Saturated,
+    batch_normed,
+    linear,
+    trained,
+)
+from strategies import batch_sizes, seeds, uniform
+from torch import Tensor, nn
+from toys import REGISTRY, gen, linear_model
+
+from jemkit import Images
+from jemkit.anchor import anchored
+from jemkit.attack import PGD, Norm, Threat
+from jemkit.blackbox import margin, random_search
+from jemkit.cascade import Attacked, attacked
+from jemkit.checkpoint import same
+from jemkit.evaluator import Context
+from jemkit.indicators import Finding, at_least, examine, surely
+from jemkit.indicators.against import aa_under_pgd
+from jemkit.modes import eval_mode, frozen
+from jemkit.networks import MLP
+from jemkit.pixels import PixelModel, pixel_model
+from jemkit.testing.law import state_of
+
+SEEDS = [0, 1, 2]
+WHITE_BOX = {"gradient", "unbounded"}
+
+
+@cache
+def digits(split: str) -> Images:
+    images: Images = REGISTRY["dataset"]["digits"]().load(split)
+    return images
+
+
+@cache
+def robust(seed: int) -> nn.Module:
+    return trained(digits("train"), seed, robust=True, epochs=4)
+
+
+@cache
+def undefended(seed: int) -> nn.Module:
+    return trained(digits("train"), seed, robust=False, epochs=4)
+
+
+MASKED: dict[str, tuple[Callable[[int], nn.Module], set[str]]] = {
+    "saturated": (lambda s: Saturated(undefended(s)), WHITE_BOX),
+    "noisy": (lambda s: Noisy(undefended(s), s), {"random"}),
+    "quantised": (lambda s: Quantised(undefended(s)), WHITE_BOX),
+    "batch normed": (lambda s: batch_normed(digits("train"), s), {"batch"}),
+    "detached": (lambda s: Detached(undefended(s)), WHITE_BOX | {"black box", "transfer"}),
+    "saturated robust": (lambda s: Saturated(robust(s)), WHITE_BOX),
+    "quantised robust": (lambda s: Quantised(robust(s)), WHITE_BOX),
+    "detached robust": (lambda s: Detached(robust(s)), WHITE_BOX),
+    "noisy robust": (lambda s: Noisy(robust(s), s), {"random"}),
+}
+HONEST: dict[str, Callable[[int], nn.Module]] = {
+    "robust": robust,
+    "robust perceptron": lambda s: trained(
+        digits("train"), s, robust=True, spec=MLP(hidden=64, layers=2), epochs=4
+    ),
+    "undefended": undefended,
+    "linear": lambda s: linear(digits("train"), s),
+    "hardly trained": lambda s: linear(digits("train"), s, epochs=10),
+}
+
+
+def context(seed: int, norm: Norm = "Linf", px: float = RADIUS_PX, **more: object) -> Context:
+    return Context(gen(seed), Threat(norm, px), seed=seed, **more)  # type: ignore[arg-type]
+
+
+def verdict(module: nn.Module, ctx: Context, n: int = 150, images: int = 64) -> dict[str, Finding]:
+    """The findings of PGD-20's figure, by their names."""
+    data = Images(digits("test").x[:n], digits("test").y[:n])
+    with frozen(module), eval_mode(module):
+        subject = anchored(pixel_model(module), data.unit()[:2])
+        found = {"pgd": attacked(subject, PGD(steps=20), data, ctx, "pgd")}
+        rows = examine(subject, data, found, ctx, images)["pgd20"]
+    return {row["name"]: row for row in rows}
+
+
+def flags(found: dict[str, Finding]) -> set[str]:
+    return {name for name, row in found.items() if row["flag"]}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", MASKED)
+def test_a_model_built_to_mask_gradients_is_flagged_by_what_it_does(name: str, seed: int) -> None:
+    build, expected = MASKED[name]
+    assert expected <= flags(verdict(build(seed), context(seed)))
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_masked_model_is_flagged_in_a_quick_look_too(name: str) -> None:
+    build, expected = MASKED[name]
+    found = flags(verdict(build(0), context(0, quick=True)))
+    assert found & expected
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_masked_model_is_flagged_in_l2_too(name: str) -> None:
+    build, expected = MASKED[name]
+    assert expected & flags(verdict(build(0), context(0, "L2", 200.0)))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_model_is_never_flagged(name: str, seed: int) -> None:
+    found = verdict(HONEST[name](seed), context(seed))
+    assert not flags(found), [row["found"] for row in found.values() if row["flag"]]
+
+
+@pytest.mark.parametrize("ctx", [
+    context(3, "L2", 200.0), context(3, quick=True), context(3, px=2.0), context(3, px=100.0),
+    context(3, px=0.0), context(3, "L1", 1500.0), context(3, batch_size=20),
+], ids=["L2", "quick", "narrow", "wide", "none", "L1", "small batches"])  # fmt: skip
+def test_an_honest_model_is_not_flagged_under_any_threat(ctx: Context) -> None:
+    data = Images(digits("test").x[:100], digits("test").y[:100])
+    for module in (robust(0), undefended(0)):
+        with frozen(module), eval_mode(module):
+            model = pixel_model(module)
+            pgd = Attacked("pgd20", data.unit(), random_stand(model, data, ctx), {}, {})
+            rows = examine(model, data, {"pgd": pgd}, ctx, 64)["pgd20"]
+        assert not [row["found"] for row in rows if row["flag"]]
+
+
+def random_stand(model: PixelModel, data: Images, ctx: Context) -> Tensor:
+    """What an attack leaves: PGD-20 where it knows the norm, else a longer random search."""
+    if ctx.threat.norm != "L1":
+        return attacked(model, PGD(steps=20), data, ctx, "pgd").right
+    x_adv = random_search(model, data.unit(), data.y, ctx.threat, gen(1), 600)
+    return model(x_adv).argmax(1) == data.y
+
+
+def test_an_attack_that_hardly_moves_is_flagged_though_the_model_is_honest() -> None:
+    module = undefended(0)
+    data, ctx = Images(digits("test").x[:200], digits("test").y[:200]), context(0)
+    with frozen(module), eval_mode(module):
+        model = pixel_model(module)
+        found = {"pgd": attacked(model, PGD(steps=1, step_px=0.001), data, ctx, "pgd")}
+        rows = {row["name"]: row for row in examine(model, data, found, ctx, 128)["pgd1"]}
+    assert flags(rows) == {"black box", "transfer"}
+    assert "weaker" in rows["black box"]["means"]
+
+
+def test_findings_and_curves_depend_on_the_seed_alone_and_the_model_is_left_alone() -> None:
+    module = undefended(0)
+    before = state_of(module)
+    one, two = context(5, quick=True), context(5, quick=True)
+    torch_state = torch.get_rng_state()
+    assert verdict(module, one) == verdict(module, two)
+    assert one.notes.tables == two.notes.tables
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert same(state_of(module), before)
+
+
+def test_curves_begin_at_the_clean_accuracy_and_hold_the_figure_of_the_radius() -> None:
+    ctx = context(0)
+    verdict(robust(0), ctx)
+    for name in ("radius_curve", "steps_curve"):
+        curve = ctx.notes.tables[name]
+        accuracy = [point[1] for point in curve["points"]]
+        assert curve["points"][0][0] == 0
+        assert round(accuracy[0] * curve["n"]) == 64
+        assert all(low <= value <= high for _, value, low, high in curve["points"])
+        assert accuracy == sorted(accuracy, reverse=True)
+    radii = [point[0] for point in ctx.notes.tables["radius_curve"]["points"]]
+    assert RADIUS_PX in radii
+
+
+def test_progress_ends_at_its_total_and_a_stop_is_heard() -> None:
+    heard: list[tuple[str, int, int]] = []
+    ctx = context(0, quick=True, progress=lambda *told: heard.append(told))
+    verdict(undefended(0), ctx)
+    told = [(done, total) for what, done, total in heard if what == "indicators"]
+    assert told[-1][0] == told[-1][1]
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+def test_where_no_image_is_right_there_is_nothing_to_find() -> None:
+    data = Images(digits("test").x[:5], digits("test").y[:5])
+    model = pixel_model(linear(digits("train"), 0))
+    wrong = Images(data.x, (model(data.unit()).argmax(1) + 1) % 10)
+    pgd = Attacked("pgd20", data.unit(), torch.zeros(5, dtype=torch.bool), {}, {})
+    assert examine(model, wrong, {"pgd": pgd}, context(0), 128) == {"pgd20": []}
+
+
+@pytest.mark.parametrize(("pgd", "aa", "flag"), [(60, 58, False), (60, 50, False), (60, 0, True)])
+def test_autoattack_far_under_pgd_is_flagged(pgd: int, aa: int, flag: bool) -> None:
+    rows = [torch.arange(100) < n for n in (pgd, aa)]
+    one, two = (Attacked(k, torch.empty(0), r, {}, {}) for k, r in zip("pa", rows, strict=True))
+    assert aa_under_pgd(one, two)["flag"] is flag
+
+
+@given(n=st.integers(1, 5000), share=st.floats(0, 1), tolerance=st.floats(0, 0.5))
+def test_a_share_within_its_tolerance_is_no_flag_and_more_images_never_hide_one(
+    n: int, share: float, tolerance: float
+) -> None:
+    count = round(share * n)
+    assert 0 <= at_least(count, n) <= count / n
+    if count / n <= tolerance:
+        assert not surely(count, n, tolerance)
+    assert at_least(10 * count, 10 * n) >= at_least(count, n)
+
+
+def test_no_image_in_any_number_is_no_flag() -> None:
+    assert at_least(0, 100) == at_least(-3, 100) == at_least(0, 0) == 0
+    assert at_least(50, 100) == pytest.approx(0.3436, abs=1e-3)  # (p + z^2/2n - half) / (1 + z^2/n)
+
+
+def test_the_margin_is_the_lead_of_the_labels_logit() -> None:
+    logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 4.0]])
+    assert margin(logits, torch.tensor([0, 2])).tolist() == [1.0, -1.0]
+
+
+@settings(max_examples=15)
+@given(seed=seeds, n=batch_sizes, norm=st.sampled_from(["Linf", "L2", "L1"]),
+       px=st.floats(1, 300))  # fmt: skip
+def test_random_search_stays_in_the_ball_and_never_makes_the_margin_worse_than_its_start(
+    seed: int, n: int, norm: Norm, px: float
+) -> None:
+    model = PixelModel(linear_model(48, 3, seed % 50)).requires_grad_(False)
+    x, y = uniform(seed, n, 3, 4, 4, low=0), torch.zeros(n, dtype=torch.int64)
+    ends = [random_search(model, x, y, Threat(norm, px), gen(seed), queries) for queries in (1, 20)]
+    order = {"Linf": torch.inf, "L2": 2.0, "L1": 1.0}[norm]
+    for x_adv in ends:
+        size = torch.linalg.vector_norm((x_adv - x).flatten(1), order, dim=1)
+        assert (size <= px / 255 * (1 + 1e-4) + 1e-6).all()
+        assert x_adv.min() >= 0
+        assert x_adv.max() <= 1
+    before, after = (margin(model(x_adv), y) for x_adv in ends)
+    assert (after <= before + 1e-6).all()
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_random_search_goes_a_third_of_the_way_to_the_best_corner_of_a_linear_model(
+    norm: Norm,
+) -> None:
+    model, n = PixelModel(linear_model(64, 2)).requires_grad_(False), 20
+    x = 0.3 + 0.4 * uniform(0, n, 1, 8, 8, low=0)
+    y = model(x).argmax(1)
+    w = model.model.head.weight  # type: ignore[union-attr]
+    slope = 2 * (w[0] - w[1]).norm(p=1 if norm == "Linf" else 2).item()
+    x_adv = random_search(model, x, y, Threat(norm, 0.5 / slope * 255), gen(), 400)
+    fallen = margin(model(x), y) - margin(model(x_adv), y)  # at best 0.5
+    assert ((fallen > 0.5 / 3) | (model(x_adv).argmax(1) != y)).all()

@@ -1,0 +1,428 @@
+"""The report: one file, whole, safe, the same each time; in a browser it works by touch and key."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import typer
+from browser import Browser, browser, chromium
+from hypothesis import example, given
+from hypothesis import strategies as st
+from report_runs import RECIPE, N, bare_run, card, full_record, metrics, record, whole_run
+from typer.testing import CliRunner
+
+from jemkit.errors import DataError
+from jemkit.figures import plain
+from jemkit.record import Record
+from jemkit.report import charts, render, write
+from jemkit.report.curves import POINTS, epochs
+from jemkit.report.curves import metrics as curves
+from jemkit.report.html import data, tag, text
+from jemkit_cli.report import compare as compare_command
+from jemkit_cli.report import report as report_command
+
+HOSTILE = '<img src=x onerror="window.hurt=1">\'</script><script>window.hurt=1</script>&'
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two whole runs, and a third of which little is known."""
+    root = tmp_path_factory.mktemp("runs")
+    trades = {**RECIPE, "objective": {"use": "trades", "beta": 6.0}}
+    quick = record({"clean": 170, "pgd20": 90}, radius_px=4.0, standard=False)
+    return [
+        whole_run(root / "ebjdat"), whole_run(root / "trades", 1.0, trades),
+        bare_run(root / "quick", quick),
+    ]  # fmt: skip
+
+
+class Elements(HTMLParser):
+    """Every element of a page, in order, and whether they close."""
+
+    VOID = ("meta", "img", "path", "line", "circle")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, name: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.found.append((name, dict(attributes)))
+        if name not in ("meta", "img", "!doctype"):
+            self.open.append(name)
+
+    def handle_endtag(self, name: str) -> None:
+        if name != "img":
+            assert self.open.pop() == name
+
+    def named(self, name: str) -> list[dict[str, str | None]]:
+        return [attributes for found, attributes in self.found if found == name]
+
+
+def test_the_same_runs_give_the_same_bytes(runs: list[Path]) -> None:
+    assert render(runs) == render(runs)
+
+
+def test_every_element_is_closed_and_every_id_is_its_own(runs: list[Path]) -> None:
+    page = Elements(render(runs))
+    assert not page.open
+    ids = [attributes["id"] for _, attributes in page.found if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_page_refers_to_nothing_outside_itself(runs: list[Path]) -> None:
+    page = Elements(render(runs))
+    links = [a.get("src") or a.get("href") for _, a in page.found if a.get("src") or a.get("href")]
+    assert links
+    assert all(str(link).startswith(("data:image/png;base64,", "#")) for link in links)
+    assert not page.named("link")
+    assert not [a for _, a in page.found if any(key.startswith("on") for key in a)]
+    assert "http" not in re.sub(r"http-equiv", "", render(runs))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["trilemma", "warnings", "indicators", "robustness", "energies", "calibration", "ood",
+     "pictures", "training", "recipe", "figures"],
+)  # fmt: skip
+def test_whole_runs_have_every_section(runs: list[Path], name: str) -> None:
+    assert f'id="{name}"' in render(runs)
+
+
+def test_a_record_of_clean_accuracy_alone_is_enough(tmp_path: Path) -> None:
+    page = render([bare_run(tmp_path / "a", record({"clean": 180}))])
+    assert "90.00%" in page
+    assert "not measured" in page
+    assert 'id="absent"' in page
+    assert 'id="training"' not in page
+
+
+def test_a_run_that_was_never_judged_shows_its_training_and_says_so(tmp_path: Path) -> None:
+    folder = whole_run(tmp_path / "a")
+    (folder / "evaluation.json").unlink()
+    page = render([folder])
+    assert "not judged yet" in page
+    assert 'id="training"' in page
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"evaluation\.json"):
+        render([tmp_path])
+
+
+def test_the_file_is_written_into_the_first_run_or_where_it_is_wanted(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    assert write(runs[:1]) == runs[0] / "report.html"
+    out = tmp_path / "new" / "page.html"
+    assert write(runs, out).read_text(encoding="utf-8") == render(runs)
+    with pytest.raises(DataError, match="is a folder"):
+        write(runs, tmp_path)
+
+
+def test_figures_off_the_standard_protocol_are_labelled_wherever_they_stand(
+    tmp_path: Path,
+) -> None:
+    page = render([whole_run(tmp_path / "a", standard=False)])
+    sections = dict(re.findall(r'<section id="(\w+)">(.*?)</section>', page, re.DOTALL))
+    for name in ("trilemma", "indicators", "robustness", "energies", "calibration", "ood",
+                 "figures"):  # fmt: skip
+        assert "non-standard" in sections[name], name
+    assert "non-standard" not in sections["training"]
+
+
+def test_a_standard_run_has_no_such_label(tmp_path: Path) -> None:
+    assert '"badge">non-standard' not in render([whole_run(tmp_path / "a")])
+
+
+def test_protocols_that_differ_are_marked(runs: list[Path]) -> None:
+    page = render(runs)
+    assert "PGD-20</b> is not comparable" in page
+    assert "radius_px is 8.0 in ebjdat, trades and 4.0 in quick" in page
+
+
+def test_one_run_shows_what_is_not_the_default_and_several_what_differs(runs: list[Path]) -> None:
+    one, three = (
+        render(some).split('<section id="recipe">')[1].split("</section>")[0]
+        for some in (runs[:1], runs)
+    )
+    assert "<code>run.epochs</code>" in one
+    assert "<code>run.seed</code>" not in one
+    assert "<code>objective.beta</code>" in three
+    assert "<code>run.epochs</code>" not in three
+
+
+def hostile_run(folder: Path) -> Path:
+    """Every text that a file may bring is an attack."""
+    folder = folder / "<b onclick=alert(1)>&'\""
+    found = full_record(1.0)
+    figures = [
+        *found.figures,
+        plain(HOSTILE, 1.0, N, card(**{HOSTILE: HOSTILE, "attack": HOSTILE})),
+    ]
+    row = dict.fromkeys(("name", "found", "means", "do"), HOSTILE)
+    tables = {
+        **found.tables, "ood": {HOSTILE: {HOSTILE: {"auroc": HOSTILE, "n": 3}}},
+        "indicators": {HOSTILE: [{**row, "flag": True}]},
+        "radius_curve": {**found.tables["radius_curve"], "attack": HOSTILE, "norm": HOSTILE},
+        "energies": {**found.tables["energies"], "n": {"clean": HOSTILE}},
+    }  # fmt: skip
+    subject = {**found.subject, "backbone": HOSTILE, "data": HOSTILE, "run": HOSTILE}
+    protocol = {**found.protocol, "checkpoint": HOSTILE, "versions": {HOSTILE: HOSTILE}}
+    bad = Record(subject, protocol, figures, tables, {}, {HOSTILE: HOSTILE}, [HOSTILE])
+    bare_run(folder, bad, {**RECIPE, HOSTILE: {HOSTILE: HOSTILE}})
+    (folder / "metrics.csv").write_text(f'step,"loss {HOSTILE.replace(chr(34), "")}"\n0,1\n1,2\n')
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "<img onerror=x>.png").write_bytes(b"no picture")
+    return folder
+
+
+def test_text_from_files_is_never_markup(tmp_path: Path) -> None:
+    page = Elements(render([hostile_run(tmp_path)]))
+    assert len(page.named("script")) == 2  # the data, and the page's own
+    assert not page.named("img")
+    assert not [a for _, a in page.found if any(key.startswith("on") for key in a)]
+    assert not page.open
+
+
+@given(st.text())
+def test_no_text_leaves_its_place(value: str) -> None:
+    page = Elements(str(tag("p", value, title=value)))
+    assert [name for name, _ in page.found] == ["p"]
+    assert set(page.found[0][1]) == {"title"}
+    text(value).encode()
+
+
+LEAVES = st.text() | st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(st.recursive(LEAVES, lambda x: st.dictionaries(st.text(), x) | st.lists(x), max_leaves=5))
+def test_data_in_a_script_element_comes_back_as_it_was_and_cannot_end_it(value: object) -> None:
+    told = data(value)
+    assert not {"<", ">", "&", "\u2028", "\u2029"} & set(told)
+    assert json.loads(told) == value
+
+
+def test_a_table_of_another_form_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:
+    found = full_record()
+    found.tables["reliability"] = {"bins": 3}
+    found.tables["energies"] = [1, 2]
+    page = render([bare_run(tmp_path / "a", found)])
+    assert page.count("cannot be drawn") == 2
+    assert "Accuracy against the radius" in page
+
+
+def test_a_long_curve_is_thinned_by_means_and_what_is_not_finite_is_a_gap(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(metrics(1500))
+    loss = curves(tmp_path)["loss"]
+    assert len(loss.x) == len(loss.y) == 375  # 1500 in fours
+    assert 300 < len(loss.x) <= POINTS
+    assert loss.lost == 2
+    assert [math.isnan(y) for y in loss.y].index(True) == 700 // 4
+    assert sum(map(math.isnan, loss.y)) == 1
+    energy = curves(tmp_path)["E(x)"]
+    assert energy.y[0] == pytest.approx(-2 - 1.5 / 200)
+    assert energy.x[0] == 3
+
+
+def test_short_curves_keep_every_value_and_cut_lines_are_dropped(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,loss,lr\n0,1,9\n1,,9\n2,inf,9\n3,4,9\n4,")
+    found = curves(tmp_path)
+    assert set(found) == {"loss"}
+    assert found["loss"].x == [0, 2, 3]
+    assert found["loss"].y[0] == 1
+    assert math.isnan(found["loss"].y[1])
+
+
+def test_of_an_epoch_that_was_told_twice_the_last_word_counts(tmp_path: Path) -> None:
+    lines = [
+        '{"event": "epoch", "step": 5, "accuracy": 0.1}', '{"event": "end"}', "cut off {",
+        '{"event": "epoch", "step": 5, "accuracy": 0.2}',
+    ]  # fmt: skip
+    (tmp_path / "events.jsonl").write_text("\n".join(lines))
+    assert [e["accuracy"] for e in epochs(tmp_path)] == [0.2]
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
+def test_ticks_are_few_round_and_inside(low: float, width: float) -> None:
+    found = charts.ticks(low, low + width)
+    slack = 1e-6 * width
+    assert 2 <= len(found) <= 8
+    assert all(low - slack <= value <= low + width + slack for value in found)
+
+
+@given(st.lists(st.floats(), min_size=1, max_size=6))
+@example([-1.7e308, 1.7e308])
+@example([5e-324, 0.0])
+@example([1e16, 1e16 + 2])
+def test_no_value_breaks_a_chart(values: list[float]) -> None:
+    series = charts.Series("a", 0, [float(i) for i in range(len(values))], values)
+    drawn, told = charts.lines([series], charts.Axes("t", "x", "y"))
+    assert "nan" not in drawn
+    assert "inf" not in drawn
+    data(told)
+
+
+def test_eight_runs_have_eight_signs() -> None:
+    assert len({str(charts.mark(slot)).split("class=")[1] for slot in range(8)}) == 8
+
+
+def app() -> typer.Typer:
+    found = typer.Typer()
+    found.command()(report_command)
+    found.command()(compare_command)
+    return found
+
+
+def test_the_commands_write_the_page_and_print_the_comparison(runs: list[Path]) -> None:
+    run = CliRunner()
+    done = run.invoke(app(), ["report", str(runs[0])])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip() == f"report {runs[0] / 'report.html'}"
+    done = run.invoke(app(), ["compare", *map(str, runs[:2]), "--seeds"])
+    assert done.exit_code == 0, done.output
+    for words in ("ebjdat - trades", "holds 0", "over seeds", "90.00% [85.06 to 93.43 %] *"):
+        assert words in done.stdout
+    done = run.invoke(app(), ["compare", *map(str, runs), "--json", "--figure", "clean"])
+    assert json.loads(done.stdout)["runs"] == ["ebjdat", "trades", "quick"]
+
+
+def test_a_mistake_ends_the_command_by_one_message(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app(), ["compare", str(tmp_path)])
+    assert done.exit_code == 6
+    assert done.stderr.startswith("error: ")
+
+
+needs_chromium = pytest.mark.skipif(chromium() is None, reason="needs chromium")
+
+
+@pytest.fixture(scope="module")
+def window() -> Iterator[Browser]:
+    with browser() as found:
+        yield found
+
+
+@pytest.fixture
+def page(window: Browser, runs: list[Path], tmp_path: Path) -> Browser:
+    window.dark(False)
+    window.size(1200, 900)
+    window.open(write(runs, tmp_path / "report.html"))
+    return window
+
+
+OPEN = "[...document.querySelectorAll('.card:popover-open')].map((e) => e.textContent)"
+
+
+@needs_chromium
+def test_it_opens_without_an_error_and_asks_for_nothing(page: Browser) -> None:
+    assert page.errors == []
+    asked = [url for url in page.requests if not url.startswith("data:")]
+    assert [url.rsplit("/", 1)[1] for url in asked] == ["report.html"]
+
+
+@needs_chromium
+def test_every_picture_shows(page: Browser) -> None:
+    widths = page.run("[...document.images].map((e) => e.naturalWidth)")
+    assert len(widths) == 6
+    assert min(widths) > 0
+
+
+@needs_chromium
+def test_a_click_on_its_head_sorts_a_column_and_missing_figures_stay_last(page: Browser) -> None:
+    names = "[...document.querySelectorAll('#trilemma tbody th')].map((e) => e.textContent)"
+    assert page.run(names) == ["ebjdat", "trades", "quick"]
+    page.click("#trilemma thead th:nth-child(3) .sort")
+    assert page.run(names) == ["trades", "ebjdat", "quick"]
+    page.click("#trilemma thead th:nth-child(3) .sort")
+    assert page.run(names) == ["ebjdat", "trades", "quick"]
+    sort = "document.querySelector('#trilemma thead th:nth-child(3)').getAttribute('aria-sort')"
+    assert page.run(sort) == "ascending"
+    page.click("#trilemma thead th:first-child .sort")
+    assert page.run(names) == ["ebjdat", "quick", "trades"]
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [320, 375, 768])
+def test_the_page_never_scrolls_sideways(page: Browser, width: int) -> None:
+    page.size(width, 800, phone=True)
+    page.run("document.querySelectorAll('details').forEach((e) => { e.open = true })")
+    assert page.run("document.documentElement.scrollWidth") <= width
+    assert page.run("innerWidth") == width
+
+
+@needs_chromium
+def test_dark_is_dark_and_its_words_are_light(page: Browser) -> None:
+    seen = "getComputedStyle(document.body)"
+    light = [page.run(f"{seen}.backgroundColor"), page.run(f"{seen}.color")]
+    page.dark(True)
+    dark = [page.run(f"{seen}.backgroundColor"), page.run(f"{seen}.color")]
+    paper, ink = ([sum(map(int, re.findall(r"\d+", c))) for c in pair] for pair in (light, dark))
+    assert paper[0] > 600 > 200 > paper[1]
+    assert ink[0] < 200 < 600 < ink[1]
+
+
+@needs_chromium
+def test_a_card_opens_on_a_tap_and_closes_on_the_next(page: Browser) -> None:
+    page.size(375, 800, phone=True)
+    page.tap("#trilemma .number")
+    opened = page.run(OPEN)
+    assert len(opened) == 1
+    assert "clean of ebjdat" in opened[0]
+    assert "95 % interval85.06 to 93.43 %" in opened[0]
+    box = "document.querySelector('.card:popover-open').getBoundingClientRect()"
+    assert page.run(f"{box}.left") >= 0
+    assert page.run(f"{box}.right") <= 375
+    page.tap("#trilemma h2")
+    assert page.run(OPEN) == []
+
+
+@needs_chromium
+def test_a_card_opens_on_the_keyboards_focus_and_closes_on_escape(page: Browser) -> None:
+    page.run("document.querySelector('#trilemma .sort').focus()")
+    for _ in range(len(page.run("[...document.querySelectorAll('#trilemma .sort')].map(String)"))):
+        page.press("Tab")
+    assert "clean of ebjdat" in page.run(OPEN)[0]
+    page.press("Escape")
+    assert page.run(OPEN) == []
+
+
+@needs_chromium
+def test_a_card_opens_under_the_mouse(page: Browser) -> None:
+    x, y = page.middle("#trilemma .number")
+    page.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    assert "clean of ebjdat" in page.run(OPEN)[0]
+
+
+@needs_chromium
+def test_a_hostile_record_runs_nothing(window: Browser, tmp_path: Path) -> None:
+    window.open(write([hostile_run(tmp_path)], tmp_path / "report.html"))
+    assert window.run("window.hurt") is None
+    assert window.errors == []
+    assert window.run("document.querySelectorAll('img').length") == 0
+    assert "onerror" in window.run("document.body.textContent")
+
+
+@needs_chromium
+def test_a_script_that_is_not_the_pages_own_is_refused(page: Browser) -> None:
+    page.run(
+        "(() => { const s = document.createElement('script'); s.textContent = 'window.hurt = 1';"
+        "document.body.append(s) })()"
+    )
+    assert page.run("window.hurt") is None
+
+
+@needs_chromium
+def test_on_paper_nothing_is_cut_off_and_every_protocol_is_there(page: Browser) -> None:
+    page.size(760, 1000)  # A4 at 96 dots an inch, less its margins
+    page.run("dispatchEvent(new Event('beforeprint'))")
+    page.send("Emulation.setEmulatedMedia", media="print")
+    try:
+        assert page.run("document.documentElement.scrollWidth") <= 760
+        assert page.run("document.querySelectorAll('details:not([open])').length") == 0
+    finally:
+        page.send("Emulation.setEmulatedMedia", media="")

@@ -1,0 +1,178 @@
+"""What can be judged, and what is refused before any slow work."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cli_tools import SHORT, jemkit
+from torch import Tensor, nn
+from toys import REGISTRY, linear_model
+
+import jemkit as api
+from jemkit import Bounds, ConfigError, DataError, Images, MisfitError, PixelModel
+from jemkit.evaluation import judge
+from jemkit.pixels import check_subject, pixel_model, weights_hash
+from jemkit.runtime.files import write_tensors
+from jemkit.settings import Settings, settings_of
+from jemkit.subjects import check_images, subject_at, subject_of
+from jemkit.testing import toy_task
+
+CPU = torch.device("cpu")
+TASK = toy_task()
+DATA = TASK.images("valid")
+ONLY = {"only": ("accuracy",)}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run on digits."""
+    out = tmp_path_factory.mktemp("subjects") / "run"
+    outcome = jemkit("train", *SHORT, "--quiet", "--out", str(out))
+    assert outcome.code == 0, outcome.err
+    return out
+
+
+class Sees(nn.Module):
+    """A stranger's classifier, whose logits may be spoilt."""
+
+    def __init__(self, spoil: str = "") -> None:
+        super().__init__()
+        self.linear, self.spoil = nn.Linear(64, 3), spoil
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.linear(x.flatten(1))
+        if self.spoil == "probabilities":
+            return logits.softmax(1)
+        if self.spoil == "width":
+            return logits[:, :2]
+        return logits * float("nan") if self.spoil == "nan" else logits
+
+
+def test_a_run_its_checkpoint_and_its_weights_are_one_subject(run: Path, tmp_path: Path) -> None:
+    first = subject_at(run, REGISTRY, CPU)
+    second = subject_at(run / "checkpoints" / "best", REGISTRY, CPU)
+    x = first.test.unit()[:20]
+    assert torch.equal(first.model(x), second.model(x))
+    assert first.about["sha256"] == second.about["sha256"]
+    assert first.folder == second.folder == run.resolve()
+    assert first.about["trained_radius_px"] == first.radius_px == 25.5
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((run / "config.json").read_bytes())
+    weights = run / "checkpoints" / "best" / "model.safetensors"
+    (folder / "model.safetensors").write_bytes(weights.read_bytes())
+    third = subject_at(folder, REGISTRY, CPU)
+    assert torch.equal(first.model(x), third.model(x))
+    assert third.folder == folder
+
+
+def test_weights_alone_need_the_network_that_they_belong_to(tmp_path: Path) -> None:
+    part, named = REGISTRY["network"].named("mlp-8-1")
+    path = tmp_path / "mine.safetensors"
+    model = api.LogSumExpEnergy(part.model_validate(named).build((1, 8, 8)), 10)
+    write_tensors(path, model.state_dict())
+    found = subject_at(path, REGISTRY, CPU, network="mlp-8-1", dataset={"use": "digits"})
+    x = found.test.unit()[:5]
+    assert torch.equal(found.model(x), model(2 * x - 1).logits)
+    with pytest.raises(ConfigError, match="--network"):
+        subject_at(path, REGISTRY, CPU)
+    with pytest.raises(DataError, match="do not fit the model"):
+        subject_at(path, REGISTRY, CPU, network="mlp-4-1")
+
+
+@pytest.mark.parametrize(("spoil", "error", "message"), [
+    ("probabilities", MisfitError, "gives probabilities.*softmax"),
+    ("width", MisfitError, r"logits \[\d+, 3\]"),
+    ("nan", DataError, "NaN or inf"),
+])  # fmt: skip
+def test_a_model_that_gives_no_logits_is_refused(
+    spoil: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        api.evaluate(Sees(spoil), DATA, registry=REGISTRY, **ONLY)
+
+
+@pytest.mark.parametrize(("x", "y", "message"), [
+    (torch.full((3, 1, 8, 8), 1.5), [0, 1, 2], r"from 1.5 to 1.5; wanted \[0, 1\]"),
+    (torch.rand(3, 1, 8, 8), [0, 1, 3], "label 3 is outside"),
+    (torch.rand(3, 1, 8, 8), [0, 1, 1], "none of class 2"),
+    (torch.rand(2, 1, 8, 8), [0, 1, 2], "one label each"),
+])  # fmt: skip
+def test_images_that_cannot_be_judged_on_are_refused(x: Tensor, y: list[int], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        check_images(Images(x, torch.tensor(y)), 3)
+
+
+def test_a_module_in_zero_to_one_needs_no_scaling_and_an_energy_model_brings_its_range() -> None:
+    stranger, energy = Sees(), linear_model(64, 3)
+    x = DATA.unit()
+    assert torch.equal(pixel_model(stranger)(x), stranger(x))
+    assert torch.equal(pixel_model(energy, Bounds())(x), energy(2 * x - 1).logits)
+    same = PixelModel(energy, Bounds())
+    assert pixel_model(same) is same
+    scores = pixel_model(stranger).scores(x)
+    torch.testing.assert_close(scores.energy, -stranger(x).logsumexp(1))
+
+
+def test_a_stranger_is_judged_like_a_model_of_ours_and_left_as_it_was() -> None:
+    model = Sees().train()
+    before = weights_hash(model)
+    found = api.evaluate(model, DATA, n_classes=3, registry=REGISTRY, **ONLY)
+    right = model(DATA.unit()).argmax(1) == DATA.y
+    assert found.value("clean") == right.float().mean()
+    assert weights_hash(model) == before
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_data_set_brings_its_classes_and_its_radius() -> None:
+    digits = REGISTRY["dataset"]["digits"]()
+    subject = subject_of(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), digits)
+    assert (subject.n_classes, subject.radius_px) == (10, 25.5)
+    assert subject.images is not None
+    assert len(subject.images("valid").y) == 130
+
+
+def test_the_hash_of_weights_changes_with_any_of_them() -> None:
+    model = Sees()
+    before = weights_hash(model)
+    with torch.no_grad():
+        model.linear.bias[2] += 1e-6
+    assert weights_hash(model) != before
+
+
+def test_a_checkpoint_outside_its_run_and_an_empty_folder_are_refused(
+    run: Path, tmp_path: Path
+) -> None:
+    alone = tmp_path / "somewhere" / "best"
+    shutil.copytree(run / "checkpoints" / "best", alone)
+    with pytest.raises(ConfigError, match="outside its run"):
+        subject_at(alone, REGISTRY, CPU)
+    with pytest.raises(ConfigError, match="no run of jemkit"):
+        subject_at(tmp_path, REGISTRY, CPU)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((run / "config.json").read_bytes())
+    (bare / "checkpoints").mkdir()
+    with pytest.raises(DataError, match="no complete best checkpoint"):
+        subject_at(bare, REGISTRY, CPU)
+    with pytest.raises(ConfigError, match="--network belongs to a file"):
+        subject_at(run, REGISTRY, CPU, network="mlp-8-1")
+
+
+def test_a_model_that_hardly_beats_guessing_is_warned_about() -> None:
+    guess = Sees()
+    with torch.no_grad():
+        guess.linear.weight.zero_()
+        guess.linear.bias.copy_(torch.tensor([2.0, 0, 0]))
+    found = api.evaluate(guess, DATA, registry=REGISTRY, **ONLY)
+    assert any("preprocessing inside the model" in w for w in found.warnings)
+
+
+def test_a_pass_polls_whether_to_stop() -> None:
+    subject = subject_of(Sees(), DATA)
+    asked = settings_of(ONLY)
+    with pytest.raises(api.Preempted, match="same command goes on"):
+        judge(subject, asked, REGISTRY, stop=lambda: True)
+    assert isinstance(asked, Settings)
+    check_subject(subject.model, DATA.unit(), 3)  # the poll is taken off again
