@@ -9,7 +9,7 @@ train: $(STAMP)
 	$(BIN)/jemkit train --backbone sadajem --objective ebjdat
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -rs
+	$(BIN)/python -m pytest -n 2 --dist loadfile -rs
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -18,7 +18,7 @@ acceptance: $(STAMP)
 	$(BIN)/python -m pytest -m slow -rs && $(BIN)/python benchmarks/acceptance.py
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py && $(BIN)/python benchmarks/steps.py && $(BIN)/python benchmarks/charts.py
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from jemkit.energy import Scores
+from jemkit.modes import eval_mode
 from jemkit.pixels import PixelModel
 
 
@@ -30,7 +31,7 @@ class Anchored(PixelModel):
 def anchored(subject: PixelModel, pixels: Tensor) -> PixelModel:
     """The model as it is, or Anchored where no path leads from its logits to these pixels."""
     x = pixels.detach().clone().requires_grad_()
-    with torch.enable_grad():
+    with torch.enable_grad(), eval_mode(subject):  # in train mode batch norm would learn from it
         logits = subject(x)
         if logits.requires_grad:
             (grad,) = torch.autograd.grad(logits.sum(), x, allow_unused=True)

@@ -6,7 +6,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
+from jemkit import team
 from jemkit.backbone import Backbone, Task, check_stem
+from jemkit.compiled import CompiledChains, CompiledGradient
 from jemkit.data import Loader, positives
 from jemkit.density import Buffered
 from jemkit.distance import UsesDistances
@@ -14,11 +16,14 @@ from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.modes import eval_mode
 from jemkit.objective import Conditional, Objective, ObjectiveSpec, Remembering
 from jemkit.recipe import Recipe
+from jemkit.runtime import distributed
 from jemkit.runtime.numerics import InPrecision, device_of, laid_out
 from jemkit.seeds import generator
 from jemkit.splits import Splits
 from jemkit.starts import images_hash
 from jemkit.update import EMA, Stateful, Updater
+
+State = dict[str, Any]
 
 
 class Assembly(NamedTuple):
@@ -34,30 +39,44 @@ class Assembly(NamedTuple):
     updater: Updater
     ema: EMA | None
     loader: Loader  # with a generator of its own, so that a sampler never moves the data
+    compiled: CompiledGradient | None = None  # what chains go by, under --compile
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that a step changes."""
-        density = self.backbone.density if self.backbone.has_density else None
-        remembered = self.objective if isinstance(self.objective, Remembering) else None
-        return {
-            "device": self.device.type,
-            "model": self.backbone.model.state_dict(),
-            "ema": self.ema.average if self.ema else None,
-            "optimizer": self.optimizer.state_dict(),
-            "updater": self.updater.state_dict() if isinstance(self.updater, Stateful) else None,
-            "density": density.state_dict() if density else None,
-            "objective": remembered.state_dict() if remembered else None,
-            "loader": self.loader.state_dict(),
-            "rng": self.rng.get_state(),
-        }
+    def state_dict(self) -> State:
+        """All that a step changes; of every process of a group, asked of the first one alone."""
+        return {**self._shared_state(), **team.gathered(self.own_state())}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
+        """Take a state up; the first process of a group hands it on to the others."""
         if state["device"] != self.device.type:
             raise ConfigError(
                 f"the run was saved on {state['device']} and cannot go on bit for bit on "
                 f"{self.device.type}; use --device {state['device']}, or begin a new run with "
                 "--init-from"
             )
+        self.take(team.handed_on(state))
+
+    def own_state(self) -> State:
+        """What every process has for itself."""
+        density = self.backbone.density if self.backbone.has_density else None
+        remembered = self.objective if isinstance(self.objective, Remembering) else None
+        return {
+            "density": density.state_dict() if density else None,
+            "objective": remembered.state_dict() if remembered else None,
+            "rng": self.rng.get_state(),
+        }
+
+    def _shared_state(self) -> State:
+        return {
+            "device": self.device.type,
+            "model": self.backbone.model.state_dict(),
+            "ema": self.ema.average if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "updater": self.updater.state_dict() if isinstance(self.updater, Stateful) else None,
+            "loader": self.loader.state_dict(),
+        }
+
+    def take(self, state: State) -> None:
+        """Go on from a state, with this process's share of it."""
         load_model(self.backbone.model, state["model"])
         if self.ema is not None:
             for name, tensor in self.ema.average.items():
@@ -66,16 +85,18 @@ class Assembly(NamedTuple):
         lay_like_parameters(self.optimizer)
         if isinstance(self.updater, Stateful):
             self.updater.load_state_dict(state["updater"])
+        own = team.share_of(state, self.rng.get_state())
         if self.backbone.has_density:
-            self.backbone.density.load_state_dict(state["density"])
+            self.backbone.density.load_state_dict(own["density"])
         if isinstance(self.objective, Remembering):
-            self.objective.load_state_dict(state["objective"])
+            self.objective.load_state_dict(own["objective"])
         self.loader.load_state_dict(state["loader"])
-        self.rng.set_state(state["rng"])
+        self.rng.set_state(own["rng"])
 
 
 def put_together(recipe: Recipe) -> Assembly:
     """Build and check; raises ConfigError or DataError."""
+    team.build()
     run = recipe.run
     device = device_of(run.device)
     splits = Splits(recipe.data, valid_fraction=run.valid_fraction, max_train=run.max_train)
@@ -91,10 +112,12 @@ def put_together(recipe: Recipe) -> Assembly:
     if isinstance(objective, Remembering):
         parameters += objective.parameters()
     optimizer = recipe.optimizer.build(parameters, fused=device.type == "cuda")
+    unit = CompiledGradient() if run.compile else None
+    if unit is not None:
+        objective = CompiledChains(objective, unit)  # type: ignore[assignment]
     if run.precision == "bf16":
         objective = InPrecision(objective, device.type)  # type: ignore[assignment]
-    if run.compile:
-        model.compile()
+    rng = team.split(backbone, rng, run.seed)
     loader = Loader(
         splits.images("train").to(device),
         run.batch_size,
@@ -102,6 +125,7 @@ def put_together(recipe: Recipe) -> Assembly:
         views=backbone.views,
         bounds=task.bounds,
         augmentation=task.augmentation,
+        shard=distributed.shard(),
     )
     return Assembly(
         device=device,
@@ -114,6 +138,7 @@ def put_together(recipe: Recipe) -> Assembly:
         updater=recipe.updater.build(model, optimizer),
         ema=EMA(model, run.ema_decay) if run.ema_decay else None,
         loader=loader,
+        compiled=unit,
     )
 
 

@@ -1,6 +1,6 @@
 """Attacks: chains up a loss inside a ball around x, and whatever else fools a model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from jemkit.data import Bounds
+from jemkit.energy import EnergyFn
 from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.modes import eval_mode, frozen
 from jemkit.options import Options, Radius
@@ -164,25 +165,35 @@ class PGD(Options):
                 best.see(z, loss, logits.argmax(1) != y)
                 return -loss
 
-            kernel = self.kernel(x, threat.radius_px, UNIT, norm)
-            for _ in range(self.restarts):
-                start = kernel.project(perturbed(x, threat.eps, rng, norm))
-                end = run(kernel, energy, start, rng, self.steps)
-                with torch.no_grad():
-                    energy(end)
+            self.climb(energy, x, threat.radius_px, norm, rng)
             return best.x
 
         return {self.label: perturb}
 
     def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
-        step = threat.radius_px / 4 if self.step_px is None else self.step_px
+        usual = threat.radius_px / 4
+        step = usual if self.step_px is None else self.step_px
+        why = f"steps of {step:g}/255 and not a quarter of the radius, {usual:g}/255"
         return {
             "steps": self.steps,
             "step_px": step,
             "restarts": self.restarts,
             "start": "uniform in the ball",
             "kept": "the worst of all steps",
+            **nonstandard([why] if step != usual else []),
         }
+
+    def climb(
+        self, energy: EnergyFn, x: Tensor, radius_px: float, norm: Ball, rng: Generator
+    ) -> None:
+        """Go down an energy in the ball from every start; it sees each state, and keeps what it
+        wants."""
+        kernel = self.kernel(x, radius_px, UNIT, norm)
+        for _ in range(self.restarts):
+            start = kernel.project(perturbed(x, UNIT.px(radius_px), rng, norm))
+            end = run(kernel, energy, start, rng, self.steps)
+            with torch.no_grad():
+                energy(end)
 
     def kernel(self, x: Tensor, radius_px: float, bounds: Bounds, norm: Ball) -> Projected:
         """Steepest ascent around x, projected; for an energy, which is a loss upside down."""
@@ -200,6 +211,20 @@ class PGD(Options):
                 f"pgd is set to {own}, and the evaluation to {threat._asdict()}: in an evaluation "
                 "every attack has the same norm and radius; leave pgd's own unset"
             )
+
+
+def nonstandard(why: Iterable[str]) -> dict[str, Any]:
+    """What a card says of settings that are not the published ones; nothing where they are."""
+    reasons = "; ".join(dict.fromkeys(why))
+    return {"standard": False, "why": reasons} if reasons else {}
+
+
+def departing(attack: Options, names: Iterable[str]) -> list[str]:
+    """Which of an attack's options, that its figure's name does not tell, are not its defaults."""
+    defaults = type(attack).model_fields
+    given = {name: getattr(attack, name) for name in names}
+    return [f"{k} {v}, not {defaults[k].default}" for k, v in given.items()
+            if v != defaults[k].default]  # fmt: skip
 
 
 def ball_of(threat: Threat, name: str) -> Ball:

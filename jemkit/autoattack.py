@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from jemkit.attack import Perturb, Threat
+from jemkit.blackbox import margin
 from jemkit.errors import DataError
 from jemkit.pixels import PixelModel
 
@@ -115,19 +116,13 @@ class Stage:
         name = "ce" if loss == "ce" else "dlr"
         part = APGDAttack(logits, loss=name, logger=LOG, **ascent, **usual)
         if "margin" in loss:
-            part.dlr_loss = _margin
+            part.dlr_loss = lambda z, y: -margin(z, y)
         return part
 
 
 def package() -> str:
     """Who computes the parts, for a protocol."""
     return f"pyautoattack {importlib.metadata.version('pyautoattack')}"
-
-
-def nonstandard(why: Iterable[str]) -> dict[str, Any]:
-    """What a card says of settings that are not the published ones; nothing where they are."""
-    reasons = "; ".join(dict.fromkeys(why))
-    return {"standard": False, "why": reasons} if reasons else {}
 
 
 @contextmanager
@@ -157,8 +152,3 @@ class _Logits:
 
 def _at(logits: Tensor, y: Tensor) -> Tensor:
     return logits.gather(1, y[:, None]).squeeze(1)
-
-
-def _margin(logits: Tensor, y: Tensor) -> Tensor:
-    """How far the likeliest other class lies above y, [B]."""
-    return logits.scatter(1, y[:, None], -torch.inf).amax(1) - _at(logits, y)

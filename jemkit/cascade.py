@@ -3,7 +3,8 @@
 import hashlib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from jemkit.attack import Attack, ModelAttack, Perturb, Threat
+from jemkit.autoattack import random_state_kept
 from jemkit.data import Images
 from jemkit.errors import DataError, MisfitError
 from jemkit.evaluator import AnyAttack, Context, batches, no_progress
@@ -114,7 +116,8 @@ class _Course:
             self.seconds += float(piece["seconds"])
 
     def _clean(self, _: int) -> Piece:
-        right = [self._right(x, y, "clean") for x, y in batches(self.data, self.ctx)]
+        with repeatable(Generator(self.ctx.rng.device).manual_seed(self.ctx.seed)):
+            right = [self._right(x, y, "clean") for x, y in batches(self.data, self.ctx)]
         return {"right": torch.cat(right)}
 
     def _batch(self, index: Tensor, perturb: Perturb) -> Piece:
@@ -122,9 +125,11 @@ class _Course:
         device = self.ctx.rng.device
         part = self.data.take(index).to(device)
         x, y = part.unit(), part.y
-        x_adv = perturb(x, y, Generator(device).manual_seed(self.ctx.seed)).detach()
-        check_bound(x, x_adv, self.ctx.threat, self.name)
-        right = self._right(x_adv, y, "attacked")
+        rng = Generator(device).manual_seed(self.ctx.seed)
+        with repeatable(rng):
+            x_adv = perturb(x, y, rng).detach()
+            check_bound(x, x_adv, self.ctx.threat, self.name)
+            right = self._right(x_adv, y, "attacked")
         seconds = torch.tensor(time.monotonic() - began, dtype=torch.float64)
         return {"x_adv": x_adv.cpu(), "right": right, "seconds": seconds}
 
@@ -135,6 +140,17 @@ class _Course:
             raise DataError(f"the model's logits hold NaN or inf on {which} images")
         right: Tensor = logits.argmax(1) == y
         return right.to(torch.uint8).cpu()
+
+
+@contextmanager
+def repeatable(rng: Generator) -> Iterator[None]:
+    """A model that draws from torch's global generators draws as from `rng`; they are put back."""
+    with random_state_kept():
+        if rng.device.type == "cuda":
+            torch.cuda.set_rng_state(rng.get_state(), rng.device)
+        cpu = Generator().manual_seed(rng.initial_seed())
+        torch.set_rng_state(cpu.get_state())
+        yield
 
 
 @dataclass(frozen=True)
@@ -195,7 +211,7 @@ def check_bound(x: Tensor, x_adv: Tensor, threat: Threat, name: str) -> dict[str
 
 def _n_classes(subject: PixelModel, data: Images, ctx: Context) -> int:
     part = data.take(torch.arange(1)).to(ctx.rng.device)
-    with torch.no_grad():
+    with torch.no_grad(), random_state_kept():
         return len(subject(part.unit())[0])
 
 

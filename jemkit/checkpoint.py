@@ -4,48 +4,86 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from jemkit.errors import DataError
+from jemkit.runtime.behind import Behind
+from jemkit.runtime.disk import until_room
 from jemkit.runtime.files import load_tensors, read_json, sync_folder, write_json, write_tensors
+from jemkit.runtime.trees import Snapshot, differing, packed, same, unpacked
+
+__all__ = [
+    "FILES", "FORMAT", "MANIFEST", "MODEL", "Sound", "Writer", "differing", "file_hash", "load",
+    "load_weights", "newest", "prune", "recover", "remove", "same", "save", "set_aside", "sound",
+    "verify",
+]  # fmt: skip
 
 FORMAT = 1
 MODEL, TENSORS = "model.safetensors", "state.safetensors"
 TREE, MANIFEST = "state.json", "manifest.json"
 FILES = (MODEL, TENSORS, TREE)
+State = dict[str, Any]
+MIGRATIONS: dict[int, Callable[[State], State]] = {}
+"""What makes a state of an older format one of the next."""
 
 
-def save(path: Path, state: dict[str, Any]) -> str:
+def save(path: Path, state: State, *, best: Path | None = None) -> str:
     """Write `state` as the folder `path`, whole or not at all; give back the model's SHA-256.
 
     `state["model"]` is a state dict; the rest may be any tree of dicts, lists, tensors and plain
-    values, keys of dicts being strings or integers.
+    values, keys of dicts being strings or integers. `best` gets the same files, and gets them
+    first: a run never goes on from a checkpoint that says of itself to be the best and is not kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    work = until_room(path, lambda: _work(path))
     try:
-        write_tensors(work / MODEL, state["model"])
+        hashes = {MODEL: write_tensors(work / MODEL, state["model"])}
         tensors: dict[str, Tensor] = {}
         rest = {name: value for name, value in state.items() if name != "model"}
-        tree = _packed(rest, "", tensors)
-        write_tensors(work / TENSORS, tensors)
-        write_json(work / TREE, {"format": FORMAT, "tree": tree})
-        hashes = {name: file_hash(work / name) for name in FILES}
+        tree = packed(rest, "", tensors)
+        hashes[TENSORS] = write_tensors(work / TENSORS, tensors)
+        hashes[TREE] = write_json(work / TREE, {"format": FORMAT, "tree": tree})
         write_json(work / MANIFEST, {"format": FORMAT, "sha256": hashes})
         os.chmod(work, 0o755)
-        _put(work, path)
+        if best is not None:
+            until_room(best, lambda: _twin(work, best))
+        until_room(path, lambda: _put(work, path))
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
     return hashes[MODEL]
 
 
+def _work(path: Path) -> Path:
+    return Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+
+
+def _twin(work: Path, path: Path) -> None:
+    """The same files once more as the folder `path`, by links where the disk has them."""
+    twin = _work(path)
+    try:
+        for name in (*FILES, MANIFEST):
+            try:
+                os.link(work / name, twin / name)
+            except OSError:
+                shutil.copyfile(work / name, twin / name)
+        os.chmod(twin, 0o755)
+        sync_folder(twin)
+        _put(twin, path)
+    except BaseException:
+        shutil.rmtree(twin, ignore_errors=True)
+        raise
+
+
 def _put(work: Path, path: Path) -> None:
-    """Rename `work` to `path`; what stood there is deleted last, or put back on an error."""
+    """Rename `work` to `path`; what stood there is deleted last, or put back on an error.
+
+    A kill between the two renames leaves it under its other name, from where `recover` takes it.
+    """
     aside = work.with_name(f"{work.name}.old")
     if path.exists():
         os.replace(path, aside)
@@ -59,12 +97,21 @@ def _put(work: Path, path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path) -> State:
     """The state that `save` wrote; a DataError where a file is missing, damaged or not ours."""
     verify(path)
     saved = read_json(path / TREE)
-    state = _unpacked(saved["tree"], load_tensors(path / TENSORS))
-    return {**state, "model": load_tensors(path / MODEL)}
+    tensors, model = load_tensors(path / TENSORS), load_tensors(path / MODEL)
+    try:
+        written = saved["format"]
+        state = {**unpacked(saved["tree"], tensors), "model": model}
+        for older in range(written, FORMAT):
+            state = MIGRATIONS[older](state)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path / TREE} is no state of a run: {type(error).__name__}: {error}"
+        ) from None
+    return state
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -86,9 +133,10 @@ def verify(path: Path) -> dict[str, str]:
     hashes = manifest.get("sha256") if isinstance(manifest, dict) else None
     if not isinstance(hashes, dict) or set(hashes) != set(FILES):
         raise DataError(f"{path / MANIFEST} is not a manifest of jemkit")
-    if manifest.get("format") != FORMAT:
+    if manifest.get("format") not in (FORMAT, *MIGRATIONS):
         raise DataError(
-            f"{path} has checkpoint format {manifest.get('format')!r}; this jemkit reads {FORMAT}"
+            f"{path} has checkpoint format {manifest.get('format')!r}; this jemkit reads "
+            f"{', '.join(map(str, sorted({FORMAT, *MIGRATIONS})))}"
         )
     for name, wanted in hashes.items():
         if not (path / name).is_file():
@@ -103,58 +151,100 @@ def verify(path: Path) -> dict[str, str]:
 
 def newest(folder: Path) -> Path | None:
     """The newest complete checkpoint `step-N` of a folder."""
-    found = [p for p in folder.glob("step-*") if (p / MANIFEST).exists()]
-    return max(found, key=lambda p: p.name, default=None)
+    return max(_complete(folder), key=lambda p: p.name, default=None)
+
+
+class Sound(NamedTuple):
+    """The newest checkpoint that can be read, and what stands before it that cannot."""
+
+    path: Path
+    state: State
+    damaged: dict[Path, DataError]  # newer ones, and why
+
+
+def sound(folder: Path) -> Sound:
+    """Read the newest checkpoint that verifies; a DataError where none does."""
+    damaged: dict[Path, DataError] = {}
+    for path in sorted(_complete(folder), reverse=True):
+        try:
+            return Sound(path, load(path), damaged)
+        except DataError as error:
+            damaged[path] = error
+    if damaged:
+        reasons = "; ".join(map(str, damaged.values()))
+        raise DataError(f"no checkpoint in {folder} can be read: {reasons}")
+    raise DataError(f"{folder.parent} holds no complete checkpoint to resume from")
+
+
+def set_aside(path: Path) -> Path:
+    """Take a damaged checkpoint out of the way of the next one of its name; nothing is deleted."""
+    taken = {p.name for p in path.parent.iterdir()}
+    names = (f"damaged-{path.name}{'' if not i else f'-{i}'}" for i in range(len(taken) + 1))
+    aside = path.with_name(next(name for name in names if name not in taken))
+    os.replace(path, aside)
+    return aside
+
+
+def recover(folder: Path) -> None:
+    """Put back what a kill between two renames left under another name."""
+    for aside in sorted(folder.glob(".*.old")):
+        path = folder / aside.name[1:].split(".")[0]
+        if not path.exists() and (aside / MANIFEST).exists():
+            os.replace(aside, path)
 
 
 def prune(folder: Path, keep: int) -> None:
     """Leave the newest `keep` checkpoints; clear what interrupted writes left behind."""
-    found = sorted(p for p in folder.glob("step-*") if (p / MANIFEST).exists())
-    for old in found[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    for aside in folder.glob(".best.*.old"):  # a kill between two renames left no best
-        if not (folder / "best").exists():
-            os.replace(aside, folder / "best")
+    recover(folder)
+    for old in sorted(_complete(folder))[:-keep]:
+        remove(old)
     for orphan in [*folder.glob(".step-*"), *folder.glob(".best.*")]:
         shutil.rmtree(orphan, ignore_errors=True)
 
 
+def remove(path: Path) -> None:
+    """Delete a checkpoint; killed half-way, what is left of it does not pass for a damaged one."""
+    gone = path.with_name(f".{path.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _complete(folder: Path) -> list[Path]:
+    return [p for p in folder.glob("step-*") if (p / MANIFEST).exists()]
+
+
 def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _packed(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """A tree as JSON; its tensors go to `tensors` under their path."""
-    if isinstance(value, Tensor):
-        tensors[key] = value
-        return {"tensor": key}
-    if isinstance(value, dict):
-        items = [[k, _packed(v, f"{key}/{k}", tensors)] for k, v in value.items()]
-        return {"items": items}
-    if isinstance(value, list | tuple):
-        return {"list": [_packed(v, f"{key}/{i}", tensors) for i, v in enumerate(value)]}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"a checkpoint cannot hold {type(value).__name__} (at {key})")
+class Writer:
+    """Writes checkpoints behind a run's back, one at a time and in order.
 
+    `save` copies the state to the host's memory and returns; a thread writes the files. What fails
+    there is raised by the next `save` or `wait`; call `wait` last.
+    """
 
-def _unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if not isinstance(value, dict):
-        return value
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    if "list" in value:
-        return [_unpacked(v, tensors) for v in value["list"]]
-    return {k: _unpacked(v, tensors) for k, v in value["items"]}
+    def __init__(self) -> None:
+        self._behind, self._snapshot = Behind(), Snapshot()
 
+    def save(
+        self,
+        path: Path,
+        state: State,
+        *,
+        best: Path | None = None,
+        then: Callable[[], object] = bool,
+    ) -> None:
+        """As `checkpoint.save`, once the one before is written; `then` is called after it."""
+        self.wait()
+        copied = self._snapshot.of(state)
+        self._behind.start(lambda: (save(path, copied, best=best), then()))
 
-def same(a: Any, b: Any) -> bool:
-    """Whether two states are equal bit for bit."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
-    if isinstance(a, dict) and isinstance(b, dict):
-        return set(a) == set(b) and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
+    def wait(self) -> None:
+        """Return when all is written; raise what went wrong."""
+        self._behind.wait()

@@ -7,9 +7,10 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from jemkit.energy import Stream
-from jemkit.errors import DataError
+from jemkit.errors import ConfigError, DataError
 from jemkit.objective import Batch
 from jemkit.options import Options
+from jemkit.runtime.ledger import WHOLE, Shard
 
 Split = Literal["train", "test"]
 SIZES = (8, 64)
@@ -129,7 +130,11 @@ class Views(Options):
 
 
 class Loader:
-    """Batches without end, drawn on the run's device in whole batches; its state can be saved."""
+    """Batches without end, drawn on the run's device in whole batches; its state can be saved.
+
+    Of several processes each takes every `shard.size`-th row of the same batch, and of the numbers
+    drawn for its views: together they see what one process would.
+    """
 
     def __init__(
         self,
@@ -140,10 +145,12 @@ class Loader:
         views: Views,
         bounds: Bounds,
         augmentation: Augmentation,
+        shard: Shard = WHOLE,
     ) -> None:
-        self.images, self.rng = images, rng
+        self.images, self.rng, self.shard = images, rng, shard
         self.batch_size = min(batch_size, len(images.y))
         self.views, self.bounds, self.augmentation = views, bounds, augmentation
+        check_shares(self.batch_size, views, shard)
         self.steps_per_epoch = len(images.y) // self.batch_size
         self.step = 0
         self.order = torch.empty(0, dtype=torch.int64, device=images.x.device)
@@ -154,10 +161,10 @@ class Loader:
         if at == 0:
             n = len(self.images.y)
             self.order = torch.randperm(n, generator=self.rng, device=self.images.x.device)
-        index = self.order[at * self.batch_size : (at + 1) * self.batch_size]
+        index = self.order[at * self.batch_size : (at + 1) * self.batch_size][self._rows]
         found = self.images.take(index)
         views = self.views
-        n_pos = positives(len(index), views)
+        n_pos = positives(self.batch_size, views) // self.shard.size
         x = self._view(found, augment=views.augment_x, noise=views.noise_x)
         pos = Images(found.x[:n_pos], found.y[:n_pos])
         x_pos = self._view(pos, augment=views.augment_pos, noise=views.noise_pos)
@@ -166,11 +173,19 @@ class Loader:
         return batch
 
     def _view(self, images: Images, *, augment: bool, noise: float) -> Tensor:
-        x = augmented(images.x, self.augmentation, self.rng) if augment else images.x
+        x = images.x
+        if augment:
+            x = augmented(x, self.augmentation, self.rng, self.shard)
         x = self.bounds.from_unit(Images(x, images.y).unit())
         if noise:
-            x = x + noise * torch.randn(x.shape, generator=self.rng, device=x.device)
+            whole = (len(x) * self.shard.size, *x.shape[1:])
+            drawn = torch.randn(whole, generator=self.rng, device=x.device)
+            x = x + noise * drawn[self._rows]
         return x
+
+    @property
+    def _rows(self) -> slice:
+        return slice(self.shard.rank, None, self.shard.size)
 
     def state_dict(self) -> dict[str, Tensor | int]:
         return {"step": self.step, "order": self.order, "rng": self.rng.get_state()}
@@ -186,17 +201,30 @@ def positives(batch_size: int, views: Views) -> int:
     return max(1, round(views.pos_share * batch_size))
 
 
-def augmented(x: Tensor, augmentation: Augmentation, rng: Generator) -> Tensor:
+def check_shares(batch_size: int, views: Views, shard: Shard) -> None:
+    """Refuse a batch that the processes could not share evenly."""
+    for what, n in ("images", batch_size), ("images of the density", positives(batch_size, views)):
+        if n % shard.size:
+            raise ConfigError(
+                f"{shard.size} processes cannot share {n} {what} a step evenly; set run.batch_size "
+                f"to a multiple of {shard.size}"
+            )
+
+
+def augmented(
+    x: Tensor, augmentation: Augmentation, rng: Generator, shard: Shard = WHOLE
+) -> Tensor:
     """Reflect-padded crops and mirror images of [B, C, H, W], as one gather for the batch."""
     n, _, height, width = x.shape
+    whole, own = n * shard.size, slice(shard.rank, None, shard.size)
     pad = augmentation.pad
     rows = torch.arange(height, device=x.device).expand(n, -1)
     columns = torch.arange(width, device=x.device).expand(n, -1)
     if pad:
-        shift = torch.randint(-pad, pad + 1, (2, n, 1), generator=rng, device=x.device)
+        shift = torch.randint(-pad, pad + 1, (2, whole, 1), generator=rng, device=x.device)[:, own]
         rows, columns = reflected(rows + shift[0], height), reflected(columns + shift[1], width)
     if augmentation.flip:
-        mirror = torch.rand((n, 1), generator=rng, device=x.device) < 0.5
+        mirror = torch.rand((whole, 1), generator=rng, device=x.device)[own] < 0.5
         columns = torch.where(mirror, columns.flip(1), columns)
     if not pad and not augmentation.flip:
         return x

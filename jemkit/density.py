@@ -11,6 +11,7 @@ from jemkit.energy import EnergyModel, ModelEnergy
 from jemkit.errors import ConfigError, MisfitError
 from jemkit.modes import BatchNormMode, sampling_mode
 from jemkit.options import Options
+from jemkit.runtime import distributed
 from jemkit.sampling import Boxed, Sampler, run
 from jemkit.starts import Start
 
@@ -184,8 +185,13 @@ class ContrastiveDensity:
 
     def _size(self, positive: Tensor, negative: Tensor) -> Tensor:
         if self.options.penalty_on == "means":  # SADA-JEM
-            return positive.mean().square() + negative.mean().square()
-        return positive.square().mean() + negative.mean().square()  # M-EBM
+            return distributed.mean(positive).square() + distributed.mean(negative).square()
+        return positive.square().mean() + distributed.mean(negative).square()  # M-EBM
+
+    def penalise(self, weight: float) -> None:
+        """Hold the size of the energies down by at least this much."""
+        weight = max(weight, self.options.penalty)
+        self.options = self.options.model_copy(update={"penalty": weight})
 
     def mark(self) -> None:
         self.buffer.mark()
@@ -212,6 +218,13 @@ class Buffered(Protocol):
     """A density that keeps a replay buffer."""
 
     buffer: ReplayBuffer
+
+
+@runtime_checkable
+class Penalised(Protocol):
+    """A density that can hold the size of the energies down."""
+
+    def penalise(self, weight: float) -> None: ...
 
 
 @runtime_checkable

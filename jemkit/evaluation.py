@@ -1,5 +1,6 @@
 """Evaluation: a model, its attacks and evaluators, and the record of all that they find."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from jemkit import record as records
+from jemkit.autoattack import random_state_kept
 from jemkit.cascade import as_model_attack
 from jemkit.data import Dataset, Images
 from jemkit.evaluator import (
@@ -27,7 +29,7 @@ from jemkit.record import Record
 from jemkit.refined import Refined, Refinement, refined
 from jemkit.registry import Registry, installed
 from jemkit.runtime.folder import versions
-from jemkit.runtime.ledger import WHOLE, Shard
+from jemkit.runtime.ledger import WHOLE, Shard, tensors_hash
 from jemkit.runtime.numerics import device_of, numerics
 from jemkit.seeds import generator
 from jemkit.settings import Settings, attacks_of, evaluators_of, settings_of, threat_of
@@ -46,7 +48,7 @@ def evaluate(
     *,
     n_classes: int | None = None,
     registry: Registry | None = None,
-    out: Path | None = None,
+    out: Path | str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     **settings: Any,
 ) -> Record:
@@ -55,7 +57,8 @@ def evaluate(
     `settings` are the fields of `Settings`: attacks=("aa",), eps_px=8, norm="L2", ... With a
     folder `out` the record is written there, and half-done work survives a kill.
     """
-    subject = subject_of(model, dataset, n_classes)._replace(folder=out)
+    folder = None if out is None else Path(out)
+    subject = subject_of(model, dataset, n_classes)._replace(folder=folder)
     parts = registry or installed()
     return judge(subject, settings_of(settings), parts, progress=progress)
 
@@ -89,7 +92,7 @@ def judge(
     for name, attack in attacks.items():  # what does not fit is refused before anything slow
         as_model_attack(attack, name).bind(subject.model, ctx.threat)
     threads = max(1, torch.get_num_threads() // shard.size)  # the same in all of them
-    with numerics(threads=threads):
+    with numerics(threads=threads), random_state_kept():  # a model may draw from torch's own
         first = data.take(torch.arange(min(n, settings.batch_size))).to(ctx.rng.device)
         with eval_mode(subject.model):
             check_subject(subject.model, first.unit(), subject.n_classes)
@@ -140,7 +143,10 @@ class _Judgement:
     def _figures(self, name: str, evaluator: Evaluator) -> list[Figure]:
         rng = generator(self.ctx.rng.device, self.settings.seed, name)
         ctx = replace(self.ctx, rng=rng, card={**self.ctx.card, "evaluator": name})
+        began = time.monotonic()
         figures = measure(self.subject.model, self.data, [evaluator], ctx)
+        took = {"seconds": round(time.monotonic() - began, 3)}  # an attack has its own
+        figures = [f._replace(protocol={**took, **f.protocol}) for f in figures]
         if name == "accuracy":
             self._warn_if_guessing(figures[0])
         return figures
@@ -179,6 +185,7 @@ def _context(
         "radius_px": threat.radius_px,
         "trained_radius_px": subject.about.get("trained_radius_px"),
         "checkpoint": subject.about["sha256"],
+        "data_sha256": tensors_hash(data._asdict()),
         "versions": versions(),
         "device": device.type,
     }

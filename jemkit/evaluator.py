@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from jemkit.attack import Attack, ModelAttack, Threat
 from jemkit.data import Images
-from jemkit.errors import MisfitError, Preempted
+from jemkit.errors import DataError, MisfitError, Preempted
 from jemkit.figures import Figure, share
 from jemkit.modes import eval_mode, frozen
 from jemkit.options import Options
@@ -125,7 +125,10 @@ class Accuracy(Options):
         right = []
         with torch.no_grad():
             for x, y in batches(data, ctx, "clean accuracy"):
-                right.append((subject(x).argmax(1) == y).cpu())
+                logits = subject(x)
+                if not logits.isfinite().all():  # an argmax would pass NaN off as a class
+                    raise DataError("the model's logits hold NaN or inf on clean images")
+                right.append((logits.argmax(1) == y).cpu())
         rows = torch.cat(right)
         ctx.notes.rows["clean"] = rows
         return [share("clean", int(rows.sum()), len(rows), ctx.card)]

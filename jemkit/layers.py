@@ -64,7 +64,7 @@ class Stack:
     def _spelt(self, kind: str, use: Any, origin: str) -> tuple[str, Table]:
         """A part's registered name, and the options in its pattern: wrn-16-2 has depth 16."""
         if kind == "optimizer":
-            if use not in OPTIMIZERS:
+            if not isinstance(use, str) or use not in OPTIMIZERS:
                 there = ", ".join(sorted(OPTIMIZERS))
                 raise UnknownName(
                     f"no optimizer {use!r}{nearest(str(use), OPTIMIZERS)}. "
@@ -108,7 +108,7 @@ def part_defaults(part: type[Options], registry: Registry) -> Table:
     known = {
         name: field.get_default(call_default_factory=True, validated_data={})
         for name, field in part.model_fields.items()
-        if not field.is_required()
+        if not (field.is_required() or field.exclude)
     }
     whole = part.model_construct(**known)
     dumped = whole.model_dump(mode="json", context=registry.context, include=set(known))
@@ -150,9 +150,10 @@ def read_layer(source: Path | Mapping[str, Any]) -> Table:
         raise ConfigError(f"{source} is missing") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{source} cannot be read as a recipe: {error}") from None
-    if not isinstance(table, dict):
+    found = table.get("recipe", table) if isinstance(table, dict) else table
+    if not isinstance(found, dict):
         raise ConfigError(f"{source} holds no table")
-    return table.get("recipe", table)  # type: ignore[no-any-return]
+    return found
 
 
 def override_layers(texts: Iterable[str]) -> list[Layer]:

@@ -11,11 +11,13 @@ from torch import Generator, Tensor, nn
 
 from jemkit.energy import Network
 from jemkit.options import Options
+from jemkit.runtime.syncnorm import SyncBatchNorm
 
 Shape = tuple[int, int, int]
 """[C, H, W] of one image."""
 
-Norm = Literal["none", "batch", "instance", "group"]
+Norm = Literal["none", "batch", "sync", "instance", "group"]
+"""Among several processes `batch` normalises each one's rows apart, `sync` all of them together."""
 
 
 @runtime_checkable
@@ -43,11 +45,20 @@ def lent(rng: Generator) -> Iterator[None]:
 def norm_layer(norm: Norm, channels: int, momentum: float = 0.1) -> nn.Module:
     if norm == "batch":
         return nn.BatchNorm2d(channels, momentum=momentum)
+    if norm == "sync":
+        return SyncBatchNorm(channels, momentum=momentum)
     if norm == "instance":
         return nn.InstanceNorm2d(channels, affine=True)
     if norm == "group":
         return nn.GroupNorm(next(g for g in (8, 4, 2, 1) if channels % g == 0), channels)
     return nn.Identity()
+
+
+def activated(norm: nn.Module, x: Tensor) -> Tensor:
+    """LeakyReLU 0.2 of a normalised x, written over what the norm made: a backward pass needs the
+    norm's input and the activation's output, so a quarter of a step's memory is saved."""
+    h: Tensor = norm(x)
+    return F.leaky_relu(h, 0.2) if h is x else F.leaky_relu_(h, 0.2)
 
 
 class WideBlock(nn.Module):
@@ -63,9 +74,9 @@ class WideBlock(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Conv2d(inner, outer, 1, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.leaky_relu(self.norm1(x), 0.2))
-        h = self.conv2(F.leaky_relu(self.norm2(h), 0.2))
-        return h + self.shortcut(x)  # type: ignore[no-any-return]
+        h = self.conv1(activated(self.norm1, x))
+        h = self.conv2(activated(self.norm2, h))
+        return h.add_(self.shortcut(x))  # type: ignore[no-any-return]
 
 
 class WideResNet(Network):
@@ -90,8 +101,7 @@ class WideResNet(Network):
         return self.first(x)  # type: ignore[no-any-return]
 
     def trunk(self, h: Tensor) -> Tensor:
-        h = F.leaky_relu(self.norm(self.blocks(h)), 0.2)
-        return h.mean(dim=(2, 3))
+        return activated(self.norm, self.blocks(h)).mean(dim=(2, 3))
 
 
 class WRN(Options):

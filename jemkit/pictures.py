@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jemkit.histograms import histograms
 from jemkit.runtime.files import write_bytes
 
 LEGEND = {
@@ -21,22 +22,8 @@ LEGEND = {
 
 
 def save_grid(path: Path, pixels: Tensor, *, columns: int = 10, scale: int | None = None) -> None:
-    """Images [N, C, H, W] in [0, 1] as one PNG, rounded to 8 bits; small ones are enlarged."""
-    from PIL import Image
-
-    scale = scale or max(1, 64 // pixels.shape[-1])
-    tiles = to_bytes(pixels).permute(0, 2, 3, 1).cpu().numpy()
-    n, height, width, channels = tiles.shape
-    rows = -(-n // columns)
-    canvas = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), 128, np.uint8)
-    for i, tile in enumerate(tiles):
-        top, left = (i // columns) * (height + 1) + 1, (i % columns) * (width + 1) + 1
-        canvas[top : top + height, left : left + width] = tile
-    image = Image.fromarray(canvas[:, :, 0] if channels == 1 else canvas)
-    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue())
+    """`grid` in a file."""
+    write_bytes(path, grid(pixels, columns=columns, scale=scale))
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
@@ -66,27 +53,13 @@ def save_curves(
         axes[3].plot(*zip(*points, strict=True), marker=".", label=f"{label}, validation")
     axes[3].set_ylim(0, 1.02)
     _finish(axes[3], "accuracy")
-    _write(figure, path)
+    write_bytes(path, _drawn(figure))
 
 
 def save_energies(path: Path, energies: Mapping[str, Tensor], title: str) -> None:
     """Histograms of E(x) of several sets of images, in the manner of the paper's Figure 1."""
-    figure, axes = _figure(1, 1)
-    everything = torch.cat([e.flatten().cpu() for e in energies.values()])
-    low, high = float(everything.min()), float(everything.max())
-    margin = 0.0 if high > low else 0.5  # a constant energy is a single bar
-    edges = np.linspace(low - margin, high + margin, 32)
-    for name, energy in energies.items():
-        values, label = energy.cpu().numpy(), f"{name}, {len(energy)} images"
-        weights = np.full(len(values), 1 / len(values))
-        _, _, filled = axes[0].hist(
-            values, edges, weights=weights, alpha=0.3, histtype="stepfilled", label=label
-        )
-        colour = filled[0].get_facecolor()[:3]
-        axes[0].hist(values, edges, weights=weights, histtype="step", color=colour, linewidth=1.5)
-    axes[0].set_ylabel("share")
-    _finish(axes[0], title, xlabel="E(x)")
-    _write(figure, path)
+    rows = {name: energy.detach().cpu().flatten() for name, energy in energies.items()}
+    write_bytes(path, histograms_png({title: histograms(rows)}))
 
 
 def smoothed(values: np.ndarray[Any, Any], share: float = 0.01) -> np.ndarray[Any, Any]:
@@ -111,12 +84,6 @@ def _finish(axis: Any, title: str, xlabel: str = "step") -> None:
     axis.grid(alpha=0.25)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8)
-
-
-def _write(figure: Any, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write_bytes(path, buffer.getvalue())
 
 
 def grid(pixels: Tensor, *, columns: int = 10, scale: int | None = None) -> bytes:
@@ -184,6 +151,18 @@ def curves_png(
     axis.fill_between(steps, *band, alpha=0.2, color="C0", linewidth=0, label=label)
     axis.xaxis.get_major_locator().set_params(integer=True)
     _finish(axis, title)
+    return _drawn(figure)
+
+
+def scatter_png(points: Sequence[Sequence[float]], title: str) -> bytes:
+    """[E(x), confidence, whether it is right] of images: energy against confidence."""
+    figure, (axis,) = _figure(1, 1)
+    for name, sign, right in (("right", ".", 1.0), ("wrong", "x", 0.0)):
+        some = [(energy, sure) for energy, sure, was in points if was == right]
+        if some:
+            axis.plot(*zip(*some, strict=True), sign, alpha=0.5, label=f"{name}, {len(some)}")
+    axis.set_ylabel("largest p(y | x)")
+    _finish(axis, title, xlabel="E(x)")
     return _drawn(figure)
 
 

@@ -77,7 +77,14 @@ class Stranger(EnergyModel):
         self.module = module
 
     def forward(self, x: Tensor) -> Scores:
-        return self.scores(self.module(x))
+        logits = self.module(x)
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise MisfitError(
+                f"the model gives {came} for {len(x)} images; wanted a tensor of logits, "
+                f"[{len(x)}, classes]"
+            )
+        return self.scores(logits)
 
     def read(self, features: Tensor) -> Scores:
         return Scores(features, -features.logsumexp(dim=1))

@@ -25,6 +25,7 @@ from jemkit.mistakes import explain
 from jemkit.objective import Objective, ObjectiveSpec
 from jemkit.options import Options, PartOf, nearest
 from jemkit.registry import Registry
+from jemkit.runtime.sentinel import Sentinel
 from jemkit.schedule import SGD, OptimizerOptions, Schedule
 from jemkit.update import UpdaterSpec
 
@@ -52,7 +53,7 @@ class Run(Options):
     threads: int | None = Field(None, ge=1)  # of the CPU; None: torch's own choice
     eval_images: int = Field(256, ge=1)  # of validation, under PGD-10 after each epoch
     tensorboard: bool = False  # write TensorBoard files beside metrics.csv
-    keep: int = Field(2, ge=1)  # newest checkpoints to keep, beside the best
+    keep: int = Field(2, ge=1)  # newest checkpoints to keep, beside the best and the sentinel's
 
 
 class Recipe(Options):
@@ -65,6 +66,7 @@ class Recipe(Options):
     updater: Annotated[UpdaterSpec, PartOf("updater")]
     optimizer: OptimizerOptions
     schedule: Schedule
+    sentinel: Sentinel = Sentinel()
 
 
 class Resolved(NamedTuple):
@@ -96,9 +98,9 @@ def resolve(
     own.append(Layer("option", named or {}))
     for layer in own:
         _check_tables(layer)
-    defaults = {"run": Run(), "schedule": Schedule(), "optimizer": SGD()}
+    parts = {"run": Run(), "schedule": Schedule(), "optimizer": SGD(), "sentinel": Sentinel()}
     stack = Stack(registry)
-    stack.lay(Layer("default", {k: v.model_dump(mode="json") for k, v in defaults.items()}))
+    stack.lay(Layer("default", {k: v.model_dump(mode="json") for k, v in parts.items()}))
     chosen = {table: _choice(table, own) for table in PARTS}
     names = {table: str(layer.table[table]["use"]) for table, layer in chosen.items()}
     for layer in [*chosen.values(), *_part_layers(registry, names), *own]:

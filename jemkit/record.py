@@ -109,7 +109,10 @@ def pictures(folder: Path) -> dict[str, Path]:
 
 
 def _joined(folder: Path, record: Record) -> Record:
-    """The record, with what an older one of the same weights has beside it."""
+    """The record, with what an older one of the same weights has beside it.
+
+    A standard figure, which may have taken hours, is not replaced by one that is not.
+    """
     if not (folder / JSON).exists():
         return record
     try:
@@ -118,16 +121,18 @@ def _joined(folder: Path, record: Record) -> Record:
         return record
     if old.subject.get("sha256") != record.subject.get("sha256"):
         return record
-    anew = {figure.name for figure in record.figures}
+    whole = {f.name for f in old.figures if f.protocol.get("standard")}
+    lesser = {f.name for f in record.figures if not f.protocol.get("standard")} & whole
+    anew = {figure.name for figure in record.figures} - lesser
     measured = {figure.protocol.get("evaluator") for figure in record.figures}
     kept = [f for f in old.figures if f.name not in anew]
     left_out = {k: v for k, v in old.left_out.items() if k not in measured}
     return Record(
         record.subject,
         record.protocol,
-        [*record.figures, *kept],
+        [*(f for f in record.figures if f.name in anew), *kept],
         {**old.tables, **record.tables},
-        {**old.rows, **record.rows},
+        {**old.rows, **{k: row for k, row in record.rows.items() if k not in lesser}},
         {**left_out, **record.left_out},
         list(dict.fromkeys([*(old.warnings if kept else ()), *record.warnings])),
     )

@@ -70,7 +70,12 @@ class Refined(PixelModel):
     @property
     def card(self) -> dict[str, Any]:
         """What the protocol of a figure says of the refinement."""
-        return {"refinement": {**self.refinement.model_dump(), "random": self.random}}
+        steps = self.refinement.steps
+        return {
+            "refinement": {**self.refinement.model_dump(), "random": self.random},
+            "standard": False,
+            "why": f"the model moves its input by {steps} steps of SGLD before it classifies it",
+        }
 
     def scores(
         self, pixels: Tensor, rng: Generator | None = None, slope: Slope | None = None

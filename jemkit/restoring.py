@@ -12,6 +12,7 @@ from jemkit.errors import ConfigError, DataError
 from jemkit.recipe import Recipe, resolve
 from jemkit.registry import Registry
 from jemkit.runtime.folder import RunFolder
+from jemkit.runtime.numerics import laid_out
 from jemkit.seeds import generator
 from jemkit.splits import Splits
 
@@ -43,6 +44,7 @@ def restored(
     task = task_of(recipe, splits)
     backbone = recipe.backbone.build(task, generator(device, run.seed, "chains"))
     load_model(backbone.model, weights)
+    laid_out(backbone.model, run.channels_last, device)  # as it was trained, to the last bit
     return Restored(recipe, resolved.tables, task, splits, backbone)
 
 

@@ -1,6 +1,8 @@
 """Markov chains over an energy function: transition kernels, and the loop around them (Eq. 10)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -30,12 +32,33 @@ class Sampler(Protocol):
         ...
 
 
-def gradient(energy: EnergyFn, x: Tensor) -> Tensor:
-    """The gradient of E at each row of x; leaves every parameter's `.grad` alone."""
+Gradient = Callable[[EnergyFn, Tensor], Tensor]
+"""An energy and x [B, ...] to dE/dx, row by row."""
+
+
+def eager_gradient(energy: EnergyFn, x: Tensor) -> Tensor:
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         (grad,) = torch.autograd.grad(energy(x).sum(), x)
     return grad
+
+
+_GRADIENT: ContextVar[Gradient] = ContextVar("gradient", default=eager_gradient)
+
+
+def gradient(energy: EnergyFn, x: Tensor) -> Tensor:
+    """The gradient of E at each row of x; leaves every parameter's `.grad` alone."""
+    return _GRADIENT.get()(energy, x)
+
+
+@contextmanager
+def gradients_by(unit: Gradient) -> Iterator[None]:
+    """Let `unit` compute every gradient of a chain inside the block, such as a compiled one."""
+    token = _GRADIENT.set(unit)
+    try:
+        yield
+    finally:
+        _GRADIENT.reset(token)
 
 
 def chain(

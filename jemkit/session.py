@@ -1,15 +1,27 @@
 """A run from its folder: begin or go on, train, judge."""
 
+import logging
+import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from jemkit import checkpoint
 from jemkit.assembly import load_model
-from jemkit.errors import DataError
+from jemkit.errors import DataError, JemkitError
+from jemkit.follower import follow
 from jemkit.recipe import Resolved, complete
 from jemkit.registry import Registry
+from jemkit.runtime import disk, distributed
+from jemkit.runtime.files import drop_torn_line
 from jemkit.runtime.folder import RunFolder
+from jemkit.runtime.lock import LOCK, locked
+from jemkit.runtime.numerics import device_of
+from jemkit.runtime.sentinel import Sentinel
+from jemkit.team import leading
 from jemkit.training import Summary, Trainer, Watch
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -22,36 +34,130 @@ def train(
     watch: Watch | None = None,
     stop: Callable[[], bool] | None = None,
     latest: Path | None = None,
+    free: Callable[[Path], int] = disk.free_bytes,
+    patience: disk.Patience | None = None,
 ) -> Summary:
     """Train a recipe into the folder `out` and judge its best epoch on the test split.
 
-    A link `latest` in the folder of that name, else beside the run, points to it. Raises
-    ConfigError or DataError before the first step, Diverged, or Preempted once it is saved.
+    A link `latest` in the folder of that name, else beside the run, points to it. Where the disk
+    is full, writing waits for room (`patience`). Raises ConfigError or DataError before the first
+    step, Diverged, or Preempted once it is saved.
     """
-    if not resume:
-        RunFolder.check_vacant(out)
-    whole = complete(resolved, registry)
-    folder = RunFolder.open(out) if resume else None
-    trainer = Trainer(whole, folder or RunFolder(out), watch)  # before anything is written
-    if stop is not None:
-        trainer.stop = stop
-    if folder is not None:
-        resume_from(trainer, folder)
-    else:
-        if init_from is not None:
+    whole, doing = complete(resolved, registry), f"has trained in {out}"
+    with ExitStack() as held:
+        held.enter_context(distributed.group(device_of(whole.recipe.run.device).type))
+        if distributed.shard().rank:
+            return follow(whole.recipe, out)
+        held.enter_context(leading())
+        resume = resume or (distributed.restarted() and (out / "config.json").exists())
+        if resume:
+            RunFolder.open(out)
+            held.enter_context(locked(out / LOCK, doing))
+        elif not unborn(out):
+            RunFolder.check_vacant(out)
+        trainer = Trainer(whole, RunFolder(out), watch)  # before anything is written
+        if stop is not None:
+            trainer.stop = stop
+        if resume:
+            resume_from(trainer, trainer.folder)
+        elif init_from is not None:
             load_model(trainer.backbone.model, checkpoint.load_weights(init_from))
-        RunFolder.create(out)
-        trainer.folder.write_config(whole.tables, whole.origins)
-    trainer.folder.link_latest(latest or out.parent)
-    trainer.folder.event("resume" if resume else "start", step=trainer.step)
-    trainer.run()
-    return trainer.finish()
+        tight = disk.check_room(out, still_needed(trainer), free=free)
+        held.enter_context(disk.waiting(patience or disk.Patience(trainer.stop)))
+        if not resume:
+            out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(out / LOCK, doing))
+            _begin(trainer, whole)
+        trainer.folder.link_latest(latest or out.parent)
+        trainer.folder.event("resume" if resume else "start", step=trainer.step)
+        if tight is not None:
+            _tell(trainer.folder, "disk", tight)
+        trainer.run()
+        return trainer.finish()
+
+
+def _begin(trainer: Trainer, whole: Resolved) -> None:
+    """Make the folder a run: config.json is written last, when there is a step to resume from."""
+    folder = trainer.folder
+    if not unborn(folder.path):  # another process was faster
+        RunFolder.check_vacant(folder.path)
+    for part in (folder.checkpoints, folder.samples):
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+    for litter in folder.path.glob(".config.json.*"):
+        litter.unlink()
+    checkpoint.save(folder.checkpoints / f"step-{trainer.step:08d}", trainer.state_dict())
+    folder.write_config(whole.tables, whole.origins)
+
+
+def unborn(out: Path) -> bool:
+    """Whether a folder is what a kill left of a run that had not begun."""
+    if not (out / LOCK).is_file():
+        return False
+    names = {p.name for p in out.iterdir() if not p.name.startswith(".config.json.")}
+    steps = {p.name for p in (out / "checkpoints").glob("[!.]*")}
+    return names <= {LOCK, "checkpoints", "samples"} and steps <= {"step-00000000"}
+
+
+def still_needed(trainer: Trainer) -> int:
+    """The bytes that a run is going to take beside those of its checkpoints that are there."""
+    run, loader = trainer.recipe.run, trainer.loader
+    one = disk.state_bytes(trainer.state_dict()) + disk.momenta_bytes(trainer.optimizer)
+    steps = max(0, trainer.total_steps - trainer.step)
+    epochs = -(-steps // loader.steps_per_epoch)
+    keep = run.keep + _proving(trainer.recipe.sentinel, loader.steps_per_epoch)
+    there = disk.used_bytes(trainer.folder.checkpoints)
+    return max(0, disk.run_bytes(one, keep=keep, steps=steps, epochs=epochs) - there)
+
+
+def _proving(options: Sentinel, per_epoch: int) -> int:
+    """How many epochs' ends the sentinel keeps at most, until they have proved healthy."""
+    late = options.patience + (options.collapse - 1) * per_epoch + min(options.quiet, per_epoch)
+    return 1 - (-late // per_epoch) if options.on else 0
 
 
 def resume_from(trainer: Trainer, folder: RunFolder) -> None:
-    """Put a trainer where the newest checkpoint of its folder stands."""
-    newest = checkpoint.newest(folder.checkpoints)
-    if newest is None:
-        raise DataError(f"{folder.path} holds no complete checkpoint to resume from")
-    trainer.load_state_dict(checkpoint.load(newest))
+    """Put a trainer where the newest checkpoint that can be read stands; damaged ones are kept."""
+    checkpoint.recover(folder.checkpoints)
+    path, state, damaged = checkpoint.sound(folder.checkpoints)
+    try:
+        trainer.load_state_dict(state)
+    except JemkitError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise DataError(
+            f"{path} does not fit this run: {type(error).__name__}: {error}; was its config.json "
+            "changed?"
+        ) from None
+    for broken, reason in damaged.items():
+        aside = checkpoint.set_aside(broken)
+        _tell(folder, "damaged", f"{reason}. Going on from {path.name}; {aside.name} keeps it")
+    _check_best(trainer, folder, state)
+    for log_file in ("metrics.csv", "events.jsonl"):
+        drop_torn_line(folder.path / log_file)
     folder.drop_metrics_from(trainer.step)
+
+
+def _check_best(trainer: Trainer, folder: RunFolder, state: checkpoint.State) -> None:
+    """A best checkpoint that is gone or damaged: written again, else the best is yet to come."""
+    best = folder.checkpoints / "best"
+    if not trainer.best:
+        return
+    try:
+        checkpoint.verify(best)
+    except DataError as error:
+        if best.exists():
+            checkpoint.set_aside(best)
+        if trainer.best["epoch"] * trainer.loader.steps_per_epoch == trainer.step:
+            checkpoint.save(best, state)
+            _tell(folder, "damaged", f"{error}. The best epoch is the newest: it is written again")
+            return
+        if trainer.step == trainer.total_steps:
+            raise DataError(f"{error}. The run is complete and its best epoch is lost") from None
+        trainer.best = {}
+        _tell(folder, "damaged", f"{error}. The best is chosen from the epochs to come")
+
+
+def _tell(folder: RunFolder, kind: str, message: str) -> None:
+    log.warning("%s", message)
+    folder.event(kind, message=message)

@@ -17,6 +17,10 @@ ORDER = ("accuracy", "robustness", "energies", "calibration", "ood", "generation
 """In which evaluators run; those of other plug-ins follow."""
 
 
+RELEASED_STEP_PX = 0.5
+"""PGD's step in EB-JDAT's evaluator: its 1/255 in [-1, 1] is half of that in pixels."""
+
+
 class Settings(Options):
     """How a model is judged: everything that a record's figures depend on beside the model."""
 
@@ -80,6 +84,7 @@ def attacks_of(settings: Settings, registry: Registry) -> dict[str, AnyAttack]:
     usual: dict[str, dict[str, Any]] = {"pgd": {"steps": 20}}
     if settings.protocol == "released":
         usual["aa"] = {"version": "released"}
+        usual["pgd"]["step_px"] = RELEASED_STEP_PX
     options = {n: {**usual.get(n, {}), **settings.options.get(n, {})} for n in names}
     return {name: _built(registry, "attack", name, options) for name in names}
 
@@ -92,13 +97,18 @@ def evaluators_of(settings: Settings, registry: Registry) -> dict[str, Evaluator
     rest = [name for name in shelf if name not in ORDER]
     asked = {*settings.only, "accuracy"} if settings.only else set(shelf)
     names = [n for n in (*ORDER, *rest) if n in asked and n not in settings.skip]
-    _check_options(settings, registry)
+    _check_options(settings, registry, [*attacks_of(settings, registry), *names])
     return {name: _built(registry, "evaluator", name, settings.options) for name in names}
 
 
-def _check_options(settings: Settings, registry: Registry) -> None:
+def _check_options(settings: Settings, registry: Registry, running: list[str]) -> None:
     known = [*registry["attack"], *registry["evaluator"]]
     for name in settings.options:
+        if name in known and name not in running:
+            raise ConfigError(
+                f"options of {name!r} are set, and it does not run; running are "
+                f"{', '.join(running)}"
+            )
         if name not in known:
             raise ConfigError(
                 f"no attack or evaluator {name!r} to set options of{nearest(name, known)}"

@@ -1,6 +1,7 @@
 """What can be judged: a run, one of its checkpoints, an exported model, weights, any module."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ from jemkit import checkpoint
 from jemkit.anchor import anchored
 from jemkit.assembly import load_model
 from jemkit.data import Dataset, Images, checked
+from jemkit.density import Buffered
 from jemkit.energy import LogSumExpEnergy
-from jemkit.errors import ConfigError, DataError
+from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.networks import lent
 from jemkit.pixels import PixelModel, pixel_model, weights_hash
 from jemkit.recipe import resolve
@@ -51,6 +53,11 @@ def subject_at(
 
     Weights alone, a .safetensors file, need a `network`.
     """
+    if not path.exists():
+        raise ConfigError(
+            f"{path} does not exist; name a run of `jemkit train`, a checkpoint folder, an "
+            "exported model or a .safetensors file"
+        )
     if path.is_file():
         return _weights(path, registry, device, network, dataset)
     if network is not None:
@@ -74,9 +81,12 @@ def subject_of(
 ) -> Subject:
     """Any module that maps [0, 1] images to logits, on a data set or on labelled images."""
     test = dataset.load("test") if isinstance(dataset, Dataset) else dataset
+    if not len(test.y):
+        raise DataError("there are no images to judge the model on")
     classes = n_classes or (
         dataset.n_classes if isinstance(dataset, Dataset) else int(test.y.max()) + 1
     )
+    test = checked(test, classes, "the test images")
     plain = pixel_model(module)
     device = next((p.device for p in plain.parameters()), torch.device("cpu"))
     model = anchored(plain, test.take(torch.arange(min(2, len(test.y)))).to(device).unit())
@@ -121,6 +131,10 @@ def _checkpoint(
 ) -> Subject:
     state = checkpoint.load(path)
     found = restored(run / "config.json", state["ema"] or state["model"], registry, device, dataset)
+    density = found.backbone.density if found.backbone.has_density else None
+    if isinstance(density, Buffered) and dataset is None:
+        with suppress(MisfitError):  # of several processes each kept a part
+            density.load_state_dict(state["density"])
     about = {
         "run": run.name,
         "checkpoint": path.name,

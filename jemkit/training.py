@@ -3,29 +3,31 @@
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NoReturn
 
 from torch import Generator
 
 from jemkit import checkpoint
-from jemkit.assembly import check, load_model, put_together
+from jemkit.assembly import check, put_together
 from jemkit.backbone import Backbone
+from jemkit.checkup import Metered
 from jemkit.errors import Diverged, Preempted
 from jemkit.exam import Exam
-from jemkit.figures import Figure
 from jemkit.objective import Batch, Objective, Remembering, Terms
 from jemkit.pictures import save_curves
 from jemkit.recipe import Recipe, Resolved
+from jemkit.recovery import Care, go_back
+from jemkit.runtime import distributed
 from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.journal import GATHER, PATIENCE, Journal
 from jemkit.runtime.numerics import Precision, numerics
-from jemkit.update import Guard, Updater
+from jemkit.runtime.polling import Polling
+from jemkit.summary import Summary, Watch, judged
+from jemkit.team import stepping
+from jemkit.update import Guard, Updater, pooled
 
-__all__ = ["Summary", "Trainer", "check", "train_step"]
-
-Watch = Callable[[str, dict[str, Any]], None]
-"""Told of "start", "step", "epoch" and "end", with what there is to show."""
+__all__ = ["Summary", "Trainer", "Watch", "check", "train_step"]
 
 REDRAW = 10.0
 """Seconds between two drawings of curves.png, which takes longer than a short epoch."""
@@ -65,24 +67,11 @@ def train_step(
         rng.set_state(before)
         for buffer, old in statistics:
             buffer.copy_(old)
+        updater.optimizer.zero_grad()
         raise
     if isinstance(objective, Remembering):
         objective.after(backbone, batch, draws, rng)
-    return seen[0]
-
-
-class Summary(NamedTuple):
-    """How a run ended."""
-
-    run: Path
-    epochs: int
-    best_epoch: int
-    seconds: float
-    figures: list[Figure]
-
-    def value(self, name: str) -> float:
-        """A figure's value by its name."""
-        return next(figure.value for figure in self.figures if figure.name == name)
+    return pooled(seen[0], backbone.model)
 
 
 class Trainer:
@@ -91,16 +80,19 @@ class Trainer:
     def __init__(self, resolved: Resolved, folder: RunFolder, watch: Watch | None = None) -> None:
         self.recipe: Recipe = resolved.recipe
         self.folder, self.watch = folder, watch or (lambda kind, what: None)
-        self.stop: Callable[[], bool] = lambda: False  # polled between steps
+        self.stop: Callable[[], bool] = lambda: False  # polled between steps, inside long ones
+        self.polling = Polling(lambda: self.stop(), lambda: self.guard.updates)
         self.parts = parts = put_together(self.recipe)
         self.task, self.splits, self.rng = parts.task, parts.splits, parts.rng
         self.backbone, self.objective, self.loader = parts.backbone, parts.objective, parts.loader
         self.optimizer, self.updater, self.ema = parts.optimizer, parts.updater, parts.ema
-        self.guard, self.journal = Guard(), Journal(folder, tensorboard=self.recipe.run.tensorboard)
+        self.care = Care(self.recipe.sentinel, parts, self.recipe.run.seed)
+        self.metered = Metered(folder.path)
+        self.guard, self.writer = Guard(), checkpoint.Writer()
+        self.journal = Journal(self.metered, tensorboard=self.recipe.run.tensorboard)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
-        self.seconds = 0.0
-        self._redrawn = 0.0
+        self.seconds = self._redrawn = 0.0
 
     @property
     def step(self) -> int:
@@ -116,41 +108,52 @@ class Trainer:
         run, last = self.recipe.run, min(until or self.total_steps, self.total_steps)
         self.watch("start", {"step": self.step, "total": self.total_steps, "epochs": run.epochs})
         self.backbone.model.train()
-        with self._numerics(run.precision):
+        if self.recipe.sentinel.on and self.step == 0:
+            self.save()  # where a run goes back to that is sick before its first epoch has ended
+        alone = distributed.shard().size == 1  # among several no one leaves a step by himself
+        passes = self.polling.passes(self.backbone.model, on=alone and not run.compile)
+        with self._numerics(run.precision), passes:
             try:
-                while self.step < last:
-                    if self.stop():
-                        raise Preempted(f"stopped at step {self.step}; go on with --resume")
-                    self.one_step()
-                    if self.step % self.loader.steps_per_epoch == 0:
-                        self.end_epoch()
-                self.save()
+                self._recovering(last)
+            finally:
+                self.writer.wait()
+
+    def _recovering(self, last: int) -> None:
+        while True:
+            try:
+                return self._steps(last)
             except Preempted:
-                self.save()
-                self.folder.event("preempted", step=self.step)
-                raise
+                self._preempted()
             except Diverged as error:
-                raise self._diverged(error) from None
+                go_back(self, error)
+
+    def _steps(self, last: int) -> None:
+        per_epoch = self.loader.steps_per_epoch
+        if self.step % per_epoch == 0 and len(self.history) < self.step // per_epoch:
+            self.end_epoch()  # a stop came into it
+        while self.step < last:
+            self.polling.between()
+            self.one_step()
+            if self.step % per_epoch == 0:
+                self.end_epoch()
+        self.save()
 
     def one_step(self) -> None:
         """Schedule, draw, update, log."""
         began = time.perf_counter()
         step, run = self.step, self.recipe.run
-        factor = self.recipe.schedule.factor(step, self.total_steps)
+        factor = self.recipe.schedule.factor(step, self.total_steps) * self.care.rate
+        self.polling.begin()
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.optimizer.lr * factor
         before = self.loader.state_dict()
-        batch = self.loader.batch()
         try:
-            terms = train_step(
-                self.backbone,
-                self.objective,
-                self.updater,
-                batch,
-                self.rng,
-                self.guard,
-                run.theta_steps,
-            )
+            with stepping(self.parts):
+                batch = self.loader.batch()
+                terms = train_step(
+                    self.backbone, self.objective, self.updater, batch, self.rng, self.guard,
+                    run.theta_steps,
+                )  # fmt: skip
         except BaseException:
             self.loader.load_state_dict(before)
             raise
@@ -162,28 +165,32 @@ class Trainer:
             "step": step,
             "epoch": step // self.loader.steps_per_epoch + 1,
             "lr": self.recipe.optimizer.lr * factor,
-            "images/s": round(len(batch.y) / spent, 1),
+            "images/s": round(self.loader.batch_size / spent, 1),
         }
         self.journal.note(known, terms, self.guard)
         if self.step % GATHER == 0 or self.journal.age > PATIENCE:
-            self.watch("step", {**self.journal.gather(), "step": self.step})
+            self.watch("step", {**self.gather(), "step": self.step})
 
     def end_epoch(self) -> None:
         """Validate, draw a sample grid, keep the best, save."""
+        self.polling.begin()
         self.guard.settle()
-        self.journal.gather()
+        self.gather()
+        sizes = self.care.checkup.body(self.step, self.ema.average if self.ema else {})
         epoch = self.step // self.loader.steps_per_epoch
         exam = self.exam(epoch)
         with nullcontext() if self.ema is None else self.ema.applied(self.backbone.model):
             found = exam.validate(self.recipe.run.eval_images)
+        exam.draw_grid(self.folder.samples / f"epoch-{epoch:04d}.png")
+        seen = [entry["accuracy"] for entry in [*self.history, found]]
+        self.care.checkup.epoch(self.step, sizes, seen)  # no pass follows in which a stop may come
         entry = {"epoch": epoch, "step": self.step, **found, "seconds": round(self.seconds, 3)}
         self.history.append(entry)
         score = [found["pgd10"], found["accuracy"], epoch]
-        if not self.best or score > self.best["score"]:
+        better = not self.best or score > self.best["score"]
+        if better:
             self.best = {"epoch": epoch, "score": score}
-            checkpoint.save(self.folder.checkpoints / "best", self.state_dict())
-        exam.draw_grid(self.folder.samples / f"epoch-{epoch:04d}.png")
-        self.save()
+        self.save(anew=True, best=better)
         self.folder.event("epoch", **entry)
         if self.step == self.total_steps or time.monotonic() > self._redrawn + REDRAW:
             save_curves(self.folder.path / "curves.png", self.folder.metrics(), self.history)
@@ -191,57 +198,53 @@ class Trainer:
         self.watch("epoch", entry)
 
     def exam(self, epoch: int) -> Exam:
-        """How the model is looked at after an epoch; 0 is for the end."""
+        """How the model is looked at after an epoch, 0 for the end."""
         return Exam(self.backbone, self.task, self.splits, self.recipe.run.seed, epoch)
 
     def finish(self) -> Summary:
         """Judge the best epoch on the test split, at full size."""
-        best = self.folder.checkpoints / "best"
-        state = checkpoint.load(best)
-        load_model(self.backbone.model, state["ema"] or state["model"])
-        card = {
-            "epoch": self.best["epoch"],
-            "selection": "best PGD-10 accuracy on validation",
-            "checkpoint": checkpoint.verify(best)[checkpoint.MODEL],
-        }
-        with self._numerics("fp32"):
-            figures = self.exam(0).judge(card)
-            self.exam(0).draw_energies(self.folder.path / "energies.png")
-        epochs, epoch = self.recipe.run.epochs, self.best["epoch"]
-        summary = Summary(self.folder.path, epochs, epoch, self.seconds, figures)
-        self.folder.event("end", figures=[figure._asdict() for figure in figures])
-        self.watch("end", {"summary": summary})
-        return summary
+        return judged(self)
 
-    def save(self) -> None:
-        """A checkpoint of this very step."""
+    def save(self, *, anew: bool = False, best: bool = False) -> None:
+        """A checkpoint of this step, written behind the run; `anew` over one that is there."""
         self.guard.settle()
-        self.journal.gather()
-        path = self.folder.checkpoints / f"step-{self.step:08d}"
-        if not (path / checkpoint.MANIFEST).exists():  # the end of an epoch saved it already
-            checkpoint.save(path, self.state_dict())
-        checkpoint.prune(self.folder.checkpoints, self.recipe.run.keep)
+        self.gather()
+        folder, step, keep = self.folder.checkpoints, self.step, self.recipe.run.keep
+        path = folder / f"step-{step:08d}"
+        self.writer.wait()
+        if anew or not (path / checkpoint.MANIFEST).exists():
+            prune = partial(self.care.prune, folder, step, keep)
+            also = folder / "best" if best else None
+            self.writer.save(path, self.state_dict(), best=also, then=prune)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that going on depends on."""
         told = {"history": self.history, "best": self.best, "seconds": self.seconds}
-        return {**self.parts.state_dict(), **told}
+        return {**self.parts.state_dict(), **told, "care": self.care.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.parts.load_state_dict(state)
         self.history, self.best = list(state["history"]), dict(state["best"])
         self.seconds = state["seconds"]
+        if "care" in state:  # as of runs before there was a sentinel it is not
+            self.care.load_state_dict(state["care"])
 
     def _numerics(self, precision: Precision) -> AbstractContextManager[None]:
         run = self.recipe.run
         return numerics(precision=precision, deterministic=run.deterministic, threads=run.threads)
 
-    def _diverged(self, error: Diverged) -> Diverged:
-        self.journal.gather()
-        newest = checkpoint.newest(self.folder.checkpoints)
-        where = f"--init-from {newest} takes its weights" if newest else "no checkpoint was kept"
-        self.folder.event("diverged", step=self.step, reason=str(error))
-        return Diverged(
-            f"diverged at step {self.step}: {error}. Begin a new run with a lower optimizer.lr, "
-            f"more backbone.steps or backbone.density.penalty = 0.1; {where}"
-        )
+    def gather(self) -> dict[str, Any]:
+        """Write the metrics that are due; the sentinel reads them."""
+        newest = self.journal.gather()
+        self.care.checkup.rows(self.metered.taken())
+        if self.parts.compiled:
+            self.parts.compiled.tell(self.folder, self.watch)
+        return newest
+
+    def _preempted(self) -> NoReturn:
+        try:
+            self.save()
+        except Diverged as error:  # its last steps were sick; what it goes back to is saved
+            go_back(self, error)
+        self.folder.event("preempted", step=self.step)
+        raise Preempted(f"stopped at step {self.step}; go on with --resume")

@@ -13,6 +13,7 @@ from jemkit.errors import Diverged
 from jemkit.modes import frozen_batch_stats
 from jemkit.objective import Terms
 from jemkit.options import Options
+from jemkit.runtime import distributed
 
 
 class Verdict(NamedTuple):
@@ -44,9 +45,11 @@ class Guard:
         """Step the optimizer, unless something is not finite."""
         grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
         norm = total_norm([g for g in grads if g is not None], terms.total)
-        finite = norm.isfinite() & terms.total.detach().isfinite()
-        earlier, parts = self.seen, {name: t.detach() for name, (_, t) in terms.parts.items()}
-        self.seen = Verdict(*_on_the_way(finite), norm, parts)
+        losses = [terms.total.detach(), *(t.detach() for _, t in terms.parts.values())]
+        total, *parts = distributed.averages(losses)  # so that all processes judge alike
+        finite = norm.isfinite() & total.isfinite()
+        earlier, named = self.seen, dict(zip(terms.parts, parts, strict=True))
+        self.seen = Verdict(*_on_the_way(finite), norm, named)
         self.updates += 1
         if finite.is_cuda and optimizer.defaults.get("fused"):
             optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
@@ -157,11 +160,28 @@ class SAMUpdater:
 
 
 def backward(optimizer: Optimizer, terms: Callable[[], Terms]) -> Terms:
-    """Fresh gradients of the total in every `.grad`."""
+    """Fresh gradients of the total in every `.grad`, averaged over processes: all move alike."""
     optimizer.zero_grad()
     found = terms()
     found.total.backward()  # type: ignore[no-untyped-call]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    distributed.reduce(p.grad for p in params if p.grad is not None)
     return found
+
+
+def pooled(terms: Terms, model: nn.Module) -> Terms:
+    """What all processes saw in a step, averaged for the log; so are running statistics.
+
+    Without it every process would learn statistics of its own, and save none but the first's.
+    """
+    if distributed.size() == 1:
+        return terms
+    distributed.reduce(b for b in model.buffers() if b.is_floating_point())
+    parts = [part for _, part in terms.parts.values()]
+    total, *rest = distributed.averages([terms.total, *parts, *terms.watched.values()])
+    seen = iter(rest)
+    weighted = {name: (weight, next(seen)) for name, (weight, _) in terms.parts.items()}
+    return Terms(weighted, total, dict(zip(terms.watched, seen, strict=True)))
 
 
 def total_norm(tensors: list[Tensor], like: Tensor) -> Tensor:

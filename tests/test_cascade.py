@@ -194,6 +194,28 @@ def right_at_first(subject: PixelModel) -> Tensor:
         return subject(DATA.unit()).argmax(1) == DATA.y
 
 
+class Drops(nn.Module):
+    """A model that draws from torch's own generator at every pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = toy_subject()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.inner(nn.functional.dropout(x, 0.3, training=True))
+        return logits
+
+
+def test_a_model_that_draws_from_torchs_generator_ends_alike_after_a_stop(tmp_path: Path) -> None:
+    subject, state = pixel_model(Drops()), torch.get_rng_state()
+    whole = run(subject, PGD(steps=2))
+    with suppress(Preempted):
+        run(subject, PGD(steps=2), work=tmp_path, stop=stopping_at(12))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(7)
+    same(run(subject, PGD(steps=2), work=tmp_path), whole)
+
+
 def test_images_that_are_wrong_already_are_never_attacked() -> None:
     subject = toy_subject()
     right = right_at_first(subject)

@@ -175,7 +175,7 @@ class Interrupted(BaseException):
     """A stop in the midst of writing."""
 
 
-STEPS = ["write_tensors", "write_json", "file_hash"]
+STEPS = ["write_tensors", "write_json"]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -239,3 +239,13 @@ def test_what_json_and_safetensors_cannot_hold_is_refused_before_anything_is_wri
     with pytest.raises(TypeError, match="cannot hold Trap"):
         checkpoint.save(tmp_path / "here", {"model": {}, "odd": {"a": Trap(tmp_path)}})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_manifest_that_vouches_for_a_state_of_no_run_changes_nothing(saved: Path) -> None:
+    for tree in ({"items": [["a"]]}, {"tensor": "gone"}, [1], {"items": [[[], 1]]}, {"odd": 1}, 1):
+        (saved / "state.json").write_text(json.dumps({"format": 1, "tree": tree}))
+        manifest = json.loads((saved / MANIFEST).read_text())
+        manifest["sha256"]["state.json"] = checkpoint.file_hash(saved / "state.json")
+        (saved / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(DataError, match="no state of a run"):
+            checkpoint.load(saved)

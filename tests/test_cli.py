@@ -77,7 +77,7 @@ class TestTrain:
         assert done.code == 0, done.err
         assert done.out.startswith("run here\n")
         assert done.out.splitlines()[1].startswith("epoch   1  step      4  validation accuracy")
-        assert "Linf 25.5/255, 20 steps of 6.375/255" in done.out
+        assert "Linf 25.5/255; 20 steps of 6.375/255" in done.out
         assert "Wilson" in done.out
         assert "\x1b" not in done.out
 
@@ -123,7 +123,7 @@ class TestTrain:
 
 
 class TestTerminal:
-    def test_there_is_a_bar_and_a_second_interrupt_ends_at_once(self, tmp_path: Path) -> None:
+    def test_there_is_a_bar_and_an_interrupt_ends_inside_a_chain(self, tmp_path: Path) -> None:
         leader, follower = pty.openpty()
         arguments = ("train", *SHORT, "--set=backbone.steps=100000", "--out=here")
         running = subprocess.Popen(
@@ -138,14 +138,39 @@ class TestTerminal:
         time.sleep(0.5)  # into the first chain, which would take a minute
         running.send_signal(signal.SIGINT)
         shown += until(leader, "once more ends at once")
-        running.send_signal(signal.SIGINT)
-        shown += until(leader, "interrupted")
-        assert running.wait(timeout=60) == 130
+        asked = time.monotonic()
+        shown += until(leader, "go on with --resume")
+        assert running.wait(timeout=60) == 5
+        assert time.monotonic() - asked < 30  # ten seconds, on a machine that does nothing else
         os.close(leader)
         assert "run here" in shown
         assert "epoch 1/1" in shown
         assert "Traceback" not in shown
         assert not re.search(r"\x1b\[[0-9;]*3[0-7][0-9;]*m", shown)  # NO_COLOR
+
+
+def test_a_second_interrupt_ends_at_once() -> None:
+    script = (
+        "import time; from jemkit_cli.terminal import guarded, stopping\n"
+        "@guarded\n"
+        "def wait():\n"
+        "    with stopping() as stop:\n"
+        "        print('ready', flush=True)\n"
+        "        time.sleep(60)\n"
+        "wait()"
+    )
+    running = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert running.stdout is not None
+    assert running.stderr is not None
+    assert running.stdout.readline() == "ready\n"
+    running.send_signal(signal.SIGINT)
+    while "once more ends at once" not in running.stderr.readline():
+        pass
+    running.send_signal(signal.SIGINT)
+    assert "interrupted" in running.stderr.read()
+    assert running.wait(timeout=20) != 0
 
 
 def until(terminal: int, word: str) -> str:

@@ -1,5 +1,6 @@
 """README and docs say what is so: code runs, links lead somewhere, names exist."""
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -109,3 +110,25 @@ from jemkit.evaluator import batches
 from jemkit.objective import watched
 from jemkit.sampling import gradient, noise_like
 """
+
+
+def spoken(root: Path) -> str:
+    """Every text of the packages, joined as Python joins it, with … for what is filled in."""
+    found: list[str] = []
+    for path in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = (v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
+                found.append("".join(map(str, parts)))
+    return "\n".join(found)
+
+
+def test_every_message_that_troubleshooting_lists_exists() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    listed = re.findall(r"^\| `(.+?)` \|", page, re.M)
+    assert len(listed) > 20
+    folders = ("jemkit", "plugins/jemkit_plugins", "cli/jemkit_cli")
+    said = "\n".join(spoken(ROOT / folder) for folder in folders)
+    assert [message for message in listed if message not in said] == []

@@ -73,7 +73,7 @@ def test_a_guests_fault_is_a_warning_and_jemkits_own_a_failure() -> None:
 def test_weights_are_found_in_torchs_cache_and_never_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     for name, (file, _) in doctor.CACHES.items():
         assert checked(f"{name} weights").state == "warn"
         assert not (tmp_path / "hub").exists() or not list((tmp_path / "hub").rglob(file))

@@ -134,7 +134,7 @@ def test_three_sets_have_tables_pictures_and_figures_of_each_pair() -> None:
         assert table["n"] == {"clean": 20, "adversarial": 20, "generated": 20}
         for name in table["n"]:
             assert sum(table[name]) == pytest.approx(1)
-    assert set(ctx.notes.pictures) == {"energies", "energy_path"}
+    assert set(ctx.notes.pictures) == {"energies", "energy_path", "energy_confidence"}
     chains = found["overlap/clean-gen"].protocol["sets"]["generated"]
     assert chains["chain_steps"] == 3
     assert chains["start"] == "UniformStart"

@@ -1,5 +1,6 @@
 """`jemkit evaluate` as its user runs it."""
 
+import io
 import json
 import os
 import signal
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from cli_tools import SHORT, command, environment, jemkit, process
+
+from jemkit_cli import progress
 
 QUIET = ("--set", "robustness.indicators=false")
 PGD = ("--attack", "pgd", "--only", "robustness", *QUIET)
@@ -96,6 +99,30 @@ def test_a_folder_that_is_no_run_and_a_run_without_checkpoint_are_told_apart(
     (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
     bare = jemkit("evaluate", str(tmp_path))
     assert (bare.code, "no complete best checkpoint" in bare.err) == (6, True)
+
+
+def test_a_bar_is_drawn_from_the_first_word_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    screen = io.StringIO()
+    wide = Console(file=screen, force_terminal=True, width=100)
+    monkeypatch.setattr(progress, "console", lambda: wide)
+    with progress.tracking(silent=False) as track:
+        for done in (1, 2, 10):
+            track("apgd-ce", done, 10)
+        track("square", 0, 3)
+    assert "apgd-ce" in screen.getvalue()
+
+
+def test_without_a_terminal_a_line_now_and_then_tells_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = iter([0.0, 1.0, 41.0, 42.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    with progress.tracking(silent=False) as track:
+        for done in (0, 4, 5):
+            track("apgd-ce", done, 10)
+    assert capsys.readouterr() == ("", "apgd-ce: 4 of 10, 60 s left\n")
 
 
 def test_two_processes_find_what_one_finds(run: Path, tmp_path: Path) -> None:

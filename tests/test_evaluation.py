@@ -97,6 +97,31 @@ def test_what_is_not_standard_says_so_in_every_figure() -> None:
         assert all(not figure.protocol["standard"] for figure in found.figures)
 
 
+@pytest.mark.parametrize(("attack", "options"), [
+    ("pgd", {"step_px": 0.5}), ("apgd", {"steps": 3}), ("square", {"queries": 3}),
+    ("fgsm", {"random_start": True}),
+])  # fmt: skip
+def test_an_attack_whose_name_hides_its_settings_says_that_they_are_its_own(
+    attack: str, options: dict[str, object]
+) -> None:
+    found = measured(attacks=(attack,), options={**QUIET, attack: options}, max_images=None)
+    clean, robust = found.figures
+    assert clean.protocol["standard"]
+    assert not robust.protocol["standard"]
+    assert robust.protocol["why"]
+
+
+def test_a_refined_model_is_not_the_standard_one() -> None:
+    found = measured(refine_steps=1, only=("accuracy",), options={})
+    assert not found.figure("clean").protocol["standard"]
+    assert "1 steps of SGLD" in found.figure("clean").protocol["why"]
+
+
+def test_the_released_protocol_replays_the_step_of_its_pgd() -> None:
+    card = measured(protocol="released").figure("pgd20").protocol
+    assert (card["radius_px"], card["step_px"], card["steps"]) == (4, 0.5, 20)
+
+
 def test_one_seed_gives_one_record_and_every_figure_its_protocol() -> None:
     one, two = measured(max_images=20), measured(max_images=20)
     wanted = {"norm", "radius_px", "seed", "images", "versions", "checkpoint", "batch_size"}
@@ -176,3 +201,18 @@ def test_a_stranger_without_a_density_or_other_images_is_judged_all_the_same() -
         attacks=("pgd",), options=QUIET, skip=("generation", "ood", "energies", "calibration"),
     )  # fmt: skip
     assert {"clean", "pgd20"} <= {figure.name for figure in found.figures}
+
+
+def test_options_of_what_does_not_run_are_refused() -> None:
+    with pytest.raises(ConfigError, match="does not run; running are pgd, accuracy"):
+        measured(only=("accuracy",), options={"robustness": {"indicators": False}})
+
+
+def test_a_quick_look_does_not_replace_a_standard_figure(tmp_path: Path) -> None:
+    standard = measured(tmp_path)
+    quick = measured(tmp_path, max_images=10)
+    kept = records.load(tmp_path)
+    assert kept.figure("pgd20").value == standard.value("pgd20")
+    assert kept.figure("pgd20").protocol["standard"]
+    assert torch.equal(kept.rows["pgd20"], standard.rows["pgd20"])
+    assert quick.figure("pgd20").n == 10

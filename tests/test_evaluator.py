@@ -10,7 +10,7 @@ from strategies import seeds, uniform
 from torch import Tensor
 from toys import gen, linear_model
 
-from jemkit import PGD, Bounds, EnergyModel, Figure, Images, PixelModel
+from jemkit import PGD, Bounds, DataError, EnergyModel, Figure, Images, PixelModel
 from jemkit.attack import Threat
 from jemkit.cascade import attacked
 from jemkit.checkpoint import same
@@ -165,6 +165,14 @@ def test_the_relative_gap_does_not_grow_with_the_logits() -> None:
     two = figures(model, data, pgd(3), context(2))
     assert two["gap_mean"].value == pytest.approx(2 * one["gap_mean"].value, rel=0.01)
     assert two["gap_relative"].value == pytest.approx(one["gap_relative"].value, rel=0.01)
+
+
+def test_logits_that_are_not_finite_are_no_clean_accuracy() -> None:
+    subject = PixelModel(linear_model(64, 3))
+    with torch.no_grad():
+        subject.model.head.bias[0] = torch.nan
+    with pytest.raises(DataError, match="NaN or inf on clean images"):
+        measure(subject, TASK.images("valid"), [Accuracy()], Context(gen(), Threat("Linf", 8)))
 
 
 def test_a_figure_says_how_it_was_measured() -> None:

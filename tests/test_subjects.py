@@ -1,6 +1,7 @@
 """What can be judged, and what is refused before any slow work."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from toys import REGISTRY, linear_model
 
 import jemkit as api
-from jemkit import Bounds, ConfigError, DataError, Images, MisfitError, PixelModel
+from jemkit import Bounds, ConfigError, DataError, Images, MisfitError, PixelModel, checkpoint
 from jemkit.evaluation import judge
 from jemkit.pixels import check_subject, pixel_model, weights_hash
 from jemkit.runtime.files import write_tensors
@@ -123,6 +124,34 @@ def test_a_stranger_is_judged_like_a_model_of_ours_and_left_as_it_was() -> None:
     assert found.value("clean") == right.float().mean()
     assert weights_hash(model) == before
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_model_in_train_mode_learns_nothing_from_the_images_that_it_is_judged_on() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 8), nn.BatchNorm2d(3), nn.Dropout(), nn.Flatten()).train()
+    before, state = weights_hash(model), torch.get_rng_state()
+    api.evaluate(model, DATA, n_classes=3, registry=REGISTRY, **ONLY)
+    assert weights_hash(model) == before
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("output", [lambda z: (z, z), lambda z: z[:, 0], lambda z: {"logits": z}])
+def test_an_output_that_is_no_table_of_logits_is_refused(
+    output: Callable[[Tensor], object],
+) -> None:
+    class Wraps(Sees):
+        def forward(self, x: Tensor) -> Tensor:
+            return output(super().forward(x))  # type: ignore[return-value]
+
+    with pytest.raises(MisfitError, match="wanted a tensor of logits"):
+        api.evaluate(Wraps(), DATA, n_classes=3, registry=REGISTRY, **ONLY)
+
+
+def test_a_run_brings_the_buffer_that_training_left(run: Path) -> None:
+    subject = subject_at(run, REGISTRY, CPU)
+    state = checkpoint.load(run / "checkpoints" / "best")["density"]
+    assert subject.model.density.buffer.drawn == state["drawn"] > 0  # type: ignore[attr-defined]
+    assert torch.equal(subject.model.density.buffer.states, state["states"])  # type: ignore[attr-defined]
 
 
 def test_a_data_set_brings_its_classes_and_its_radius() -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from jemkit_cli import config, plugins
+from jemkit_cli import bench, config, plugins
 from jemkit_cli.doctor import doctor
 from jemkit_cli.evaluate import evaluate
 from jemkit_cli.foreign import export_model, import_model
@@ -13,6 +13,7 @@ from jemkit_cli.report import compare, report
 from jemkit_cli.sample import sample
 from jemkit_cli.terminal import say
 from jemkit_cli.train import train
+from jemkit_cli.verify import verify_resume
 
 app = typer.Typer(
     name="jemkit",
@@ -29,8 +30,10 @@ app.command()(compare)
 app.command("import")(import_model)
 app.command("export")(export_model)
 app.command()(doctor)
+app.command("verify-resume")(verify_resume)
 app.add_typer(plugins.app, name="plugins")
 app.add_typer(config.app, name="config")
+app.add_typer(bench.app, name="bench")
 
 
 def _version(wanted: bool) -> None:

@@ -156,5 +156,5 @@ def _judged(
     ):
         return judge(
             subject, settings, registry, shard=Shard(0, jobs), progress=progress,
-            stop=lambda: failed() or stop(), keep_adversarial=keep_adversarial,
+            stop=lambda: stop() or failed(), keep_adversarial=keep_adversarial,
         )  # fmt: skip

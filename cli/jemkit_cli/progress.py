@@ -1,5 +1,7 @@
 """How far long work is: bars with rate and time left on a terminal, else a line now and then."""
 
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +61,10 @@ def _bar(progress: "Progress", run: Path) -> Watch:
             progress.update(task, completed=what["step"], epoch=what["epoch"], now=_brief(what))
         elif kind == "epoch":
             progress.console.print(_epoch(what))
+        elif kind == "rollback":
+            progress.console.print(_rollback(what), markup=False, soft_wrap=True)
+        elif kind == "compiled":
+            progress.console.print(_compiled(what), markup=False, soft_wrap=True)
 
     return watch
 
@@ -73,6 +79,10 @@ def _lines(run: Path) -> Watch:
             last.update(what)
         elif kind == "epoch":
             say(f"{_epoch(what)}  {_now(last)}".rstrip())
+        elif kind == "rollback":
+            say(_rollback(what))
+        elif kind == "compiled":
+            say(_compiled(what))
 
     return watch
 
@@ -96,6 +106,20 @@ def _brief(what: Mapping[str, Any]) -> str:
     return " ".join([*told, *(f"gap {gap:.2f}" for gap in gaps[:1])])
 
 
+def _rollback(what: Mapping[str, Any]) -> str:
+    return (
+        f"step {what['step']}: {what['what']}; back to step {what['to']}, attempt "
+        f"{what['attempt']} of {what['of']} with {what['with']}"
+    )
+
+
+def _compiled(what: Mapping[str, Any]) -> str:
+    return (
+        f"{what['graphs']} gradient(s) compiled in {what['seconds']:g} s; "
+        "docs/performance.md says when that pays"
+    )
+
+
 def _epoch(what: Mapping[str, Any]) -> str:
     return (
         f"epoch {what['epoch']:>3}  step {what['step']:>6}  validation accuracy "
@@ -106,22 +130,44 @@ def _epoch(what: Mapping[str, Any]) -> str:
 Track = Callable[[str, int, int], None]
 
 
+SELDOM = 30.0
+"""Seconds between two plain lines about long work."""
+
+
 @contextmanager
 def tracking(*, silent: bool) -> Iterator[Track | None]:
-    """Who is told how far long work is: a bar for each part of it, on a terminal only."""
+    """Who is told how far long work is: a bar for each part of it, else a line now and then."""
     where = console()
-    if silent or not where.is_terminal:
+    if silent:
         yield None
+        return
+    if not where.is_terminal:
+        yield _seldom()
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Left
 
-    columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=14), MofNCompleteColumn(), Left(),
-        TextColumn("{task.speed:.1f}/s"),
-    )  # fmt: skip
-    with Progress(*columns, console=where, transient=True) as progress:
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=14), MofNCompleteColumn()
+    with Progress(*columns, Left(), console=where, transient=True) as progress:
         yield _bars(progress)
+
+
+def _seldom() -> Track:
+    """A line on standard error every SELDOM seconds, with the time that this part still takes."""
+    began: dict[str, tuple[float, int]] = {}  # when a part was first heard of, and how far it was
+    told = [time.monotonic()]
+
+    def track(what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        since, first = began.setdefault(what, (now, done))
+        if now - told[0] < SELDOM or done <= first:
+            return
+        told[0] = now
+        left = (now - since) * (total - done) / (done - first)
+        line = f"{what}: {done} of {total}, {left:.0f} s left"
+        print(line, file=sys.stderr, flush=True)
+
+    return track
 
 
 def _bars(progress: "Progress") -> Track:

@@ -107,9 +107,10 @@ def told_protocol(figure: "Figure") -> str:
     if "attack" in card:
         told.append(f"{card['attack']} {card['norm']} {card['radius_px']:g}/255")
     if "steps" in card:
-        told.append(f"{card['steps']} steps")
-    if "step_px" in card:
-        told.append(f"of {card['step_px']:g}/255, start {card['start']}")
+        size = f" of {card['step_px']:g}/255" if "step_px" in card else ""
+        told.append(f"{card['steps']} steps{size}")
+    if "start" in card:
+        told.append(f"start {card['start']}")
     if card.get("standard") is False:
         told.append("non-standard")
     told.append(f"seed {card['seed']}")

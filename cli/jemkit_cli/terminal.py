@@ -2,11 +2,10 @@
 
 import errno
 import json
-import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from types import FrameType
@@ -77,15 +76,9 @@ def say(text: str) -> None:
 
 def say_json(value: Any, *, indent: int | None = None) -> None:
     """Valid JSON; a number that is not finite has none and becomes null."""
-    print(json.dumps(_finite(value), allow_nan=False, indent=indent), flush=True)
+    from jemkit.record import finite
 
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(finite(value), allow_nan=False, indent=indent), flush=True)
 
 
 def console() -> "Console":
@@ -107,7 +100,7 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str
     console().print(table)
 
 
-STOPPING = b"\nstopping; what is done is kept. Once more ends at once\n"
+STOPPING = b"\nstopping, what is done is kept; once more ends at once\n"
 
 
 @contextmanager

@@ -109,6 +109,8 @@ def train(
         _show_plan(resolved, out, init_from, as_json)
         return
     summary = _trained(registry, resolved, out, resume=resume, init_from=init_from, silent=silent)
+    if not summary.figures:  # a process that follows another has none
+        return
     if as_json:
         say_json(record(summary, resolved))
     else:

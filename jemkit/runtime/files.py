@@ -1,55 +1,135 @@
 """Files that are written whole or not at all, and read without running anything in them."""
 
+import hashlib
 import json
 import os
+import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from jemkit.errors import DataError
+from jemkit.runtime.disk import until_room
+
+Piece = bytes | memoryview
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What a safetensors file calls each type; all of them, and no other, does jemkit keep."""
+UMASK = os.umask(0)
+os.umask(UMASK)  # read once: asking sets it, for every thread, and sets it back
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write through a temporary file beside `path`, fsynced, then renamed over it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    write_pieces(path, [content])
+
+
+def write_pieces(path: Path, pieces: Sequence[Piece]) -> str:
+    """Write through a temporary file beside `path`, fsynced, then renamed over it; its SHA-256.
+
+    The hash is of what was meant to be written, so it also tells a disk that kept something else.
+    """
+    return until_room(path, lambda: _written(path, pieces))
+
+
+def _written(path: Path, pieces: Sequence[Piece]) -> str:
+    digest = hashlib.sha256()
+    temporary = ""
     try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            for piece in pieces:
+                digest.update(piece)
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~UMASK)
         os.replace(temporary, path)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):  # which may name no file, or one that nobody knows
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     sync_folder(path.parent)
+    return digest.hexdigest()
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add to the end of a file: all of `text`, or none of it where there is no room."""
+
+    def added() -> None:
+        with path.open("a", encoding="utf-8", newline="") as file:
+            before = file.seek(0, os.SEEK_END)
+            try:
+                file.write(text)
+                file.flush()
+            except OSError as error:
+                os.ftruncate(file.fileno(), before)
+                raise OSError(error.errno, error.strerror, str(path)) from None
+
+    until_room(path, added)
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut what stands after a text file's last line end: the half that a kill left of a line."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
 
 
 def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+def write_json(path: Path, value: Any) -> str:
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    return write_pieces(path, [text.encode()])
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    packed: dict[str, Tensor] = {}
-    stored: set[int] = set()
-    for name, tensor in tensors.items():
-        t = tensor.detach().cpu().contiguous()
-        if t.untyped_storage().data_ptr() in stored:  # safetensors takes no tied tensors
-            t = t.clone()
-        stored.add(t.untyped_storage().data_ptr())
-        packed[name] = t
-    write_bytes(path, safetensors.torch.save(packed))
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """A safetensors file, written from the tensors' own memory; its SHA-256."""
+    flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    order = sorted(flat, key=lambda name: (-flat[name].element_size(), name))  # keeps all aligned
+    header: dict[str, Any] = {}
+    at = 0
+    for name in order:
+        end = at + flat[name].nbytes
+        header[name] = {
+            "dtype": _dtype(flat[name], name),
+            "shape": list(flat[name].shape),
+            "data_offsets": [at, end],
+        }
+        at = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    pieces: list[Piece] = [struct.pack("<Q", len(text)) + text]
+    pieces += [flat[name].reshape(-1).view(torch.uint8).numpy().data for name in order]
+    return write_pieces(path, pieces)
+
+
+def _dtype(tensor: Tensor, name: str) -> str:
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"a safetensors file cannot hold {tensor.dtype} (at {name})")
+    return DTYPES[tensor.dtype]
 
 
 def read_json(path: Path) -> Any:
@@ -57,7 +137,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON: {error}") from None
 
 
@@ -86,9 +166,3 @@ def cache_folder() -> Path:
     if named:
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jemkit"
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,6 +1,7 @@
 """Processes that work on one evaluation together, through its ledger."""
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ def helpers(count: int, work: Callable[..., None], *given: Any) -> Iterator[Call
     """
     spawn = multiprocessing.get_context("spawn")
     running = [
-        spawn.Process(target=work, args=(*given, Shard(i, count)), daemon=True)
+        spawn.Process(target=_work, args=(work, *given, Shard(i, count)), daemon=True)
         for i in range(1, count)
     ]
 
@@ -39,3 +40,9 @@ def helpers(count: int, work: Callable[..., None], *given: Any) -> Iterator[Call
         for process in running:
             if process.is_alive():
                 process.terminate()
+
+
+def _work(work: Callable[..., None], *given: Any) -> None:
+    """The caller alone hears ^C, which a terminal sends to all; it ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    work(*given)

@@ -85,7 +85,13 @@ def numerics(
 
 
 def laid_out(model: nn.Module, choice: str, device: torch.device) -> nn.Module:
-    """Channels last where asked for; `auto` takes it on a GPU, where convolutions gain."""
-    if choice == "yes" or (choice == "auto" and device.type == "cuda"):
+    """Channels last where asked for.
+
+    `auto` takes it but with instance norm on a CPU, which alone was slower by it where it was
+    measured (docs/performance.md). It is a rule and no measurement of the moment: the layout
+    moves the last bit of a sum, and a run should repeat.
+    """
+    slower = device.type == "cpu" and any(isinstance(m, nn.InstanceNorm2d) for m in model.modules())
+    if choice == "yes" or (choice == "auto" and not slower):
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
     return model

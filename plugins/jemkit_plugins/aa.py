@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from jemkit.attack import Attack, ModelAttack, Norm, Perturb, Threat
-from jemkit.autoattack import Stage, nonstandard, package
+from jemkit.attack import Attack, ModelAttack, Norm, Perturb, Threat, nonstandard
+from jemkit.autoattack import Stage, package
 from jemkit.hookspecs import hookimpl
 from jemkit.options import Options
 from jemkit.pixels import PixelModel

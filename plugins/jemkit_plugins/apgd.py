@@ -5,8 +5,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from jemkit.attack import Attack, ModelAttack, Perturb, Threat
-from jemkit.autoattack import Stage, nonstandard, package
+from jemkit.attack import Attack, ModelAttack, Perturb, Threat, departing, nonstandard
+from jemkit.autoattack import Stage, package
 from jemkit.hookspecs import hookimpl
 from jemkit.options import Options
 from jemkit.pixels import PixelModel
@@ -35,9 +35,10 @@ class APGD(Options):
 
     def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
         stage = self._stage(threat)
+        own = departing(self, ("steps", "restarts", "loss", "eot"))
         return {
             **stage.card(n_classes),
-            **nonstandard(stage.departures(n_classes)),
+            **nonstandard([*own, *stage.departures(n_classes)]),
             "package": package(),
         }
 

@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor
 
-from jemkit.attack import PGD, Best, ModelAttack, Perturb, Threat, ball_of, perturbed
+from jemkit.attack import PGD, Best, ModelAttack, Perturb, Threat, ball_of
 from jemkit.hookspecs import hookimpl
 from jemkit.options import Options
-from jemkit.pixels import UNIT, PixelModel
-from jemkit.sampling import run
+from jemkit.pixels import PixelModel
 
 
 class CW(Options):
@@ -44,12 +43,8 @@ class CW(Options):
                 best.see(z, loss, logits.argmax(1) != y)
                 return -loss
 
-            kernel = PGD(step_px=self.step_px).kernel(x, threat.radius_px, UNIT, norm)
-            for _ in range(self.restarts):
-                start = kernel.project(perturbed(x, threat.eps, rng, norm))
-                end = run(kernel, energy, start, rng, self.steps)
-                with torch.no_grad():
-                    energy(end)
+            pgd = PGD(steps=self.steps, step_px=self.step_px, restarts=self.restarts)
+            pgd.climb(energy, x, threat.radius_px, norm, rng)
             return best.x
 
         return {self.label: perturb}

@@ -16,6 +16,7 @@ from jemkit.hookspecs import hookimpl
 from jemkit.modes import eval_mode, frozen
 from jemkit.objective import Batch, Objective, Terms, watched
 from jemkit.options import Options, PartOf, Radius
+from jemkit.runtime import distributed
 from jemkit.sampling import SGLD, Ball, Boxed, L2Descent, Projected, Sampler, SignDescent, run
 
 
@@ -126,7 +127,10 @@ class EBJDAT(Options):
             h1 = backbone.density.loss(scores["x_pos"].energy, scores["x_neg"].energy)
             terms["p(x)"] = (self.w1, h1)
         if self.w2:  # line 16, the outer problem of Eq. 11
-            clean = scores["x"].energy if self.pair == "same" else scores["x_pos"].energy.mean()
+            if self.pair == "same":
+                clean = scores["x"].energy
+            else:  # of the whole batch, since `apart` need not be linear in it
+                clean = distributed.mean(scores["x_pos"].energy)
             terms["p(x~|x)"] = (self.w2, self.apart(scores["x_adv"].energy - clean))
         if self.w3:  # line 17
             terms["p(y|x~)"] = (self.w3, F.cross_entropy(scores["x_adv"].logits, batch.y))

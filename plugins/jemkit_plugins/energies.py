@@ -18,7 +18,7 @@ from jemkit.figures import Figure, plain
 from jemkit.histograms import BINS, bin_edges, histograms, shares
 from jemkit.hookspecs import hookimpl
 from jemkit.options import Options
-from jemkit.pictures import curves_png, histograms_png
+from jemkit.pictures import curves_png, histograms_png, scatter_png
 from jemkit.pixels import UNIT, PixelModel, weights_hash
 from jemkit.robustness import PGD20, energies, energy_gaps
 from jemkit.sampling import chain
@@ -181,6 +181,9 @@ def _note(sets: Mapping[str, _Set], bins: int, ctx: Context) -> None:
     ctx.notes.tables["energies"] = {**marginal, "joint": joint}
     about = f"PGD-20 at {ctx.threat.radius_px:g}/255, {ctx.threat.norm}"
     ctx.notes.pictures["energies"] = histograms_png({f"E(x); {about}": marginal, "E(x, y)": joint})
+    points = ctx.notes.tables["energy_confidence"]
+    title = f"energy against confidence, {len(points)} clean images"
+    ctx.notes.pictures["energy_confidence"] = scatter_png(points, title)
     if "energy_path" in ctx.notes.tables:
         path = ctx.notes.tables["energy_path"]
         lines = {"E(x)": path["mean"], "E(x, y)": path["joint"]}

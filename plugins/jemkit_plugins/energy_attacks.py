@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor
 
-from jemkit.attack import PGD, Best, ModelAttack, Perturb, Threat, ball_of, perturbed
+from jemkit.attack import PGD, Best, ModelAttack, Perturb, Threat, ball_of
 from jemkit.hookspecs import hookimpl
 from jemkit.options import Options
-from jemkit.pixels import UNIT, PixelModel
-from jemkit.sampling import run
+from jemkit.pixels import PixelModel
 
 
 class EnergyAttack(Options):
@@ -44,12 +43,8 @@ class EnergyAttack(Options):
                 best.see(z, energy, alike)
                 return -energy
 
-            kernel = PGD(step_px=self.step_px).kernel(x, threat.radius_px, UNIT, norm)
-            for _ in range(self.restarts):
-                start = kernel.project(perturbed(x, threat.eps, rng, norm))
-                end = run(kernel, downhill, start, rng, self.steps)
-                with torch.no_grad():
-                    downhill(end)
+            pgd = PGD(steps=self.steps, step_px=self.step_px, restarts=self.restarts)
+            pgd.climb(downhill, x, threat.radius_px, norm, rng)
             return best.x
 
         return {self.label: perturb}
@@ -103,12 +98,8 @@ class Detector(Options):
                 best.see(z, loss.where(fallen, -torch.inf), fallen)  # x stays where none falls
                 return torch.where(wrong & seen, scores.energy, -loss)
 
-            kernel = PGD(step_px=self.step_px).kernel(x, threat.radius_px, UNIT, norm)
-            for _ in range(self.restarts):
-                start = kernel.project(perturbed(x, threat.eps, rng, norm))
-                end = run(kernel, downhill, start, rng, self.steps)
-                with torch.no_grad():
-                    downhill(end)
+            pgd = PGD(steps=self.steps, step_px=self.step_px, restarts=self.restarts)
+            pgd.climb(downhill, x, threat.radius_px, norm, rng)
             return best.x
 
         return {self.label: perturb}

@@ -6,7 +6,16 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from jemkit.attack import PGD, ModelAttack, Perturb, Threat, ball_of, perturbed
+from jemkit.attack import (
+    PGD,
+    ModelAttack,
+    Perturb,
+    Threat,
+    ball_of,
+    departing,
+    nonstandard,
+    perturbed,
+)
 from jemkit.hookspecs import hookimpl
 from jemkit.options import Options
 from jemkit.pixels import UNIT, PixelModel
@@ -40,7 +49,13 @@ class FGSM(Options):
 
     def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
         start = "uniform in the ball" if self.random_start else "x"
-        return {"steps": 1, "step_px": threat.radius_px, "start": start, "kept": "the one step"}
+        return {
+            "steps": 1,
+            "step_px": threat.radius_px,
+            "start": start,
+            "kept": "the one step",
+            **nonstandard(departing(self, ("random_start",))),
+        }
 
 
 @hookimpl

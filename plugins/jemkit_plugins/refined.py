@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor
 
-from jemkit.attack import PGD, Best, ModelAttack, Perturb, Threat, ball_of, perturbed
+from jemkit.attack import PGD, Best, ModelAttack, Perturb, Threat, ball_of
 from jemkit.errors import MisfitError
 from jemkit.hookspecs import hookimpl
 from jemkit.options import Options
-from jemkit.pixels import UNIT, PixelModel
+from jemkit.pixels import PixelModel
 from jemkit.refined import Refined
-from jemkit.sampling import run
 
 Pass = Callable[[Tensor, Generator], Tensor]
 """x [B, C, H, W] to logits [B, K], with noise from the generator."""
@@ -100,11 +99,8 @@ def averaged(attack: EOT | BPDA, passes: int, ask: Pass, threat: Threat) -> Mapp
             best.see(z, torch.stack(losses).mean(0), wrong)
             return -(slope * z).flatten(1).sum(1)
 
-        kernel = PGD(step_px=attack.step_px).kernel(x, threat.radius_px, UNIT, norm)
-        start = kernel.project(perturbed(x, threat.eps, rng, norm))
-        end = run(kernel, energy, start, rng, attack.steps)
-        with torch.no_grad():
-            energy(end)
+        pgd = PGD(steps=attack.steps, step_px=attack.step_px)
+        pgd.climb(energy, x, threat.radius_px, norm, rng)
         return best.x
 
     return {attack.label: perturb}

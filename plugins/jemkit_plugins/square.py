@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from jemkit.attack import Attack, ModelAttack, Perturb, Threat
+from jemkit.attack import Attack, ModelAttack, Perturb, Threat, departing, nonstandard
 from jemkit.autoattack import Stage, package
 from jemkit.hookspecs import hookimpl
 from jemkit.options import Options
@@ -28,7 +28,12 @@ class Square(Options):
         return {"square": self._stage().bind(subject, threat)}
 
     def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
-        return {**self._stage().card(n_classes), "access": "logits", "package": package()}
+        return {
+            **self._stage().card(n_classes),
+            **nonstandard(departing(self, ("queries", "restarts"))),
+            "access": "logits",
+            "package": package(),
+        }
 
     def _stage(self) -> Stage:
         return Stage("square", steps=self.queries, restarts=self.restarts)

@@ -1,0 +1,146 @@
+"""The compiled gradient: what a chain spends its time on, as one graph; noise stays outside."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+
+from jemkit.backbone import Backbone
+from jemkit.energy import EnergyFn
+from jemkit.objective import Batch, Objective, Remembering, Terms
+from jemkit.runtime.folder import RunFolder
+from jemkit.sampling import eager_gradient, gradients_by
+
+Backend = Literal["inductor", "aot_eager", "eager"]
+GRAPHS = 64
+"""How many graphs may be compiled; torch's own limit counts all runs of a process together."""
+
+
+class Compilation(NamedTuple):
+    """One warm-up: for which images, and how long it took."""
+
+    shape: tuple[int, ...]
+    seconds: float
+
+
+class CompiledGradient:
+    """The gradient of any energy as one graph without a break; a break is an error.
+
+    The network's weights are inputs of the graph, so updates compile nothing anew; another shape,
+    mode or form of the energy does. Where this machine has no compiler one warning says so, and
+    gradients are eager from then on.
+    """
+
+    def __init__(self, backend: Backend = "inductor") -> None:
+        self.backend = backend
+        self.compilations: list[Compilation] = []
+        self.given_up = False
+        self._graphs = self._told = 0
+        self._unit: Callable[[EnergyFn, Tensor], Tensor] = torch.compile(
+            eager_gradient, fullgraph=True, dynamic=False, backend=self._counted
+        )
+
+    def __call__(self, energy: EnergyFn, x: Tensor) -> Tensor:
+        if self.given_up:
+            return eager_gradient(energy, x)
+        began, before = time.perf_counter(), self._graphs
+        try:
+            with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=GRAPHS):
+                found = self._unit(energy, x)
+        except Exception as error:
+            lacking = lacks_compiler(error)
+            if lacking is None:
+                raise
+            self.given_up = True
+            warnings.warn(f"chains run without --compile: {lacking}", stacklevel=2)
+            return eager_gradient(energy, x)
+        if self._graphs > before:
+            self.compilations.append(Compilation(tuple(x.shape), time.perf_counter() - began))
+        return found
+
+    @property
+    def warm_up(self) -> float:
+        """Seconds that compiling took so far."""
+        return sum(each.seconds for each in self.compilations)
+
+    def tell(self, folder: RunFolder, watch: Callable[[str, dict[str, Any]], None]) -> None:
+        """Say what was compiled since this was last called: graphs in all, and their seconds."""
+        if len(self.compilations) > self._told:
+            self._told = len(self.compilations)
+            what = {"graphs": self._told, "seconds": round(self.warm_up, 1)}
+            folder.event("compiled", **what)
+            watch("compiled", what)
+
+    def _counted(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        self._graphs += 1
+        return torch._dynamo.lookup_backend(self.backend)(graph, inputs)
+
+
+def pays_after(warm_up: float, eager: float, compiled: float) -> float:
+    """How many gradients make up for compiling; infinite where the compiled one is no faster."""
+    return warm_up / (eager - compiled) if compiled < eager else float("inf")
+
+
+@dataclass(frozen=True)
+class CompiledChains:
+    """An objective whose chains take compiled gradients; its loss stays as it is."""
+
+    inner: Objective[Any]
+    unit: CompiledGradient
+
+    @property
+    def needs_density(self) -> bool:
+        return self.inner.needs_density
+
+    def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> Any:
+        with gradients_by(self.unit):
+            return self.inner.draw(backbone, batch, rng)
+
+    def loss(self, backbone: Backbone, batch: Batch, draws: Any) -> Terms:
+        return self.inner.loss(backbone, batch, draws)
+
+    def after(self, backbone: Backbone, batch: Batch, draws: Any, rng: Generator) -> None:
+        if isinstance(self.inner, Remembering):
+            self.inner.after(backbone, batch, draws, rng)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return self.inner.parameters() if isinstance(self.inner, Remembering) else []
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict() if isinstance(self.inner, Remembering) else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if isinstance(self.inner, Remembering):
+            self.inner.load_state_dict(state)
+
+
+@contextmanager
+def compiled_gradients(backend: Backend = "inductor") -> Iterator[CompiledGradient]:
+    """Chains inside the block take compiled gradients; gives what was compiled and when."""
+    unit = CompiledGradient(backend)
+    with gradients_by(unit):
+        yield unit
+
+
+MISSING = {"InvalidCxxCompiler", "TritonMissing", "CppCompileError"}
+"""Errors that tell of a machine without a C++ compiler, or on a GPU without Triton."""
+
+
+def lacks_compiler(error: BaseException) -> str | None:
+    """What the machine lacks, in a line; None where the energy is at fault."""
+    for cause in _causes(error):
+        if type(cause).__name__ in MISSING:
+            return " ".join(str(cause).split()) or type(cause).__name__
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = getattr(found, "inner_exception", None) or found.__cause__ or found.__context__

@@ -1,0 +1,86 @@
+"""A process that follows: it takes the steps that the first one of its group orders."""
+
+from pathlib import Path
+from typing import Any
+
+from jemkit.assembly import put_together
+from jemkit.density import Penalised
+from jemkit.errors import ConfigError, Diverged, JemkitError
+from jemkit.recipe import Recipe
+from jemkit.runtime import distributed
+from jemkit.runtime.numerics import numerics
+from jemkit.team import alike, packed, unpacked
+from jemkit.training import Summary, train_step
+from jemkit.update import Guard
+
+
+def follow(recipe: Recipe, out: Path) -> Summary:
+    """Do as the first process says until it says `end`; write nothing, judge nothing."""
+    run = recipe.run
+    me: Follower | None = None
+    with numerics(precision=run.precision, deterministic=run.deterministic, threads=run.threads):
+        while (order := _heard())["do"] != "end":
+            if order["do"] == "build":
+                me = _built(recipe)
+            elif me is not None:
+                me.obey(order)
+    return Summary(out, run.epochs, 0, 0.0, [])
+
+
+def _built(recipe: Recipe) -> "Follower | None":
+    """None where the recipe cannot run: the first process finds the same, and says it."""
+    try:
+        return Follower(recipe)
+    except ConfigError:
+        return None
+
+
+class Follower:
+    """The parts of a run, without a loop of their own."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.parts, self.guard = put_together(recipe), Guard()
+        self.theta_steps = recipe.run.theta_steps
+
+    def obey(self, order: dict[str, Any]) -> None:
+        if order["do"] == "step":
+            self.step(order)
+        elif order["do"] == "state":
+            distributed.gather(packed(self.parts.own_state()))
+        else:
+            self.parts.take(unpacked(distributed.share(None)))
+            self.guard = Guard()
+
+    def step(self, order: dict[str, Any]) -> None:
+        """The leader's step, on this process's rows; where it diverges it is as if not taken."""
+        parts = self.parts
+        for group in parts.optimizer.param_groups:
+            group["lr"] = order["lr"]
+        density = parts.backbone.density if parts.backbone.has_density else None
+        if density is not None:
+            density.steps = order["steps"]
+        if isinstance(density, Penalised) and order["penalty"]:
+            density.penalise(order["penalty"])
+        before = parts.loader.state_dict()
+        with distributed.together():
+            alike(parts)
+            batch = parts.loader.batch()
+            try:
+                train_step(
+                    parts.backbone,
+                    parts.objective,
+                    parts.updater,
+                    batch,
+                    parts.rng,
+                    self.guard,
+                    self.theta_steps,
+                )
+            except Diverged:
+                parts.loader.load_state_dict(before)
+
+
+def _heard() -> dict[str, Any]:
+    try:
+        return distributed.heard()
+    except RuntimeError as error:
+        raise JemkitError(f"the first process of the group is gone: {error}") from None

@@ -1,0 +1,205 @@
+"""Recovery: a sick run goes back to a checkpoint that proved healthy, and on with a remedy."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jemkit import checkpoint
+from jemkit.assembly import Assembly
+from jemkit.checkup import Checkup, renew, sick_slots
+from jemkit.density import Penalised
+from jemkit.errors import DataError, Diverged
+from jemkit.runtime.sentinel import Finding, Remedy, Sentinel, Sick
+from jemkit.seeds import generator
+from jemkit.update import Guard
+
+if TYPE_CHECKING:
+    from jemkit.training import Trainer
+
+PENALTY = 0.1
+"""On the squared mean energies: what users of JEM whose runs diverge are told to try."""
+
+
+class Care:
+    """What was tried on a run so far, and where it may go back to; part of its checkpoints."""
+
+    def __init__(self, options: Sentinel, parts: Assembly, seed: int) -> None:
+        self.options, self.parts, self.seed = options, parts, seed
+        self.checkup = Checkup(options, parts)
+        self.tried: list[dict[str, Any]] = []  # one entry a rollback
+        learns = parts.objective.needs_density and parts.backbone.has_density
+        self._density = parts.backbone.density if learns else None
+        self._steps = self._density.steps if self._density else 0
+        self._epoch = parts.loader.steps_per_epoch
+        self._quiet = min(options.quiet, self._epoch)
+
+    @property
+    def may_try(self) -> bool:
+        return self.options.on and len(self.tried) < self.options.tries
+
+    @property
+    def rate(self) -> float:
+        """The factor on the learning rate."""
+        return float(0.5 ** self._times("rate"))
+
+    def proven(self, folder: Path, since: int) -> Iterator[Path]:
+        """Checkpoints after which `quiet` steps, or an epoch, raised no finding; newest first.
+
+        Only ends of epochs count, since every run has those, however often it was interrupted;
+        and the very beginning.
+        """
+        for path in reversed(complete(folder)):
+            step = step_of(path)
+            if step == 0 or (step % self._epoch == 0 and step + self._quiet <= since):
+                yield path
+
+    def prune(self, folder: Path, step: int, keep: int) -> None:
+        """Leave the newest `keep`, and all that a finding yet to come may go back to."""
+        found = complete(folder)
+        late = self.options.patience + (self.options.collapse - 1) * self._epoch + self._quiet
+        oldest = max(0, (step - late) // self._epoch * self._epoch)
+        for path in found[:-keep]:
+            wanted = step_of(path) >= oldest and step_of(path) % self._epoch == 0
+            if not (self.options.on and wanted):
+                remove(path)
+        checkpoint.prune(folder, len(found))
+
+    def try_next(self, finding: Finding, step: int, back: int) -> dict[str, Any]:
+        """The next remedy, chains of another seed, and fresh ones in place of the sick."""
+        attempt = len(self.tried) + 1
+        entry: dict[str, Any] = {
+            "attempt": attempt, "of": self.options.tries, "signal": finding.signal,
+            "what": finding.told, "step": step, "since": finding.since, "to": back,
+            "remedy": self._remedy(attempt), "renewed": 0,
+        }  # fmt: skip
+        rng, words = self.parts.rng, ("chains", "attempt", attempt)
+        rng.set_state(generator(self.parts.device, self.seed, *words).get_state())
+        buffer = self.checkup.buffer
+        if buffer is not None:
+            sick = sick_slots(buffer, self.parts.task.bounds, self.checkup.limit)
+            entry["renewed"] = renew(buffer, sick, rng)
+        self.prescribe([*self.tried, entry])
+        entry["with"] = self.told()
+        return entry
+
+    def prescribe(self, tried: list[dict[str, Any]]) -> None:
+        """Put the remedies of these attempts into effect."""
+        self.tried = list(tried)
+        if self._density is None:
+            return
+        self._density.steps = self._steps * 2 ** self._times("steps")
+        if self._times("penalty") and isinstance(self._density, Penalised):
+            self._density.penalise(PENALTY)
+
+    def told(self) -> str:
+        """What a rolled-back run goes on with."""
+        words = [f"{self.rate:g} of the learning rate"] if self._times("rate") else []
+        if self._times("steps") and self._density is not None:
+            words.append(f"{self._density.steps} steps a chain")
+        if self._times("penalty"):
+            words.append(f"an energy penalty of {PENALTY}")
+        return ", ".join(words)
+
+    def _remedy(self, attempt: int) -> Remedy:
+        """By the policy, whose last serves all later tries; the rate where no density can."""
+        asked = self.options.policy[min(attempt, len(self.options.policy)) - 1]
+        able = isinstance(self._density, Penalised) if asked == "penalty" else bool(self._density)
+        return asked if able else "rate"
+
+    def _times(self, remedy: Remedy) -> int:
+        return sum(entry["remedy"] == remedy for entry in self.tried)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tried": self.tried, "vitals": self.checkup.vitals.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.checkup.vitals.load_state_dict(state["vitals"])
+        self.prescribe(state["tried"])
+
+
+def go_back(trainer: "Trainer", error: Diverged) -> None:
+    """Take a run back to a checkpoint that proved healthy, or raise Diverged for good.
+
+    What it goes on from is saved in that checkpoint's place, and what came after it is gone; the
+    best epoch stays, whichever attempt it is of.
+    """
+    trainer.writer.wait()
+    care, folder, step = trainer.care, trainer.folder, trainer.step
+    finding = _earliest(trainer, error)
+    where, state = _readable(care.proven(folder.checkpoints, finding.since))
+    cause = None if care.options.on else "the sentinel is off"
+    if not trainer.loader.images.unit().isfinite().all():
+        cause = "the training images themselves are not finite, so going back would not help"
+    if state is None or where is None or cause or not care.may_try:
+        where = checkpoint.newest(folder.checkpoints) if cause else where
+        folder.event("diverged", step=step, reason=finding.told, tried=care.tried)
+        raise Diverged(diagnosis(finding, step, care.tried, where, cause))
+    tried, best, seconds = care.tried, trainer.best, trainer.seconds
+    trainer.load_state_dict(state)
+    trainer.best, trainer.seconds, trainer.guard = best, seconds, Guard()
+    care.prescribe(tried)
+    entry = care.try_next(finding, step, trainer.step)
+    for path in reversed(complete(folder.checkpoints)):
+        if path.name > where.name:  # newest first: killed in here, a run finds the same again
+            remove(path)
+    checkpoint.save(where, trainer.state_dict())
+    folder.drop_metrics_from(trainer.step)
+    folder.event("rollback", **entry)
+    trainer.watch("rollback", entry)
+
+
+def _earliest(trainer: "Trainer", error: Diverged) -> Finding:
+    """What metrics that nobody has read yet tell of comes before the error."""
+    try:
+        trainer.gather()
+    except Sick as earlier:
+        return earlier.finding
+    if isinstance(error, Sick):
+        return error.finding
+    told = re.sub(r"^update \d+: ", "", str(error))  # counted anew in every process
+    return Finding("update", trainer.step, told)
+
+
+def diagnosis(
+    finding: Finding, step: int, tried: list[dict[str, Any]], where: Path | None, cause: str | None
+) -> str:
+    """What was seen and since when, what was tried, and what a person may do."""
+    words = [f"diverged at step {step}: {finding.told} (since step {finding.since})"]
+    words += [cause] if cause else []
+    for entry in tried:
+        back = f"went back from step {entry['step']} to {entry['to']}"
+        words.append(f"attempt {entry['attempt']} {back}, on with {entry['with']}: {entry['what']}")
+    newest = f"--init-from {where} takes its weights" if where else "no checkpoint was kept"
+    return (
+        f"{'; '.join(words)}. Begin a new run with a lower optimizer.lr, more backbone.steps or "
+        f"backbone.density.penalty = {PENALTY}; {newest}"
+    )
+
+
+def _readable(paths: Iterator[Path]) -> tuple[Path | None, dict[str, Any] | None]:
+    """The first that is not damaged, and its state."""
+    for path in paths:
+        with suppress(DataError):
+            return path, checkpoint.load(path)
+    return None, None
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint; one that is half deleted must not pass for a damaged one."""
+    gone = path.with_name(f".{path.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints of a folder, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if (p / checkpoint.MANIFEST).exists())
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

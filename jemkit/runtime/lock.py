@@ -1,0 +1,63 @@
+"""One writer in a folder at a time: a lock that ends with the process that holds it."""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from jemkit.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+"""The lock file of a run's folder. It stays when the run ends: what counts is who holds it."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file `path` inside the block; refuse where another process holds it.
+
+    `what` says, to whoever is refused, what its holder does: "trains in runs/a". The kernel lets go
+    of the lock however the process ends, so that no stale one is ever in the way.
+    """
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(_refusal(path)) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise OSError(error.errno, error.strerror, str(path)) from None
+            log.warning("%s cannot be locked on this file system; start no second run", path.parent)
+        _sign(file, what)
+        yield
+
+
+def _sign(file: IO[str], what: str) -> None:
+    """Write who holds the lock; it is held even where the disk is too full to say so."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    about = {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "what": what}
+    try:
+        file.truncate(0)
+        file.write(json.dumps(about))
+        file.flush()
+    except OSError as error:
+        log.warning("%s: %s", file.name, error)
+
+
+def _refusal(path: Path) -> str:
+    holder = "another process"
+    try:
+        about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        holder = f"process {about['pid']} on {about['host']} {about['what']} since {about['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # not written yet
+        pass
+    return f"{path.parent} is in use: {holder}. Wait for it to end, or choose another folder"

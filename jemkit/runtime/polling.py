@@ -1,0 +1,52 @@
+"""Asking, inside a long step, whether to stop."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from jemkit.errors import Preempted
+
+PATIENCE = 2.0
+"""Seconds that a step may take before it is asked inside it; shorter ones are finished."""
+
+
+class Polling:
+    """Raises Preempted where `stop` says so: between steps, and in every pass of a long one."""
+
+    def __init__(self, stop: Callable[[], bool], updates: Callable[[], int]) -> None:
+        self.stop, self.updates = stop, updates
+        self.patience = PATIENCE
+        self._asked, self._before = 0.0, 0
+
+    def between(self) -> None:
+        """Ask where nothing is under way."""
+        self._asked = time.monotonic()
+        if self.stop():
+            raise Preempted
+
+    def begin(self) -> None:
+        """Something begins that may be dropped, until an update has moved the weights."""
+        self._before = self.updates()
+
+    def inside(self) -> None:
+        """Ask in the midst of it."""
+        late = time.monotonic() >= self._asked + self.patience
+        if late and self.updates() == self._before:
+            self.between()
+
+    @contextmanager
+    def passes(self, model: nn.Module, *, on: bool) -> Iterator[None]:
+        """Ask in every pass of the model, so that chains, attacks and exams are not waited for.
+
+        And of its first layer, since PYLD's steps pass through that alone.
+        """
+        first = next(m for m in model.modules() if not any(m.children()))
+        asked = (model, first) if on else ()
+        handles = [m.register_forward_pre_hook(lambda *_: self.inside()) for m in asked]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -1,0 +1,111 @@
+"""A run's state as a tree of dicts, lists, tensors and plain values: packed, copied, compared."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jemkit.errors import DataError
+
+
+def packed(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+    """A tree as JSON; its tensors go to `tensors` under their path."""
+    if isinstance(value, Tensor):
+        tensors[key] = value
+        return {"tensor": key}
+    if isinstance(value, dict):
+        items = [[k, packed(v, f"{key}/{k}", tensors)] for k, v in value.items()]
+        return {"items": items}
+    if isinstance(value, list | tuple):
+        return {"list": [packed(v, f"{key}/{i}", tensors) for i, v in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a checkpoint cannot hold {type(value).__name__} (at {key})")
+
+
+def unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The tree that `packed` made JSON of."""
+    if not isinstance(value, dict):
+        if isinstance(value, list):
+            raise DataError("it holds a list where jemkit writes none")
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "list" in value:
+        return [unpacked(v, tensors) for v in value["list"]]
+    return {k: unpacked(v, tensors) for k, v in value["items"]}
+
+
+class Snapshot:
+    """A copy of a state in the host's memory, which the next copy of the same shapes reuses.
+
+    Memory that is reused is there already: writing to fresh memory takes several times as long.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def of(self, tree: Any) -> Any:
+        """The tree with every tensor copied; the copy before it is overwritten."""
+        used: dict[str, Tensor] = {}
+        copy = self._copied(tree, "", used)
+        self._kept = used
+        if any(t.is_pinned() for t in used.values()):
+            torch.cuda.synchronize()  # the copies were only asked for
+        return copy
+
+    def _copied(self, value: Any, key: str, used: dict[str, Tensor]) -> Any:
+        if isinstance(value, Tensor):
+            used[key] = self._tensor(value.detach(), self._kept.get(key))
+            return used[key]
+        if isinstance(value, dict):
+            return {k: self._copied(v, f"{key}/{k}", used) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._copied(v, f"{key}/{i}", used) for i, v in enumerate(value)]
+        return value
+
+    def _tensor(self, tensor: Tensor, kept: Tensor | None) -> Tensor:
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return kept.copy_(tensor, non_blocking=tensor.is_cuda)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two states are equal bit for bit."""
+    return next(differing(a, b), None) is None
+
+
+def differing(a: Any, b: Any, at: str = "") -> Iterator[str]:
+    """Where two states differ, path by path; a value that only one of them has is such a place."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        yield from (f"{at}/{k}" for k in [*a, *b] if k not in a or k not in b)
+        for k in a:
+            if k in b:
+                yield from differing(a[k], b[k], f"{at}/{k}")
+    elif isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        if len(a) != len(b):
+            yield at or "/"
+        for i, (one, other) in enumerate(zip(a, b, strict=False)):
+            yield from differing(one, other, f"{at}/{i}")
+    elif not _equal(a, b):
+        yield at or "/"
+
+
+def leaves(tree: Any) -> int:
+    """How many tensors and plain values a tree holds."""
+    if isinstance(tree, dict):
+        return sum(map(leaves, tree.values()))
+    return sum(map(leaves, tree)) if isinstance(tree, list | tuple) else 1
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
+    if isinstance(a, float) and isinstance(b, float):
+        return a.hex() == b.hex()  # NaN is itself, and -0.0 is not 0.0
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,59 @@
+"""A full disk pauses a run or ends it by exit 6; what was saved before is whole either way."""
+
+import resource
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from cli_tools import TINY, command, environment
+from test_kills import befallen
+
+from jemkit import checkpoint
+from jemkit.runtime.disk import used_bytes
+
+EXIT_6 = 6 << 8
+
+
+def check(folder: Path, kind: str, faults: Sequence[float], limit: float) -> None:
+    for line in befallen(folder, kind, list(faults), limit)[1:]:
+        if "left" in line:
+            assert line["status"] in (0, EXIT_6), line
+            assert line["left"] in ("sound", "unborn"), line
+
+
+def test_a_write_that_finds_no_room_once_changes_nothing(tmp_path: Path) -> None:
+    check(tmp_path, "once", (0.0, 0.1, 0.5, 0.9), 280)
+
+
+def test_a_disk_that_stays_full_ends_the_run_and_room_lets_it_go_on(tmp_path: Path) -> None:
+    check(tmp_path, "full", (0.02, 0.3, 0.6, 0.95), 280)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", ["once", "full"])
+def test_no_room_at_any_write(tmp_path: Path, kind: str) -> None:
+    check(tmp_path, kind, [i / 150 for i in range(150)], 3600)
+
+
+@pytest.mark.parametrize("largest", [1_000, 60_000])
+def test_a_file_that_may_not_grow_ends_the_command_with_exit_6_and_its_name(
+    tmp_path: Path, largest: int
+) -> None:
+    """The limit stands for a disk that fills in the midst of a file."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+
+    done = subprocess.run(
+        command("train", "--objective=jem", "--backbone=jem", *TINY, "--epochs=1", "--out=run"),
+        cwd=tmp_path, env=environment(MPLCONFIGDIR=str(tmp_path)), capture_output=True, text=True,
+        preexec_fn=limit, check=False, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 6, done.stderr
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert used_bytes(tmp_path / "run") >= 0
+    if (tmp_path / "run" / "config.json").exists():
+        checkpoint.sound(tmp_path / "run" / "checkpoints")

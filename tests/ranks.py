@@ -1,0 +1,91 @@
+"""Processes of a group on this machine, by gloo: a function that each runs, and its answers."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from toys import root
+
+from jemkit.runtime.distributed import group, shard
+from jemkit.runtime.ledger import Shard
+
+Work = Callable[..., Any]
+
+
+def every_rank(work: Work, *given: Any, size: int = 2, seconds: float = 120) -> list[Any]:
+    """work(*given) in `size` processes at once; tensors and plain values come back."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        spawn = multiprocessing.get_context("spawn")
+        running = [
+            spawn.Process(target=_one, args=(folder, Shard(rank, size), work, given), daemon=True)
+            for rank in range(size)
+        ]
+        for process in running:
+            process.start()
+        for process in running:
+            process.join(seconds)
+            if process.exitcode != 0:
+                for other in running:
+                    other.kill()
+        assert [process.exitcode for process in running] == [0] * size
+        return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+def _one(folder: Path, me: Shard, work: Work, given: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    with group(init=f"file://{folder}/meeting", shard=me):
+        assert shard() == me
+        torch.save(work(*given), folder / f"{me.rank}.pt")
+
+
+def torchrun(
+    *arguments: str,
+    cwd: Path,
+    size: int = 2,
+    options: tuple[str, ...] = (),
+    kill: Callable[[Path], bool] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """`torchrun -m jemkit ...` on this machine, at a port of its own.
+
+    Once `kill(cwd)` is true the last process is killed, as a lost machine would be.
+    """
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc-per-node={size}", *options, "-m", "jemkit", *arguments,
+    ]  # fmt: skip
+    paths = os.pathsep.join(str(root() / part) for part in (".", "plugins", "cli"))
+    running = subprocess.Popen(
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+    )  # fmt: skip
+    try:
+        while kill is not None and running.poll() is None:
+            if kill(cwd):
+                os.kill(_rank_of(running.pid, size - 1), signal.SIGKILL)
+                break
+            time.sleep(0.01)
+        out, errors = running.communicate(timeout=240)
+    finally:
+        running.kill()
+    return subprocess.CompletedProcess(command, running.returncode, out, errors)
+
+
+def _rank_of(parent: int, rank: int) -> int:
+    """The process of that rank among a process's children."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    wanted = f"RANK={rank}".encode()
+    found = [
+        int(pid)
+        for pid in children
+        if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    ]
+    return found[0]

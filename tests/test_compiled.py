@@ -1,0 +1,129 @@
+"""Compiled gradients: the same numbers in one graph, compiled once, eager where they cannot be."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from toys import backbone_of, gen, objective_of, updater_of
+
+from jemkit import SGLD, Guard, ModelEnergy, run, train_step
+from jemkit.compiled import CompiledChains, CompiledGradient, compiled_gradients, pays_after
+from jemkit.distance import L2, Logits
+from jemkit.modes import eval_mode, frozen, sampling_mode
+from jemkit.networks import WRN, SmallCNN
+from jemkit.sampling import eager_gradient, gradient
+from jemkit.testing import toy_batch, toy_model, toy_task
+
+TASK = toy_task()
+BATCH = toy_batch(TASK)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("mode", "network"),
+    [
+        ("batch_stats", SmallCNN(channels=2, norm="batch")),
+        ("running_stats", SmallCNN(channels=2, norm="batch")),
+        ("released", SmallCNN(channels=2, norm="batch")),
+        ("batch_stats", WRN(depth=10, width=1)),
+    ],
+)
+def test_a_compiled_gradient_is_the_eager_one(mode: Any, network: Any) -> None:
+    model = toy_model(TASK, network)
+    unit = CompiledGradient("aot_eager")
+    for y in (None, BATCH.y):
+        with sampling_mode(model, mode):
+            energy = ModelEnergy(model, y)
+            torch.testing.assert_close(unit(energy, BATCH.x), eager_gradient(energy, BATCH.x))
+    assert len(unit.compilations) == 2
+
+
+def test_a_chain_compiles_once_however_long_and_however_the_weights_move() -> None:
+    model = toy_model(TASK)
+    with compiled_gradients("eager") as unit:
+        for _ in range(3):
+            with sampling_mode(model, "batch_stats"):
+                run(SGLD(), ModelEnergy(model), BATCH.x, gen(), 4)
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(0.01)
+    assert [each.shape for each in unit.compilations] == [tuple(BATCH.x.shape)]
+
+
+@pytest.mark.parametrize("backbone", ["jem", "jempp", "mebm", "sadajem"])
+@pytest.mark.parametrize(
+    "options", [{}, {"inner": "ce"}, {"distance": Logits()}, {"distance": L2()}]
+)
+def test_steps_after_the_first_compile_nothing(backbone: str, options: dict[str, Any]) -> None:
+    built = backbone_of(backbone)
+    unit = CompiledGradient("eager")
+    objective = CompiledChains(objective_of("ebjdat", **options), unit)
+    updater = updater_of("sam", built.model)
+    counts = []
+    for _ in range(3):
+        train_step(built, objective, updater, BATCH, gen(), Guard())
+        counts.append(len(unit.compilations))
+    assert counts[0] == counts[2] > 0
+    assert unit.warm_up > 0
+
+
+def test_a_step_with_compiled_chains_ends_where_an_eager_one_does() -> None:
+    ends = []
+    for compiled in (False, True):
+        built = backbone_of("sadajem")
+        objective: Any = objective_of("ebjdat")
+        if compiled:
+            objective = CompiledChains(objective, CompiledGradient("eager"))
+        train_step(built, objective, updater_of("plain", built.model), BATCH, gen(), Guard())
+        ends.append([p.detach().clone() for p in built.model.parameters()])
+    for ours, theirs in zip(*ends, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_outside_the_block_gradients_are_eager() -> None:
+    model = toy_model(TASK).eval()
+    with compiled_gradients("eager") as unit:
+        pass
+    gradient(ModelEnergy(model), BATCH.x)
+    assert not unit.compilations
+
+
+def test_a_break_in_the_graph_is_an_error() -> None:
+    model = toy_model(TASK)
+
+    def energy(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return model(x).energy
+
+    with eval_mode(model), frozen(model), pytest.raises(torch._dynamo.exc.Unsupported):
+        CompiledGradient("eager")(energy, BATCH.x)
+
+
+def test_without_a_compiler_one_warning_is_given_and_chains_go_on() -> None:
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    class Bare(CompiledGradient):
+        def _counted(self, graph: Any, inputs: Any) -> Any:
+            raise InvalidCxxCompiler
+
+    model = toy_model(TASK).eval()
+    unit, energy = Bare(), ModelEnergy(model)
+    with pytest.warns(UserWarning, match="chains run without --compile: .*ompiler") as seen:
+        first = unit(energy, BATCH.x)
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = unit(energy, BATCH.x)
+    assert torch.equal(first, second)
+    assert torch.equal(first, eager_gradient(energy, BATCH.x))
+
+
+def test_compiling_pays_after_warm_up_over_what_a_gradient_saves() -> None:
+    assert pays_after(33.0, 0.5, 0.4) == pytest.approx(330)
+    assert pays_after(33.0, 0.4, 0.4) == float("inf")

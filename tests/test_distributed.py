@@ -1,0 +1,291 @@
+"""Processes that share a batch move as one process with the whole of it."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import every_rank
+from strategies import normal, seeds
+from torch import Tensor, nn
+from torch.optim import SGD
+from toys import backbone_of, gen, objective_of, toy_task, updater_of
+
+from jemkit import Backbone, Batch, ConfigError, Diverged, Guard, Plain, Terms
+from jemkit.data import Augmentation, Bounds, Loader, Views
+from jemkit.modes import frozen_batch_stats, sampling_mode
+from jemkit.networks import SmallCNN
+from jemkit.runtime import distributed
+from jemkit.runtime.ledger import WHOLE, Shard
+from jemkit.runtime.syncnorm import SyncBatchNorm
+from jemkit.runtime.trees import same
+from jemkit.team import dealt, packed, unpacked
+from jemkit.testing import toy_batch
+
+TASK = toy_task()
+UPDATERS = ("plain", "sam", "awp")
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "ebjdat": {"w1": 0.5, "w2": 0.5},
+    "ebjdat, squared": {"w1": 0.5, "w2": 0.05, "pair": "density", "outer": "squared"},
+    "jem": {},
+}
+UPDATES = 20
+
+
+def part_of(tensors: Any, me: Shard) -> Any:
+    """A named tuple's rows of one process; what is None or a number stays."""
+    rows = slice(me.rank, None, me.size)
+    return type(tensors)(*(t[rows] if isinstance(t, Tensor) else t for t in tensors))
+
+
+def batch_of(step: int) -> Batch:
+    """Eight other images a step."""
+    whole = toy_batch(TASK, 24)
+    index = torch.randperm(24, generator=gen(step))[:8]
+    return Batch(whole.x[index], whole.y[index], whole.x_pos[index], index, step)
+
+
+def squared(backbone: Backbone) -> Backbone:
+    """The same with a penalty on squared mean energies, which no average of gradients gives."""
+    density: Any = backbone.density
+    density.options = density.options.model_copy(update={"penalty": 0.3})
+    return backbone
+
+
+def updated(updater: str, objective: str, me: Shard) -> dict[str, Tensor]:
+    """The weights after updates on draws that are the same however many processes share them."""
+    backbone = squared(backbone_of("sadajem", network=SmallCNN(channels=2, norm="none")))
+    other = squared(backbone_of("sadajem", network=SmallCNN(channels=2, norm="none")))
+    asked, rng = objective_of(objective.split(",")[0], **OBJECTIVES[objective]), gen(1)
+    moved, guard = updater_of(updater, backbone.model, lr=0.1), Guard()
+    for step in range(UPDATES):
+        batch = batch_of(step)
+        draws = asked.draw(other, batch, rng)  # of weights that never move: the same everywhere
+        own, drawn = part_of(batch, me), part_of(draws, me)
+        moved.step(lambda own=own, drawn=drawn: asked.loss(backbone, own, drawn), guard)
+    return {name: p.detach() for name, p in backbone.model.named_parameters()}
+
+
+def all_updated() -> dict[str, dict[str, Tensor]]:
+    with distributed.together():
+        return {
+            f"{u} {o}": updated(u, o, distributed.shard())
+            for u, o in itertools.product(UPDATERS, OBJECTIVES)
+        }
+
+
+@pytest.fixture(scope="module")
+def both() -> list[dict[str, dict[str, Tensor]]]:
+    return every_rank(all_updated)
+
+
+@pytest.mark.parametrize("updater", UPDATERS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_two_processes_with_half_a_batch_each_move_as_one_with_the_whole(
+    both: list[dict[str, dict[str, Tensor]]], updater: str, objective: str
+) -> None:
+    """Squared batch means and all; to 1e-5, since sums are taken in another order."""
+    alone = updated(updater, objective, WHOLE)
+    begun = backbone_of("sadajem", network=SmallCNN(channels=2, norm="none")).model
+    first, second = (found[f"{updater} {objective}"] for found in both)
+    for name, _ in begun.named_parameters():
+        assert torch.equal(first[name], second[name]), name  # the processes never drift apart
+        torch.testing.assert_close(first[name], alone[name], rtol=0, atol=1e-5)
+    assert max((alone[n] - p).abs().max() for n, p in begun.named_parameters()) > 0.01
+
+
+@given(size=st.sampled_from([1, 2, 4]), seed=seeds, share=st.sampled_from([1.0, 0.5]))
+def test_the_processes_batches_together_are_one_processs_batch(
+    size: int, seed: int, share: float
+) -> None:
+    images = TASK.images("train")
+    views = Views(noise_x=0.1, pos_share=share)
+    loaders = [
+        Loader(
+            images, 8, gen(seed), views=views, bounds=Bounds(),
+            augmentation=Augmentation(pad=1, flip=True), shard=shard,
+        )
+        for shard in (WHOLE, *(Shard(rank, size) for rank in range(size)))
+    ]  # fmt: skip
+    for _ in range(4):  # into a second epoch
+        whole, *parts = (loader.batch() for loader in loaders)
+        for name in ("x", "y", "x_pos", "index"):
+            dealt = torch.stack([getattr(part, name) for part in parts], dim=1).flatten(0, 1)
+            assert torch.equal(dealt, getattr(whole, name)), name
+        for part in parts:  # x_pos is a view of the first of a process's own images
+            assert len(part.x_pos) == share * len(part.x)
+    assert len({loader.rng.get_state().numpy().tobytes() for loader in loaders}) == 1
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused() -> None:
+    def loader(size: int, batch: int, views: Views) -> Loader:
+        return Loader(
+            TASK.images("train"), batch, gen(), views=views, bounds=Bounds(),
+            augmentation=Augmentation(), shard=Shard(0, size),
+        )  # fmt: skip
+
+    with pytest.raises(ConfigError, match="2 processes cannot share 9 images a step evenly"):
+        loader(2, 9, Views())
+    with pytest.raises(ConfigError, match="cannot share 2 images of the density"):
+        loader(4, 8, Views(pos_share=0.25))
+
+
+@given(before=st.sampled_from([1, 2, 4]), after=st.sampled_from([1, 2, 4]), seed=seeds)
+def test_a_buffer_dealt_out_anew_holds_the_same_slots_in_the_same_order(
+    before: int, after: int, seed: int
+) -> None:
+    whole = normal(seed, 8, 1, 2, 2)
+    saved = [{"states": whole[rank::before], "drawn": 8} for rank in range(before)]
+    parts = [dealt(saved, Shard(rank, after)) for rank in range(after)]
+    again = torch.stack([part["states"] for part in parts], dim=1).flatten(0, 1)
+    assert torch.equal(again, whole)
+    assert sum(part["drawn"] for part in parts) == 8 * before
+
+
+def test_a_state_survives_being_packed() -> None:
+    state = {"a": {3: normal(0, 2), "b": [1, 2.5, None, True]}, "rng": gen().get_state()}
+    assert same(unpacked(packed(state)), state)
+
+
+def test_outside_of_a_group_every_function_is_the_identity() -> None:
+    x = normal(0, 3).requires_grad_()
+    assert distributed.average(x) is x
+    assert torch.equal(distributed.mean(x), x.mean())
+    assert distributed.averages([x])[0] is x
+    distributed.reduce([x])
+    with distributed.together(), distributed.group():
+        assert distributed.size() == 1
+        assert distributed.shard() == WHOLE
+
+
+def collectives() -> dict[str, Any]:
+    """What the functions give in a group; told to the parent."""
+    me, host = distributed.shard(), {}
+    value = torch.tensor(float(me.rank), requires_grad=True)
+    host["alone"] = float(distributed.average(value))
+    with distributed.together():
+        host["mean"] = distributed.mean(torch.tensor([1.0, 3.0]) * (me.rank + 1)).detach()
+        (slope,) = torch.autograd.grad(distributed.average(value).square() * (me.rank + 1), value)
+        host["slope"] = slope
+        first = torch.full((2, 3, 4, 5), float(me.rank)).to(memory_format=torch.channels_last)
+        second = torch.full((3,), 2.0 * me.rank, dtype=torch.float64)
+        distributed.reduce([first, second, first[:0]])
+        host["reduced"] = [first, second]
+        host["finite"] = agreed(me)
+        weights = normal(me.rank, 3)
+        distributed.broadcast([weights])
+        host["weights"] = weights
+    host["gathered"] = [dict(g) for g in distributed.gather({"x": torch.ones(me.rank + 1)})]
+    if me.rank == 0:
+        distributed.tell({"do": "this"})
+        distributed.share({"x": torch.arange(3)})
+        return host
+    return {**host, "heard": distributed.heard(), "shared": distributed.share(None)}
+
+
+def agreed(me: Shard) -> list[Any]:
+    """A loss that is not finite in the second process alone."""
+    w = nn.Parameter(torch.ones(2))
+    updater, guard = Plain().build(nn.Module(), SGD([w], lr=0.1)), Guard()
+    found: list[Any] = []
+
+    def terms() -> Terms:
+        loss = w.square().sum()
+        return Terms.weighted({"h1": (1.0, loss + (float("inf") if me.rank else 0.0))})
+
+    try:
+        updater.step(terms, guard)
+    except Diverged as error:
+        found.append(str(error))
+    return [*found, w.detach()]
+
+
+@pytest.fixture(scope="module")
+def told() -> list[dict[str, Any]]:
+    return every_rank(collectives)
+
+
+def test_a_mean_is_that_of_all_processes_and_its_slope_that_of_all_their_losses(
+    told: list[dict[str, Any]],
+) -> None:
+    for found in told:
+        assert float(found["mean"]) == 3.0  # of 1, 3, 2, 6
+        assert float(found["slope"]) == 1.5  # 2 m (1 + 2) / 2 at m = 0.5
+    assert [found["alone"] for found in told] == [0.0, 1.0]
+
+
+def test_gradients_are_averaged_whatever_their_type_and_layout(told: list[dict[str, Any]]) -> None:
+    for found in told:
+        first, second = found["reduced"]
+        assert torch.equal(first, torch.full((2, 3, 4, 5), 0.5))
+        assert torch.equal(second, torch.ones(3, dtype=torch.float64))
+
+
+def test_a_loss_that_is_sick_in_one_process_stops_the_update_in_all(
+    told: list[dict[str, Any]],
+) -> None:
+    for found in told:
+        message, w = found["finite"]
+        assert "h1 = inf" in message
+        assert torch.equal(w, torch.ones(2))
+
+
+def test_the_first_process_is_heard_by_all_and_hears_all(told: list[dict[str, Any]]) -> None:
+    first, second = told
+    assert torch.equal(first["weights"], second["weights"])
+    assert [len(g["x"]) for g in first["gathered"]] == [1, 2]
+    assert second["gathered"] == []
+    assert second["heard"] == {"do": "this"}
+    assert torch.equal(second["shared"]["x"], torch.arange(3))
+
+
+def normed(norm: nn.BatchNorm2d, x: Tensor) -> dict[str, Tensor]:
+    """A pass, a chain's pass and their gradients; x far from what was seen before."""
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.5, 2.0, -1.0]))
+        norm.bias.copy_(torch.tensor([0.1, 0.0, 3.0]))
+    x = x.clone().requires_grad_()
+    y = norm(x)
+    y.sin().sum().backward()  # slopes of the size of one
+    found = {"y": y.detach(), "x": x.grad, "weight": norm.weight.grad, "bias": norm.bias.grad}
+    with frozen_batch_stats(norm):
+        norm(2 * x)
+    with sampling_mode(norm, "running_stats"):
+        found["running"] = norm(x).detach()
+    return {**found, **{name: b.float() for name, b in norm.named_buffers()}}
+
+
+def synced() -> dict[str, Tensor]:
+    me = distributed.shard()
+    with distributed.together():
+        return normed(SyncBatchNorm(3, momentum=0.3), images_of_norm()[me.rank :: me.size])
+
+
+def images_of_norm() -> Tensor:
+    return 4 + normal(5, 6, 3, 4, 4) * torch.tensor([1.0, 3.0, 0.2])[:, None, None]
+
+
+def test_synchronised_batch_norm_is_one_processs_batch_norm_on_the_whole_batch() -> None:
+    """Forward, backward and running statistics; the weights' slopes add up."""
+    whole, parts = normed(nn.BatchNorm2d(3, momentum=0.3), images_of_norm()), every_rank(synced)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    for name in ("y", "x", "running"):
+        dealt = torch.stack([part[name] for part in parts], dim=1).flatten(0, 1)
+        torch.testing.assert_close(dealt, whole[name], **close)
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(
+            sum(part[name] for part in parts), whole[name], rtol=1e-4, atol=1e-4
+        )
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        for part in parts:
+            torch.testing.assert_close(part[name], whole[name], **close)
+
+
+@given(seed=seeds)
+def test_in_one_process_synchronised_batch_norm_is_batch_norm_bit_for_bit(seed: int) -> None:
+    x = normal(seed, 4, 3, 2, 2)
+    ours, theirs = normed(SyncBatchNorm(3), x), normed(nn.BatchNorm2d(3), x)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert list(SyncBatchNorm(3).state_dict()) == list(nn.BatchNorm2d(3).state_dict())

@@ -1,0 +1,69 @@
+"""One writer in a folder: the lock names its holder and ends with its process."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jemkit import ConfigError
+from jemkit.runtime.lock import LOCK, locked
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from jemkit.runtime.lock import locked
+with locked(Path(sys.argv[1]), "trains here"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def holder(path: Path) -> "subprocess.Popen[str]":
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "held\n"
+    return child
+
+
+def test_a_second_holder_is_refused_with_the_first_ones_process_host_and_time(
+    tmp_path: Path,
+) -> None:
+    with locked(tmp_path / LOCK, "trains here"), pytest.raises(ConfigError) as caught:
+        locked(tmp_path / LOCK, "also trains here").__enter__()
+    message = str(caught.value)
+    assert f"process {os.getpid()} on {socket.gethostname()} trains here since 2" in message
+    assert str(tmp_path) in message
+
+
+def test_a_lock_is_free_again_after_its_block_and_after_an_error_in_it(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(KeyError), locked(tmp_path / LOCK, "fails"):
+            raise KeyError
+    with locked(tmp_path / LOCK, "trains here"):
+        pass
+
+
+def test_a_lock_ends_with_the_process_that_held_it_however_it_ends(tmp_path: Path) -> None:
+    child = holder(tmp_path / LOCK)
+    try:
+        with pytest.raises(ConfigError, match=rf"process {child.pid} on .* trains here since"):
+            locked(tmp_path / LOCK, "waits").__enter__()
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    with locked(tmp_path / LOCK, "goes on"):
+        pass
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 3}'])
+def test_a_holder_that_has_not_signed_yet_is_another_process(tmp_path: Path, content: str) -> None:
+    with locked(tmp_path / LOCK, "trains here"):
+        (tmp_path / LOCK).write_text(content)
+        with pytest.raises(ConfigError, match="in use: another process"):
+            locked(tmp_path / LOCK, "waits").__enter__()

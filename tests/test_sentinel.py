@@ -1,0 +1,368 @@
+"""The sentinel's laws: what it must see and what it must not; a rolled-back run repeats."""
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import normal, seeds
+from test_resume import timeless
+from toys import backbone_of, objective_of, toy_recipe, toy_registry
+
+from jemkit import ConfigError, Diverged, Options, Preempted, Terms, Trainer, hookimpl, train
+from jemkit.checkpoint import load, newest, same
+from jemkit.checkup import edge_limit, renew, sick_slots, unfit
+from jemkit.recovery import complete, step_of
+from jemkit.registry import Plugin
+from jemkit.runtime.folder import RunFolder
+from jemkit.runtime.sentinel import Drift, Finding, Sentinel, Vitals
+from jemkit.session import resume_from
+from jemkit.testing import toy_task
+
+EPOCH = 6  # steps
+names = st.sampled_from(["loss", "loss p(x)", "E(x+)", "gap x+ x-", "gradient norm", "accuracy"])
+scales = st.floats(-6, 6).map(lambda power: 2.0 ** round(3 * power))
+
+
+def first(options: Sentinel, values: list[float]) -> int | None:
+    """The step at which a drift is found."""
+    drift = Drift(options)
+    return next((step for step, value in enumerate(values) if drift.reads(step, value)), None)
+
+
+def exploding(seed: int, at: int = 100, steps: int = 200) -> list[float]:
+    noise = normal(seed, steps, dtype=torch.float64)
+    growth = torch.arange(steps, dtype=torch.float64).sub(at).clamp(min=0).div(3).exp2() - 1
+    return (noise + growth).tolist()
+
+
+@given(name=names, value=st.sampled_from([math.nan, math.inf, -math.inf]), at=st.integers(0, 90))
+def test_whatever_is_not_finite_is_found_at_once(name: str, value: float, at: int) -> None:
+    vitals = Vitals(Sentinel())
+    rows: list[dict[str, Any]] = [{"step": i, "lr": 0.1, name: float(i % 3)} for i in range(at)]
+    assert not any(vitals.row(row) for row in rows)
+    found = vitals.row({"step": at, "lr": 0.1, name: value})
+    assert found == Finding(name, at, f"not finite: {name} = {value}")
+
+
+@given(seed=seeds, scale=scales, offset=st.floats(-1e3, 1e3))
+def test_noise_of_any_scale_and_offset_is_healthy(seed: int, scale: float, offset: float) -> None:
+    values = scale * (normal(seed, 400, dtype=torch.float64) + offset)
+    assert first(Sentinel(nats=0), values.tolist()) is None
+    assert first(Sentinel(), values.tolist()) is None
+
+
+@given(seed=seeds, scale=scales, offset=st.floats(-1e3, 1e3))
+def test_the_rule_of_the_gap_is_the_same_for_a_gap_scaled_and_shifted(
+    seed: int, scale: float, offset: float
+) -> None:
+    values = exploding(seed)
+    moved = [scale * (value + offset) for value in values]
+    found = first(Sentinel(nats=0), values)
+    assert found is not None
+    assert first(Sentinel(nats=0), moved) == found
+
+
+@given(seed=seeds, sign=st.sampled_from([-1, 1]), at=st.integers(25, 150))
+def test_a_gap_that_explodes_is_found_within_ten_steps_of_a_hundred_nats(
+    seed: int, sign: int, at: int
+) -> None:
+    values = [sign * value for value in exploding(seed, at)]
+    crossed = next(step for step, value in enumerate(values) if abs(value) > 110)
+    found = first(Sentinel(), values)
+    assert found is not None
+    assert at < found <= crossed + 10
+
+
+@given(seed=seeds, at=st.integers(0, 399), size=st.floats(1e3, 1e12))
+def test_one_outlier_alone_is_not_a_sickness(seed: int, at: int, size: float) -> None:
+    values = normal(seed, 400, dtype=torch.float64).tolist()
+    values[at] = size
+    assert first(Sentinel(), values) is None
+
+
+@given(seed=seeds, cut=st.integers(1, 140))
+def test_a_sentinel_that_is_saved_and_loaded_finds_the_same(seed: int, cut: int) -> None:
+    values, rows = exploding(seed), []
+    rows = [{"step": step, "gap x+ x-": value, "E(x)": -value} for step, value in enumerate(values)]
+    whole, cut_short, later = (Vitals(Sentinel()) for _ in range(3))
+    wanted = next(found for found in map(whole.row, rows) if found)
+    early = [cut_short.row(row) for row in rows[:cut]]
+    if any(early):
+        assert next(filter(None, early)) == wanted
+        return
+    later.load_state_dict(cut_short.state_dict())
+    assert next(found for found in map(later.row, rows[cut:]) if found) == wanted
+
+
+@given(classes=st.integers(2, 100), images=st.integers(100, 5000))
+def test_accuracy_at_chance_is_a_collapse_only_after_it_was_clearly_above(
+    classes: int, images: int
+) -> None:
+    vitals, chance = Vitals(Sentinel()), 1 / classes
+
+    def found(*seen: float) -> bool:
+        return vitals.accuracy(seen, chance, images, 0) is not None
+
+    assert found(1.0, chance, chance)
+    assert found(0.2, 1.0, 0.0, chance)
+    assert not found(1.0, chance)
+    assert not found(1.0, chance, 0.99, chance)
+    assert not found(chance, chance, chance)
+    assert not found(1.0, 1.0, 0.9)
+
+
+def test_a_size_that_grows_a_thousandfold_is_found_and_its_usual_growth_is_not() -> None:
+    vitals = Vitals(Sentinel())
+    for size in (1e-3, 1.0, 2.0, 30.0, 20.0):
+        assert vitals.level("slope", size, 0) is None
+    found = vitals.level("slope", 1e4, 7)
+    assert found is not None
+    assert found.since == 7
+    assert vitals.level("slope", math.nan, 8) is not None
+
+
+def test_only_tensors_with_a_nan_or_an_infinity_are_unfit() -> None:
+    healthy = {"a": torch.full((4,), 3e38), "n": torch.tensor(3), "e": torch.empty(0)}
+    assert unfit(healthy) is None
+    for value in (math.nan, math.inf, -math.inf):
+        assert unfit({**healthy, "b": torch.tensor([0.0, value])}) == "b"
+
+
+def test_the_sick_slots_of_a_buffer_and_no_others_begin_afresh() -> None:
+    task = toy_task()
+    backbone = backbone_of("jem", task)
+    buffer = backbone.density.buffer
+    limit = edge_limit(task.images("train"), 0.5)
+    assert not sick_slots(buffer, task.bounds, limit).any()
+    buffer.states[3] = 1.0
+    buffer.states[5] = -2.0  # a chain without a box may leave the range
+    buffer.states[7, 0, 0, 0] = math.nan
+    before = buffer.states.clone()
+    sick = sick_slots(buffer, task.bounds, limit)
+    assert sick.nonzero().squeeze(1).tolist() == [3, 5, 7]
+    assert renew(buffer, sick, torch.Generator().manual_seed(0)) == 3
+    assert not sick_slots(buffer, task.bounds, limit).any()
+    assert torch.equal(buffer.states[~sick], before[~sick])
+
+
+class Sickly(Options):
+    """EB-JDAT, not finite from a step on, until chains have so many steps."""
+
+    needs_density: ClassVar[bool] = True
+    inner: ClassVar[Any] = objective_of("ebjdat")
+
+    at: int = 13
+    cured_by: int = 4
+
+    def draw(self, backbone: Any, batch: Any, rng: torch.Generator) -> Any:
+        return self.inner.draw(backbone, batch, rng)
+
+    def loss(self, backbone: Any, batch: Any, draws: Any) -> Terms:
+        terms = self.inner.loss(backbone, batch, draws)
+        if batch.step < self.at or backbone.density.steps >= self.cured_by:
+            return terms
+        return terms._replace(total=terms.total * math.nan)
+
+
+class Guest:
+    @staticmethod
+    @hookimpl
+    def jemkit_objectives() -> dict[str, Any]:
+        return {"sickly": Sickly}
+
+
+REGISTRY = toy_registry([Plugin("guest", Guest)])
+SICKLY = ("jem", "sickly", "plain", "run.epochs=3", 'sentinel.policy=["rate","steps"]')
+
+
+def begun(path: Path, *given: str) -> Trainer:
+    return Trainer(toy_recipe(REGISTRY, *given), RunFolder.create(path))
+
+
+def go_on(path: Path, *given: str) -> Trainer:
+    trainer = Trainer(toy_recipe(REGISTRY, *given), RunFolder(path))
+    resume_from(trainer, trainer.folder)
+    return trainer
+
+
+def events(path: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (path / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def after(polls: int) -> Callable[[], bool]:
+    """Asks to stop when it is asked for the last of so many times."""
+    counter = itertools.count(1)
+    return lambda: next(counter) >= polls
+
+
+@pytest.fixture(scope="module")
+def rolled_back(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "whole"
+    begun(path, *SICKLY).run()
+    return path
+
+
+def state_of(path: Path) -> dict[str, Any]:
+    last = newest(path / "checkpoints")
+    assert last is not None
+    return timeless(load(last))
+
+
+def test_a_sick_run_goes_back_with_one_remedy_after_the_other(rolled_back: Path) -> None:
+    told = events(rolled_back, "rollback")
+    assert [event["remedy"] for event in told] == ["rate", "steps"]
+    assert [event["with"] for event in told] == [
+        "0.5 of the learning rate", "0.5 of the learning rate, 4 steps a chain",
+    ]  # fmt: skip
+    for event in told:
+        assert (event["since"], event["to"]) == (13, 6)  # 12 was not proven for an epoch
+        assert "not finite" in event["what"]
+    rows = RunFolder(rolled_back).metrics()
+    assert [int(row["step"]) for row in rows] == list(range(18))
+    warm = {int(row["step"]): float(row["lr"]) for row in rows}
+    assert warm[5] == 2 * warm[6]
+
+
+def test_a_run_that_went_back_repeats_bit_for_bit(rolled_back: Path, tmp_path: Path) -> None:
+    begun(tmp_path / "again", *SICKLY).run()
+    assert same(state_of(tmp_path / "again"), state_of(rolled_back))
+
+
+@pytest.mark.parametrize("cut", [3, 14, 17, 25])
+def test_a_run_that_went_back_and_was_stopped_is_the_run_that_was_not(
+    rolled_back: Path, tmp_path: Path, cut: int
+) -> None:
+    """Thirteen steps, seven again from six on, and the last twelve."""
+    trainer = begun(tmp_path / "cut", *SICKLY)
+    trainer.stop = after(cut)
+    with pytest.raises(Preempted):
+        trainer.run()
+    go_on(tmp_path / "cut", *SICKLY).run()
+    assert same(state_of(tmp_path / "cut"), state_of(rolled_back))
+    kept = [[p.name for p in complete(path / "checkpoints")] for path in (tmp_path / "cut",
+            rolled_back)]  # fmt: skip
+    assert kept[0] == kept[1]
+
+
+def test_another_attempt_draws_other_chains(rolled_back: Path, tmp_path: Path) -> None:
+    begun(tmp_path / "well", *SICKLY, "objective.at=99").run(until=6)
+    one = load(tmp_path / "well" / "checkpoints" / "step-00000006")
+    other = load(rolled_back / "checkpoints" / "step-00000006")
+    assert not torch.equal(one["rng"], other["rng"])
+    assert same(one["loader"], other["loader"])
+    assert same(one["model"], other["model"])
+
+
+def test_a_run_that_is_sick_before_it_has_proven_anything_starts_over(tmp_path: Path) -> None:
+    begun(tmp_path / "run", *SICKLY, "objective.at=3").run(until=EPOCH)
+    assert [event["to"] for event in events(tmp_path / "run", "rollback")] == [0, 0]
+
+
+def test_a_classifier_has_no_chains_to_lengthen_and_gets_a_lower_rate(tmp_path: Path) -> None:
+    given = ("classifier", "ce", "plain", 'sentinel.policy=["steps","penalty"]')
+    care = begun(tmp_path / "run", *given).care
+    care.try_next(Finding("loss", 3, "not finite"), 3, 0)
+    entry = care.try_next(Finding("loss", 3, "not finite"), 3, 0)
+    assert entry["remedy"] == "rate"
+    assert care.rate == 0.25
+
+
+def test_a_penalty_is_put_on_the_density_and_kept(tmp_path: Path) -> None:
+    given = ("jem", "jem", "plain", 'sentinel.policy=["penalty"]')
+    trainer = begun(tmp_path / "run", *given)
+    trainer.care.try_next(Finding("loss", 3, "not finite"), 3, 0)
+    other = begun(tmp_path / "other", *given)
+    other.load_state_dict(trainer.state_dict())
+    assert other.backbone.density.options.penalty == 0.1
+
+
+def test_without_a_sentinel_a_sick_run_stops_at_once(tmp_path: Path) -> None:
+    trainer = begun(tmp_path / "run", *SICKLY, "sentinel.on=false")
+    with pytest.raises(Diverged, match=r"diverged at step 13.*the sentinel is off"):
+        trainer.run()
+    assert not events(tmp_path / "run", "rollback")
+
+
+def test_a_run_may_always_go_back_as_far_as_a_finding_may_ask_it_to(tmp_path: Path) -> None:
+    trainer = begun(tmp_path / "run", "jem", "jem", "plain", "run.epochs=8", "run.keep=1")
+    trainer.run(until=7 * EPOCH)
+    steps = [step_of(path) for path in complete(tmp_path / "run" / "checkpoints")]
+    latest = 7 * EPOCH - EPOCH - trainer.care.options.patience  # two epochs at chance, three strays
+    assert steps == [24, 30, 36, 42]
+    found = next(trainer.care.proven(tmp_path / "run" / "checkpoints", latest))
+    assert step_of(found) == 24
+
+
+@pytest.mark.parametrize("table", [
+    "sentinel.tries=-1", "sentinel.policy=[]", 'sentinel.policy=["prayer"]', "sentinel.nats=-1",
+])  # fmt: skip
+def test_a_senseless_sentinel_is_refused(table: str) -> None:
+    with pytest.raises(ConfigError, match=r"sentinel\."):
+        toy_recipe(REGISTRY, "jem", "jem", "plain", table)
+
+
+STEPS = [
+    ("sadajem", "ebjdat", "sam"), ("jempp", "jem", "awp"), ("jem", "ebjdat", "plain"),
+    ("classifier", "pgdat", "sam", "run.theta_steps=2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", STEPS, ids=lambda given: "-".join(given[:3]))
+def test_a_stop_in_the_midst_of_a_step_undoes_the_step_exactly(
+    tmp_path: Path, given: tuple[str, ...]
+) -> None:
+    """Asked in every pass of the second step, until one has moved the weights."""
+    trainer = begun(tmp_path / "run", *given)
+    trainer.run(until=1)
+    before, polls = load(tmp_path / "run" / "checkpoints" / "step-00000001"), 0
+    for polls in range(1, 400):
+        trainer = go_on(tmp_path / "run", *given)
+        trainer.polling.patience, trainer.stop = 0.0, after(polls)
+        try:
+            trainer.run(until=2)
+        except Preempted:
+            assert trainer.step == 1
+            assert same(timeless(trainer.state_dict()), timeless(before)), polls
+            assert all(p.grad is None for p in trainer.backbone.model.parameters())
+        else:
+            break
+    assert 4 < polls < 399
+
+
+def test_a_stop_in_the_midst_of_an_exam_loses_no_epoch(tmp_path: Path) -> None:
+    given = ("sadajem", "ebjdat", "plain")
+    begun(tmp_path / "whole", *given).run(until=8)
+    trainer = begun(tmp_path / "cut", *given)
+    trainer.run(until=5)
+    polls = 0
+    trainer.polling.patience = 0.0
+
+    def stop() -> bool:
+        nonlocal polls
+        polls += trainer.guard.updates == EPOCH  # the exam, and no step
+        return polls > 12
+
+    trainer.stop = stop
+    with pytest.raises(Preempted, match="stopped at step 6"):
+        trainer.run(until=8)
+    assert trainer.history == []
+    go_on(tmp_path / "cut", *given).run(until=8)
+    assert same(state_of(tmp_path / "cut"), state_of(tmp_path / "whole"))
+    assert [event["epoch"] for event in events(tmp_path / "cut", "epoch")] == [1]
+
+
+def test_a_whole_command_ends_with_exit_code_4_and_a_diagnosis(tmp_path: Path) -> None:
+    recipe = toy_recipe(REGISTRY, *SICKLY, "objective.cured_by=99", "sentinel.tries=1")
+    with pytest.raises(Diverged) as caught:
+        train(recipe, tmp_path / "run", registry=REGISTRY)
+    assert caught.value.exit_code == 4
+    assert "attempt 1 went back from step 13 to 6, on with 0.5" in str(caught.value)
+    assert "step-00000006 takes its weights" in str(caught.value)
