@@ -1,0 +1,106 @@
+"""Charts of the step benchmarks, from benchmarks/results to docs/images.
+
+python benchmarks/charts.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from tools import RESULTS
+
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+BLUE, GREY, DARK = "#3b6ea5", "#b8bec6", "#333333"
+LABELS = {
+    "released": "released schedule",
+    "bare": "bare passes",
+    "jemkit": "jemkit, contiguous",
+    "jemkit+cl": "jemkit, channels last",
+    "jemkit+cl+hold": "jemkit, channels last,\nmemory held",
+}
+
+
+def figures(name: str) -> Any:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["figures"] if path.exists() else None
+
+
+def bars(
+    title: str, unit: str, values: dict[str, float], marks: dict[str, float], path: Path
+) -> None:
+    """Horizontal bars with their numbers, jemkit's in blue, and a line for each mark."""
+    shown, axes = plt.subplots(figsize=(7, 0.5 * len(values) + 1.4), layout="constrained")
+    names = [LABELS.get(name, name) for name in values]
+    colours = [GREY if name in ("released", "bare") else BLUE for name in values]
+    drawn = axes.barh(names, list(values.values()), color=colours)
+    numbers = [f"{v:.0f}" if v >= 100 else f"{v:.3g}" for v in values.values()]
+    axes.bar_label(drawn, labels=numbers, padding=3, color=DARK)
+    for label, value in marks.items():
+        axes.axvline(value, color=DARK, linestyle=":", label=f"{label}: {value:.3g} {unit}")
+    if marks:
+        axes.legend(loc="lower right", frameon=False)
+    axes.invert_yaxis()
+    axes.set_title(title, loc="left")
+    axes.set_xlabel(unit)
+    axes.margins(x=0.12)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    shown.savefig(path, dpi=130)
+    plt.close(shown)
+
+
+def against_released(found: dict[str, Any]) -> None:
+    steps, floors = found["steps"], found["floor"]
+    bars(
+        "One step, processor time", "s",
+        {name: step["cpu_s"] for name, step in steps.items()},
+        {"floor, channels last": floors["channels_last"]["floor_arithmetic_cpu_s"]},
+        IMAGES / "step-time.png",
+    )  # fmt: skip
+    bars(
+        "Peak memory of a step, beyond the model and its buffer", "MiB",
+        {name: step["step_mib"] for name, step in steps.items()}, {},
+        IMAGES / "step-memory.png",
+    )  # fmt: skip
+
+
+def every_part(found: dict[str, Any]) -> None:
+    bars(
+        "One step of every backbone with every objective, processor time", "s",
+        {name: step["cpu_s"] for name, step in found.items()}, {},
+        IMAGES / "step-parts.png",
+    )  # fmt: skip
+
+
+def scales(found: dict[str, Any]) -> None:
+    """A panel for each size that was grown: what a step took of its time at the first value."""
+    shown, panels = plt.subplots(1, len(found), figsize=(13, 2.8), layout="constrained")
+    for axes, (name, by_value) in zip(panels, found.items(), strict=True):
+        values = [int(value) for value in by_value]
+        axes.plot(values, [step["cpu_s"] for step in by_value.values()], "o-", color=BLUE)
+        axes.set_xlabel(name)
+        axes.set_ylim(bottom=0)
+        axes.set_xticks(values)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    panels[0].set_ylabel("s of processor time")
+    shown.savefig(IMAGES / "step-scaling.png", dpi=130)
+    plt.close(shown)
+
+
+if __name__ == "__main__":
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    charts = {
+        "step_against_released": against_released,
+        "step_parts": every_part,
+        "step_scaling": scales,
+    }
+    for name, chart in charts.items():
+        found = figures(name)
+        if found is not None:
+            chart(found)

@@ -1,0 +1,346 @@
+"""A training step of jemkit against the released schedule, against the bare passes, and its floor.
+
+    python benchmarks/steps.py                      SADA-JEM x EB-JDAT, wrn-16-2, 3 x 32 x 32, 64
+    python benchmarks/steps.py --what parts         every backbone with every objective
+    python benchmarks/steps.py --what scaling       in M, M_adv, batch, width and image size
+    python benchmarks/steps.py --small              of toys, to see that all of it runs
+
+Each contestant lives in a process of its own, so that each has a peak of memory of its own, and
+they step in turn, so that what else a machine does meets all alike. Ratios are taken round by
+round; `cpu` is the time that the processor spent, which other work on the machine moves less.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from naive import Released
+from tools import keep
+from torch import Generator
+
+from jemkit import Batch, Guard, Task, train_step
+from jemkit.backbone import Backbone
+from jemkit.bench.flops import flops, step_work, traffic
+from jemkit.bench.machine import measured, seconds, settle
+from jemkit.data import Images
+from jemkit.density import Buffer
+from jemkit.modes import eval_mode, sampling_mode
+from jemkit.networks import WRN
+from jemkit.registry import installed
+from jemkit.runtime.allocator import hold_memory
+from jemkit.runtime.numerics import laid_out
+from jemkit.starts import Uniform
+from jemkit.update import SAM, Plain
+
+REGISTRY = installed(third_party=False)
+VARIANTS = ("jemkit", "jemkit+cl", "jemkit+cl+hold")
+RIVALS = ("released", "bare")
+
+
+def built(given: argparse.Namespace, *, channels_last: bool = False) -> tuple[Backbone, Batch]:
+    """The backbone and a batch of noise, on the device."""
+    device = torch.device(given.device)
+    rng = Generator(device).manual_seed(0)
+    n, p = given.batch, max(2, round(given.batch * given.pos_share))
+    shape = (3, given.size, given.size)
+    x = torch.rand((n, *shape), generator=rng, device=device) * 2 - 1
+    y = torch.arange(n, device=device) % 10
+    images = Images((x + 1).cpu() / 2, y.cpu())
+    task = Task(shape, 10, 8.0, n, 100, lambda _: images, "noise")
+    spec = REGISTRY["backbone"][given.backbone]
+    options: dict[str, Any] = {"network": WRN(depth=given.depth, width=given.width)}
+    if given.backbone != "classifier":
+        buffer = Buffer(capacity=max(given.capacity, p))
+        options |= {"steps": given.steps, "start": Uniform(), "buffer": buffer}
+    backbone = spec(**options).build(task, rng)
+    laid_out(backbone.model, "yes" if channels_last else "no", device)
+    backbone.model.train()
+    return backbone, Batch(x, y, x[:p], torch.arange(n, device=device))
+
+
+def optimizer_of(backbone: Backbone) -> torch.optim.Optimizer:
+    return torch.optim.SGD(backbone.model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+
+
+def objective_of(given: argparse.Namespace) -> Any:
+    part = REGISTRY["objective"][given.objective]
+    known = {"adv_steps": given.adv_steps} if "adv_steps" in part.model_fields else {}
+    return part(**known)
+
+
+def jemkit(given: argparse.Namespace, *variants: str) -> Callable[[], Any]:
+    """`train_step` as the trainer calls it."""
+    if "hold" in variants:
+        hold_memory()
+    backbone, batch = built(given, channels_last="cl" in variants)
+    rng, guard = Generator(given.device).manual_seed(1), Guard()
+    spec = Plain() if given.updater == "plain" else SAM(rho=2.0, adaptive=True)
+    updater = spec.build(backbone.model, optimizer_of(backbone))
+    objective = objective_of(given)
+    return lambda: train_step(backbone, objective, updater, batch, rng, guard)
+
+
+def released(given: argparse.Namespace) -> Callable[[], Any]:
+    backbone, batch = built(given)
+    naive = Released(
+        backbone.model,
+        optimizer_of(backbone),
+        backbone.density.start,
+        Generator(given.device).manual_seed(1),
+        steps=given.steps,
+        adv_steps=given.adv_steps,
+        capacity=given.capacity,
+        rho=0.0 if given.updater == "plain" else 2.0,
+    )
+    return lambda: naive.step(batch.x, batch.y, batch.x_pos)
+
+
+def bare(given: argparse.Namespace) -> Callable[[], Any]:
+    """The gradients and updates alone, eager, and nothing around them."""
+    backbone, batch = built(given)
+    model, optimizer = backbone.model, optimizer_of(backbone)
+
+    def gradient(x: torch.Tensor) -> None:
+        leaf = x.detach().requires_grad_()
+        torch.autograd.grad(model(leaf).energy.sum(), leaf)
+
+    def step() -> None:
+        with sampling_mode(model, "batch_stats"):
+            for _ in range(given.steps):
+                gradient(batch.x_pos)
+        with eval_mode(model):
+            for _ in range(given.adv_steps):
+                gradient(batch.x)
+        for _ in range(1 if given.updater == "plain" else 2):
+            optimizer.zero_grad()
+            streams = (batch.x, batch.x_pos, batch.x_pos, batch.x)
+            sum(model(x).energy.mean() for x in streams).backward()  # type: ignore[union-attr]
+        optimizer.step()
+
+    return step
+
+
+def serve(given: argparse.Namespace) -> None:
+    """Build, say so, and make one step for each line that comes; tell what it took."""
+    torch.set_num_threads(given.threads)
+    name, *variants = given.contestant.split("+")
+    device = torch.device(given.device)
+    makers = {"released": released, "bare": bare}
+    step = makers[name](given) if name in makers else jemkit(given, *variants)
+    print(json.dumps({"rss_mib": peak()}), flush=True)
+    for _ in sys.stdin:
+        settle(device)
+        wall, cpu = time.perf_counter(), time.process_time()
+        step()
+        settle(device)
+        told = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        if device.type == "cuda":
+            told["gpu_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        print(json.dumps({**told, "rss_mib": peak()}), flush=True)
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Contestant:
+    """A process that steps when it is asked."""
+
+    def __init__(self, name: str, arguments: list[str]) -> None:
+        command = [sys.executable, __file__, *arguments, "--contestant", name]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.name, self.before = name, self._told()["rss_mib"]
+        self.times: list[dict[str, float]] = []
+
+    def step(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        self.times.append(self._told())
+
+    def _told(self) -> dict[str, float]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended with code {self.process.wait()}")
+        found: dict[str, float] = json.loads(line)
+        return found
+
+    def close(self) -> None:
+        self.process.communicate()
+
+    def figures(self) -> dict[str, float]:
+        timed = self.times[1:] or self.times  # the first one warms up
+        found = {f"{kind}_s": statistics.median(t[kind] for t in timed) for kind in ("wall", "cpu")}
+        last = self.times[-1]
+        found |= {"peak_mib": last["rss_mib"], "step_mib": last["rss_mib"] - self.before}
+        return found | ({"gpu_mib": last["gpu_mib"]} if "gpu_mib" in last else {})
+
+
+def compared(given: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
+    """All contestants in turn; each one's time and memory against the first of jemkit's."""
+    arguments = flags(given)
+    contestants = [Contestant(name, arguments) for name in names]
+    try:
+        for _ in range(given.rounds + 1):
+            for contestant in contestants:
+                contestant.step()
+    finally:
+        for contestant in contestants:
+            contestant.close()
+    ratios = {
+        f"{rival.name} / {ours.name}": {
+            kind: statistics.median(
+                a[kind] / b[kind]
+                for a, b in zip(rival.times[1:], ours.times[1:], strict=True)
+            )
+            for kind in ("wall", "cpu")
+        } | {"step_mib": rival.figures()["step_mib"] / max(ours.figures()["step_mib"], 1e-9)}
+        for rival in contestants if rival.name in RIVALS
+        for ours in contestants if ours.name not in RIVALS
+    }  # fmt: skip
+    return {
+        "setting": {k: v for k, v in vars(given).items() if k not in ("contestant", "small")},
+        "steps": {contestant.name: contestant.figures() for contestant in contestants},
+        "ratios": ratios,
+    }
+
+
+def floor(given: argparse.Namespace, *, channels_last: bool) -> dict[str, float]:
+    """The step's convolutions and products by themselves, one after another."""
+    torch.set_num_threads(given.threads)
+    device = torch.device(given.device)
+    backbone, batch = built(given, channels_last=channels_last)
+    spec = Plain() if given.updater == "plain" else SAM()
+    work = step_work(backbone, objective_of(given), spec, batch).whole
+    wall, cpu = (
+        sum(each[operation] * calls for operation, calls in work.items())
+        for each in (
+            seconds(work, device, given.patience),
+            seconds(work, device, given.patience, time.process_time),
+        )
+    )
+    machine = measured(device, given.patience)
+    return {
+        "flops": flops(work), "bytes": traffic(work), "rate": flops(work) / wall,
+        "floor_arithmetic_s": wall, "floor_arithmetic_cpu_s": cpu,
+        "floor_memory_s": traffic(work) / machine.bandwidth,
+        "matmul": machine.matmul, "bandwidth": machine.bandwidth,
+    }  # fmt: skip
+
+
+SETTINGS: dict[str, Any] = {
+    "backbone": "sadajem", "objective": "ebjdat", "updater": "sam", "depth": 16, "width": 2,
+    "size": 32, "batch": 64, "pos_share": 0.5, "steps": 10, "adv_steps": 5, "capacity": 1000,
+    "device": "cpu", "threads": torch.get_num_threads(), "rounds": 3, "patience": 0.2,
+}  # fmt: skip
+
+
+def flags(given: argparse.Namespace) -> list[str]:
+    return [f"--{name.replace('_', '-')}={getattr(given, name)}" for name in SETTINGS]
+
+
+def main_step(given: argparse.Namespace) -> dict[str, Any]:
+    found = compared(given, (*RIVALS, *(VARIANTS[-1:] if given.small else VARIANTS)))
+    found["floor"] = {
+        "contiguous": floor(given, channels_last=False),
+        "channels_last": floor(given, channels_last=True),
+    }
+    least = found["floor"]["channels_last"]
+    for name, figures in found["steps"].items():
+        figures["of_floor"] = least["floor_arithmetic_s"] / figures["wall_s"]
+        figures["of_floor_cpu"] = least["floor_arithmetic_cpu_s"] / figures["cpu_s"]
+        print(name, figures, file=sys.stderr)
+    return found
+
+
+PARTS = [
+    (b, o)
+    for b in ("jem", "jempp", "mebm", "sadajem", "classifier")
+    for o in ("ce", "pgdat", "trades", "jem", "ebjdat")
+    if b != "classifier" or o not in ("jem", "ebjdat")
+]
+
+
+def parts(given: argparse.Namespace) -> dict[str, Any]:
+    """Step time and floor of every backbone with every objective, plain descent."""
+    found = {}
+    for backbone, objective in PARTS:
+        one = changed(given, backbone=backbone, objective=objective, updater="plain")
+        steps = compared(one, (VARIANTS[-1],))["steps"]
+        found[f"{backbone} x {objective}"] = {
+            **steps[VARIANTS[-1]],
+            **floor(one, channels_last=True),
+        }
+    return found
+
+
+SCALES: dict[str, tuple[int, ...]] = {
+    "steps": (5, 10, 20), "adv_steps": (1, 5, 10), "batch": (16, 32, 64), "width": (1, 2, 4),
+    "size": (16, 32, 64),
+}  # fmt: skip
+
+
+def scaling(given: argparse.Namespace, scales: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Step time and memory as one size grows and the others stay."""
+    return {
+        name: {
+            value: compared(changed(given, **{name: value}), (VARIANTS[-1],))["steps"][VARIANTS[-1]]
+            for value in values
+        }
+        for name, values in scales.items()
+    }
+
+
+def changed(given: argparse.Namespace, **values: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(given), **values})
+
+
+SMALL = {
+    "depth": 10, "width": 1, "size": 8, "batch": 16, "steps": 5, "adv_steps": 5, "capacity": 16,
+    "rounds": 2, "patience": 0.0,
+}  # fmt: skip
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--what", choices=["step", "parts", "scaling"], default="step")
+    parser.add_argument("--small", action="store_true", help="toys; writes no file")
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    for name, value in SETTINGS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    given = parser.parse_args()
+    return changed(given, **SMALL) if given.small else given
+
+
+if __name__ == "__main__":
+    given = arguments()
+    if given.contestant:
+        serve(given)
+    else:
+        small = {name: values[:1] for name, values in SCALES.items()}
+        result = {
+            "step": main_step,
+            "parts": parts,
+            "scaling": lambda given: scaling(given, small if given.small else SCALES),
+        }[given.what](given)
+        if given.small:
+            print(json.dumps(result))
+        else:
+            name = {
+                "step": "step_against_released",
+                "parts": "step_parts",
+                "scaling": "step_scaling",
+            }
+            keep(name[given.what], result)

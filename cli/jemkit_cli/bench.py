@@ -1,0 +1,82 @@
+"""`jemkit bench`: what a training step costs here, against what it must cost."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jemkit_cli import selection as pick
+from jemkit_cli.terminal import guarded, installed_parts, say, say_json, show_table
+
+if TYPE_CHECKING:
+    from jemkit.bench.floor import Floor
+
+app = typer.Typer(no_args_is_help=True, help="What a training step costs, and what it must cost.")
+
+
+@app.callback()
+def _bench() -> None:
+    """Keep `floor` a subcommand, though it is the only one."""
+
+
+@app.command()
+@guarded
+def floor(
+    backbone: pick.Backbone = None,
+    objective: pick.Objective = None,
+    dataset: pick.Dataset = None,
+    network: pick.Network = None,
+    sampler: pick.Sampler = None,
+    updater: pick.Updater = None,
+    data_dir: pick.DataDir = None,
+    batch_size: pick.BatchSize = None,
+    device: pick.Device = None,
+    precision: pick.Precision = None,
+    channels_last: pick.ChannelsLast = None,
+    compile: pick.Compile = None,
+    preset: pick.Preset = None,
+    config: pick.Config = None,
+    overrides: pick.Set = None,
+    no_plugins: pick.NoPlugins = False,
+    rounds: Annotated[
+        int, typer.Option(min=0, help="Steps to time; 0 prints the floors alone.")
+    ] = 3,
+    patience: Annotated[
+        float, typer.Option(min=0, help="Seconds to repeat each operation for.")
+    ] = 0.2,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+) -> None:
+    """Count the arithmetic of one step, time it operation by operation, and the step beside it."""
+    options: dict[str, Any] = {
+        "backbone": backbone,
+        "objective": objective,
+        "dataset": dataset,
+        "network": network,
+        "sampler": sampler,
+        "updater": updater,
+        "data_dir": data_dir,
+        "batch_size": batch_size,
+        "device": device,
+        "precision": precision,
+        "channels_last": channels_last,
+        "compile": compile,
+    }
+    registry = installed_parts(third_party=not no_plugins)
+    resolved = pick.chosen(registry, options, preset=preset, config=config, overrides=overrides)
+    from jemkit.assembly import put_together
+    from jemkit.bench.floor import floor_of
+
+    found = floor_of(
+        put_together(resolved.recipe), resolved.recipe, rounds=rounds, patience=patience
+    )
+    if as_json:
+        say_json(found.figures())
+    else:
+        _show(found)
+
+
+def _show(found: "Floor") -> None:
+    from jemkit.bench.floor import rows
+
+    show_table(["", ""], rows(found))
+    if found.reached is not None:
+        say(f"the step reaches {found.reached:.0%} of its floor")

@@ -1,0 +1,87 @@
+"""What this machine does in a second: on given operations, on a large product, on a copy."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator
+
+from jemkit.bench.flops import Operation, Work
+
+PATIENCE = 0.2
+"""Seconds that an operation is repeated for; the fastest time counts, since nothing but other
+work makes one slower."""
+
+Clock = Callable[[], float]
+"""time.process_time, all threads' together, is what a busy machine's other work moves least."""
+
+SQUARE = 1024
+LARGE = 2**26  # bytes, beyond any cache
+
+
+class Machine(NamedTuple):
+    """Measured rates of one device, at the number of threads that torch has."""
+
+    device: str
+    threads: int
+    matmul: float  # FLOP/s of a product of two square matrices
+    bandwidth: float  # bytes/s of a copy, read and written
+
+
+def measured(device: torch.device, patience: float = PATIENCE) -> Machine:
+    rng = Generator(device).manual_seed(0)
+    a, b = (torch.empty(SQUARE, SQUARE, device=device).normal_(generator=rng) for _ in range(2))
+    product = torch.empty_like(a)
+    matmul = 2 * SQUARE**3 / fastest(lambda: torch.mm(a, b, out=product), device, patience)
+    source = torch.zeros(LARGE // 4, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * LARGE / fastest(lambda: target.copy_(source), device, patience)
+    return Machine(device.type, torch.get_num_threads(), matmul, bandwidth)
+
+
+def seconds(
+    work: Work, device: torch.device, patience: float = PATIENCE, clock: Clock = time.perf_counter
+) -> dict[Operation, float]:
+    """The fastest time of one call of each operation, at its own shapes."""
+    rng = Generator(device).manual_seed(0)
+    with torch.no_grad():
+        return {op: fastest(op.call(rng), device, patience, clock) for op in work}
+
+
+def fastest(
+    call: Callable[[], Any],
+    device: torch.device,
+    patience: float = PATIENCE,
+    clock: Clock = time.perf_counter,
+) -> float:
+    """Seconds of the fastest of some calls, three at the least, after one to warm up."""
+    call()
+    found: list[float] = []
+    began = time.perf_counter()
+    while len(found) < 3 or time.perf_counter() - began < patience:
+        found.append(elapsed(call, device, clock))
+    return min(found)
+
+
+def typical(call: Callable[[], Any], device: torch.device, rounds: int) -> float:
+    """The median time of `rounds` calls after one to warm up."""
+    call()
+    return statistics.median(elapsed(call, device) for _ in range(rounds))
+
+
+def elapsed(
+    call: Callable[[], Any], device: torch.device, clock: Clock = time.perf_counter
+) -> float:
+    """Seconds of one call, until the device has done it."""
+    settle(device)
+    began = clock()
+    call()
+    settle(device)
+    return clock() - began
+
+
+def settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,298 @@
+"""The floor of a step, worked by hand; and the released schedule, term by term against jemkit."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from toys import gen, root, toy_recipe, toy_registry
+
+from jemkit import EnergyModel, ModelEnergy, SignDescent, run
+from jemkit.assembly import put_together
+from jemkit.bench.floor import floor_of, rows
+from jemkit.bench.flops import (
+    Like,
+    Operation,
+    counted,
+    flops,
+    imagined,
+    less,
+    passes,
+    step_work,
+    takings,
+    times,
+    together,
+    traffic,
+)  # fmt: skip
+from jemkit.bench.machine import fastest, measured, seconds
+from jemkit.checkpoint import same
+from jemkit.modes import eval_mode
+from jemkit.networks import MLP, WRN, SmallCNN
+from jemkit.sampling import SGLD, Boxed
+from jemkit.starts import Uniform
+from jemkit.testing import toy_backbone, toy_batch, toy_model, toy_task
+from jemkit.update import SAM, Plain
+
+sys.path.insert(0, str(root() / "benchmarks"))
+
+from naive import Released, Weights
+
+TASK = toy_task()
+CPU = torch.device("cpu")
+small = settings(max_examples=15, deadline=None)
+
+
+@small
+@given(b=st.integers(1, 5), n=st.integers(1, 7), m=st.integers(1, 7))
+def test_a_linear_layer_costs_two_flops_a_weight_and_row(b: int, n: int, m: int) -> None:
+    with imagined() as work:
+        nn.Linear(n, m)(torch.ones(b, n))
+    assert flops(work) == 2 * b * n * m
+    assert traffic(work) == 4 * (b * n + n * m + m + b * m)
+
+
+@small
+@given(c=st.integers(1, 3), k=st.integers(1, 3), size=st.integers(4, 6), stride=st.integers(1, 2))
+def test_a_convolution_costs_two_flops_a_tap_and_output(
+    c: int, k: int, size: int, stride: int
+) -> None:
+    layer = nn.Conv2d(c, k, 3, padding=1, stride=stride)
+    with imagined() as work:
+        out = layer(torch.ones(2, c, size, size))
+    assert flops(work) == 2 * 9 * c * out.numel()
+    assert traffic(work) == 4 * (2 * c * size**2 + 9 * c * k + k + out.numel())
+
+
+def test_a_perceptron_by_hand() -> None:
+    """8 x 8 pixels to 5 units to 5 units to 3 classes, 6 images."""
+    model = toy_model(TASK, MLP(hidden=5, layers=2))
+    found = passes(model, toy_batch(TASK).x)
+    first, second, head = (2 * 6 * n for n in (64 * 5, 5 * 5, 5 * 3))
+    assert flops(found.forward) == first + second + head
+    assert flops(found.to_input) == first + second + head
+    assert flops(found.to_weights) == first + 2 * (second + head)  # nobody asks for the images'
+
+
+def test_what_is_imagined_costs_what_is_computed_and_leaves_no_trace() -> None:
+    model = toy_model(TASK, SmallCNN(channels=2, norm="batch"))
+    x, before = toy_batch(TASK).x, {k: v.clone() for k, v in model.state_dict().items()}
+    with eval_mode(model), counted() as real:
+        model(x)
+    assert passes(model, x).forward == real
+    assert same(before, model.state_dict())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_step_by_hand() -> None:
+    """M chains of P images, M_adv of B, and an update of all four streams, twice under SAM."""
+    registry = toy_registry()
+    b, p, steps, adv_steps = 6, 3, 4, 2
+    backbone = toy_backbone(TASK, toy_model(TASK, SmallCNN(channels=2)), steps=steps)
+    objective = registry["objective"]["ebjdat"](adv_steps=adv_steps)
+    found = step_work(backbone, objective, SAM(), toy_batch(TASK, b, p))
+    one = passes(backbone.model, toy_batch(TASK, 1).x)
+    forward, to_input, to_weights = map(flops, one)
+    assert found.updates == 2
+    assert flops(found.draw) == (steps * p + adv_steps * b) * (forward + to_input)
+    assert flops(found.update) == 2 * (b + p) * (forward + to_weights)
+    assert flops(found.whole) == flops(found.draw) + 2 * flops(found.update)
+
+
+def test_counting_a_step_leaves_model_and_buffer_alone() -> None:
+    backbone = toy_backbone(TASK)
+    backbone.model.train()
+    model = {k: v.clone() for k, v in backbone.model.state_dict().items()}
+    states = backbone.density.buffer.states.clone()
+    step_work(backbone, toy_registry()["objective"]["ebjdat"](), Plain(), toy_batch(TASK))
+    assert same(model, backbone.model.state_dict())
+    assert torch.equal(states, backbone.density.buffer.states)
+    assert all(p.grad is None for p in backbone.model.parameters())
+
+
+def test_an_updater_tells_how_often_it_takes_the_loss() -> None:
+    registry = toy_registry()
+    found = {name: takings(registry["updater"][name]()) for name in ("plain", "sam", "awp")}
+    assert found == {"plain": 1, "sam": 2, "awp": 2}
+
+
+def test_work_adds_up() -> None:
+    a, b = (Operation(name, (), cost, 1) for name, cost in (("a", 3), ("b", 5)))
+    assert flops(together({a: 1}, {a: 2, b: 1})) == 14
+    assert flops(times({a: 1, b: 2}, 3)) == 39
+    assert less({a: 3, b: 1}, {a: 1, b: 1}) == {a: 2}
+
+
+def test_every_operation_of_a_step_can_be_called_by_itself() -> None:
+    backbone = toy_backbone(TASK, toy_model(TASK, WRN(depth=10, width=1, norm="batch")))
+    work = step_work(
+        backbone, toy_registry()["objective"]["ebjdat"](), Plain(), toy_batch(TASK)
+    ).whole
+    found = seconds(work, CPU, patience=0)
+    assert found.keys() == work.keys()
+    assert min(found.values()) > 0
+
+
+def test_noise_like_a_tensor_is_laid_out_like_it() -> None:
+    like = torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    made = Like.of(like).tensor(gen())
+    assert made.stride() == like.stride()
+    assert made.shape == like.shape
+
+
+def test_the_fastest_of_some_calls_counts() -> None:
+    calls = []
+    assert fastest(lambda: calls.append(1), CPU, patience=0) > 0
+    assert len(calls) == 4  # one to warm up, three to measure
+
+
+def test_the_floor_is_the_higher_of_the_two_and_below_the_step() -> None:
+    recipe = toy_recipe(toy_registry()).recipe
+    found = floor_of(put_together(recipe), recipe, rounds=1, patience=0)
+    figures = found.figures()
+    assert figures["floor_arithmetic_s"] > 0
+    assert figures["floor_memory_s"] > 0
+    assert found.floor == max(found.arithmetic, found.memory)
+    assert figures["reached"] == pytest.approx(found.floor / figures["step_s"])
+    assert figures["flops_step"] == figures["flops_draw"] + figures["flops_update"]
+    assert all(len(row) == 2 for row in rows(found))
+
+
+def test_no_round_gives_the_floors_alone() -> None:
+    recipe = toy_recipe(toy_registry(), "classifier", "ce").recipe
+    found = floor_of(put_together(recipe), recipe, rounds=0, patience=0)
+    assert found.taken is None
+    assert found.reached is None
+    assert "the step took" not in dict(rows(found))
+
+
+def test_a_machine_multiplies_and_copies() -> None:
+    found = measured(CPU, patience=0)
+    assert found.matmul > 0
+    assert found.bandwidth > 0
+
+
+def released(model: EnergyModel, **options: object) -> Released:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    start = Uniform().build(TASK, CPU)
+    return Released(model, optimizer, start, gen(), capacity=12, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_the_released_loss_is_ours_of_the_same_images(norm: str) -> None:
+    """Its fourth term is the clean cross-entropy; its h2 is contrastive and pairs with x_pos."""
+    model = toy_model(TASK, SmallCNN(channels=2, norm=norm))
+    model.train()
+    batch = toy_batch(TASK, 6, 3)
+    x_neg, x_adv = torch.rand(batch.x_pos.shape, generator=gen()), batch.x.flip(0)
+    naive = released(model, weights=Weights(0.7, 0.5, 0.2, 0.3))
+    theirs = naive.loss(batch.x, batch.y, batch.x_pos, x_neg, x_adv)
+    objective = toy_registry()["objective"]["ebjdat"](
+        w1=0.7, w2=0.2, w3=0.3, w_clean=0.5, outer="contrastive", pair="density"
+    )
+    backbone = toy_backbone(TASK, model)
+    draws = objective.draw(backbone, batch, gen())._replace(x_neg=x_neg, x_adv=x_adv)
+    torch.testing.assert_close(theirs, objective.loss(backbone, batch, draws).total)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_the_released_chain_to_x_adv_is_ours_from_the_same_start(n: int) -> None:
+    model = toy_model(TASK)
+    x, y = toy_batch(TASK, n).x, toy_batch(TASK, n).y
+    naive = released(model, adv_steps=3)
+    start = naive.perturbed(x)
+    with eval_mode(model):
+        clean = F.normalize(model(x).logits.detach(), dim=1)
+
+    def energy(z: torch.Tensor) -> torch.Tensor:
+        scores = model(z)
+        far = (clean - F.normalize(scores.logits, dim=1)).square().sum(1)
+        return scores.joint(y) - far
+
+    kernel = Boxed(SignDescent(step_size=TASK.bounds.px(1)), TASK.bounds)
+    with eval_mode(model):
+        ours = run(kernel, energy, start, gen(), 3)
+    theirs = naive.adversary(x, y, start)
+    assert (ours - theirs).abs().max() <= 2 * TASK.bounds.px(1)  # a sign may flip at a slope of 0
+    assert (ours == theirs).float().mean() > 0.99
+
+
+def test_the_released_chain_of_negatives_is_clamped_sgld() -> None:
+    model = toy_model(TASK, SmallCNN(channels=2))
+    naive = released(model, steps=3, restart=0.0)
+    states = naive.buffer.clone()
+    x = naive.negatives(4)
+    slots = torch.randint(12, (4,), generator=gen())  # the same generator, from the same seed
+    kernel = Boxed(SGLD(step_size=1.0, noise=0.0, clip=1.0), TASK.bounds)
+    torch.testing.assert_close(x, run(kernel, ModelEnergy(model), states[slots], gen(), 3))
+    torch.testing.assert_close(naive.buffer[slots[-1]], x[-1])
+
+
+def test_a_released_step_makes_the_passes_that_its_codes_make() -> None:
+    """M for x^-, 3 M_adv for each pair of images, six in each of SAM's two losses."""
+    model = toy_model(TASK)
+    model.train()
+    seen: list[int] = []
+    model.network.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
+    batch = toy_batch(TASK, 5, 3)
+    naive = released(model, steps=4, adv_steps=2)
+    before = [p.detach().clone() for p in model.parameters()]
+    naive.step(batch.x, batch.y, batch.x_pos)
+    assert len(seen) == 4 + 3 * 2 * 3 + 2 * 6
+    assert sum(seen) == 4 * 3 + 3 * 2 * 5 + 2 * (3 * 3 + 3 * 5)
+    assert not all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_step_is_much_cheaper_than_the_released_one() -> None:
+    """Processor time in turn, of toys; the passes alone are fewer than half."""
+    script = str(root() / "benchmarks" / "steps.py")
+    done = subprocess.run(
+        [sys.executable, script, "--small", "--threads", "1"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["steps"].keys() == {"released", "bare", "jemkit+cl+hold"}
+    assert found["ratios"]["released / jemkit+cl+hold"]["cpu"] > 1.5
+    assert found["ratios"]["bare / jemkit+cl+hold"]["cpu"] > 0.5
+    assert found["floor"]["channels_last"]["floor_arithmetic_s"] > 0
+
+
+def test_held_memory_changes_no_number() -> None:
+    code = (
+        "import torch; from jemkit.runtime.allocator import hold_memory\n"
+        "from jemkit.testing import toy_batch, toy_model, toy_task\n"
+        "task = toy_task(); run = lambda: toy_model(task)(toy_batch(task).x).energy\n"
+        "before = run(); hold_memory(); print(torch.equal(before, run()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_the_command_prints_the_floors(form: list[str]) -> None:
+    from typer.testing import CliRunner
+
+    from jemkit_cli.bench import app
+
+    parts = ["--backbone", "classifier", "--objective", "ce", "--batch-size", "8"]
+    done = CliRunner().invoke(
+        app, ["floor", *parts, "--rounds", "1", "--patience", "0", "--no-plugins", *form]
+    )
+    assert done.exit_code == 0, done.output
+    if form:
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found["flops_step"] == found["flops_update"] > 0
+        assert (
+            0
+            < found["reached"]
+            == pytest.approx(
+                max(found["floor_arithmetic_s"], found["floor_memory_s"]) / found["step_s"]
+            )
+        )
+    else:
+        assert "floor by arithmetic" in done.stdout
+        assert "of its floor" in done.stdout

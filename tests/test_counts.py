@@ -1,0 +1,263 @@
+"""What a step may cost, in counts that no machine changes: passes, waits, allocations, compiles."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from test_memory import nodes
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from toys import backbone_of, gen, objective_of, updater_of
+
+from jemkit import PGD, PYLD, SGLD, Guard, ModelEnergy, SignDescent, run, train_step
+from jemkit.modes import frozen
+from jemkit.networks import SmallCNN
+from jemkit.sampling import Boxed, L2Descent, Projected, Sampler
+from jemkit.starts import Uniform
+from jemkit.testing import toy_batch, toy_model, toy_task
+
+TASK = toy_task()
+B, P, M, M_ADV = 6, 3, 4, 5
+BATCH = toy_batch(TASK, B, P)
+NORMS = ("none", "batch")
+
+
+class Count(NamedTuple):
+    """Passes of the network, and images in them."""
+
+    passes: int
+    images: int
+
+    def __add__(self, other: Any) -> "Count":
+        return Count(self.passes + other.passes, self.images + other.images)
+
+    def times(self, n: int) -> "Count":
+        return Count(n * self.passes, n * self.images)
+
+
+def update(norm: str, *streams: int) -> Count:
+    """All streams in one pass; with batch norm one pass each, by statistics of its own."""
+    return Count(1 if norm == "none" else len(streams), sum(streams))
+
+
+def wanted(objective: str, norm: str) -> tuple[Count, Count]:
+    """What the algorithms ask for: the chains of a step, and one taking of the loss.
+
+    M passes of P images are the chains to x^-, M_adv of B those to x~. x~ begins without a pass:
+    TRADES alone asks for the clean prediction first, to climb away from.
+    """
+    negatives, adversaries = Count(M, M * P), Count(M_ADV, M_ADV * B)
+    table = {
+        "ce": (Count(0, 0), update(norm, B)),
+        "jem": (negatives, update(norm, B, P, P)),
+        "pgdat": (adversaries, update(norm, B)),
+        "trades": (adversaries + Count(1, B), update(norm, B, B)),
+        "ebjdat": (negatives + adversaries, update(norm, B, P, P, B)),
+    }
+    return table[objective]
+
+
+def options(objective: str) -> dict[str, Any]:
+    known = objective_of(objective).__class__.model_fields
+    given: dict[str, Any] = {"adv_steps": M_ADV, "attack": PGD(steps=M_ADV)}
+    return {name: value for name, value in given.items() if name in known}
+
+
+def counted(model: nn.Module) -> list[int]:
+    """The images of each pass of the trunk, which every sampler has to make."""
+    seen: list[int] = []
+    conv = model.network.conv1
+    conv.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
+    return seen
+
+
+BUILT = [
+    (b, o)
+    for b in ("classifier", "jem", "jempp", "mebm", "sadajem")
+    for o in ("ce", "pgdat", "trades", "jem", "ebjdat")
+    if b != "classifier" or o not in ("jem", "ebjdat")
+]
+
+
+@pytest.mark.parametrize(("backbone", "objective"), BUILT)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("updater", ["plain", "sam", "awp"])
+def test_a_step_makes_the_passes_of_its_algorithm_and_no_more(
+    backbone: str, objective: str, norm: str, updater: str
+) -> None:
+    density = {} if backbone == "classifier" else {"steps": M}
+    built = backbone_of(backbone, network=SmallCNN(channels=2, norm=norm), **density)
+    seen = counted(built.model)
+    chosen = objective_of(objective, **options(objective))
+    step = updater_of(updater, built.model)
+    train_step(built, chosen, step, BATCH, gen(), Guard())
+    draw, loss = wanted(objective, norm)
+    takings = 1 if updater == "plain" else 2
+    assert Count(len(seen), sum(seen)) == draw + loss.times(takings)
+
+
+@pytest.mark.parametrize("theta_steps", [1, 3])
+def test_more_updates_draw_no_more_chains(theta_steps: int) -> None:
+    built = backbone_of("sadajem", steps=M, network=SmallCNN(channels=2))
+    seen = counted(built.model)
+    chosen = objective_of("ebjdat", adv_steps=M_ADV)
+    step = updater_of("plain", built.model)
+    train_step(built, chosen, step, BATCH, gen(), Guard(), theta_steps)
+    draw, loss = wanted("ebjdat", "none")
+    assert Count(len(seen), sum(seen)) == draw + loss.times(theta_steps)
+
+
+WAITS = {
+    "aten._local_scalar_dense", "aten.item", "aten.nonzero", "aten.is_nonzero", "aten.equal",
+    "aten._unique2", "aten.masked_select",
+}  # fmt: skip
+"""What a host cannot answer before the device has."""
+
+
+class Watch(TorchDispatchMode):
+    """Counts the operations inside, and keeps a weak eye on all they make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.made: list[StorageWeakRef] = []
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.calls[str(func._overloadpacket)] += 1
+        given = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
+        for t in tensors(out):
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in given:
+                self.bytes += storage.nbytes()
+                self.made.append(StorageWeakRef(storage))
+        return out
+
+    @property
+    def waits(self) -> Counter[str]:
+        return Counter({name: n for name, n in self.calls.items() if name in WAITS})
+
+    @property
+    def alive(self) -> int:
+        return sum(not made.expired() for made in self.made)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [t for t in tree_flatten(tree)[0] if isinstance(t, Tensor)]
+
+
+def test_a_wait_is_seen() -> None:
+    with Watch() as watch:
+        float(torch.ones(2).sum())
+        torch.ones(2).nonzero()
+        bool(torch.ones(()))
+    assert sum(watch.waits.values()) == 3
+
+
+@pytest.mark.parametrize(("backbone", "objective"), BUILT)
+@pytest.mark.parametrize("updater", ["plain", "sam"])
+def test_a_step_waits_once_an_update_for_the_guard_alone(
+    backbone: str, objective: str, updater: str
+) -> None:
+    """On the CPU, where nothing is waited for, the guard reads its flag at once."""
+    density = {} if backbone == "classifier" else {"steps": M, "start": Uniform()}
+    built = backbone_of(backbone, **density)
+    chosen = objective_of(objective, **options(objective))
+    with Watch() as drawn:
+        draws = chosen.draw(built, BATCH, gen())
+    with Watch() as lost:
+        chosen.loss(built, BATCH, draws)
+    step = updater_of(updater, built.model)
+    with Watch() as whole:
+        train_step(built, chosen, step, BATCH, gen(), Guard())
+    assert not drawn.waits
+    assert not lost.waits
+    assert whole.waits == Counter({"aten._local_scalar_dense": 1})
+
+
+KERNELS: list[Sampler] = [
+    SGLD(), SGLD(noise=0.0, clip=1.0), PYLD(), SignDescent(), L2Descent(),
+    Boxed(SGLD(), TASK.bounds),
+    Projected(SignDescent(), BATCH.x, 0.1, TASK.bounds),
+    Projected(L2Descent(), BATCH.x, 0.1, TASK.bounds, "L2"),
+]  # fmt: skip
+
+
+def name_of(kernel: Any) -> str:
+    inner = [name_of(kernel.inner)] if hasattr(kernel, "inner") else []
+    return "-".join([type(kernel).__name__, *inner])
+
+
+def watched_chain(kernel: Sampler, steps: int) -> tuple[Watch, int]:
+    """What a chain of so many steps calls and makes, and what of it is left."""
+    model = toy_model(TASK, SmallCNN(channels=2)).eval()
+    with frozen(model), Watch() as watch:
+        x = run(kernel, ModelEnergy(model), BATCH.x, gen(), steps)
+    assert x is not None
+    return watch, watch.alive
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=name_of)
+def test_every_step_of_a_chain_costs_the_same(kernel: Sampler) -> None:
+    one, two, four = (watched_chain(kernel, steps)[0] for steps in (1, 2, 4))
+    assert four.bytes - two.bytes == 2 * (two.bytes - one.bytes)
+    assert len(four.made) - len(two.made) == 2 * (len(two.made) - len(one.made))
+    assert four.calls.total() - two.calls.total() == 2 * (two.calls.total() - one.calls.total())
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=name_of)
+def test_a_chain_leaves_its_last_state_and_nothing_else(kernel: Sampler) -> None:
+    left = [watched_chain(kernel, steps)[1] for steps in (1, 5)]
+    assert left == [1, 1]
+
+
+OVERHEAD = {"SGLD": 5, "SignDescent": 3, "L2Descent": 9}
+"""Operations of a step that are not the energy's gradient: detach, scale, subtract, noise."""
+
+
+@pytest.mark.parametrize("kernel", [SGLD(), SignDescent(), L2Descent()], ids=name_of)
+def test_a_kernel_adds_a_handful_of_operations_to_a_gradient(kernel: Sampler) -> None:
+    model = toy_model(TASK, SmallCNN(channels=2)).eval()
+    x = BATCH.x.detach().requires_grad_()
+    with frozen(model), Watch() as bare:
+        torch.autograd.grad(model(x).energy.sum(), x)
+    with frozen(model), Watch() as step:
+        kernel.step(ModelEnergy(model), BATCH.x, gen())
+    added = {k: v for k, v in (step.calls - bare.calls).items() if k != "aten.detach"}
+    assert sum(added.values()) <= OVERHEAD[type(kernel).__name__], added
+
+
+def test_frozen_weights_get_no_gradient_computed() -> None:
+    """Half of a backward pass: no convolution's backward is asked for its weight."""
+    built = backbone_of("sadajem", steps=M, network=SmallCNN(channels=2))
+    masks: list[list[bool]] = []
+
+    class Masks(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten.convolution_backward.default:
+                masks.append(list(args[-1]))
+            return func(*args, **(kwargs or {}))
+
+    with Masks():
+        objective_of("ebjdat", adv_steps=M_ADV).draw(built, BATCH, gen())
+    assert len(masks) == 3 * (M + M_ADV)
+    assert all(mask == [True, False, False] for mask in masks)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_graph_of_an_update_does_not_know_how_long_its_chains_were(norm: str) -> None:
+    sizes = set()
+    for steps in (1, 9):
+        built = backbone_of("sadajem", steps=steps, network=SmallCNN(channels=2, norm=norm))
+        chosen = objective_of("ebjdat", adv_steps=steps)
+        sizes.add(nodes(chosen.loss(built, BATCH, chosen.draw(built, BATCH, gen())).total))
+    assert len(sizes) == 1
