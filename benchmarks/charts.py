@@ -57,9 +57,9 @@ def bars(
 def against_released(found: dict[str, Any]) -> None:
     steps, floors = found["steps"], found["floor"]
     bars(
-        "One step, processor time", "s",
-        {name: step["cpu_s"] for name, step in steps.items()},
-        {"floor, channels last": floors["channels_last"]["floor_arithmetic_cpu_s"]},
+        "One step", "s",
+        {name: step["wall_s"] for name, step in steps.items()},
+        {"floor, channels last": floors["channels_last"]["floor_arithmetic_s"]},
         IMAGES / "step-time.png",
     )  # fmt: skip
     bars(
@@ -71,8 +71,8 @@ def against_released(found: dict[str, Any]) -> None:
 
 def every_part(found: dict[str, Any]) -> None:
     bars(
-        "One step of every backbone with every objective, processor time", "s",
-        {name: step["cpu_s"] for name, step in found.items()}, {},
+        "One step of every backbone with every objective", "s",
+        {name: step["wall_s"] for name, step in found.items()}, {},
         IMAGES / "step-parts.png",
     )  # fmt: skip
 
@@ -82,13 +82,13 @@ def scales(found: dict[str, Any]) -> None:
     shown, panels = plt.subplots(1, len(found), figsize=(13, 2.8), layout="constrained")
     for axes, (name, by_value) in zip(panels, found.items(), strict=True):
         values = [int(value) for value in by_value]
-        axes.plot(values, [step["cpu_s"] for step in by_value.values()], "o-", color=BLUE)
+        axes.plot(values, [step["wall_s"] for step in by_value.values()], "o-", color=BLUE)
         axes.set_xlabel(name)
         axes.set_ylim(bottom=0)
         axes.set_xticks(values)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    panels[0].set_ylabel("s of processor time")
+    panels[0].set_ylabel("s")
     shown.savefig(IMAGES / "step-scaling.png", dpi=130)
     plt.close(shown)
 

@@ -10,6 +10,7 @@ in the update, all of them again in the second pass of SAM; the loss is read by 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Generator, Tensor
 from jemkit.data import Bounds
 from jemkit.energy import EnergyModel
 from jemkit.modes import batch_norms
+from jemkit.networks import WideBlock, WideResNet
 from jemkit.starts import Start
 
 
@@ -32,6 +34,26 @@ class Weights(NamedTuple):
 
 
 RELEASED = Weights()
+
+
+def plainly(model: EnergyModel) -> EnergyModel:
+    """The same network, with a tensor of its own for every activation, as the released one has."""
+    for module in model.modules():
+        if isinstance(module, WideBlock):
+            module.forward = MethodType(_plain_block, module)  # type: ignore[method-assign]
+        if isinstance(module, WideResNet):
+            module.trunk = MethodType(_plain_trunk, module)  # type: ignore[method-assign]
+    return model
+
+
+def _plain_block(self: WideBlock, x: Tensor) -> Tensor:
+    h = self.conv1(F.leaky_relu(self.norm1(x), 0.2))
+    h = self.conv2(F.leaky_relu(self.norm2(h), 0.2))
+    return h + self.shortcut(x)
+
+
+def _plain_trunk(self: WideResNet, h: Tensor) -> Tensor:
+    return F.leaky_relu(self.norm(self.blocks(h)), 0.2).mean(dim=(2, 3))
 
 
 class Released:
@@ -54,7 +76,8 @@ class Released:
         bounds: Bounds = Bounds(),
         micro_batch: int = 2,
     ) -> None:
-        self.model, self.optimizer, self.start, self.rng = model, optimizer, start, rng
+        self.model, self.optimizer = plainly(model), optimizer
+        self.start, self.rng = start, rng
         self.steps, self.adv_steps, self.restart = steps, adv_steps, restart
         self.weights, self.perception, self.rho = weights, perception, rho
         self.bounds, self.micro_batch = bounds, micro_batch

@@ -61,12 +61,15 @@ def show(summary: "Summary") -> None:
 def show_record(record: "Record") -> None:
     """Every figure of an evaluation with its protocol, the indicators and what was left out."""
     rows, above = [], ""
-    for figure in record.figures:
+    shown = [figure for figure in record.figures if not _in_detail(figure)]
+    for figure in shown:
         told = told_protocol(figure)
         rows.append([TITLES.get(figure.name, figure.name), _value(figure),
                      "as above" if told == above else told])  # fmt: skip
         above = told
     show_table(["figure", "value", "measured on"], rows, _title(record))
+    if len(shown) < len(record.figures):
+        say(f"{len(record.figures) - len(shown)} figures more are in the record: --json, report")
     for name, verdict in record.tables.get("indicators", {}).items():
         _show_indicators(name, verdict)
     for name, reason in record.left_out.items():
@@ -76,6 +79,12 @@ def show_record(record: "Record") -> None:
     card = record.protocol
     say(", ".join(f"{name} {version}" for name, version in card["versions"].items()))
     say(f"weights {card['checkpoint']}")
+
+
+def _in_detail(figure: "Figure") -> bool:
+    """Of out-of-distribution detection a table has the AUROC of log p(x) alone."""
+    kind, _, rest = figure.name.partition("/")
+    return kind in ("aupr", "fpr95") or (kind == "auroc" and "/" in rest)
 
 
 def _title(record: "Record") -> str:
