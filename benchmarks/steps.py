@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from allocator import hold_memory
 from naive import Released
 from tools import keep
 from torch import Generator
@@ -34,7 +35,6 @@ from jemkit.density import Buffer
 from jemkit.modes import eval_mode, sampling_mode
 from jemkit.networks import WRN
 from jemkit.registry import installed
-from jemkit.runtime.allocator import hold_memory
 from jemkit.runtime.numerics import laid_out
 from jemkit.starts import Uniform
 from jemkit.update import SAM, Plain

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from jemkit import team
 from jemkit.backbone import Backbone, Task, check_stem
-from jemkit.compiled import CompiledChains, CompiledGradient
+from jemkit.compiled import CompiledGradient, compiled_chains
 from jemkit.data import Loader, positives
 from jemkit.density import Buffered
 from jemkit.distance import UsesDistances
@@ -17,7 +17,7 @@ from jemkit.modes import eval_mode
 from jemkit.objective import Conditional, Objective, ObjectiveSpec, Remembering
 from jemkit.recipe import Recipe
 from jemkit.runtime import distributed
-from jemkit.runtime.numerics import InPrecision, device_of, laid_out
+from jemkit.runtime.numerics import device_of, in_bf16, laid_out
 from jemkit.seeds import generator
 from jemkit.splits import Splits
 from jemkit.starts import images_hash
@@ -114,9 +114,9 @@ def put_together(recipe: Recipe) -> Assembly:
     optimizer = recipe.optimizer.build(parameters, fused=device.type == "cuda")
     unit = CompiledGradient() if run.compile else None
     if unit is not None:
-        objective = CompiledChains(objective, unit)  # type: ignore[assignment]
+        objective = compiled_chains(objective, unit)  # type: ignore[assignment]
     if run.precision == "bf16":
-        objective = InPrecision(objective, device.type)  # type: ignore[assignment]
+        objective = in_bf16(objective, device.type)  # type: ignore[assignment]
     rng = team.split(backbone, rng, run.seed)
     loader = Loader(
         splits.images("train").to(device),

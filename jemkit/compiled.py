@@ -4,16 +4,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor
 
-from jemkit.backbone import Backbone
 from jemkit.energy import EnergyFn
-from jemkit.objective import Batch, Objective, Remembering, Terms
+from jemkit.objective import Objective
 from jemkit.runtime.folder import RunFolder
+from jemkit.runtime.numerics import Within
 from jemkit.sampling import eager_gradient, gradients_by
 
 Backend = Literal["inductor", "aot_eager", "eager"]
@@ -86,37 +85,9 @@ def pays_after(warm_up: float, eager: float, compiled: float) -> float:
     return warm_up / (eager - compiled) if compiled < eager else float("inf")
 
 
-@dataclass(frozen=True)
-class CompiledChains:
+def compiled_chains(objective: Objective[Any], unit: CompiledGradient) -> Within:
     """An objective whose chains take compiled gradients; its loss stays as it is."""
-
-    inner: Objective[Any]
-    unit: CompiledGradient
-
-    @property
-    def needs_density(self) -> bool:
-        return self.inner.needs_density
-
-    def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> Any:
-        with gradients_by(self.unit):
-            return self.inner.draw(backbone, batch, rng)
-
-    def loss(self, backbone: Backbone, batch: Batch, draws: Any) -> Terms:
-        return self.inner.loss(backbone, batch, draws)
-
-    def after(self, backbone: Backbone, batch: Batch, draws: Any, rng: Generator) -> None:
-        if isinstance(self.inner, Remembering):
-            self.inner.after(backbone, batch, draws, rng)
-
-    def parameters(self) -> list[nn.Parameter]:
-        return self.inner.parameters() if isinstance(self.inner, Remembering) else []
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.inner.state_dict() if isinstance(self.inner, Remembering) else {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if isinstance(self.inner, Remembering):
-            self.inner.load_state_dict(state)
+    return Within(objective, lambda: gradients_by(unit))
 
 
 @contextmanager

@@ -50,17 +50,20 @@ def evaluate(
     registry: Registry | None = None,
     out: Path | str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    keep_adversarial: bool = False,
     **settings: Any,
 ) -> Record:
     """Judge any module that maps [0, 1] images to logits.
 
     `settings` are the fields of `Settings`: attacks=("aa",), eps_px=8, norm="L2", ... With a
-    folder `out` the record is written there, and half-done work survives a kill.
+    folder `out` the record is written there, with `keep_adversarial` the attacked images too, and
+    half-done work survives a kill.
     """
     folder = None if out is None else Path(out)
     subject = subject_of(model, dataset, n_classes)._replace(folder=folder)
     parts = registry or installed()
-    return judge(subject, settings_of(settings), parts, progress=progress)
+    asked = settings_of(settings)
+    return judge(subject, asked, parts, progress=progress, keep_adversarial=keep_adversarial)
 
 
 def judge(

@@ -9,7 +9,7 @@ from torch import Tensor
 from toys import backbone_of, gen, objective_of, updater_of
 
 from jemkit import SGLD, Guard, ModelEnergy, run, train_step
-from jemkit.compiled import CompiledChains, CompiledGradient, compiled_gradients, pays_after
+from jemkit.compiled import CompiledGradient, compiled_chains, compiled_gradients, pays_after
 from jemkit.distance import L2, Logits
 from jemkit.modes import eval_mode, frozen, sampling_mode
 from jemkit.networks import WRN, SmallCNN
@@ -63,7 +63,7 @@ def test_a_chain_compiles_once_however_long_and_however_the_weights_move() -> No
 def test_steps_after_the_first_compile_nothing(backbone: str, options: dict[str, Any]) -> None:
     built = backbone_of(backbone)
     unit = CompiledGradient("eager")
-    objective = CompiledChains(objective_of("ebjdat", **options), unit)
+    objective = compiled_chains(objective_of("ebjdat", **options), unit)
     updater = updater_of("sam", built.model)
     counts = []
     for _ in range(3):
@@ -79,7 +79,7 @@ def test_a_step_with_compiled_chains_ends_where_an_eager_one_does() -> None:
         built = backbone_of("sadajem")
         objective: Any = objective_of("ebjdat")
         if compiled:
-            objective = CompiledChains(objective, CompiledGradient("eager"))
+            objective = compiled_chains(objective, CompiledGradient("eager"))
         train_step(built, objective, updater_of("plain", built.model), BATCH, gen(), Guard())
         ends.append([p.detach().clone() for p in built.model.parameters()])
     for ours, theirs in zip(*ends, strict=True):

@@ -33,6 +33,7 @@ from jemkit.pictures import to_bytes
 from jemkit.pixels import Stranger
 from jemkit.runtime.ledger import Shard
 from jemkit.samples import Drawn, fresh
+from jemkit.settings import evaluators_of, settings_of
 from jemkit.starts import UniformStart
 from jemkit.testing import toy_model, toy_task
 from jemkit.testing.toys import toy_backbone
@@ -392,8 +393,10 @@ def test_without_inception_the_models_own_features_stand_in_under_another_name()
 
 @pytest.mark.usefixtures("no_cache")
 def test_inception_that_is_asked_for_and_missing_is_one_clear_message(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere\.pth is missing") as told:
-        judged(features=None, inception=tmp_path / "nowhere.pth")
+    options = {"generation": {"inception": str(tmp_path / "nowhere.pth")}}
+    asked = settings_of({"only": ("generation",), "options": options})
+    with pytest.raises(ConfigError, match=r"nowhere\.pth is missing") as told:
+        evaluators_of(asked, REGISTRY)  # before any attack runs
     for word in ("FID", "https://", INCEPTION_FILE, "generation.inception"):
         assert word in str(told.value)
 

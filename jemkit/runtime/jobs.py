@@ -40,6 +40,7 @@ def helpers(count: int, work: Callable[..., None], *given: Any) -> Iterator[Call
         for process in running:
             if process.is_alive():
                 process.terminate()
+                process.join()
 
 
 def _work(work: Callable[..., None], *given: Any) -> None:

@@ -1,8 +1,9 @@
 """Devices, precision and determinism: what a method never learns of."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,26 +25,27 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
-@dataclass(frozen=True)
-class InPrecision:
-    """An objective whose passes run in bfloat16; energies and losses stay float32.
+Around = Callable[[], AbstractContextManager[Any]]
 
-    Autocast is entered anew for every pass, since it keeps casts of weights that SAM moves.
-    """
+
+@dataclass(frozen=True)
+class Within:
+    """An objective whose phases run inside contexts, entered anew each time."""
 
     inner: Objective[Any]
-    device_type: str
+    drawing: Around
+    losing: Around = nullcontext
 
     @property
     def needs_density(self) -> bool:
         return self.inner.needs_density
 
     def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> Any:
-        with torch.autocast(self.device_type, torch.bfloat16):
+        with self.drawing():
             return self.inner.draw(backbone, batch, rng)
 
     def loss(self, backbone: Backbone, batch: Batch, draws: Any) -> Terms:
-        with torch.autocast(self.device_type, torch.bfloat16):
+        with self.losing():
             return self.inner.loss(backbone, batch, draws)
 
     def after(self, backbone: Backbone, batch: Batch, draws: Any, rng: Generator) -> None:
@@ -59,6 +61,15 @@ class InPrecision:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if isinstance(self.inner, Remembering):
             self.inner.load_state_dict(state)
+
+
+def in_bf16(objective: Objective[Any], device_type: str) -> Within:
+    """An objective whose passes run in bfloat16; energies and losses stay float32.
+
+    Autocast is entered anew for every pass, since it keeps casts of weights that SAM moves.
+    """
+    autocast = partial(torch.autocast, device_type, torch.bfloat16)
+    return Within(objective, autocast, autocast)
 
 
 @contextmanager

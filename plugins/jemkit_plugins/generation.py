@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, InstanceOf
+from pydantic import BeforeValidator, Field, InstanceOf, field_validator
 from pydantic.json_schema import SkipJsonSchema
 from torch import Tensor
 
@@ -60,6 +60,14 @@ class Generation(Options):
     max_reference: int | None = Field(None, ge=16)  # drawn at random; None: all
     inception: Path | None = None  # torch-fidelity's weights; None: those in torch's cache, if any
     features: SkipJsonSchema[InstanceOf[Features] | None] = Field(None, exclude=True, repr=False)
+
+    @field_validator("inception")
+    @classmethod
+    def _there(cls, path: Path | None) -> Path | None:
+        """Before any attack runs: FID that was asked for needs its weights."""
+        if path is not None:
+            inception_file(path)
+        return path
 
     def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
         if not subject.has_density:
