@@ -189,3 +189,8 @@ def images_hash(images: Images) -> str:
     digest.update(images.x.contiguous().numpy().tobytes())
     digest.update(images.y.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def start_name(start: Start) -> str:
+    """A start as a protocol card names it: as it is registered, where its class is named so."""
+    return type(start).__name__.removesuffix("Start").lower()

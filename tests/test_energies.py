@@ -137,7 +137,7 @@ def test_three_sets_have_tables_pictures_and_figures_of_each_pair() -> None:
     assert set(ctx.notes.pictures) == {"energies", "energy_path", "energy_confidence"}
     chains = found["overlap/clean-gen"].protocol["sets"]["generated"]
     assert chains["chain_steps"] == 3
-    assert chains["start"] == "UniformStart"
+    assert chains["start"] == "uniform"
 
 
 def test_a_generated_image_is_labelled_as_the_model_reads_it() -> None:

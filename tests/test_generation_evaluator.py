@@ -96,7 +96,7 @@ def test_every_figure_tells_how_it_came_about() -> None:
     for figure in found.values():
         card = figure.protocol
         assert figure.n == card["n"] == card["images"] == 40
-        assert (card["source"], card["steps"], card["start"]) == ("chains", 1, "UniformStart")
+        assert (card["source"], card["steps"], card["start"]) == ("chains", 1, "uniform")
         assert card["sampler"].startswith("SGLD(")
         assert card["selection"] == "none"
         assert (card["reference"]["set"], card["reference"]["count"]) == ("train", 50)

@@ -23,6 +23,7 @@ from jemkit.pixels import UNIT, PixelModel, weights_hash
 from jemkit.robustness import PGD20, energies, energy_gaps
 from jemkit.sampling import chain
 from jemkit.seeds import generator
+from jemkit.starts import start_name
 
 SHORT = {"clean": "clean", "adversarial": "adv", "generated": "gen"}
 """The sets as names of figures have them."""
@@ -97,7 +98,7 @@ class Energies(Options):
         unlabelled = Images(x, torch.zeros(n, dtype=torch.int64))
         with torch.no_grad():
             y = torch.cat([subject(part).argmax(1).cpu() for part, _ in batches(unlabelled, ctx)])
-        card |= {"start": type(subject.density.start).__name__}
+        card |= {"start": start_name(subject.density.start)}
         card |= {"sampler": repr(subject.density.sampler)}
         return _Set.of(subject, Images(x, y), ctx, card)
 

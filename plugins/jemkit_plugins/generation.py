@@ -23,7 +23,7 @@ from jemkit.pictures import to_bytes
 from jemkit.pixels import PixelModel
 from jemkit.samples import Drawn, fresh, kept
 from jemkit.seeds import generator
-from jemkit.starts import Start, StartSpec, images_hash
+from jemkit.starts import Start, StartSpec, images_hash, start_name
 
 CPU = torch.device("cpu")
 ENOUGH = 2048
@@ -152,7 +152,7 @@ class Generation(Options):
     ) -> dict[str, Any]:
         chains = self.source == "chains"
         usual = all(getattr(self, name) == default for name, default in STANDARD.items())
-        start = repr(self.start) if self.start else type(subject.density.start).__name__
+        start = repr(self.start) if self.start else start_name(subject.density.start)
         return {
             **ctx.card,
             "standard": bool(ctx.card.get("standard")) and usual,
