@@ -1,9 +1,9 @@
 """Settings of an evaluation: what its figures depend on beside the model."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from jemkit.attack import Norm, Threat
 from jemkit.errors import ConfigError
@@ -21,10 +21,16 @@ RELEASED_STEP_PX = 0.5
 """PGD's step in EB-JDAT's evaluator: its 1/255 in [-1, 1] is half of that in pixels."""
 
 
+Names = Annotated[
+    tuple[str, ...], BeforeValidator(lambda names: (names,) if isinstance(names, str) else names)
+]
+"""Parts by name; one may stand alone."""
+
+
 class Settings(Options):
     """How a model is judged: everything that a record's figures depend on beside the model."""
 
-    attacks: tuple[str, ...] = ()  # by name; none: pgd and aa, in a quick look pgd alone
+    attacks: Names = ()  # none: pgd and aa, in a quick look pgd alone
     norm: Norm = "Linf"
     eps_px: Radius | None = None  # None: the data set's, which is L-inf
     max_images: int | None = Field(None, ge=1)  # the first ones; None: all
@@ -33,8 +39,8 @@ class Settings(Options):
     protocol: Literal["standard", "released"] = "standard"
     quick: bool = False
     refine_steps: int = Field(0, ge=0)  # k of JEM-k: SGLD from the image before it is classified
-    only: tuple[str, ...] = ()  # evaluators; none: all
-    skip: tuple[str, ...] = ()
+    only: Names = ()  # evaluators; none: all
+    skip: Names = ()
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)  # of an attack or evaluator
 
 

@@ -80,7 +80,7 @@ def subject_of(
     module: nn.Module, dataset: Dataset | Images, n_classes: int | None = None
 ) -> Subject:
     """Any module that maps [0, 1] images to logits, on a data set or on labelled images."""
-    test = dataset.load("test") if isinstance(dataset, Dataset) else dataset
+    test = dataset.load("test") if isinstance(dataset, Dataset) else _images(dataset)
     if not len(test.y):
         raise DataError("there are no images to judge the model on")
     classes = n_classes or (
@@ -100,6 +100,17 @@ def subject_of(
         {"model": type(module).__name__, "sha256": weights_hash(model), "trained_radius_px": None},
         None,
     )
+
+
+def _images(given: Any) -> Images:
+    """Labelled images, also where they come as a pair, or as arrays."""
+    try:
+        x, y = given
+        return Images(torch.as_tensor(x), torch.as_tensor(y))
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError(
+            f"wanted a data set, or images [N, C, H, W] with labels [N]; got {type(given).__name__}"
+        ) from None
 
 
 def others_of(dataset: Dataset, registry: Registry) -> Callable[[], dict[str, Images]]:

@@ -547,7 +547,7 @@ bits = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7)),
 def flipped(data: bytes, flips: list[tuple[float, int]]) -> bytes:
     changed = bytearray(data)
     for where, bit in flips:
-        changed[int(where * len(changed))] ^= 1 << bit
+        changed[min(int(where * len(changed)), len(changed) - 1)] ^= 1 << bit
     return bytes(changed)
 
 

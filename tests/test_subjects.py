@@ -205,3 +205,16 @@ def test_a_pass_polls_whether_to_stop() -> None:
         judge(subject, asked, REGISTRY, stop=lambda: True)
     assert isinstance(asked, Settings)
     check_subject(subject.model, DATA.unit(), 3)  # the poll is taken off again
+
+
+def test_images_may_come_as_a_pair_and_as_arrays() -> None:
+    model = Sees()
+    pair = (DATA.unit(), DATA.y)
+    arrays = tuple(part.numpy() for part in pair)
+    found = [
+        api.evaluate(model, given, n_classes=3, registry=REGISTRY, only="accuracy").value("clean")
+        for given in (DATA, pair, arrays)
+    ]
+    assert found[0] == found[1] == found[2]
+    with pytest.raises(DataError, match="wanted a data set, or images"):
+        api.evaluate(model, 3, registry=REGISTRY, **ONLY)

@@ -14,11 +14,15 @@ if TYPE_CHECKING:
 Runs = Annotated[
     list[Path], typer.Argument(help="Run folders, or folders with a record.", metavar="RUN...")
 ]
+LATEST = Path("runs/latest")
 
 
 @guarded
 def report(
-    runs: Runs,
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Run folders; the newest run by default.", metavar="[RUN]..."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="The file; report.html in the first run's folder by default.",
@@ -28,7 +32,7 @@ def report(
     """Write one HTML file with all there is to see of the runs; it needs no network."""
     from jemkit.report import write
 
-    say(f"report {write(runs, out)}")
+    say(f"report {write(runs or [LATEST], out)}")
 
 
 @guarded

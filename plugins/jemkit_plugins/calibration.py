@@ -65,7 +65,11 @@ class Calibration(Options):
         card = {**card, "fitted_on": "valid", "fitted_images": len(labels)}
         values = {"temperature": t, "ece_scaled": after.ece, "nll_scaled": nll(logits / t, y)}
         ns = {"temperature": len(labels)}
-        return [plain(name, value, ns.get(name, len(y)), card) for name, value in values.items()]
+        cards = {"temperature": {**card, "split": "valid"}}
+        return [
+            plain(name, value, ns.get(name, len(y)), cards.get(name, card))
+            for name, value in values.items()
+        ]
 
 
 class Reliability(NamedTuple):
