@@ -133,6 +133,7 @@ def histograms_png(panels: Mapping[str, Mapping[str, Any]]) -> bytes:
             axis.stairs(table[name], table["edges"], fill=True, alpha=0.25, **look)
             axis.stairs(table[name], table["edges"], linewidth=1.5, label=label, **look)
         axis.set_ylabel("share")
+        axis.set_ylim(top=axis.get_ylim()[1] * 1.4)  # the legend stands above the bars
         _finish(axis, title, xlabel="energy")
     return _drawn(figure)
 

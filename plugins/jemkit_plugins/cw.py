@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor
 
 from jemkit.attack import PGD, Best, ModelAttack, Perturb, Threat, ball_of
+from jemkit.blackbox import margin
 from jemkit.hookspecs import hookimpl
 from jemkit.options import Options
 from jemkit.pixels import PixelModel
@@ -39,7 +38,7 @@ class CW(Options):
 
             def energy(z: Tensor) -> Tensor:
                 logits = subject(z)
-                loss = margin(logits, y)
+                loss = -margin(logits, y)
                 best.see(z, loss, logits.argmax(1) != y)
                 return -loss
 
@@ -52,12 +51,6 @@ class CW(Options):
     def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
         plain = PGD(steps=self.steps, step_px=self.step_px, restarts=self.restarts)
         return {**plain.card(threat, n_classes), "loss": "max_{k != y} z_k - z_y"}
-
-
-def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """max_{k != y} z_k - z_y, [B]; above 0 where the label is not the first choice."""
-    own = F.one_hot(y, logits.shape[1]).bool()
-    return logits.masked_fill(own, -torch.inf).amax(1) - logits[own]
 
 
 @hookimpl
