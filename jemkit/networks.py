@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Generator, Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from jemkit.energy import Network
 from jemkit.options import Options
@@ -57,8 +58,34 @@ def norm_layer(norm: Norm, channels: int, momentum: float = 0.1) -> nn.Module:
 def activated(norm: nn.Module, x: Tensor) -> Tensor:
     """LeakyReLU 0.2 of a normalised x, written over what the norm made: a backward pass needs the
     norm's input and the activation's output, so a quarter of a step's memory is saved."""
+    if isinstance(norm, nn.BatchNorm2d) and _fixed(norm) and not torch.compiler.is_compiling():
+        return _FixedNorm.apply(x, norm)  # type: ignore[no-any-return, no-untyped-call]
     h: Tensor = norm(x)
     return F.leaky_relu(h, 0.2) if h is x else F.leaky_relu_(h, 0.2)
+
+
+def _fixed(norm: nn.BatchNorm2d) -> bool:
+    """Whether a norm is one line for each channel, as while an attack runs or a chain in eval."""
+    asked = norm.training or norm.weight.requires_grad or norm.bias.requires_grad
+    return norm.running_var is not None and not asked
+
+
+class _FixedNorm(torch.autograd.Function):
+    """`activated` by running statistics and frozen weights: its backward pass needs the output
+    alone, and one product where torch's would sum over the batch for weights that ask nothing."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+        h: Tensor = F.leaky_relu_(norm(x), 0.2)
+        variance = cast("Tensor", norm.running_var)
+        ctx.save_for_backward(h, norm.weight * (variance + norm.eps).rsqrt())
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        h, scale = ctx.saved_tensors
+        below = torch.ops.aten.leaky_relu_backward(slope, h, 0.2, True)
+        return below.mul_(scale[:, None, None]), None
 
 
 class WideBlock(nn.Module):

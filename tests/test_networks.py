@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import normal
-from torch import nn
+from torch import Tensor, nn
 from toys import gen
 
-from jemkit.networks import MLP, WRN, SmallCNN, lent, norm_layer
+from jemkit.modes import eval_mode, frozen
+from jemkit.networks import MLP, WRN, Norm, SmallCNN, lent, norm_layer
 
 
 def built(spec: WRN | SmallCNN | MLP, *shape: int) -> nn.Module:
@@ -116,3 +117,53 @@ def test_lending_a_generator_moves_it_and_leaves_torchs_own_alone(seed: int) -> 
     assert torch.equal(torch.get_rng_state(), own)
     assert not torch.equal(rng.get_state(), before)
     assert not torch.equal(one.weight, other.weight)
+
+
+@given(
+    seed=st.integers(0, 99), channels_last=st.booleans(), norm=st.sampled_from(["batch", "sync"])
+)
+@settings(max_examples=12)
+def test_frozen_weights_give_the_same_slopes_to_the_images_and_their_slopes(
+    seed: int, channels_last: bool, norm: Norm
+) -> None:
+    network = built(WRN(depth=10, width=1, norm=norm), 3, 8, 8).double()
+    network(normal(seed, 16, 3, 8, 8).double())  # running statistics that are not 0 and 1
+    if channels_last:
+        network.to(memory_format=torch.channels_last)
+    x = normal(seed + 1, 4, 3, 8, 8).double().requires_grad_()
+
+    def slopes() -> list[Tensor]:
+        value = network(x).square().sum()
+        (first,) = torch.autograd.grad(value, x, create_graph=True)
+        return [value, first, *torch.autograd.grad(first.square().sum(), x)]
+
+    with eval_mode(network):
+        asked = slopes()
+        with frozen(network):
+            rested = slopes()
+    assert torch.equal(asked[0], rested[0])
+    torch.testing.assert_close(rested, asked, rtol=1e-12, atol=1e-14)
+
+
+def test_a_frozen_norm_keeps_what_it_made_for_its_backward_pass_and_not_what_it_read() -> None:
+    network = built(WRN(depth=10, width=1), 3, 8, 8)
+    read: list[Tensor] = []
+    for block in network.blocks:
+        block.norm2.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+
+    def kept() -> set[int]:
+        """Where the maps lie that a pass keeps for its backward one."""
+        found: list[Tensor] = []
+        x = normal(0, 5, 3, 8, 8).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t):
+            network(x)
+        return {t.data_ptr() for t in found}
+
+    with eval_mode(network):
+        found = kept()
+        assert {t.data_ptr() for t in read} <= found
+        read.clear()
+        with frozen(network):
+            found = kept()
+            assert read
+            assert not {t.data_ptr() for t in read} & found
