@@ -1,8 +1,6 @@
 """Recovery: a sick run goes back to a checkpoint that proved healthy, and on with a remedy."""
 
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -35,7 +33,6 @@ class Care:
         self._density = parts.backbone.density if learns else None
         self._steps = self._density.steps if self._density else 0
         self._epoch = parts.loader.steps_per_epoch
-        self._quiet = min(options.quiet, self._epoch)
 
     @property
     def may_try(self) -> bool:
@@ -54,18 +51,19 @@ class Care:
         """
         for path in reversed(complete(folder)):
             step = step_of(path)
-            if step == 0 or (step % self._epoch == 0 and step + self._quiet <= since):
+            if step == 0 or (
+                step % self._epoch == 0 and step + self.options.proof(self._epoch) <= since
+            ):
                 yield path
 
     def prune(self, folder: Path, step: int, keep: int) -> None:
         """Leave the newest `keep`, and all that a finding yet to come may go back to."""
         found = complete(folder)
-        late = self.options.patience + (self.options.collapse - 1) * self._epoch + self._quiet
-        oldest = max(0, (step - late) // self._epoch * self._epoch)
+        oldest = max(0, (step - self.options.late(self._epoch)) // self._epoch * self._epoch)
         for path in found[:-keep]:
             wanted = step_of(path) >= oldest and step_of(path) % self._epoch == 0
             if not (self.options.on and wanted):
-                remove(path)
+                checkpoint.remove(path)
         checkpoint.prune(folder, len(found))
 
     def try_next(self, finding: Finding, step: int, back: int) -> dict[str, Any]:
@@ -145,7 +143,7 @@ def go_back(trainer: "Trainer", error: Diverged) -> None:
     entry = care.try_next(finding, step, trainer.step)
     for path in reversed(complete(folder.checkpoints)):
         if path.name > where.name:  # newest first: killed in here, a run finds the same again
-            remove(path)
+            checkpoint.remove(path)
     checkpoint.save(where, trainer.state_dict())
     folder.drop_metrics_from(trainer.step)
     folder.event("rollback", **entry)
@@ -186,14 +184,6 @@ def _readable(paths: Iterator[Path]) -> tuple[Path | None, dict[str, Any] | None
         with suppress(DataError):
             return path, checkpoint.load(path)
     return None, None
-
-
-def remove(path: Path) -> None:
-    """Delete a checkpoint; one that is half deleted must not pass for a damaged one."""
-    gone = path.with_name(f".{path.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)
-    os.replace(path, gone)
-    shutil.rmtree(gone, ignore_errors=True)
 
 
 def complete(folder: Path) -> list[Path]:

@@ -17,7 +17,6 @@ from jemkit.runtime.files import drop_torn_line
 from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.lock import LOCK, locked
 from jemkit.runtime.numerics import device_of
-from jemkit.runtime.sentinel import Sentinel
 from jemkit.team import leading
 from jemkit.training import Summary, Trainer, Watch
 
@@ -104,16 +103,12 @@ def still_needed(trainer: Trainer) -> int:
     run, loader = trainer.recipe.run, trainer.loader
     one = disk.state_bytes(trainer.state_dict()) + disk.momenta_bytes(trainer.optimizer)
     steps = max(0, trainer.total_steps - trainer.step)
-    epochs = -(-steps // loader.steps_per_epoch)
-    keep = run.keep + _proving(trainer.recipe.sentinel, loader.steps_per_epoch)
+    sentinel, per_epoch = trainer.recipe.sentinel, loader.steps_per_epoch
+    epochs = -(-steps // per_epoch)
+    proving = 1 - (-sentinel.late(per_epoch) // per_epoch) if sentinel.on else 0  # ends of epochs
+    keep = run.keep + proving
     there = disk.used_bytes(trainer.folder.checkpoints)
     return max(0, disk.run_bytes(one, keep=keep, steps=steps, epochs=epochs) - there)
-
-
-def _proving(options: Sentinel, per_epoch: int) -> int:
-    """How many epochs' ends the sentinel keeps at most, until they have proved healthy."""
-    late = options.patience + (options.collapse - 1) * per_epoch + min(options.quiet, per_epoch)
-    return 1 - (-late // per_epoch) if options.on else 0
 
 
 def resume_from(trainer: Trainer, folder: RunFolder) -> None:

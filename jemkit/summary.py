@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jemkit import checkpoint
 from jemkit.assembly import load_model
+from jemkit.errors import Preempted
 from jemkit.figures import Figure
 from jemkit.runtime.numerics import numerics
 
@@ -42,9 +43,15 @@ def judged(trainer: "Trainer") -> Summary:
         "selection": "best PGD-10 accuracy on validation",
         "checkpoint": checkpoint.verify(path)[checkpoint.MODEL],
     }
-    with numerics(deterministic=run.deterministic, threads=run.threads):
-        figures = trainer.exam(0).judge(card)
-        trainer.exam(0).draw_energies(folder.path / "energies.png")
+    trainer.polling.begin()
+    asked = trainer.polling.passes(trainer.backbone.model, on=not run.compile)
+    with numerics(deterministic=run.deterministic, threads=run.threads), asked:
+        try:
+            figures = trainer.exam(0).judge(card)
+            trainer.exam(0).draw_energies(folder.path / "energies.png")
+        except Preempted:  # all that was trained is saved
+            folder.event("preempted", step=trainer.step)
+            raise Preempted("stopped while it was judged; go on with --resume") from None
     summary = Summary(folder.path, run.epochs, best, trainer.seconds, figures)
     folder.event("end", figures=[figure._asdict() for figure in figures])
     trainer.watch("end", {"summary": summary})

@@ -337,6 +337,21 @@ def test_a_stop_in_the_midst_of_a_step_undoes_the_step_exactly(
     assert 4 < polls < 399
 
 
+def test_a_stop_while_the_best_epoch_is_judged_is_heard_and_the_run_judged_anew(
+    tmp_path: Path,
+) -> None:
+    trainer = begun(tmp_path / "run", "jem", "jem", "plain")
+    trainer.run()
+    trainer.polling.patience, trainer.stop = 0.0, after(9)
+    with pytest.raises(Preempted, match="while it was judged; go on with --resume"):
+        trainer.finish()
+    assert events(tmp_path / "run", "preempted")
+    again = go_on(tmp_path / "run", "jem", "jem", "plain")
+    again.run()
+    found = again.finish().figures
+    assert [figure.value for figure in found] == [f.value for f in trainer.exam(0).judge({})]
+
+
 def test_a_stop_in_the_midst_of_an_exam_loses_no_epoch(tmp_path: Path) -> None:
     given = ("sadajem", "ebjdat", "plain")
     begun(tmp_path / "whole", *given).run(until=8)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from jemkit.errors import ConfigError
-from jemkit.runtime.files import read_json, write_json, write_text
+from jemkit.runtime.files import append_text, read_json, write_json, write_text
 
 
 class RunFolder:
@@ -67,8 +67,7 @@ class RunFolder:
     def event(self, kind: str, **what: Any) -> None:
         """Append one line to events.jsonl."""
         line = json.dumps({"time": round(time.time(), 3), "event": kind, **what}, allow_nan=True)
-        with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        append_text(self.path / "events.jsonl", line + "\n")
 
     def append_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Append rows to metrics.csv; a column that is new is empty in the rows before."""
@@ -78,8 +77,7 @@ class RunFolder:
         if columns != before:
             write_text(path, _csv(columns, [*self.metrics(), *rows]))
             return
-        with path.open("a", encoding="utf-8", newline="") as file:
-            csv.DictWriter(file, columns).writerows(rows)
+        append_text(path, _csv(columns, rows, header=False))
 
     def metrics(self) -> list[dict[str, str]]:
         path = self.path / "metrics.csv"
@@ -133,10 +131,11 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _csv(columns: list[str], rows: Sequence[Mapping[str, Any]]) -> str:
+def _csv(columns: list[str], rows: Sequence[Mapping[str, Any]], *, header: bool = True) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns)
-    writer.writeheader()
+    if header:
+        writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 

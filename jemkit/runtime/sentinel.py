@@ -36,6 +36,14 @@ class Sentinel(Options):
     stuck: float = Field(0.5, gt=0, lt=1)  # share at the range's edge, of pixels and of slots
     collapse: int = Field(2, ge=1)  # epochs in a row at chance; one may be a hiccup of batch norm
 
+    def proof(self, per_epoch: int) -> int:
+        """Steps that prove a checkpoint healthy: `quiet` of them, or an epoch."""
+        return min(self.quiet, per_epoch)
+
+    def late(self, per_epoch: int) -> int:
+        """After how many steps a finding may still take a run back to a checkpoint."""
+        return self.patience + (self.collapse - 1) * per_epoch + self.proof(per_epoch)
+
 
 class Finding(NamedTuple):
     """A sign of sickness."""
