@@ -68,6 +68,7 @@ def measured(device: torch.device, folder: Path) -> dict[str, Any]:
         for i in range(2)
     ]
     writer, stalls, spent, behind, beside = checkpoint.Writer(), [], [], [], []
+    writer.ready({**state, "optimizer": {}})  # as a run begins, when there is no momentum yet
     end = time.perf_counter() + 1
     alone = steps_per_second(device, lambda: time.perf_counter() > end)
     for i in range(ROUNDS):

@@ -245,6 +245,10 @@ class Writer:
         copied = self._snapshot.of(state)
         self._behind.start(lambda: (save(path, copied, best=best), then()))
 
+    def ready(self, state: State) -> None:
+        """Take the memory that copies of such a state need, so that no step waits for it."""
+        self._snapshot.of(state)
+
     def wait(self) -> None:
         """Return when all is written; raise what went wrong."""
         self._behind.wait()

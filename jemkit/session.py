@@ -71,6 +71,7 @@ def train(
         trainer.folder.event("resume" if resume else "start", step=trainer.step)
         if tight is not None:
             _tell(trainer.folder, "disk", tight)
+        trainer.writer.ready(trainer.state_dict())
         trainer.run()
         return trainer.finish()
 

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jemkit import checkpoint
 from jemkit.checkpoint import same
@@ -39,3 +41,25 @@ def test_what_fails_behind_a_run_is_raised_once_by_the_next_call(tmp_path: Path)
             writer.wait() if again == "wait" else writer.save(tmp_path / "b", {"model": {}})
         writer.wait()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_that_is_ready_takes_no_memory_for_what_it_copies(tmp_path: Path) -> None:
+    class Counts(TorchDispatchMode):
+        """Counts the tensors that are given memory."""
+
+        made = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.made += "empty" in str(func)
+            return func(*args, **(kwargs or {}))
+
+    for ready in (False, True):
+        writer, one = checkpoint.Writer(), {"model": {"w": torch.ones(1000)}, "step": 1}
+        if ready:
+            writer.ready({**one, "optimizer": {}})
+        with Counts() as seen:
+            writer.save(tmp_path / f"step-{ready}", one)
+        writer.wait()
+        assert (seen.made == 0) == ready
