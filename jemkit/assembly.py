@@ -12,12 +12,13 @@ from jemkit.compiled import CompiledGradient, compiled_chains
 from jemkit.data import Loader, positives
 from jemkit.density import Buffered
 from jemkit.distance import UsesDistances
+from jemkit.energy import EnergyModel
 from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.modes import eval_mode
 from jemkit.objective import Conditional, Objective, ObjectiveSpec, Remembering
 from jemkit.recipe import Recipe
-from jemkit.runtime import distributed
-from jemkit.runtime.numerics import device_of, in_bf16, laid_out
+from jemkit.runtime import distributed, sharding
+from jemkit.runtime.numerics import device_of, in_bf16
 from jemkit.seeds import generator
 from jemkit.splits import Splits
 from jemkit.starts import images_hash
@@ -40,10 +41,12 @@ class Assembly(NamedTuple):
     ema: EMA | None
     loader: Loader  # with a generator of its own, so that a sampler never moves the data
     compiled: CompiledGradient | None = None  # what chains go by, under --compile
+    twin: EnergyModel | None = None  # under --shard, what the first process looks at alone
 
     def state_dict(self) -> State:
         """All that a step changes; of every process of a group, asked of the first one alone."""
-        return {**self._shared_state(), **team.gathered(self.own_state())}
+        team.ask("state")
+        return {**self.shared_state(), **team.gathered(self.own_state())}
 
     def load_state_dict(self, state: State) -> None:
         """Take a state up; the first process of a group hands it on to the others."""
@@ -65,23 +68,29 @@ class Assembly(NamedTuple):
             "rng": self.rng.get_state(),
         }
 
-    def _shared_state(self) -> State:
+    def shared_state(self) -> State:
+        """What all processes have in common; each gives its part of the weights to it."""
         return {
             "device": self.device.type,
-            "model": self.backbone.model.state_dict(),
-            "ema": self.ema.average if self.ema else None,
-            "optimizer": self.optimizer.state_dict(),
+            **self.weights(),
+            "optimizer": sharding.whole(self.optimizer.state_dict(), keep=team.leads()),
             "updater": self.updater.state_dict() if isinstance(self.updater, Stateful) else None,
             "loader": self.loader.state_dict(),
         }
+
+    def weights(self) -> State:
+        """The model's and their average, whole at the first process."""
+        average = self.ema.average if self.ema else None
+        found = {"model": self.backbone.model.state_dict(), "ema": average}
+        return sharding.whole(found, keep=team.leads())  # type: ignore[no-any-return]
 
     def take(self, state: State) -> None:
         """Go on from a state, with this process's share of it."""
         load_model(self.backbone.model, state["model"])
         if self.ema is not None:
             for name, tensor in self.ema.average.items():
-                tensor.copy_(state["ema"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+                sharding.fill(tensor, state["ema"][name])
+        self.optimizer.load_state_dict(sharding.dealt(state["optimizer"], self.optimizer))
         lay_like_parameters(self.optimizer)
         if isinstance(self.updater, Stateful):
             self.updater.load_state_dict(state["updater"])
@@ -96,7 +105,7 @@ class Assembly(NamedTuple):
 
 def put_together(recipe: Recipe) -> Assembly:
     """Build and check; raises ConfigError or DataError."""
-    team.build()
+    team.ask("build")
     run = recipe.run
     device = device_of(run.device)
     splits = Splits(recipe.data, valid_fraction=run.valid_fraction, max_train=run.max_train)
@@ -107,11 +116,11 @@ def put_together(recipe: Recipe) -> Assembly:
     check(backbone, objective)
     check_distances(objective, task, backbone, device)
     check_chains(objective, backbone, positives(min(run.batch_size, task.n_train), backbone.views))
-    model = laid_out(backbone.model, run.channels_last, device)
+    model, twin = team.laid_out(backbone, run, task)
     parameters = [*model.parameters()]
     if isinstance(objective, Remembering):
         parameters += objective.parameters()
-    optimizer = recipe.optimizer.build(parameters, fused=device.type == "cuda")
+    optimizer = recipe.optimizer.build(parameters, fused=sharding.fusable(parameters))
     unit = CompiledGradient() if run.compile else None
     if unit is not None:
         objective = compiled_chains(objective, unit)  # type: ignore[assignment]
@@ -135,10 +144,11 @@ def put_together(recipe: Recipe) -> Assembly:
         backbone=backbone,
         objective=objective,
         optimizer=optimizer,
-        updater=recipe.updater.build(model, optimizer),
+        updater=team.checked(recipe.updater.build(model, optimizer), model),
         ema=EMA(model, run.ema_decay) if run.ema_decay else None,
         loader=loader,
         compiled=unit,
+        twin=twin,
     )
 
 
@@ -236,4 +246,4 @@ def load_model(model: nn.Module, weights: dict[str, Tensor]) -> None:
                 if names
             )
         )
-    model.load_state_dict(weights)
+    model.load_state_dict({name: sharding.like(weights[name], t) for name, t in wanted.items()})

@@ -1,6 +1,5 @@
 """Checkpoints: a folder of safetensors and JSON, with a manifest of hashes written last."""
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -13,13 +12,20 @@ from torch import Tensor
 from jemkit.errors import DataError
 from jemkit.runtime.behind import Behind
 from jemkit.runtime.disk import until_room
-from jemkit.runtime.files import load_tensors, read_json, sync_folder, write_json, write_tensors
+from jemkit.runtime.files import (
+    file_hash,
+    load_tensors,
+    read_json,
+    sync_folder,
+    write_json,
+    write_tensors,
+)  # fmt: skip
 from jemkit.runtime.trees import Snapshot, differing, packed, same, unpacked
 
 __all__ = [
-    "FILES", "FORMAT", "MANIFEST", "MODEL", "Sound", "Writer", "differing", "file_hash", "load",
-    "load_weights", "newest", "prune", "recover", "remove", "same", "save", "set_aside", "sound",
-    "verify",
+    "FILES", "FORMAT", "MANIFEST", "MODEL", "Sound", "Writer", "complete", "differing",
+    "file_hash", "load", "load_weights", "newest", "prune", "recover", "remove", "same", "save",
+    "set_aside", "sound", "verify",
 ]  # fmt: skip
 
 FORMAT = 1
@@ -151,7 +157,7 @@ def verify(path: Path) -> dict[str, str]:
 
 def newest(folder: Path) -> Path | None:
     """The newest complete checkpoint `step-N` of a folder."""
-    return max(_complete(folder), key=lambda p: p.name, default=None)
+    return max(complete(folder), default=None)
 
 
 class Sound(NamedTuple):
@@ -165,7 +171,7 @@ class Sound(NamedTuple):
 def sound(folder: Path) -> Sound:
     """Read the newest checkpoint that verifies; a DataError where none does."""
     damaged: dict[Path, DataError] = {}
-    for path in sorted(_complete(folder), reverse=True):
+    for path in reversed(complete(folder)):
         try:
             return Sound(path, load(path), damaged)
         except DataError as error:
@@ -196,7 +202,7 @@ def recover(folder: Path) -> None:
 def prune(folder: Path, keep: int) -> None:
     """Leave the newest `keep` checkpoints; clear what interrupted writes left behind."""
     recover(folder)
-    for old in sorted(_complete(folder))[:-keep]:
+    for old in complete(folder)[:-keep]:
         remove(old)
     for orphan in [*folder.glob(".step-*"), *folder.glob(".best.*")]:
         shutil.rmtree(orphan, ignore_errors=True)
@@ -210,36 +216,25 @@ def remove(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def _complete(folder: Path) -> list[Path]:
-    return [p for p in folder.glob("step-*") if (p / MANIFEST).exists()]
-
-
-def file_hash(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints of a folder, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if (p / MANIFEST).exists())
 
 
 class Writer:
     """Writes checkpoints behind a run's back, one at a time and in order.
 
-    `save` copies the state to the host's memory and returns; a thread writes the files. What fails
-    there is raised by the next `save` or `wait`; call `wait` last.
+    `save` copies the state to the host and returns; a thread writes the files, and what fails there
+    is raised by the next `save` or `wait`. Call `wait` last.
     """
 
     def __init__(self) -> None:
         self._behind, self._snapshot = Behind(), Snapshot()
 
     def save(
-        self,
-        path: Path,
-        state: State,
-        *,
-        best: Path | None = None,
+        self, path: Path, state: State, *, best: Path | None = None,
         then: Callable[[], object] = bool,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """As `checkpoint.save`, once the one before is written; `then` is called after it."""
         self.wait()
         copied = self._snapshot.of(state)

@@ -45,7 +45,10 @@ class Follower:
     def obey(self, order: dict[str, Any]) -> None:
         if order["do"] == "step":
             self.step(order)
+        elif order["do"] == "weights":
+            self.parts.weights()
         elif order["do"] == "state":
+            self.parts.shared_state()
             distributed.gather(packed(self.parts.own_state()))
         else:
             self.parts.take(unpacked(distributed.share(None)))
@@ -77,6 +80,9 @@ class Follower:
                 )
             except Diverged:
                 parts.loader.load_state_dict(before)
+                return
+        if parts.ema is not None:  # of weights in shares each process averages its own
+            parts.ema.update(parts.backbone.model)
 
 
 def _heard() -> dict[str, Any]:

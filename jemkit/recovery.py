@@ -49,7 +49,7 @@ class Care:
         Only ends of epochs count, since every run has those, however often it was interrupted;
         and the very beginning.
         """
-        for path in reversed(complete(folder)):
+        for path in reversed(checkpoint.complete(folder)):
             step = step_of(path)
             if step == 0 or (
                 step % self._epoch == 0 and step + self.options.proof(self._epoch) <= since
@@ -58,7 +58,7 @@ class Care:
 
     def prune(self, folder: Path, step: int, keep: int) -> None:
         """Leave the newest `keep`, and all that a finding yet to come may go back to."""
-        found = complete(folder)
+        found = checkpoint.complete(folder)
         oldest = max(0, (step - self.options.late(self._epoch)) // self._epoch * self._epoch)
         for path in found[:-keep]:
             wanted = step_of(path) >= oldest and step_of(path) % self._epoch == 0
@@ -141,7 +141,7 @@ def go_back(trainer: "Trainer", error: Diverged) -> None:
     trainer.best, trainer.seconds, trainer.guard = best, seconds, Guard()
     care.prescribe(tried)
     entry = care.try_next(finding, step, trainer.step)
-    for path in reversed(complete(folder.checkpoints)):
+    for path in reversed(checkpoint.complete(folder.checkpoints)):
         if path.name > where.name:  # newest first: killed in here, a run finds the same again
             checkpoint.remove(path)
     checkpoint.save(where, trainer.state_dict())
@@ -184,11 +184,6 @@ def _readable(paths: Iterator[Path]) -> tuple[Path | None, dict[str, Any] | None
         with suppress(DataError):
             return path, checkpoint.load(path)
     return None, None
-
-
-def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if (p / checkpoint.MANIFEST).exists())
 
 
 def step_of(path: Path) -> int:

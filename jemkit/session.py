@@ -17,7 +17,7 @@ from jemkit.runtime.files import drop_torn_line
 from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.lock import LOCK, locked
 from jemkit.runtime.numerics import device_of
-from jemkit.team import leading
+from jemkit.team import begin_with, leading
 from jemkit.training import Summary, Trainer, Watch
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,9 @@ def train(
         if resume:
             resume_from(trainer, trainer.folder)
         elif init_from is not None:
-            load_model(trainer.backbone.model, checkpoint.load_weights(init_from))
+            weights = checkpoint.load_weights(init_from)
+            load_model(trainer.backbone.model, weights)
+            begin_with(trainer.parts, weights)
         tight = disk.check_room(out, still_needed(trainer), free=free)
         held.enter_context(disk.waiting(patience or disk.Patience(trainer.stop)))
         if not resume:

@@ -9,6 +9,7 @@ from jemkit.assembly import load_model
 from jemkit.errors import Preempted
 from jemkit.figures import Figure
 from jemkit.runtime.numerics import numerics
+from jemkit.team import alone
 
 if TYPE_CHECKING:
     from jemkit.training import Trainer
@@ -37,18 +38,19 @@ def judged(trainer: "Trainer") -> Summary:
     best, folder, run = trainer.best["epoch"], trainer.folder, trainer.recipe.run
     path = folder.checkpoints / "best"
     state = checkpoint.load(path)
-    load_model(trainer.backbone.model, state["ema"] or state["model"])
     card = {
         "epoch": best,
         "selection": "best PGD-10 accuracy on validation",
         "checkpoint": checkpoint.verify(path)[checkpoint.MODEL],
     }
     trainer.polling.begin()
-    asked = trainer.polling.passes(trainer.backbone.model, on=not run.compile)
-    with numerics(deterministic=run.deterministic, threads=run.threads), asked:
+    strict = numerics(deterministic=run.deterministic, threads=run.threads)
+    with strict, alone(trainer.parts):
+        load_model(trainer.backbone.model, state["ema"] or state["model"])
         try:
-            figures = trainer.exam(0).judge(card)
-            trainer.exam(0).draw_energies(folder.path / "energies.png")
+            with trainer.polling.passes(trainer.backbone.model, on=not run.compile):
+                figures = trainer.exam(0).judge(card)
+                trainer.exam(0).draw_energies(folder.path / "energies.png")
         except Preempted:  # all that was trained is saved
             folder.event("preempted", step=trainer.step)
             raise Preempted("stopped while it was judged; go on with --resume") from None

@@ -4,6 +4,7 @@ The leader trains as if it were alone: it alone judges, saves, stops and goes ba
 a step, and the handing over of state; each begins with an order. So no two processes can disagree.
 """
 
+import copy
 import json
 import logging
 from collections.abc import Iterator
@@ -14,15 +15,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Generator, Tensor
 
-from jemkit.backbone import Backbone
+from jemkit.backbone import Backbone, Task
 from jemkit.density import Buffered, ContrastiveDensity
+from jemkit.energy import EnergyModel
 from jemkit.errors import ConfigError, Diverged, MisfitError
-from jemkit.runtime import distributed, trees
+from jemkit.runtime import distributed, numerics, sharding, trees
 from jemkit.runtime.ledger import Shard
 from jemkit.seeds import generator
+from jemkit.update import Stateful, Updater
 
 if TYPE_CHECKING:
     from jemkit.assembly import Assembly
+    from jemkit.recipe import Run
 
 log = logging.getLogger(__name__)
 
@@ -98,23 +102,90 @@ def stepping(parts: "Assembly") -> Iterator[None]:
     _inside.set(False)
 
 
-def build() -> None:
-    """The leader has the others put the same run together."""
-    if distributed.shard().size > 1 and distributed.shard().rank == 0:
-        distributed.tell({"do": "build"})
+def leads() -> bool:
+    """Whether this process is the first of its group, or alone."""
+    return distributed.shard().rank == 0
+
+
+def ask(what: str) -> None:
+    """The leader has the others do what it begins with."""
+    if distributed.shard().size > 1 and leads():
+        distributed.tell({"do": what})
+
+
+def laid_out(backbone: Backbone, run: "Run", task: Task) -> tuple[EnergyModel, EnergyModel | None]:
+    """The model as the run holds it; of one in shares also a twin on the leader's host."""
+    model, device = backbone.model, next(backbone.model.parameters()).device
+    if not run.shard or distributed.shard().size == 1:
+        if run.shard:
+            log.warning("run.shard does nothing for one process: torchrun starts several")
+        numerics.laid_out(model, run.channels_last, device)
+        return model, None
+    sharding.check_options(compiled=run.compile, channels_last=run.channels_last)
+    by_stem = backbone.has_density and backbone.density.sampler.needs_stem
+    sharding.check(model, model.network, by_stem=by_stem)
+    twin = copy.deepcopy(model).to("cpu") if leads() else None
+    sharding.shard(model, torch.zeros((1, *task.shape), device=device))
+    return model, twin
+
+
+def checked(updater: Updater, model: EnergyModel) -> Updater:
+    """The updater, unless it remembers what nobody could share out again."""
+    if isinstance(updater, Stateful) and sharding.is_shared(next(model.parameters())):
+        raise MisfitError(
+            f"run.shard: the updater {type(updater).__name__} keeps a state of its own, which "
+            "jemkit cannot deal out; choose plain, sam or awp, or leave run.shard out"
+        )
+    return updater
+
+
+@contextmanager
+def alone(parts: "Assembly") -> Iterator[None]:
+    """A block in which the leader looks at the model while the others wait.
+
+    Where weights lie in shares they are gathered once, and the block sees a whole copy of model
+    and average: how many passes it takes is then nobody else's business.
+    """
+    if parts.twin is None:
+        yield
+        return
+    ask("weights")
+    weights = parts.weights()
+    backbone, ema, twin = parts.backbone, parts.ema, parts.twin.to(parts.device)
+    twin.load_state_dict(weights["model"])
+    shares, average = backbone.model, ema.average if ema else {}
+    backbone.model = twin
+    if ema is not None:
+        ema.average = weights["ema"]
+    try:
+        yield
+    finally:
+        backbone.model = shares
+        if ema is not None:
+            ema.average = average
+        twin.to("cpu")
 
 
 def alike(parts: "Assembly") -> None:
     """Before the first step: the leader's weights, whatever it was told to begin with."""
     if parts.loader.step == 0:
-        distributed.broadcast(parts.backbone.model.state_dict().values())
+        weights = parts.backbone.model.state_dict().values()
+        distributed.broadcast(t for t in weights if not sharding.is_shared(t))
+
+
+def begin_with(parts: "Assembly", weights: dict[str, Tensor]) -> None:
+    """Give every process its part of weights that the leader alone has read, where it has one.
+
+    Whole ones it hands on before the first step.
+    """
+    if parts.twin is not None:
+        parts.load_state_dict({**parts.state_dict(), "model": weights})
 
 
 def gathered(own: State) -> State:
-    """The leader's own state, and under `ranks` that of every other process."""
+    """The leader's own state, and under `ranks` that of every other process; all call it."""
     if distributed.shard().size == 1:
         return own
-    distributed.tell({"do": "state"})
     _, *others = distributed.gather(packed(own))
     return {**own, "ranks": [unpacked(tensors) for tensors in others]}
 

@@ -24,7 +24,7 @@ from jemkit.runtime.journal import GATHER, PATIENCE, Journal
 from jemkit.runtime.numerics import Precision, numerics
 from jemkit.runtime.polling import Polling
 from jemkit.summary import Summary, Watch, judged
-from jemkit.team import stepping
+from jemkit.team import alone, stepping
 from jemkit.update import Guard, Updater, pooled
 
 __all__ = ["Summary", "Trainer", "Watch", "check", "train_step"]
@@ -176,19 +176,19 @@ class Trainer:
         self.polling.begin()
         self.guard.settle()
         self.gather()
-        sizes = self.care.checkup.body(self.step, self.ema.average if self.ema else {})
         epoch = self.step // self.loader.steps_per_epoch
-        exam = self.exam(epoch)
-        with nullcontext() if self.ema is None else self.ema.applied(self.backbone.model):
-            found = exam.validate(self.recipe.run.eval_images)
-        exam.draw_grid(self.folder.samples / f"epoch-{epoch:04d}.png")
+        with alone(self.parts):
+            sizes = self.care.checkup.body(self.step, self.ema.average if self.ema else {})
+            exam = self.exam(epoch)
+            with nullcontext() if self.ema is None else self.ema.applied(self.backbone.model):
+                found = exam.validate(self.recipe.run.eval_images)
+            exam.draw_grid(self.folder.samples / f"epoch-{epoch:04d}.png")
         seen = [entry["accuracy"] for entry in [*self.history, found]]
         self.care.checkup.epoch(self.step, sizes, seen)  # no pass follows in which a stop may come
         entry = {"epoch": epoch, "step": self.step, **found, "seconds": round(self.seconds, 3)}
         self.history.append(entry)
         score = [found["pgd10"], found["accuracy"], epoch]
-        better = not self.best or score > self.best["score"]
-        if better:
+        if better := not self.best or score > self.best["score"]:
             self.best = {"epoch": epoch, "score": score}
         self.save(anew=True, best=better)
         self.folder.event("epoch", **entry)

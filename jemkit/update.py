@@ -13,7 +13,7 @@ from jemkit.errors import Diverged
 from jemkit.modes import frozen_batch_stats
 from jemkit.objective import Terms
 from jemkit.options import Options
-from jemkit.runtime import distributed
+from jemkit.runtime import distributed, sharding
 
 
 class Verdict(NamedTuple):
@@ -156,16 +156,21 @@ class SAMUpdater:
         norm = total_norm(scaled, scaled[0])
         shifts = scaled if sizes is None else list(torch._foreach_mul(scaled, sizes))
         factor = torch.where(norm == 0, 0.0, self.options.rho / norm)
-        return dict(zip(params, torch._foreach_mul(shifts, factor), strict=True))
+        moves = torch._foreach_mul([sharding.local(shift) for shift in shifts], factor)
+        return dict(zip(params, moves, strict=True))
 
 
 def backward(optimizer: Optimizer, terms: Callable[[], Terms]) -> Terms:
-    """Fresh gradients of the total in every `.grad`, averaged over processes: all move alike."""
+    """Fresh gradients of the total in every `.grad`, averaged over processes: all move alike.
+
+    Those of weights in shares came averaged.
+    """
     optimizer.zero_grad()
     found = terms()
     found.total.backward()  # type: ignore[no-untyped-call]
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    distributed.reduce(p.grad for p in params if p.grad is not None)
+    grads = [p.grad for p in params if p.grad is not None]
+    distributed.reduce(grad for grad in grads if not sharding.is_shared(grad))
     return found
 
 
@@ -188,19 +193,19 @@ def total_norm(tensors: list[Tensor], like: Tensor) -> Tensor:
     """The L2 norm of all tensors together, a float32 scalar on their device."""
     if not tensors:
         return like.new_zeros((), dtype=torch.float32)
-    each = torch.stack([n.float() for n in torch._foreach_norm(tensors)])
-    return each.square().sum().sqrt()
+    norms = torch._foreach_norm([sharding.local(t) for t in tensors])
+    each = torch.stack([n.float() for n in norms])
+    return sharding.total(each.square(), tensors).sqrt()
 
 
 @contextmanager
 def moved_weights(by: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
     """Weights shifted inside the block and put back exactly, not subtracted, after it."""
-    params: list[Tensor] = list(by)
-    were = [p.detach().clone() for p in params]
+    params = [sharding.local(p.detach()) for p in by]
+    were = [p.clone() for p in params]
     with torch.no_grad():
         if params:
-            shifts: list[Tensor] = list(by.values())
-            torch._foreach_add_(params, shifts)
+            torch._foreach_add_(params, [sharding.local(shift) for shift in by.values()])
     try:
         yield
     finally:
@@ -221,7 +226,7 @@ class EMA:
     def update(self, model: nn.Module) -> None:
         for name, t in model.state_dict().items():
             if name in self._weights:
-                self.average[name].lerp_(t, 1 - self.decay)
+                sharding.local(self.average[name]).lerp_(sharding.local(t), 1 - self.decay)
             else:
                 self.average[name].copy_(t)
 

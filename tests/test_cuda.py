@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from toys import backbone_of, objective_of, tiny, toy_recipe, toy_registry
 
 from jemkit import PYLD, SGLD, Backbone, Batch, Diverged, Guard, Terms, Trainer, train_step
 from jemkit.checkpoint import same
+from jemkit.runtime import sharding
 from jemkit.runtime.folder import RunFolder
 from jemkit.sampling import L2Descent, SignDescent
 from jemkit.testing import toy_batch, toy_task
@@ -155,3 +157,31 @@ def test_energies_are_float32_where_passes_run_in_bfloat16() -> None:
     with torch.autocast("cuda", torch.bfloat16):
         scores = backbone.model(batch().x)
     assert scores.energy.dtype == scores.logits.dtype == torch.float32
+
+
+@contextmanager
+def group_of_one() -> Iterator[None]:
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("updater", ["plain", "sam", "awp"])
+def test_weights_in_shares_move_on_the_device_as_whole_ones(updater: str) -> None:
+    """Of one process, which keeps all; nccl and the chains' passes by the first layer alone."""
+    ends = []
+    with group_of_one():
+        for shared in (False, True):
+            backbone, guard = on_gpu("jempp", sampler=PYLD()), Guard()
+            if shared:
+                sharding.shard(backbone.model, batch().x[:1])
+            optimizer = torch.optim.SGD(backbone.model.parameters(), lr=0.01, momentum=0.9)
+            moved = tiny("updater", updater).build(backbone.model, optimizer)
+            for _ in range(2):
+                train_step(backbone, objective_of("jem"), moved, batch(), generator(1), guard)
+            guard.settle()
+            ends.append(sharding.whole(dict(backbone.model.named_parameters())))
+    for name, p in ends[0].items():
+        torch.testing.assert_close(ends[1][name], p.detach().cpu(), rtol=1e-3, atol=1e-4)

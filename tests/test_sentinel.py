@@ -16,9 +16,9 @@ from test_resume import timeless
 from toys import backbone_of, objective_of, toy_recipe, toy_registry
 
 from jemkit import ConfigError, Diverged, Options, Preempted, Terms, Trainer, hookimpl, train
-from jemkit.checkpoint import load, newest, same
+from jemkit.checkpoint import complete, load, newest, same
 from jemkit.checkup import edge_limit, renew, sick_slots, unfit
-from jemkit.recovery import complete, step_of
+from jemkit.recovery import step_of
 from jemkit.registry import Plugin
 from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.sentinel import Drift, Finding, Sentinel, Vitals

@@ -30,6 +30,7 @@ def show(
     compile: pick.Compile = None,
     channels_last: pick.ChannelsLast = None,
     deterministic: pick.Deterministic = None,
+    shard: pick.Shard = None,
     preset: pick.Preset = None,
     config: pick.Config = None,
     overrides: pick.Set = None,
@@ -59,6 +60,7 @@ def show(
         "compile": compile,
         "channels_last": channels_last,
         "deterministic": deterministic,
+        "shard": shard,
     }
     registry = installed_parts(third_party=not no_plugins)
     resolved = pick.chosen(registry, options, preset=preset, config=config, overrides=overrides)

@@ -46,6 +46,10 @@ ChannelsLast = Annotated[
 Deterministic = Annotated[
     bool | None, _option("--deterministic", "Only deterministic algorithms.", RUN)
 ]
+Shard = Annotated[
+    bool | None,
+    _option("--shard/--no-shard", "Under torchrun, share the weights out over GPUs.", RUN),
+]
 Preset = Annotated[
     str | None, _option("--preset", "A layer that ships with jemkit.", RECIPE, "NAME")
 ]
@@ -77,6 +81,7 @@ PLACES = {
     "compile": "run.compile",
     "channels_last": "run.channels_last",
     "deterministic": "run.deterministic",
+    "shard": "run.shard",
 }
 """Where in a recipe each named option stands."""
 

@@ -47,6 +47,7 @@ def train(
     compile: pick.Compile = None,
     channels_last: pick.ChannelsLast = None,
     deterministic: pick.Deterministic = None,
+    shard: pick.Shard = None,
     preset: pick.Preset = None,
     config: pick.Config = None,
     overrides: pick.Set = None,
@@ -96,10 +97,10 @@ def train(
     registry = installed_parts(third_party=not no_plugins)
     if resume:
         out = (out or RUNS / "latest").resolve()
-        resolved = _saved(registry, out, device)
+        resolved = _saved(registry, out, {"device": device, "shard": shard})
     else:
         resolved = pick.chosen(
-            registry, {**options, "device": device}, preset=preset, config=config,
+            registry, {**options, "device": device, "shard": shard}, preset=preset, config=config,
             overrides=overrides,
         )  # fmt: skip
         out = out or _new_run(resolved)
@@ -127,12 +128,11 @@ def _refuse_with_resume(others: dict[str, Any]) -> None:
         )
 
 
-def _saved(registry: "Registry", out: Path, device: str | None) -> "Resolved":
-    """The recipe of the run in `out`, perhaps on another device."""
+def _saved(registry: "Registry", out: Path, options: dict[str, Any]) -> "Resolved":
+    """The recipe of the run in `out`, perhaps on other devices."""
     from jemkit.runtime.folder import RunFolder
 
     RunFolder.open(out)
-    options = {"device": device}
     return pick.chosen(registry, options, preset=None, config=out / "config.json", overrides=None)
 
 
