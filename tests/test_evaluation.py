@@ -1,6 +1,8 @@
 """Settings to a record: the right radius, the right parts, and a label where it is not standard."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -164,11 +166,106 @@ def test_a_number_that_is_not_finite_is_null_and_named(tmp_path: Path) -> None:
     assert records.load(tmp_path).figures[0].value != records.load(tmp_path).figures[0].value
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', '{"format": 9}', '{"form'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"format": 1}', '{"format": 2}', '{"format": 9}', '{"form']
+)
 def test_a_damaged_record_is_refused_with_its_path(tmp_path: Path, text: str) -> None:
     (tmp_path / "evaluation.json").write_text(text)
     with pytest.raises(api.DataError, match=r"evaluation\.json"):
         records.load(tmp_path)
+
+
+def written(folder: Path, name: str = "clean", value: float = 0.5) -> None:
+    """A record with one figure, and its outcomes by image."""
+    figure = Figure(name, value, None, None, 4, {"evaluator": name, "standard": True})
+    rows = {name: torch.arange(4) % 2 == 0}
+    records.save(folder, Record({"sha256": "0"}, {}, [figure], rows=rows), Notes())
+
+
+def test_a_figure_that_was_changed_in_the_record_is_refused(tmp_path: Path) -> None:
+    written(tmp_path)
+    path = tmp_path / "evaluation.json"
+    path.write_text(path.read_text().replace("0.5", "0.9"))
+    with pytest.raises(api.DataError, match=r"evaluation\.json is damaged: its figures' SHA-256"):
+        records.load(tmp_path)
+
+
+def test_an_outcome_that_was_changed_beside_the_record_is_refused(tmp_path: Path) -> None:
+    written(tmp_path)
+    path = tmp_path / "evaluation.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(api.DataError, match=r"evaluation\.safetensors is damaged: the SHA-256"):
+        records.load(tmp_path)
+
+
+def test_a_record_of_before_there_were_hashes_is_read(tmp_path: Path) -> None:
+    written(tmp_path)
+    saved = json.loads((tmp_path / "evaluation.json").read_text())
+    del saved["sha256"]
+    (tmp_path / "evaluation.json").write_text(json.dumps({**saved, "format": 1}))
+    assert records.load(tmp_path).value("clean") == 0.5
+    (tmp_path / "evaluation.json").write_text(json.dumps(saved))
+    with pytest.raises(api.DataError, match="SHA-256"):
+        records.load(tmp_path)
+
+
+def test_a_damaged_record_is_kept_beside_the_one_that_takes_its_place(tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text('{"form')
+    found = measured(tmp_path)
+    assert (tmp_path / "damaged-evaluation.json").read_text() == '{"form'
+    assert records.load(tmp_path).figures == found.figures
+    assert any("kept as damaged-evaluation.json" in w for w in records.load(tmp_path).warnings)
+
+
+@pytest.mark.parametrize("state", ["before its JSON", "after its JSON"])
+def test_a_record_killed_between_its_two_files_is_whole(tmp_path: Path, state: str) -> None:
+    """The rows are written aside, then the JSON, then the rows take their place."""
+    written(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("evaluation.*")}
+    written(tmp_path, "pgd20")
+    after = {p.name: p.read_bytes() for p in tmp_path.glob("evaluation.*")}
+    (tmp_path / ".evaluation.next.safetensors").write_bytes(after["evaluation.safetensors"])
+    (tmp_path / "evaluation.safetensors").write_bytes(before["evaluation.safetensors"])
+    if state == "before its JSON":
+        (tmp_path / "evaluation.json").write_bytes(before["evaluation.json"])
+    kept = ["clean"] if state == "before its JSON" else ["clean", "pgd20"]
+    assert sorted(records.load(tmp_path).rows) == kept
+    broken = Record({"sha256": "0"}, {}, [], {"t": object()}, {"aa": torch.zeros(4)})
+    with pytest.raises(TypeError):  # between its two files once more
+        records.save(tmp_path, broken, Notes())
+    assert sorted(records.load(tmp_path).rows) == kept
+    written(tmp_path, "aa")
+    assert sorted(records.load(tmp_path).rows) == sorted([*kept, "aa"])
+    assert not (tmp_path / ".evaluation.next.safetensors").exists()
+
+
+MANY = 8
+
+
+def test_evaluations_that_write_at_once_lose_no_figure(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch; from pathlib import Path; sys.path.insert(0, sys.argv[1]);"
+        "from test_evaluation import MANY, written; print(flush=True); input();"
+        "[written(Path(sys.argv[2]), f'{sys.argv[3]}{i}') for i in range(MANY)]"
+    )
+    given = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)]
+    running = [
+        subprocess.Popen([*given, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for name in "ab"
+    ]
+    for child in running:
+        assert child.stdout is not None
+        child.stdout.readline()  # it has imported all; both begin together
+    for child in running:
+        assert child.stdin is not None
+        child.stdin.write("\n")
+        child.stdin.flush()
+    assert [child.wait(60) for child in running] == [0, 0]
+    names = {figure.name for figure in records.load(tmp_path).figures}
+    assert names == {f"{name}{i}" for name in "ab" for i in range(MANY)}
+    assert set(records.load(tmp_path).rows) == names
 
 
 def test_the_attacked_images_are_kept_on_demand(tmp_path: Path) -> None:

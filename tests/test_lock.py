@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,15 @@ def test_a_holder_that_has_not_signed_yet_is_another_process(tmp_path: Path, con
         (tmp_path / LOCK).write_text(content)
         with pytest.raises(ConfigError, match="in use: another process"):
             locked(tmp_path / LOCK, "waits").__enter__()
+
+
+def test_a_lock_that_is_waited_for_comes_when_its_holder_ends(tmp_path: Path) -> None:
+    child = holder(tmp_path / LOCK)
+    threading.Timer(0.2, child.kill).start()
+    with locked(tmp_path / LOCK, "waits", patience=30):
+        assert child.wait() == -signal.SIGKILL
+
+
+def test_a_lock_is_waited_for_so_long_and_no_longer(tmp_path: Path) -> None:
+    with locked(tmp_path / LOCK, "trains here"), pytest.raises(ConfigError, match="trains here"):
+        locked(tmp_path / LOCK, "waits", patience=0.1).__enter__()

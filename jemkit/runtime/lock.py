@@ -19,18 +19,22 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"
 """The lock file of a run's folder. It stays when the run ends: what counts is who holds it."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+AGAIN = 0.02
+"""Seconds until a lock that is waited for is asked for again."""
 
 
 @contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
+def locked(path: Path, what: str, *, patience: float = 0.0) -> Iterator[None]:
     """Hold the lock file `path` inside the block; refuse where another process holds it.
+
+    With `patience`, so many seconds are waited before that.
 
     `what` says, to whoever is refused, what its holder does: "trains in runs/a". The kernel lets go
     of the lock however the process ends, so that no stale one is ever in the way.
     """
     with path.open("a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(file, time.monotonic() + patience)
         except BlockingIOError:
             raise ConfigError(_refusal(path)) from None
         except OSError as error:
@@ -39,6 +43,16 @@ def locked(path: Path, what: str) -> Iterator[None]:
             log.warning("%s cannot be locked on this file system; start no second run", path.parent)
         _sign(file, what)
         yield
+
+
+def _take(file: IO[str], until: float) -> None:
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(AGAIN)
 
 
 def _sign(file: IO[str], what: str) -> None:
