@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from jemkit import team
+from jemkit import dealing, team
 from jemkit.backbone import Backbone, Task, check_stem
 from jemkit.compiled import CompiledGradient, compiled_chains
 from jemkit.data import Loader, positives
@@ -94,9 +94,10 @@ class Assembly(NamedTuple):
         lay_like_parameters(self.optimizer)
         if isinstance(self.updater, Stateful):
             self.updater.load_state_dict(state["updater"])
-        own = team.share_of(state, self.rng.get_state())
-        if self.backbone.has_density:
-            self.backbone.density.load_state_dict(own["density"])
+        density = self.backbone.density if self.backbone.has_density else None
+        own = dealing.share_of(state, self.rng.get_state(), density)
+        if density is not None:
+            density.load_state_dict(own["density"])
         if isinstance(self.objective, Remembering):
             self.objective.load_state_dict(own["objective"])
         self.loader.load_state_dict(state["loader"])
@@ -126,7 +127,7 @@ def put_together(recipe: Recipe) -> Assembly:
         objective = compiled_chains(objective, unit)  # type: ignore[assignment]
     if run.precision == "bf16":
         objective = in_bf16(objective, device.type)  # type: ignore[assignment]
-    rng = team.split(backbone, rng, run.seed)
+    rng = dealing.split(backbone, rng, run.seed)
     loader = Loader(
         splits.images("train").to(device),
         run.batch_size,

@@ -1,6 +1,6 @@
 """log p(x): drawing negatives from the model, and the contrastive loss on them (Eqs. 2, 9)."""
 
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -138,6 +138,8 @@ class ReplayBuffer:
 class ContrastiveDensity:
     """Persistent chains from a replay buffer, and the difference of mean energies (Eqs. 2, 9)."""
 
+    deals: ClassVar[dict[str, str]] = {"states": "slots", "drawn": "count"}
+
     def __init__(
         self,
         options: "Contrastive",
@@ -203,13 +205,10 @@ class ContrastiveDensity:
         return {"states": self.buffer.states, "drawn": self.buffer.drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        states = state["states"]
-        if states.shape != self.buffer.states.shape:
-            raise MisfitError(
-                f"a buffer of {list(states.shape)} does not fit one of "
-                f"{list(self.buffer.states.shape)}"
-            )
-        self.buffer.states.copy_(states)
+        states, own = state["states"], self.buffer.states
+        if states.shape != own.shape:
+            raise MisfitError(f"a buffer of {[*states.shape]} does not fit one of {[*own.shape]}")
+        own.copy_(states)
         self.buffer.drawn = int(state["drawn"])
 
 

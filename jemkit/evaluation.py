@@ -28,9 +28,11 @@ from jemkit.pixels import check_subject
 from jemkit.record import Record
 from jemkit.refined import Refined, Refinement, refined
 from jemkit.registry import Registry, installed
+from jemkit.runtime import distributed
 from jemkit.runtime.folder import versions
 from jemkit.runtime.ledger import WHOLE, Shard, tensors_hash
 from jemkit.runtime.numerics import device_of, numerics
+from jemkit.runtime.sharing import met
 from jemkit.seeds import generator
 from jemkit.settings import Settings, attacks_of, evaluators_of, settings_of, threat_of
 from jemkit.subjects import Subject, check_images, subject_at, subject_of
@@ -94,7 +96,8 @@ def judge(
     ctx = replace(ctx, shard=shard, progress=progress or no_progress, stop=stop or never)
     for name, attack in attacks.items():  # what does not fit is refused before anything slow
         as_model_attack(attack, name).bind(subject.model, ctx.threat)
-    threads = max(1, torch.get_num_threads() // shard.size)  # the same in all of them
+    apart = shard.size if distributed.shard().size == 1 else 1  # torchrun has divided the cores
+    threads = max(1, torch.get_num_threads() // apart)  # the same in all of them
     with numerics(threads=threads), random_state_kept():  # a model may draw from torch's own
         first = data.take(torch.arange(min(n, settings.batch_size))).to(ctx.rng.device)
         with eval_mode(subject.model):
@@ -132,6 +135,8 @@ class _Judgement:
             self._write()
         if self.ctx.shard.rank == 0 and self.subject.folder and keep_adversarial:
             records.save_adversarial(self.subject.folder, self.ctx.notes, self.record())
+        if self.ctx.shard.size > 1:  # others may still read
+            met(self.ctx.poll)
         for ledger in self.ctx.notes.ledgers:
             ledger.remove()
         return self.record()

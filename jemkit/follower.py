@@ -3,10 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from jemkit.assembly import put_together
+from jemkit.checkup import Checkup
 from jemkit.density import Penalised
 from jemkit.errors import ConfigError, Diverged, JemkitError
 from jemkit.recipe import Recipe
+from jemkit.recovery import anew
 from jemkit.runtime import distributed
 from jemkit.runtime.numerics import numerics
 from jemkit.team import alike, packed, unpacked
@@ -40,7 +44,8 @@ class Follower:
 
     def __init__(self, recipe: Recipe) -> None:
         self.parts, self.guard = put_together(recipe), Guard()
-        self.theta_steps = recipe.run.theta_steps
+        self.theta_steps, self.seed = recipe.run.theta_steps, recipe.run.seed
+        self.checkup = Checkup(recipe.sentinel, self.parts)
 
     def obey(self, order: dict[str, Any]) -> None:
         if order["do"] == "step":
@@ -50,6 +55,9 @@ class Follower:
         elif order["do"] == "state":
             self.parts.shared_state()
             distributed.gather(packed(self.parts.own_state()))
+        elif order["do"] == "renew":
+            count = anew(self.checkup, self.seed, order["attempt"])
+            distributed.gather({"n": torch.tensor(count)})
         else:
             self.parts.take(unpacked(distributed.share(None)))
             self.guard = Guard()

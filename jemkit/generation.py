@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,14 +13,20 @@ from torch import Generator, Tensor
 
 from jemkit import checkpoint
 from jemkit.backbone import Backbone, Task
+from jemkit.dealing import undivided
 from jemkit.density import Buffered, Density
-from jemkit.errors import ConfigError, MisfitError
+from jemkit.errors import ConfigError, MisfitError, Preempted
 from jemkit.pictures import save_grid, to_bytes
 from jemkit.registry import Registry
-from jemkit.restoring import chosen, restored, run_folder
+from jemkit.restoring import Which, chosen, restored, run_folder
 from jemkit.runtime.files import write_bytes
 from jemkit.runtime.folder import versions
+from jemkit.runtime.ledger import WHOLE, Ledger, Shard
 from jemkit.runtime.numerics import device_of
+from jemkit.runtime.polling import Polling
+from jemkit.runtime.sharing import met
+from jemkit.seeds import generator
+from jemkit.starts import Start
 
 STEPS = 40
 """Of a fresh chain, where none are given."""
@@ -47,33 +54,86 @@ def sample(
     classes: list[str] | None = None,
     seed: int = 0,
     device: str = "auto",
-    which: Literal["best", "last"] = "best",
+    which: Which = "best",
 ) -> Samples:
     """Draw n images from the run in `path`.
 
     With `classes`, chains go down E(x, y), and the images are shared evenly among them in order.
     """
+    return drawn(
+        asked(
+            path, registry=registry, n=n, steps=steps, start=start, source=source,
+            classes=classes, seed=seed, device=device, which=which,
+        )
+    )  # fmt: skip
+
+
+class Asked(NamedTuple):
+    """Images that are to be drawn, with all that they depend on."""
+
+    run: "Opened"
+    n: int
+    steps: int
+    start: Start | None  # None: the buffer's states
+    y: Tensor | None  # [N]
+    seed: int
+    device: torch.device
+    protocol: dict[str, Any]
+
+
+def asked(
+    path: Path,
+    *,
+    registry: Registry,
+    n: int,
+    steps: int | None,
+    start: str | None,
+    source: Literal["chains", "buffer"],
+    classes: list[str] | None,
+    seed: int,
+    device: str,
+    which: Which,
+) -> Asked:
+    """What `sample` draws; whatever cannot be drawn is refused here."""
     if n < 1:
         raise ConfigError(f"{n} images: wanted 1 or more")
     if steps is not None and steps < 0:
         raise ConfigError(f"chains of {steps} steps: wanted 0 or more")
     if source == "buffer" and (steps is not None or start is not None):
         raise ConfigError("steps and start belong to fresh chains; a buffer's states are kept")
-    rng = Generator(device_of(device)).manual_seed(seed)
-    run = opened(path, registry, rng.device, which)
-    y = _labels(classes or [], n, run.task.n_classes, rng.device)
+    on = device_of(device)
+    run = opened(path, registry, on, which)
+    y = _labels(classes or [], n, run.task.n_classes, on)
+    p0: Start | None = None
     if source == "buffer":
-        x = _kept(run, n, rng, y)
-        how: dict[str, Any] = {"source": "buffer", "start": "buffer", "steps": 0}
+        steps, how = 0, {"source": "buffer", "start": "buffer", "steps": 0}
     else:
         steps = STEPS if steps is None else steps
-        x = _fresh(run, registry, start, n, steps, rng, y)
         energy = "E(x)" if y is None else "E(x, y)"
         name = start or run.table.get("start", {}).get("use", "the backbone's")
         how = {"source": "chains", "start": name, "steps": steps, "energy": energy}
-    asked = {"class": None if y is None else sorted(set(y.tolist())), "images": n, "seed": seed}
-    protocol = {**how, **run.card, **asked, "device": rng.device.type}
-    return Samples(run.task.bounds.to_unit(run.task.bounds.clamp(x)).cpu(), y, protocol)
+        p0 = run.density.start if start is None else registry["start"][start]().build(run.task, on)
+    about = {"class": None if y is None else sorted(set(y.tolist())), "images": n, "seed": seed}
+    protocol = {**how, **run.card, **about, "device": on.type}
+    return Asked(run, n, steps, p0, y, seed, on, protocol)
+
+
+def drawn(
+    asked: Asked,
+    *,
+    work: Path | None = None,
+    shard: Shard = WHOLE,
+    stop: Callable[[], bool] = bool,
+) -> Samples:
+    """The images asked for.
+
+    With a folder `work` every finished batch of chains is kept there until the last one is: a stop
+    costs the one under way, and the processes of a group each draw their `shard` of them.
+    """
+    run = asked.run
+    x = _kept(run, asked) if asked.start is None else _fresh(run, asked, work, shard, stop)
+    pixels = run.task.bounds.to_unit(run.task.bounds.clamp(x)).cpu()
+    return Samples(pixels, asked.y, asked.protocol)
 
 
 class Opened(NamedTuple):
@@ -87,9 +147,7 @@ class Opened(NamedTuple):
     card: dict[str, Any]  # what tells where the model came from
 
 
-def opened(
-    path: Path, registry: Registry, device: torch.device, which: Literal["best", "last"]
-) -> Opened:
+def opened(path: Path, registry: Registry, device: torch.device, which: Which) -> Opened:
     """The run in `path`, its weights averaged where it keeps an average."""
     folder = run_folder(path)
     saved = chosen(folder, which)
@@ -116,7 +174,7 @@ def save(samples: Samples, out: Path | None = None) -> tuple[Path, Path]:
     `protocol`, a JSON string.
     """
     text = json.dumps(samples.protocol, sort_keys=True)
-    folder = Path(samples.protocol["run"]) / "samples" if out is None else out
+    folder = place(samples.protocol, out)
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{samples.protocol['source']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     png, npz = folder / f"{stem}.png", folder / f"{stem}.npz"
@@ -127,6 +185,11 @@ def save(samples: Samples, out: Path | None = None) -> tuple[Path, Path]:
     save_grid(png, samples.pixels)
     write_bytes(npz, buffer.getvalue())
     return png, npz
+
+
+def place(protocol: dict[str, Any], out: Path | None) -> Path:
+    """The folder that images are written to: the run's own where none is named."""
+    return Path(protocol["run"]) / "samples" if out is None else out
 
 
 def _density(backbone: Backbone, name: str) -> Density:
@@ -150,31 +213,38 @@ def _labels(classes: list[str], n: int, n_classes: int, device: torch.device) ->
     return labels[torch.arange(n, device=device) * len(labels) // n]
 
 
-def _kept(run: Opened, n: int, rng: Generator, y: Tensor | None) -> Tensor:
+def _kept(run: Opened, asked: Asked) -> Tensor:
     """n states of the buffer; of the classes y where it is class-conditional."""
     if not isinstance(run.density, Buffered):
         raise MisfitError("this density keeps no buffer; draw fresh chains instead")
-    run.density.load_state_dict(run.state["density"])
-    return run.density.buffer.states[run.density.buffer.slots(n, rng, y)]
+    run.density.load_state_dict(undivided(run.state, run.density))
+    rng = Generator(asked.device).manual_seed(asked.seed)
+    return run.density.buffer.states[run.density.buffer.slots(asked.n, rng, asked.y)]
 
 
 def _fresh(
-    run: Opened,
-    registry: Registry,
-    start: str | None,
-    n: int,
-    steps: int,
-    rng: Generator,
-    y: Tensor | None,
+    run: Opened, asked: Asked, work: Path | None, shard: Shard, stop: Callable[[], bool]
 ) -> Tensor:
-    """The ends of n chains, TOGETHER at a time."""
-    p0 = run.density.start
-    if start is not None:
-        p0 = registry["start"][start]().build(run.task, rng.device)
-    pieces = []
-    for at in range(0, n, TOGETHER):
-        part = None if y is None else y[at : at + TOGETHER]
-        count = min(TOGETHER, n - at)
-        piece = run.density.sample(run.backbone.model, count, rng, steps=steps, start=p0, y=part)
-        pieces.append(piece)
-    return torch.cat(pieces)
+    """The ends of n chains, TOGETHER at a time, each such batch from a generator of its own."""
+    sizes = [min(TOGETHER, asked.n - at) for at in range(0, asked.n, TOGETHER)]
+    polling = Polling(lambda: stop(), lambda: 0)
+
+    def compute(i: int) -> dict[str, Tensor]:
+        rng = generator(asked.device, asked.seed, "sample", i)
+        y = None if asked.y is None else asked.y[i * TOGETHER : i * TOGETHER + sizes[i]]
+        p0, model = asked.start or run.density.start, run.backbone.model
+        return {"x": run.density.sample(model, sizes[i], rng, steps=asked.steps, start=p0, y=y)}
+
+    about = {"asked": asked.protocol, "backbone": run.table, "data": run.task.hash}
+    ledger = Ledger(work, {**about, "y": None if asked.y is None else asked.y.tolist()}, shard)
+    names = [f"{i:05d}-{size}" for i, size in enumerate(sizes)]
+    try:
+        with polling.passes(run.backbone.model, on=True):
+            found = ledger.pieces(names, compute, polling.between, lambda _: None)
+        met(polling.between)  # others may still read
+    except Preempted:
+        raise Preempted(
+            "stopped; every finished batch is kept, and the same command goes on from there"
+        ) from None
+    ledger.remove()
+    return torch.cat([piece["x"] for piece in found])

@@ -11,8 +11,10 @@ from jemkit.assembly import Assembly
 from jemkit.checkup import Checkup, renew, sick_slots
 from jemkit.density import Penalised
 from jemkit.errors import DataError, Diverged
+from jemkit.runtime import distributed
 from jemkit.runtime.sentinel import Finding, Remedy, Sentinel, Sick
 from jemkit.seeds import generator
+from jemkit.team import renewed
 from jemkit.update import Guard
 
 if TYPE_CHECKING:
@@ -74,12 +76,7 @@ class Care:
             "what": finding.told, "step": step, "since": finding.since, "to": back,
             "remedy": self._remedy(attempt), "renewed": 0,
         }  # fmt: skip
-        rng, words = self.parts.rng, ("chains", "attempt", attempt)
-        rng.set_state(generator(self.parts.device, self.seed, *words).get_state())
-        buffer = self.checkup.buffer
-        if buffer is not None:
-            sick = sick_slots(buffer, self.parts.task.bounds, self.checkup.limit)
-            entry["renewed"] = renew(buffer, sick, rng)
+        entry["renewed"] = renewed(attempt, lambda: anew(self.checkup, self.seed, attempt))
         self.prescribe([*self.tried, entry])
         entry["with"] = self.told()
         return entry
@@ -117,6 +114,16 @@ class Care:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.checkup.vitals.load_state_dict(state["vitals"])
         self.prescribe(state["tried"])
+
+
+def anew(checkup: Checkup, seed: int, attempt: int) -> int:
+    """Give this process's chains another stream and begin its sick ones afresh; how many."""
+    parts, buffer, rank = checkup.parts, checkup.buffer, distributed.shard().rank
+    words = ("chains", "attempt", attempt, *([rank] if rank else []))
+    parts.rng.set_state(generator(parts.device, seed, *words).get_state())
+    if buffer is None:
+        return 0
+    return renew(buffer, sick_slots(buffer, parts.task.bounds, checkup.limit), parts.rng)
 
 
 def go_back(trainer: "Trainer", error: Diverged) -> None:

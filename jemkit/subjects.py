@@ -13,6 +13,7 @@ from jemkit import checkpoint
 from jemkit.anchor import anchored
 from jemkit.assembly import load_model
 from jemkit.data import Dataset, Images, checked
+from jemkit.dealing import undivided
 from jemkit.density import Buffered
 from jemkit.energy import LogSumExpEnergy
 from jemkit.errors import ConfigError, DataError, MisfitError
@@ -144,8 +145,8 @@ def _checkpoint(
     found = restored(run / "config.json", state["ema"] or state["model"], registry, device, dataset)
     density = found.backbone.density if found.backbone.has_density else None
     if isinstance(density, Buffered) and dataset is None:
-        with suppress(MisfitError):  # of several processes each kept a part
-            density.load_state_dict(state["density"])
+        with suppress(MisfitError):  # several processes may have kept parts that cannot be joined
+            density.load_state_dict(undivided(state, density))
     about = {
         "run": run.name,
         "checkpoint": path.name,

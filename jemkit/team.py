@@ -7,21 +7,19 @@ a step, and the handing over of state; each begins with an order. So no two proc
 import copy
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from jemkit.backbone import Backbone, Task
-from jemkit.density import Buffered, ContrastiveDensity
+from jemkit.density import ContrastiveDensity
 from jemkit.energy import EnergyModel
-from jemkit.errors import ConfigError, Diverged, MisfitError
+from jemkit.errors import Diverged, MisfitError
 from jemkit.runtime import distributed, numerics, sharding, trees
-from jemkit.runtime.ledger import Shard
-from jemkit.seeds import generator
 from jemkit.update import Stateful, Updater
 
 if TYPE_CHECKING:
@@ -31,37 +29,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 State = dict[str, Any]
-
-
-def split(backbone: Backbone, rng: Generator, seed: int) -> Generator:
-    """Give each process its slots of the buffer, and chains a stream of their own.
-
-    The model and the whole buffer were drawn alike by all; the first process goes on with that
-    stream, as a process that is alone does.
-    """
-    me = distributed.shard()
-    if me.size == 1:
-        return rng
-    if backbone.has_density and isinstance(backbone.density, Buffered):
-        buffer = backbone.density.buffer
-        check_slots(buffer.options.capacity, backbone, me)
-        capacity = buffer.options.capacity // me.size
-        buffer.options = buffer.options.model_copy(update={"capacity": capacity})
-        buffer.states = buffer.states[me.rank :: me.size].clone()
-    return rng if me.rank == 0 else generator(rng.device, seed, "chains", me.rank)
-
-
-def check_slots(capacity: int, backbone: Backbone, me: Shard) -> None:
-    """Refuse a buffer that the processes could not share evenly, class by class."""
-    buffer = backbone.density.buffer if isinstance(backbone.density, Buffered) else None
-    shares = me.size
-    if buffer is not None and buffer.options.conditional:
-        shares *= buffer.n_classes
-    if capacity % shares:
-        raise ConfigError(
-            f"{me.size} processes cannot share a buffer of {capacity} slots evenly; set "
-            f"backbone.buffer.capacity to a multiple of {shares}"
-        )
 
 
 @contextmanager
@@ -198,37 +165,12 @@ def handed_on(state: State) -> State:
     return state
 
 
-def share_of(state: State, rng: Tensor) -> State:
-    """This process's own part of a saved state: bit for bit where as many processes saved it.
-
-    Among others the buffer is dealt out anew, and who was not there draws from `rng`.
-    """
-    me = distributed.shard()
-    own = {name: state[name] for name in ("density", "objective", "rng")}
-    ranks = [own, *state.get("ranks", [])]
-    if len(ranks) == me.size:
-        return ranks[me.rank]  # type: ignore[no-any-return]
-    if me.rank == 0:
-        log.warning(
-            "saved by %d process(es) and gone on with by %d: the buffer is dealt out anew, and the "
-            "run will not be bit for bit the one that it would have been",
-            len(ranks),
-            me.size,
-        )
-    density = dealt([r["density"] for r in ranks], me) if own["density"] else None
-    there = me.rank < len(ranks)
-    return {**own, "density": density, "rng": ranks[me.rank]["rng"] if there else rng}
-
-
-def dealt(saved: list[State], me: Shard) -> State:
-    """A buffer's slots, every `me.size`-th of them; which were every len(saved)-th."""
-    if any(set(density) != {"states", "drawn"} for density in saved):
-        raise MisfitError(
-            f"this density's state cannot be dealt out anew: go on with {len(saved)} process(es)"
-        )
-    states = torch.stack([density["states"] for density in saved], dim=1).flatten(0, 1)
-    drawn = sum(int(density["drawn"]) for density in saved)
-    return {"states": states[me.rank :: me.size], "drawn": drawn // me.size}
+def renewed(attempt: int, own: Callable[[], int]) -> int:
+    """The leader begins the chains of another attempt by `own`, and all do; their counts' sum."""
+    if distributed.shard().size == 1:
+        return own()
+    distributed.tell({"do": "renew", "attempt": attempt})
+    return sum(int(part["n"]) for part in distributed.gather({"n": torch.tensor(own())}))
 
 
 def packed(state: State) -> dict[str, Tensor]:

@@ -53,10 +53,12 @@ def torchrun(
     size: int = 2,
     options: tuple[str, ...] = (),
     kill: Callable[[Path], bool] | None = None,
+    by: signal.Signals = signal.SIGKILL,
 ) -> subprocess.CompletedProcess[str]:
     """`torchrun -m jemkit ...` on this machine, at a port of its own.
 
-    Once `kill(cwd)` is true the last process is killed, as a lost machine would be.
+    Once `kill(cwd)` is true the last process is killed, as a lost machine would be, or gets
+    another signal.
     """
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -70,7 +72,7 @@ def torchrun(
     try:
         while kill is not None and running.poll() is None:
             if kill(cwd):
-                os.kill(_rank_of(running.pid, size - 1), signal.SIGKILL)
+                os.kill(_rank_of(running.pid, size - 1), by)
                 break
             time.sleep(0.01)
         out, errors = running.communicate(timeout=240)

@@ -382,6 +382,17 @@ def test_a_ledger_waits_for_a_piece_and_a_stop_ends_the_wait(tmp_path: Path) -> 
         ledger.pieces(["a"], lambda _: {}, poll, lambda _: None)
 
 
+def test_a_piece_that_an_equal_evaluation_tidied_up_is_computed_again(tmp_path: Path) -> None:
+    ledger, other = (Ledger(tmp_path, {}) for _ in range(2))
+
+    def done(_: int) -> None:
+        other.remove()
+
+    asked = iter(range(9))
+    found = ledger.pieces(["a"], lambda _: {"x": torch.ones(2)}, lambda: next(asked), done)
+    assert torch.equal(found[0]["x"], torch.ones(2))
+
+
 SCRIPT = """
     import hashlib, sys, time
     from pathlib import Path

@@ -1,6 +1,7 @@
 """Processes that share a batch move as one process with the whole of it."""
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,15 +14,16 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from toys import backbone_of, gen, objective_of, toy_task, updater_of
 
-from jemkit import Backbone, Batch, ConfigError, Diverged, Guard, Plain, Terms
+from jemkit import Backbone, Batch, ConfigError, Diverged, Guard, MisfitError, Plain, Terms
 from jemkit.data import Augmentation, Bounds, Loader, Views
+from jemkit.dealing import dealt
 from jemkit.modes import frozen_batch_stats, sampling_mode
 from jemkit.networks import SmallCNN
 from jemkit.runtime import distributed
 from jemkit.runtime.ledger import WHOLE, Shard
 from jemkit.runtime.syncnorm import SyncBatchNorm
 from jemkit.runtime.trees import same
-from jemkit.team import dealt, packed, unpacked
+from jemkit.team import packed, unpacked
 from jemkit.testing import toy_batch
 
 TASK = toy_task()
@@ -138,10 +140,32 @@ def test_a_buffer_dealt_out_anew_holds_the_same_slots_in_the_same_order(
 ) -> None:
     whole = normal(seed, 8, 1, 2, 2)
     saved = [{"states": whole[rank::before], "drawn": 8} for rank in range(before)]
-    parts = [dealt(saved, Shard(rank, after)) for rank in range(after)]
+    density = backbone_of("jem").density
+    parts = [dealt(saved, density, Shard(rank, after)) for rank in range(after)]
     again = torch.stack([part["states"] for part in parts], dim=1).flatten(0, 1)
     assert torch.equal(again, whole)
     assert sum(part["drawn"] for part in parts) == 8 * before
+
+
+@given(before=st.sampled_from([2, 4]), after=st.sampled_from([1, 2, 4]), seed=seeds)
+def test_a_density_says_itself_how_its_state_is_dealt(before: int, after: int, seed: int) -> None:
+    stranger: Any = SimpleNamespace(deals={"momenta": "slots", "begun": "count", "scale": "alike"})
+    whole = normal(seed, 8, 3)
+    saved = [{"momenta": whole[r::before], "begun": 4, "scale": 2.5} for r in range(before)]
+    parts = [dealt(saved, stranger, Shard(rank, after)) for rank in range(after)]
+    assert all(torch.equal(parts[r]["momenta"], whole[r::after]) for r in range(after))
+    assert [part["begun"] for part in parts] == [4 * before // after] * after
+    assert [part["scale"] for part in parts] == [2.5] * after
+
+
+@pytest.mark.parametrize(
+    "deals", [None, {}, {"momenta": "slots"}, {"momenta": "rows", "t": "alike"}]
+)
+def test_a_density_that_does_not_say_how_its_state_is_dealt_is_refused(deals: Any) -> None:
+    stranger: Any = SimpleNamespace(**({} if deals is None else {"deals": deals}))
+    saved = [{"momenta": normal(0, 4), "t": 1}] * 2
+    with pytest.raises(MisfitError, match=r"dealt out anew: go on with 2 process.*momenta, t"):
+        dealt(saved, stranger, Shard(0, 1))
 
 
 def test_a_state_survives_being_packed() -> None:

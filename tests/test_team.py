@@ -2,23 +2,69 @@
 
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from ranks import every_rank, torchrun
-from toys import toy_recipe, toy_registry
+from toys import objective_of, toy_recipe, toy_registry
 
-from jemkit import ConfigError, Diverged, Preempted, train
-from jemkit.checkpoint import load
+from jemkit import ConfigError, Diverged, Options, Preempted, Terms, hookimpl, train
+from jemkit.attack import Threat
+from jemkit.checkpoint import load, newest
+from jemkit.evaluator import Context
+from jemkit.generation import sample
+from jemkit.registry import Plugin
 from jemkit.runtime import distributed
 from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.trees import differing
+from jemkit.samples import kept
+from jemkit.seeds import generator
+from jemkit.subjects import subject_at
 
-REGISTRY = toy_registry()
-STEPS = 12
+SEEN: dict[str, list[int]] = defaultdict(list)
+"""The steps that each run's objective was asked for in this process, in order."""
+
+
+class Faulty(Options):
+    """An objective whose loss is not finite at step SICK, the first time that it comes there.
+
+    Before that, `harmed`, it pushes the second process's chains to the edge of the pixel range.
+    """
+
+    needs_density: ClassVar[bool] = True
+    inner: ClassVar[Any] = objective_of("ebjdat")
+
+    name: str
+    harmed: bool = False
+
+    def draw(self, backbone: Any, batch: Any, rng: torch.Generator) -> Any:
+        SEEN[self.name].append(batch.step)
+        if self.harmed and batch.step == EPOCH - 1 and distributed.shard().rank == 1:
+            backbone.density.buffer.states.sign_()
+        return self.inner.draw(backbone, batch, rng)
+
+    def loss(self, backbone: Any, batch: Any, draws: Any) -> Terms:
+        terms = self.inner.loss(backbone, batch, draws)
+        if batch.step == SICK and SEEN[self.name].count(SICK) == 1:
+            return terms._replace(total=terms.total * torch.nan)
+        return terms
+
+
+class Guest:
+    @staticmethod
+    @hookimpl
+    def jemkit_objectives() -> dict[str, Any]:
+        return {"faulty": Faulty}
+
+
+REGISTRY = toy_registry([Plugin("guest", Guest)])
+STEPS, EPOCH, SICK = 12, 6, 13
 
 
 def recipe(*overrides: str) -> Any:
@@ -60,6 +106,60 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(str(made / "one"))
     every_rank(whole_runs, str(made))
     return made
+
+
+def sick_runs(name: str) -> None:
+    for out, harmed in (("a", False), ("b", False), ("harmed", True)):
+        options = (f"objective.name={out}", f"objective.harmed={harmed}".lower(), "run.epochs=9")
+        made = toy_recipe(
+            REGISTRY, "sadajem", "faulty", "sam", "run.batch_size=8", "run.max_train=54", *options
+        )
+        stops = iter([*[False] * (SICK + EPOCH), True])
+        with suppress(Preempted):  # some steps after it has gone back
+            train(made, Path(name) / out, registry=REGISTRY, stop=partial(next, stops))
+
+
+@pytest.fixture(scope="module")
+def sick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("sick")
+    every_rank(sick_runs, str(made))
+    return made
+
+
+def gone_back(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A rollback as the run tells it, and the state that it went on from."""
+    events = [json.loads(line) for line in (run / "events.jsonl").open()]
+    (found,) = [event for event in events if event["event"] == "rollback"]
+    assert (found["step"], found["to"]) == (SICK, EPOCH)
+    return found, load(run / "checkpoints" / f"step-{EPOCH:08d}")
+
+
+def test_after_a_rollback_every_process_has_another_stream(sick: Path) -> None:
+    seed = recipe().recipe.run.seed
+    found, state = gone_back(sick / "a")
+    assert found["renewed"] == 0
+    for part, words in ((state, ()), (state["ranks"][0], (1,))):
+        wanted = generator(torch.device("cpu"), seed, "chains", "attempt", 1, *words)
+        assert torch.equal(part["rng"], wanted.get_state())
+
+
+def test_after_a_rollback_every_process_has_fresh_chains_for_its_sick_ones(sick: Path) -> None:
+    found, state = gone_back(sick / "harmed")
+    share = [
+        float((part["density"]["states"].abs() == 1).flatten(1).all(dim=1).float().mean())
+        for part in (state, *state["ranks"])
+    ]
+    assert share == [0, 0]
+    assert 0 < found["renewed"] <= 30  # the second process's alone
+
+
+def test_a_rolled_back_run_of_two_processes_repeats_bit_for_bit(sick: Path) -> None:
+    one, other = (newest(sick / name / "checkpoints") for name in "ab")
+    assert one is not None
+    assert other is not None
+    assert one.name == other.name > f"step-{EPOCH:08d}"
+    found = differing(load(one), load(other))
+    assert [at for at in found if "seconds" not in at] == []
 
 
 def end_of(run: Path) -> dict[str, Any]:
@@ -115,6 +215,25 @@ def test_another_number_of_processes_deals_the_buffer_out_anew_and_says_so(
     drawn = [r["density"]["drawn"] for r in (before, *before["ranks"])]
     assert drawn == [10, 10]  # five steps of two chains each: half of a batch is the density's
     assert state["density"]["drawn"] == 4 * STEPS
+
+
+def test_what_several_processes_saved_is_judged_and_sampled_with_the_whole_buffer(
+    folder: Path,
+) -> None:
+    state = end_of(folder / "a")
+    parts = [r["density"]["states"] for r in (state, *state["ranks"])]
+    whole = torch.stack(parts, dim=1).flatten(0, 1)
+    subject = subject_at(folder / "a", REGISTRY, torch.device("cpu"), which="last")
+    density: Any = subject.model.density
+    assert torch.equal(density.buffer.states, whole)
+    ctx = Context(torch.Generator(), Threat("Linf", 8.0))
+    assert len(kept(subject.model, ctx, 1000).x) == len(whole) == 60
+    found = sample(
+        folder / "a", registry=REGISTRY, n=60, source="buffer", device="cpu", which="last"
+    )
+    pixels = subject.model.bounds.to_unit(subject.model.bounds.clamp(whole))
+    sums = [x.flatten(1).sum(1).sort().values for x in (found.pixels, pixels)]
+    assert torch.equal(*sums)
 
 
 def test_synchronised_batch_norm_trains_to_the_end(folder: Path) -> None:

@@ -7,12 +7,13 @@ import typer
 
 from jemkit_cli.progress import tracking
 from jemkit_cli.results import show_record
-from jemkit_cli.terminal import guarded, installed_parts, say_json, stopping
+from jemkit_cli.terminal import USAGE, fail, guarded, installed_parts, say_json, stopping
 
 if TYPE_CHECKING:
     from jemkit.record import Record
     from jemkit.registry import Registry
     from jemkit.settings import Settings
+    from jemkit.subjects import Subject
 
 
 def _option(name: str, text: str, panel: str, metavar: str | None = None) -> Any:
@@ -101,17 +102,11 @@ def evaluate(
     ] = False,
 ) -> None:
     """Judge a model: accuracy, robustness, energies, calibration, OOD, generation."""
-    registry = installed_parts(third_party=not no_plugins)
-    from jemkit.settings import options_of, settings_of
-
-    settings = settings_of(
-        {
-            "attacks": attack or (), "norm": norm, "eps_px": eps_px, "max_images": max_images,
-            "batch_size": batch_size, "seed": seed, "protocol": protocol, "quick": quick,
-            "refine_steps": refine_steps, "only": only or (), "skip": skip or (),
-            "options": options_of(overrides or ()),
-        }
-    )  # fmt: skip
+    wanted = {
+        "attacks": attack or (), "norm": norm, "eps_px": eps_px, "max_images": max_images,
+        "batch_size": batch_size, "seed": seed, "protocol": protocol, "quick": quick,
+        "refine_steps": refine_steps, "only": only or (), "skip": skip or (),
+    }  # fmt: skip
     data = {"use": dataset, "dir": data_dir and str(data_dir)}
     given = {k: v for k, v in data.items() if v is not None}
     where = {
@@ -120,9 +115,11 @@ def evaluate(
         "out": out,
     }
     record = _judged(
-        registry, run, settings, where, jobs=jobs, third_party=not no_plugins,
+        run, wanted, overrides or [], where, jobs=jobs, third_party=not no_plugins,
         keep_adversarial=save_adversarial, silent=as_json,
     )  # fmt: skip
+    if record is None:  # the first process speaks for all
+        return
     if as_json:
         say_json(record.to_json())
     else:
@@ -130,31 +127,64 @@ def evaluate(
 
 
 def _judged(
-    registry: "Registry",
     run: Path,
-    settings: "Settings",
+    wanted: dict[str, Any],
+    overrides: list[str],
     where: dict[str, Any],
     *,
     jobs: int,
     third_party: bool,
     keep_adversarial: bool,
     silent: bool,
-) -> "Record":
+) -> "Record | None":
+    registry = installed_parts(third_party=third_party)
     from jemkit.evaluation import join_in, judge
     from jemkit.runtime.jobs import helpers
     from jemkit.runtime.ledger import Shard
     from jemkit.runtime.numerics import device_of
+    from jemkit.runtime.sharing import begun, joined, met
+
+    with joined(device_of(where["device"]).type) as me:
+        prepared = begun(lambda: _prepared(registry, run, wanted, overrides, where, jobs))
+        if prepared is None:
+            return None
+        subject, settings = prepared
+        with (
+            tracking(silent=silent or me.rank > 0) as progress,
+            stopping() as stop,
+            helpers(jobs, join_in, run, settings, where, third_party) as failed,
+        ):
+            met()  # from here on any of them can be stopped
+            record = judge(
+                subject, settings, registry, shard=me if jobs == 1 else Shard(0, jobs),
+                progress=progress, stop=lambda: stop() or failed(),
+                keep_adversarial=keep_adversarial,
+            )  # fmt: skip
+    return None if me.rank else record
+
+
+def _prepared(
+    registry: "Registry",
+    run: Path,
+    wanted: dict[str, Any],
+    overrides: list[str],
+    where: dict[str, Any],
+    jobs: int,
+) -> "tuple[Subject, Settings]":
+    """What is judged, and how; a mistake is found before anything slow."""
+    from jemkit.runtime.numerics import device_of
+    from jemkit.runtime.sharing import started
+    from jemkit.settings import options_of, settings_of
     from jemkit.subjects import subject_at
 
+    if jobs > 1 and started() > 1:
+        fail(
+            f"--jobs {jobs} in {started()} processes of torchrun, which share the work already; "
+            "leave out --jobs",
+            USAGE,
+        )
+    settings = settings_of({**wanted, "options": options_of(overrides)})
     subject = subject_at(run, registry, device_of(where["device"]), **where["subject"])
     if where["out"] is not None:
         subject = subject._replace(folder=where["out"])
-    with (
-        tracking(silent=silent) as progress,
-        stopping() as stop,
-        helpers(jobs, join_in, run, settings, where, third_party) as failed,
-    ):
-        return judge(
-            subject, settings, registry, shard=Shard(0, jobs), progress=progress,
-            stop=lambda: stop() or failed(), keep_adversarial=keep_adversarial,
-        )  # fmt: skip
+    return subject, settings

@@ -1,11 +1,14 @@
 """`jemkit sample`: images from a trained run."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from jemkit_cli.terminal import guarded, installed_parts, say, say_json
+from jemkit_cli.terminal import guarded, installed_parts, say, say_json, stopping
+
+if TYPE_CHECKING:
+    from jemkit.generation import Samples
 
 
 @guarded
@@ -13,7 +16,7 @@ def sample(
     run: Annotated[
         Path, typer.Argument(help="The run's folder.", metavar="[RUN]")
     ] = Path("runs/latest"),
-    n: Annotated[int, typer.Option("--n", help="How many images.")] = 100,
+    n: Annotated[int, typer.Option("--n", "-n", help="How many images.")] = 100,
     steps: Annotated[
         int | None, typer.Option(help="Of each chain; 40 by default.", show_default=False)
     ] = None,
@@ -53,14 +56,15 @@ def sample(
     ] = False,
 ) -> None:  # fmt: skip
     """Draw images from a run: a PNG grid and an .npz, with how they were drawn."""
-    registry = installed_parts(third_party=not no_plugins)
-    from jemkit.generation import sample as draw
+    wanted = {
+        "n": n, "steps": steps, "start": start, "source": source, "classes": classes, "seed": seed,
+        "device": device, "which": checkpoint,
+    }  # fmt: skip
+    samples = _drawn(run, wanted, out, third_party=not no_plugins)
+    if samples is None:  # the first process speaks for all
+        return
     from jemkit.generation import save
 
-    samples = draw(
-        run, registry=registry, n=n, steps=steps, start=start, source=source, classes=classes,
-        seed=seed, device=device, which=checkpoint,
-    )  # fmt: skip
     png, npz = save(samples, out)
     if as_json:
         say_json({"png": str(png), "npz": str(npz), "protocol": samples.protocol})
@@ -69,3 +73,22 @@ def sample(
     say(f"images {npz}")
     for name, value in samples.protocol.items():
         say(f"  {name}: {value}")
+
+
+def _drawn(
+    run: Path, wanted: dict[str, Any], out: Path | None, *, third_party: bool
+) -> "Samples | None":
+    registry = installed_parts(third_party=third_party)
+    from jemkit.generation import asked, drawn, place
+    from jemkit.runtime.numerics import device_of
+    from jemkit.runtime.sharing import begun, joined, met
+
+    with joined(device_of(wanted["device"]).type) as me:
+        found = begun(lambda: asked(run, registry=registry, **wanted))
+        if found is None:
+            return None
+        with stopping() as stop:
+            met()  # from here on any of them can be stopped
+            work = place(found.protocol, out) / ".drawing"
+            samples = drawn(found, work=work, shard=me, stop=stop)
+    return None if me.rank else samples

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -53,8 +54,14 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
 
 def fail(message: str, code: int) -> NoReturn:
     sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {_speaker()}{message}", file=sys.stderr, flush=True)
     raise typer.Exit(code)
+
+
+def _speaker() -> str:
+    """Which process of several it is, but for the first one."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"process {rank} of {os.environ.get('WORLD_SIZE')}: "
 
 
 def installed_parts(*, third_party: bool) -> "Registry":
@@ -62,7 +69,7 @@ def installed_parts(*, third_party: bool) -> "Registry":
     from jemkit.registry import installed
 
     registry = installed(third_party=third_party)
-    for fault in registry.faults:
+    for fault in () if _speaker() else registry.faults:
         whose = f"plug-in {fault.plugin!r} of {fault.distribution} {fault.version}".rstrip()
         reason = " ".join(fault.reason.split())
         print(f"warning: {whose} is skipped: {reason}", file=sys.stderr, flush=True)
@@ -101,18 +108,23 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str
 
 
 STOPPING = b"\nstopping, what is done is kept; once more ends at once\n"
+TWICE = 2.0
+"""Seconds in which torchrun passes on a ^C that its processes got from the terminal already."""
 
 
 @contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
     """Whether SIGINT or SIGTERM came; a second SIGINT raises KeyboardInterrupt."""
-    came: list[int] = []
+    came: list[float] = []
+    twice = TWICE if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
     def handle(number: int, _: FrameType | None) -> None:
-        if came and number == signal.SIGINT:
+        now = time.monotonic()
+        if came and number == signal.SIGINT and now >= came[0] + twice:
             raise KeyboardInterrupt
-        came.append(number)
-        os.write(2, STOPPING)
+        came.append(now)
+        if len(came) == 1:
+            os.write(2, STOPPING)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -64,7 +64,7 @@ def _own_gpu() -> int:
     if local >= there:
         raise ConfigError(
             f"process {local} of this machine has no GPU of its own, torch sees {there}: start "
-            f"torchrun with --nproc-per-node {there}, or train with --device cpu"
+            f"torchrun with --nproc-per-node {there}, or take --device cpu"
         )
     return local
 

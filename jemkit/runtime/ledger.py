@@ -77,11 +77,14 @@ class Ledger:
                 poll()
                 self._write(name, compute(i))
             done(i + 1)
-        for name in names:
-            while not self._has(name):
+        for i, name in enumerate(names):
+            while (piece := self._read(name)) is None:
                 poll()
-                time.sleep(0.05)
-            yield self._read(name)
+                if self.shard.owns(i):  # whoever did the same work at once has ended and tidied up
+                    self._write(name, compute(i))
+                else:
+                    time.sleep(0.05)
+            yield piece
 
     def remove(self) -> None:
         """Forget every piece; the first process alone does, since others may still read."""
@@ -96,17 +99,23 @@ class Ledger:
         if self.folder is None:
             self._kept[name] = piece
         else:
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_tensors(_path(self.folder, name), {**piece, SEAL: _seal(piece)})
 
-    def _read(self, name: str) -> Piece:
+    def _read(self, name: str) -> Piece | None:
+        """A piece, or None as long as it is not there."""
         if self.folder is None:
-            return self._kept[name]
+            return self._kept.get(name)
         path = _path(self.folder, name)
+        if not path.exists():
+            return None
         try:
             piece = load_tensors(path)
             if not torch.equal(piece.pop(SEAL, torch.empty(0)), _seal(piece)):
                 raise DataError("it does not hold what was written")
         except DataError:
+            if not path.exists():
+                return None
             path.unlink(missing_ok=True)
             raise DataError(
                 f"{path} was damaged and is removed; the same command computes it anew"
