@@ -1,8 +1,9 @@
 """Optimizers by name, and learning rates as pure functions of the step."""
 
+import inspect
 import math
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -10,6 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from jemkit.options import Options
+
+AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 
 
 class SGD(Options):
@@ -22,7 +25,7 @@ class SGD(Options):
     weight_decay: float = Field(5e-4, ge=0)
 
     def build(self, params: Iterable[nn.Parameter], *, fused: bool) -> Optimizer:
-        return torch.optim.SGD(
+        return untraced(torch.optim.SGD)(
             params,
             lr=self.lr,
             momentum=self.momentum,
@@ -42,13 +45,23 @@ class Adam(Options):
 
     def build(self, params: Iterable[nn.Parameter], *, fused: bool) -> Optimizer:
         kind = torch.optim.AdamW if self.use == "adamw" else torch.optim.Adam
-        return kind(
+        return untraced(kind)(
             params,
             lr=self.lr,
             betas=self.betas,
             weight_decay=self.weight_decay,
             fused=fused or None,
         )
+
+
+def untraced(kind: type[AnyOptimizer]) -> type[AnyOptimizer]:
+    """The same optimizer, put together without the guard that keeps torch.compile out of it.
+
+    The guard imports the whole compiler when it is first called, a second that a run which is only
+    put together does without; jemkit compiles gradients alone, and never an optimizer.
+    """
+    plain = inspect.unwrap(kind.add_param_group)
+    return type(kind.__name__, (kind,), {"add_param_group": plain})
 
 
 OptimizerOptions = Annotated[SGD | Adam, Field(discriminator="use")]

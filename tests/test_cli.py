@@ -407,6 +407,30 @@ class TestHelp:
             spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert min(spent) < 0.5
 
+    def test_a_dry_run_imports_nothing_that_only_a_step_or_a_report_needs(
+        self, tmp_path: Path
+    ) -> None:
+        code = (
+            "import sys\n"
+            "from jemkit_cli.app import main\n"
+            "try:\n    main(sys.argv[1:])\nexcept SystemExit as ended:\n"
+            "    assert not ended.code\n"
+            "print(*sys.modules)"
+        )
+        words = ["train", "--backbone=sadajem", "--objective=ebjdat", "--dataset=digits"]
+        words += ["--dry-run", "--no-plugins"]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words],
+            capture_output=True, text=True, check=True, cwd=tmp_path,
+        )  # fmt: skip
+        loaded = set(done.stdout.splitlines()[-1].split())
+        assert "jemkit.plan" in loaded
+        assert not loaded & {
+            "torch._dynamo", "torch._inductor", "torch.utils.tensorboard", "sympy", "sklearn",
+            "scipy", "matplotlib", "torchvision", "timm", "lpips", "tensorboard", "pyautoattack",
+            "torch_fidelity", "huggingface_hub",
+        }  # fmt: skip
+
     def test_no_command_shows_the_help(self) -> None:
         done = jemkit()
         assert "train" in done.out + done.err

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
-from jemkit.data import Augmentation, Dataset
+from jemkit.data import Augmentation, Dataset, Split
 from jemkit.errors import DataError
+from jemkit.splits import stratified_parts
 from jemkit.vision import torchvision
 from jemkit_plugins.datasets import CIFAR10, CIFAR100, SVHN, Digits, jemkit_datasets
 from jemkit_plugins.folder import Folder
@@ -92,6 +93,18 @@ class TestDigits:
         pixels = torch.cat([train.x, test.x]).flatten(1) * 16
         rows = sorted(map(tuple, pixels.round().int().tolist()))
         assert rows == sorted(map(tuple, load_digits().data.astype(int).tolist()))
+
+    @pytest.mark.parametrize("split", ["train", "test"])
+    def test_the_split_is_the_one_that_scikit_learn_draws(self, split: Split) -> None:
+        from sklearn.datasets import load_digits
+
+        whole = load_digits()
+        y = torch.from_numpy(whole.target)
+        index = stratified_parts(y, test_size=500)[split]
+        x = torch.from_numpy(whole.images).float().unsqueeze(1) / 16
+        kept = Digits().load(split)
+        assert torch.equal(kept.x, x[index])
+        assert torch.equal(kept.y, y[index])
 
     def test_pixels_fill_the_unit_range(self) -> None:
         x, y = Digits().load("train")

@@ -82,7 +82,7 @@ def numerics(
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = not deterministic
-    torch.use_deterministic_algorithms(deterministic)
+    _be_deterministic(deterministic)
     found = torch.get_num_threads()
     torch.set_num_threads(threads or found)
     try:
@@ -91,8 +91,14 @@ def numerics(
         torch.backends.cuda.matmul.allow_tf32 = matmul
         torch.backends.cudnn.allow_tf32 = conv
         torch.backends.cudnn.benchmark = benchmark
-        torch.use_deterministic_algorithms(strict)
+        _be_deterministic(strict)
         torch.set_num_threads(found)
+
+
+def _be_deterministic(on: bool) -> None:
+    """Torch's switch, left alone where it stands so: to touch it imports the whole compiler."""
+    if torch.are_deterministic_algorithms_enabled() != on:
+        torch.use_deterministic_algorithms(on)
 
 
 def laid_out(model: nn.Module, choice: str, device: torch.device) -> nn.Module:
