@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 from toys import backbone_of, gen, objective_of, updater_of
 
 from jemkit import PGD, PYLD, SGLD, Guard, ModelEnergy, SignDescent, run, train_step
+from jemkit.data import Augmentation, Images, Loader, Views
 from jemkit.modes import frozen
 from jemkit.networks import SmallCNN
 from jemkit.sampling import Boxed, L2Descent, Projected, Sampler
@@ -180,6 +181,25 @@ def test_a_step_waits_once_an_update_for_the_guard_alone(
     assert not drawn.waits
     assert not lost.waits
     assert whole.waits == Counter({"aten._local_scalar_dense": 1})
+
+
+@pytest.mark.parametrize("views", [Views(), Views(noise_pos=0.1, pos_share=0.5)])
+def test_a_batch_takes_as_many_operations_however_many_images_it_has(views: Views) -> None:
+    """Crops and mirror images are one gather, and nothing of them waits for the device."""
+    augmentation = Augmentation(pad=1, flip=True)
+    seen = []
+    for size in (4, 40):
+        images = Images(torch.zeros(60, 3, 8, 8, dtype=torch.uint8), torch.zeros(60).long())
+        loader = Loader(
+            images, size, gen(), views=views, bounds=TASK.bounds, augmentation=augmentation
+        )
+        loader.batch()
+        loader.step = 0
+        with Watch() as watch:
+            loader.batch()
+        assert not watch.waits
+        seen.append(watch.calls)
+    assert seen[0] == seen[1]
 
 
 KERNELS: list[Sampler] = [
