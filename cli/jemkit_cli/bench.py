@@ -13,11 +13,6 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="What a training step costs, and what it must cost.")
 
 
-@app.callback()
-def _bench() -> None:
-    """Keep `floor` a subcommand, though it is the only one."""
-
-
 @app.command()
 @guarded
 def floor(
@@ -72,6 +67,44 @@ def floor(
         say_json(found.figures())
     else:
         _show(found)
+
+
+@app.command()
+@guarded
+def accuracy(
+    backbone: pick.Backbone = None,
+    dataset: pick.Dataset = None,
+    network: pick.Network = None,
+    data_dir: pick.DataDir = None,
+    device: pick.Device = None,
+    channels_last: pick.ChannelsLast = None,
+    preset: pick.Preset = None,
+    config: pick.Config = None,
+    overrides: pick.Set = None,
+    no_plugins: pick.NoPlugins = False,
+    images: Annotated[int, typer.Option(min=1, help="Images to take gradients at.")] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+) -> None:
+    """Compare a fresh model's energy gradients in each precision with float64."""
+    options: dict[str, Any] = {
+        "backbone": backbone,
+        "dataset": dataset,
+        "network": network,
+        "data_dir": data_dir,
+        "device": device,
+        "channels_last": channels_last,
+    }
+    registry = installed_parts(third_party=not no_plugins)
+    resolved = pick.chosen(registry, options, preset=preset, config=config, overrides=overrides)
+    from jemkit.assembly import put_together
+    from jemkit.bench.accuracy import accuracy_of
+
+    found = accuracy_of(put_together(resolved.recipe), images)
+    if as_json:
+        say_json({each.precision: each._asdict() for each in found})
+        return
+    heads = ["precision", "relative error, median", "worst", "signs flipped"]
+    show_table(heads, [[p, f"{m:.1e}", f"{w:.1e}", f"{s:.2%}"] for p, m, w, s in found])
 
 
 def _show(found: "Floor") -> None:

@@ -1,0 +1,60 @@
+"""How exact an energy's gradient is in each precision: against float64, at the network's shapes."""
+
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from jemkit.assembly import Assembly
+from jemkit.energy import EnergyModel, ModelEnergy
+from jemkit.errors import DataError
+from jemkit.modes import sampling_mode
+from jemkit.runtime.numerics import Precision, numerics
+from jemkit.sampling import eager_gradient
+
+
+class Accuracy(NamedTuple):
+    """What one precision makes of dE/dx, image by image."""
+
+    precision: Precision
+    median: float  # of the images' relative errors, |g - g64| / |g64| in the L2 norm
+    worst: float
+    flipped: float  # share of all pixels whose sign is another: what steps by sign see
+
+
+def accuracy_of(parts: Assembly, images: int = 16) -> list[Accuracy]:
+    """Each precision of the device on the first images of a batch, against float64.
+
+    The model is a chain's: frozen, its batch norm by the batch. tf32 is a GPU's alone.
+    """
+    x = parts.loader.batch().x[:images]
+    cuda = parts.device.type == "cuda"
+    kinds: tuple[Precision, ...] = ("fp32", "tf32", "bf16") if cuda else ("fp32", "bf16")
+    exact = reference(parts.backbone.model, x)
+    return [errors(kind, _gradient(parts.backbone.model, x, kind), exact) for kind in kinds]
+
+
+def reference(model: EnergyModel, x: Tensor) -> Tensor:
+    """dE/dx [B, C, H, W] of a copy of the model in float64."""
+    return _gradient(deepcopy(model).double(), x.double(), "fp32")
+
+
+def errors(precision: Precision, found: Tensor, exact: Tensor) -> Accuracy:
+    """The errors of gradients [B, ...] against exact ones; a DataError where none can be told."""
+    size = exact.flatten(1).norm(dim=1)
+    relative = (found.double() - exact).flatten(1).norm(dim=1) / size
+    if not relative.isfinite().all():
+        raise DataError(
+            f"no relative error in {precision} for {int((~relative.isfinite()).sum())} of "
+            f"{len(relative)} images: their gradient is 0 or not finite; take another network or "
+            "other images"
+        )
+    flipped = (found.sign() != exact.sign()).double().mean()
+    return Accuracy(precision, float(relative.median()), float(relative.max()), float(flipped))
+
+
+def _gradient(model: EnergyModel, x: Tensor, precision: Precision) -> Tensor:
+    autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16")
+    with numerics(precision=precision), sampling_mode(model, "batch_stats"), autocast:
+        return eager_gradient(ModelEnergy(model), x)

@@ -1,0 +1,97 @@
+"""How exact gradients are in each precision, against float64."""
+
+import json
+
+import pytest
+import torch
+from cli_tools import jemkit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import toy_recipe, toy_registry
+
+from jemkit.assembly import put_together
+from jemkit.bench.accuracy import accuracy_of, errors, reference
+from jemkit.checkpoint import same
+from jemkit.energy import ModelEnergy
+from jemkit.errors import DataError
+from jemkit.modes import sampling_mode
+from jemkit.networks import SmallCNN
+from jemkit.sampling import eager_gradient
+from jemkit.testing import toy_batch, toy_model, toy_task
+
+TASK = toy_task()
+
+
+@pytest.mark.parametrize("backbone", ["jem", "jempp", "mebm", "sadajem", "classifier"])
+def test_fp32_is_nearly_exact_and_bf16_is_less_so(backbone: str) -> None:
+    parts = put_together(toy_recipe(toy_registry(), backbone, "ce").recipe)
+    fp32, bf16 = accuracy_of(parts, images=4)
+    assert (fp32.precision, bf16.precision) == ("fp32", "bf16")
+    assert fp32.median < 1e-4  # 2 ** -24 of each number, through a few layers
+    assert fp32.median <= fp32.worst < bf16.worst
+    assert 1e-4 < bf16.median < 1  # 2 ** -9 of each number
+
+
+def test_measuring_leaves_model_and_torch_alone() -> None:
+    parts = put_together(toy_recipe(toy_registry()).recipe)
+    model, state = parts.backbone.model, torch.random.get_rng_state()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    training = [module.training for module in model.modules()]
+    accuracy_of(parts, images=2)
+    assert same(before, model.state_dict())
+    assert training == [module.training for module in model.modules()]
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_the_reference_is_the_gradient_in_float64_of_the_same_weights() -> None:
+    model, x = toy_model(TASK, SmallCNN(channels=2)), toy_batch(TASK).x
+    exact = reference(model, x)
+    assert exact.dtype == torch.float64
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    with sampling_mode(model, "batch_stats"):
+        torch.testing.assert_close(exact.float(), eager_gradient(ModelEnergy(model), x))
+
+
+def test_errors_by_hand() -> None:
+    """|g| = 5 and an error of 0.5; |g| = 2 and none; one sign of four is another."""
+    exact = torch.tensor([[3.0, 4.0], [0.5, -(3.75**0.5)]], dtype=torch.float64)
+    found = exact.clone()
+    found[0, 1] += 0.5
+    found[1, 0] = -0.5  # an error of 1 in 2
+    told = errors("bf16", found, exact)
+    assert told.worst == pytest.approx(0.5)
+    assert told.median == pytest.approx(0.1)  # torch's median of an even number is the lower
+    assert told.flipped == 0.25
+
+
+@settings(max_examples=20, deadline=None)
+@given(scale=st.floats(1e-3, 1e3), error=st.floats(0, 0.5))
+def test_an_error_is_relative(scale: float, error: float) -> None:
+    exact = scale * torch.eye(3, dtype=torch.float64)
+    told = errors("fp32", exact * (1 + error), exact)
+    assert told.median == pytest.approx(error, abs=1e-6)
+    assert told.worst == pytest.approx(error, abs=1e-6)
+    assert told.flipped == 0
+
+
+@pytest.mark.parametrize("sick", [0.0, float("nan")])
+def test_where_no_error_can_be_told_none_is(sick: float) -> None:
+    exact = torch.ones(2, 3, dtype=torch.float64)
+    exact[1] *= sick
+    with pytest.raises(DataError, match="no relative error in fp32 for 1 of 2 images"):
+        errors("fp32", torch.ones(2, 3), exact)
+
+
+def test_the_command_tells_each_precision_as_json_and_as_a_table() -> None:
+    words = ["bench", "accuracy", "--backbone=jem", "--dataset=digits", "--device=cpu"]
+    words += ["--images=3", "--set=run.max_train=80", "--set=backbone.buffer.capacity=200"]
+    told = jemkit(*words, "--json")
+    assert told.code == 0, told.err
+    assert set(told.record) == {"fp32", "bf16"}
+    assert json.dumps(told.record)
+    assert 0 < told.record["fp32"]["median"] < told.record["bf16"]["median"]
+    table = jemkit(*words)
+    assert table.code == 0
+    assert "signs flipped" in table.out + table.err
