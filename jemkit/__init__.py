@@ -18,6 +18,7 @@ from jemkit.errors import (
 from jemkit.evaluation import evaluate
 from jemkit.evaluator import Context, Evaluator
 from jemkit.figures import Figure
+from jemkit.fitting import check
 from jemkit.hookspecs import hookimpl
 from jemkit.networks import Adapted
 from jemkit.objective import Batch, Objective, Terms
@@ -30,7 +31,7 @@ from jemkit.sampling import PYLD, SGLD, Sampler, SignDescent, chain, gradient, r
 from jemkit.session import train
 from jemkit.splits import Splits
 from jemkit.starts import Start
-from jemkit.training import Trainer, check, train_step
+from jemkit.training import Trainer, train_step
 from jemkit.update import SAM, Guard, Plain, Updater
 
 __all__ = [

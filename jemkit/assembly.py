@@ -7,16 +7,15 @@ from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 from jemkit import dealing, team
-from jemkit.backbone import Backbone, Task, check_stem
+from jemkit.backbone import Backbone, Task
 from jemkit.compiled import CompiledGradient, compiled_chains
 from jemkit.data import Loader, positives
-from jemkit.density import Buffered
-from jemkit.distance import UsesDistances
 from jemkit.energy import EnergyModel
-from jemkit.errors import ConfigError, DataError, MisfitError
-from jemkit.modes import eval_mode
-from jemkit.objective import Conditional, Objective, ObjectiveSpec, Remembering
+from jemkit.errors import ConfigError, DataError
+from jemkit.fitting import check, check_chains, check_distances
+from jemkit.objective import Objective, ObjectiveSpec, Remembering
 from jemkit.recipe import Recipe
+from jemkit.replay import replay_on
 from jemkit.runtime import distributed, sharding
 from jemkit.runtime.numerics import device_of, in_bf16
 from jemkit.seeds import generator
@@ -124,7 +123,7 @@ def put_together(recipe: Recipe) -> Assembly:
     optimizer = recipe.optimizer.build(parameters, fused=sharding.fusable(parameters))
     unit = CompiledGradient() if run.compile else None
     if unit is not None:
-        objective = compiled_chains(objective, unit)  # type: ignore[assignment]
+        objective = compiled_chains(objective, unit, replay_on(device))  # type: ignore[assignment]
     if run.precision == "bf16":
         objective = in_bf16(objective, device.type)  # type: ignore[assignment]
     rng = dealing.split(backbone, rng, run.seed)
@@ -173,52 +172,6 @@ def task_of(recipe: Recipe, splits: Splits) -> Task:
 def built_objective(recipe: Recipe, task: Task, rng: Generator) -> Objective[Any]:
     found = recipe.objective
     return found.build(task, rng) if isinstance(found, ObjectiveSpec) else found
-
-
-def check(backbone: Backbone, objective: Objective[Any]) -> None:
-    """Refuse, before the first step, parts that do not fit each other."""
-    if objective.needs_density and not backbone.has_density:
-        name = type(objective).__name__
-        raise MisfitError(
-            f"the objective {name} learns p(x), and this backbone has no density; "
-            "choose a backbone that has one, or an objective that needs none: "
-            "`jemkit plugins list` has all"
-        )
-    if backbone.has_density:
-        check_stem(backbone.density.sampler, backbone.model.network)
-
-
-def check_distances(
-    objective: Objective[Any], task: Task, backbone: Backbone, device: torch.device
-) -> None:
-    """Refuse a distance that the images are too small for, or whose weights are missing."""
-    for distance in objective.distances if isinstance(objective, UsesDistances) else ():
-        if task.shape[1] < distance.min_size:
-            raise MisfitError(
-                f"the distance {type(distance).__name__} takes images of {distance.min_size} px at "
-                f"least; these have {task.shape[1]}. Choose another objective.distance, such as "
-                "none, l2 or logits"
-            )
-        x = task.bounds.from_unit(task.images("train").take(torch.arange(1)).unit()).to(device)
-        with torch.no_grad(), eval_mode(backbone.model):
-            distance.bind(backbone.model, x, task.bounds)
-
-
-def check_chains(objective: Objective[Any], backbone: Backbone, chains: int) -> None:
-    """Refuse a buffer too small for a step, or without classes where some are asked for."""
-    if not backbone.has_density or not isinstance(backbone.density, Buffered):
-        return
-    buffer = backbone.density.buffer.options
-    if chains > buffer.capacity:
-        raise ConfigError(
-            f"each step begins {chains} chains, and the buffer holds {buffer.capacity}: raise "
-            "backbone.buffer.capacity or lower run.batch_size"
-        )
-    if isinstance(objective, Conditional) and objective.conditional and not buffer.conditional:
-        raise MisfitError(
-            "chains of given classes need a class-conditional buffer: "
-            "set backbone.buffer.conditional = true"
-        )
 
 
 def lay_like_parameters(optimizer: Optimizer) -> None:

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from jemkit.energy import EnergyFn
 from jemkit.objective import Objective
+from jemkit.replay import Replay
 from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.numerics import Within
-from jemkit.sampling import eager_gradient, gradients_by
+from jemkit.sampling import eager_gradient, gradients_by, runs_by
 
 Backend = Literal["inductor", "aot_eager", "eager"]
 GRAPHS = 64
@@ -85,9 +86,18 @@ def pays_after(warm_up: float, eager: float, compiled: float) -> float:
     return warm_up / (eager - compiled) if compiled < eager else float("inf")
 
 
-def compiled_chains(objective: Objective[Any], unit: CompiledGradient) -> Within:
-    """An objective whose chains take compiled gradients; its loss stays as it is."""
-    return Within(objective, lambda: gradients_by(unit))
+def compiled_chains(
+    objective: Objective[Any], unit: CompiledGradient, replay: Replay | None = None
+) -> Within:
+    """An objective whose chains take compiled gradients, their steps replayed where `replay` is
+    given; its loss stays as it is."""
+
+    @contextmanager
+    def drawing() -> Iterator[None]:
+        with gradients_by(unit), runs_by(replay) if replay else nullcontext():
+            yield
+
+    return Within(objective, drawing)
 
 
 @contextmanager

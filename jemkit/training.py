@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from torch import Generator
 
 from jemkit import checkpoint
-from jemkit.assembly import check, put_together
+from jemkit.assembly import put_together
 from jemkit.backbone import Backbone
 from jemkit.checkup import Metered
 from jemkit.errors import Diverged, Preempted
@@ -27,7 +27,7 @@ from jemkit.summary import Summary, Watch, judged
 from jemkit.team import alone, stepping
 from jemkit.update import Guard, Updater, pooled
 
-__all__ = ["Summary", "Trainer", "Watch", "check", "train_step"]
+__all__ = ["Summary", "Trainer", "Watch", "train_step"]
 
 REDRAW = 10.0
 """Seconds between two drawings of curves.png, which takes longer than a short epoch."""

@@ -93,9 +93,10 @@ class EBJDAT(Options):
         """What the chain descends: lambda d(x, .) - E(., y), Eq. 12."""
         far = [d.bind(backbone.model, batch.x, backbone.bounds) for d in self.distances]
         up = -1.0 if self.direction == "raise" else 1.0
+        model, y = backbone.model, batch.y  # all that the energy holds, so that it can be replayed
 
         def energy(x: Tensor) -> Tensor:
-            value = up * self._climbed(backbone.model(x), batch.y)
+            value = up * self._climbed(model(x), y)
             return value + sum(self.distance_weight * d(x) for d in far)
 
         return energy

@@ -21,11 +21,13 @@ class PGDAT(Options):
     attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10)
 
     def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> Tensor:
+        model, y = backbone.model, batch.y
+
         def loss(x: Tensor) -> Tensor:
-            return F.cross_entropy(backbone.model(x).logits, batch.y, reduction="none")
+            return F.cross_entropy(model(x).logits, y, reduction="none")
 
         return self.attack.draw(
-            backbone.model,
+            model,
             loss,
             batch.x,
             rng,

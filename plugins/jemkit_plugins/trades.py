@@ -27,11 +27,12 @@ class TRADES(Options):
     def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> Tensor | None:
         if not self.beta:
             return None
-        with eval_mode(backbone.model), torch.no_grad():
-            clean = backbone.model(batch.x).logits
+        model = backbone.model
+        with eval_mode(model), torch.no_grad():
+            clean = model(batch.x).logits
         return self.attack.draw(
-            backbone.model,
-            lambda x: divergence(clean, backbone.model(x).logits),
+            model,
+            lambda x: divergence(clean, model(x).logits),
             batch.x,
             rng,
             bounds=backbone.bounds,

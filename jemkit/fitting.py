@@ -1,0 +1,58 @@
+"""Parts that do not fit each other, refused before the first step."""
+
+from typing import Any
+
+import torch
+
+from jemkit.backbone import Backbone, Task, check_stem
+from jemkit.density import Buffered
+from jemkit.distance import UsesDistances
+from jemkit.errors import ConfigError, MisfitError
+from jemkit.modes import eval_mode
+from jemkit.objective import Conditional, Objective
+
+
+def check(backbone: Backbone, objective: Objective[Any]) -> None:
+    """Refuse, before the first step, parts that do not fit each other."""
+    if objective.needs_density and not backbone.has_density:
+        name = type(objective).__name__
+        raise MisfitError(
+            f"the objective {name} learns p(x), and this backbone has no density; "
+            "choose a backbone that has one, or an objective that needs none: "
+            "`jemkit plugins list` has all"
+        )
+    if backbone.has_density:
+        check_stem(backbone.density.sampler, backbone.model.network)
+
+
+def check_distances(
+    objective: Objective[Any], task: Task, backbone: Backbone, device: torch.device
+) -> None:
+    """Refuse a distance that the images are too small for, or whose weights are missing."""
+    for distance in objective.distances if isinstance(objective, UsesDistances) else ():
+        if task.shape[1] < distance.min_size:
+            raise MisfitError(
+                f"the distance {type(distance).__name__} takes images of {distance.min_size} px at "
+                f"least; these have {task.shape[1]}. Choose another objective.distance, such as "
+                "none, l2 or logits"
+            )
+        x = task.bounds.from_unit(task.images("train").take(torch.arange(1)).unit()).to(device)
+        with torch.no_grad(), eval_mode(backbone.model):
+            distance.bind(backbone.model, x, task.bounds)
+
+
+def check_chains(objective: Objective[Any], backbone: Backbone, chains: int) -> None:
+    """Refuse a buffer too small for a step, or without classes where some are asked for."""
+    if not backbone.has_density or not isinstance(backbone.density, Buffered):
+        return
+    buffer = backbone.density.buffer.options
+    if chains > buffer.capacity:
+        raise ConfigError(
+            f"each step begins {chains} chains, and the buffer holds {buffer.capacity}: raise "
+            "backbone.buffer.capacity or lower run.batch_size"
+        )
+    if isinstance(objective, Conditional) and objective.conditional and not buffer.conditional:
+        raise MisfitError(
+            "chains of given classes need a class-conditional buffer: "
+            "set backbone.buffer.conditional = true"
+        )
