@@ -15,6 +15,7 @@ from toys import backbone_of, gen, objective_of, updater_of
 
 from jemkit import PGD, PYLD, SGLD, Guard, ModelEnergy, SignDescent, run, train_step
 from jemkit.data import Augmentation, Images, Loader, Views
+from jemkit.density import Buffer
 from jemkit.modes import frozen
 from jemkit.networks import SmallCNN
 from jemkit.sampling import Boxed, L2Descent, Projected, Sampler
@@ -252,6 +253,49 @@ def test_a_kernel_adds_a_handful_of_operations_to_a_gradient(kernel: Sampler) ->
         kernel.step(ModelEnergy(model), BATCH.x, gen())
     added = {k: v for k, v in (step.calls - bare.calls).items() if k != "aten.detach"}
     assert sum(added.values()) <= OVERHEAD[type(kernel).__name__], added
+
+
+SPARE = {"SGLD": 5, "SignDescent": 3, "L2Descent": 5}
+"""Tensors the size of the images that a step makes beside the energy's gradient."""
+
+
+@pytest.mark.parametrize("kernel", [SGLD(), SignDescent(), L2Descent()], ids=name_of)
+def test_a_kernel_allocates_a_handful_of_images_beside_a_gradient(kernel: Sampler) -> None:
+    model = toy_model(TASK, SmallCNN(channels=2)).eval()
+    x = BATCH.x.detach().requires_grad_()
+    with frozen(model), Watch() as bare:
+        torch.autograd.grad(model(x).energy.sum(), x)
+    with frozen(model), Watch() as step:
+        kernel.step(ModelEnergy(model), BATCH.x, gen())
+    rows = 64 * len(x)  # norms and masks, a number a row
+    images = SPARE[type(kernel).__name__] * x.nbytes
+    assert step.bytes - bare.bytes <= images + rows
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_an_update_allocates_as_much_however_long_its_chains_were(norm: str) -> None:
+    made = set()
+    for steps in (1, 9):
+        built = backbone_of("sadajem", steps=steps, network=SmallCNN(channels=2, norm=norm))
+        chosen = objective_of("ebjdat", adv_steps=steps)
+        draws = chosen.draw(built, BATCH, gen())
+        with Watch() as watch:
+            chosen.loss(built, BATCH, draws).total.backward()
+        made.add((watch.bytes, len(watch.made)))
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("backbone", ["jem", "jempp", "mebm", "sadajem"])
+def test_steps_after_the_second_cost_what_the_second_did(backbone: str) -> None:
+    """Operations, bytes and waits of whole steps; the first makes the optimizer's momenta."""
+    built = backbone_of(backbone, steps=M, start=Uniform(), buffer=Buffer(capacity=300, restart=0))
+    chosen, guard = objective_of("ebjdat", adv_steps=M_ADV), Guard()
+    step, rng, seen = updater_of("sam", built.model), gen(), []
+    for _ in range(4):
+        with Watch() as watch:
+            train_step(built, chosen, step, BATCH, rng, guard)
+        seen.append((watch.calls, watch.bytes, watch.waits))
+    assert seen[1] == seen[2] == seen[3]
 
 
 def test_frozen_weights_get_no_gradient_computed() -> None:
