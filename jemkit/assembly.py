@@ -13,6 +13,7 @@ from jemkit.data import Loader, positives
 from jemkit.energy import EnergyModel
 from jemkit.errors import ConfigError, DataError
 from jemkit.fitting import check, check_chains, check_distances
+from jemkit.memory import MicroBatch
 from jemkit.objective import Objective, ObjectiveSpec, Remembering
 from jemkit.recipe import Recipe
 from jemkit.replay import replay_on
@@ -38,6 +39,7 @@ class Assembly(NamedTuple):
     optimizer: Optimizer
     updater: Updater
     ema: EMA | None
+    micro: MicroBatch
     loader: Loader  # with a generator of its own, so that a sampler never moves the data
     compiled: CompiledGradient | None = None  # what chains go by, under --compile
     twin: EnergyModel | None = None  # under --shard, what the first process looks at alone
@@ -75,6 +77,7 @@ class Assembly(NamedTuple):
             "optimizer": sharding.whole(self.optimizer.state_dict(), keep=team.leads()),
             "updater": self.updater.state_dict() if isinstance(self.updater, Stateful) else None,
             "loader": self.loader.state_dict(),
+            "micro_batch": self.micro.size,
         }
 
     def weights(self) -> State:
@@ -100,6 +103,8 @@ class Assembly(NamedTuple):
         if isinstance(self.objective, Remembering):
             self.objective.load_state_dict(own["objective"])
         self.loader.load_state_dict(state["loader"])
+        sizes = {self.micro.size, state.get("micro_batch", 0)} - {0}
+        self.micro.size = min(sizes, default=0)
         self.rng.set_state(own["rng"])
 
 
@@ -146,6 +151,7 @@ def put_together(recipe: Recipe) -> Assembly:
         optimizer=optimizer,
         updater=team.checked(recipe.updater.build(model, optimizer), model),
         ema=EMA(model, run.ema_decay) if run.ema_decay else None,
+        micro=MicroBatch(run.micro_batch),
         loader=loader,
         compiled=unit,
         twin=twin,

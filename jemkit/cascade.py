@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from jemkit.autoattack import random_state_kept
 from jemkit.data import Images
 from jemkit.errors import DataError, MisfitError
 from jemkit.evaluator import AnyAttack, Context, batches, no_progress
+from jemkit.memory import fitted
 from jemkit.pixels import UNIT, PixelModel, weights_hash
 from jemkit.runtime.ledger import Ledger, Piece, tensors_hash
 
@@ -117,7 +119,8 @@ class _Course:
 
     def _clean(self, _: int) -> Piece:
         with repeatable(Generator(self.ctx.rng.device).manual_seed(self.ctx.seed)):
-            right = [self._right(x, y, "clean") for x, y in batches(self.data, self.ctx)]
+            found = batches(self.data, self.ctx)
+            right = [fitted(partial(self._right, x, y, "clean")) for x, y in found]
         return {"right": torch.cat(right)}
 
     def _batch(self, index: Tensor, perturb: Perturb) -> Piece:
@@ -125,11 +128,15 @@ class _Course:
         device = self.ctx.rng.device
         part = self.data.take(index).to(device)
         x, y = part.unit(), part.y
-        rng = Generator(device).manual_seed(self.ctx.seed)
-        with repeatable(rng):
-            x_adv = perturb(x, y, rng).detach()
-            check_bound(x, x_adv, self.ctx.threat, self.name)
-            right = self._right(x_adv, y, "attacked")
+
+        def attempt() -> tuple[Tensor, Tensor]:
+            rng = Generator(device).manual_seed(self.ctx.seed)
+            with repeatable(rng):
+                x_adv = perturb(x, y, rng).detach()
+                check_bound(x, x_adv, self.ctx.threat, self.name)
+                return x_adv, self._right(x_adv, y, "attacked")
+
+        x_adv, right = fitted(attempt)
         seconds = torch.tensor(time.monotonic() - began, dtype=torch.float64)
         return {"x_adv": x_adv.cpu(), "right": right, "seconds": seconds}
 

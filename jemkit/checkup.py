@@ -11,6 +11,7 @@ from jemkit.assembly import Assembly
 from jemkit.data import Bounds, Images
 from jemkit.density import Buffered, ReplayBuffer
 from jemkit.energy import EnergyModel, ModelEnergy
+from jemkit.memory import fitted
 from jemkit.modes import batch_norms, sampling_mode
 from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.sentinel import Finding, Sentinel, Sick, Vitals
@@ -138,5 +139,5 @@ def renew(buffer: ReplayBuffer, sick: Tensor, rng: Generator) -> int:
 def steepness(model: EnergyModel, buffer: ReplayBuffer) -> float:
     """The median of |dE/dx| over some chains of the buffer; nothing is drawn or moved."""
     with sampling_mode(model, "batch_stats"):
-        slopes = gradient(ModelEnergy(model), buffer.states[:CHAINS])
+        slopes = fitted(lambda: gradient(ModelEnergy(model), buffer.states[:CHAINS]))
     return float(slopes.flatten(1).norm(dim=1).median())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from jemkit.energy import EnergyFn
+from jemkit.memory import cuts
 from jemkit.objective import Objective
 from jemkit.replay import Replay
 from jemkit.runtime.folder import RunFolder
@@ -46,7 +47,7 @@ class CompiledGradient:
         )
 
     def __call__(self, energy: EnergyFn, x: Tensor) -> Tensor:
-        if self.given_up:
+        if self.given_up or cuts(len(x)):  # a graph knows its batch, and would hold all of it
             return eager_gradient(energy, x)
         began, before = time.perf_counter(), self._graphs
         try:

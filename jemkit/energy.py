@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jemkit.memory import passed
 from jemkit.options import Options
 
 EnergyFn = Callable[[Tensor], Tensor]
@@ -63,7 +64,7 @@ class EnergyModel(nn.Module, ABC):
         """Features [B, D], float32, to scores."""
 
     def forward(self, x: Tensor) -> Scores:
-        return self.scores(self.network(x))
+        return self.scores(passed(self.network, x, self.network))
 
     def scores(self, features: Tensor) -> Scores:
         """`read` in float32, also where the network runs in bfloat16: an energy's grain there is
@@ -125,11 +126,13 @@ class ModelEnergy:
         return self._of(self.model(x))
 
     def stem(self, x: Tensor) -> Tensor:
-        return self.model.network.stem(x)
+        network = self.model.network
+        return passed(network.stem, x, network)
 
     def trunk(self, h: Tensor) -> Tensor:
         """The energy from the first layer's output on."""
-        return self._of(self.model.scores(self.model.network.trunk(h)))
+        network = self.model.network
+        return self._of(self.model.scores(passed(network.trunk, h, network)))
 
     def _of(self, scores: Scores) -> Tensor:
         return scores.energy if self.y is None else scores.joint(self.y)

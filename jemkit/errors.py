@@ -33,6 +33,16 @@ class Preempted(JemkitError):
     exit_code = 5
 
 
+class OutOfMemory(JemkitError):
+    """Memory that ran out where no smaller pass would help, or nobody may take one."""
+
+    exit_code = 7
+
+    def __init__(self, message: str, *, undone: bool = True) -> None:
+        super().__init__(message)
+        self.undone = undone  # whether all is as before what failed
+
+
 class DataError(JemkitError, ValueError):
     """A file that is missing, damaged or not what it claims to be."""
 

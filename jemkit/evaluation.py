@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from jemkit.evaluator import (
     no_progress,
 )
 from jemkit.figures import Figure
+from jemkit.memory import MicroBatch, fitted
 from jemkit.modes import eval_mode
 from jemkit.pixels import check_subject
 from jemkit.record import Record
@@ -98,10 +100,11 @@ def judge(
         as_model_attack(attack, name).bind(subject.model, ctx.threat)
     apart = shard.size if distributed.shard().size == 1 else 1  # torchrun has divided the cores
     threads = max(1, torch.get_num_threads() // apart)  # the same in all of them
-    with numerics(threads=threads), random_state_kept():  # a model may draw from torch's own
+    own_draws = random_state_kept()  # a model may draw from torch's own
+    with numerics(threads=threads), own_draws, MicroBatch().held():
         first = data.take(torch.arange(min(n, settings.batch_size))).to(ctx.rng.device)
         with eval_mode(subject.model):
-            check_subject(subject.model, first.unit(), subject.n_classes)
+            fitted(partial(check_subject, subject.model, first.unit(), subject.n_classes))
         return _Judgement(subject, settings, ctx, data).run(evaluators, keep_adversarial)
 
 

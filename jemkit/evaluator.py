@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,6 +13,7 @@ from jemkit.attack import Attack, ModelAttack, Threat
 from jemkit.data import Images
 from jemkit.errors import DataError, MisfitError, Preempted
 from jemkit.figures import Figure, share
+from jemkit.memory import fitted
 from jemkit.modes import eval_mode, frozen
 from jemkit.options import Options
 from jemkit.pixels import PixelModel
@@ -99,7 +101,11 @@ def measure(
     before, subject.poll = subject.poll, ctx.poll
     try:
         with frozen(subject), eval_mode(subject):
-            return [figure for judge in evaluators for figure in judge(subject, data, ctx)]
+            return [
+                figure
+                for judge in evaluators
+                for figure in fitted(partial(judge, subject, data, ctx), ctx.rng)
+            ]
     finally:
         subject.poll = before
         if ctx.work is None:

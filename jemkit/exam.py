@@ -1,6 +1,7 @@
 """How a model is looked at while it trains, and judged at the end."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from jemkit.cascade import attacked
 from jemkit.data import Images, checked
 from jemkit.evaluator import Accuracy, Context, measure
 from jemkit.figures import Figure
+from jemkit.memory import MicroBatch, fitted
 from jemkit.modes import eval_mode, frozen
 from jemkit.pictures import save_energies, save_grid
 from jemkit.pixels import PixelModel
@@ -35,21 +37,25 @@ class Exam:
     splits: Splits
     seed: int
     epoch: int
+    most: int = 0  # images in one pass of the network; 0: all that come
 
     def validate(self, n_robust: int) -> dict[str, float]:
         """Validation accuracy, and under PGD-10 on its first `n_robust` images."""
         valid = self.splits.images("valid")
         part = Images(valid.x[:n_robust], valid.y[:n_robust])
-        (clean,) = measure(self._subject(), valid, [Accuracy()], self._context("validate"))
         judge = Robustness(attack=PGD(steps=10))
-        robust, *_ = measure(self._subject(), part, [judge], self._context("validate"))
+        with MicroBatch(self.most).held():
+            (clean,) = measure(self._subject(), valid, [Accuracy()], self._context("validate"))
+            robust, *_ = measure(self._subject(), part, [judge], self._context("validate"))
         return {"accuracy": clean.value, "pgd10": robust.value}
 
     def draw_grid(self, path: Path) -> None:
         """Samples of fresh chains, a row a class where the start knows classes."""
         if not self.backbone.has_density:
             return
-        save_grid(path, self.task.bounds.to_unit(self._samples(self._generator("grid"))))
+        with MicroBatch(self.most).held():
+            drawn = self._samples(self._generator("grid"))
+        save_grid(path, self.task.bounds.to_unit(drawn))
 
     def draw_energies(self, path: Path) -> None:
         """Histograms of E(x) of validation images, of PGD-20's and of samples (Figure 1)."""
@@ -58,7 +64,7 @@ class Exam:
             self._context("energies"),
             self._subject(),
         )
-        with frozen(subject), eval_mode(subject):
+        with MicroBatch(self.most).held(), frozen(subject), eval_mode(subject):
             found = attacked(subject, PGD20, valid, ctx, "pgd")
             rows = {
                 "clean": energies(subject, valid, ctx)[0],
@@ -75,14 +81,16 @@ class Exam:
         data = checked(self.splits.images("test"), self.task.n_classes, "the test split")
         about = {"split": "test", "images": len(data.y), "seed": self.seed, "versions": versions()}
         ctx = replace(self._context("test", {**about, **card}), seed=self.seed)
-        return measure(self._subject(), data, [Accuracy(), Robustness()], ctx)
+        with MicroBatch(self.most).held():
+            return measure(self._subject(), data, [Accuracy(), Robustness()], ctx)
 
     def _samples(self, rng: Generator) -> Tensor:
         """GRID images in the model's range, in the order of their starts' classes."""
         density = self.backbone.density
         y = torch.arange(GRID, device=rng.device) * min(self.task.n_classes, 10) // GRID
         start = Labelled(density.start, y)
-        return density.sample(self.backbone.model, GRID, rng, steps=GRID_STEPS, start=start)
+        drawn = partial(density.sample, self.backbone.model, GRID, rng, steps=GRID_STEPS)
+        return fitted(partial(drawn, start=start), rng)
 
     def _subject(self) -> PixelModel:
         return PixelModel(self.backbone.model, self.task.bounds)

@@ -14,6 +14,7 @@ from jemkit.checkpoint import file_hash
 from jemkit.data import Bounds
 from jemkit.errors import ConfigError, DataError, JemkitError
 from jemkit.evaluator import Context
+from jemkit.memory import passed
 from jemkit.pixels import UNIT, PixelModel, weights_hash
 from jemkit.runtime.files import load_tensors
 from jemkit.vision import torchvision
@@ -53,7 +54,8 @@ def of_module(module: nn.Module, name: str, bounds: Bounds = UNIT) -> Features:
         raise ConfigError(f"{name!r} names the network of FID; call this one by another name")
 
     def extract(images: Tensor) -> Seen:
-        return Seen(module(bounds.from_unit(images.float() / 255)).flatten(1).float())
+        x = bounds.from_unit(images.float() / 255)
+        return Seen(passed(module, x, module).flatten(1).float())
 
     card = {
         "extractor": type(module).__name__,

@@ -1,5 +1,6 @@
 """A process that follows: it takes the steps that the first one of its group orders."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +78,11 @@ class Follower:
             alike(parts)
             batch = parts.loader.batch()
             try:
-                train_step(
-                    parts.backbone,
-                    parts.objective,
-                    parts.updater,
-                    batch,
-                    parts.rng,
-                    self.guard,
-                    self.theta_steps,
-                )
+                take = partial(
+                    train_step, parts.backbone, parts.objective, parts.updater, batch, parts.rng,
+                    self.guard, self.theta_steps,
+                )  # fmt: skip
+                parts.micro.fit(take)
             except Diverged:
                 parts.loader.load_state_dict(before)
                 return

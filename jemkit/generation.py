@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,7 @@ from jemkit.backbone import Backbone, Task
 from jemkit.dealing import undivided
 from jemkit.density import Buffered, Density
 from jemkit.errors import ConfigError, MisfitError, Preempted
+from jemkit.memory import MicroBatch
 from jemkit.pictures import save_grid, to_bytes
 from jemkit.registry import Registry
 from jemkit.restoring import Which, chosen, restored, run_folder
@@ -227,13 +229,14 @@ def _fresh(
 ) -> Tensor:
     """The ends of n chains, TOGETHER at a time, each such batch from a generator of its own."""
     sizes = [min(TOGETHER, asked.n - at) for at in range(0, asked.n, TOGETHER)]
-    polling = Polling(lambda: stop(), lambda: 0)
+    polling, micro = Polling(lambda: stop(), lambda: 0), MicroBatch()
 
     def compute(i: int) -> dict[str, Tensor]:
         rng = generator(asked.device, asked.seed, "sample", i)
         y = None if asked.y is None else asked.y[i * TOGETHER : i * TOGETHER + sizes[i]]
         p0, model = asked.start or run.density.start, run.backbone.model
-        return {"x": run.density.sample(model, sizes[i], rng, steps=asked.steps, start=p0, y=y)}
+        draw = partial(run.density.sample, model, sizes[i], rng, steps=asked.steps, start=p0, y=y)
+        return {"x": micro.fit(draw, rng)}
 
     about = {"asked": asked.protocol, "backbone": run.table, "data": run.task.hash}
     ledger = Ledger(work, {**about, "y": None if asked.y is None else asked.y.tolist()}, shard)

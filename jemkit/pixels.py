@@ -10,6 +10,7 @@ from jemkit.data import Bounds
 from jemkit.density import Density
 from jemkit.energy import EnergyModel, Scores
 from jemkit.errors import DataError, MisfitError
+from jemkit.memory import passed
 from jemkit.starts import Start
 
 UNIT = Bounds(0.0, 1.0)
@@ -77,7 +78,7 @@ class Stranger(EnergyModel):
         self.module = module
 
     def forward(self, x: Tensor) -> Scores:
-        logits = self.module(x)
+        logits = passed(self.module, x, self.module)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise MisfitError(

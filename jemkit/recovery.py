@@ -4,13 +4,13 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jemkit import checkpoint
 from jemkit.assembly import Assembly
 from jemkit.checkup import Checkup, renew, sick_slots
 from jemkit.density import Penalised
-from jemkit.errors import DataError, Diverged
+from jemkit.errors import DataError, Diverged, OutOfMemory
 from jemkit.runtime import distributed
 from jemkit.runtime.sentinel import Finding, Remedy, Sentinel, Sick
 from jemkit.seeds import generator
@@ -155,6 +155,16 @@ def go_back(trainer: "Trainer", error: Diverged) -> None:
     folder.drop_metrics_from(trainer.step)
     folder.event("rollback", **entry)
     trainer.watch("rollback", entry)
+
+
+def saved(trainer: "Trainer", error: OutOfMemory) -> NoReturn:
+    """End a run for which there is no room, once what it has done is safe."""
+    told = str(error)
+    if error.undone:
+        trainer.save()
+        told += f". Step {trainer.step} is saved; --resume goes on from it where there is more room"
+    trainer.folder.event("memory", step=trainer.step, ended=told)
+    raise OutOfMemory(told, undone=error.undone) from None
 
 
 def _earliest(trainer: "Trainer", error: Diverged) -> Finding:

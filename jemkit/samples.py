@@ -12,6 +12,7 @@ from jemkit.density import Buffered
 from jemkit.errors import DataError
 from jemkit.evaluator import Context, Unmeasurable
 from jemkit.generation import TOGETHER
+from jemkit.memory import fitted
 from jemkit.options import Options
 from jemkit.pictures import to_bytes
 from jemkit.pixels import PixelModel, weights_hash
@@ -46,7 +47,7 @@ def fresh(
 
     def piece(i: int, size: int) -> Tensor:
         rng = generator(ctx.rng.device, ctx.seed, "generation", i)
-        return subject.sample(size, rng, steps=steps, start=start)
+        return fitted(lambda: subject.sample(size, rng, steps=steps, start=start), rng)
 
     how = {"source": "chains", "steps": steps, "start": plainly(start), **about}
     return _pieces(subject, ctx, n, how, piece)

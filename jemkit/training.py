@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NoReturn
 
@@ -12,16 +12,16 @@ from jemkit import checkpoint
 from jemkit.assembly import put_together
 from jemkit.backbone import Backbone
 from jemkit.checkup import Metered
-from jemkit.errors import Diverged, Preempted
+from jemkit.errors import Diverged, OutOfMemory, Preempted
 from jemkit.exam import Exam
 from jemkit.objective import Batch, Objective, Remembering, Terms
 from jemkit.pictures import save_curves
 from jemkit.recipe import Recipe, Resolved
-from jemkit.recovery import Care, go_back
+from jemkit.recovery import Care, go_back, saved
 from jemkit.runtime import distributed
 from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.journal import GATHER, PATIENCE, Journal
-from jemkit.runtime.numerics import Precision, numerics
+from jemkit.runtime.numerics import numerics
 from jemkit.runtime.polling import Polling
 from jemkit.summary import Summary, Watch, judged
 from jemkit.team import alone, stepping
@@ -87,8 +87,7 @@ class Trainer:
         self.backbone, self.objective, self.loader = parts.backbone, parts.objective, parts.loader
         self.optimizer, self.updater, self.ema = parts.optimizer, parts.updater, parts.ema
         self.care = Care(self.recipe.sentinel, parts, self.recipe.run.seed)
-        self.metered = Metered(folder.path)
-        self.guard, self.writer = Guard(), checkpoint.Writer()
+        self.metered, self.guard, self.writer = Metered(folder.path), Guard(), checkpoint.Writer()
         self.journal = Journal(self.metered, tensorboard=self.recipe.run.tensorboard)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
@@ -112,7 +111,8 @@ class Trainer:
             self.save()  # where a run goes back to that is sick before its first epoch has ended
         alone = distributed.shard().size == 1  # among several no one leaves a step by himself
         passes = self.polling.passes(self.backbone.model, on=alone and not run.compile)
-        with self._numerics(run.precision), passes:
+        switches = partial(numerics, deterministic=run.deterministic, threads=run.threads)
+        with switches(precision=run.precision), passes:
             try:
                 self._recovering(last)
             finally:
@@ -126,6 +126,8 @@ class Trainer:
                 self._preempted()
             except Diverged as error:
                 go_back(self, error)
+            except OutOfMemory as error:
+                saved(self, error)
 
     def _steps(self, last: int) -> None:
         per_epoch = self.loader.steps_per_epoch
@@ -150,10 +152,12 @@ class Trainer:
         try:
             with stepping(self.parts):
                 batch = self.loader.batch()
-                terms = train_step(
-                    self.backbone, self.objective, self.updater, batch, self.rng, self.guard,
-                    run.theta_steps,
+                take = partial(
+                    train_step, self.backbone, self.objective, self.updater, batch, self.rng,
+                    self.guard, run.theta_steps,
                 )  # fmt: skip
+                told = partial(self.folder.event, "memory", step=step)
+                terms = self.parts.micro.fit(take, moved=lambda: self.guard.updates, told=told)
         except BaseException:
             self.loader.load_state_dict(before)
             raise
@@ -199,7 +203,8 @@ class Trainer:
 
     def exam(self, epoch: int) -> Exam:
         """How the model is looked at after an epoch, 0 for the end."""
-        return Exam(self.backbone, self.task, self.splits, self.recipe.run.seed, epoch)
+        seed, most = self.recipe.run.seed, self.parts.micro.size
+        return Exam(self.backbone, self.task, self.splits, seed, epoch, most)
 
     def finish(self) -> Summary:
         """Judge the best epoch on the test split, at full size."""
@@ -228,10 +233,6 @@ class Trainer:
         self.seconds = state["seconds"]
         if "care" in state:  # as of runs before there was a sentinel it is not
             self.care.load_state_dict(state["care"])
-
-    def _numerics(self, precision: Precision) -> AbstractContextManager[None]:
-        run = self.recipe.run
-        return numerics(precision=precision, deterministic=run.deterministic, threads=run.threads)
 
     def gather(self) -> dict[str, Any]:
         """Write the metrics that are due; the sentinel reads them."""

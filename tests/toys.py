@@ -24,7 +24,7 @@ from jemkit import (
     resolve,
 )
 from jemkit.attack import PGD
-from jemkit.networks import SmallCNN
+from jemkit.networks import Norm, Shape, SmallCNN
 from jemkit.registry import Plugin, Registry, registry_of
 from jemkit.testing.toys import toy_images, toy_task
 from jemkit.training import Resolved
@@ -105,6 +105,38 @@ def linear_model(width: int, n_classes: int, seed: int = 0) -> LogSumExpEnergy:
     return model
 
 
+class Room(Network):
+    """A small network on a device that has room for so many images at once."""
+
+    def __init__(self, inner: Network, images: int) -> None:
+        super().__init__()
+        self.inner, self.images, self.width = inner, images, inner.width
+        self.largest = 0
+
+    def stem(self, x: Tensor) -> Tensor:
+        self.enter(x)
+        return self.inner.stem(x)
+
+    def trunk(self, h: Tensor) -> Tensor:
+        self.enter(h)
+        return self.inner.trunk(h)
+
+    def enter(self, x: Tensor) -> None:
+        if len(x) > self.images:
+            raise torch.OutOfMemoryError(f"CUDA out of memory: {len(x)} images")
+        self.largest = max(self.largest, len(x))
+
+
+class Cramped(Options):
+    """Options of a network in a room; for whole runs by way of `CrampedPlugin`."""
+
+    images: int = 1_000_000
+    norm: Norm = "none"
+
+    def build(self, shape: Shape) -> Network:
+        return Room(SmallCNN(channels=2, norm=self.norm).build(shape), self.images)
+
+
 class Toy(Options):
     """A data set of 3 x 20 noisy patterns, for whole runs."""
 
@@ -134,6 +166,15 @@ class ToyPlugin:
     @hookimpl
     def jemkit_datasets() -> dict[str, Any]:
         return {"toy": Toy}
+
+
+class CrampedPlugin:
+    """Offers `cramped`, as a guest of `toy_registry`."""
+
+    @staticmethod
+    @hookimpl
+    def jemkit_networks() -> dict[str, Any]:
+        return {"cramped": Cramped}
 
 
 def toy_registry(guests: Iterable[Plugin] = ()) -> Registry:

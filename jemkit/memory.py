@@ -1,0 +1,173 @@
+"""Memory: a network's passes in slices of a micro-batch, which is halved where memory runs out."""
+
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+
+from jemkit.errors import OutOfMemory
+from jemkit.modes import batch_norms
+from jemkit.runtime import distributed
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SIGNS = ("allocate memory", "not enough memory", "out of memory", "bad_alloc", "ALLOC_FAILED")
+"""How torch's allocators and the libraries under it say that there is no room."""
+
+
+class MicroBatch:
+    """The most images in one pass of a network, 0 for however many come.
+
+    The batch, what is drawn for it and the loss on it stay whole: a pass is cut, its scores are
+    put together, and the way back computes each slice anew, so that one slice's activations are
+    held at a time and not the batch's. That is exact wherever rows do not know each other. Where
+    batch norm takes the batch's own statistics they do, and a pass stays whole; on a GPU its
+    activations then wait for the way back in the host's memory.
+    """
+
+    def __init__(self, size: int = 0) -> None:
+        self.size = size
+        self._most, self._whole = 0, False  # images of the largest pass; whether the last is tied
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Every pass inside the block keeps to it."""
+        token = _HELD.set(self)
+        try:
+            yield
+        finally:
+            _HELD.reset(token)
+
+    def fit(
+        self,
+        work: Callable[[], T],
+        rng: Generator | None = None,
+        *,
+        moved: Callable[[], int] = lambda: 0,
+        told: Callable[..., None] = lambda **what: None,
+    ) -> T:
+        """Do the work, again with half the images in a pass wherever memory runs out.
+
+        Work must be as if not begun where it fails; `rng` is put back for it. Where `moved` has
+        gone on, or other processes take part, it cannot be begun again. `told` hears of halvings.
+        """
+        state, before = rng.get_state() if rng else None, moved()
+        while True:
+            self._most, self._whole = 0, False
+            with self.held():
+                try:
+                    return work()
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            # outside of `except`: the error is gone, and with it the frames that held the work
+            self._check(reason, undone=moved() == before)
+            told(**self._halve(reason))
+            if rng is not None and state is not None:
+                rng.set_state(state)
+
+    def cuts(self, n: int) -> bool:
+        """Whether a pass of n images is too large for it; remembers n."""
+        self._most = max(self._most, n)
+        return 0 < self.size < n
+
+    def passed(self, part: Callable[[Tensor], Tensor], x: Tensor, of: nn.Module) -> Tensor:
+        """part(x), [B, ...] for x [B, ...], slice by slice; `of` is the module whose part it is."""
+        self._whole = False
+        if not self.cuts(len(x)):
+            return part(x)
+        if any(m.training or m.running_mean is None for m in batch_norms(of)):
+            self._whole = True
+            if not x.is_cuda:
+                return part(x)
+            with save_on_cpu():
+                return part(x)
+        slices = x.tensor_split(-(-len(x) // self.size))  # even: a product of one row rounds apart
+        if not torch.is_grad_enabled():
+            return torch.cat([part(piece) for piece in slices])
+        return torch.cat([checkpoint(part, piece, use_reentrant=False) for piece in slices])
+
+    def _halve(self, reason: str) -> dict[str, Any]:
+        was = min(self.size or self._most, self._most)
+        self.size = was // 2
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        log.warning(
+            "out of memory with %d images in a pass (%s); going on with %d at a time, of the same "
+            "batches",
+            was,
+            reason,
+            self.size,
+        )
+        return {"was": was, "images": self.size, "reason": reason}
+
+    def _check(self, reason: str, *, undone: bool) -> None:
+        """Raise OutOfMemory where smaller slices would not help, or no one can begin again."""
+        most = min(self.size or self._most, self._most)
+        if distributed.size() > 1:
+            raise OutOfMemory(
+                f"process {distributed.shard().rank} of {distributed.size()} ran out of memory "
+                f"with {most} images in a pass ({reason}). None can take a step again without the "
+                f"others: set run.micro_batch = {max(1, most // 2)}, in the run's config.json if "
+                "it is to go on with --resume",
+                undone=False,
+            )
+        if not undone:
+            raise OutOfMemory(
+                f"out of memory ({reason}) after an update had begun, which cannot be undone. The "
+                "newest checkpoint is whole: set a smaller run.micro_batch in the run's "
+                "config.json and go on with --resume",
+                undone=False,
+            )
+        if self._whole and self.size:
+            raise OutOfMemory(
+                f"out of memory ({reason}) with {self._most} images in a pass that cannot be cut, "
+                "since batch norm takes its statistics over all of them: take a smaller batch, a "
+                "network of another norm, or backbone.density.batch_norm = running_stats if it "
+                "was a chain's"
+            )
+        if most < 2:
+            raise OutOfMemory(
+                f"out of memory ({reason}) with {most} image(s) in a pass, so that smaller passes "
+                "would not help: take a smaller batch, a smaller network or a larger device"
+            )
+
+
+_HELD: ContextVar[MicroBatch | None] = ContextVar("micro_batch", default=None)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a device or on the host."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+
+
+def passed(part: Callable[[Tensor], Tensor], x: Tensor, of: nn.Module) -> Tensor:
+    """A network's pass or a part of one, by the micro-batch in force."""
+    if torch.compiler.is_compiling():
+        return part(x)
+    micro = _HELD.get()
+    return part(x) if micro is None else micro.passed(part, x, of)
+
+
+def cuts(n: int) -> bool:
+    """Whether the micro-batch in force would cut a pass of n images."""
+    micro = _HELD.get()
+    return micro is not None and micro.cuts(n)
+
+
+def fitted(work: Callable[[], T], rng: Generator | None = None) -> T:
+    """Work that can be done again, by the micro-batch in force or by one of its own."""
+    return (_HELD.get() or MicroBatch()).fit(work, rng)
