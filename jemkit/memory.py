@@ -20,7 +20,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-SIGNS = ("allocate memory", "not enough memory", "out of memory", "bad_alloc", "ALLOC_FAILED")
+SIGNS = (
+    "allocate memory", "not enough memory", "out of memory", "bad_alloc", "ALLOC_FAILED",
+    "could not create a primitive",
+)  # fmt: skip
 """How torch's allocators and the libraries under it say that there is no room."""
 
 

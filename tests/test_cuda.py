@@ -14,13 +14,15 @@ from jemkit import PYLD, SGLD, Backbone, Batch, Diverged, Guard, Terms, Trainer,
 from jemkit.checkpoint import same
 from jemkit.compiled import CompiledGradient, compiled_chains
 from jemkit.energy import EnergyFn, ModelEnergy
+from jemkit.memory import MicroBatch
 from jemkit.modes import sampling_mode
+from jemkit.networks import SmallCNN
 from jemkit.replay import CudaGraphs, Replay
 from jemkit.runtime import sharding
 from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.numerics import numerics
 from jemkit.sampling import L2Descent, Projected, Sampler, SignDescent, eager_run
-from jemkit.testing import toy_batch, toy_task
+from jemkit.testing import toy_batch, toy_model, toy_task
 
 pytestmark = pytest.mark.cuda
 TASK = toy_task()
@@ -269,3 +271,46 @@ def test_steps_with_replayed_chains_train_as_eager_ones_do(objective: str) -> No
     assert replay.recorded == (2 if objective == "ebjdat" else 1)
     for ours, theirs in zip(*ends, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_batch_norm_may_keep_its_activations_on_the_host() -> None:
+    found = []
+    for size in (0, 2):
+        backbone = on_gpu("sadajem")
+        with MicroBatch(size).held():
+            train_step(
+                backbone, objective_of("ebjdat"), fused(backbone), batch(), generator(1), Guard()
+            )
+        found.append(backbone.model.state_dict())
+    assert all(torch.allclose(found[1][k], t, atol=1e-5) for k, t in found[0].items())
+
+
+def test_a_pass_in_slices_takes_less_of_the_device() -> None:
+    model = toy_model(TASK, SmallCNN(channels=32, norm="none")).cuda()
+    x, peaks, grads = torch.rand((512, *TASK.shape), device="cuda"), [], []
+    model(x).energy.mean().backward()  # what libraries set up on their first call
+    for size in (0, 32):
+        model.zero_grad()
+        torch.cuda.reset_peak_memory_stats()
+        with MicroBatch(size).held():
+            model(x).energy.mean().backward()
+        peaks.append(torch.cuda.max_memory_allocated())
+        grads.append(next(model.parameters()).grad.clone())
+    assert peaks[1] < peaks[0]
+    assert torch.allclose(*grads, rtol=1e-3, atol=1e-5)
+
+
+def test_a_device_that_is_full_halves_the_micro_batch() -> None:
+    held: list[torch.Tensor] = []
+    model, micro = toy_model(TASK, SmallCNN(channels=2, norm="none")).cuda(), MicroBatch()
+
+    def work() -> torch.Tensor:
+        with torch.no_grad():
+            energy = model(batch().x).energy
+        if not held:
+            held.append(energy)
+            torch.empty(2**50, device="cuda")
+        return energy
+
+    assert micro.fit(work).isfinite().all()
+    assert micro.size == len(batch().x) // 2

@@ -192,6 +192,7 @@ def test_what_allocators_say_is_known_and_nothing_else_is() -> None:
     with pytest.raises(RuntimeError) as found:
         torch.empty(2**58)
     assert out_of_memory(found.value)
+    assert out_of_memory(RuntimeError("could not create a primitive"))  # oneDNN, seen at a limit
     assert out_of_memory(MemoryError())
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not out_of_memory(RuntimeError("shapes do not fit"))
@@ -281,16 +282,21 @@ def test_a_recipe_that_asks_for_less_than_the_checkpoint_gets_it(tmp_path: Path)
 
 
 def test_a_single_image_that_does_not_fit_ends_a_run_that_is_saved(tmp_path: Path) -> None:
-    options = ("backbone.network.images=1000",)
-    trainer = Trainer(recipe(*options), RunFolder.create(tmp_path / "a"))
-    trainer.run(until=4)
-    before = trainer.state_dict()
-    trainer.backbone.model.network.images = 0  # another program took the rest
+    trainers = [Trainer(recipe(), RunFolder.create(tmp_path / name)) for name in "ab"]
+    trainers[0].run(until=4)
+    network = trainers[1].backbone.model.network
+
+    def another_program_takes_the_rest() -> bool:
+        network.images = 0 if trainers[1].step == 4 else 1000
+        return False
+
+    trainers[1].stop = another_program_takes_the_rest
     with pytest.raises(OutOfMemory, match=r"with 1 image\(s\) in a pass.*Step 4 is saved"):
-        trainer.run()
-    after = load(tmp_path / "a" / "checkpoints" / "step-00000004")
-    assert same({**after, "micro_batch": 0}, before)
-    assert "a smaller network" in events(tmp_path / "a", "memory")[-1]["ended"]
+        trainers[1].run()
+    states = [load(tmp_path / name / "checkpoints" / "step-00000004") for name in "ab"]
+    assert states[1]["micro_batch"] == 1
+    assert same(*({**state, "micro_batch": 0, "seconds": 0} for state in states))
+    assert "a smaller network" in events(tmp_path / "b", "memory")[-1]["ended"]
 
 
 def test_batch_norm_that_does_not_fit_as_a_whole_says_so(tmp_path: Path) -> None:

@@ -55,6 +55,6 @@ def _jemkit(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command.
 
-    Exit codes: 1 unhealthy, 2 usage, 3 recipe, 4 diverged, 5 stopped, 6 data, 130 ^C.
+    Exit codes: 1 unhealthy, 2 usage, 3 recipe, 4 diverged, 5 stopped, 6 data, 7 memory, 130 ^C.
     """
     app(args=arguments)
