@@ -12,6 +12,7 @@ from jemkit.errors import (
     Diverged,
     JemkitError,
     MisfitError,
+    OutOfMemory,
     Preempted,
     UnknownName,
 )
@@ -39,9 +40,9 @@ __all__ = [
     "BackboneSpec", "Batch", "Bounds", "Buffer", "ConfigError", "Context", "Contrastive",
     "DataError", "Dataset", "Density", "Distance", "Diverged", "EnergyModel", "Evaluator",
     "Figure", "Guard", "Images", "JemkitError", "Loader", "LogSumExpEnergy", "MisfitError",
-    "ModelAttack", "ModelEnergy", "Network", "Objective", "Options", "PartOf", "PixelModel",
-    "Plain", "Preempted", "Recipe", "Record", "Registry", "ReplayBuffer", "Sampler", "Scores",
-    "SignDescent", "Splits", "Start", "Task", "Terms", "Threat", "Trainer", "UnknownName",
+    "ModelAttack", "ModelEnergy", "Network", "Objective", "Options", "OutOfMemory", "PartOf",
+    "PixelModel", "Plain", "Preempted", "Recipe", "Record", "Registry", "ReplayBuffer", "Sampler",
+    "Scores", "SignDescent", "Splits", "Start", "Task", "Terms", "Threat", "Trainer", "UnknownName",
     "Updater", "Views", "chain", "check", "evaluate", "gradient", "hookimpl", "installed",
     "perturbed", "resolve", "run", "train", "train_step",
 ]  # fmt: skip
