@@ -27,15 +27,18 @@ from toys import (
 
 import jemkit as api
 from jemkit import PGD, PYLD, SGLD, Guard, ModelEnergy, SignDescent, Terms, Trainer, run, train_step
+from jemkit.attack import Threat
+from jemkit.cascade import attacked
 from jemkit.checkpoint import load, same
 from jemkit.compiled import CompiledGradient
 from jemkit.density import Contrastive
 from jemkit.errors import OutOfMemory
+from jemkit.evaluator import Context
 from jemkit.generation import sample
 from jemkit.memory import MicroBatch, fitted, out_of_memory
 from jemkit.modes import eval_mode, frozen
 from jemkit.networks import Norm, SmallCNN
-from jemkit.pixels import PixelModel
+from jemkit.pixels import PixelModel, pixel_model
 from jemkit.refined import Refined, Refinement
 from jemkit.registry import Plugin
 from jemkit.runtime import distributed
@@ -373,6 +376,32 @@ def test_an_evaluation_finds_the_same_in_less_memory() -> None:
     found = [judge(Cut(room), eps_px=25.5, **asked) for room in (1000, 5)]
     values = [{f.name: f.value for f in record.figures} for record in found]
     assert values[0] == pytest.approx(values[1], abs=TINY)
+
+
+class Climbed(Cut):
+    """One that has room for any number of images of which no slope is asked."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.is_grad_enabled() else self.inner(x).logits
+
+
+def test_an_attacked_batch_is_taken_again_by_itself() -> None:
+    ctx = Context(gen(), Threat("Linf", 25.5), batch_size=8)
+    found = []
+    for room in (1000, 3):
+        subject = pixel_model(Climbed(room).eval().requires_grad_(False))
+        found.append(attacked(subject, PGD(steps=2), TASK.images("valid"), ctx).x_adv)
+    assert close(*found)
+
+
+def test_an_exam_keeps_to_the_micro_batch(tmp_path: Path) -> None:
+    trainer = Trainer(recipe("run.micro_batch=2"), RunFolder.create(tmp_path / "a"))
+    exam, network = trainer.exam(1), trainer.backbone.model.network
+    exam.validate(6)
+    exam.draw_grid(tmp_path / "grid.png")
+    exam.draw_energies(tmp_path / "energies.png")
+    exam.judge({})
+    assert network.largest == 2
 
 
 def test_samples_are_the_same_in_less_memory(tmp_path: Path) -> None:
