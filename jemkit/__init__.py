@@ -32,7 +32,8 @@ from jemkit.sampling import PYLD, SGLD, Sampler, SignDescent, chain, gradient, r
 from jemkit.session import train
 from jemkit.splits import Splits
 from jemkit.starts import Start
-from jemkit.training import Trainer, train_step
+from jemkit.step import train_step
+from jemkit.training import Trainer
 from jemkit.update import SAM, Guard, Plain, Updater
 
 __all__ = [

@@ -14,8 +14,9 @@ from jemkit.recipe import Recipe
 from jemkit.recovery import anew
 from jemkit.runtime import distributed
 from jemkit.runtime.numerics import numerics
+from jemkit.step import train_step
 from jemkit.team import alike, packed, unpacked
-from jemkit.training import Summary, train_step
+from jemkit.training import Summary
 from jemkit.update import Guard
 
 

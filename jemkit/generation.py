@@ -12,22 +12,20 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from jemkit import checkpoint
-from jemkit.backbone import Backbone, Task
 from jemkit.dealing import undivided
-from jemkit.density import Buffered, Density
+from jemkit.density import Buffered
 from jemkit.errors import ConfigError, MisfitError, Preempted
 from jemkit.memory import MicroBatch
 from jemkit.pictures import save_grid, to_bytes
 from jemkit.registry import Registry
-from jemkit.restoring import Which, chosen, restored, run_folder
+from jemkit.restoring import Which
 from jemkit.runtime.files import write_bytes
-from jemkit.runtime.folder import versions
 from jemkit.runtime.ledger import WHOLE, Ledger, Shard
 from jemkit.runtime.numerics import device_of
 from jemkit.runtime.polling import Polling
 from jemkit.runtime.sharing import met
 from jemkit.seeds import generator
+from jemkit.sources import Source, opened
 from jemkit.starts import Start
 
 STEPS = 40
@@ -58,7 +56,7 @@ def sample(
     device: str = "auto",
     which: Which = "best",
 ) -> Samples:
-    """Draw n images from the run in `path`.
+    """Draw n images from the run, or the exported model, in `path`.
 
     With `classes`, chains go down E(x, y), and the images are shared evenly among them in order.
     """
@@ -73,7 +71,7 @@ def sample(
 class Asked(NamedTuple):
     """Images that are to be drawn, with all that they depend on."""
 
-    run: "Opened"
+    run: Source
     n: int
     steps: int
     start: Start | None  # None: the buffer's states
@@ -138,37 +136,6 @@ def drawn(
     return Samples(pixels, asked.y, asked.protocol)
 
 
-class Opened(NamedTuple):
-    """A run's model as one of its checkpoints has it."""
-
-    task: Task
-    table: dict[str, Any]  # [backbone] of the run's recipe
-    backbone: Backbone
-    density: Density
-    state: dict[str, Any]
-    card: dict[str, Any]  # what tells where the model came from
-
-
-def opened(path: Path, registry: Registry, device: torch.device, which: Which) -> Opened:
-    """The run in `path`, its weights averaged where it keeps an average."""
-    folder = run_folder(path)
-    saved = chosen(folder, which)
-    state = checkpoint.load(saved)
-    weights = state["ema"] or state["model"]
-    found = restored(folder.path / "config.json", weights, registry, device)
-    table = found.tables["backbone"]
-    density = _density(found.backbone, table["use"])
-    card = {
-        "run": str(folder.path),
-        "sampler": table.get("sampler", type(density.sampler).__name__),
-        "weights": "averaged" if state["ema"] else "live",
-        "checkpoint": saved.name,
-        "sha256": checkpoint.verify(saved)[checkpoint.MODEL],
-        "versions": versions(),
-    }
-    return Opened(found.task, table, found.backbone, density, state, card)
-
-
 def save(samples: Samples, out: Path | None = None) -> tuple[Path, Path]:
     """Write a PNG grid and an .npz of the images; the names hold a hash of the protocol.
 
@@ -194,15 +161,6 @@ def place(protocol: dict[str, Any], out: Path | None) -> Path:
     return Path(protocol["run"]) / "samples" if out is None else out
 
 
-def _density(backbone: Backbone, name: str) -> Density:
-    if not backbone.has_density:
-        raise MisfitError(
-            f"the run's backbone is {name!r}, a classifier without a density: there is nothing to "
-            "sample from. Train jem, jempp, mebm or sadajem"
-        )
-    return backbone.density
-
-
 def _labels(classes: list[str], n: int, n_classes: int, device: torch.device) -> Tensor | None:
     """Each image's class: the classes asked for, in blocks as even as n allows."""
     if not classes:
@@ -215,8 +173,10 @@ def _labels(classes: list[str], n: int, n_classes: int, device: torch.device) ->
     return labels[torch.arange(n, device=device) * len(labels) // n]
 
 
-def _kept(run: Opened, asked: Asked) -> Tensor:
+def _kept(run: Source, asked: Asked) -> Tensor:
     """n states of the buffer; of the classes y where it is class-conditional."""
+    if run.state is None:
+        raise MisfitError("an exported model has no buffer; draw fresh chains, or from the run")
     if not isinstance(run.density, Buffered):
         raise MisfitError("this density keeps no buffer; draw fresh chains instead")
     run.density.load_state_dict(undivided(run.state, run.density))
@@ -225,7 +185,7 @@ def _kept(run: Opened, asked: Asked) -> Tensor:
 
 
 def _fresh(
-    run: Opened, asked: Asked, work: Path | None, shard: Shard, stop: Callable[[], bool]
+    run: Source, asked: Asked, work: Path | None, shard: Shard, stop: Callable[[], bool]
 ) -> Tensor:
     """The ends of n chains, TOGETHER at a time, each such batch from a generator of its own."""
     sizes = [min(TOGETHER, asked.n - at) for at in range(0, asked.n, TOGETHER)]

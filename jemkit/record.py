@@ -93,6 +93,9 @@ def save(folder: Path, record: Record, notes: Notes) -> Path:
 
 def _settle(folder: Path) -> None:
     """End what a kill broke off: the rows of the JSON that is there take their place."""
+    for pattern in (f".{JSON}.*", f".{NEXT}.*", f"{PICTURES}/.*.png.*"):
+        for broken in folder.glob(pattern):
+            broken.unlink()
     if not (folder / NEXT).exists():
         return
     try:

@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from jemkit.energy import EnergyFn
+from jemkit.memory import cuts
 from jemkit.options import Options
 from jemkit.runtime import distributed
 from jemkit.sampling import Sampler, eager_run
@@ -87,7 +88,7 @@ class Replay:
     def __call__(
         self, sampler: Sampler, energy: EnergyFn, x: Tensor, rng: Generator, steps: int
     ) -> Tensor:
-        if self.given_up or not steps:
+        if self.given_up or not steps or cuts(len(x)):
             return eager_run(sampler, energy, x, rng, steps)
         inputs = [x]
         try:

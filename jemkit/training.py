@@ -1,4 +1,4 @@
-"""Training: one step of any objective on any backbone, and the flat loop around it."""
+"""Training: the flat loop around the steps of a run."""
 
 import time
 from collections.abc import Callable
@@ -6,15 +6,11 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, NoReturn
 
-from torch import Generator
-
 from jemkit import checkpoint
 from jemkit.assembly import put_together
-from jemkit.backbone import Backbone
 from jemkit.checkup import Metered
 from jemkit.errors import Diverged, OutOfMemory, Preempted
 from jemkit.exam import Exam
-from jemkit.objective import Batch, Objective, Remembering, Terms
 from jemkit.pictures import save_curves
 from jemkit.recipe import Recipe, Resolved
 from jemkit.recovery import Care, go_back, saved
@@ -23,55 +19,15 @@ from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.journal import GATHER, PATIENCE, Journal
 from jemkit.runtime.numerics import numerics
 from jemkit.runtime.polling import Polling
+from jemkit.step import train_step
 from jemkit.summary import Summary, Watch, judged
 from jemkit.team import alone, stepping
-from jemkit.update import Guard, Updater, pooled
+from jemkit.update import Guard
 
 __all__ = ["Summary", "Trainer", "Watch", "train_step"]
 
 REDRAW = 10.0
 """Seconds between two drawings of curves.png, which takes longer than a short epoch."""
-
-
-def train_step(
-    backbone: Backbone,
-    objective: Objective[Any],
-    updater: Updater,
-    batch: Batch,
-    rng: Generator,
-    guard: Guard,
-    theta_steps: int = 1,
-) -> Terms:
-    """Draw once, then move the weights `theta_steps` times (M_theta) on what was drawn.
-
-    A step is a transaction: where it fails, buffer, generator and batch norm are as before it. Of
-    several updates those before the failing one stay.
-    """
-    before = rng.get_state()
-    statistics = [(buffer, buffer.clone()) for buffer in backbone.model.buffers()]
-    if backbone.has_density:
-        backbone.density.mark()
-    seen: list[Terms] = []
-    try:
-        draws = objective.draw(backbone, batch, rng)
-
-        def terms() -> Terms:
-            seen.append(objective.loss(backbone, batch, draws))
-            return seen[-1]
-
-        for _ in range(theta_steps):
-            updater.step(terms, guard)
-    except BaseException:
-        if backbone.has_density:
-            backbone.density.rollback()
-        rng.set_state(before)
-        for buffer, old in statistics:
-            buffer.copy_(old)
-        updater.optimizer.zero_grad()
-        raise
-    if isinstance(objective, Remembering):
-        objective.after(backbone, batch, draws, rng)
-    return pooled(seen[0], backbone.model)
 
 
 class Trainer:

@@ -14,9 +14,10 @@ from toys import REGISTRY, toy_recipe, toy_registry
 from typer.testing import CliRunner
 
 from jemkit import checkpoint, exporting, train
-from jemkit.errors import ConfigError, DataError
+from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.evaluation import judge
 from jemkit.exporting import CARD, CONFIG, export, push, verify, write_model
+from jemkit.generation import sample
 from jemkit.registry import Registry
 from jemkit.runtime.files import load_tensors, read_json, write_json
 from jemkit.settings import settings_of
@@ -47,6 +48,20 @@ def clean(path: Path, parts: Registry) -> float:
     subject = subject_at(path, parts, CPU)._replace(folder=None)
     settings = settings_of({"only": ("accuracy",)})
     return judge(subject, settings, parts).value("clean")
+
+
+def test_an_exported_model_draws_the_samples_of_its_run(
+    averaged: Path, parts: Registry, tmp_path: Path
+) -> None:
+    folder = export(averaged, out=tmp_path / "model").folder
+    ends = [sample(path, registry=parts, n=7, steps=3) for path in (averaged, folder)]
+    assert torch.equal(ends[0].pixels, ends[1].pixels)
+    assert ends[1].protocol["sha256"] == verify(folder)
+    with pytest.raises(MisfitError, match="an exported model has no buffer"):
+        sample(folder, registry=parts, n=7, source="buffer")
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-4])
+    with pytest.raises(DataError, match="SHA-256"):
+        sample(folder, registry=parts, n=7, steps=3)
 
 
 def test_an_exported_model_is_the_best_checkpoint_averaged(averaged: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from jemkit.bench.machine import PATIENCE, Machine, measured, seconds, typical
 from jemkit.objective import Batch
 from jemkit.recipe import Recipe
 from jemkit.runtime.numerics import numerics
-from jemkit.training import train_step
+from jemkit.step import train_step
 from jemkit.update import Guard
 
 

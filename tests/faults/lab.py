@@ -1,4 +1,5 @@
-"""A process that starts small runs and lets faults befall them; a test reads what came of it.
+"""A process that starts small runs, or evaluations, and lets faults befall them; a test reads what
+came of it.
 
 Each run is a forked child. Its faults come from an audit hook, which python calls before every
 operation on a file: there the child is killed, or finds the disk full.
@@ -20,12 +21,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(1)
 
 from test_resume import timeless  # noqa: E402
-from toys import toy_recipe, toy_registry  # noqa: E402
+from toys import linear_model, toy_recipe, toy_registry  # noqa: E402
 
-from jemkit import JemkitError, checkpoint, train  # noqa: E402
+from jemkit import JemkitError, PixelModel, checkpoint, evaluate, train  # noqa: E402
+from jemkit import record as records  # noqa: E402
 from jemkit.checkpoint import differing  # noqa: E402
-from jemkit.runtime.disk import Patience  # noqa: E402
+from jemkit.runtime.disk import Patience, waiting  # noqa: E402
 from jemkit.runtime.folder import RunFolder  # noqa: E402
+from jemkit.testing import toy_task  # noqa: E402
 
 REGISTRY = toy_registry()
 NAMES = ("jem", "ebjdat", "plain", "run.ema_decay=0.9", "objective.adv_steps=1")
@@ -53,10 +56,65 @@ def watch_files(out: Path, at: Callable[[int, bool], None]) -> None:
     sys.addaudithook(hook)
 
 
-def go(out: Path, patience: Patience | None = None) -> None:
-    resume = (out / "config.json").exists()
-    recipe = toy_recipe(REGISTRY, *NAMES)
-    train(recipe, out, registry=REGISTRY, resume=resume, patience=patience)
+class Training:
+    """A run, gone on with wherever it stands."""
+
+    @staticmethod
+    def go(out: Path, patience: Patience | None = None) -> None:
+        resume = (out / "config.json").exists()
+        recipe = toy_recipe(REGISTRY, *NAMES)
+        train(recipe, out, registry=REGISTRY, resume=resume, patience=patience)
+
+    @staticmethod
+    def left(out: Path) -> str:
+        """What a fault left behind: nothing yet, a sound newest checkpoint, or why it is not."""
+        if not (out / "config.json").exists():
+            return "unborn"
+        checkpoint.recover(out / "checkpoints")
+        found = checkpoint.sound(out / "checkpoints")
+        return "; ".join(map(str, found.damaged.values())) or "sound"
+
+    @staticmethod
+    def ended(out: Path) -> dict[str, Any]:
+        newest = checkpoint.newest(out / "checkpoints")
+        if newest is None:
+            raise FileNotFoundError(out)
+        rows = [{k: v for k, v in r.items() if k != "images/s"} for r in RunFolder(out).metrics()]
+        states = {p.name: timeless(checkpoint.load(p)) for p in (newest, newest.parent / "best")}
+        return {**states, "metrics": rows}
+
+
+class Evaluation:
+    """An evaluation, asked for again wherever it stands."""
+
+    @staticmethod
+    def go(out: Path, patience: Patience | None = None) -> None:
+        subject, images = PixelModel(linear_model(64, 3)), toy_task().images("valid")
+        asked = {"attacks": ("pgd", "fgsm"), "only": ("accuracy", "robustness", "energies")}
+        with waiting(patience or Patience(lambda: False)):
+            evaluate(subject, images, registry=REGISTRY, out=out, batch_size=5, **asked)
+
+    @staticmethod
+    def left(out: Path) -> str:
+        """No record yet, one that can be read, or why it cannot."""
+        if not (out / records.JSON).exists():
+            return "unborn"
+        records.load(out)
+        return "sound"
+
+    @staticmethod
+    def ended(out: Path) -> dict[str, Any]:
+        found = records.load(out)
+        figures = {f.name: f.value for f in found.figures}
+        files = sorted(str(path.relative_to(out)) for path in out.rglob("*"))
+        return {"figures": figures, "rows": found.rows, "files": files}
+
+
+WORKS: dict[str, type[Training] | type[Evaluation]] = {
+    "train": Training,
+    "evaluate": Evaluation,
+}
+Work = type[Training] | type[Evaluation]
 
 
 def child(work: Callable[[], None], after: float | None = None) -> int:
@@ -84,67 +142,53 @@ def child(work: Callable[[], None], after: float | None = None) -> int:
     return os.waitpid(pid, 0)[1]
 
 
-def killed_at(out: Path, count: int) -> int:
-    def work() -> None:
+def killed_at(work: Work, out: Path, count: int) -> int:
+    def done() -> None:
         watch_files(out, lambda n, _: os.kill(os.getpid(), signal.SIGKILL) if n == count else None)
-        go(out)
+        work.go(out)
 
-    return child(work)
+    return child(done)
 
 
-def full_at(out: Path, count: int, *, for_good: bool) -> int:
+def full_at(work: Work, out: Path, count: int, *, for_good: bool) -> int:
     """A disk that is full at the n-th write: only then, or from then on until a stop is asked."""
 
     def at(n: int, written: bool) -> None:
         if written and (n == count or (for_good and n > count)):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    def work() -> None:
+    def done() -> None:
         told: list[str] = []
         patience = Patience(lambda: for_good and len(told) > 0, told.append, lambda _: None)
         watch_files(out, at)
-        go(out, patience)
+        work.go(out, patience)
 
-    return child(work)
+    return child(done)
 
 
-def sound(out: Path) -> str:
-    """What a fault left behind: no run yet, a sound newest checkpoint, or why it is not."""
-    if not (out / "config.json").exists():
-        return "unborn"
+def left_by(work: Work, out: Path) -> str:
     try:
-        checkpoint.recover(out / "checkpoints")
-        found = checkpoint.sound(out / "checkpoints")
+        return work.left(out)
     except JemkitError as error:
         return str(error)
-    return "; ".join(map(str, found.damaged.values())) or "sound"
 
 
-def ended(out: Path) -> dict[str, Any]:
-    newest = checkpoint.newest(out / "checkpoints")
-    if newest is None:
-        raise FileNotFoundError(out)
-    rows = [{k: v for k, v in r.items() if k != "images/s"} for r in RunFolder(out).metrics()]
-    states = {p.name: timeless(checkpoint.load(p)) for p in (newest, newest.parent / "best")}
-    return {**states, "metrics": rows}
-
-
-def counted(out: Path, to: Path) -> None:
-    """An undisturbed run; how many operations on files and how many seconds it took."""
+def counted(work: Work, out: Path, to: Path) -> None:
+    """What no fault befalls; how many operations on files and how many seconds it took."""
     seen: list[int] = []
     watch_files(out, lambda n, _: seen.append(n))
     began = time.monotonic()
-    go(out)
+    work.go(out)
     to.write_text(json.dumps([len(seen), time.monotonic() - began]))
 
 
 def main() -> None:
-    """{"folder", "kind", "faults"}, faults as shares of an undisturbed run; one line of JSON."""
+    """{"folder", "what", "kind", "faults"}, faults as shares of undisturbed work; a JSON line."""
     asked = json.loads(sys.stdin.read())
-    folder = Path(asked["folder"])
-    status = child(lambda: counted(folder / "whole", folder / "count"))
+    folder, work = Path(asked["folder"]), WORKS[asked["what"]]
+    status = child(lambda: counted(work, folder / "whole", folder / "count"))
     operations, seconds = json.loads((folder / "count").read_text())
-    whole, left, runs = ended(folder / "whole"), list(asked["faults"]), 0
+    whole, left, runs = work.ended(folder / "whole"), list(asked["faults"]), 0
     told: list[dict[str, Any]] = [{"status": status, "operations": operations}]
     while left:
         out, runs = folder / f"run-{runs}", runs + 1
@@ -153,15 +197,15 @@ def main() -> None:
             share = left.pop(0)
             at = 1 + int(share * operations)
             if asked["kind"] == "time":
-                status = child(lambda out=out: go(out), share * seconds)  # type: ignore[misc]
+                status = child(lambda out=out: work.go(out), share * seconds)  # type: ignore[misc]
             elif asked["kind"] == "kill":
-                status = killed_at(out, at)
+                status = killed_at(work, out, at)
             else:
-                status = full_at(out, at, for_good=asked["kind"] == "full")
-            told.append({"status": status, "at": at, "left": sound(out)})
+                status = full_at(work, out, at, for_good=asked["kind"] == "full")
+            told.append({"status": status, "at": at, "left": left_by(work, out)})
             done = status == 0 or asked["kind"] in ("full", "once")
-        status = child(lambda out=out: go(out))  # type: ignore[misc]
-        told.append({"status": status, "differs": list(differing(whole, ended(out)))})
+        status = child(lambda out=out: work.go(out))  # type: ignore[misc]
+        told.append({"status": status, "differs": list(differing(whole, work.ended(out)))})
     print(json.dumps(told))
 
 

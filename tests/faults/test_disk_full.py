@@ -15,26 +15,29 @@ from jemkit.runtime.disk import used_bytes
 EXIT_6 = 6 << 8
 
 
-def check(folder: Path, kind: str, faults: Sequence[float], limit: float) -> None:
-    for line in befallen(folder, kind, list(faults), limit)[1:]:
+def check(folder: Path, what: str, kind: str, faults: Sequence[float], limit: float) -> None:
+    for line in befallen(folder, what, kind, list(faults), limit)[1:]:
         if "left" in line:
             assert line["status"] in (0, EXIT_6), line
             assert line["left"] in ("sound", "unborn"), line
 
 
-def test_a_write_that_finds_no_room_once_changes_nothing(tmp_path: Path) -> None:
-    check(tmp_path, "once", (0.0, 0.1, 0.5, 0.9), 280)
+@pytest.mark.parametrize("what", ["train", "evaluate"])
+def test_a_write_that_finds_no_room_once_changes_nothing(tmp_path: Path, what: str) -> None:
+    check(tmp_path, what, "once", (0.0, 0.1, 0.5, 0.9), 280)
 
 
-def test_a_disk_that_stays_full_ends_the_run_and_room_lets_it_go_on(tmp_path: Path) -> None:
-    check(tmp_path, "full", (0.02, 0.3, 0.6, 0.95), 280)
+@pytest.mark.parametrize("what", ["train", "evaluate"])
+def test_a_disk_that_stays_full_ends_it_and_room_lets_it_go_on(tmp_path: Path, what: str) -> None:
+    check(tmp_path, what, "full", (0.02, 0.3, 0.6, 0.95), 280)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", ["once", "full"])
-def test_no_room_at_any_write(tmp_path: Path, kind: str) -> None:
-    check(tmp_path, kind, [i / 150 for i in range(150)], 3600)
+@pytest.mark.parametrize("what", ["train", "evaluate"])
+def test_no_room_at_any_write(tmp_path: Path, what: str, kind: str) -> None:
+    check(tmp_path, what, kind, [i / 150 for i in range(150)], 3600)
 
 
 @pytest.mark.parametrize("largest", [1_000, 60_000])

@@ -1,0 +1,60 @@
+"""What samples are drawn from: a run as one of its checkpoints has it, or an exported model."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from jemkit import checkpoint
+from jemkit.backbone import Backbone, Task
+from jemkit.density import Density
+from jemkit.errors import MisfitError
+from jemkit.exporting import CONFIG, verify
+from jemkit.registry import Registry
+from jemkit.restoring import Restored, Which, chosen, restored, run_folder
+from jemkit.runtime.files import load_tensors
+from jemkit.runtime.folder import versions
+from jemkit.subjects import WEIGHTS
+
+
+class Source(NamedTuple):
+    """A model that has a density."""
+
+    task: Task
+    table: dict[str, Any]  # [backbone] of the run's recipe
+    backbone: Backbone
+    density: Density
+    state: dict[str, Any] | None  # all that the checkpoint holds; None of an exported model
+    card: dict[str, Any]  # what tells where the model came from
+
+
+def opened(path: Path, registry: Registry, device: torch.device, which: Which) -> Source:
+    """What stands at `path`, with averaged weights where an average was kept."""
+    if (path / CONFIG).exists() and (path / WEIGHTS).exists():
+        sha = verify(path)
+        found = restored(path / CONFIG, load_tensors(path / WEIGHTS), registry, device)
+        return _source(found, None, {"run": str(path.resolve()), "sha256": sha})
+    folder = run_folder(path)
+    saved = chosen(folder, which)
+    state = checkpoint.load(saved)
+    found = restored(folder.path / CONFIG, state["ema"] or state["model"], registry, device)
+    about = {
+        "run": str(folder.path),
+        "weights": "averaged" if state["ema"] else "live",
+        "checkpoint": saved.name,
+        "sha256": checkpoint.verify(saved)[checkpoint.MODEL],
+    }
+    return _source(found, state, about)
+
+
+def _source(found: Restored, state: dict[str, Any] | None, about: dict[str, Any]) -> Source:
+    table, backbone = found.tables["backbone"], found.backbone
+    if not backbone.has_density:
+        raise MisfitError(
+            f"the model's backbone is {table['use']!r}, a classifier without a density: there is "
+            "nothing to sample from. Train jem, jempp, mebm or sadajem"
+        )
+    density = backbone.density
+    sampler = table.get("sampler", type(density.sampler).__name__)
+    card = {**about, "sampler": sampler, "versions": versions()}
+    return Source(found.task, table, backbone, density, state, card)

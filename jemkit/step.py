@@ -1,0 +1,50 @@
+"""One step of any objective on any backbone."""
+
+from typing import Any
+
+from torch import Generator
+
+from jemkit.backbone import Backbone
+from jemkit.objective import Batch, Objective, Remembering, Terms
+from jemkit.update import Guard, Updater, pooled
+
+
+def train_step(
+    backbone: Backbone,
+    objective: Objective[Any],
+    updater: Updater,
+    batch: Batch,
+    rng: Generator,
+    guard: Guard,
+    theta_steps: int = 1,
+) -> Terms:
+    """Draw once, then move the weights `theta_steps` times (M_theta) on what was drawn.
+
+    A step is a transaction: where it fails, buffer, generator and batch norm are as before it. Of
+    several updates those before the failing one stay.
+    """
+    before = rng.get_state()
+    statistics = [(buffer, buffer.clone()) for buffer in backbone.model.buffers()]
+    if backbone.has_density:
+        backbone.density.mark()
+    seen: list[Terms] = []
+    try:
+        draws = objective.draw(backbone, batch, rng)
+
+        def terms() -> Terms:
+            seen.append(objective.loss(backbone, batch, draws))
+            return seen[-1]
+
+        for _ in range(theta_steps):
+            updater.step(terms, guard)
+    except BaseException:
+        if backbone.has_density:
+            backbone.density.rollback()
+        rng.set_state(before)
+        for buffer, old in statistics:
+            buffer.copy_(old)
+        updater.optimizer.zero_grad()
+        raise
+    if isinstance(objective, Remembering):
+        objective.after(backbone, batch, draws, rng)
+    return pooled(seen[0], backbone.model)
