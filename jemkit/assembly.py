@@ -122,9 +122,8 @@ def put_together(recipe: Recipe) -> Assembly:
     check_distances(objective, task, backbone, device)
     check_chains(objective, backbone, positives(min(run.batch_size, task.n_train), backbone.views))
     model, twin = team.laid_out(backbone, run, task)
-    parameters = [*model.parameters()]
-    if isinstance(objective, Remembering):
-        parameters += objective.parameters()
+    remembered = objective.parameters() if isinstance(objective, Remembering) else ()
+    parameters = [*model.parameters(), *remembered]
     optimizer = recipe.optimizer.build(parameters, fused=sharding.fusable(parameters))
     unit = CompiledGradient() if run.compile else None
     if unit is not None:
