@@ -55,7 +55,7 @@ def sample(
         bool, typer.Option("--json", help="One line of JSON: the files and the protocol.")
     ] = False,
 ) -> None:  # fmt: skip
-    """Draw images from a run or an exported model: a PNG grid and an .npz, with how they were drawn."""
+    """Draw images from a run or an exported model: a PNG grid and an .npz, with their protocol."""
     wanted = {
         "n": n, "steps": steps, "start": start, "source": source, "classes": classes, "seed": seed,
         "device": device, "which": checkpoint,
