@@ -16,6 +16,7 @@ from jemkit.runtime.files import (
     file_hash,
     load_tensors,
     read_json,
+    set_aside,
     sync_folder,
     write_json,
     write_tensors,
@@ -180,15 +181,6 @@ def sound(folder: Path) -> Sound:
         reasons = "; ".join(map(str, damaged.values()))
         raise DataError(f"no checkpoint in {folder} can be read: {reasons}")
     raise DataError(f"{folder.parent} holds no complete checkpoint to resume from")
-
-
-def set_aside(path: Path) -> Path:
-    """Take a damaged checkpoint out of the way of the next one of its name; nothing is deleted."""
-    taken = {p.name for p in path.parent.iterdir()}
-    names = (f"damaged-{path.name}{'' if not i else f'-{i}'}" for i in range(len(taken) + 1))
-    aside = path.with_name(next(name for name in names if name not in taken))
-    os.replace(path, aside)
-    return aside
 
 
 def recover(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """How a model is looked at while it trains, and judged at the end."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,14 @@ class Exam:
     splits: Splits
     seed: int
     epoch: int
-    most: int = 0  # images in one pass of the network; 0: all that come
+    micro: MicroBatch = field(default_factory=MicroBatch)  # the run's: what it learns here stays
 
     def validate(self, n_robust: int) -> dict[str, float]:
         """Validation accuracy, and under PGD-10 on its first `n_robust` images."""
         valid = self.splits.images("valid")
         part = Images(valid.x[:n_robust], valid.y[:n_robust])
         judge = Robustness(attack=PGD(steps=10))
-        with MicroBatch(self.most).held():
+        with self.micro.held():
             (clean,) = measure(self._subject(), valid, [Accuracy()], self._context("validate"))
             robust, *_ = measure(self._subject(), part, [judge], self._context("validate"))
         return {"accuracy": clean.value, "pgd10": robust.value}
@@ -53,7 +53,7 @@ class Exam:
         """Samples of fresh chains, a row a class where the start knows classes."""
         if not self.backbone.has_density:
             return
-        with MicroBatch(self.most).held():
+        with self.micro.held():
             drawn = self._samples(self._generator("grid"))
         save_grid(path, self.task.bounds.to_unit(drawn))
 
@@ -64,7 +64,7 @@ class Exam:
             self._context("energies"),
             self._subject(),
         )
-        with MicroBatch(self.most).held(), frozen(subject), eval_mode(subject):
+        with self.micro.held(), frozen(subject), eval_mode(subject):
             found = attacked(subject, PGD20, valid, ctx, "pgd")
             rows = {
                 "clean": energies(subject, valid, ctx)[0],
@@ -81,7 +81,7 @@ class Exam:
         data = checked(self.splits.images("test"), self.task.n_classes, "the test split")
         about = {"split": "test", "images": len(data.y), "seed": self.seed, "versions": versions()}
         ctx = replace(self._context("test", {**about, **card}), seed=self.seed)
-        with MicroBatch(self.most).held():
+        with self.micro.held():
             return measure(self._subject(), data, [Accuracy(), Robustness()], ctx)
 
     def _samples(self, rng: Generator) -> Tensor:

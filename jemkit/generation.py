@@ -194,8 +194,8 @@ def _fresh(
     def compute(i: int) -> dict[str, Tensor]:
         rng = generator(asked.device, asked.seed, "sample", i)
         y = None if asked.y is None else asked.y[i * TOGETHER : i * TOGETHER + sizes[i]]
-        p0, model = asked.start or run.density.start, run.backbone.model
-        draw = partial(run.density.sample, model, sizes[i], rng, steps=asked.steps, start=p0, y=y)
+        drawn = partial(run.density.sample, run.backbone.model, sizes[i], rng, steps=asked.steps)
+        draw = partial(drawn, start=asked.start, y=y)
         return {"x": micro.fit(draw, rng)}
 
     about = {"asked": asked.protocol, "backbone": run.table, "data": run.task.hash}

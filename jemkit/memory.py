@@ -3,8 +3,9 @@
 import gc
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from jemkit.errors import OutOfMemory
-from jemkit.modes import batch_norms
+from jemkit.modes import SameModes, batch_norms
 from jemkit.runtime import distributed
 
 log = logging.getLogger(__name__)
@@ -98,10 +99,16 @@ class MicroBatch:
         slices = x.tensor_split(-(-len(x) // self.size))  # even: a product of one row rounds apart
         if not torch.is_grad_enabled():
             return torch.cat([part(piece) for piece in slices])
-        return torch.cat([checkpoint(part, piece, use_reentrant=False) for piece in slices])
+        again = partial(checkpoint, part, use_reentrant=False, context_fn=lambda: modes_as_now(of))
+        return torch.cat([again(piece) for piece in slices])
+
+    @property
+    def _images(self) -> int:
+        """Of the largest pass, or slice of one, in the work under way."""
+        return min(self.size or self._most, self._most)
 
     def _halve(self, reason: str) -> dict[str, Any]:
-        was = min(self.size or self._most, self._most)
+        was = self._images
         self.size = was // 2
         gc.collect()
         if torch.cuda.is_available():
@@ -117,7 +124,7 @@ class MicroBatch:
 
     def _check(self, reason: str, *, undone: bool) -> None:
         """Raise OutOfMemory where smaller slices would not help, or no one can begin again."""
-        most = min(self.size or self._most, self._most)
+        most = self._images
         if distributed.size() > 1:
             raise OutOfMemory(
                 f"process {distributed.shard().rank} of {distributed.size()} ran out of memory "
@@ -148,6 +155,13 @@ class MicroBatch:
 
 
 _HELD: ContextVar[MicroBatch | None] = ContextVar("micro_batch", default=None)
+
+
+def modes_as_now(
+    model: nn.Module,
+) -> tuple[AbstractContextManager[None], SameModes]:
+    """For `checkpoint`: nothing for the pass, and its modes again for the one on the way back."""
+    return nullcontext(), SameModes(model)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -61,6 +61,36 @@ def sampling_mode(model: nn.Module, batch_norm: BatchNormMode) -> Iterator[None]
         yield
 
 
+class SameModes:
+    """A block, entered as often as one likes, in which a model's modes are those of now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._now = self._then = _modes(self._modules)
+
+    def __enter__(self) -> None:
+        self._then = _modes(self._modules)
+        _set_modes(self._now)
+
+    def __exit__(self, *raised: object) -> None:
+        _set_modes(self._then)
+
+
+_Mode = tuple[nn.Module, bool, bool]
+
+
+def _modes(modules: list[nn.Module]) -> list[_Mode]:
+    """Of each module: whether it trains, and whether it tracks statistics."""
+    return [(m, m.training, isinstance(m, _BatchNorm) and m.track_running_stats) for m in modules]
+
+
+def _set_modes(modes: list[_Mode]) -> None:
+    for module, training, tracking in modes:
+        module.training = training
+        if isinstance(module, _BatchNorm):
+            module.track_running_stats = tracking
+
+
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     """The modules that normalise by statistics of the batch."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm)]

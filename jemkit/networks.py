@@ -12,6 +12,7 @@ from torch.autograd.function import FunctionCtx
 
 from jemkit.energy import Network
 from jemkit.options import Options
+from jemkit.runtime.sharding import is_shared
 from jemkit.runtime.syncnorm import SyncBatchNorm
 
 Shape = tuple[int, int, int]
@@ -67,7 +68,7 @@ def activated(norm: nn.Module, x: Tensor) -> Tensor:
 def _fixed(norm: nn.BatchNorm2d) -> bool:
     """Whether a norm is one line for each channel, as while an attack runs or a chain in eval."""
     asked = norm.training or norm.weight.requires_grad or norm.bias.requires_grad
-    return norm.running_var is not None and not asked
+    return norm.running_var is not None and not asked and not is_shared(norm.weight)
 
 
 class _FixedNorm(torch.autograd.Function):

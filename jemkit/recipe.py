@@ -57,6 +57,11 @@ class Run(Options):
     tensorboard: bool = False  # write TensorBoard files beside metrics.csv
     keep: int = Field(2, ge=1)  # newest checkpoints to keep, beside the best and the sentinel's
 
+    @property
+    def layout(self) -> Literal["auto", "yes", "no"]:
+        """`channels_last` as it applies: weights in shares lie as torch has them."""
+        return "no" if self.shard else self.channels_last
+
 
 class Recipe(Options):
     """Everything that determines a run."""

@@ -15,7 +15,14 @@ from torch import Tensor
 from jemkit.errors import DataError
 from jemkit.evaluator import Notes
 from jemkit.figures import Figure
-from jemkit.runtime.files import load_tensors, read_json, write_bytes, write_json, write_tensors
+from jemkit.runtime.files import (
+    load_tensors,
+    read_json,
+    set_aside,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
 from jemkit.runtime.ledger import tensors_hash
 from jemkit.runtime.lock import locked
 
@@ -26,7 +33,6 @@ JSON, ROWS, PICTURES = "evaluation.json", "evaluation.safetensors", "evaluation"
 NEXT = ".evaluation.next.safetensors"
 """ROWS until the JSON beside them is written: killed between the two, a record stays whole."""
 
-ASIDE = f"damaged-{JSON}"
 LOCK, PATIENCE = ".evaluation.lock", 60.0
 """Held while a record is read, joined and written; the seconds that it is waited for."""
 
@@ -167,7 +173,7 @@ def _sealed(path: Path) -> tuple[dict[str, Any], str | None]:
 def _rows(folder: Path, wanted: str | None) -> dict[str, Tensor]:
     """The rows that belong to a record's JSON, whose hash is `wanted`."""
     there = [folder / name for name in (NEXT, ROWS) if (folder / name).exists()]
-    if wanted is None or not there:
+    if wanted is None:
         return load_tensors(folder / ROWS) if folder / ROWS in there else {}
     for path in there:
         try:
@@ -177,7 +183,8 @@ def _rows(folder: Path, wanted: str | None) -> dict[str, Tensor]:
         if tensors_hash(rows) == wanted:
             return rows
     raise DataError(
-        f"{folder / ROWS} is damaged: the SHA-256 of its outcomes is not the one in {JSON}. "
+        f"{folder / ROWS} is missing or damaged: the SHA-256 of its outcomes is not the one in "
+        f"{JSON}. "
         "`jemkit evaluate` measures them anew"
     )
 
@@ -203,8 +210,8 @@ def _joined(folder: Path, record: Record, notes: Notes) -> Record:
     try:
         old = load(folder)
     except DataError as error:  # the new one takes its place
-        os.replace(folder / JSON, folder / ASIDE)
-        notes.warnings.append(f"the record that was here is kept as {ASIDE}: {error}")
+        aside = set_aside(folder / JSON)
+        notes.warnings.append(f"the record that was here is kept as {aside.name}: {error}")
         return replace(record, warnings=list(dict.fromkeys([*record.warnings, *notes.warnings])))
     if old.subject.get("sha256") != record.subject.get("sha256"):
         return record

@@ -161,7 +161,10 @@ def saved(trainer: "Trainer", error: OutOfMemory) -> NoReturn:
     """End a run for which there is no room, once what it has done is safe."""
     told = str(error)
     if error.undone:
-        trainer.save()
+        try:
+            trainer.save()
+        except Diverged as sick:  # its last steps were; what it goes back to is saved
+            go_back(trainer, sick)
         told += f". Step {trainer.step} is saved; --resume goes on from it where there is more room"
     trainer.folder.event("memory", step=trainer.step, ended=told)
     raise OutOfMemory(told, undone=error.undone) from None

@@ -88,7 +88,10 @@ class Replay:
     def __call__(
         self, sampler: Sampler, energy: EnergyFn, x: Tensor, rng: Generator, steps: int
     ) -> Tensor:
-        if self.given_up or not steps or cuts(len(x)):
+        if cuts(len(x)):  # memory ran out: what is kept for chains that are now cut is in the way
+            self._kept = {k: r for k, r in self._kept.items() if len(r.inputs[0]) != len(x)}
+            return eager_run(sampler, energy, x, rng, steps)
+        if self.given_up or not steps:
             return eager_run(sampler, energy, x, rng, steps)
         inputs = [x]
         try:

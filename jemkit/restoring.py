@@ -44,7 +44,7 @@ def restored(
     task = task_of(recipe, splits)
     backbone = recipe.backbone.build(task, generator(device, run.seed, "chains"))
     load_model(backbone.model, weights)
-    laid_out(backbone.model, run.channels_last, device)  # as it was trained, to the last bit
+    laid_out(backbone.model, run.layout, device)  # as it was trained, to the last bit
     return Restored(recipe, resolved.tables, task, splits, backbone)
 
 

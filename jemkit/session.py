@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from jemkit import checkpoint
-from jemkit.assembly import load_model
 from jemkit.errors import DataError, JemkitError
 from jemkit.follower import follow
 from jemkit.recipe import Resolved, complete
@@ -61,7 +60,6 @@ def train(
             resume_from(trainer, trainer.folder)
         elif init_from is not None:
             weights = checkpoint.load_weights(init_from)
-            load_model(trainer.backbone.model, weights)
             begin_with(trainer.parts, weights)
         tight = disk.check_room(out, still_needed(trainer), free=free)
         held.enter_context(disk.waiting(patience or disk.Patience(trainer.stop)))

@@ -48,7 +48,7 @@ def judged(trainer: "Trainer") -> Summary:
     with strict, alone(trainer.parts):
         load_model(trainer.backbone.model, state["ema"] or state["model"])
         try:
-            with trainer.polling.passes(trainer.backbone.model, on=not run.compile):
+            with trainer.polling.passes(trainer.backbone.model, on=True):
                 figures = trainer.exam(0).judge(card)
                 trainer.exam(0).draw_energies(folder.path / "energies.png")
         except Preempted:  # all that was trained is saved

@@ -86,7 +86,7 @@ def laid_out(backbone: Backbone, run: "Run", task: Task) -> tuple[EnergyModel, E
     if not run.shard or distributed.shard().size == 1:
         if run.shard:
             log.warning("run.shard does nothing for one process: torchrun starts several")
-        numerics.laid_out(model, run.channels_last, device)
+        numerics.laid_out(model, run.layout, device)
         return model, None
     sharding.check_options(compiled=run.compile, channels_last=run.channels_last)
     by_stem = backbone.has_density and backbone.density.sampler.needs_stem
@@ -145,8 +145,8 @@ def begin_with(parts: "Assembly", weights: dict[str, Tensor]) -> None:
 
     Whole ones it hands on before the first step.
     """
-    if parts.twin is not None:
-        parts.load_state_dict({**parts.state_dict(), "model": weights})
+    average = weights if parts.ema else None
+    parts.load_state_dict({**parts.state_dict(), "model": weights, "ema": average})
 
 
 def gathered(own: State) -> State:

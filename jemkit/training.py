@@ -58,6 +58,12 @@ class Trainer:
     def total_steps(self) -> int:
         return self.task.total_steps
 
+    @property
+    def _leaves_steps(self) -> bool:
+        """Whether a stop is heard inside a step: none of several leaves one by himself, and a
+        compiled graph has no place for it."""
+        return distributed.shard().size == 1 and not self.recipe.run.compile
+
     def run(self, until: int | None = None) -> None:
         """Train to the end of the recipe, or until `until` steps are done; then save."""
         run, last = self.recipe.run, min(until or self.total_steps, self.total_steps)
@@ -65,8 +71,7 @@ class Trainer:
         self.backbone.model.train()
         if self.recipe.sentinel.on and self.step == 0:
             self.save()  # where a run goes back to that is sick before its first epoch has ended
-        alone = distributed.shard().size == 1  # among several no one leaves a step by himself
-        passes = self.polling.passes(self.backbone.model, on=alone and not run.compile)
+        passes = self.polling.passes(self.backbone.model, on=self._leaves_steps)
         switches = partial(numerics, deterministic=run.deterministic, threads=run.threads)
         with switches(precision=run.precision), passes:
             try:
@@ -137,7 +142,8 @@ class Trainer:
         self.guard.settle()
         self.gather()
         epoch = self.step // self.loader.steps_per_epoch
-        with alone(self.parts):
+        asked = not self._leaves_steps  # else `run` asks in every pass
+        with alone(self.parts), self.polling.passes(self.backbone.model, on=asked):
             sizes = self.care.checkup.body(self.step, self.ema.average if self.ema else {})
             exam = self.exam(epoch)
             with nullcontext() if self.ema is None else self.ema.applied(self.backbone.model):
@@ -159,8 +165,8 @@ class Trainer:
 
     def exam(self, epoch: int) -> Exam:
         """How the model is looked at after an epoch, 0 for the end."""
-        seed, most = self.recipe.run.seed, self.parts.micro.size
-        return Exam(self.backbone, self.task, self.splits, seed, epoch, most)
+        seed, micro = self.recipe.run.seed, self.parts.micro
+        return Exam(self.backbone, self.task, self.splits, seed, epoch, micro)
 
     def finish(self) -> Summary:
         """Judge the best epoch on the test split, at full size."""

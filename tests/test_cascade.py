@@ -6,7 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +27,7 @@ from jemkit.evaluator import Context
 from jemkit.modes import eval_mode, frozen
 from jemkit.options import Options
 from jemkit.pixels import PixelModel, pixel_model
-from jemkit.runtime.ledger import Ledger, Shard
+from jemkit.runtime.ledger import Ledger, Piece, Shard
 
 THREAT = Threat("Linf", 25.5)
 
@@ -380,6 +380,31 @@ def test_a_ledger_waits_for_a_piece_and_a_stop_ends_the_wait(tmp_path: Path) -> 
 
     with pytest.raises(Preempted):
         ledger.pieces(["a"], lambda _: {}, poll, lambda _: None)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_pieces_that_an_equal_evaluation_tidied_up_are_computed_by_whoever_still_wants_them(
+    tmp_path: Path, rank: int
+) -> None:
+    """Though they are another shard's, which has read them and is gone; nothing is left behind."""
+    names, ended = ["a", "b"], time.monotonic() + 20
+
+    def poll() -> None:
+        if time.monotonic() > ended:
+            raise Preempted("waited in vain")
+
+    def pieces_of(ledger: Ledger) -> Iterator[Piece]:
+        return ledger.each(names, lambda i: {"x": torch.tensor(i)}, poll, lambda _: None)
+
+    late, other = Ledger(tmp_path, {}, Shard(rank, 2)), Ledger(tmp_path, {}, Shard(1 - rank, 2))
+    with ThreadPoolExecutor() as pool:
+        whole = pool.submit(lambda: list(pieces_of(other)))
+        mine = pieces_of(late)
+        first = next(mine)
+        whole.result()
+    Ledger(tmp_path, {}).remove()
+    assert [int(first["x"]), int(next(mine)["x"])] == [0, 1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_piece_that_an_equal_evaluation_tidied_up_is_computed_again(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,6 +114,32 @@ def test_a_line_that_does_not_fit_leaves_no_half(tmp_path: Path) -> None:
     drop_torn_line(tmp_path / "log")
     assert (tmp_path / "log").read_text() == "one\ntwo\n"
     drop_torn_line(tmp_path / "none")
+
+
+FULL_AMID_A_LINE = """
+import resource, signal, sys
+from pathlib import Path
+from jemkit.runtime.files import append_text
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a write past the limit is an OSError
+resource.setrlimit(resource.RLIMIT_FSIZE, (102, resource.RLIM_INFINITY))
+try:
+    append_text(Path(sys.argv[1]), "x" * 300 + chr(10))
+except OSError as error:
+    print(error.filename)
+"""
+
+
+def test_a_disk_that_is_full_amid_a_line_keeps_none_of_it_and_is_told_by_name(
+    tmp_path: Path,
+) -> None:
+    log = tmp_path / "log"
+    log.write_text("one\n")
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_AMID_A_LINE, str(log)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(log)
+    assert log.read_text() == "one\n"
 
 
 def test_a_run_in_a_folder_that_another_trains_in_is_refused(tmp_path: Path) -> None:

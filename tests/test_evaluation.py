@@ -196,7 +196,9 @@ def test_an_outcome_that_was_changed_beside_the_record_is_refused(tmp_path: Path
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(api.DataError, match=r"evaluation\.safetensors is damaged: the SHA-256"):
+    with pytest.raises(
+        api.DataError, match=r"evaluation\.safetensors is missing or damaged: the SHA-256"
+    ):
         records.load(tmp_path)
 
 
@@ -217,6 +219,21 @@ def test_a_damaged_record_is_kept_beside_the_one_that_takes_its_place(tmp_path: 
     assert (tmp_path / "damaged-evaluation.json").read_text() == '{"form'
     assert records.load(tmp_path).figures == found.figures
     assert any("kept as damaged-evaluation.json" in w for w in records.load(tmp_path).warnings)
+
+
+def test_every_damaged_record_is_kept(tmp_path: Path) -> None:
+    for text in ("{", "["):
+        (tmp_path / "evaluation.json").write_text(text)
+        measured(tmp_path)
+    kept = {p.name: p.read_text() for p in tmp_path.glob("damaged-*")}
+    assert kept == {"damaged-evaluation.json": "{", "damaged-evaluation.json-1": "["}
+
+
+def test_a_record_whose_outcomes_are_gone_is_refused(tmp_path: Path) -> None:
+    measured(tmp_path)
+    (tmp_path / "evaluation.safetensors").unlink()
+    with pytest.raises(api.DataError, match=r"evaluation\.safetensors is missing or damaged"):
+        records.load(tmp_path)
 
 
 @pytest.mark.parametrize("state", ["before its JSON", "after its JSON"])

@@ -36,7 +36,7 @@ from jemkit.errors import OutOfMemory
 from jemkit.evaluator import Context
 from jemkit.generation import sample
 from jemkit.memory import MicroBatch, fitted, out_of_memory
-from jemkit.modes import eval_mode, frozen
+from jemkit.modes import eval_mode, frozen, frozen_batch_stats
 from jemkit.networks import Norm, SmallCNN
 from jemkit.pixels import PixelModel, pixel_model
 from jemkit.refined import Refined, Refinement
@@ -402,6 +402,52 @@ def test_an_exam_keeps_to_the_micro_batch(tmp_path: Path) -> None:
     exam.draw_energies(tmp_path / "energies.png")
     exam.judge({})
     assert network.largest == 2
+
+
+def test_what_an_exam_learns_of_the_memory_the_next_one_knows(tmp_path: Path) -> None:
+    trainer = Trainer(recipe("backbone.network.images=5"), RunFolder.create(tmp_path / "a"))
+    trainer.exam(1).validate(6)
+    learnt = trainer.parts.micro.size
+    assert 0 < learnt <= 5
+    trainer.backbone.model.network.largest = 0
+    trainer.exam(2).validate(6)
+    assert trainer.backbone.model.network.largest <= learnt
+    assert trainer.parts.micro.size == learnt
+
+
+@pytest.mark.parametrize("inside", [eval_mode, frozen_batch_stats])
+def test_a_slice_is_computed_again_in_the_modes_that_it_had(inside: Any) -> None:
+    """A loss may pass the model in a mode that is gone when its gradient is taken."""
+    slopes = []
+    for size in (0, 2):
+        model = toy_model(TASK, SmallCNN(channels=2, norm="batch")).eval()
+        if inside is eval_mode:
+            model.train()
+        with MicroBatch(size).held(), inside(model):
+            energy = model(BATCH.x).energy.mean()
+        energy.backward()
+        slopes.append([p.grad for p in model.parameters()])
+        assert model.training == (inside is eval_mode)
+    for whole, sliced in zip(*slopes, strict=True):
+        torch.testing.assert_close(sliced, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_that_is_sick_where_memory_runs_out_goes_back_before_it_ends(tmp_path: Path) -> None:
+    """What its unread metrics tell comes first: a sick step is not what the run is saved as."""
+    trainer = Trainer(recipe("sentinel.quiet=1"), RunFolder.create(tmp_path / "a"))
+    network = trainer.backbone.model.network
+
+    def full_and_sick() -> bool:
+        if trainer.step == 7:
+            network.images = 0
+            trainer.metered.rows.append({"step": 6, "epoch": 2, "loss": float("nan")})
+        return False
+
+    trainer.stop = full_and_sick
+    with pytest.raises(OutOfMemory):
+        trainer.run()
+    assert events(tmp_path / "a", "rollback")
+    assert events(tmp_path / "a", "memory")[-1]["ended"]
 
 
 def test_samples_are_the_same_in_less_memory(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from toys import backbone_of, gen, objective_of, updater_of
 from jemkit import SGLD, Guard, ModelEnergy, run, train_step
 from jemkit.compiled import CompiledGradient, compiled_chains
 from jemkit.distance import L2, Logits
+from jemkit.memory import MicroBatch
 from jemkit.modes import eval_mode, frozen, sampling_mode
 from jemkit.networks import SmallCNN
 from jemkit.replay import Replay, replay_on
@@ -154,6 +155,18 @@ def gen_at(state: Tensor) -> Generator:
     rng = gen()
     rng.set_state(state)
     return rng
+
+
+def test_recordings_of_chains_that_memory_has_no_room_for_are_let_go() -> None:
+    model, rng, replay = toy_model(TASK), gen(), Replay(Aloud())
+    for size in (3, 1, 3, 1):
+        played(replay, model, BATCH.x[:size], rng)
+    assert replay.recorded == 2
+    with MicroBatch(2).held():
+        played(replay, model, BATCH.x[:3], rng)
+    assert [len(kept.inputs[0]) for kept in replay._kept.values()] == [1]
+    played(replay, model, BATCH.x[:1], rng)
+    assert replay.recorded == 2
 
 
 def test_the_recordings_used_longest_ago_are_given_up() -> None:

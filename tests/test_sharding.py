@@ -41,8 +41,10 @@ NETWORKS = {
     "norm-free": SmallCNN(channels=3, norm="none"),  # shares of 2 and 1 rows
     "batch norm": SmallCNN(channels=3, norm="batch"),
     "blocks": WRN(depth=10, width=1, norm="group"),
+    "blocks with batch norm": WRN(depth=10, width=1),
 }
-MATRIX = [*itertools.product(CASES, ("norm-free", "batch norm")), ("sam", "blocks")]
+BLOCKS = [("sam", "blocks"), ("sam", "blocks with batch norm")]
+MATRIX = [*itertools.product(CASES, ("norm-free", "batch norm")), *BLOCKS]
 UPDATES = 4
 
 

@@ -38,7 +38,7 @@ from jemkit import (
     train,
     train_step,
 )
-from jemkit.checkpoint import load_weights, same
+from jemkit.checkpoint import load, load_weights, same
 from jemkit.networks import SmallCNN
 from jemkit.registry import Plugin
 from jemkit.runtime.folder import RunFolder
@@ -424,6 +424,17 @@ def test_weights_of_an_earlier_run_are_where_the_next_begins(
     train(recipe, tmp_path / "run", registry=REGISTRY, init_from=finished[0])
     seen = load_weights(tmp_path / "run" / "checkpoints" / "best")
     torch.testing.assert_close(seen["head.weight"], weights["head.weight"])
+
+
+def test_an_average_of_weights_begins_with_those_of_an_earlier_run(
+    tmp_path: Path, finished: tuple[Path, Any]
+) -> None:
+    weights = load_weights(finished[0])
+    recipe = toy_recipe(REGISTRY, "sadajem", "ebjdat", "plain", "run.epochs=1", "run.ema_decay=0.9")
+    train(recipe, tmp_path / "run", registry=REGISTRY, init_from=finished[0])
+    state = load(tmp_path / "run" / "checkpoints" / "step-00000000")
+    assert same(state["model"], weights)
+    assert same(state["ema"], weights)
 
 
 def test_a_first_step_of_every_objective_takes_seconds(tmp_path: Path) -> None:

@@ -74,11 +74,11 @@ def append_text(path: Path, text: str) -> None:
     """Add to the end of a file: all of `text`, or none of it where there is no room."""
 
     def added() -> None:
-        with path.open("a", encoding="utf-8", newline="") as file:
-            before = file.seek(0, os.SEEK_END)
+        with path.open("ab", buffering=0) as file:  # a buffer would write its rest when it closes
+            before, left = file.seek(0, os.SEEK_END), memoryview(text.encode())
             try:
-                file.write(text)
-                file.flush()
+                while left:
+                    left = left[file.write(left) or 0 :]
             except OSError as error:
                 os.ftruncate(file.fileno(), before)
                 raise OSError(error.errno, error.strerror, str(path)) from None
@@ -139,6 +139,15 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def set_aside(path: Path) -> Path:
+    """Take what is damaged out of the way of the next of its name; nothing is deleted."""
+    taken = {p.name for p in path.parent.iterdir()}
+    names = (f"damaged-{path.name}{'' if not i else f'-{i}'}" for i in range(len(taken) + 1))
+    aside = path.with_name(next(name for name in names if name not in taken))
+    os.replace(path, aside)
+    return aside
 
 
 def file_hash(path: Path) -> str:
