@@ -19,6 +19,7 @@ from toys import backbone_of, gen, objective_of, toy_registry, updater_of
 
 from jemkit import ConfigError, Diverged, Guard, MisfitError, Terms, train
 from jemkit.checkpoint import load
+from jemkit.memory import MicroBatch
 from jemkit.networks import WRN, SmallCNN
 from jemkit.runtime import distributed, sharding
 from jemkit.runtime.folder import RunFolder
@@ -48,7 +49,7 @@ MATRIX = [*itertools.product(CASES, ("norm-free", "batch norm")), *BLOCKS]
 UPDATES = 4
 
 
-def updated(case: str, network: str, *, shard: bool) -> dict[str, Tensor]:
+def updated(case: str, network: str, *, shard: bool, micro_batch: int = 0) -> dict[str, Tensor]:
     """Whole weights, momenta and their average after updates whose chains pass through them."""
     backbone = squared(backbone_of("sadajem", network=NETWORKS[network]))
     if shard:
@@ -59,8 +60,9 @@ def updated(case: str, network: str, *, shard: bool) -> dict[str, Tensor]:
     rng, guard, norms = gen(distributed.shard().rank), Guard(), []
     for step in range(UPDATES):
         batch = part_of(batch_of(step), distributed.shard())
-        draws = objective.draw(backbone, batch, rng)
-        moved.step(lambda b=batch, d=draws: objective.loss(backbone, b, d), guard)
+        with MicroBatch(micro_batch).held():
+            draws = objective.draw(backbone, batch, rng)
+            moved.step(lambda b=batch, d=draws: objective.loss(backbone, b, d), guard)
         average.update(backbone.model)
         assert guard.seen is not None
         norms.append(guard.seen.grad_norm)
@@ -81,6 +83,7 @@ def told() -> dict[str, Any]:
             for case, network in MATRIX
             for shard in (False, True)
         }
+        moved["sliced"] = updated("sam", "blocks", shard=True, micro_batch=2)
         beside = [beside_others(shard=shard) for shard in (False, True)]
     dealt = {rows: dealt_and_gathered(rows) for rows in (3, 1)}
     return {
@@ -107,6 +110,12 @@ def test_processes_that_share_the_weights_move_as_those_that_hold_all_of_them(
             torch.testing.assert_close(shared[name], whole[name], rtol=1e-5, atol=1e-5)
             assert torch.equal(shared[name], second[f"{case} {network} True"][name])
     assert max((whole[n] - p).abs().max() for n, p in begun.named_parameters()) > 0.01
+
+
+def test_shares_are_gathered_for_every_slice_of_a_micro_batch(both: list[dict[str, Any]]) -> None:
+    found = both[0]["updated"]
+    for name, whole in found["sam blocks False"].items():
+        torch.testing.assert_close(found["sliced"][name], whole, rtol=1e-5, atol=1e-5)
 
 
 def held() -> dict[str, Any]:

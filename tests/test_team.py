@@ -14,10 +14,11 @@ import torch
 from ranks import every_rank, torchrun
 from toys import objective_of, toy_recipe, toy_registry
 
-from jemkit import ConfigError, Diverged, Options, Preempted, Terms, hookimpl, train
+from jemkit import ConfigError, Diverged, Options, Preempted, Terms, Trainer, hookimpl, train
 from jemkit.attack import Threat
 from jemkit.checkpoint import load, newest
 from jemkit.evaluator import Context
+from jemkit.follower import follow
 from jemkit.generation import sample
 from jemkit.registry import Plugin
 from jemkit.runtime import distributed
@@ -26,6 +27,7 @@ from jemkit.runtime.trees import differing
 from jemkit.samples import kept
 from jemkit.seeds import generator
 from jemkit.subjects import subject_at
+from jemkit.team import leading
 
 SEEN: dict[str, list[int]] = defaultdict(list)
 """The steps that each run's objective was asked for in this process, in order."""
@@ -106,6 +108,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(str(made / "one"))
     every_rank(whole_runs, str(made))
     return made
+
+
+def stopped_in_an_exam(name: str, *overrides: str) -> dict[str, Any]:
+    """The leader is asked to stop at the fourth pass of the first epoch's exam."""
+    made = recipe(*overrides)
+    if distributed.shard().rank:
+        follow(made.recipe, Path(name))
+        return {}
+    with leading():
+        trainer, polls = Trainer(made, RunFolder.create(Path(name))), 0
+
+        def stop() -> bool:
+            nonlocal polls
+            polls += trainer.guard.updates == EPOCH
+            return polls > 3
+
+        trainer.polling.patience, trainer.stop = 0.0, stop
+        with suppress(Preempted):
+            trainer.run(until=EPOCH + 2)
+    return {"step": trainer.step, "epochs": len(trainer.history)}
+
+
+@pytest.mark.parametrize("overrides", [(), ("run.shard=true",)])
+def test_a_stop_in_the_leaders_exam_is_heard_there(
+    tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    found = every_rank(stopped_in_an_exam, str(tmp_path / "run"), *overrides)[0]
+    assert found == {"step": EPOCH, "epochs": 0}
+    assert not list((tmp_path / "run" / "samples").iterdir())
 
 
 def sick_runs(name: str) -> None:
