@@ -40,6 +40,10 @@ class Notes:
     ledgers: list[Ledger] = field(default_factory=list)  # half-done work, of no use once recorded
 
 
+Progress = Callable[[str, int, int], None]
+"""Hears of long work: what, how much of it is done, of how much."""
+
+
 def no_progress(*_: Any) -> None:
     return None
 
@@ -63,7 +67,7 @@ class Context:
     quick: bool = False  # a first look: evaluators take a small number of images
     work: Path | None = None  # keeps half-done work; None keeps nothing
     shard: Shard = WHOLE
-    progress: Callable[[str, int, int], None] = no_progress  # what, done, in all
+    progress: Progress = no_progress
     stop: Callable[[], bool] = never
     notes: Notes = field(default_factory=Notes)
 

@@ -2,19 +2,22 @@
 
 import hashlib
 import io
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from jemkit.dealing import undivided
 from jemkit.density import Buffered
 from jemkit.errors import ConfigError, MisfitError, Preempted
+from jemkit.evaluator import Progress, no_progress
 from jemkit.memory import MicroBatch
 from jemkit.pictures import save_grid, to_bytes
 from jemkit.registry import Registry
@@ -124,14 +127,19 @@ def drawn(
     work: Path | None = None,
     shard: Shard = WHOLE,
     stop: Callable[[], bool] = bool,
+    progress: Progress = no_progress,
 ) -> Samples:
-    """The images asked for.
+    """The images asked for; `progress` hears of "samples" how many are done, of how many.
 
     With a folder `work` every finished batch of chains is kept there until the last one is: a stop
     costs the one under way, and the processes of a group each draw their `shard` of them.
     """
     run = asked.run
-    x = _kept(run, asked) if asked.start is None else _fresh(run, asked, work, shard, stop)
+    if asked.start is None:
+        x = _kept(run, asked)
+    else:
+        ledger = Ledger(work, _about(asked), shard)
+        x = _fresh(run, asked, ledger, stop, lambda done: progress("samples", done, asked.n))
     pixels = run.task.bounds.to_unit(run.task.bounds.clamp(x)).cpu()
     return Samples(pixels, asked.y, asked.protocol)
 
@@ -184,26 +192,44 @@ def _kept(run: Source, asked: Asked) -> Tensor:
     return run.density.buffer.states[run.density.buffer.slots(asked.n, rng, asked.y)]
 
 
+def portions(n: int) -> dict[str, int]:
+    """n chains, TOGETHER at a time: how many, by a name for each such batch."""
+    sizes = [min(TOGETHER, n - at) for at in range(0, n, TOGETHER)]
+    return {f"{i:05d}-{size}": size for i, size in enumerate(sizes)}
+
+
+def _about(asked: Asked) -> dict[str, Any]:
+    """All that fresh chains depend on."""
+    y = None if asked.y is None else asked.y.tolist()
+    return {
+        "asked": asked.protocol, "backbone": asked.run.table, "data": asked.run.task.hash, "y": y,
+    }  # fmt: skip
+
+
 def _fresh(
-    run: Source, asked: Asked, work: Path | None, shard: Shard, stop: Callable[[], bool]
+    run: Source,
+    asked: Asked,
+    ledger: Ledger,
+    stop: Callable[[], bool],
+    told: Callable[[int], None],
 ) -> Tensor:
-    """The ends of n chains, TOGETHER at a time, each such batch from a generator of its own."""
-    sizes = [min(TOGETHER, asked.n - at) for at in range(0, asked.n, TOGETHER)]
+    """The ends of n chains, each batch of them from a generator of its own."""
+    sizes, model, most = list(portions(asked.n).values()), run.backbone.model, max(1, asked.steps)
     polling, micro = Polling(lambda: stop(), lambda: 0), MicroBatch()
 
     def compute(i: int) -> dict[str, Tensor]:
-        rng = generator(asked.device, asked.seed, "sample", i)
-        y = None if asked.y is None else asked.y[i * TOGETHER : i * TOGETHER + sizes[i]]
-        drawn = partial(run.density.sample, run.backbone.model, sizes[i], rng, steps=asked.steps)
-        draw = partial(drawn, start=asked.start, y=y)
-        return {"x": micro.fit(draw, rng)}
+        rng, at = generator(asked.device, asked.seed, "sample", i), i * TOGETHER
+        y = None if asked.y is None else asked.y[at : at + sizes[i]]
+        drawn = partial(run.density.sample, model, sizes[i], rng, steps=asked.steps)
+        with passing(model, lambda n: told(at + sizes[i] * min(n, asked.steps) // most)):
+            return {"x": micro.fit(partial(drawn, start=asked.start, y=y), rng)}
 
-    about = {"asked": asked.protocol, "backbone": run.table, "data": run.task.hash}
-    ledger = Ledger(work, {**about, "y": None if asked.y is None else asked.y.tolist()}, shard)
-    names = [f"{i:05d}-{size}" for i, size in enumerate(sizes)]
+    def done(batches: int) -> None:
+        told(sum(sizes[:batches]))
+
     try:
-        with polling.passes(run.backbone.model, on=True):
-            found = ledger.pieces(names, compute, polling.between, lambda _: None)
+        with polling.passes(model, on=True):
+            found = ledger.pieces(list(portions(asked.n)), compute, polling.between, done)
         met(polling.between)  # others may still read
     except Preempted:
         raise Preempted(
@@ -211,3 +237,14 @@ def _fresh(
         ) from None
     ledger.remove()
     return torch.cat([piece["x"] for piece in found])
+
+
+@contextmanager
+def passing(model: nn.Module, heard: Callable[[int], None]) -> Iterator[None]:
+    """Tell how many passes of a model a block has begun so far; a chain's step takes one."""
+    counter = itertools.count(1)
+    handle = model.register_forward_pre_hook(lambda *_: heard(next(counter)))
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -11,7 +11,7 @@ from torch import Tensor
 from jemkit.density import Buffered
 from jemkit.errors import DataError
 from jemkit.evaluator import Context, Unmeasurable
-from jemkit.generation import TOGETHER
+from jemkit.generation import TOGETHER, portions
 from jemkit.memory import fitted
 from jemkit.options import Options
 from jemkit.pictures import to_bytes
@@ -83,7 +83,7 @@ def _pieces(
     piece: Callable[[int, int], Tensor],
 ) -> Drawn:
     """Pieces of [0, 1] images, quantised and classified, each written once it is drawn."""
-    sizes = [min(TOGETHER, n - at) for at in range(0, n, TOGETHER)]
+    sizes = list(portions(n).values())
 
     def compute(i: int) -> dict[str, Tensor]:
         pixels = piece(i, sizes[i])
@@ -107,8 +107,7 @@ def _pieces(
             "device": ctx.rng.device.type,
         }
     )
-    names = [f"{i:05d}-{size}" for i, size in enumerate(sizes)]
-    found = ledger.pieces(names, compute, ctx.poll, done)
+    found = ledger.pieces(list(portions(n)), compute, ctx.poll, done)
     return Drawn(*(torch.cat([part[key] for part in found]) for key in Drawn._fields))
 
 

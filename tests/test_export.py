@@ -17,7 +17,7 @@ from jemkit import checkpoint, exporting, train
 from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.evaluation import judge
 from jemkit.exporting import CARD, CONFIG, export, push, verify, write_model
-from jemkit.generation import sample
+from jemkit.generation import TOGETHER, asked, drawn, sample
 from jemkit.registry import Registry
 from jemkit.runtime.files import load_tensors, read_json, write_json
 from jemkit.settings import settings_of
@@ -62,6 +62,19 @@ def test_an_exported_model_draws_the_samples_of_its_run(
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-4])
     with pytest.raises(DataError, match="SHA-256"):
         sample(folder, registry=parts, n=7, steps=3)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_sampling_tells_how_far_it_is(averaged: Path, parts: Registry, steps: int) -> None:
+    seen: list[int] = []
+    wanted: dict[str, Any] = {"start": None, "source": "chains", "classes": None, "seed": 0}
+    found = asked(
+        averaged, registry=parts, n=TOGETHER + 20, steps=steps, device="cpu", which="best", **wanted
+    )
+    drawn(found, progress=lambda what, done, total: seen.append(done))
+    assert seen == sorted(seen)
+    assert {TOGETHER, TOGETHER + 20} <= set(seen)
+    assert len(set(seen)) == (2 if steps == 0 else 2 * steps)
 
 
 def test_an_exported_model_is_the_best_checkpoint_averaged(averaged: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from jemkit_cli.progress import tracking
 from jemkit_cli.terminal import guarded, installed_parts, say, say_json, stopping
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def sample(
         "n": n, "steps": steps, "start": start, "source": source, "classes": classes, "seed": seed,
         "device": device, "which": checkpoint,
     }  # fmt: skip
-    samples = _drawn(run, wanted, out, third_party=not no_plugins)
+    samples = _drawn(run, wanted, out, third_party=not no_plugins, silent=as_json)
     if samples is None:  # the first process speaks for all
         return
     from jemkit.generation import save
@@ -76,7 +77,7 @@ def sample(
 
 
 def _drawn(
-    run: Path, wanted: dict[str, Any], out: Path | None, *, third_party: bool
+    run: Path, wanted: dict[str, Any], out: Path | None, *, third_party: bool, silent: bool
 ) -> "Samples | None":
     registry = installed_parts(third_party=third_party)
     from jemkit.generation import asked, drawn, place
@@ -87,8 +88,9 @@ def _drawn(
         found = begun(lambda: asked(run, registry=registry, **wanted))
         if found is None:
             return None
-        with stopping() as stop:
+        with stopping() as stop, tracking(silent=silent or me.rank > 0) as progress:
             met()  # from here on any of them can be stopped
+            told = {"progress": progress} if progress else {}
             work = place(found.protocol, out) / ".drawing"
-            samples = drawn(found, work=work, shard=me, stop=stop)
+            samples = drawn(found, work=work, shard=me, stop=stop, **told)
     return None if me.rank else samples
