@@ -12,7 +12,7 @@ from jemkit.compiled import CompiledGradient, compiled_chains
 from jemkit.data import Loader, positives
 from jemkit.energy import EnergyModel
 from jemkit.errors import ConfigError, DataError
-from jemkit.fitting import check, check_chains, check_distances
+from jemkit.fitting import check, check_chains, check_distances, check_graph
 from jemkit.memory import MicroBatch
 from jemkit.objective import Objective, ObjectiveSpec, Remembering
 from jemkit.recipe import Recipe
@@ -127,6 +127,7 @@ def put_together(recipe: Recipe) -> Assembly:
     optimizer = recipe.optimizer.build(parameters, fused=sharding.fusable(parameters))
     unit = CompiledGradient() if run.compile else None
     if unit is not None:
+        check_graph(backbone, distributed.shard().size)
         objective = compiled_chains(objective, unit, replay_on(device))  # type: ignore[assignment]
     if run.precision == "bf16":
         objective = in_bf16(objective, device.type)  # type: ignore[assignment]

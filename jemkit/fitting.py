@@ -10,6 +10,7 @@ from jemkit.distance import UsesDistances
 from jemkit.errors import ConfigError, MisfitError
 from jemkit.modes import eval_mode
 from jemkit.objective import Conditional, Objective
+from jemkit.runtime.syncnorm import SyncBatchNorm
 
 
 def check(backbone: Backbone, objective: Objective[Any]) -> None:
@@ -55,4 +56,13 @@ def check_chains(objective: Objective[Any], backbone: Backbone, chains: int) -> 
         raise MisfitError(
             "chains of given classes need a class-conditional buffer: "
             "set backbone.buffer.conditional = true"
+        )
+
+
+def check_graph(backbone: Backbone, processes: int) -> None:
+    """Refuse to compile passes in which several processes exchange numbers."""
+    if processes > 1 and any(isinstance(m, SyncBatchNorm) for m in backbone.model.modules()):
+        raise MisfitError(
+            f"run.compile: batch norm over {processes} processes exchanges numbers amid each pass, "
+            'which cannot be part of a compiled graph; leave out --compile, or set norm = "batch"'
         )

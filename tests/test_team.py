@@ -139,6 +139,22 @@ def test_a_stop_in_the_leaders_exam_is_heard_there(
     assert not list((tmp_path / "run" / "samples").iterdir())
 
 
+def refused_to_compile(name: str) -> str:
+    made = recipe("backbone.network.norm=sync", "run.compile=true")
+    try:
+        train(made, Path(name), registry=REGISTRY)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_passes_in_which_processes_meet_are_not_compiled(tmp_path: Path) -> None:
+    told, other = every_rank(refused_to_compile, str(tmp_path / "run"))
+    assert "batch norm over 2 processes exchanges numbers amid each pass" in told
+    assert not other  # the first process speaks for all
+    assert not (tmp_path / "run").exists()
+
+
 def sick_runs(name: str) -> None:
     for out, harmed in (("a", False), ("b", False), ("harmed", True)):
         options = (f"objective.name={out}", f"objective.harmed={harmed}".lower(), "run.epochs=9")
