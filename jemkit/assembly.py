@@ -9,10 +9,10 @@ from torch.optim import Optimizer
 from jemkit import dealing, team
 from jemkit.backbone import Backbone, Task
 from jemkit.compiled import CompiledGradient, compiled_chains
-from jemkit.data import Loader, positives
+from jemkit.data import Loader
 from jemkit.energy import EnergyModel
 from jemkit.errors import ConfigError, DataError
-from jemkit.fitting import check, check_chains, check_distances, check_graph
+from jemkit.fitting import check_parts
 from jemkit.memory import MicroBatch
 from jemkit.objective import Objective, ObjectiveSpec, Remembering
 from jemkit.recipe import Recipe
@@ -118,16 +118,13 @@ def put_together(recipe: Recipe) -> Assembly:
     rng = generator(device, run.seed, "chains")
     backbone = recipe.backbone.build(task, rng)
     objective = built_objective(recipe, task, rng)
-    check(backbone, objective)
-    check_distances(objective, task, backbone, device)
-    check_chains(objective, backbone, positives(min(run.batch_size, task.n_train), backbone.views))
+    check_parts(backbone, objective, task, run)
     model, twin = team.laid_out(backbone, run, task)
     remembered = objective.parameters() if isinstance(objective, Remembering) else ()
     parameters = [*model.parameters(), *remembered]
     optimizer = recipe.optimizer.build(parameters, fused=sharding.fusable(parameters))
     unit = CompiledGradient() if run.compile else None
     if unit is not None:
-        check_graph(backbone, distributed.shard().size)
         objective = compiled_chains(objective, unit, replay_on(device))  # type: ignore[assignment]
     if run.precision == "bf16":
         objective = in_bf16(objective, device.type)  # type: ignore[assignment]

@@ -34,6 +34,9 @@ MODEL, TENSORS = "model.safetensors", "state.safetensors"
 TREE, MANIFEST = "state.json", "manifest.json"
 FILES = (MODEL, TENSORS, TREE)
 State = dict[str, Any]
+EARLIER = (
+    "--resume goes on from an earlier one by itself, sample and evaluate with --checkpoint last"
+)
 MIGRATIONS: dict[int, Callable[[State], State]] = {}
 """What makes a state of an older format one of the next."""
 
@@ -147,11 +150,10 @@ def verify(path: Path) -> dict[str, str]:
         )
     for name, wanted in hashes.items():
         if not (path / name).is_file():
-            raise DataError(f"{path / name} is missing; go back to an earlier checkpoint")
+            raise DataError(f"{path / name} is missing; {EARLIER}")
         if file_hash(path / name) != wanted:
             raise DataError(
-                f"{path / name} is damaged: its SHA-256 is not the manifest's; "
-                "go back to an earlier checkpoint"
+                f"{path / name} is damaged: its SHA-256 is not the manifest's; {EARLIER}"
             )
     return dict(hashes)
 

@@ -170,13 +170,17 @@ def _about_run(recipe: Mapping[str, Any], about: Mapping[str, Any]) -> str:
 def _figures(found: Record) -> str:
     """Every figure, and below how each was measured."""
     rows = "\n".join(
-        f"| {f.name} | {f.value:.4g} | {_interval(f)} | {f.n} |" for f in found.figures
+        f"| {f.name}{_label(f)} | {f.value:.4g} | {_interval(f)} | {f.n} |" for f in found.figures
     )
     cards = "\n".join(_protocol(f, found.protocol) for f in found.figures)
     return (
         f"## Figures\n\n| figure | value | 95 % interval | n |\n| --- | --- | --- | --- |\n{rows}\n"
         f"\n## How they were measured\n\nAll of them: {_told(found.protocol)}.\n\n{cards}\n"
     )
+
+
+def _label(figure: Figure) -> str:
+    return "" if figure.protocol.get("standard", True) else " (NON-STANDARD protocol)"
 
 
 def _interval(figure: Figure) -> str:

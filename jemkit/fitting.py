@@ -1,16 +1,30 @@
 """Parts that do not fit each other, refused before the first step."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from jemkit.backbone import Backbone, Task, check_stem
+from jemkit.data import positives
 from jemkit.density import Buffered
 from jemkit.distance import UsesDistances
 from jemkit.errors import ConfigError, MisfitError
 from jemkit.modes import eval_mode
 from jemkit.objective import Conditional, Objective
+from jemkit.runtime import distributed
 from jemkit.runtime.syncnorm import SyncBatchNorm
+
+if TYPE_CHECKING:
+    from jemkit.recipe import Run
+
+
+def check_parts(backbone: Backbone, objective: Objective[Any], task: Task, run: "Run") -> None:
+    """Refuse, before the first step, whatever of a run does not fit."""
+    check(backbone, objective)
+    check_distances(objective, task, backbone)
+    chains = positives(min(run.batch_size, task.n_train), backbone.views)
+    check_chains(objective, backbone, chains)
+    check_graph(backbone, distributed.shard().size if run.compile else 1)
 
 
 def check(backbone: Backbone, objective: Objective[Any]) -> None:
@@ -26,9 +40,7 @@ def check(backbone: Backbone, objective: Objective[Any]) -> None:
         check_stem(backbone.density.sampler, backbone.model.network)
 
 
-def check_distances(
-    objective: Objective[Any], task: Task, backbone: Backbone, device: torch.device
-) -> None:
+def check_distances(objective: Objective[Any], task: Task, backbone: Backbone) -> None:
     """Refuse a distance that the images are too small for, or whose weights are missing."""
     for distance in objective.distances if isinstance(objective, UsesDistances) else ():
         if task.shape[1] < distance.min_size:
@@ -37,6 +49,7 @@ def check_distances(
                 f"least; these have {task.shape[1]}. Choose another objective.distance, such as "
                 "none, l2 or logits"
             )
+        device = next(backbone.model.parameters()).device
         x = task.bounds.from_unit(task.images("train").take(torch.arange(1)).unit()).to(device)
         with torch.no_grad(), eval_mode(backbone.model):
             distance.bind(backbone.model, x, task.bounds)

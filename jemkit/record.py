@@ -138,7 +138,7 @@ def load(folder: Path) -> Record:
 def _read(folder: Path) -> Record:
     path = folder / JSON
     if not path.exists():
-        raise DataError(f"{folder} holds no {JSON}; `jemkit evaluate {folder}` writes it")
+        raise DataError(f"no {JSON} in {folder}; `jemkit evaluate` of a run writes it there")
     saved, wanted = _sealed(path)
     rows = _rows(folder, wanted)
     try:

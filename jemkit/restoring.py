@@ -62,6 +62,10 @@ def chosen(folder: RunFolder, which: Which) -> Path:
     best = folder.checkpoints / "best"
     path = best if which == "best" else checkpoint.newest(folder.checkpoints)
     if path is None or not path.exists():
-        hint = "; no epoch is complete yet, try the last one" if which == "best" else ""
+        hint = (
+            "; no epoch is complete yet, --checkpoint last takes the newest step"
+            if which == "best"
+            else ""
+        )
         raise DataError(f"{folder.path} holds no complete {which} checkpoint{hint}")
     return path

@@ -16,7 +16,7 @@ from jemkit.runtime.files import drop_torn_line
 from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.lock import LOCK, locked
 from jemkit.runtime.numerics import device_of
-from jemkit.team import begin_with, leading
+from jemkit.team import begin_with, leading, losses_told
 from jemkit.training import Summary, Trainer, Watch
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ def train(
     whole, doing = complete(resolved, registry), f"has trained in {out}"
     with ExitStack() as held:
         held.enter_context(distributed.group(device_of(whole.recipe.run.device).type))
+        held.enter_context(losses_told())
         if distributed.shard().rank:
             return follow(whole.recipe, out)
         held.enter_context(leading())

@@ -13,12 +13,13 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from jemkit.backbone import Backbone, Task
 from jemkit.density import ContrastiveDensity
 from jemkit.energy import EnergyModel
-from jemkit.errors import Diverged, MisfitError
+from jemkit.errors import Diverged, JemkitError, MisfitError
 from jemkit.runtime import distributed, numerics, sharding, trees
 from jemkit.update import Stateful, Updater
 
@@ -29,6 +30,25 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 State = dict[str, Any]
+
+BACKENDS = ("gloo", "Gloo", "NCCL")
+"""Which name themselves in the errors of their collectives."""
+
+
+@contextmanager
+def losses_told() -> Iterator[None]:
+    """A block whose collectives that fail, since a process is gone, end in one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        lost = isinstance(error, dist.DistError) or any(name in text for name in BACKENDS)
+        if distributed.shard().size == 1 or not lost:
+            raise
+        raise JemkitError(
+            f"another process of the group is gone ({text.splitlines()[0]}). Every checkpoint is "
+            "kept: the same command with --resume goes on, torchrun --max-restarts by itself"
+        ) from None
 
 
 @contextmanager
@@ -85,7 +105,10 @@ def laid_out(backbone: Backbone, run: "Run", task: Task) -> tuple[EnergyModel, E
     model, device = backbone.model, next(backbone.model.parameters()).device
     if not run.shard or distributed.shard().size == 1:
         if run.shard:
-            log.warning("run.shard does nothing for one process: torchrun starts several")
+            log.warning(
+                "run.shard shares nothing out in one process; the weights only lie as shares do, "
+                "not channels last"
+            )
         numerics.laid_out(model, run.layout, device)
         return model, None
     sharding.check_options(compiled=run.compile, channels_last=run.channels_last)

@@ -140,7 +140,8 @@ class Trainer:
         """Validate, draw a sample grid, keep the best, save."""
         self.polling.begin()
         self.guard.settle()
-        self.gather()
+        if newest := self.gather():
+            self.watch("step", {**newest, "step": self.step})
         epoch = self.step // self.loader.steps_per_epoch
         asked = not self._leaves_steps  # else `run` asks in every pass
         with alone(self.parts), self.polling.passes(self.backbone.model, on=asked):

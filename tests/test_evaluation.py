@@ -226,7 +226,7 @@ def test_every_damaged_record_is_kept(tmp_path: Path) -> None:
         (tmp_path / "evaluation.json").write_text(text)
         measured(tmp_path)
     kept = {p.name: p.read_text() for p in tmp_path.glob("damaged-*")}
-    assert kept == {"damaged-evaluation.json": "{", "damaged-evaluation.json-1": "["}
+    assert kept == {"damaged-evaluation.json": "{", "damaged-evaluation-1.json": "["}
 
 
 def test_a_record_whose_outcomes_are_gone_is_refused(tmp_path: Path) -> None:

@@ -139,6 +139,16 @@ def test_the_card_has_the_figures_of_these_weights_alone(
     assert "of other weights" in (found.folder / CARD).read_text()
 
 
+def test_a_figure_of_part_of_the_images_says_so_in_the_card(
+    averaged: Path, parts: Registry, tmp_path: Path
+) -> None:
+    run = copied(averaged, tmp_path)
+    few = settings_of({"only": ("accuracy",), "max_images": 5})
+    judge(subject_at(run, parts, CPU), few, parts)
+    card = (export(run, out=tmp_path / "model").folder / CARD).read_text()
+    assert "| clean (NON-STANDARD protocol) |" in card
+
+
 def test_a_run_that_was_not_judged_has_a_card_without_figures(
     averaged: Path, tmp_path: Path
 ) -> None:

@@ -90,8 +90,8 @@ def _in_detail(figure: "Figure") -> bool:
 def _title(record: "Record") -> str:
     about = record.subject
     parts = [str(about[k]) for k in ("run", "file", "model", "backbone", "objective") if k in about]
-    label = "" if record.protocol["standard"] else ", NON-STANDARD protocol"
-    return f"{' '.join(parts)}: {record.protocol['protocol']} protocol{label}"
+    label = record.protocol["protocol"] if record.protocol["standard"] else "NON-STANDARD"
+    return f"{' '.join(parts)}: {label} protocol"
 
 
 def _show_indicators(attack: str, found: list[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @guarded
 def sample(
     run: Annotated[
-        Path, typer.Argument(help="The run's folder.", metavar="[RUN]")
+        Path, typer.Argument(help="The folder of a run or an exported model.", metavar="[RUN]")
     ] = Path("runs/latest"),
     n: Annotated[int, typer.Option("--n", "-n", help="How many images.")] = 100,
     steps: Annotated[

@@ -102,7 +102,7 @@ def _read(folder: Path) -> Record:
     """The record of a run; of one that was not judged yet an empty one that says so."""
     if (folder / records.JSON).exists() or not (folder / "config.json").exists():
         return records.load(folder)
-    return Record({}, {}, [], warnings=[f"not judged yet: `jemkit evaluate {folder.name}`"])
+    return Record({}, {}, [], warnings=[f"not judged yet: `jemkit evaluate {folder}`"])
 
 
 def _subjects(book: Book) -> Html:

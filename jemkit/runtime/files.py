@@ -144,7 +144,8 @@ def read_json(path: Path) -> Any:
 def set_aside(path: Path) -> Path:
     """Take what is damaged out of the way of the next of its name; nothing is deleted."""
     taken = {p.name for p in path.parent.iterdir()}
-    names = (f"damaged-{path.name}{'' if not i else f'-{i}'}" for i in range(len(taken) + 1))
+    stem, end = path.stem, path.suffix
+    names = (f"damaged-{stem}{f'-{i}' if i else ''}{end}" for i in range(len(taken) + 1))
     aside = path.with_name(next(name for name in names if name not in taken))
     os.replace(path, aside)
     return aside
