@@ -16,6 +16,7 @@ from tools import RESULTS
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 BLUE, GREY, DARK = "#3b6ea5", "#b8bec6", "#333333"
+SIZES = {"steps": "M", "adv_steps": "M_adv", "size": "image size"}
 LABELS = {
     "released": "released schedule",
     "bare": "bare passes",
@@ -47,7 +48,7 @@ def bars(
     axes.invert_yaxis()
     axes.set_title(title, loc="left")
     axes.set_xlabel(unit)
-    axes.margins(x=0.12)
+    axes.margins(x=0.12, y=0.02)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     shown.savefig(path, dpi=130)
@@ -83,8 +84,8 @@ def scales(found: dict[str, Any]) -> None:
     for axes, (name, by_value) in zip(panels, found.items(), strict=True):
         values = [int(value) for value in by_value]
         axes.plot(values, [step["wall_s"] for step in by_value.values()], "o-", color=BLUE)
-        axes.set_xlabel(name)
-        axes.set_ylim(bottom=0)
+        axes.set_xlabel(SIZES.get(name, name))
+        axes.set_ylim(0, 1.1 * max(step["wall_s"] for step in by_value.values()))
         axes.set_xticks(values)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
