@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adversary_tools import L2, LINF, data, judged, trained
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import seeds, uniform
 from torch import Tensor
@@ -118,10 +118,13 @@ def test_fgsm_ends_in_the_corner_of_the_ball_on_a_linear_model(
         torch.testing.assert_close(moved, expected, rtol=0, atol=1e-6)
 
 
+@example(seed=3165, radius=15.0)  # 2e-4 off the weights' direction in float32
 @given(seed=seeds, radius=st.floats(1, 30))
 def test_fgsm_in_l2_walks_one_radius_along_the_weights(seed: int, radius: float) -> None:
-    model, y = linear_model(12, 2, seed), torch.tensor([0, 1, 0])
-    x = uniform(seed, 3, 1, 3, 4, low=0.3, high=0.7)
+    """In float64: the slope is (p - 1) of one row of weights and p of the other, and in float32 a
+    model that is sure has few digits of p - 1 left."""
+    model, y = linear_model(12, 2, seed).double(), torch.tensor([0, 1, 0])
+    x = uniform(seed, 3, 1, 3, 4, low=0.3, high=0.7).double()
     threat = Threat("L2", radius)
     attack = FGSM().bind(PixelModel(model, UNIT), threat)["fgsm"]
     moved = (attack(x, y, gen(seed)) - x).flatten(1)

@@ -78,7 +78,8 @@ def test_a_mistake_is_said_once_and_ends_all(
     assert len(errors(ended)) == 1
     assert message in errors(ended)[0]
     assert ended.code != 0
-    assert ends(ended) == {code}
+    assert code in ends(ended)
+    assert ends(ended) <= {code, -signal.SIGTERM}  # torchrun may end one before it has ended itself
     assert not (tmp_path / "new").exists()
 
 
