@@ -239,18 +239,24 @@ def test_a_chain_leaves_its_last_state_and_nothing_else(kernel: Sampler) -> None
     assert left == [1, 1]
 
 
-OVERHEAD = {"SGLD": 5, "SignDescent": 3, "L2Descent": 9}
-"""Operations of a step that are not the energy's gradient: detach, scale, subtract, noise."""
-
-
-@pytest.mark.parametrize("kernel", [SGLD(), SignDescent(), L2Descent()], ids=name_of)
-def test_a_kernel_adds_a_handful_of_operations_to_a_gradient(kernel: Sampler) -> None:
+def beside(kernel: Sampler) -> tuple[Watch, Watch]:
+    """A bare gradient to the images, and a step of the kernel."""
     model = toy_model(TASK, SmallCNN(channels=2)).eval()
     x = BATCH.x.detach().requires_grad_()
     with frozen(model), Watch() as bare:
         torch.autograd.grad(model(x).energy.sum(), x)
     with frozen(model), Watch() as step:
         kernel.step(ModelEnergy(model), BATCH.x, gen())
+    return bare, step
+
+
+OVERHEAD = {"SGLD": 5, "SignDescent": 3, "L2Descent": 9}
+"""Operations of a step that are not the energy's gradient: detach, scale, subtract, noise."""
+
+
+@pytest.mark.parametrize("kernel", [SGLD(), SignDescent(), L2Descent()], ids=name_of)
+def test_a_kernel_adds_a_handful_of_operations_to_a_gradient(kernel: Sampler) -> None:
+    bare, step = beside(kernel)
     added = {k: v for k, v in (step.calls - bare.calls).items() if k != "aten.detach"}
     assert sum(added.values()) <= OVERHEAD[type(kernel).__name__], added
 
@@ -261,14 +267,9 @@ SPARE = {"SGLD": 5, "SignDescent": 3, "L2Descent": 5}
 
 @pytest.mark.parametrize("kernel", [SGLD(), SignDescent(), L2Descent()], ids=name_of)
 def test_a_kernel_allocates_a_handful_of_images_beside_a_gradient(kernel: Sampler) -> None:
-    model = toy_model(TASK, SmallCNN(channels=2)).eval()
-    x = BATCH.x.detach().requires_grad_()
-    with frozen(model), Watch() as bare:
-        torch.autograd.grad(model(x).energy.sum(), x)
-    with frozen(model), Watch() as step:
-        kernel.step(ModelEnergy(model), BATCH.x, gen())
-    rows = 64 * len(x)  # norms and masks, a number a row
-    images = SPARE[type(kernel).__name__] * x.nbytes
+    bare, step = beside(kernel)
+    rows = 64 * len(BATCH.x)  # norms and masks, a number a row
+    images = SPARE[type(kernel).__name__] * BATCH.x.nbytes
     assert step.bytes - bare.bytes <= images + rows
 
 
