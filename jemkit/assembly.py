@@ -78,6 +78,7 @@ class Assembly(NamedTuple):
             "updater": self.updater.state_dict() if isinstance(self.updater, Stateful) else None,
             "loader": self.loader.state_dict(),
             "micro_batch": self.micro.size,
+            "recompute": self.micro.recompute,
         }
 
     def weights(self) -> State:
@@ -105,6 +106,7 @@ class Assembly(NamedTuple):
         self.loader.load_state_dict(state["loader"])
         sizes = {self.micro.size, state.get("micro_batch", 0)} - {0}
         self.micro.size = min(sizes, default=0)
+        self.micro.recompute |= state.get("recompute", False)
         self.rng.set_state(own["rng"])
 
 
@@ -148,7 +150,7 @@ def put_together(recipe: Recipe) -> Assembly:
         optimizer=optimizer,
         updater=team.checked(recipe.updater.build(model, optimizer), model),
         ema=EMA(model, run.ema_decay) if run.ema_decay else None,
-        micro=MicroBatch(run.micro_batch),
+        micro=MicroBatch(run.micro_batch, recompute=run.recompute),
         loader=loader,
         compiled=unit,
         twin=twin,

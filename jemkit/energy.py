@@ -41,6 +41,7 @@ class Network(nn.Module, ABC):
 
     width: int  # D
     has_stem: ClassVar[bool] = True  # False: `stem` hands x on, and PYLD has nothing to hold fixed
+    recomputes: ClassVar[bool] = False  # whether it heeds `memory.recomputes`, as `convolved` does
 
     @abstractmethod
     def stem(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from jemkit.data import positives
 from jemkit.density import Buffered
 from jemkit.distance import UsesDistances
 from jemkit.errors import ConfigError, MisfitError
+from jemkit.memory import can_recompute
 from jemkit.modes import eval_mode
 from jemkit.objective import Conditional, Objective
 from jemkit.runtime import distributed
@@ -25,6 +26,11 @@ def check_parts(backbone: Backbone, objective: Objective[Any], task: Task, run: 
     chains = positives(min(run.batch_size, task.n_train), backbone.views)
     check_chains(objective, backbone, chains)
     check_graph(backbone, distributed.shard().size if run.compile else 1)
+    if run.recompute and not can_recompute(backbone.model.network):
+        raise MisfitError(
+            "run.recompute: this network does not know how to make its activations anew; leave it "
+            "out, or choose a wrn, or a run.micro_batch where no norm goes by the batch"
+        )
 
 
 def check(backbone: Backbone, objective: Objective[Any]) -> None:

@@ -34,13 +34,16 @@ class MicroBatch:
     The batch, what is drawn for it and the loss on it stay whole: a pass is cut, its scores are
     put together, and the way back computes each slice anew, so that one slice's activations are
     held at a time and not the batch's. That is exact wherever rows do not know each other. Where
-    batch norm takes the batch's own statistics they do, and a pass stays whole; on a GPU its
-    activations then wait for the way back in the host's memory.
+    batch norm takes the batch's own statistics they do, and a pass stays whole: with `recompute`
+    a network that can keeps half of what its update's way back needs and makes the rest anew; on
+    a GPU, where that is not enough, all of it waits in the host's memory.
     """
 
-    def __init__(self, size: int = 0) -> None:
-        self.size = size
-        self._most, self._whole = 0, False  # images of the largest pass; whether the last is tied
+    def __init__(self, size: int = 0, *, recompute: bool = False) -> None:
+        self.size, self.recompute = size, recompute
+        self._most = 0  # images of the largest pass
+        self._tied = self._able = False  # whether the last pass was whole; could be taken anew
+        self._hosted = False  # whether the one under way keeps everything in the host's memory
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -66,7 +69,7 @@ class MicroBatch:
         """
         state, before = rng.get_state() if rng else None, moved()
         while True:
-            self._most, self._whole = 0, False
+            self._most, self._tied = 0, False
             with self.held():
                 try:
                     return work()
@@ -76,7 +79,14 @@ class MicroBatch:
                     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             # outside of `except`: the error is gone, and with it the frames that held the work
             self._check(reason, undone=moved() == before)
-            told(**self._halve(reason))
+            release()
+            told(
+                **(
+                    self._halve(reason)
+                    if self.recompute or not self._able
+                    else self._keep_less(reason)
+                )
+            )
             if rng is not None and state is not None:
                 rng.set_state(state)
 
@@ -87,15 +97,13 @@ class MicroBatch:
 
     def passed(self, part: Callable[[Tensor], Tensor], x: Tensor, of: nn.Module) -> Tensor:
         """part(x), [B, ...] for x [B, ...], slice by slice; `of` is the module whose part it is."""
-        self._whole = False
-        if not self.cuts(len(x)):
+        cut = self.cuts(len(x))
+        self._tied = any(m.training or m.running_mean is None for m in batch_norms(of))
+        self._able = can_recompute(of) and any(p.requires_grad for p in of.parameters())
+        if self._tied and cut and x.is_cuda:
+            return self._on_host(part, x)
+        if self._tied or not cut:
             return part(x)
-        if any(m.training or m.running_mean is None for m in batch_norms(of)):
-            self._whole = True
-            if not x.is_cuda:
-                return part(x)
-            with save_on_cpu():
-                return part(x)
         slices = x.tensor_split(-(-len(x) // self.size))  # even: a product of one row rounds apart
         if not torch.is_grad_enabled():
             return torch.cat([part(piece) for piece in slices])
@@ -103,16 +111,41 @@ class MicroBatch:
         return torch.cat([again(piece) for piece in slices])
 
     @property
+    def recomputes(self) -> bool:
+        """Whether the pass under way should make its activations anew."""
+        return self.recompute and not self._hosted
+
+    @property
+    def _keeps_little(self) -> bool:
+        """Whether the last pass kept as little as its network can."""
+        return self.recompute or not self._able
+
+    def _on_host(self, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        self._hosted = True
+        try:
+            with save_on_cpu():
+                return part(x)
+        finally:
+            self._hosted = False
+
+    @property
     def _images(self) -> int:
         """Of the largest pass, or slice of one, in the work under way."""
         return min(self.size or self._most, self._most)
 
+    def _keep_less(self, reason: str) -> dict[str, Any]:
+        self.recompute = True
+        log.warning(
+            "out of memory with %d images in a pass (%s); going on with activations that are made "
+            "anew on the way back",
+            self._images,
+            reason,
+        )
+        return {"was": self._images, "images": self._images, "recompute": True, "reason": reason}
+
     def _halve(self, reason: str) -> dict[str, Any]:
         was = self._images
         self.size = was // 2
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         log.warning(
             "out of memory with %d images in a pass (%s); going on with %d at a time, of the same "
             "batches",
@@ -140,7 +173,7 @@ class MicroBatch:
                 "config.json and go on with --resume",
                 undone=False,
             )
-        if self._whole and self.size:
+        if self._tied and self.size and self._keeps_little:
             raise OutOfMemory(
                 f"out of memory ({reason}) with {self._most} images in a pass that cannot be cut, "
                 "since batch norm takes its statistics over all of them: take a smaller batch, a "
@@ -155,6 +188,18 @@ class MicroBatch:
 
 
 _HELD: ContextVar[MicroBatch | None] = ContextVar("micro_batch", default=None)
+
+
+def release() -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def can_recompute(network: nn.Module) -> bool:
+    """Whether a network heeds `recomputes`; those of this library say so of themselves."""
+    return bool(getattr(network, "recomputes", False))
 
 
 def modes_as_now(
@@ -183,6 +228,14 @@ def cuts(n: int) -> bool:
     """Whether the micro-batch in force would cut a pass of n images."""
     micro = _HELD.get()
     return micro is not None and micro.cuts(n)
+
+
+def recomputes() -> bool:
+    """Whether the pass under way should keep little and make its activations anew."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    micro = _HELD.get()
+    return micro is not None and micro.recomputes
 
 
 def fitted(work: Callable[[], T], rng: Generator | None = None) -> T:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 BatchNormMode = Literal["batch_stats", "running_stats", "released"]
@@ -62,17 +62,29 @@ def sampling_mode(model: nn.Module, batch_norm: BatchNormMode) -> Iterator[None]
 
 
 class SameModes:
-    """A block, entered as often as one likes, in which a model's modes are those of now."""
+    """A block, entered as often as one likes, in which a model's modes are those of now.
+
+    It is for a pass that is taken again: what the first one taught batch norm it does not teach
+    twice. Buffers are exchanged for copies and not written back, since other passes may need them
+    as they are.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
         self._now = self._then = _modes(self._modules)
+        self._learn = [m for m in batch_norms(model) if m.training and m.track_running_stats]
+        self._kept: list[dict[str, Tensor | None]] = []
 
     def __enter__(self) -> None:
         self._then = _modes(self._modules)
         _set_modes(self._now)
+        self._kept = [dict(norm._buffers) for norm in self._learn]
+        for norm, kept in zip(self._learn, self._kept, strict=True):
+            norm._buffers.update({k: None if t is None else t.clone() for k, t in kept.items()})
 
     def __exit__(self, *raised: object) -> None:
+        for norm, kept in zip(self._learn, self._kept, strict=True):
+            norm._buffers.update(kept)
         _set_modes(self._then)
 
 

@@ -2,24 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Generator, Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from jemkit.energy import Network
+from jemkit.norms import Norm, activated, convolved, norm_layer
 from jemkit.options import Options
-from jemkit.runtime.sharding import is_shared
-from jemkit.runtime.syncnorm import SyncBatchNorm
 
 Shape = tuple[int, int, int]
 """[C, H, W] of one image."""
-
-Norm = Literal["none", "batch", "sync", "instance", "group"]
-"""Among several processes `batch` normalises each one's rows apart, `sync` all of them together."""
 
 
 @runtime_checkable
@@ -44,51 +39,6 @@ def lent(rng: Generator) -> Iterator[None]:
         donor.set_state(torch.get_rng_state())
 
 
-def norm_layer(norm: Norm, channels: int, momentum: float = 0.1) -> nn.Module:
-    if norm == "batch":
-        return nn.BatchNorm2d(channels, momentum=momentum)
-    if norm == "sync":
-        return SyncBatchNorm(channels, momentum=momentum)
-    if norm == "instance":
-        return nn.InstanceNorm2d(channels, affine=True)
-    if norm == "group":
-        return nn.GroupNorm(next(g for g in (8, 4, 2, 1) if channels % g == 0), channels)
-    return nn.Identity()
-
-
-def activated(norm: nn.Module, x: Tensor) -> Tensor:
-    """LeakyReLU 0.2 of a normalised x, written over what the norm made: a backward pass needs the
-    norm's input and the activation's output, so a quarter of a step's memory is saved."""
-    if isinstance(norm, nn.BatchNorm2d) and _fixed(norm) and not torch.compiler.is_compiling():
-        return _FixedNorm.apply(x, norm)  # type: ignore[no-any-return, no-untyped-call]
-    h: Tensor = norm(x)
-    return F.leaky_relu(h, 0.2) if h is x else F.leaky_relu_(h, 0.2)
-
-
-def _fixed(norm: nn.BatchNorm2d) -> bool:
-    """Whether a norm is one line for each channel, as while an attack runs or a chain in eval."""
-    asked = norm.training or norm.weight.requires_grad or norm.bias.requires_grad
-    return norm.running_var is not None and not asked and not is_shared(norm.weight)
-
-
-class _FixedNorm(torch.autograd.Function):
-    """`activated` by running statistics and frozen weights: its backward pass needs the output
-    alone, and one product where torch's would sum over the batch for weights that ask nothing."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-        h: Tensor = F.leaky_relu_(norm(x), 0.2)
-        variance = cast("Tensor", norm.running_var)
-        ctx.save_for_backward(h, norm.weight * (variance + norm.eps).rsqrt())
-        return h
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
-        h, scale = ctx.saved_tensors
-        below = torch.ops.aten.leaky_relu_backward(slope, h, 0.2, True)
-        return below.mul_(scale[:, None, None]), None
-
-
 class WideBlock(nn.Module):
     """A pre-activation block; the stride sits on its second convolution."""
 
@@ -102,13 +52,15 @@ class WideBlock(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Conv2d(inner, outer, 1, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(activated(self.norm1, x))
-        h = self.conv2(activated(self.norm2, h))
-        return h.add_(self.shortcut(x))  # type: ignore[no-any-return]
+        h = convolved(self.conv1, self.norm1, x)
+        h = convolved(self.conv2, self.norm2, h)
+        return h.add_(self.shortcut(x))
 
 
 class WideResNet(Network):
     """The WideResNet of the JEM family: LeakyReLU 0.2, biases everywhere, 16 channels first."""
+
+    recomputes: ClassVar[bool] = True
 
     def __init__(self, shape: Shape, depth: int, width: int, norm: Norm, momentum: float) -> None:
         super().__init__()

@@ -41,6 +41,7 @@ class Run(Options):
     epochs: int = Field(100, ge=1)
     batch_size: int = Field(128, ge=1)
     micro_batch: int = Field(0, ge=0)  # most images in one pass of the network; 0: all at once
+    recompute: bool = False  # make an update's activations anew on its way back: half the memory
     seed: int = Field(0, ge=0, lt=2**32)
     theta_steps: int = Field(1, ge=1)  # M_theta
     valid_fraction: float = Field(0.1, gt=0, lt=1)

@@ -37,7 +37,8 @@ from jemkit.evaluator import Context
 from jemkit.generation import sample
 from jemkit.memory import MicroBatch, fitted, out_of_memory
 from jemkit.modes import eval_mode, frozen, frozen_batch_stats
-from jemkit.networks import Norm, SmallCNN
+from jemkit.networks import SmallCNN
+from jemkit.norms import Norm
 from jemkit.pixels import PixelModel, pixel_model
 from jemkit.refined import Refined, Refinement
 from jemkit.registry import Plugin

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from toys import gen
 
 from jemkit.modes import eval_mode, frozen
-from jemkit.networks import MLP, WRN, Norm, SmallCNN, lent, norm_layer
+from jemkit.networks import MLP, WRN, SmallCNN, lent
+from jemkit.norms import Norm, norm_layer
 
 
 def built(spec: WRN | SmallCNN | MLP, *shape: int) -> nn.Module:

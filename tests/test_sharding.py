@@ -49,7 +49,7 @@ MATRIX = [*itertools.product(CASES, ("norm-free", "batch norm")), *BLOCKS]
 UPDATES = 4
 
 
-def updated(case: str, network: str, *, shard: bool, micro_batch: int = 0) -> dict[str, Tensor]:
+def updated(case: str, network: str, *, shard: bool, **memory: Any) -> dict[str, Tensor]:
     """Whole weights, momenta and their average after updates whose chains pass through them."""
     backbone = squared(backbone_of("sadajem", network=NETWORKS[network]))
     if shard:
@@ -60,7 +60,7 @@ def updated(case: str, network: str, *, shard: bool, micro_batch: int = 0) -> di
     rng, guard, norms = gen(distributed.shard().rank), Guard(), []
     for step in range(UPDATES):
         batch = part_of(batch_of(step), distributed.shard())
-        with MicroBatch(micro_batch).held():
+        with MicroBatch(**memory).held():
             draws = objective.draw(backbone, batch, rng)
             moved.step(lambda b=batch, d=draws: objective.loss(backbone, b, d), guard)
         average.update(backbone.model)
@@ -83,7 +83,8 @@ def told() -> dict[str, Any]:
             for case, network in MATRIX
             for shard in (False, True)
         }
-        moved["sliced"] = updated("sam", "blocks", shard=True, micro_batch=2)
+        moved["sliced"] = updated("sam", "blocks", shard=True, size=2)
+        moved["anew"] = updated("sam", "blocks with batch norm", shard=True, recompute=True)
         beside = [beside_others(shard=shard) for shard in (False, True)]
     dealt = {rows: dealt_and_gathered(rows) for rows in (3, 1)}
     return {
@@ -116,6 +117,12 @@ def test_shares_are_gathered_for_every_slice_of_a_micro_batch(both: list[dict[st
     found = both[0]["updated"]
     for name, whole in found["sam blocks False"].items():
         torch.testing.assert_close(found["sliced"][name], whole, rtol=1e-5, atol=1e-5)
+
+
+def test_shares_are_gathered_where_activations_are_made_anew(both: list[dict[str, Any]]) -> None:
+    found = both[0]["updated"]
+    for name, whole in found["sam blocks with batch norm True"].items():
+        assert torch.equal(found["anew"][name], whole)
 
 
 def held() -> dict[str, Any]:

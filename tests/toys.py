@@ -24,7 +24,8 @@ from jemkit import (
     resolve,
 )
 from jemkit.attack import PGD
-from jemkit.networks import Norm, Shape, SmallCNN
+from jemkit.networks import Shape, SmallCNN
+from jemkit.norms import Norm
 from jemkit.registry import Plugin, Registry, registry_of
 from jemkit.testing.toys import toy_images, toy_task
 from jemkit.training import Resolved

@@ -8,7 +8,7 @@ from jemkit.exporting import check_vacant, write_model
 from jemkit.foreign.layouts import Format, Reading, read_layout
 from jemkit.foreign.reading import read_checkpoint
 from jemkit.layers import Table
-from jemkit.networks import Norm
+from jemkit.norms import Norm
 from jemkit.recipe import Resolved, complete, resolve
 from jemkit.registry import Registry
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from jemkit.energy import EnergyModel, LinearHead, LogSumExp
 from jemkit.errors import DataError
-from jemkit.networks import WRN, Norm, Shape
+from jemkit.networks import WRN, Shape
+from jemkit.norms import Norm
 
 Format = Literal["jem", "jempp", "sadajem", "mebm", "ebjdat", "wrn"]
 FORMATS: tuple[Format, ...] = get_args(Format)

@@ -1,0 +1,198 @@
+"""Where batch norm ties a batch together, activations are made anew and nothing else changes."""
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import every_rank
+from strategies import seeds, uniform
+from torch import Tensor, nn
+from toys import UPDATERS, backbone_of, gen, objective_of, toy_recipe, toy_registry, updater_of
+
+from jemkit import Guard, Trainer, train_step
+from jemkit.checkpoint import same
+from jemkit.errors import MisfitError, OutOfMemory
+from jemkit.memory import MicroBatch, recomputes
+from jemkit.modes import SameModes, frozen, frozen_batch_stats
+from jemkit.networks import WRN
+from jemkit.norms import Norm
+from jemkit.runtime.folder import RunFolder
+from jemkit.testing import toy_batch, toy_model, toy_task
+
+TASK = toy_task()
+BATCH = toy_batch(TASK, 6, positives=4)
+norms = st.sampled_from(["batch", "instance", "group", "none"])
+
+
+def wide(norm: Norm = "batch", seed: int = 0) -> Any:
+    return toy_model(TASK, WRN(depth=10, width=1, norm=norm), seed=seed).train()
+
+
+def updated(objective: str, updater: str, *, anew: bool) -> dict[str, Tensor]:
+    """A model's state after two steps."""
+    backbone = backbone_of("sadajem", network=WRN(depth=10, width=1))
+    moved, rng = updater_of(updater, backbone.model), gen(1)
+    with MicroBatch(recompute=anew).held():
+        for _ in range(2):
+            train_step(backbone, objective_of(objective), moved, BATCH, rng, Guard())
+    return backbone.model.state_dict()
+
+
+@pytest.mark.parametrize("updater", UPDATERS)
+@pytest.mark.parametrize("objective", ["ce", "ebjdat"])
+def test_steps_are_the_same_bit_for_bit_statistics_among_them(objective: str, updater: str) -> None:
+    assert same(*(updated(objective, updater, anew=anew) for anew in (False, True)))
+
+
+@settings(max_examples=10, deadline=None)
+@given(seeds, norms)
+def test_slopes_are_the_same_bit_for_bit_however_often_they_are_asked_for(
+    seed: int, norm: Norm
+) -> None:
+    x, found = uniform(seed, 5, *TASK.shape), []
+    for anew in (False, True):
+        model = wide(norm, seed)
+        with MicroBatch(recompute=anew).held():
+            total = model(x).energy.square().mean()
+        leaves = list(model.parameters())
+        slopes = [
+            torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+            for _ in range(2)
+        ]
+        found.append([*slopes, list(model.buffers())])
+    assert same(*found)
+
+
+def alive(*, anew: bool) -> int:
+    """How many inputs of a block's convolutions a loss's graph keeps."""
+    model, seen = wide(), []
+
+    def remember(_: nn.Module, given: tuple[Tensor]) -> None:
+        seen.append(weakref.ref(given[0]))
+
+    for name, module in model.named_modules():
+        if name.endswith(("conv1", "conv2")):
+            module.register_forward_pre_hook(remember)
+    with MicroBatch(recompute=anew).held():
+        total = model(BATCH.x).energy.mean()
+    assert len(seen) == 6
+    count = sum(one() is not None for one in seen)
+    total.backward()
+    return count
+
+
+def test_no_activation_is_kept_where_memory_is_short() -> None:
+    assert alive(anew=False) == 6
+    assert alive(anew=True) == 0
+
+
+def test_a_convolution_is_not_repeated() -> None:
+    model, passes = wide(), [0]
+
+    def count(*_: Any) -> None:
+        passes[0] += 1
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(count)
+    with MicroBatch(recompute=True).held():
+        total = model(BATCH.x).energy.mean()
+    before = passes[0]
+    total.backward()
+    assert passes[0] == before
+
+
+def test_the_second_pass_of_modes_taken_up_again_teaches_nothing() -> None:
+    norm = nn.BatchNorm2d(2)
+    again = SameModes(norm)
+    x = uniform(0, 4, 2, 3, 3)
+    first = norm(x)
+    learnt = {name: t.clone() for name, t in norm.named_buffers()}
+    norm.eval()
+    for _ in range(2):
+        with again:
+            assert torch.equal(norm(x), first)
+    assert same(dict(norm.named_buffers()), learnt)
+    assert not norm.training
+    with frozen_batch_stats(norm):
+        quiet = SameModes(norm)
+    with quiet:
+        assert not norm.track_running_stats
+
+
+class Hungry(nn.Module):
+    """Has no room for its activations, nor, unless `enough`, for half of them."""
+
+    recomputes = True
+
+    def __init__(self, *, enough: bool) -> None:
+        super().__init__()
+        self.norm, self.enough = nn.BatchNorm2d(1), enough
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (recomputes() and self.enough):
+            raise MemoryError("no room")
+        return self.norm(x)  # type: ignore[no-any-return]
+
+
+def test_memory_that_runs_out_has_activations_made_anew_before_anything_else() -> None:
+    network, x, micro, told = Hungry(enough=True), torch.ones(8, 1, 2, 2), MicroBatch(), []
+    found = micro.fit(
+        lambda: micro.passed(network, x, network), told=lambda **what: told.append(what)
+    )
+    assert found.shape == x.shape
+    assert (micro.size, micro.recompute) == (0, True)
+    assert told == [{"was": 8, "images": 8, "recompute": True, "reason": "no room"}]
+    with frozen(network):  # a chain's pass, in which no weight asks for a gradient
+        other = MicroBatch()
+        with pytest.raises(OutOfMemory, match="cannot be cut"):
+            other.fit(lambda: other.passed(network, x, network))
+        assert not other.recompute
+
+
+def test_memory_for_which_that_is_not_enough_ends_it() -> None:
+    network, x, micro = Hungry(enough=False), torch.ones(8, 1, 2, 2), MicroBatch()
+    with pytest.raises(OutOfMemory, match="cannot be cut"):
+        micro.fit(lambda: micro.passed(network, x, network))
+    assert (micro.size, micro.recompute) == (4, True)
+
+
+def trainer(path: Path, *overrides: str) -> Trainer:
+    asked = toy_recipe(toy_registry(), "sadajem", "ebjdat", "plain", *overrides)
+    return Trainer(asked, RunFolder.create(path))
+
+
+def test_a_run_keeps_what_it_learnt_and_a_recipe_can_ask_for_it(tmp_path: Path) -> None:
+    wide = ("backbone.network.use=wrn", "backbone.network.depth=10", "backbone.network.width=1")
+    first, second = (trainer(tmp_path / name, *wide) for name in "ab")
+    first.parts.micro.recompute = True
+    assert not second.parts.micro.recompute
+    second.parts.take(first.parts.state_dict())
+    assert second.parts.micro.recompute
+    assert trainer(tmp_path / "c", *wide, "run.recompute=true").parts.micro.recompute
+
+
+def test_a_network_that_cannot_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(MisfitError, match=r"run\.recompute: this network"):
+        trainer(tmp_path / "a", "run.recompute=true")
+
+
+def in_processes() -> bool:
+    """Whether a step by statistics of all processes is the same with activations made anew."""
+    found = []
+    for anew in (False, True):
+        network = WRN(depth=10, width=1, norm="sync")
+        backbone = backbone_of("sadajem", network=network)
+        moved = updater_of("sam", backbone.model)
+        with MicroBatch(recompute=anew).held():
+            train_step(backbone, objective_of("ebjdat"), moved, BATCH, gen(1), Guard())
+        found.append(backbone.model.state_dict())
+    return same(*found)
+
+
+def test_norms_over_processes_make_theirs_anew_too() -> None:
+    assert every_rank(in_processes) == [True, True]
