@@ -1,6 +1,6 @@
 """Attacks: chains up a loss inside a ball around x, and whatever else fools a model."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from jemkit.data import Bounds
 from jemkit.energy import EnergyFn
 from jemkit.errors import ConfigError, DataError, MisfitError
-from jemkit.falling import FIRST, first_to_fall
+from jemkit.falling import FIRST, first_to_fall, restarts
 from jemkit.modes import eval_mode, frozen
 from jemkit.options import Options, Radius
 from jemkit.pixels import UNIT, PixelModel
@@ -90,6 +90,11 @@ def perturbed(x: Tensor, radius: float, rng: Generator, norm: Ball = "Linf") -> 
     return x + radius * direction.view_as(x)
 
 
+def drawn_start(kernel: Projected, rng: Generator) -> Tensor:
+    """Where a climb begins: a point of the ball, inside the range."""
+    return kernel.project(perturbed(kernel.centre, kernel.radius, rng, kernel.norm))
+
+
 class Best:
     """The worst images for a model among all that were seen: wrong ones first, then by loss."""
 
@@ -122,7 +127,8 @@ class PGD(Options):
 
     As an attack on a model it goes up the cross-entropy, and keeps the worst image of all steps
     and restarts; in training it gives the last one. With `keep = "first"` an image leaves its batch
-    when it falls: the same images fall for fewer passes, but no x~ is the worst that there is.
+    when it falls, and each restart is a stage on full batches of what stands: fewer passes, but
+    no x~ is the worst that there is. The same images fall in one restart; later ones draw anew.
     """
 
     everyone: ClassVar[bool] = True
@@ -152,21 +158,19 @@ class PGD(Options):
             raise ConfigError("a training attack has one start: set its restarts to 1")
         radius = radius_px if self.radius_px is None else self.radius_px
         kernel = self.kernel(x, radius, bounds, self.norm)
-        start = kernel.project(perturbed(x, bounds.px(radius), rng, self.norm))
         with frozen(model), eval_mode(model):
-            return run(kernel, lambda x: -loss(x), start, rng, self.steps)
+            return run(kernel, lambda x: -loss(x), drawn_start(kernel, rng), rng, self.steps)
 
     def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
         norm = ball_of(threat, self.label)
         self._check_threat(threat)
+        around = partial(self.kernel, radius_px=threat.radius_px, bounds=UNIT, norm=norm)
+
+        def fall(x: Tensor, y: Tensor, rng: Generator) -> Tensor:
+            start = drawn_start(around(x), rng)
+            return first_to_fall(subject, x, y, rng, start=start, kernel=around, steps=self.steps)
 
         def perturb(x: Tensor, y: Tensor, rng: Generator) -> Tensor:
-            if self.keep == "first":
-                around = partial(self.kernel, radius_px=threat.radius_px, bounds=UNIT, norm=norm)
-                starts = self.starts(around(x), threat.radius_px, norm, rng)
-                return first_to_fall(
-                    subject, x, y, rng, starts=starts, kernel=around, steps=self.steps
-                )
             best = Best(x)
 
             def energy(z: Tensor) -> Tensor:
@@ -178,6 +182,8 @@ class PGD(Options):
             self.climb(energy, x, threat.radius_px, norm, rng)
             return best.x
 
+        if self.keep == "first":
+            return restarts(fall, self.label, self.restarts)
         return {self.label: perturb}
 
     def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
@@ -199,17 +205,10 @@ class PGD(Options):
         """Go down an energy in the ball from every start; it sees each state, and keeps what it
         wants."""
         kernel = self.kernel(x, radius_px, UNIT, norm)
-        for start in self.starts(kernel, radius_px, norm, rng):
-            end = run(kernel, energy, start, rng, self.steps)
+        for _ in range(self.restarts):
+            end = run(kernel, energy, drawn_start(kernel, rng), rng, self.steps)
             with torch.no_grad():
                 energy(end)
-
-    def starts(
-        self, kernel: Projected, radius_px: float, norm: Ball, rng: Generator
-    ) -> Iterator[Tensor]:
-        """Each restart's beginning, drawn when it is asked for."""
-        for _ in range(self.restarts):
-            yield kernel.project(perturbed(kernel.centre, UNIT.px(radius_px), rng, norm))
 
     def kernel(self, x: Tensor, radius_px: float, bounds: Bounds, norm: Ball) -> Projected:
         """Steepest ascent around x, projected; for an energy, which is a loss upside down."""

@@ -54,8 +54,14 @@ def figures(outcome: Outcome) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_processes_that_share_an_evaluation_find_what_one_finds(run: Path, tmp_path: Path) -> None:
-    both = (*PGD, "--only", "energies")
+FALLING = ("--set", "pgd.keep=first", "--set", "pgd.restarts=3", "--eps-px", "60")
+
+
+@pytest.mark.parametrize("more", [("--only", "energies"), FALLING], ids=["worst", "first"])
+def test_processes_that_share_an_evaluation_find_what_one_finds(
+    run: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    both = (*PGD, *more)
     asked = ("evaluate", str(run), *both, "--batch-size", "60", "--json", "--out")
     one = jemkit(*asked, str(tmp_path / "one"))
     two = together(tmp_path, *asked, "two")
