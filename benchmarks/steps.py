@@ -29,19 +29,34 @@ from torch import Generator
 from jemkit import Batch, Guard, Task, train_step
 from jemkit.backbone import Backbone
 from jemkit.bench.flops import flops, step_work, traffic
-from jemkit.bench.machine import measured, seconds, settle
+from jemkit.bench.machine import measured, product_rate, seconds, settle
+from jemkit.compiled import CompiledGradient, compiled_chains
 from jemkit.data import Images
 from jemkit.density import Buffer
+from jemkit.layout import laid_out
+from jemkit.memory import MicroBatch
 from jemkit.modes import eval_mode, sampling_mode
 from jemkit.networks import WRN
 from jemkit.registry import installed
-from jemkit.runtime.numerics import laid_out
+from jemkit.replay import replay_on
+from jemkit.runtime.numerics import in_bf16
 from jemkit.starts import Uniform
 from jemkit.update import SAM, Plain
 
 REGISTRY = installed(third_party=False)
-VARIANTS = ("jemkit", "jemkit+cl", "jemkit+cl+hold")
+MAIN = "jemkit+cl+hold"
+VARIANTS = {
+    "cpu": (
+        "jemkit", "jemkit+cl", MAIN, "jemkit+cl+compile", "jemkit+cl+anew", "jemkit+cl+bf16",
+    ),
+    "cuda": (
+        "jemkit+cl", "jemkit+cl+anew", "jemkit+cl+compile", "jemkit+cl+bf16",
+        "jemkit+cl+bf16+compile",
+    ),
+}  # fmt: skip
+"""cl: channels last; hold: memory held; anew: activations made anew; all else as run.NAME is."""
 RIVALS = ("released", "bare")
+EPOCHS, IMAGES = 100, 45_000  # of the forecast: CIFAR-10 without its validation split
 
 
 def built(given: argparse.Namespace, *, channels_last: bool = False) -> tuple[Backbone, Batch]:
@@ -84,7 +99,18 @@ def jemkit(given: argparse.Namespace, *variants: str) -> Callable[[], Any]:
     spec = Plain() if given.updater == "plain" else SAM(rho=2.0, adaptive=True)
     updater = spec.build(backbone.model, optimizer_of(backbone))
     objective = objective_of(given)
-    return lambda: train_step(backbone, objective, updater, batch, rng, guard)
+    if "compile" in variants:
+        unit = CompiledGradient()
+        objective = compiled_chains(objective, unit, replay_on(batch.x.device))
+    if "bf16" in variants:
+        objective = in_bf16(objective, batch.x.device.type)
+    micro = MicroBatch(recompute="anew" in variants)
+
+    def step() -> None:
+        with micro.held():
+            train_step(backbone, objective, updater, batch, rng, guard)
+
+    return step
 
 
 def released(given: argparse.Namespace) -> Callable[[], Any]:
@@ -235,6 +261,7 @@ def floor(given: argparse.Namespace, *, channels_last: bool) -> dict[str, float]
         "floor_arithmetic_s": wall, "floor_arithmetic_cpu_s": cpu,
         "floor_memory_s": traffic(work) / machine.bandwidth,
         "matmul": machine.matmul, "bandwidth": machine.bandwidth,
+        "matmul_bf16": product_rate(device, torch.bfloat16, given.patience),
     }  # fmt: skip
 
 
@@ -250,17 +277,35 @@ def flags(given: argparse.Namespace) -> list[str]:
 
 
 def main_step(given: argparse.Namespace) -> dict[str, Any]:
-    found = compared(given, (*RIVALS, *(VARIANTS[-1:] if given.small else VARIANTS)))
+    device = torch.device(given.device)
+    found = compared(given, (*RIVALS, *((MAIN,) if given.small else VARIANTS[device.type])))
     found["floor"] = {
         "contiguous": floor(given, channels_last=False),
         "channels_last": floor(given, channels_last=True),
     }
-    least = found["floor"]["channels_last"]
     for name, figures in found["steps"].items():
-        figures["of_floor"] = least["floor_arithmetic_s"] / figures["wall_s"]
-        figures["of_floor_cpu"] = least["floor_arithmetic_cpu_s"] / figures["cpu_s"]
+        figures |= rates(name, figures, found["floor"]["channels_last"], given)
         print(name, figures, file=sys.stderr)
     return found
+
+
+def rates(
+    name: str, figures: dict[str, float], least: dict[str, float], given: argparse.Namespace
+) -> dict[str, float]:
+    """What a step's time says: of the floor, of the machine, of a whole run."""
+    narrow = "bf16" in name  # the floor is float32's
+    product = least["matmul_bf16" if narrow else "matmul"]
+    reached = {} if narrow else {
+        "of_floor": least["floor_arithmetic_s"] / figures["wall_s"],
+        "of_floor_cpu": least["floor_arithmetic_cpu_s"] / figures["cpu_s"],
+    }  # fmt: skip
+    return {
+        **reached,
+        "images_per_s": given.batch / figures["wall_s"],
+        "tflops": least["flops"] / figures["wall_s"] / 1e12,  # of jemkit's step, whoever takes it
+        "of_product_rate": least["flops"] / figures["wall_s"] / product,
+        "forecast_hours": EPOCHS * (IMAGES // given.batch) * figures["wall_s"] / 3600,
+    }
 
 
 PARTS = [
@@ -276,12 +321,15 @@ def parts(given: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for backbone, objective in PARTS:
         one = changed(given, backbone=backbone, objective=objective, updater="plain")
-        steps = compared(one, (VARIANTS[-1],))["steps"]
-        found[f"{backbone} x {objective}"] = {
-            **steps[VARIANTS[-1]],
-            **floor(one, channels_last=True),
-        }
+        found[f"{backbone} x {objective}"] = {**alone(one), **floor(one, channels_last=True)}
     return found
+
+
+def alone(given: argparse.Namespace) -> dict[str, float]:
+    """One jemkit's figures, with nobody beside it."""
+    name = MAIN if given.device == "cpu" else "jemkit+cl"
+    figures: dict[str, float] = compared(given, (name,))["steps"][name]
+    return figures
 
 
 SCALES: dict[str, tuple[int, ...]] = {
@@ -293,10 +341,7 @@ SCALES: dict[str, tuple[int, ...]] = {
 def scaling(given: argparse.Namespace, scales: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """Step time and memory as one size grows and the others stay."""
     return {
-        name: {
-            value: compared(changed(given, **{name: value}), (VARIANTS[-1],))["steps"][VARIANTS[-1]]
-            for value in values
-        }
+        name: {value: alone(changed(given, **{name: value})) for value in values}
         for name, values in scales.items()
     }
 

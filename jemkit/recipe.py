@@ -25,6 +25,7 @@ from jemkit.mistakes import explain
 from jemkit.objective import Objective, ObjectiveSpec
 from jemkit.options import Options, PartOf, nearest
 from jemkit.registry import Registry
+from jemkit.runtime.numerics import Layout
 from jemkit.runtime.sentinel import Sentinel
 from jemkit.schedule import SGD, OptimizerOptions, Schedule
 from jemkit.update import UpdaterSpec
@@ -50,7 +51,7 @@ class Run(Options):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     compile: bool = False
-    channels_last: Literal["auto", "yes", "no"] = "auto"
+    channels_last: Layout = "auto"  # measure: what is faster at the start, kept in config.json
     deterministic: bool = False
     threads: int | None = Field(None, ge=1)  # of the CPU; None: torch's own choice
     eval_images: int = Field(256, ge=1)  # of validation, under PGD-10 after each epoch
@@ -59,7 +60,7 @@ class Run(Options):
     keep: int = Field(2, ge=1)  # newest checkpoints to keep, beside the best and the sentinel's
 
     @property
-    def layout(self) -> Literal["auto", "yes", "no"]:
+    def layout(self) -> Layout:
         """`channels_last` as it applies: weights in shares lie as torch has them."""
         return "no" if self.shard else self.channels_last
 

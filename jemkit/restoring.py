@@ -9,10 +9,10 @@ from jemkit import checkpoint
 from jemkit.assembly import load_model, task_of
 from jemkit.backbone import Backbone, Task
 from jemkit.errors import ConfigError, DataError
+from jemkit.layout import laid_out
 from jemkit.recipe import Recipe, resolve
 from jemkit.registry import Registry
 from jemkit.runtime.folder import RunFolder
-from jemkit.runtime.numerics import laid_out
 from jemkit.seeds import generator
 from jemkit.splits import Splits
 

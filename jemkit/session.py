@@ -88,7 +88,11 @@ def _begin(trainer: Trainer, whole: Resolved) -> None:
     for litter in folder.path.glob(".config.json.*"):
         litter.unlink()
     checkpoint.save(folder.checkpoints / f"step-{trainer.step:08d}", trainer.state_dict())
-    folder.write_config(whole.tables, whole.origins)
+    tables, origins = whole.tables, whole.origins
+    if trainer.recipe.run.channels_last == "measure":  # who reads the run lays it out as it was
+        tables = {**tables, "run": {**tables["run"], "channels_last": trainer.parts.channels_last}}
+        origins = {**origins, "run.channels_last": "measured"}
+    folder.write_config(tables, origins)
 
 
 def unborn(out: Path) -> bool:

@@ -20,7 +20,8 @@ from jemkit.backbone import Backbone, Task
 from jemkit.density import ContrastiveDensity
 from jemkit.energy import EnergyModel
 from jemkit.errors import Diverged, JemkitError, MisfitError
-from jemkit.runtime import distributed, numerics, sharding, trees
+from jemkit.layout import laid_out as lay_out
+from jemkit.runtime import distributed, sharding, trees
 from jemkit.update import Stateful, Updater
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def laid_out(backbone: Backbone, run: "Run", task: Task) -> tuple[EnergyModel, E
                 "run.shard shares nothing out in one process; the weights only lie as shares do, "
                 "not channels last"
             )
-        numerics.laid_out(model, run.layout, device)
+        lay_out(model, run.layout, device)
         return model, None
     sharding.check_options(compiled=run.compile, channels_last=run.channels_last)
     by_stem = backbone.has_density and backbone.density.sampler.needs_stem

@@ -37,11 +37,11 @@ Precision = Annotated[
     _option("--precision", "Of the passes; energies stay float32.", RUN),
 ]
 Compile = Annotated[
-    bool | None, _option("--compile/--no-compile", "Compile the model with torch.", RUN)
+    bool | None, _option("--compile/--no-compile", "Compile the gradients of chains.", RUN)
 ]
 ChannelsLast = Annotated[
-    Literal["auto", "yes", "no"] | None,
-    _option("--channels-last", "Memory layout; auto takes the faster one.", RUN),
+    Literal["auto", "measure", "yes", "no"] | None,
+    _option("--channels-last", "Memory layout; auto is a rule, measure tries both first.", RUN),
 ]
 Deterministic = Annotated[
     bool | None, _option("--deterministic", "Only deterministic algorithms.", RUN)

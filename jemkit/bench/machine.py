@@ -17,7 +17,7 @@ work makes one slower."""
 Clock = Callable[[], float]
 """time.process_time, all threads' together, is what a busy machine's other work moves least."""
 
-SQUARE = 1024
+SQUARE = {"cpu": 1024, "cuda": 8192}
 LARGE = 2**26  # bytes, beyond any cache
 
 
@@ -31,14 +31,19 @@ class Machine(NamedTuple):
 
 
 def measured(device: torch.device, patience: float = PATIENCE) -> Machine:
-    rng = Generator(device).manual_seed(0)
-    a, b = (torch.empty(SQUARE, SQUARE, device=device).normal_(generator=rng) for _ in range(2))
-    product = torch.empty_like(a)
-    matmul = 2 * SQUARE**3 / fastest(lambda: torch.mm(a, b, out=product), device, patience)
+    matmul = product_rate(device, torch.float32, patience)
     source = torch.zeros(LARGE // 4, device=device)
     target = torch.empty_like(source)
     bandwidth = 2 * LARGE / fastest(lambda: target.copy_(source), device, patience)
     return Machine(device.type, torch.get_num_threads(), matmul, bandwidth)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype, patience: float = PATIENCE) -> float:
+    """FLOP/s of a product of two square matrices, large enough for the device."""
+    n, rng = SQUARE[device.type], Generator(device).manual_seed(0)
+    a, b = (torch.empty(n, n, device=device).normal_(generator=rng).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    return 2 * n**3 / fastest(lambda: torch.mm(a, b, out=product), device, patience)
 
 
 def seconds(

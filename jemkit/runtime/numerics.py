@@ -15,6 +15,10 @@ from jemkit.objective import Batch, Objective, Remembering, Terms
 
 Precision = Literal["fp32", "tf32", "bf16"]
 
+Layout = Literal["auto", "measure", "yes", "no"]
+"""Of weights, channels last or not: `auto` is a rule, which repeats; `measure` is what is faster
+when it is asked."""
+
 
 def device_of(name: str) -> torch.device:
     """auto is CUDA where there is one."""
@@ -99,16 +103,3 @@ def _be_deterministic(on: bool) -> None:
     """Torch's switch, left alone where it stands so: to touch it imports the whole compiler."""
     if torch.are_deterministic_algorithms_enabled() != on:
         torch.use_deterministic_algorithms(on)
-
-
-def laid_out(model: nn.Module, choice: str, device: torch.device) -> nn.Module:
-    """Channels last where asked for.
-
-    `auto` takes it but with instance norm on a CPU, which alone was slower by it where it was
-    measured (docs/performance.md). It is a rule and no measurement of the moment: the layout
-    moves the last bit of a sum, and a run should repeat.
-    """
-    slower = device.type == "cpu" and any(isinstance(m, nn.InstanceNorm2d) for m in model.modules())
-    if choice == "yes" or (choice == "auto" and not slower):
-        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
-    return model
