@@ -18,7 +18,8 @@ acceptance: $(STAMP)
 	$(BIN)/python -m pytest -m slow -rs && $(BIN)/python benchmarks/acceptance.py
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/run.py && $(BIN)/python benchmarks/steps.py && $(BIN)/python benchmarks/charts.py
+	$(BIN)/python benchmarks/run.py && $(BIN)/python benchmarks/steps.py && \
+	$(BIN)/python benchmarks/gradients.py && $(BIN)/python benchmarks/charts.py
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -20,7 +20,7 @@ from tools import keep
 from torch import Tensor
 
 from jemkit.bench.machine import elapsed
-from jemkit.compiled import CompiledGradient, pays_after
+from jemkit.compiled import Backend, CompiledGradient, pays_after
 from jemkit.energy import EnergyModel, ModelEnergy
 from jemkit.modes import eval_mode, frozen, sampling_mode
 from jemkit.sampling import eager_gradient
@@ -45,7 +45,9 @@ def bare(model: EnergyModel, x: Tensor) -> None:
     torch.autograd.grad(model(leaf).energy.sum(), leaf)
 
 
-def contestants(given: argparse.Namespace, mode: Any, images: int) -> dict[str, Work]:
+def contestants(
+    given: argparse.Namespace, mode: Any, images: int, backend: Backend = "inductor"
+) -> dict[str, Work]:
     """Each by name, ready to be called."""
     plain, laid = (built(given, channels_last=last)[0].model for last in (False, True))
     x = torch.randn((images, 3, given.size, given.size), device=given.device)
@@ -68,7 +70,7 @@ def contestants(given: argparse.Namespace, mode: Any, images: int) -> dict[str, 
         "bare": sketch,
         "jemkit, contiguous": at(plain, x, eager_gradient),
         "jemkit, channels last": at(laid, last, eager_gradient),
-        "jemkit, channels last, compiled": at(laid, last, CompiledGradient()),
+        "jemkit, channels last, compiled": at(laid, last, CompiledGradient(backend)),
     }
 
 

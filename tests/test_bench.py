@@ -1,5 +1,6 @@
 """The floor of a step, worked by hand; and the released schedule, term by term against jemkit."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -259,6 +260,23 @@ def test_a_step_is_much_cheaper_than_the_released_one() -> None:
     assert found["ratios"]["released / jemkit+cl+hold"]["cpu"] > 1.5
     assert found["ratios"]["bare / jemkit+cl+hold"]["cpu"] > 0.5
     assert found["floor"]["channels_last"]["floor_arithmetic_s"] > 0
+    ours = found["steps"]["jemkit+cl+hold"]
+    assert ours["images_per_s"] == pytest.approx(16 / ours["wall_s"])
+    assert ours["forecast_hours"] == pytest.approx(100 * (45_000 // 16) * ours["wall_s"] / 3600)
+
+
+def test_a_gradients_contestants_are_timed_in_turn_by_one_network() -> None:
+    from gradients import attacked, chained, contestants, in_turn
+    from steps import SETTINGS
+
+    toys = {"depth": 10, "width": 1, "size": 8, "batch": 4, "capacity": 8}
+    given = argparse.Namespace(**{**SETTINGS, **toys})
+    for mode in (chained, attacked):
+        named = contestants(given, mode, 2, "eager")
+        found = in_turn(named, torch.device("cpu"), rounds=2)
+        assert found["bare"]["bare / this"] == 1
+        assert all(found[name]["seconds"] > 0 for name in named)
+        assert found["pays_after"] > 0
 
 
 def test_held_memory_changes_no_number() -> None:
