@@ -44,6 +44,6 @@ class OutOfMemory(JemkitError):
 
 
 class DataError(JemkitError, ValueError):
-    """A file that is missing, damaged or not what it claims to be."""
+    """A file or folder that is missing, damaged or not what is wanted there."""
 
     exit_code = 6

@@ -124,9 +124,9 @@ def check_vacant(folder: Path) -> None:
 
 def _check_run(run: Path) -> None:
     if (run / checkpoint.MANIFEST).exists():
-        raise ConfigError(f"{run} is a checkpoint; give its run, {run.resolve().parents[1]}")
+        raise DataError(f"{run} is a checkpoint; give its run, {run.resolve().parents[1]}")
     if (run / WEIGHTS).exists() and not (run / "checkpoints").exists():
-        raise ConfigError(f"{run} is an exported model already; wanted a run of `jemkit train`")
+        raise DataError(f"{run} is an exported model already; wanted a run of `jemkit train`")
 
 
 def _record_of(run: Path, sha: str) -> tuple[Record | None, str]:

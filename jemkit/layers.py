@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jemkit.errors import ConfigError, UnknownName
+from jemkit.errors import ConfigError, DataError, UnknownName
 from jemkit.options import Options, PartOf, nearest
 from jemkit.registry import Registry
 from jemkit.schedule import SGD, Adam
@@ -147,12 +147,12 @@ def read_layer(source: Path | Mapping[str, Any]) -> Table:
         text = source.read_text(encoding="utf-8")
         table = json.loads(text) if source.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
-        raise ConfigError(f"{source} is missing") from None
+        raise DataError(f"{source} is missing; wanted a recipe, .toml or .json") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{source} cannot be read as a recipe: {error}") from None
+        raise DataError(f"{source} cannot be read as a recipe: {error}") from None
     found = table.get("recipe", table) if isinstance(table, dict) else table
     if not isinstance(found, dict):
-        raise ConfigError(f"{source} holds no table")
+        raise DataError(f"{source} holds no table; wanted those of a recipe")
     return found
 
 

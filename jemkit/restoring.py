@@ -8,7 +8,7 @@ import torch
 from jemkit import checkpoint
 from jemkit.assembly import load_model, task_of
 from jemkit.backbone import Backbone, Task
-from jemkit.errors import ConfigError, DataError
+from jemkit.errors import DataError
 from jemkit.layout import laid_out
 from jemkit.recipe import Recipe, resolve
 from jemkit.registry import Registry
@@ -51,7 +51,7 @@ def restored(
 def run_folder(path: Path) -> RunFolder:
     """The folder of a run that exists; `latest` is followed to the run that it points to."""
     if not (path / "config.json").exists():
-        raise ConfigError(
+        raise DataError(
             f"{path} is no run of jemkit: it has no config.json; `jemkit train` makes one"
         )
     return RunFolder(path.resolve())

@@ -55,7 +55,7 @@ def subject_at(
     Weights alone, a .safetensors file, need a `network`.
     """
     if not path.exists():
-        raise ConfigError(
+        raise DataError(
             f"{path} does not exist; name a run of `jemkit train`, a checkpoint folder, an "
             "exported model or a .safetensors file"
         )
@@ -66,7 +66,7 @@ def subject_at(
     if (path / checkpoint.MANIFEST).exists():
         run = path.resolve().parents[1]
         if not (run / "config.json").exists():
-            raise ConfigError(
+            raise DataError(
                 f"{path} is a checkpoint outside its run: there is no {run / 'config.json'} to say "
                 "what it is. Give the run, or its model.safetensors with --network"
             )
@@ -195,7 +195,7 @@ def _weights(
     dataset: dict[str, Any] | None,
 ) -> Subject:
     if path.suffix != ".safetensors":
-        raise ConfigError(
+        raise DataError(
             f"{path}: wanted a run, a checkpoint folder, an exported model or a .safetensors file"
         )
     if network is None:

@@ -205,7 +205,6 @@ class TestRefusals:
             ("--set=epochs", "wanted KEY=VALUE"),
             ("--epochs=0", "run.epochs: Input should be greater than or equal to 1; got 0"),
             ("--data-dir=x", "data.dir: no such option"),
-            ("--config=none.toml", "none.toml is missing"),
             ("--preset=papper", "did you mean 'paper'?"),
         ],
     )
@@ -221,6 +220,24 @@ class TestRefusals:
         done = jemkit("train", "--dataset=cifar10", "--data-dir=nowhere")
         assert "nowhere/cifar-10-batches-py" in one_line(done, 6)
         assert "--download" in done.err
+
+    @pytest.mark.parametrize("path", ["nowhere", "empty", "words.txt"])
+    @pytest.mark.parametrize(
+        "command",
+        [
+            ("evaluate",), ("sample",), ("export",), ("report",), ("compare",), ("verify-resume",),
+            ("import", "--format=jem"), ("train", "--config"), ("train", "--init-from"),
+            ("train", "--resume", "--out"), ("config", "show", "--config"),
+        ],
+        ids=" ".join,
+    )  # fmt: skip
+    def test_a_path_with_nothing_fit_ends_with_six(
+        self, command: tuple[str, ...], path: str
+    ) -> None:
+        Path("empty").mkdir()
+        Path("words.txt").write_text("run = [")
+        assert path in one_line(jemkit(*command, path), 6)
+        assert sorted(p.name for p in Path().iterdir()) == ["empty", "words.txt"]
 
     def test_every_mistake_is_told_at_once(self) -> None:
         done = jemkit("train", "--set=backbone.stps=5", "--set=run.seed=-1")
@@ -267,7 +284,7 @@ class TestResume:
         assert "leave out --epochs, --set, --dry-run" in one_line(done, 2)
 
     def test_a_folder_that_is_no_run_cannot_be_resumed(self) -> None:
-        assert "no config.json" in one_line(jemkit("train", "--resume"), 3)
+        assert "no config.json" in one_line(jemkit("train", "--resume"), 6)
 
 
 class TestSample:
@@ -316,7 +333,6 @@ class TestSample:
 
     def test_what_cannot_be_sampled_is_refused(self, trained: tuple[Path, Outcome]) -> None:
         run = str(trained[0] / "runs" / "latest")
-        assert "no run of jemkit" in one_line(jemkit("sample", "nowhere"), 3)
         assert "0..9" in one_line(jemkit("sample", run, "--class=10"), 3)
         unknown = jemkit("sample", run, "--start=unifrm")
         assert "did you mean 'uniform'?" in one_line(unknown, 3)

@@ -183,12 +183,12 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_refused(averaged: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no run of jemkit"):
+    with pytest.raises(DataError, match="is no run of jemkit"):
         export(tmp_path)
-    with pytest.raises(ConfigError, match="is a checkpoint; give its run"):
+    with pytest.raises(DataError, match="is a checkpoint; give its run"):
         export(averaged / "checkpoints" / "best")
     model = export(averaged, out=tmp_path / "model").folder
-    with pytest.raises(ConfigError, match="is an exported model already"):
+    with pytest.raises(DataError, match="is an exported model already"):
         export(model)
     run = copied(averaged, tmp_path)
     shutil.rmtree(run / "checkpoints")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jemkit import hookimpl, installed, resolve
-from jemkit.errors import ConfigError, UnknownName
+from jemkit.errors import ConfigError, DataError, UnknownName
 from jemkit.layers import leading_comment
 from jemkit.networks import WRN, SmallCNN
 from jemkit.recipe import Resolved, about_preset, build, complete, flat, schema
@@ -223,18 +223,22 @@ class TestMistakes:
             ("a.toml", "run = [", "cannot be read as a recipe"),
             ("a.json", "{", "cannot be read as a recipe"),
             ("a.json", "[]", "holds no table"),
-            ("a.toml", "data = 'digits'", r"wanted a table \[data\]"),
         ],
     )
     def test_a_file_that_is_no_recipe_is_named(
         self, name: str, content: str, message: str, tmp_path: Path
     ) -> None:
         (tmp_path / name).write_text(content)
-        with pytest.raises(ConfigError, match=f"{name}.*{message}"):
+        with pytest.raises(DataError, match=f"{name}.*{message}"):
             resolve(INSTALLED, config=tmp_path / name)
 
+    def test_a_recipe_whose_table_is_none_is_a_mistake_in_it(self, tmp_path: Path) -> None:
+        (tmp_path / "a.toml").write_text("data = 'digits'")
+        with pytest.raises(ConfigError, match=r"a.toml.*wanted a table \[data\]"):
+            resolve(INSTALLED, config=tmp_path / "a.toml")
+
     def test_a_file_that_is_missing_is_named(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=r"none.toml is missing"):
+        with pytest.raises(DataError, match=r"none.toml is missing"):
             resolve(INSTALLED, config=tmp_path / "none.toml")
 
 

@@ -324,7 +324,7 @@ def test_a_folder_that_holds_a_run_is_refused_before_anything_is_written(
 
 
 def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no run that could be resumed"):
+    with pytest.raises(DataError, match="no run that could be resumed"):
         train(toy_recipe(REGISTRY), tmp_path, registry=REGISTRY, resume=True)
 
 

@@ -156,4 +156,4 @@ def test_the_command_takes_a_recipe_or_a_run_and_ends_with_its_verdict(tmp_path:
     assert record["cuts"][0]["step"] == 1
     assert sorted(p.name for p in run.path.iterdir()) == ["checkpoints", "config.json", "samples"]
     nothing = run_command(str(tmp_path / "none"))
-    assert nothing.exit_code == 3
+    assert nothing.exit_code == 6

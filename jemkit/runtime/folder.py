@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from jemkit.errors import ConfigError
+from jemkit.errors import ConfigError, DataError
 from jemkit.runtime.files import append_text, read_json, write_json, write_text
 
 
@@ -50,7 +50,7 @@ class RunFolder:
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
         if not (path / "config.json").exists():
-            raise ConfigError(
+            raise DataError(
                 f"{path} is no run that could be resumed: it has no config.json; "
                 "`jemkit train` begins one"
             )
