@@ -13,6 +13,12 @@ class ConfigError(JemkitError, ValueError):
     exit_code = 3
 
 
+class UsageError(ConfigError):
+    """A value that no run could take."""
+
+    exit_code = 2
+
+
 class UnknownName(ConfigError, LookupError):
     """A name that no plug-in offers."""
 

@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 
 from jemkit.dealing import undivided
 from jemkit.density import Buffered
-from jemkit.errors import ConfigError, MisfitError, Preempted
+from jemkit.errors import ConfigError, MisfitError, Preempted, UsageError
 from jemkit.evaluator import Progress, no_progress
 from jemkit.memory import MicroBatch
 from jemkit.pictures import save_grid, to_bytes
@@ -99,9 +99,9 @@ def asked(
 ) -> Asked:
     """What `sample` draws; whatever cannot be drawn is refused here."""
     if n < 1:
-        raise ConfigError(f"{n} images: wanted 1 or more")
+        raise UsageError(f"{n} images: wanted 1 or more")
     if steps is not None and steps < 0:
-        raise ConfigError(f"chains of {steps} steps: wanted 0 or more")
+        raise UsageError(f"chains of {steps} steps: wanted 0 or more")
     if source == "buffer" and (steps is not None or start is not None):
         raise ConfigError("steps and start belong to fresh chains; a buffer's states are kept")
     on = device_of(device)

@@ -94,10 +94,32 @@ class PartOf:
         return {"type": "object", "required": ["use"], "properties": {"use": use}}
 
 
-def nearest(name: str, names: Any) -> str:
-    """ " (did you mean 'x'?)" where a name is close, else an empty string."""
+def nearest(name: str, names: Any, rest: str = "") -> str:
+    """ " (did you mean 'x'?)" where a name is close, else an empty string; `rest` ends it."""
     near = get_close_matches(name, [str(n) for n in names], n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    return f" (did you mean {near[0] + rest!r}?)" if near else ""
+
+
+def in_name(part: type[Any], name: str) -> dict[str, str] | None:
+    """The options in a part's name, `wrn-28-10`; None where it does not keep to the pattern."""
+    _, *values = name.split("-")
+    fields: tuple[str, ...] = getattr(part, "positional", ())
+    found = dict(zip(fields, values, strict=False))
+    numbers = (found[f].isdigit() for f in found if part.model_fields[f].annotation is int)
+    return found if len(values) == len(fields) and all(numbers) else None
+
+
+def pattern(part: type[Any], word: str) -> str:
+    """How a part is named with its options: wrn-DEPTH-WIDTH."""
+    return "-".join([word, *(f.upper() for f in getattr(part, "positional", ()))])
+
+
+def example(part: type[Any], word: str) -> str:
+    """A name by the pattern, ", such as wrn-28-10"; empty where options have no defaults."""
+    fields = [part.model_fields[f] for f in getattr(part, "positional", ())]
+    if not fields or any(field.is_required() for field in fields):
+        return ""
+    return f", such as {'-'.join([word, *(str(field.default) for field in fields)])}"
 
 
 def _protocols(source: Any) -> tuple[type[Any], ...]:

@@ -10,7 +10,7 @@ import pluggy
 
 from jemkit import hookspecs
 from jemkit.errors import ConfigError, UnknownName
-from jemkit.options import nearest
+from jemkit.options import example, in_name, nearest, pattern
 
 T = TypeVar("T")
 
@@ -85,10 +85,10 @@ class Shelf(Generic[T], Mapping[str, type[T]]):
 
     def __getitem__(self, name: str) -> type[T]:
         if name not in self._offers:
-            raise UnknownName(
-                f"no {self.kind} {name!r}{nearest(name, self._offers)}. "
-                f"There are: {', '.join(sorted(self._offers))}"
-            )
+            word, dash, values = name.partition("-")
+            hint = nearest(name, self) or nearest(word, self, dash + values)
+            there = ", ".join(pattern(self[known], known) for known in self)
+            raise UnknownName(f"no {self.kind} {name!r}{hint}. There are: {there}")
         return self._offers[name].part
 
     def __iter__(self) -> Iterator[str]:
@@ -99,15 +99,16 @@ class Shelf(Generic[T], Mapping[str, type[T]]):
 
     def named(self, name: str) -> tuple[type[T], dict[str, str]]:
         """A part, and the options in its name: `wrn-28-10` is wrn with depth 28 and width 10."""
-        word, *values = name.split("-")
+        word = name.partition("-")[0]
         if name in self._offers or word not in self._offers:
             return self[name], {}
         part = self[word]
-        fields: tuple[str, ...] = getattr(part, "positional", ())
-        if len(values) != len(fields):
-            pattern = "-".join([word, *(f.upper() for f in fields)])
-            raise ConfigError(f"{name!r} does not name a {self.kind}; the pattern is {pattern}")
-        return part, dict(zip(fields, values, strict=True))
+        found = in_name(part, name)
+        if found is None:
+            hint = nearest(name, self._offers.keys() - {word})
+            told = f"the pattern is {pattern(part, word)}{example(part, word)}"
+            raise ConfigError(f"{name!r} does not name a {self.kind}{hint}; {told}")
+        return part, found
 
     def name_of(self, part: type[Any]) -> str:
         for name, offer in self._offers.items():

@@ -17,6 +17,7 @@ from jemkit.dealing import undivided
 from jemkit.density import Buffered
 from jemkit.energy import LogSumExpEnergy
 from jemkit.errors import ConfigError, DataError, MisfitError
+from jemkit.mistakes import explain
 from jemkit.networks import lent
 from jemkit.pixels import PixelModel, pixel_model, weights_hash
 from jemkit.recipe import resolve
@@ -207,7 +208,7 @@ def _weights(
     part, named = registry["network"].named(network)
     test = data.load("test")
     with lent(Generator(device).manual_seed(0)):
-        built = part.model_validate(named).build(tuple(test.x.shape[1:]))
+        built = _network(part, named).build(tuple(test.x.shape[1:]))
     model = LogSumExpEnergy(built, data.n_classes).to(device)
     load_model(model, load_tensors(path))
     name = registry["dataset"].name_of(type(data))
@@ -216,6 +217,15 @@ def _weights(
     sha = checkpoint.file_hash(path)
     folder = path.with_name(f"{path.stem}-evaluation")
     return found._replace(about={**about, "sha256": sha}, folder=folder)
+
+
+def _network(part: type[Any], named: dict[str, str]) -> Any:
+    """A network's options, or a ConfigError that says what of its name cannot be."""
+    numbers = {k: int(v) if v.isdigit() else v for k, v in named.items()}
+    try:
+        return part.model_validate(numbers)
+    except ValidationError as error:
+        raise ConfigError(explain(error, {}, dict.fromkeys(named, "option"))) from None
 
 
 def check_images(test: Images, n_classes: int) -> Images:

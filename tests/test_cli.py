@@ -197,7 +197,10 @@ class TestRefusals:
         ("argument", "message"),
         [
             ("--backbone=sadajm", "did you mean 'sadajem'?"),
-            ("--network=wnr-16-2", "There are: mlp"),
+            ("--network=wnr-16-2", "(did you mean 'wrn-16-2'?). There are: mlp-HIDDEN-LAYERS"),
+            ("--network=wrnn-10-1", "(did you mean 'wrn-10-1'?)"),
+            ("--network=wrn-10-1x", "the pattern is wrn-DEPTH-WIDTH, such as wrn-28-10"),
+            ("--backbone=jem-pp", "(did you mean 'jempp'?)"),
             ("--network=wrn-16", "the pattern is wrn-DEPTH-WIDTH"),
             ("--set=backbone.stps=5", "backbone.stps: no such option (did you mean 'steps'?)"),
             ("--set=backbon.steps=5", "unknown table [backbon] (did you mean 'backbone'?)"),
@@ -333,7 +336,10 @@ class TestSample:
 
     def test_what_cannot_be_sampled_is_refused(self, trained: tuple[Path, Outcome]) -> None:
         run = str(trained[0] / "runs" / "latest")
-        assert "0..9" in one_line(jemkit("sample", run, "--class=10"), 3)
+        assert "'10': wanted a number of 0..9" in one_line(jemkit("sample", run, "--class=10"), 3)
+        assert "x: wanted a number" in one_line(jemkit("sample", run, "--class=x"), 2)
+        assert "0 images: wanted 1 or more" in one_line(jemkit("sample", run, "--n=0"), 2)
+        assert "-1 steps: wanted 0 or more" in one_line(jemkit("sample", run, "--steps=-1"), 2)
         unknown = jemkit("sample", run, "--start=unifrm")
         assert "did you mean 'uniform'?" in one_line(unknown, 3)
         assert jemkit("train", *CLASSIFIER, "--out=plain", "--json").code == 0

@@ -80,6 +80,8 @@ def test_weights_alone_need_the_network_that_they_belong_to(tmp_path: Path) -> N
         subject_at(path, REGISTRY, CPU)
     with pytest.raises(DataError, match="do not fit the model"):
         subject_at(path, REGISTRY, CPU, network="mlp-4-1")
+    with pytest.raises(ConfigError, match=r"depth: .*such as 10, 16 or 28; got 11 "):
+        subject_at(path, REGISTRY, CPU, network="wrn-11-1")
 
 
 @pytest.mark.parametrize(("spoil", "error", "message"), [

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from jemkit_cli.progress import tracking
-from jemkit_cli.terminal import guarded, installed_parts, say, say_json, stopping
+from jemkit_cli.terminal import USAGE, fail, guarded, installed_parts, say, say_json, stopping
 
 if TYPE_CHECKING:
     from jemkit.generation import Samples
@@ -57,6 +57,9 @@ def sample(
     ] = False,
 ) -> None:  # fmt: skip
     """Draw images from a run or an exported model: a PNG grid and an .npz, with their protocol."""
+    for label in classes or ():
+        if label != "all" and not label.isdigit():
+            fail(f"--class {label}: wanted a number, or all", USAGE)
     wanted = {
         "n": n, "steps": steps, "start": start, "source": source, "classes": classes, "seed": seed,
         "device": device, "which": checkpoint,
