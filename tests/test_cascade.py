@@ -413,15 +413,27 @@ def test_pieces_that_an_equal_evaluation_tidied_up_are_computed_by_whoever_still
     def pieces_of(ledger: Ledger) -> Iterator[Piece]:
         return ledger.each(names, lambda i: {"x": torch.tensor(i)}, poll, lambda _: None)
 
-    late, other = Ledger(tmp_path, {}, Shard(rank, 2)), Ledger(tmp_path, {}, Shard(1 - rank, 2))
+    work = tmp_path / "work"
+    late, other = Ledger(work, {}, Shard(rank, 2)), Ledger(work, {}, Shard(1 - rank, 2))
     with ThreadPoolExecutor() as pool:
         whole = pool.submit(lambda: list(pieces_of(other)))
         mine = pieces_of(late)
         first = next(mine)
         whole.result()
-    Ledger(tmp_path, {}).remove()
+    Ledger(work, {}).remove()
     assert [int(first["x"]), int(next(mine)["x"])] == [0, 1]
     assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_of_half_done_work_goes_with_the_last_of_it(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    one, other = Ledger(work, {"is": 1}), Ledger(work, {"is": 2})
+    one.remove()
+    assert other.folder is not None
+    assert other.folder.exists()
+    other.remove()
+    assert not work.exists()
+    other.pieces(["a"], lambda _: {"x": torch.ones(1)}, lambda: None, lambda _: None)
 
 
 def test_a_piece_that_an_equal_evaluation_tidied_up_is_computed_again(tmp_path: Path) -> None:

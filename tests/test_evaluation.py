@@ -143,7 +143,7 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert torch.equal(again.rows["clean"], found.rows["clean"])
     text = (tmp_path / "evaluation.json").read_text()
     assert set(json.loads(text)["figures"][0]) == {"name", "value", "low", "high", "n", "protocol"}
-    assert not any((tmp_path / ".evaluation").iterdir())  # nothing half-done is left
+    assert not (tmp_path / ".evaluation").exists()  # nothing half-done is left
 
 
 def test_a_second_evaluation_adds_to_the_record_of_the_same_weights(tmp_path: Path) -> None:

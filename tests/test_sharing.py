@@ -70,7 +70,7 @@ def test_processes_that_share_an_evaluation_find_what_one_finds(
     assert figures(two) == figures(one)
     rows = [(tmp_path / name / "evaluation.safetensors").read_bytes() for name in ("one", "two")]
     assert rows[0] == rows[1]
-    assert not any((tmp_path / "two" / ".evaluation").iterdir())  # nothing half-done is left
+    assert not (tmp_path / "two" / ".evaluation").exists()  # nothing half-done is left
 
 
 @pytest.mark.parametrize(("options", "code", "message"), [
@@ -122,7 +122,7 @@ def test_processes_that_share_a_drawing_draw_what_one_draws(run: Path, tmp_path:
     assert np.array_equal(images(one, tmp_path), images(two, tmp_path))
     parts = np.split(images(one, tmp_path)[: 2 * TOGETHER], 2)
     assert not np.array_equal(*parts)  # each batch of chains has a stream of its own
-    assert not any((tmp_path / "two" / ".drawing").iterdir())
+    assert not (tmp_path / "two" / ".drawing").exists()
 
 
 def test_a_drawing_that_is_stopped_goes_on_from_its_finished_batches(

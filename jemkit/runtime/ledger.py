@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ class Ledger:
             return
         text = json.dumps(about, sort_keys=True, default=str)
         self.folder = work / hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        _make(self.folder)
         if not (self.folder / "about.json").exists():
             write_json(self.folder / "about.json", json.loads(text))
 
@@ -90,10 +91,15 @@ class Ledger:
             yield piece
 
     def remove(self) -> None:
-        """Forget every piece; the first process alone does, since others may still read."""
+        """Forget every piece; the first process alone does, since others may still read.
+
+        `work` goes with the last of its ledgers.
+        """
         self._kept.clear()
         if self.folder is not None and self.shard.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):  # other work is under way beside it
+                self.folder.parent.rmdir()
 
     def _has(self, name: str) -> bool:
         return name in self._kept if self.folder is None else _path(self.folder, name).exists()
@@ -102,7 +108,7 @@ class Ledger:
         if self.folder is None:
             self._kept[name] = piece
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            _make(self.folder)
             write_tensors(_path(self.folder, name), {**piece, SEAL: _seal(piece)})
 
     def _read(self, name: str) -> Piece | None:
@@ -124,6 +130,14 @@ class Ledger:
                 f"{path} was damaged and is removed; the same command computes it anew"
             ) from None
         return piece
+
+
+def _make(folder: Path) -> None:
+    """A folder in its `work`, which whoever ends at that moment may be removing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def _path(folder: Path, name: str) -> Path:
