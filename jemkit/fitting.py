@@ -12,6 +12,7 @@ from jemkit.errors import ConfigError, MisfitError
 from jemkit.memory import can_recompute
 from jemkit.modes import eval_mode
 from jemkit.objective import Conditional, Objective
+from jemkit.registry import installed
 from jemkit.runtime import distributed
 from jemkit.runtime.syncnorm import SyncBatchNorm
 
@@ -36,10 +37,9 @@ def check_parts(backbone: Backbone, objective: Objective[Any], task: Task, run: 
 def check(backbone: Backbone, objective: Objective[Any]) -> None:
     """Refuse, before the first step, parts that do not fit each other."""
     if objective.needs_density and not backbone.has_density:
-        name = type(objective).__name__
         raise MisfitError(
-            f"the objective {name} learns p(x), and this backbone has no density; "
-            "choose a backbone that has one, or an objective that needs none: "
+            f"the objective {_name('objective', objective)} learns p(x), and this backbone "
+            "has no density; choose a backbone that has one, or an objective that needs none: "
             "`jemkit plugins list` has all"
         )
     if backbone.has_density:
@@ -51,9 +51,9 @@ def check_distances(objective: Objective[Any], task: Task, backbone: Backbone) -
     for distance in objective.distances if isinstance(objective, UsesDistances) else ():
         if task.shape[1] < distance.min_size:
             raise MisfitError(
-                f"the distance {type(distance).__name__} takes images of {distance.min_size} px at "
-                f"least; these have {task.shape[1]}. Choose another objective.distance, such as "
-                "none, l2 or logits"
+                f"the distance {_name('distance', distance)} takes images of {distance.min_size} "
+                f"px at least; these have {task.shape[1]}. Choose another objective.distance, "
+                "such as none, l2 or logits"
             )
         device = next(backbone.model.parameters()).device
         x = task.bounds.from_unit(task.images("train").take(torch.arange(1)).unit()).to(device)
@@ -85,3 +85,9 @@ def check_graph(backbone: Backbone, processes: int) -> None:
             f"run.compile: batch norm over {processes} processes exchanges numbers amid each pass, "
             'which cannot be part of a compiled graph; leave out --compile, or set norm = "batch"'
         )
+
+
+def _name(kind: str, part: Any) -> str:
+    """What a recipe calls a part of jemkit's own; of any other its class."""
+    known = installed(third_party=False)[kind].items()
+    return next((repr(name) for name, own in known if own is type(part)), type(part).__name__)

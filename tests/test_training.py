@@ -209,8 +209,9 @@ def test_an_objective_with_memory_is_trained_saved_and_gone_on_with(
 
 
 def test_parts_that_do_not_fit_are_refused_with_what_would() -> None:
-    with pytest.raises(MisfitError, match="EBJDAT learns p"):
-        check(backbone_of("classifier"), objective_of("ebjdat"))
+    for name in ("ebjdat", "jem"):
+        with pytest.raises(MisfitError, match=f"the objective '{name}' learns p"):
+            check(backbone_of("classifier"), objective_of(name))
     module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
     adapted = Backbone.of_module(
         module, shape=TASK.shape, n_classes=3, rng=gen(), sampler=PYLD()
