@@ -99,13 +99,14 @@ class Assembly(NamedTuple):
         lay_like_parameters(self.optimizer)
         if isinstance(self.updater, Stateful):
             self.updater.load_state_dict(state["updater"])
+        self.loader.load_state_dict(state["loader"])
         density = self.backbone.density if self.backbone.has_density else None
-        own = dealing.share_of(state, self.rng.get_state(), density)
+        ended = self.loader.step >= self.task.total_steps
+        own = dealing.share_of(state, self.rng.get_state(), density, ended=ended)
         if density is not None:
             density.load_state_dict(own["density"])
         if isinstance(self.objective, Remembering):
             self.objective.load_state_dict(own["objective"])
-        self.loader.load_state_dict(state["loader"])
         sizes = {self.micro.size, state.get("micro_batch", 0)} - {0}
         self.micro.size = min(sizes, default=0)
         self.micro.recompute |= state.get("recompute", False)

@@ -50,17 +50,18 @@ def check_slots(capacity: int, backbone: Backbone, me: Shard) -> None:
         )
 
 
-def share_of(state: State, rng: Tensor, density: Density | None) -> State:
+def share_of(state: State, rng: Tensor, density: Density | None, *, ended: bool = False) -> State:
     """This process's own part of a saved state: bit for bit where as many processes saved it.
 
-    Among others the buffer is dealt out anew, and who was not there draws from `rng`.
+    Among others the buffer is dealt out anew, and who was not there draws from `rng`; a run that
+    has ended draws no more, and nothing is told of it.
     """
     me = distributed.shard()
     own = {name: state[name] for name in ("density", "objective", "rng")}
     ranks = [own, *state.get("ranks", [])]
     if len(ranks) == me.size:
         return ranks[me.rank]  # type: ignore[no-any-return]
-    if me.rank == 0:
+    if me.rank == 0 and not ended:
         log.warning(
             "saved by %d process(es) and gone on with by %d: the buffer is dealt out anew, and the "
             "run will not be bit for bit the one that it would have been",

@@ -264,6 +264,15 @@ def test_another_number_of_processes_deals_the_buffer_out_anew_and_says_so(
     assert state["density"]["drawn"] == 4 * STEPS
 
 
+def test_a_run_that_has_ended_is_dealt_out_to_another_number_of_processes_without_a_word(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended = shutil.copytree(folder / "a", tmp_path / "ended")
+    run(str(ended), resume=True)
+    assert "saved by" not in caplog.text
+    assert different(folder / "a", ended) == []
+
+
 def test_what_several_processes_saved_is_judged_and_sampled_with_the_whole_buffer(
     folder: Path,
 ) -> None:
