@@ -111,8 +111,7 @@ def _spread(group: list[Judged], name: str) -> Iterator[Spread]:
     names, values = [run for run, _ in having], [value for _, value in having]
     differs = differing(group, name)
     if differs:
-        why = f"protocols differ: {'; '.join(differs)}"
-        yield Spread(names, name, values, math.nan, None, why)
+        yield Spread(names, name, values, math.nan, None, "; ".join(differs))
         return
     finite_all = len(values) > 1 and all(map(math.isfinite, values))
     spread = statistics.stdev(values) if finite_all else None

@@ -292,6 +292,16 @@ def test_the_commands_write_the_page_and_print_the_comparison(runs: list[Path]) 
     assert json.loads(done.stdout)["runs"] == ["ebjdat", "trades", "quick"]
 
 
+def test_in_what_protocols_differ_is_told_once_with_all_the_figures_that_it_concerns(
+    runs: list[Path],
+) -> None:
+    done = CliRunner().invoke(app(), ["compare", str(runs[0]), str(runs[2]), "--seeds"])
+    assert done.exit_code == 0, done.output
+    lines = [line for line in done.stdout.splitlines() if "radius_px is" in line]
+    assert lines == ["! radius_px is 8.0 in ebjdat and 4.0 in quick: pgd20"]
+    assert "pgd20: no paired difference: protocols differ, see above" in done.stdout
+
+
 def test_a_mistake_ends_the_command_by_one_message(tmp_path: Path) -> None:
     done = CliRunner().invoke(app(), ["compare", str(tmp_path)])
     assert done.exit_code == 6

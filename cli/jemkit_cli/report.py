@@ -8,7 +8,7 @@ import typer
 from jemkit_cli.terminal import guarded, say, say_json, show_table
 
 if TYPE_CHECKING:
-    from jemkit.comparison import Comparison, Difference, Spread
+    from jemkit.comparison import Comparison, Difference
     from jemkit.trilemma import Line
 
 Runs = Annotated[
@@ -57,7 +57,7 @@ def compare(
         return
     _show_lines(found)
     _show_differences(found)
-    _show_spreads(found.spreads)
+    _show_spreads(found)
 
 
 def _show_lines(found: "Comparison") -> None:
@@ -68,9 +68,18 @@ def _show_lines(found: "Comparison") -> None:
         say("* best; ~ non-standard protocol; ! protocols differ, not comparable")
     elif any("~" in cell for row in rows for cell in row):
         say("~ non-standard protocol")
+    named: dict[str, list[str]] = {}
     for line in found.lines:
         for different in line.differs:
-            say(f"! {line.column.name}: {different}")
+            named.setdefault(different, []).append(line.column.name)
+    for different, names in named.items():
+        say(f"! {different}: {', '.join(names)}")
+
+
+def _why(found: "Comparison", name: str, why: str) -> str:
+    """A reason, unless it stands beside the figure's line already."""
+    told = ["; ".join(line.differs) for line in found.lines if line.column.name == name]
+    return "protocols differ, see above" if why in told else why
 
 
 def _cells(line: "Line") -> list[str]:
@@ -100,7 +109,8 @@ def _show_differences(found: "Comparison") -> None:
         show_table(head, rows, "the same images, paired bootstrap")
     for difference in found.differences:
         if difference.why:
-            say(f"{difference.name}: no paired difference: {difference.why}")
+            why = _why(found, difference.name, difference.why)
+            say(f"{difference.name}: no paired difference: {why}")
 
 
 def _difference(found: "Difference") -> list[str]:
@@ -109,7 +119,8 @@ def _difference(found: "Difference") -> list[str]:
     return [f"{100 * found.mean:+.2f}", f"{low} to {high}", str(found.n), holds]
 
 
-def _show_spreads(spreads: "list[Spread]") -> None:
+def _show_spreads(found: "Comparison") -> None:
+    spreads = found.spreads
     if not spreads:
         return
     rows = [
@@ -123,4 +134,5 @@ def _show_spreads(spreads: "list[Spread]") -> None:
     show_table(["runs", "figure", "mean", "standard deviation", "seeds"], rows, "over seeds")
     for spread in spreads:
         if spread.why:
-            say(f"{', '.join(spread.runs)}: no mean of {spread.name}: {spread.why}")
+            why = _why(found, spread.name, spread.why)
+            say(f"{', '.join(spread.runs)}: no mean of {spread.name}: {why}")
