@@ -26,6 +26,7 @@ TASK = toy_task()
 def test_fp32_is_nearly_exact_and_bf16_is_less_so(backbone: str) -> None:
     parts = put_together(toy_recipe(toy_registry(), backbone, "ce").recipe)
     fp32, bf16 = accuracy_of(parts, images=4)
+    assert fp32.images == bf16.images == 4
     assert (fp32.precision, bf16.precision) == ("fp32", "bf16")
     assert fp32.median < 1e-4  # 2 ** -24 of each number, through a few layers
     assert fp32.median <= fp32.worst < bf16.worst
@@ -89,9 +90,13 @@ def test_the_command_tells_each_precision_as_json_and_as_a_table() -> None:
     words += ["--images=3", "--set=run.max_train=80", "--set=backbone.buffer.capacity=200"]
     told = jemkit(*words, "--json")
     assert told.code == 0, told.err
-    assert set(told.record) == {"fp32", "bf16"}
+    assert set(told.record) == {"protocol", "fp32", "bf16"}
+    card = told.record["protocol"]
+    assert (card["images"], card["norm"], card["network"]["use"]) == (3, "L2", "smallcnn")
+    assert "digits" in card["selection"]
     assert json.dumps(told.record)
     assert 0 < told.record["fp32"]["median"] < told.record["bf16"]["median"]
     table = jemkit(*words)
     assert table.code == 0
-    assert "signs flipped" in table.out + table.err
+    assert "signs flipped" in table.out
+    assert "  images: 3\n" in table.out

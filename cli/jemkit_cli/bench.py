@@ -97,14 +97,18 @@ def accuracy(
     registry = installed_parts(third_party=not no_plugins)
     resolved = pick.chosen(registry, options, preset=preset, config=config, overrides=overrides)
     from jemkit.assembly import put_together
-    from jemkit.bench.accuracy import accuracy_of
+    from jemkit.bench.accuracy import accuracy_of, protocol
 
-    found = accuracy_of(put_together(resolved.recipe), images)
+    parts = put_together(resolved.recipe)
+    found = accuracy_of(parts, images)
+    card = protocol(resolved, parts, found)
     if as_json:
-        say_json({each.precision: each._asdict() for each in found})
+        say_json({"protocol": card, **{each.precision: each._asdict() for each in found}})
         return
     heads = ["precision", "relative error, median", "worst", "signs flipped"]
-    show_table(heads, [[p, f"{m:.1e}", f"{w:.1e}", f"{s:.2%}"] for p, m, w, s in found])
+    show_table(heads, [[p, f"{m:.1e}", f"{w:.1e}", f"{s:.2%}"] for p, m, w, s, _ in found])
+    for name, value in card.items():
+        say(f"  {name}: {value}")
 
 
 def _show(found: "Floor") -> None:

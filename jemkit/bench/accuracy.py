@@ -1,7 +1,7 @@
 """How exact an energy's gradient is in each precision: against float64, at the network's shapes."""
 
 from copy import deepcopy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from jemkit.assembly import Assembly
 from jemkit.energy import EnergyModel, ModelEnergy
 from jemkit.errors import DataError
 from jemkit.modes import sampling_mode
+from jemkit.recipe import Resolved
+from jemkit.runtime.folder import versions
 from jemkit.runtime.numerics import Precision, numerics
 from jemkit.sampling import eager_gradient
 
@@ -21,6 +23,7 @@ class Accuracy(NamedTuple):
     median: float  # of the images' relative errors, |g - g64| / |g64| in the L2 norm
     worst: float
     flipped: float  # share of all pixels whose sign is another: what steps by sign see
+    images: int
 
 
 def accuracy_of(parts: Assembly, images: int = 16) -> list[Accuracy]:
@@ -33,6 +36,22 @@ def accuracy_of(parts: Assembly, images: int = 16) -> list[Accuracy]:
     kinds: tuple[Precision, ...] = ("fp32", "tf32", "bf16") if cuda else ("fp32", "bf16")
     exact = reference(parts.backbone.model, x)
     return [errors(kind, _gradient(parts.backbone.model, x, kind), exact) for kind in kinds]
+
+
+def protocol(resolved: Resolved, parts: Assembly, found: list[Accuracy]) -> dict[str, Any]:
+    """What the figures were measured on, and what they are."""
+    tables, run = resolved.tables, resolved.recipe.run
+    return {
+        "images": found[0].images,
+        "selection": f"the first of {tables['data']['use']}'s first batch, with its views",
+        "model": f"{tables['backbone']['use']}, fresh, its batch norm by the batch",
+        "network": tables["backbone"].get("network", {}),
+        "error": "|g - g64| / |g64| of g = dE/dx, image by image, against float64",
+        "norm": "L2",
+        "seed": run.seed,
+        "device": str(parts.device),
+        "versions": versions(),
+    }
 
 
 def reference(model: EnergyModel, x: Tensor) -> Tensor:
@@ -51,7 +70,9 @@ def errors(precision: Precision, found: Tensor, exact: Tensor) -> Accuracy:
             "other images"
         )
     flipped = (found.sign() != exact.sign()).double().mean()
-    return Accuracy(precision, float(relative.median()), float(relative.max()), float(flipped))
+    return Accuracy(
+        precision, float(relative.median()), float(relative.max()), float(flipped), len(exact)
+    )
 
 
 def _gradient(model: EnergyModel, x: Tensor, precision: Precision) -> Tensor:
