@@ -1,5 +1,6 @@
 """The report: one file, whole, safe, the same each time; in a browser it works by touch and key."""
 
+import dataclasses
 import json
 import math
 import re
@@ -88,10 +89,34 @@ def test_the_page_refers_to_nothing_outside_itself(runs: list[Path]) -> None:
 @pytest.mark.parametrize(
     "name",
     ["trilemma", "warnings", "indicators", "robustness", "energies", "calibration", "ood",
-     "pictures", "training", "recipe", "figures"],
+     "pictures", "others", "training", "recipe", "figures"],
 )  # fmt: skip
 def test_whole_runs_have_every_section(runs: list[Path], name: str) -> None:
     assert f'id="{name}"' in render(runs)
+
+
+def test_a_picture_stands_under_the_heading_of_what_it_shows_and_says_so(runs: list[Path]) -> None:
+    page = render(runs[:1])
+    shown = {
+        name: re.findall("<figcaption>([^<]+)</figcaption><img", part)
+        for name, part in re.findall(r'<section id="(\w+)">(.*?)</section>', page, re.DOTALL)
+    }
+    of_samples, others = shown["pictures"], shown["others"]
+    assert of_samples[0] == "During training, after epoch 10"
+    assert "Samples that the evaluation drew (surest)" in of_samples
+    assert len(of_samples) == 4
+    assert others == ["mine", "E(x) of the test images and of images from elsewhere"]
+
+
+def test_curves_of_other_numbers_of_images_say_whose_they_are(tmp_path: Path) -> None:
+    folders = []
+    for name, n in (("a", 138), ("b", 60)):
+        found = full_record()
+        curve = {**found.tables["radius_curve"], "n": n}
+        tables = {**found.tables, "radius_curve": curve}
+        folders.append(bare_run(tmp_path / name, dataclasses.replace(found, tables=tables)))
+    assert "138 images of a, 60 images of b; bars are 95 % intervals" in render(folders)
+    assert "138 images; bars are 95 % intervals" in render(folders[:1])
 
 
 def test_a_record_of_clean_accuracy_alone_is_enough(tmp_path: Path) -> None:
@@ -338,7 +363,7 @@ def test_it_opens_without_an_error_and_asks_for_nothing(page: Browser) -> None:
 @needs_chromium
 def test_every_picture_shows(page: Browser) -> None:
     widths = page.run("[...document.images].map((e) => e.naturalWidth)")
-    assert len(widths) == 6
+    assert len(widths) == 12
     assert min(widths) > 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from jemkit import record as records
 from jemkit.errors import DataError
 from jemkit.record import Record
-from jemkit.report import plots, tables
+from jemkit.report import gallery, plots, tables
 from jemkit.report.book import Book, note, section
 from jemkit.report.html import Html, coded, data, join, tag
 from jemkit.runtime.files import write_text
@@ -23,7 +23,8 @@ SECTIONS: dict[str, tuple[Callable[[Book], Html | None], str]] = {
     "Energies": (plots.energies, "energy histograms: `jemkit evaluate --only energies`"),
     "Calibration": (plots.calibration, "reliability: `jemkit evaluate --only calibration`"),
     "OOD": (tables.ood, "out-of-distribution: `jemkit evaluate --only ood`"),
-    "Samples": (plots.pictures, "sample grids: `jemkit sample`, `jemkit evaluate`"),
+    "Samples": (gallery.samples, "sample grids: `jemkit evaluate --only generation`"),
+    "Pictures": (gallery.others, ""),
     "Training": (plots.training, "training curves: the folder has no metrics.csv"),
     "Recipe": (tables.recipe, "recipes: the folder has no config.json"),
     "Figures": (tables.every_figure, ""),

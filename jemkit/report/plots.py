@@ -1,24 +1,16 @@
-"""The sections of a report that are charts and pictures."""
+"""The sections of a report that are charts."""
 
-import base64
 import math
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from jemkit import record as records
 from jemkit.report import charts
 from jemkit.report.book import Book, note, panel, section
 from jemkit.report.charts import Axes, Series
 from jemkit.report.curves import epochs, metrics
 from jemkit.report.html import Html, join, tag
 
-PNG = b"\x89PNG\r\n\x1a\n"
 SETS = {"clean": "clean, x", "adversarial": "adversarial, x~", "generated": "generated"}
-DRAWN = ("energies", "energy_path", "reliability")
-"""Pictures of tables that this page draws itself."""
-
 ATTACKED = {"radius_curve": "radius, in 1/255", "steps_curve": "steps"}
 
 
@@ -48,18 +40,17 @@ def robustness(book: Book) -> Html | None:
     panels = []
     for name, x in ATTACKED.items():
         kinds: dict[tuple[str, str], list[Series]] = {}
-        counts: dict[tuple[str, str], set[Any]] = {}
+        counts: dict[tuple[str, str], dict[str, Any]] = {}
         for slot, run in enumerate(book.runs):
             found = run.record.tables.get(name)
             if found:
                 kind = (str(found.get("attack", "?")), str(found.get("norm", "?")))
                 kinds.setdefault(kind, []).append(_points(run.name, slot, found["points"]))
-                counts.setdefault(kind, set()).add(found.get("n"))
+                counts.setdefault(kind, {})[run.name] = found.get("n")
         for kind, series in kinds.items():
             title = f"Accuracy against the {x.split(',')[0]}: {kind[0]}, {kind[1]}"
-            shown = [str(n) for n in sorted(counts[kind], key=str)]
             axes = Axes(title, x, "accuracy", None, (0.0, 1.0))
-            told = f"{' and '.join(shown)} images; bars are 95 % intervals"
+            told = f"{_sizes(counts[kind])}; bars are 95 % intervals"
             panels.append(book.judged_lines(series, axes, told))
     return section("robustness", "Robustness", _panels(panels)) if panels else None
 
@@ -115,21 +106,6 @@ def training(book: Book) -> Html | None:
     return section("training", "Training", _panels(panels)) if panels else None
 
 
-def pictures(book: Book) -> Html | None:
-    """The newest samples of training, and every picture of the evaluation."""
-    parts = []
-    for slot, run in enumerate(book.runs):
-        found = _newest_samples(run.folder) | {
-            name: path
-            for name, path in records.pictures(run.folder).items()
-            if name not in DRAWN or name not in run.record.tables
-        }
-        panels = [_picture(title, path, run.name) for title, path in found.items()]
-        if panels:
-            parts += [tag("h3", book.run_name(slot)), tag("div", *panels, class_="pictures")]
-    return section("pictures", "Samples", *parts) if parts else None
-
-
 def _energies(book: Book, slot: int, found: Mapping[str, Any]) -> Html:
     """Shares, since the sets may differ in size."""
     counts = {name: _numbers(found[name]) for name in SETS if found.get(name)}
@@ -160,6 +136,13 @@ def _set_key(at: int, slot: int) -> Html:
     return tag("svg", line, viewBox="0 0 26 12", class_="key", aria_hidden="true")
 
 
+def _sizes(counts: Mapping[str, Any]) -> str:
+    """How many images a curve of each run was measured on."""
+    if len(set(counts.values())) == 1:
+        return f"{next(iter(counts.values()))} images"
+    return ", ".join(f"{n} images of {run}" for run, n in counts.items())
+
+
 def _points(name: str, slot: int, points: Sequence[Sequence[Any]]) -> Series:
     x, y, low, high = (_numbers(column) for column in zip(*points, strict=True))
     return Series(name, slot, x, y, low, high, marked=True)
@@ -188,24 +171,6 @@ def _validation(book: Book) -> list[Html]:
 def _place(name: str) -> tuple[int, str]:
     order = ("loss", "E(", "gap", "accuracy", "gradient")
     return next((i for i, kind in enumerate(order) if name.startswith(kind)), len(order)), name
-
-
-def _newest_samples(folder: Path) -> dict[str, Path]:
-    """The last epoch's grid, by its number; names, not times, so that a copy gives the same."""
-    numbered = [
-        (int(found[1]), path)
-        for path in (folder / "samples").glob("epoch-*.png")
-        if (found := re.fullmatch(r"epoch-(\d+)", path.stem))
-    ]
-    return {f"after {max(numbered)[1].stem}": max(numbered)[1]} if numbered else {}
-
-
-def _picture(title: str, path: Path, run: str) -> Html:
-    content = path.read_bytes()
-    if not content.startswith(PNG):
-        return panel(title, note(f"{path.name} is no PNG"))
-    source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-    return panel(title, tag("img", src=source, alt=f"{title}, {run}"))
 
 
 def _panels(panels: Sequence[Html]) -> Html:
