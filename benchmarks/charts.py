@@ -23,6 +23,10 @@ LABELS = {
     "jemkit": "jemkit, contiguous",
     "jemkit+cl": "jemkit, channels last",
     "jemkit+cl+hold": "jemkit, channels last,\nmemory held",
+    "jemkit+cl+compile": "jemkit, channels last,\nchains compiled",
+    "jemkit+cl+anew": "jemkit, channels last,\nactivations made anew",
+    "jemkit+cl+bf16": "jemkit, channels last,\nbf16",
+    "jemkit+cl+bf16+compile": "jemkit, channels last,\nbf16, chains replayed",
 }
 
 
@@ -32,9 +36,17 @@ def figures(name: str) -> Any:
 
 
 def bars(
-    title: str, unit: str, values: dict[str, float], marks: dict[str, float], path: Path
+    title: str,
+    unit: str,
+    values: dict[str, float],
+    marks: dict[str, float],
+    path: Path,
+    floors: list[float] | None = None,
 ) -> None:
-    """Horizontal bars with their numbers, jemkit's in blue, and a line for each mark."""
+    """Horizontal bars with their numbers, jemkit's in blue, and a line for each mark.
+
+    Each bar has a stroke at its floor, where it has one.
+    """
     shown, axes = plt.subplots(figsize=(7, 0.5 * len(values) + 1.4), layout="constrained")
     names = [LABELS.get(name, name) for name in values]
     colours = [GREY if name in ("released", "bare") else BLUE for name in values]
@@ -43,7 +55,10 @@ def bars(
     axes.bar_label(drawn, labels=numbers, padding=3, color=DARK)
     for label, value in marks.items():
         axes.axvline(value, color=DARK, linestyle=":", label=f"{label}: {value:.3g} {unit}")
-    if marks:
+    if floors:
+        low, high = ([i + side for i in range(len(floors))] for side in (-0.4, 0.4))
+        axes.vlines(floors, low, high, color=DARK, linewidth=2, label="floor by arithmetic")
+    if marks or floors:
         axes.legend(loc="lower right", frameon=False)
     axes.invert_yaxis()
     axes.set_title(title, loc="left")
@@ -75,6 +90,7 @@ def every_part(found: dict[str, Any]) -> None:
         "One step of every backbone with every objective", "s",
         {name: step["wall_s"] for name, step in found.items()}, {},
         IMAGES / "step-parts.png",
+        [step["floor_arithmetic_s"] for step in found.values()],
     )  # fmt: skip
 
 
