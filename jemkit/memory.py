@@ -3,9 +3,8 @@
 import gc
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
-from functools import partial
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar, copy_context
 from typing import Any, TypeVar
 
 import torch
@@ -107,8 +106,7 @@ class MicroBatch:
         slices = x.tensor_split(-(-len(x) // self.size))  # even: a product of one row rounds apart
         if not torch.is_grad_enabled():
             return torch.cat([part(piece) for piece in slices])
-        again = partial(checkpoint, part, use_reentrant=False, context_fn=lambda: modes_as_now(of))
-        return torch.cat([again(piece) for piece in slices])
+        return torch.cat([made_anew(part, piece, of) for piece in slices])
 
     @property
     def recomputes(self) -> bool:
@@ -202,11 +200,19 @@ def can_recompute(network: nn.Module) -> bool:
     return bool(getattr(network, "recomputes", False))
 
 
-def modes_as_now(
-    model: nn.Module,
-) -> tuple[AbstractContextManager[None], SameModes]:
-    """For `checkpoint`: nothing for the pass, and its modes again for the one on the way back."""
-    return nullcontext(), SameModes(model)
+def made_anew(
+    part: Callable[[Tensor], Tensor], x: Tensor, of: nn.Module, *, draws: bool = True
+) -> Tensor:
+    """part(x), of which x alone is kept: the way back takes the pass again, in the modes of now.
+
+    And among whoever takes part now: on a GPU the way back runs in a thread of torch's own, which
+    knows of no micro-batch and of no other process. `draws` is whether torch's generators are used.
+    """
+    now = copy_context()
+    return checkpoint(  # type: ignore[no-any-return]
+        lambda x: now.copy().run(part, x), x, use_reentrant=False, preserve_rng_state=draws,
+        context_fn=lambda: (nullcontext(), SameModes(of)),
+    )  # fmt: skip
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -1,15 +1,13 @@
 """Norms, and what follows one: its activation, and the convolution of that."""
 
-from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
-from torch.utils.checkpoint import checkpoint
 
-from jemkit.memory import modes_as_now, recomputes
+from jemkit.memory import made_anew, recomputes
 from jemkit.runtime.sharding import is_shared
 from jemkit.runtime.syncnorm import SyncBatchNorm
 
@@ -51,10 +49,7 @@ def convolved(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
 
     if not recomputes() or not conv.weight.requires_grad:
         return both(x)
-    return checkpoint(  # type: ignore[no-any-return]
-        both, x, use_reentrant=False, preserve_rng_state=False,
-        context_fn=partial(modes_as_now, norm),
-    )  # fmt: skip
+    return made_anew(both, x, norm, draws=False)
 
 
 def _fixed(norm: nn.BatchNorm2d) -> bool:

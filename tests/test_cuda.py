@@ -18,7 +18,7 @@ from jemkit.energy import EnergyFn, ModelEnergy
 from jemkit.falling import GRAIN
 from jemkit.memory import MicroBatch
 from jemkit.modes import sampling_mode
-from jemkit.networks import SmallCNN
+from jemkit.networks import WRN, SmallCNN
 from jemkit.pixels import PixelModel
 from jemkit.replay import CudaGraphs, Replay
 from jemkit.runtime import sharding
@@ -301,6 +301,17 @@ def test_a_pass_in_slices_takes_less_of_the_device() -> None:
         grads.append(next(model.parameters()).grad.clone())
     assert peaks[1] < peaks[0]
     assert torch.allclose(*grads, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [0, 4])
+def test_activations_are_made_anew_in_the_thread_where_torch_goes_back(size: int) -> None:
+    x, grads = torch.rand((16, *TASK.shape), device="cuda", generator=generator()), []
+    for anew in (False, True):
+        model = toy_model(TASK, WRN(depth=10, width=1, norm="none")).cuda()
+        with MicroBatch(size, recompute=anew).held():
+            model(x).energy.mean().backward()
+        grads.append(next(model.parameters()).grad)
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)
 
 
 def test_a_device_that_is_full_halves_the_micro_batch() -> None:

@@ -1,6 +1,8 @@
 """Where batch norm ties a batch together, activations are made anew and nothing else changes."""
 
 import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from jemkit.memory import MicroBatch, recomputes
 from jemkit.modes import SameModes, frozen, frozen_batch_stats
 from jemkit.networks import WRN
 from jemkit.norms import Norm
+from jemkit.runtime import distributed
 from jemkit.runtime.folder import RunFolder
 from jemkit.testing import toy_batch, toy_model, toy_task
 
@@ -64,6 +67,22 @@ def test_slopes_are_the_same_bit_for_bit_however_often_they_are_asked_for(
             for _ in range(2)
         ]
         found.append([*slopes, list(model.buffers())])
+    assert same(*found)
+
+
+def slopes_by_a_thread(norm: Norm, x: Tensor, *, size: int = 0, anew: bool = True) -> list[Any]:
+    """As on a GPU, where the way back runs in a thread of torch's own."""
+    model = wide(norm)
+    with MicroBatch(size, recompute=anew).held(), ThreadPoolExecutor(1) as thread:
+        total = model(x).energy.square().mean()
+        thread.submit(total.backward).result()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("size", [0, 2])
+@pytest.mark.parametrize("norm", ["batch", "instance", "none"])
+def test_the_way_back_may_run_in_a_thread_of_its_own(norm: Norm, size: int) -> None:
+    found = [slopes_by_a_thread(norm, BATCH.x, size=size, anew=anew) for anew in (False, True)]
     assert same(*found)
 
 
@@ -194,5 +213,12 @@ def in_processes() -> bool:
     return same(*found)
 
 
-def test_norms_over_processes_make_theirs_anew_too() -> None:
-    assert every_rank(in_processes) == [True, True]
+def by_threads_of_processes() -> bool:
+    x = uniform(distributed.shard().rank, 4, *TASK.shape)
+    with distributed.together():
+        return same(*(slopes_by_a_thread("sync", x, anew=anew) for anew in (False, True)))
+
+
+@pytest.mark.parametrize("work", [in_processes, by_threads_of_processes])
+def test_norms_over_processes_make_theirs_anew_too(work: Callable[[], bool]) -> None:
+    assert every_rank(work) == [True, True]
