@@ -41,7 +41,8 @@ class MicroBatch:
     def __init__(self, size: int = 0, *, recompute: bool = False) -> None:
         self.size, self.recompute = size, recompute
         self._most = 0  # images of the largest pass
-        self._tied = self._able = False  # whether the last pass was whole; could be taken anew
+        self._whole = False  # whether the last pass was too large, and was not cut
+        self._able = False  # whether it kept what could be made anew, if asked
         self._hosted = False  # whether the one under way keeps everything in the host's memory
 
     @contextmanager
@@ -68,7 +69,7 @@ class MicroBatch:
         """
         state, before = rng.get_state() if rng else None, moved()
         while True:
-            self._most, self._tied = 0, False
+            self._most, self._whole, self._able = 0, False, False
             with self.held():
                 try:
                     return work()
@@ -79,13 +80,7 @@ class MicroBatch:
             # outside of `except`: the error is gone, and with it the frames that held the work
             self._check(reason, undone=moved() == before)
             release()
-            told(
-                **(
-                    self._halve(reason)
-                    if self.recompute or not self._able
-                    else self._keep_less(reason)
-                )
-            )
+            told(**(self._halve(reason) if self._keeps_little else self._keep_less(reason)))
             if rng is not None and state is not None:
                 rng.set_state(state)
 
@@ -97,11 +92,13 @@ class MicroBatch:
     def passed(self, part: Callable[[Tensor], Tensor], x: Tensor, of: nn.Module) -> Tensor:
         """part(x), [B, ...] for x [B, ...], slice by slice; `of` is the module whose part it is."""
         cut = self.cuts(len(x))
-        self._tied = any(m.training or m.running_mean is None for m in batch_norms(of))
-        self._able = can_recompute(of) and any(p.requires_grad for p in of.parameters())
-        if self._tied and cut and x.is_cuda:
+        tied = any(m.training or m.running_mean is None for m in batch_norms(of))
+        self._whole, hosted = tied and cut, tied and cut and x.is_cuda
+        asked = torch.is_grad_enabled() and any(p.requires_grad for p in of.parameters())
+        self._able = asked and can_recompute(of) and not hosted
+        if hosted:
             return self._on_host(part, x)
-        if self._tied or not cut:
+        if tied or not cut:
             return part(x)
         slices = x.tensor_split(-(-len(x) // self.size))  # even: a product of one row rounds apart
         if not torch.is_grad_enabled():
@@ -171,14 +168,14 @@ class MicroBatch:
                 "config.json and go on with --resume",
                 undone=False,
             )
-        if self._tied and self.size and self._keeps_little:
+        if self._whole and self._keeps_little:
             raise OutOfMemory(
                 f"out of memory ({reason}) with {self._most} images in a pass that cannot be cut, "
                 "since batch norm takes its statistics over all of them: take a smaller batch, a "
                 "network of another norm, or backbone.density.batch_norm = running_stats if it "
                 "was a chain's"
             )
-        if most < 2:
+        if most < 2 and self._keeps_little:
             raise OutOfMemory(
                 f"out of memory ({reason}) with {most} image(s) in a pass, so that smaller passes "
                 "would not help: take a smaller batch, a smaller network or a larger device"

@@ -180,6 +180,43 @@ def test_memory_for_which_that_is_not_enough_ends_it() -> None:
     assert (micro.size, micro.recompute) == (4, True)
 
 
+class Busy(Hungry):
+    """Has no room once, as while another program has it."""
+
+    def __init__(self) -> None:
+        super().__init__(enough=True)
+        self.tried = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.tried += 1
+        if self.tried == 1:
+            raise MemoryError("no room")
+        return self.norm(x)  # type: ignore[no-any-return]
+
+
+def test_a_pass_that_was_not_too_large_yet_is_halved_before_it_is_given_up() -> None:
+    """A GPU then has it wait in the host's memory."""
+    network, x, micro = Busy(), torch.ones(8, 1, 2, 2), MicroBatch(16)
+    with frozen(network):
+        micro.fit(lambda: micro.passed(network, x, network))
+    assert (micro.size, micro.recompute) == (4, False)
+
+
+def test_a_pass_that_keeps_nothing_is_halved_at_once() -> None:
+    network, x, micro = Busy().eval(), torch.ones(8, 1, 2, 2), MicroBatch()
+    with torch.no_grad():
+        micro.fit(lambda: micro.passed(network, x, network))
+    assert (micro.size, micro.recompute) == (4, False)
+
+
+def test_a_single_image_has_its_activations_made_anew() -> None:
+    network, x, micro = Hungry(enough=True), torch.ones(1, 1, 2, 2), MicroBatch()
+    micro.fit(lambda: micro.passed(network, x, network))
+    assert (micro.size, micro.recompute) == (0, True)
+    with pytest.raises(OutOfMemory, match="so that smaller passes would not help"):
+        MicroBatch().fit(lambda: network(x))
+
+
 def trainer(path: Path, *overrides: str) -> Trainer:
     asked = toy_recipe(toy_registry(), "sadajem", "ebjdat", "plain", *overrides)
     return Trainer(asked, RunFolder.create(path))
