@@ -173,8 +173,11 @@ def with_layout(run: Run, model: EnergyModel, task: Task) -> Run:
     if not run.shard and distributed.shard().size == 1:
         x = torch.zeros((min(run.batch_size, task.n_train), *task.shape), device=device)
         narrow = torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16")
-        with numerics(precision=run.precision, threads=run.threads), narrow:
-            chosen = faster_layout(model, x)
+        strict = numerics(
+            precision=run.precision, deterministic=run.deterministic, threads=run.threads
+        )
+        with strict, narrow:
+            chosen = MicroBatch(run.micro_batch).fit(lambda: faster_layout(model, x))
     return run.model_copy(update={"channels_last": chosen})
 
 

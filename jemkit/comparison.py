@@ -139,4 +139,6 @@ def _rows_of(row: Tensor, figure: Figure) -> bool:
 def _recipe_but_seed(run: Judged) -> str:
     recipe = dict(flat(run.config.get("recipe", {})))
     recipe.pop("run.seed", None)
+    if run.config.get("origins", {}).get("run.channels_last") == "measured":
+        recipe["run.channels_last"] = "measure"  # which is what the recipe said
     return json.dumps(recipe, sort_keys=True) if recipe else str(run.folder)

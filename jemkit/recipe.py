@@ -133,6 +133,12 @@ def complete(resolved: Resolved, registry: Registry) -> Resolved:
     return Resolved(resolved.recipe, tables, origins)
 
 
+def with_run(resolved: Resolved, **options: Any) -> Resolved:
+    """The same recipe, its run by other options; the tables stay what they were made of."""
+    run = resolved.recipe.run.model_copy(update=options)
+    return resolved._replace(recipe=resolved.recipe.model_copy(update={"run": run}))
+
+
 def about_preset(registry: Registry, name: str) -> str:
     """Which reading a preset takes and what it answers to: the comment that its file opens with."""
     return leading_comment(_presets(registry).get(name))

@@ -9,7 +9,7 @@ from pathlib import Path
 from jemkit import checkpoint
 from jemkit.errors import DataError, JemkitError
 from jemkit.follower import follow
-from jemkit.recipe import Resolved, complete
+from jemkit.recipe import Resolved, complete, with_run
 from jemkit.registry import Registry
 from jemkit.runtime import disk, distributed
 from jemkit.runtime.files import drop_torn_line
@@ -52,6 +52,7 @@ def train(
         if resume:
             RunFolder.open(out)
             held.enter_context(locked(out / LOCK, doing))
+            whole = _as_measured(whole, RunFolder(out))
         elif not unborn(out):
             RunFolder.check_vacant(out)
         trainer = Trainer(whole, RunFolder(out), watch)  # before anything is written
@@ -93,6 +94,13 @@ def _begin(trainer: Trainer, whole: Resolved) -> None:
         tables = {**tables, "run": {**tables["run"], "channels_last": trainer.parts.channels_last}}
         origins = {**origins, "run.channels_last": "measured"}
     folder.write_config(tables, origins)
+
+
+def _as_measured(whole: Resolved, folder: RunFolder) -> Resolved:
+    """The recipe that a run was begun with, by the layout that was measured then."""
+    if whole.recipe.run.channels_last != "measure":
+        return whole
+    return with_run(whole, channels_last=folder.config["recipe"]["run"]["channels_last"])
 
 
 def unborn(out: Path) -> bool:

@@ -12,7 +12,7 @@ import torch
 
 from jemkit.checkpoint import differing
 from jemkit.errors import ConfigError
-from jemkit.recipe import Recipe, Resolved
+from jemkit.recipe import Recipe, Resolved, with_run
 from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.numerics import device_of
 from jemkit.runtime.trees import leaves
@@ -64,6 +64,7 @@ def verify_resume(
     short = _shortened(resolved, steps)
     progress("training whole")
     trainer = Trainer(short, RunFolder.create(folder / "whole"))
+    short = with_run(short, channels_last=trainer.parts.channels_last)  # as measured, if it was
     per_epoch = trainer.loader.steps_per_epoch
     trainer.run(until=steps)
     steps = trainer.step  # a data set may be too small for more
@@ -120,8 +121,7 @@ def _shortened(resolved: Resolved, steps: int) -> Resolved:
         "tensorboard": False,
         "keep": 2,
     }
-    short = run.model_copy(update=changed)
-    return resolved._replace(recipe=resolved.recipe.model_copy(update={"run": short}))
+    return with_run(resolved, **changed)
 
 
 def _cut(resolved: Resolved, path: Path, cut: int, steps: int) -> Trainer:

@@ -14,6 +14,7 @@ from jemkit.layout import faster_layout, laid_out
 from jemkit.networks import WRN, SmallCNN
 from jemkit.runtime.folder import RunFolder
 from jemkit.testing import toy_batch, toy_model, toy_task
+from jemkit.verify import verify_resume
 
 TASK = toy_task()
 CPU = torch.device("cpu")
@@ -78,6 +79,56 @@ def test_what_was_measured_stands_in_the_runs_config(tmp_path: Path) -> None:
     kept = RunFolder(tmp_path / "a").config
     assert kept["recipe"]["run"]["channels_last"] in ("yes", "no")
     assert kept["origins"]["run.channels_last"] == "measured"
+
+
+def measurements(caplog: pytest.LogCaptureFixture) -> int:
+    return sum(record.name == "jemkit.layout" for record in caplog.records)
+
+
+def test_a_run_that_goes_on_is_not_measured_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "jemkit.layout")
+    recipe = asked("run.channels_last=measure", "run.epochs=1")
+    for resume in (False, True):
+        api.train(recipe, tmp_path / "a", registry=toy_registry(), latest=tmp_path, resume=resume)
+    assert measurements(caplog) == 1
+
+
+def test_the_runs_of_verify_resume_are_measured_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "jemkit.layout")
+    assert verify_resume(asked("run.channels_last=measure"), tmp_path, steps=2).exact
+    assert measurements(caplog) == 1
+
+
+class Small(torch.nn.Module):
+    """Has room for four images; notes whether torch's algorithms are deterministic."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner, self.width, self.seen = inner, inner.width, set[bool]()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.add(torch.are_deterministic_algorithms_enabled())
+        if len(x) > 4:
+            raise MemoryError("no room")
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("micro_batch", [0, 4])
+def test_a_measurement_is_in_the_runs_micro_batches_and_by_its_switches(micro_batch: int) -> None:
+    recipe = asked(
+        "run.channels_last=measure", "run.batch_size=9", f"run.micro_batch={micro_batch}",
+        "run.deterministic=true",
+    )  # fmt: skip
+    model: Any = toy_model(TASK)
+    small = model.network = Small(model.network)
+    run = with_layout(recipe.recipe.run, model, TASK)
+    assert run.channels_last in ("yes", "no")
+    assert run.micro_batch == micro_batch
+    assert small.seen == {True}
 
 
 def test_processes_that_would_measure_apart_keep_to_the_rule() -> None:
