@@ -23,6 +23,7 @@ from jemkit.bench.machine import elapsed
 from jemkit.compiled import Backend, CompiledGradient, pays_after
 from jemkit.energy import EnergyModel, ModelEnergy
 from jemkit.modes import eval_mode, frozen, sampling_mode
+from jemkit.runtime.numerics import numerics
 from jemkit.sampling import eager_gradient
 
 Work = Callable[[], Any]
@@ -95,6 +96,17 @@ def in_turn(named: dict[str, Work], device: torch.device, rounds: int) -> dict[s
     return {**found, "warm_up_s": warm_up, "pays_after": pays_after(warm_up, eager, compiled)}
 
 
+def measured(given: argparse.Namespace, device: torch.device, rounds: int) -> dict[str, Any]:
+    return {
+        "chain, batch statistics": in_turn(
+            contestants(given, chained, given.batch // 2), device, rounds
+        ),
+        "attack, running statistics": in_turn(
+            contestants(given, attacked, given.batch), device, rounds
+        ),
+    }
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true")
@@ -105,14 +117,8 @@ if __name__ == "__main__":
     if asked.small:
         given = changed(given, depth=10, width=1, size=8, batch=4, capacity=8)
     device = torch.device(given.device)
-    result = {
-        "chain, batch statistics": in_turn(
-            contestants(given, chained, given.batch // 2), device, asked.rounds
-        ),
-        "attack, running statistics": in_turn(
-            contestants(given, attacked, given.batch), device, asked.rounds
-        ),
-    }
+    with numerics():  # a run's switches in fp32: torch's own let a GPU's convolutions be tf32
+        result = measured(given, device, asked.rounds)
     if asked.small:
         print(json.dumps(result))
     else:

@@ -39,7 +39,8 @@ from jemkit.modes import eval_mode, sampling_mode
 from jemkit.networks import WRN
 from jemkit.registry import installed
 from jemkit.replay import replay_on
-from jemkit.runtime.numerics import in_bf16
+from jemkit.runtime.numerics import in_bf16, numerics
+from jemkit.runtime.sharding import fusable
 from jemkit.starts import Uniform
 from jemkit.update import SAM, Plain
 
@@ -80,8 +81,14 @@ def built(given: argparse.Namespace, *, channels_last: bool = False) -> tuple[Ba
     return backbone, Batch(x, y, x[:p], torch.arange(n, device=device))
 
 
-def optimizer_of(backbone: Backbone) -> torch.optim.Optimizer:
-    return torch.optim.SGD(backbone.model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+def optimizer_of(backbone: Backbone, *, fused: bool = False) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        backbone.model.parameters(),
+        lr=1e-3,
+        momentum=0.9,
+        weight_decay=5e-4,
+        fused=fused or None,
+    )
 
 
 def objective_of(given: argparse.Namespace) -> Any:
@@ -97,7 +104,8 @@ def jemkit(given: argparse.Namespace, *variants: str) -> Callable[[], Any]:
     backbone, batch = built(given, channels_last="cl" in variants)
     rng, guard = Generator(given.device).manual_seed(1), Guard()
     spec = Plain() if given.updater == "plain" else SAM(rho=2.0, adaptive=True)
-    updater = spec.build(backbone.model, optimizer_of(backbone))
+    optimizer = optimizer_of(backbone, fused=fusable(list(backbone.model.parameters())))
+    updater = spec.build(backbone.model, optimizer)
     objective = objective_of(given)
     if "compile" in variants:
         unit = CompiledGradient()
@@ -154,18 +162,21 @@ def bare(given: argparse.Namespace) -> Callable[[], Any]:
 
 
 def serve(given: argparse.Namespace) -> None:
-    """Build, say so, and make one step for each line that comes; tell what it took."""
-    torch.set_num_threads(given.threads)
+    """Build, say so, and make one step for each line that comes; tell what it took.
+
+    By the switches of a run in fp32: torch's own let a GPU's convolutions be tf32.
+    """
     name, *variants = given.contestant.split("+")
     device = torch.device(given.device)
     makers = {"released": released, "bare": bare}
     step = makers[name](given) if name in makers else jemkit(given, *variants)
     print(json.dumps({"rss_mib": peak()}), flush=True)
     for _ in sys.stdin:
-        settle(device)
-        wall, cpu = time.perf_counter(), time.process_time()
-        step()
-        settle(device)
+        with numerics(threads=given.threads):
+            settle(device)
+            wall, cpu = time.perf_counter(), time.process_time()
+            step()
+            settle(device)
         told = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
         if device.type == "cuda":
             told["gpu_mib"] = torch.cuda.max_memory_allocated() / 2**20
@@ -243,7 +254,11 @@ def compared(given: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any
 
 def floor(given: argparse.Namespace, *, channels_last: bool) -> dict[str, float]:
     """The step's convolutions and products by themselves, one after another."""
-    torch.set_num_threads(given.threads)
+    with numerics(threads=given.threads):
+        return _floor(given, channels_last=channels_last)
+
+
+def _floor(given: argparse.Namespace, *, channels_last: bool) -> dict[str, float]:
     device = torch.device(given.device)
     backbone, batch = built(given, channels_last=channels_last)
     spec = Plain() if given.updater == "plain" else SAM()

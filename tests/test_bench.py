@@ -1,9 +1,11 @@
 """The floor of a step, worked by hand; and the released schedule, term by term against jemkit."""
 
 import argparse
+import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -34,6 +36,7 @@ from jemkit.bench.machine import fastest, measured, seconds
 from jemkit.checkpoint import same
 from jemkit.modes import eval_mode
 from jemkit.networks import MLP, WRN, SmallCNN
+from jemkit.runtime.numerics import numerics
 from jemkit.sampling import SGLD, Boxed
 from jemkit.starts import Uniform
 from jemkit.testing import toy_backbone, toy_batch, toy_model, toy_task
@@ -263,6 +266,25 @@ def test_a_step_is_much_cheaper_than_the_released_one() -> None:
     ours = found["steps"]["jemkit+cl+hold"]
     assert ours["images_per_s"] == pytest.approx(16 / ours["wall_s"])
     assert ours["forecast_hours"] == pytest.approx(100 * (45_000 // 16) * ours["wall_s"] / 3600)
+
+
+@pytest.mark.parametrize("contestant", ["jemkit+cl", "bare"])
+def test_contestants_step_by_the_switches_of_a_run(
+    contestant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's convolutions are tf32 by torch's own."""
+    import steps
+
+    seen = []
+
+    def made(*_: object) -> Callable[[], None]:
+        return lambda: seen.append(torch.backends.cudnn.allow_tf32)
+
+    monkeypatch.setattr(steps, contestant.split("+")[0], made)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("step\n"))
+    with numerics(precision="tf32"):
+        steps.serve(argparse.Namespace(**steps.SETTINGS, contestant=contestant))
+    assert seen == [False]
 
 
 def test_a_gradients_contestants_are_timed_in_turn_by_one_network() -> None:
