@@ -52,7 +52,8 @@ def bars(
     colours = [GREY if name in ("released", "bare") else BLUE for name in values]
     drawn = axes.barh(names, list(values.values()), color=colours)
     numbers = [f"{v:.0f}" if v >= 100 else f"{v:.3g}" for v in values.values()]
-    axes.bar_label(drawn, labels=numbers, padding=3, color=DARK)
+    for number in axes.bar_label(drawn, labels=numbers, padding=3, color=DARK):
+        number.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
     for label, value in marks.items():
         axes.axvline(value, color=DARK, linestyle=":", label=f"{label}: {value:.3g} {unit}")
     if floors:
@@ -75,7 +76,7 @@ def against_released(found: dict[str, Any]) -> None:
     bars(
         "One step", "s",
         {name: step["wall_s"] for name, step in steps.items()},
-        {"floor, channels last": floors["channels_last"]["floor_arithmetic_s"]},
+        {"float32's floor, channels last": floors["channels_last"]["floor_arithmetic_s"]},
         IMAGES / "step-time.png",
     )  # fmt: skip
     bars(

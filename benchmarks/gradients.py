@@ -9,10 +9,13 @@
 
 import argparse
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # a first run's warm-up
 
 import torch
 from steps import SETTINGS, built, changed
@@ -93,11 +96,17 @@ def in_turn(named: dict[str, Work], device: torch.device, rounds: int) -> dict[s
     }
     eager, compiled = (list(found.values())[i]["seconds"] for i in (-2, -1))
     warm_up = warm["jemkit, channels last, compiled"]
-    return {**found, "warm_up_s": warm_up, "pays_after": pays_after(warm_up, eager, compiled)}
+    return {
+        **found,
+        "warm_up_s": warm_up,
+        "pays_after_gradients": pays_after(warm_up, eager, compiled),
+    }
 
 
 def measured(given: argparse.Namespace, device: torch.device, rounds: int) -> dict[str, Any]:
+    told = ("depth", "width", "size", "threads", "device")
     return {
+        "setting": {name: getattr(given, name) for name in told} | {"rounds": rounds},
         "chain, batch statistics": in_turn(
             contestants(given, chained, given.batch // 2), device, rounds
         ),

@@ -189,14 +189,15 @@ class PGD(Options):
     def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
         usual = threat.radius_px / 4
         step = usual if self.step_px is None else self.step_px
-        why = f"steps of {step:g}/255 and not a quarter of the radius, {usual:g}/255"
+        off = f"steps of {step:g}/255 and not a quarter of the radius, {usual:g}/255"
+        why = [off] * (step != usual) + [f"keeps {FIRST}"] * (self.keep == "first")
         return {
             "steps": self.steps,
             "step_px": step,
             "restarts": self.restarts,
             "start": "uniform in the ball",
             "kept": "the worst of all steps" if self.keep == "worst" else FIRST,
-            **nonstandard([why] if step != usual else []),
+            **nonstandard(why),
         }
 
     def climb(

@@ -69,6 +69,8 @@ def train(
             out.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(out / LOCK, doing))
             _begin(trainer, whole)
+        if whole.recipe.run.channels_last == "measure":
+            trainer.folder.event("layout", channels_last=trainer.parts.channels_last)
         trainer.folder.link_latest(latest or out.parent)
         trainer.folder.event("resume" if resume else "start", step=trainer.step)
         if tight is not None:

@@ -193,4 +193,6 @@ def images_hash(images: Images) -> str:
 
 def start_name(start: Start) -> str:
     """A start as a protocol card names it: as it is registered, where its class is named so."""
+    if isinstance(start, GaussianStart) and len(start.means) > 1:
+        return "mixture"
     return type(start).__name__.removesuffix("Start").lower()

@@ -67,7 +67,10 @@ class Trainer:
     def run(self, until: int | None = None) -> None:
         """Train to the end of the recipe, or until `until` steps are done; then save."""
         run, last = self.recipe.run, min(until or self.total_steps, self.total_steps)
-        self.watch("start", {"step": self.step, "total": self.total_steps, "epochs": run.epochs})
+        begun: dict[str, Any] = {"step": self.step, "total": self.total_steps, "epochs": run.epochs}
+        if run.channels_last == "measure":
+            begun["measured"] = self.parts.channels_last
+        self.watch("start", begun)
         self.backbone.model.train()
         if self.recipe.sentinel.on and self.step == 0:
             self.save()  # where a run goes back to that is sick before its first epoch has ended

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from jemkit.checkpoint import differing
-from jemkit.errors import ConfigError
+from jemkit.errors import ConfigError, UsageError
 from jemkit.recipe import Recipe, Resolved, with_run
 from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.numerics import device_of
@@ -96,7 +96,7 @@ def cut_points(steps: int, per_epoch: int) -> list[tuple[int, str]]:
 
 def _check(recipe: Recipe, steps: int) -> None:
     if steps < 2:
-        raise ConfigError(f"{steps} steps cannot be cut; take 2 or more")
+        raise UsageError(f"{steps} step(s) cannot be cut; take 2 or more")
     if device_of(recipe.run.device).type == "cuda" and not recipe.run.deterministic:
         raise ConfigError(
             "this recipe runs on CUDA without deterministic algorithms: some kernels add in "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from toys import root
 
 from jemkit.runtime.distributed import group, shard
@@ -44,6 +45,7 @@ def _one(folder: Path, me: Shard, work: Work, given: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     with group(init=f"file://{folder}/meeting", shard=me):
         assert shard() == me
+        dist.barrier()  # nobody is done and gone while another still looks for him
         torch.save(work(*given), folder / f"{me.rank}.pt")
 
 

@@ -298,7 +298,7 @@ def test_a_gradients_contestants_are_timed_in_turn_by_one_network() -> None:
         found = in_turn(named, torch.device("cpu"), rounds=2)
         assert found["bare"]["bare / this"] == 1
         assert all(found[name]["seconds"] > 0 for name in named)
-        assert found["pays_after"] > 0
+        assert found["pays_after_gradients"] > 0
 
 
 def test_held_memory_changes_no_number() -> None:
@@ -329,6 +329,9 @@ def test_the_command_prints_the_floors(form: list[str]) -> None:
     if form:
         found = json.loads(done.stdout.splitlines()[-1])
         assert found["flops_step"] == found["flops_update"] > 0
+        assert found["protocol"]["step"] == "classifier x ce, updater plain"
+        assert found["protocol"]["images"] == "8 of digits, [1, 8, 8]"
+        assert found["protocol"]["versions"]["torch"] == torch.__version__
         assert (
             0
             < found["reached"]
@@ -339,3 +342,4 @@ def test_the_command_prints_the_floors(form: list[str]) -> None:
     else:
         assert "floor by arithmetic" in done.stdout
         assert "of its floor" in done.stdout
+        assert "images: 8 of digits" in done.stdout

@@ -205,3 +205,10 @@ def test_a_loss_that_is_nan_is_told() -> None:
         attack = bound(PGD(steps=steps, keep="first"), PixelModel(model, UNIT), Threat("Linf", 8))
         with pytest.raises(DataError, match="NaN"):
             attack(x, y, gen())
+
+
+def test_a_figure_of_such_an_attack_says_that_it_is_not_the_usual_one() -> None:
+    threat = Threat("Linf", 8.0)
+    usual, first = (PGD(keep=keep).card(threat, 10) for keep in ("worst", "first"))
+    assert "standard" not in usual
+    assert (first["standard"], first["why"]) == (False, "keeps the first that falls, else the last")

@@ -1,5 +1,6 @@
 """A layout is a rule or a measurement; what was measured once holds for whoever reads the run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,9 @@ def test_what_was_measured_stands_in_the_runs_config(tmp_path: Path) -> None:
     kept = RunFolder(tmp_path / "a").config
     assert kept["recipe"]["run"]["channels_last"] in ("yes", "no")
     assert kept["origins"]["run.channels_last"] == "measured"
+    told = [json.loads(line) for line in (tmp_path / "a" / "events.jsonl").open()]
+    (layout,) = [event for event in told if event["event"] == "layout"]
+    assert layout["channels_last"] == kept["recipe"]["run"]["channels_last"]
 
 
 def measurements(caplog: pytest.LogCaptureFixture) -> int:

@@ -115,8 +115,8 @@ def test_curves_of_other_numbers_of_images_say_whose_they_are(tmp_path: Path) ->
         curve = {**found.tables["radius_curve"], "n": n}
         tables = {**found.tables, "radius_curve": curve}
         folders.append(bare_run(tmp_path / name, dataclasses.replace(found, tables=tables)))
-    assert "138 images of a, 60 images of b; bars are 95 % intervals" in render(folders)
-    assert "138 images; bars are 95 % intervals" in render(folders[:1])
+    assert "138 images of a, 60 images of b: the first ones, until" in render(folders)
+    assert "138 images: the first ones, until" in render(folders[:1])
 
 
 def test_a_record_of_clean_accuracy_alone_is_enough(tmp_path: Path) -> None:

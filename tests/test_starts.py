@@ -11,6 +11,7 @@ from strategies import normal, seeds
 from toys import gen
 
 from jemkit import Bounds, ConfigError, Images, Task
+from jemkit.builtin import jemkit_starts
 from jemkit.starts import (
     JITTER,
     Gaussian,
@@ -22,6 +23,7 @@ from jemkit.starts import (
     gaussian,
     images_hash,
     moments,
+    start_name,
 )
 from jemkit.testing import toy_task
 
@@ -118,6 +120,12 @@ def test_draws_have_the_mean_and_spread_of_the_images(spec: Gaussian) -> None:
     assert float((x.mean(0) - means[0]).abs().max()) < 0.03
     expected = factors[0] @ factors[0].T
     assert float((torch.cov(x.T) - expected).abs().max()) < 0.03
+
+
+@pytest.mark.parametrize("name", ["uniform", "noise", "gaussian", "mixture"])
+def test_a_card_names_a_start_as_it_is_registered(name: str) -> None:
+    spec = jemkit_starts()[name]
+    assert start_name(spec().build(toy_task(), CPU)) == name
 
 
 def test_a_row_of_a_class_does_not_depend_on_the_path_that_drew_it() -> None:

@@ -23,6 +23,7 @@ def floor(
     sampler: pick.Sampler = None,
     updater: pick.Updater = None,
     data_dir: pick.DataDir = None,
+    download: pick.Download = None,
     batch_size: pick.BatchSize = None,
     device: pick.Device = None,
     precision: pick.Precision = None,
@@ -49,6 +50,7 @@ def floor(
         "sampler": sampler,
         "updater": updater,
         "data_dir": data_dir,
+        "download": download,
         "batch_size": batch_size,
         "device": device,
         "precision": precision,
@@ -58,15 +60,16 @@ def floor(
     registry = installed_parts(third_party=not no_plugins)
     resolved = pick.chosen(registry, options, preset=preset, config=config, overrides=overrides)
     from jemkit.assembly import put_together
-    from jemkit.bench.floor import floor_of
+    from jemkit.bench.floor import floor_of, protocol
 
-    found = floor_of(
-        put_together(resolved.recipe), resolved.recipe, rounds=rounds, patience=patience
-    )
+    parts = put_together(resolved.recipe)
+    card = protocol(resolved, parts, rounds)
+    found = floor_of(parts, resolved.recipe, rounds=rounds, patience=patience)
     if as_json:
-        say_json(found.figures())
-    else:
-        _show(found)
+        say_json({"protocol": card, **found.figures()})
+        return
+    _show(found)
+    _tell(card)
 
 
 @app.command()
@@ -76,6 +79,7 @@ def accuracy(
     dataset: pick.Dataset = None,
     network: pick.Network = None,
     data_dir: pick.DataDir = None,
+    download: pick.Download = None,
     device: pick.Device = None,
     channels_last: pick.ChannelsLast = None,
     preset: pick.Preset = None,
@@ -91,6 +95,7 @@ def accuracy(
         "dataset": dataset,
         "network": network,
         "data_dir": data_dir,
+        "download": download,
         "device": device,
         "channels_last": channels_last,
     }
@@ -107,8 +112,7 @@ def accuracy(
         return
     heads = ["precision", "relative error, median", "worst", "signs flipped"]
     show_table(heads, [[p, f"{m:.1e}", f"{w:.1e}", f"{s:.2%}"] for p, m, w, s, _ in found])
-    for name, value in card.items():
-        say(f"  {name}: {value}")
+    _tell(card)
 
 
 def _show(found: "Floor") -> None:
@@ -117,3 +121,10 @@ def _show(found: "Floor") -> None:
     show_table(["", ""], rows(found))
     if found.reached is not None:
         say(f"the step reaches {found.reached:.0%} of its floor")
+
+
+def _tell(card: dict[str, Any]) -> None:
+    """What figures were measured on, under their table."""
+    for name, value in card.items():
+        told = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        say(f"  {name}: {told}")

@@ -6,10 +6,28 @@ from jemkit.assembly import Assembly
 from jemkit.bench.flops import Passes, StepWork, flops, passes, step_work, traffic
 from jemkit.bench.machine import PATIENCE, Machine, measured, seconds, typical
 from jemkit.objective import Batch
-from jemkit.recipe import Recipe
+from jemkit.recipe import Recipe, Resolved
+from jemkit.runtime.folder import versions
 from jemkit.runtime.numerics import numerics
 from jemkit.step import train_step
 from jemkit.update import Guard
+
+
+def protocol(resolved: Resolved, parts: Assembly, rounds: int) -> dict[str, Any]:
+    """What a floor was measured on."""
+    tables, run = resolved.tables, resolved.recipe.run
+    return {
+        "step": f"{tables['backbone']['use']} x {tables['objective']['use']}, "
+        f"updater {tables['updater']['use']}",
+        "network": tables["backbone"].get("network", {}),
+        "images": f"{parts.loader.batch_size} of {tables['data']['use']}, {list(parts.task.shape)}",
+        "positives": len(parts.loader.batch().x_pos),
+        "precision": run.precision,
+        "channels_last": parts.channels_last,
+        "rounds": rounds,
+        "seed": run.seed,
+        "versions": versions(),
+    }
 
 
 class Floor(NamedTuple):

@@ -50,7 +50,10 @@ def robustness(book: Book) -> Html | None:
         for kind, series in kinds.items():
             title = f"Accuracy against the {x.split(',')[0]}: {kind[0]}, {kind[1]}"
             axes = Axes(title, x, "accuracy", None, (0.0, 1.0))
-            told = f"{_sizes(counts[kind])}; bars are 95 % intervals"
+            told = (
+                f"{_sizes(counts[kind])}: the first ones, until the indicators have enough that "
+                "are right, and not all that the figures above are of; bars are 95 % intervals"
+            )
             panels.append(book.judged_lines(series, axes, told))
     return section("robustness", "Robustness", _panels(panels)) if panels else None
 
