@@ -1,5 +1,6 @@
 """Parts that do not fit each other, refused before the first step."""
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,8 @@ from jemkit.runtime.syncnorm import SyncBatchNorm
 if TYPE_CHECKING:
     from jemkit.recipe import Run
 
+log = logging.getLogger(__name__)
+
 
 def check_parts(backbone: Backbone, objective: Objective[Any], task: Task, run: "Run") -> None:
     """Refuse, before the first step, whatever of a run does not fit."""
@@ -27,6 +30,8 @@ def check_parts(backbone: Backbone, objective: Objective[Any], task: Task, run: 
     chains = positives(min(run.batch_size, task.n_train), backbone.views)
     check_chains(objective, backbone, chains)
     check_graph(backbone, distributed.shard().size if run.compile else 1)
+    if run.precision == "tf32" and not next(backbone.model.parameters()).is_cuda:
+        log.warning("run.precision: tf32 is a GPU's; this run computes in fp32")
     if run.recompute and not can_recompute(backbone.model.network):
         raise MisfitError(
             "run.recompute: this network does not know how to make its activations anew; leave it "

@@ -185,6 +185,16 @@ def test_an_objective_with_memory_moves_it_once_after_the_update() -> None:
     torch.testing.assert_close(memory.mean, 0.1 * once, rtol=1e-4, atol=1e-5)
 
 
+def test_a_cpu_that_is_asked_for_tf32_says_that_it_has_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for precision, told in (("fp32", 0), ("tf32", 1)):
+        caplog.clear()
+        asked = toy_recipe(REGISTRY, "classifier", "ce", "plain", f"run.precision={precision}")
+        Trainer(asked, RunFolder.create(tmp_path / precision))
+        assert caplog.text.count("this run computes in fp32") == told
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_objective_with_memory_is_trained_saved_and_gone_on_with(
     tmp_path: Path, precision: str
