@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+RECOMPUTE = "run.recompute = true"
+
 SIGNS = (
     "allocate memory", "not enough memory", "out of memory", "bad_alloc", "ALLOC_FAILED",
     "could not create a primitive",
@@ -62,10 +64,11 @@ class MicroBatch:
         moved: Callable[[], int] = lambda: 0,
         told: Callable[..., None] = lambda **what: None,
     ) -> T:
-        """Do the work, again with half the images in a pass wherever memory runs out.
+        """Do the work, and again with less memory wherever that runs out: first with activations
+        made anew, where the network can, then with half the images in a pass, as often as it takes.
 
         Work must be as if not begun where it fails; `rng` is put back for it. Where `moved` has
-        gone on, or other processes take part, it cannot be begun again. `told` hears of halvings.
+        gone on, or other processes take part, it cannot be begun again. `told` hears of every cure.
         """
         state, before = rng.get_state() if rng else None, moved()
         while True:
@@ -153,19 +156,19 @@ class MicroBatch:
     def _check(self, reason: str, *, undone: bool) -> None:
         """Raise OutOfMemory where smaller slices would not help, or no one can begin again."""
         most = self._images
+        cure = f"run.micro_batch = {max(1, most // 2)}" if self._keeps_little else RECOMPUTE
         if distributed.size() > 1:
             raise OutOfMemory(
                 f"process {distributed.shard().rank} of {distributed.size()} ran out of memory "
                 f"with {most} images in a pass ({reason}). None can take a step again without the "
-                f"others: set run.micro_batch = {max(1, most // 2)}, in the run's config.json if "
-                "it is to go on with --resume",
+                f"others: set {cure}, in the run's config.json if it is to go on with --resume",
                 undone=False,
             )
         if not undone:
             raise OutOfMemory(
                 f"out of memory ({reason}) after an update had begun, which cannot be undone. The "
-                "newest checkpoint is whole: set a smaller run.micro_batch in the run's "
-                "config.json and go on with --resume",
+                f"newest checkpoint is whole: set {cure} in the run's config.json and go on with "
+                "--resume",
                 undone=False,
             )
         if self._whole and self._keeps_little:

@@ -69,8 +69,8 @@ def train(
             out.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(out / LOCK, doing))
             _begin(trainer, whole)
-        if whole.recipe.run.channels_last == "measure":
-            trainer.folder.event("layout", channels_last=trainer.parts.channels_last)
+        if trainer.measured:
+            trainer.folder.event("layout", channels_last=trainer.measured)
         trainer.folder.link_latest(latest or out.parent)
         trainer.folder.event("resume" if resume else "start", step=trainer.step)
         if tight is not None:
@@ -94,6 +94,7 @@ def _begin(trainer: Trainer, whole: Resolved) -> None:
     tables, origins = whole.tables, whole.origins
     if trainer.recipe.run.channels_last == "measure":  # who reads the run lays it out as it was
         tables = {**tables, "run": {**tables["run"], "channels_last": trainer.parts.channels_last}}
+    if trainer.measured:
         origins = {**origins, "run.channels_last": "measured"}
     folder.write_config(tables, origins)
 

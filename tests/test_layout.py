@@ -10,6 +10,7 @@ from ranks import every_rank
 from toys import toy_recipe, toy_registry
 
 import jemkit as api
+from jemkit import Trainer
 from jemkit.assembly import with_layout
 from jemkit.layout import faster_layout, laid_out
 from jemkit.networks import WRN, SmallCNN
@@ -133,6 +134,13 @@ def test_a_measurement_is_in_the_runs_micro_batches_and_by_its_switches(micro_ba
     assert run.channels_last in ("yes", "no")
     assert run.micro_batch == micro_batch
     assert small.seen == {True}
+
+
+def test_a_layout_by_the_rule_is_not_called_measured(tmp_path: Path) -> None:
+    trainer = Trainer(asked("run.channels_last=measure"), RunFolder.create(tmp_path / "a"))
+    assert trainer.measured in ("yes", "no")
+    trainer.parts = trainer.parts._replace(channels_last="auto")  # as among several processes
+    assert trainer.measured is None
 
 
 def test_processes_that_would_measure_apart_keep_to_the_rule() -> None:

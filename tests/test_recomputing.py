@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,20 @@ def test_a_single_image_has_its_activations_made_anew() -> None:
     assert (micro.size, micro.recompute) == (0, True)
     with pytest.raises(OutOfMemory, match="so that smaller passes would not help"):
         MicroBatch().fit(lambda: network(x))
+
+
+def test_whoever_cannot_begin_again_is_told_what_helps() -> None:
+    network, x, done = Hungry(enough=True), torch.ones(8, 1, 2, 2), []
+
+    def work(micro: MicroBatch) -> Tensor:
+        done.append(1)
+        return micro.passed(network, x, network)
+
+    for recompute, told in ((False, r"set run\.recompute = true"), (True, r"run\.micro_batch = 4")):
+        micro = MicroBatch(recompute=recompute)
+        network.enough = not recompute
+        with pytest.raises(OutOfMemory, match=told):
+            micro.fit(partial(work, micro), moved=lambda: len(done))
 
 
 def trainer(path: Path, *overrides: str) -> Trainer:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from jemkit.assembly import Assembly
 from jemkit.bench.flops import Passes, StepWork, flops, passes, step_work, traffic
 from jemkit.bench.machine import PATIENCE, Machine, measured, seconds, typical
+from jemkit.data import positives
 from jemkit.objective import Batch
 from jemkit.recipe import Recipe, Resolved
 from jemkit.runtime.folder import versions
@@ -21,7 +22,7 @@ def protocol(resolved: Resolved, parts: Assembly, rounds: int) -> dict[str, Any]
         f"updater {tables['updater']['use']}",
         "network": tables["backbone"].get("network", {}),
         "images": f"{parts.loader.batch_size} of {tables['data']['use']}, {list(parts.task.shape)}",
-        "positives": len(parts.loader.batch().x_pos),
+        "positives": positives(parts.loader.batch_size, parts.backbone.views),
         "precision": run.precision,
         "channels_last": parts.channels_last,
         "rounds": rounds,
