@@ -182,9 +182,9 @@ def test_no_bare_pixel_fraction_stands_in_the_code(path: Path) -> None:
 
 
 @each_file
-def test_a_file_has_one_subject_and_at_most_250_lines(path: Path) -> None:
+def test_a_file_has_one_subject_and_at_most_400_lines(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 250
+    assert len(lines) <= 400
     assert path.name == "__init__.py" or ast.get_docstring(TREES[path])
 
 
