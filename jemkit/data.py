@@ -78,6 +78,16 @@ class Dataset(Protocol):
         ...
 
 
+@runtime_checkable
+class NamesClasses(Protocol):
+    """A data set that knows what its classes are called."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name a class, in the order of the labels."""
+        ...
+
+
 def checked(images: Images, n_classes: int, source: str) -> Images:
     """The images, or a DataError that says what of them cannot be used."""
     x, y = images

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
-from jemkit.data import Augmentation, Dataset, Split
+from jemkit.data import Augmentation, Dataset, NamesClasses, Split
 from jemkit.errors import DataError
 from jemkit.splits import stratified_parts
 from jemkit.vision import torchvision
@@ -54,6 +54,18 @@ class TestParts:
         folder = Folder(dir=sorted_folder(tmp_path))
         for name, part in offered.items():
             assert isinstance(folder if name == "folder" else part(), Dataset)
+
+    def test_every_data_set_names_its_classes_in_the_order_of_the_labels(
+        self, tmp_path: Path
+    ) -> None:
+        folder = Folder(dir=sorted_folder(tmp_path))
+        for part in (Digits(), CIFAR10(), CIFAR100(), SVHN(), folder):
+            assert isinstance(part, NamesClasses)
+            assert len(part.class_names) == len(set(part.class_names)) == part.n_classes
+        assert folder.class_names == ("cat", "dog")
+        assert (CIFAR10().class_names[0], CIFAR10().class_names[9]) == ("airplane", "truck")
+        assert (CIFAR100().class_names[0], CIFAR100().class_names[99]) == ("apple", "worm")
+        assert Digits().class_names == SVHN().class_names == tuple("0123456789")
 
     @pytest.mark.parametrize(
         ("part", "n_classes", "radius_px", "augmentation"),
@@ -359,6 +371,18 @@ class TestFolder:
         np.testing.assert_array_equal(train.x.numpy(), x)
         np.testing.assert_array_equal(test.x.numpy(), 255 - x)
         assert train.y.tolist() == test.y.tolist() == [0] * n + [1] * n
+
+    def test_the_files_of_a_split_are_named_in_the_order_of_its_images(
+        self, tmp_path: Path
+    ) -> None:
+        data = Folder(dir=sorted_folder(tmp_path))
+        assert data.files("test") == tuple(
+            f"test/{c}/{i}.png" for c in ("cat", "dog") for i in "01"
+        )
+        for split in ("train", "test"):
+            images = data.load(split)
+            for pixels, name in zip(images.x, data.files(split), strict=True):
+                np.testing.assert_array_equal(pixels[0], np.asarray(Image.open(tmp_path / name)))
 
     def test_one_colour_image_makes_both_splits_colour(self, tmp_path: Path) -> None:
         data = Folder(dir=sorted_folder(tmp_path))

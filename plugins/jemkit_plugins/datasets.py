@@ -21,6 +21,21 @@ from jemkit.vision import torchvision
 
 Published = dict[Path, str]  # files, each with the md5 its publisher gives
 
+DIGIT_NAMES = tuple("0123456789")
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
+CIFAR100_CLASSES = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+    butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach
+    couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster
+    house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+    motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
+    pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket
+    rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+    sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip
+    turtle wardrobe whale willow_tree wolf woman worm
+"""
+"""CIFAR's classes, the fine ones of CIFAR-100, in the publishers' order."""
+
 
 class Digits(Options):
     """8 x 8 grey digits (Alpaydin and Kaynak 1998), which come with scikit-learn."""
@@ -31,6 +46,10 @@ class Digits(Options):
     @property
     def n_classes(self) -> int:
         return 10
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return DIGIT_NAMES
 
     def load(self, split: Split) -> Images:
         table = torch.from_numpy(_digits())
@@ -74,6 +93,10 @@ class CIFAR10(Options):
     def n_classes(self) -> int:
         return 10
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(CIFAR10_CLASSES.split())
+
     def load(self, split: Split) -> Images:
         images = _cifar(torchvision().datasets.CIFAR10, self.dir, self.download, split)
         return checked(images, self.n_classes, f"cifar10 in {self.dir}")
@@ -92,6 +115,10 @@ class CIFAR100(Options):
     def n_classes(self) -> int:
         return 100
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(CIFAR100_CLASSES.split())
+
     def load(self, split: Split) -> Images:
         images = _cifar(torchvision().datasets.CIFAR100, self.dir, self.download, split)
         return checked(images, self.n_classes, f"cifar100 in {self.dir}")
@@ -109,6 +136,10 @@ class SVHN(Options):
     @property
     def n_classes(self) -> int:
         return 10
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return DIGIT_NAMES
 
     def load(self, split: Split) -> Images:
         kind = torchvision().datasets.SVHN

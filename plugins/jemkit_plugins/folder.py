@@ -37,6 +37,17 @@ class Folder(Options):
     def n_classes(self) -> int:
         return len(_classes(self.dir))
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The class folders' names."""
+        return tuple(_classes(self.dir))
+
+    def files(self, split: Split) -> tuple[str, ...]:
+        """The image files of a split below `dir`, in the order of its images."""
+        return tuple(
+            Path(path).relative_to(self.dir).as_posix() for path, _ in _samples(self.dir)[split]
+        )
+
     def load(self, split: Split) -> Images:
         """All images of a split; grey where all of both are. Float pixels are taken as [0, 1]."""
         samples = _samples(self.dir)
