@@ -8,6 +8,7 @@ from torch import Generator, Tensor
 
 from jemkit.energy import Stream
 from jemkit.errors import ConfigError, DataError
+from jemkit.labels import class_indices
 from jemkit.objective import Batch
 from jemkit.options import Options
 from jemkit.runtime.ledger import WHOLE, Shard
@@ -88,44 +89,97 @@ class NamesClasses(Protocol):
         ...
 
 
+@runtime_checkable
+class OffersValidation(Protocol):
+    """A data set that may bring images of its own to validate on."""
+
+    def validation(self) -> Images | None:
+        """They stand in place of a share of the training split; None where there are none."""
+        ...
+
+
 def checked(images: Images, n_classes: int, source: str) -> Images:
-    """The images, or a DataError that says what of them cannot be used."""
-    x, y = images
-    if x.ndim != 4 or len(x) != len(y) or not len(x):
+    """The images in the types that they are kept in, or a DataError that says what is wrong.
+
+    Pixels become float32 or stay uint8; labels become int64, also where they are whole numbers in
+    another type, a column [N, 1], or one-hot rows.
+    """
+    try:
+        x, y = (torch.as_tensor(part) for part in images)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{source}: wanted images and labels as tensors ({error})") from None
+    _check_shape(x, len(y) if y.ndim else 1, source)
+    y = class_indices(y, n_classes, source)
+    return Images(_floats(x, source) if x.is_floating_point() else _bytes(x, source), y)
+
+
+def _check_shape(x: Tensor, n_labels: int, source: str) -> None:
+    if x.layout != torch.strided:
+        raise DataError(f"{source}: wanted dense images, got {x.layout}: x.to_dense()")
+    if x.ndim != 4 or len(x) != n_labels or not len(x):
+        hint = {
+            2: "; images that are flattened want reshape(N, C, H, W)",
+            3: "; grey images want x.unsqueeze(1)",
+        }.get(x.ndim, "")
         raise DataError(
             f"{source}: wanted images [N, C, H, W] with one label each, "
-            f"got images {list(x.shape)} and {len(y)} labels"
+            f"got images {list(x.shape)} and {n_labels} labels{hint}"
         )
     if x.shape[1] not in (1, 3) or x.shape[2] != x.shape[3]:
+        last = x.shape[3] in (1, 3) and x.shape[1] == x.shape[2]
+        hint = "; the channels come last: x.permute(0, 3, 1, 2) puts them first" if last else ""
         raise DataError(
-            f"{source}: wanted square images of 1 or 3 channels, got {list(x.shape[1:])}"
+            f"{source}: wanted square images of 1 or 3 channels, got {list(x.shape[1:])}{hint}"
         )
     if not SIZES[0] <= x.shape[2] <= SIZES[1]:
         raise DataError(
             f"{source}: images of {x.shape[2]} px; jemkit's networks take "
             f"{SIZES[0]} to {SIZES[1]} px. Resize them first"
         )
+
+
+def _bytes(x: Tensor, source: str) -> Tensor:
+    """Pixels in 0..255; those of any type of whole numbers are taken, where they lie there."""
+    if x.is_complex():
+        raise DataError(f"{source}: pixels of type {x.dtype}; wanted uint8 or floats in [0, 1]")
+    if x.dtype == torch.bool:
+        return x.float()
     if x.dtype != torch.uint8:
-        _check_floats(x, source)
-    if y.min() < 0 or y.max() >= n_classes:
-        bad = int(y[(y < 0) | (y >= n_classes)][0])
-        raise DataError(f"{source}: label {bad} is outside 0..{n_classes - 1}")
-    return Images(x, y.long())
+        wide = x.long()
+        if wide.min() < 0 or wide.max() > 255:
+            raise DataError(
+                f"{source}: {x.dtype} pixels run from {int(wide.min())} to {int(wide.max())}; "
+                "wanted 0..255, or floats in [0, 1]"
+            )
+        x = wide.to(torch.uint8)
+    if x.max() == 1:
+        raise DataError(
+            f"{source}: whole-number pixels run from {int(x.min())} to 1, which is black on the "
+            "scale of 0..255; where 1 is white, give floats: x.float()"
+        )
+    return x
 
 
-def _check_floats(x: Tensor, source: str) -> None:
-    if not x.is_floating_point():
-        raise DataError(f"{source}: wanted uint8 or float pixels, got {x.dtype}")
+def _floats(x: Tensor, source: str) -> Tensor:
+    """Pixels as float32, all in [0, 1]."""
+    x = x.detach().float()
     broken = (~x.isfinite()).flatten(1).any(1)
     if broken.any():
         first = int(broken.nonzero()[0])
         raise DataError(
             f"{source}: {int(broken.sum())} image(s) hold NaN or inf, the first is {first}"
         )
-    if x.min() < 0 or x.max() > 1:
+    low, high = float(x.min()), float(x.max())
+    if low < 0 or high > 1:
+        hint = ""
+        if low >= 0 and high <= 255:
+            hint = ": divide them by 255"
+        elif low >= -1 and high <= 1:
+            hint = ": (x + 1) / 2, if black is -1"
         raise DataError(
-            f"{source}: float pixels run from {x.min():.3g} to {x.max():.3g}; wanted [0, 1]"
+            f"{source}: float pixels run from {low:.3g} to {high:.3g}; wanted [0, 1]{hint}"
         )
+    return x
 
 
 class Views(Options):

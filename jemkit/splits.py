@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from jemkit.data import Dataset, Images, Split
+from jemkit.data import Dataset, Images, OffersValidation, Split, checked
 from jemkit.errors import ConfigError
 
 
@@ -14,7 +14,8 @@ class Splits:
     """A data set's training, validation and test images; each is read when first asked for.
 
     Validation is a fixed part of the training split, the same for every run: chosen class by class
-    with a generator of its own, so that runs and data orders of any seed can be compared.
+    with a generator of its own, so that runs and data orders of any seed can be compared. A data
+    set's own validation images stand in place of that part.
     """
 
     def __init__(
@@ -26,16 +27,21 @@ class Splits:
     def images(self, split: Literal["train", "valid", "test"]) -> Images:
         if split not in self._kept:
             if split == "test":
-                self._kept["test"] = self.dataset.load("test")
+                self._kept["test"] = self._checked(self.dataset.load("test"), "test")
             else:
                 self._divide()
         return self._kept[split]
 
     def _divide(self) -> None:
-        whole = self.dataset.load("train")
+        whole = self._checked(self.dataset.load("train"), "training")
         index = shuffled_by_class(whole.y, self.dataset.n_classes)
         if self.max_train is not None:
             index = index[: self.max_train]
+        own = self.dataset.validation() if isinstance(self.dataset, OffersValidation) else None
+        if own is not None:
+            self._kept["valid"] = self._checked(own, "validation")
+            self._kept["train"] = whole.take(index.sort().values)
+            return
         n_valid = round(len(index) * self.valid_fraction)
         if not 0 < n_valid < len(index):
             raise ConfigError(
@@ -44,6 +50,10 @@ class Splits:
             )
         self._kept["valid"] = whole.take(index[:n_valid])
         self._kept["train"] = whole.take(index[n_valid:].sort().values)
+
+    def _checked(self, images: Images, what: str) -> Images:
+        source = f"the {what} images of {type(self.dataset).__name__}"
+        return checked(images, self.dataset.n_classes, source)
 
 
 def shuffled_by_class(y: Tensor, n_classes: int) -> Tensor:

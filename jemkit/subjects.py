@@ -17,6 +17,7 @@ from jemkit.dealing import undivided
 from jemkit.density import Buffered
 from jemkit.energy import LogSumExpEnergy
 from jemkit.errors import ConfigError, DataError, MisfitError
+from jemkit.labels import count_classes
 from jemkit.mistakes import explain
 from jemkit.networks import lent
 from jemkit.pixels import PixelModel, pixel_model, weights_hash
@@ -86,7 +87,7 @@ def subject_of(
     if not len(test.y):
         raise DataError("there are no images to judge the model on")
     classes = n_classes or (
-        dataset.n_classes if isinstance(dataset, Dataset) else int(test.y.max()) + 1
+        dataset.n_classes if isinstance(dataset, Dataset) else count_classes(test.y)
     )
     test = checked(test, classes, "the test images")
     plain = pixel_model(module)
@@ -125,7 +126,8 @@ def others_of(dataset: Dataset, registry: Registry) -> Callable[[], dict[str, Im
             if folder is None or part is type(dataset) or "dir" not in part.model_fields:
                 continue
             try:
-                images = part(dir=folder).load("test")
+                other = part(dir=folder)
+                images = checked(other.load("test"), other.n_classes, name)
             except (DataError, ValidationError):  # its files are not there
                 continue
             if images.x.shape[1:] == dataset.load("test").x.shape[1:]:

@@ -1,5 +1,7 @@
 """Data: units, splits that never meet, batches that can be gone on with, plain augmentation."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -202,8 +204,25 @@ BAD = {
     r"label 7 is outside 0\.\.2": Images(GOOD.x, torch.tensor([0, 1, 7, 2])),
     r"label -1 is outside": Images(GOOD.x, torch.tensor([0, 1, -1, 2])),
     "hold NaN": Images(GOOD.unit() * float("nan"), GOOD.y),
-    "float pixels run from": Images(GOOD.x.float(), GOOD.y),
-    "got torch.int64": Images(GOOD.x.long(), GOOD.y),
+    "divide them by 255": Images(GOOD.x.float(), GOOD.y),
+    r"\(x \+ 1\) / 2": Images(2 * GOOD.unit() - 1, GOOD.y),
+    r"float pixels run from -300 to": Images(GOOD.unit() - 300, GOOD.y),
+    r"torch.int64 pixels run from \d+ to \d+; wanted 0..255": Images(GOOD.x.long() * 5, GOOD.y),
+    "black on the scale": Images((GOOD.x > 127).to(torch.uint8), GOOD.y),
+    r"type torch.complex64; wanted uint8": Images(GOOD.x.to(torch.complex64), GOOD.y),
+    r"x\.unsqueeze\(1\)": Images(GOOD.x[:, 0], GOOD.y),
+    "reshape": Images(GOOD.x.flatten(1), GOOD.y),
+    r"x\.permute\(0, 3, 1, 2\)": Images(GOOD.x.permute(0, 2, 3, 1), GOOD.y),
+    r"label of image 1 is 0\.5, no whole number": Images(GOOD.x, torch.tensor([0, 0.5, 1, 2])),
+    "label of image 3 is nan": Images(GOOD.x, torch.tensor([0, 1, 2, float("nan")])),
+    "label of image 0 is inf": Images(GOOD.x, torch.tensor([float("inf"), 1, 2, 0])),
+    "begin at 1: subtract 1": Images(GOOD.x, torch.tensor([1, 2, 3, 1])),
+    "row 2 of the labels .* is not one-hot": Images(
+        GOOD.x, torch.eye(3)[[0, 1, 2, 0]] / GOOD.y.clamp(min=1)[:, None]
+    ),
+    r"one-hot rows \[N, 3\]": Images(GOOD.x, torch.eye(5)[[0, 1, 2, 0]]),
+    r"labels of shape \[4, 1, 1\]": Images(GOOD.x, GOOD.y[:, None, None]),
+    "as tensors": Images(GOOD.x, ["cat", "dog", "fox", "cat"]),  # type: ignore[arg-type]
 }
 
 
@@ -215,3 +234,86 @@ def test_images_that_cannot_be_trained_on_are_refused_by_what_is_wrong(message: 
 
 def test_good_images_pass_as_they_are() -> None:
     assert same(list(checked(GOOD, 3, "here")), list(GOOD))
+
+
+KINDS = {
+    "int32": lambda y: y.to(torch.int32),
+    "uint8": lambda y: y.to(torch.uint8),
+    "uint16": lambda y: y.to(torch.uint16),
+    "float16": lambda y: y.half(),
+    "float64": lambda y: y.double(),
+    "column": lambda y: y[:, None],
+    "float column": lambda y: y[:, None].float(),
+    "one-hot": lambda y: F.one_hot(y, 3),
+    "float one-hot": lambda y: F.one_hot(y, 3).float(),
+    "bool one-hot": lambda y: F.one_hot(y, 3).bool(),
+}
+
+
+@given(kind=st.sampled_from(sorted(KINDS)), n=st.integers(1, 12), seed=seeds)
+def test_labels_of_any_type_and_form_are_the_same_indices(kind: str, n: int, seed: int) -> None:
+    y = torch.randint(3, (n,), generator=gen(seed))
+    found = checked(Images(toy_images(n, 3, 8, 1, 0).x, KINDS[kind](y)), 3, "here").y
+    assert found.dtype == torch.int64
+    assert torch.equal(found, y)
+
+
+@given(
+    values=st.lists(
+        st.sampled_from([0.0, 1.0, 2.0, 0.5, -1.0, 3.0, 1e30, math.nan, math.inf])
+        | st.floats(-2, 5),
+        min_size=2,
+        max_size=6,
+    )
+)
+def test_float_labels_are_taken_where_they_are_indices_and_refused_otherwise(
+    values: list[float],
+) -> None:
+    y = torch.tensor(values, dtype=torch.float64)
+    images = Images(toy_images(len(values), 3, 8, 1, 0).x, y)
+    if all(value in (0, 1, 2) for value in values):
+        assert checked(images, 3, "here").y.tolist() == values
+    else:
+        with pytest.raises(DataError, match=r"here: (label|the label of image)"):
+            checked(images, 3, "here")
+
+
+@given(dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
+def test_float_images_of_any_type_become_float32(dtype: torch.dtype) -> None:
+    given = GOOD.unit().to(dtype)
+    x = checked(Images(given, GOOD.y), 3, "here").x
+    assert x.dtype == torch.float32
+    assert torch.equal(x, given.float())
+
+
+@given(dtype=st.sampled_from([torch.int16, torch.int32, torch.int64, torch.uint16]))
+def test_whole_number_pixels_of_any_type_become_bytes(dtype: torch.dtype) -> None:
+    x = checked(Images(GOOD.x.to(dtype), GOOD.y), 3, "here").x
+    assert torch.equal(x, GOOD.x)
+    assert x.dtype == torch.uint8
+
+
+class Untidy(Toy):
+    """A data set whose pixels and labels are of other types than the library's."""
+
+    def load(self, split: str) -> Images:
+        x, y = super().load(split)
+        return Images(x.double() / 255, F.one_hot(y, 3).float())
+
+    def validation(self) -> Images | None:
+        return self.load("test")
+
+
+def test_what_a_data_set_gives_is_checked_whoever_wrote_it() -> None:
+    splits = Splits(Untidy())
+    for split in ("train", "valid", "test"):
+        images = splits.images(split)
+        assert (images.x.dtype, images.y.dtype) == (torch.float32, torch.int64)
+    with pytest.raises(DataError, match="the training images of Toy: 60 image"):
+        Splits(Toy(broken=True)).images("train")
+
+
+def test_a_data_set_may_bring_its_own_validation_images() -> None:
+    splits = Splits(Untidy(), max_train=30)
+    assert len(splits.images("train").y) == 30
+    assert same(list(splits.images("valid")), list(splits.images("test")))

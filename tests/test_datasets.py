@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -299,6 +300,36 @@ class TestPublishedCIFAR10:
             CIFAR10(dir=tmp_path).load("train")
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["fifo", "zero", "sparse", "folder"])
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        (CIFAR10, "cifar-10-batches-py/data_batch_1"),
+        (CIFAR100, "cifar-100-python/train"),
+        (SVHN, "train_32x32.mat"),
+    ],
+)
+@pytest.mark.parametrize("download", [False, True])
+def test_what_is_no_published_file_is_refused_unread(
+    tmp_path: Path, part: Any, name: str, kind: str, download: bool
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "zero":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.touch()
+        os.truncate(path, 2**40)
+        download = False
+    with pytest.raises(DataError, match=rf"{name} is (no regular file|damaged: it has)"):
+        part(dir=tmp_path, download=download).load("train")
+
+
 class TestSVHN:
     @pytest.fixture
     def pixels(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
@@ -500,15 +531,20 @@ class TestFolder:
         with pytest.raises(DataError, match=r"9\.tiff: float pixels"):
             Folder(dir=tmp_path, size=size).load("train")
 
-    def test_sixteen_bit_images_are_refused_rather_than_clipped(self, tmp_path: Path) -> None:
-        put(sorted_folder(tmp_path) / "train" / "cat" / "9.png", np.full((8, 8), 999, np.uint16))
-        with pytest.raises(DataError, match=r"9\.png: pixels of mode I;16; wanted 8 bits"):
-            Folder(dir=tmp_path).load("train")
+    @pytest.mark.parametrize("ending", ["png", "tiff"])
+    def test_sixteen_bits_of_grey_are_scaled_and_not_clipped(
+        self, tmp_path: Path, ending: str
+    ) -> None:
+        wide = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040
+        put(sorted_folder(tmp_path) / "train" / "cat" / f"9.{ending}", wide)
+        x = Folder(dir=tmp_path).load("train").x
+        assert x.shape == (5, 1, 8, 8)
+        np.testing.assert_allclose(x[2, 0].numpy(), wide / 65535, rtol=1e-6)
 
     def test_an_empty_class_folder_is_refused_by_name(self, tmp_path: Path) -> None:
         for split in ("train", "test"):
             (sorted_folder(tmp_path) / split / "emu").mkdir()
-        with pytest.raises(DataError, match=r"train: .*classes emu.*Put images there"):
+        with pytest.raises(DataError, match=r"train: no images of the classes emu.*Put images"):
             Folder(dir=tmp_path).load("train")
 
     def test_train_and_test_must_have_the_same_classes(self, tmp_path: Path) -> None:
@@ -518,10 +554,9 @@ class TestFolder:
             with pytest.raises(DataError, match="only test has emu"):
                 read()
 
-    def test_a_train_folder_alone_is_refused(self, tmp_path: Path) -> None:
-        sorted_folder(tmp_path)
-        (tmp_path / "test").rename(tmp_path / "val")
-        with pytest.raises(DataError, match="only train has cat, dog"):
+    def test_a_train_folder_alone_is_refused_with_the_way_out(self, tmp_path: Path) -> None:
+        shutil.rmtree(sorted_folder(tmp_path) / "test")
+        with pytest.raises(DataError, match=r"no test folder.*--data-dir .*train: a fifth"):
             Folder(dir=tmp_path).load("train")
 
     @pytest.mark.parametrize("make", [False, True])

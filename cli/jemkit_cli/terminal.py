@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        show_notices()
         try:
             command(*args, **kwargs)
         except typer.Exit:
@@ -50,6 +52,22 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             fail(str(error), error.exit_code)
 
     return run
+
+
+class _Notices(logging.Handler):
+    """Shows what is said of data, on standard error, by the first process."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not _speaker():
+            print(record.getMessage(), file=sys.stderr, flush=True)
+
+
+def show_notices() -> None:
+    """Have commands say which data they found."""
+    logger = logging.getLogger("jemkit.data")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Notices) for handler in logger.handlers):
+        logger.addHandler(_Notices())
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -20,6 +20,8 @@ from jemkit.options import Options
 from jemkit.vision import torchvision
 
 Published = dict[Path, str]  # files, each with the md5 its publisher gives
+LARGEST = 2**28
+"""Bytes; the largest published file, SVHN's training images, has 182 million."""
 
 DIGIT_NAMES = tuple("0123456789")
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
@@ -186,8 +188,15 @@ def _intact(files: Published) -> None:
 def _flaw(files: Published) -> str:
     """What is wrong with the first file that is missing or changed; empty where none is."""
     for path, published in files.items():
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path} is no regular file; put the original there")
         if not path.is_file():
             return f"{path} is missing; give --data-dir DIR where it is, or --download"
+        if path.stat().st_size > LARGEST:
+            return (
+                f"{path} is damaged: it has {path.stat().st_size} bytes, and no published one has "
+                "so many; put the original there, or --download"
+            )
         try:
             came = torchvision().datasets.utils.calculate_md5(path)
         except OSError as error:

@@ -1,0 +1,1 @@
+"""Folders of image files: how they are ordered, what lies in them, and their pixels."""
