@@ -278,13 +278,13 @@ def test_contestants_step_by_the_switches_of_a_run(
     seen = []
 
     def made(*_: object) -> Callable[[], None]:
-        return lambda: seen.append(torch.backends.cudnn.allow_tf32)
+        return lambda: seen.append(torch.backends.cudnn.conv.fp32_precision)
 
     monkeypatch.setattr(steps, contestant.split("+")[0], made)
     monkeypatch.setattr(sys, "stdin", io.StringIO("step\n"))
     with numerics(precision="tf32"):
         steps.serve(argparse.Namespace(**steps.SETTINGS, contestant=contestant))
-    assert seen == [False]
+    assert seen == ["ieee"]
 
 
 def test_a_gradients_contestants_are_timed_in_turn_by_one_network() -> None:

@@ -81,22 +81,83 @@ def numerics(
     *, precision: Precision = "fp32", deterministic: bool = False, threads: int | None = None
 ) -> Iterator[None]:
     """Torch's switches for a run, put back as they were found."""
-    matmul, conv = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     strict, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.benchmark = not deterministic
-    _be_deterministic(deterministic)
     found = torch.get_num_threads()
-    torch.set_num_threads(threads or found)
+    with _float32(precision):
+        torch.backends.cudnn.benchmark = not deterministic
+        _be_deterministic(deterministic)
+        torch.set_num_threads(threads or found)
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = benchmark
+            _be_deterministic(strict)
+            torch.set_num_threads(found)
+
+
+Switch = tuple[str, str]
+"""Backend and operation of one of torch's `fp32_precision` switches: `torch.backends` names
+("cuda", "all") `cudnn.fp32_precision`, ("cuda", "conv") `cudnn.conv.fp32_precision`. One that is
+not set follows its backend's "all", and that follows ("generic", "all")."""
+
+GENERIC: Switch = ("generic", "all")
+BACKENDS: tuple[Switch, ...] = (("cuda", "all"), ("mkldnn", "all"))
+OPERATIONS: tuple[Switch, ...] = tuple(
+    (backend, op) for backend, _ in BACKENDS for op in ("matmul", "conv", "rnn")
+)
+
+_read = torch._C._get_fp32_precision_getter
+_write = torch._C._set_fp32_precision_setter
+
+
+@contextmanager
+def _float32(precision: Precision) -> Iterator[None]:
+    """How float32 is multiplied: on a GPU in tf32 where that is asked for, else in full.
+
+    What follows another switch still follows it afterwards; so an operation's switch is written
+    only where it was set. The older `float32_matmul_precision` is kept in agreement where it was
+    found so, since torch refuses to answer where the two differ.
+    """
+    generic, older = _read(*GENERIC), _older()
+    backends = _own(BACKENDS, (GENERIC,))
+    operations = _own(OPERATIONS, (GENERIC, *BACKENDS))
+    if older is not None:  # it sets both backends' "matmul"
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    wanted = {"cuda": "tf32" if precision == "tf32" else "ieee", "mkldnn": "ieee"}
+    _write(*GENERIC, "ieee")
+    for switch in (*BACKENDS, *operations):
+        _write(*switch, wanted[switch[0]])
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = matmul
-        torch.backends.cudnn.allow_tf32 = conv
-        torch.backends.cudnn.benchmark = benchmark
-        _be_deterministic(strict)
-        torch.set_num_threads(found)
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
+        for switch, value in {**operations, **backends}.items():
+            _write(*switch, value)
+        _write(*GENERIC, generic)
+
+
+def _own(switches: tuple[Switch, ...], above: tuple[Switch, ...]) -> dict[Switch, str]:
+    """What each of them is set to itself, found by changing those above; these stay changed.
+
+    Convolutions of a GPU that follow are left out: written "none" they would lose torch's default
+    for them, which is tf32. A matmul that follows is "none".
+    """
+    seen = []
+    for value in ("ieee", "tf32"):
+        for switch in above:
+            _write(*switch, value)
+        seen.append([_read(*switch) for switch in switches])
+    found = {s: a if a == b else "none" for s, a, b in zip(switches, *seen, strict=True)}
+    return {s: v for s, v in found.items() if v != "none" or s[1] in ("all", "matmul")}
+
+
+def _older() -> str | None:
+    """`float32_matmul_precision`; None where the newer switches say something else."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
 
 
 def _be_deterministic(on: bool) -> None:

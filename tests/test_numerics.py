@@ -1,0 +1,115 @@
+"""Torch's switches are a run's inside it, and afterwards what they were before."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from toys import REGISTRY
+
+import jemkit
+from jemkit.runtime.numerics import BACKENDS, GENERIC, OPERATIONS, Precision, numerics
+
+ALL = (GENERIC, *BACKENDS, *OPERATIONS)
+read, write = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+
+values = st.sampled_from(["ieee", "tf32"])
+switches = st.lists(st.tuples(st.sampled_from(ALL), values), max_size=5)
+older = st.sampled_from([None, "highest", "high", "medium"])
+precisions = st.sampled_from(["fp32", "tf32", "bf16"])
+
+
+def answers() -> dict[object, str | bool]:
+    """What every switch answers, old and new; and how it follows those above it."""
+    found: dict[object, str | bool] = {switch: read(*switch) for switch in ALL}
+    try:
+        found["matmul"] = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        found["matmul"] = "mixed"
+    try:
+        found["convolution"] = torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        found["convolution"] = "mixed"
+    return found
+
+
+def followed() -> list[dict[object, str | bool]]:
+    """The answers as they are, and as the switch at the top would change them."""
+    found, top = [answers()], read(*GENERIC)
+    for value in ("ieee", "tf32"):
+        write(*GENERIC, value)
+        found.append(answers())
+    write(*GENERIC, top)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    """The switches as a new process has them, but for a convolution's, which is set to its
+    default."""
+    reset()
+
+
+def reset() -> None:
+    torch.set_float32_matmul_precision("highest")
+    for switch in (GENERIC, *BACKENDS, *OPERATIONS):
+        write(*switch, "none")
+    torch.backends.cudnn.allow_tf32 = True
+
+
+@given(older=older, changed=switches, precision=precisions)
+def test_switches_are_put_back_exactly_and_go_on_following_each_other(
+    older: str | None, changed: list[tuple[tuple[str, str], str]], precision: Precision
+) -> None:
+    reset()
+    if older is not None:
+        torch.set_float32_matmul_precision(older)
+    for switch, value in changed:
+        write(*switch, value)
+    before = followed()
+    with numerics(precision=precision):
+        for backend, op in OPERATIONS:
+            fast = precision == "tf32" and backend == "cuda"
+            assert read(backend, op) == ("tf32" if fast else "ieee")
+    assert followed() == before
+    reset()
+
+
+def test_a_convolution_that_follows_the_switch_at_the_top_still_follows_it() -> None:
+    """In a process of its own: once written, this switch is not what torch begins with."""
+    import subprocess
+    import sys
+
+    code = (
+        "import torch; from jemkit.runtime.numerics import numerics\n"
+        "b = torch.backends\n"
+        "with numerics(): assert b.cudnn.conv.fp32_precision == 'ieee'\n"
+        "assert b.cudnn.conv.fp32_precision == 'tf32' and b.cudnn.allow_tf32\n"
+        "b.fp32_precision = 'ieee'; print(b.cudnn.conv.fp32_precision)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["ieee"]
+
+
+@pytest.mark.parametrize("switch", ALL)
+@pytest.mark.parametrize("value", ["ieee", "tf32"])
+def test_a_model_is_judged_after_any_of_torchs_switches_was_set(
+    switch: tuple[str, str], value: str
+) -> None:
+    write(*switch, value)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    x, y = torch.full((6, 1, 8, 8), 0.5), torch.arange(6) % 3
+    found = jemkit.evaluate(net, (x, y), registry=REGISTRY, only=("accuracy",))  # type: ignore[arg-type]
+    assert found.value("clean") == pytest.approx(1 / 3)
+    assert read(*switch) == value
+    reset()
+
+
+def test_bf16_on_the_cpu_is_taken_back_for_an_evaluation_and_restored() -> None:
+    torch.set_float32_matmul_precision("medium")
+    with numerics():
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"  # type: ignore[attr-defined]
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == "medium"
+    assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
+    reset()
