@@ -17,7 +17,7 @@ class Anchored(PixelModel):
 
     def __init__(self, subject: PixelModel) -> None:
         density = subject.density if subject.has_density else None
-        super().__init__(subject.model, subject.bounds, density)
+        super().__init__(subject.model, subject.bounds, density, subject.dtype)
         self.poll = subject.poll
 
     def scores(self, pixels: Tensor) -> Scores:

@@ -16,6 +16,7 @@ from jemkit.modes import batch_norms, sampling_mode
 from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.sentinel import Finding, Sentinel, Sick, Vitals
 from jemkit.sampling import gradient
+from jemkit.selection import stratified
 
 CHAINS = 32
 """Chains of the buffer whose slopes are looked at after an epoch."""
@@ -106,7 +107,7 @@ def edge_limit(images: Images, stuck: float) -> float:
 
     Counted among those that the data keeps inside: half the pixels of a digit are black.
     """
-    unit = images.take(torch.arange(min(len(images.y), 1000))).unit()
+    unit = images.take(stratified(images.y, 1000)).unit()
     data = float(((unit <= 0) | (unit >= 1)).float().mean())
     return data + stuck * (1 - data)
 

@@ -48,7 +48,7 @@ class Images(NamedTuple):
 
     def unit(self) -> Tensor:
         """All images as float32 in [0, 1]."""
-        return self.x.float() / 255 if self.x.dtype == torch.uint8 else self.x
+        return self.x.float() / 255 if self.x.dtype == torch.uint8 else self.x.float()
 
     def take(self, index: Tensor) -> "Images":
         return Images(self.x[index], self.y[index])

@@ -13,7 +13,7 @@ from torch import nn
 from jemkit import record as records
 from jemkit.autoattack import random_state_kept
 from jemkit.cascade import as_model_attack
-from jemkit.data import Dataset, Images
+from jemkit.data import Dataset, Images, checked
 from jemkit.evaluator import (
     AnyAttack,
     Context,
@@ -36,8 +36,9 @@ from jemkit.runtime.ledger import WHOLE, Shard, tensors_hash
 from jemkit.runtime.numerics import device_of, numerics
 from jemkit.runtime.sharing import met
 from jemkit.seeds import generator
+from jemkit.selection import Part, part_of, told_missing
 from jemkit.settings import Settings, attacks_of, evaluators_of, settings_of, threat_of
-from jemkit.subjects import Subject, check_images, subject_at, subject_of
+from jemkit.subjects import Subject, subject_at, subject_of
 
 __all__ = ["Settings", "evaluate", "judge"]
 
@@ -90,11 +91,13 @@ def judge(
     if settings.refine_steps:
         refinement = Refinement(steps=settings.refine_steps, seed=settings.seed)
         subject = subject._replace(model=refined(subject.model, refinement))
-    test = check_images(subject.test, subject.n_classes)
+    test = checked(subject.test, subject.n_classes, "the test images")
     limit = QUICK if settings.quick else len(test.y)
-    n = min(len(test.y), settings.max_images or limit)
-    data = Images(test.x[:n], test.y[:n])
-    ctx = _context(subject, settings, data, attacks)
+    part = part_of(test, settings.max_images or limit, settings.selection)
+    data = part.images
+    ctx = _context(subject, settings, part, attacks)
+    if (lacking := told_missing(data.y, subject.n_classes)) is not None:
+        ctx.notes.warnings.append(lacking)
     ctx = replace(ctx, shard=shard, progress=progress or no_progress, stop=stop or never)
     for name, attack in attacks.items():  # what does not fit is refused before anything slow
         as_model_attack(attack, name).bind(subject.model, ctx.threat)
@@ -102,7 +105,7 @@ def judge(
     threads = max(1, torch.get_num_threads() // apart)  # the same in all of them
     own_draws = random_state_kept()  # a model may draw from torch's own
     with numerics(threads=threads), own_draws, MicroBatch().held():
-        first = data.take(torch.arange(min(n, settings.batch_size))).to(ctx.rng.device)
+        first = data.take(torch.arange(min(len(data.y), settings.batch_size))).to(ctx.rng.device)
         with eval_mode(subject.model):
             fitted(partial(check_subject, subject.model, first.unit(), subject.n_classes))
         return _Judgement(subject, settings, ctx, data).run(evaluators, keep_adversarial)
@@ -177,18 +180,19 @@ class _Judgement:
 def _context(
     subject: Subject,
     settings: Settings,
-    data: Images,
+    part: Part,
     attacks: Mapping[str, AnyAttack],
 ) -> Context:
+    data = part.images
     device = next((p.device for p in subject.model.parameters()), torch.device("cpu"))
     threat = threat_of(settings, subject.radius_px, data.x.shape[1:].numel())
-    whole = len(data.y) == len(subject.test.y)
+    whole = part.text == "all"
     card = {
         "protocol": settings.protocol,
         "standard": settings.protocol == "standard" and whole and not settings.quick,
         "split": "test",
         "images": len(data.y),
-        "selection": "all" if whole else f"the first {len(data.y)} of {len(subject.test.y)}",
+        "selection": part.text,
         "quick": settings.quick,
         "seed": settings.seed,
         "batch_size": settings.batch_size,

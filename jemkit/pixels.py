@@ -21,21 +21,31 @@ class PixelModel(nn.Module):
     """A module of [0, 1] images that returns logits; the scaling is inside.
 
     With a density it can be sampled. `poll` is called before every pass, so that what runs for
-    long can be stopped inside.
+    long can be stopped inside. The model gets its images in `dtype`, by default as they come;
+    scores are at least float32, and so is whatever is computed of them.
     """
 
     def __init__(
-        self, model: EnergyModel, bounds: Bounds = Bounds(), density: Density | None = None
+        self,
+        model: EnergyModel,
+        bounds: Bounds = Bounds(),
+        density: Density | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.bounds = model, bounds
+        self.model, self.bounds, self.dtype = model, bounds, dtype
         self._density = density
         self.poll: Callable[[], None] = _nothing
 
     def scores(self, pixels: Tensor) -> Scores:
         """Scores of images [B, C, H, W] in [0, 1]."""
         self.poll()
-        return self.model(self.bounds.from_unit(pixels))
+        return self.scored(self.bounds.from_unit(pixels))
+
+    def scored(self, x: Tensor) -> Scores:
+        """The model's scores of images in its own range, at least float32."""
+        x = x if self.dtype is None else x.to(self.dtype)
+        return Scores(*(_at_least_float32(part) for part in self.model(x)))
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.scores(pixels).logits
@@ -64,6 +74,10 @@ class PixelModel(nn.Module):
         with self.model.register_forward_pre_hook(lambda *_: self.poll()):
             x = self.density.sample(self.model, n, rng, steps=steps, start=p0, y=y)
         return self.bounds.to_unit(self.bounds.clamp(x))
+
+
+def _at_least_float32(scores: Tensor) -> Tensor:
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def _nothing() -> None:
@@ -103,6 +117,33 @@ def pixel_model(module: nn.Module, bounds: Bounds = UNIT) -> PixelModel:
     return PixelModel(Stranger(module), bounds)
 
 
+def in_own_type(subject: PixelModel, pixels: Tensor) -> PixelModel:
+    """The model with images of a type that it takes: float32, else one of its weights'.
+
+    A MisfitError where it takes none; what a float32 model raises is its own affair.
+    """
+    weights = (*subject.model.parameters(), *subject.model.buffers())
+    others = [t.dtype for t in weights if t.is_floating_point() and t.dtype != torch.float32]
+    if type(subject) is not PixelModel or not others:
+        return subject
+    density = subject.density if subject.has_density else None
+    reason = ""
+    for dtype in dict.fromkeys([None, *others]):
+        found = PixelModel(subject.model, subject.bounds, density, dtype)
+        try:
+            with torch.no_grad():
+                found(pixels)
+        except (RuntimeError, TypeError) as error:
+            reason = reason or str(error).splitlines()[0]
+        else:
+            return subject if dtype == subject.dtype else found
+    tried = ", ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(others))
+    raise MisfitError(
+        f"the model takes images neither in float32 nor in the types of its weights, {tried}: "
+        f"{reason}. Convert it to one type, model.float()"
+    )
+
+
 def check_subject(subject: PixelModel, pixels: Tensor, n_classes: int) -> None:
     """Refuse, before any attack, a model whose output is not logits of these classes."""
     with torch.no_grad():
@@ -114,11 +155,29 @@ def check_subject(subject: PixelModel, pixels: Tensor, n_classes: int) -> None:
         )
     if not logits.isfinite().all():
         raise DataError("the model's logits hold NaN or inf on clean images: it has diverged")
-    rows = logits.sum(dim=1)
-    if logits.min() >= 0 and logits.max() <= 1 and bool(((rows - 1).abs() < 1e-4).all()):
+    check_no_probabilities(logits)
+
+
+NEAR = 0.02
+"""How far probabilities may lie off: bfloat16 rounds their sums by 0.4 %."""
+
+
+def check_no_probabilities(logits: Tensor) -> None:
+    """Refuse rows [B, K] that lie in [0, 1] and sum to 1, up to rounding or a little noise.
+
+    The sums must be much steadier than what they add up, or logits that happen to be small and
+    positive would pass for probabilities; equal rows say nothing.
+    """
+    sums, spread = logits.double().sum(dim=1), logits.double().var(dim=0, correction=0).sum().sqrt()
+    inside = bool(((logits >= -NEAR) & (logits <= 1 + NEAR)).all())
+    steady = bool(((sums - 1).abs() <= max(NEAR, 4 * float(sums.std(correction=0)))).all())
+    if not (inside and steady and (sums.mean() - 1).abs() <= NEAR):
+        return
+    if spread > 1e-6 and sums.std(correction=0) <= spread / 4:
         raise MisfitError(
-            "the model gives probabilities: every row lies in [0, 1] and sums to 1. Attacks need "
-            "logits; take the softmax off"
+            f"the model gives probabilities, not logits: its rows lie in [0, 1] and sum to 1 "
+            f"(these to {float(sums.mean()):.4g}). The cross-entropy of an attack has no slope "
+            "there: take the last softmax off, or give log-probabilities"
         )
 
 

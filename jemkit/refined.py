@@ -59,7 +59,7 @@ class Refined(PixelModel):
 
     def __init__(self, subject: PixelModel, refinement: Refinement) -> None:
         density = subject.density if subject.has_density else None
-        super().__init__(subject.model, subject.bounds, density)
+        super().__init__(subject.model, subject.bounds, density, subject.dtype)
         self.refinement = refinement
 
     @property
@@ -89,7 +89,7 @@ class Refined(PixelModel):
         else:
             z = self.refine(x.detach(), draw).detach() + (x - x.detach())  # adds 0, slope 1
         self.poll()
-        logits, energy = self.model(z)
+        logits, energy = self.scored(z)
         rows = (len(pixels), copies)
         return Scores(logits.view(*rows, logits.shape[1]).mean(1), energy.view(rows).mean(1))
 
@@ -108,8 +108,8 @@ class Refined(PixelModel):
     def _slope(self, x: Tensor) -> Tensor:
         """dE/dx, row by row; where x is attached, so is the slope."""
         if not (x.requires_grad and torch.is_grad_enabled()):
-            return gradient(lambda z: self.model(z).energy, x)
-        (slope,) = torch.autograd.grad(self.model(x).energy.sum(), x, create_graph=True)
+            return gradient(lambda z: self.scored(z).energy, x)
+        (slope,) = torch.autograd.grad(self.scored(x).energy.sum(), x, create_graph=True)
         return slope
 
     def _own_noise(self, pixels: Tensor) -> Draw:

@@ -12,6 +12,7 @@ from jemkit.layers import override_layers
 from jemkit.mistakes import explain
 from jemkit.options import Options, Radius, nearest
 from jemkit.registry import Registry
+from jemkit.selection import Selection
 
 ORDER = ("accuracy", "robustness", "energies", "calibration", "ood", "generation")
 """In which evaluators run; those of other plug-ins follow."""
@@ -33,7 +34,8 @@ class Settings(Options):
     attacks: Names = ()  # none: pgd and aa, in a quick look pgd alone
     norm: Norm = "Linf"
     eps_px: Radius | None = None  # None: the data set's, which is L-inf
-    max_images: int | None = Field(None, ge=1)  # the first ones; None: all
+    max_images: int | None = Field(None, ge=1)  # a part of the test images; None: all
+    selection: Selection = "stratified"  # of that part, by class; first: as RobustBench takes it
     batch_size: int = Field(250, ge=1)  # AutoAttack's; it changes what a seed finds
     seed: int = Field(0, ge=0, lt=2**32)
     protocol: Literal["standard", "released"] = "standard"
@@ -47,9 +49,15 @@ class Settings(Options):
 def settings_of(values: Mapping[str, Any]) -> Settings:
     """Settings, or a ConfigError that says which of them cannot be."""
     try:
-        return Settings.model_validate(dict(values))
+        found = Settings.model_validate(dict(values))
     except ValidationError as error:
         raise ConfigError(explain(error, dict.fromkeys(Settings.model_fields))) from None
+    if found.selection == "first" and not (found.quick or found.max_images):
+        raise ConfigError(
+            "selection = first chooses a part of the images, and all of them are judged: say how "
+            "many with --max-images, or leave it out"
+        )
+    return found
 
 
 def options_of(overrides: Iterable[str]) -> dict[str, dict[str, Any]]:

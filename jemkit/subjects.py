@@ -5,13 +5,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import ValidationError
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 
 from jemkit import checkpoint
 from jemkit.anchor import anchored
 from jemkit.assembly import load_model
+from jemkit.autoattack import random_state_kept
 from jemkit.data import Dataset, Images, checked
 from jemkit.dealing import undivided
 from jemkit.density import Buffered
@@ -19,8 +21,9 @@ from jemkit.energy import LogSumExpEnergy
 from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.labels import count_classes
 from jemkit.mistakes import explain
+from jemkit.modes import eval_mode
 from jemkit.networks import lent
-from jemkit.pixels import PixelModel, pixel_model, weights_hash
+from jemkit.pixels import PixelModel, in_own_type, pixel_model, weights_hash
 from jemkit.recipe import resolve
 from jemkit.registry import Registry
 from jemkit.restoring import Restored, Which, chosen, restored, run_folder
@@ -86,13 +89,17 @@ def subject_of(
     test = dataset.load("test") if isinstance(dataset, Dataset) else _images(dataset)
     if not len(test.y):
         raise DataError("there are no images to judge the model on")
-    classes = n_classes or (
-        dataset.n_classes if isinstance(dataset, Dataset) else count_classes(test.y)
-    )
-    test = checked(test, classes, "the test images")
+    known = n_classes or (dataset.n_classes if isinstance(dataset, Dataset) else None)
+    test = checked(test, known or count_classes(test.y), "the test images")
     plain = pixel_model(module)
     device = next((p.device for p in plain.parameters()), torch.device("cpu"))
-    model = anchored(plain, test.take(torch.arange(min(2, len(test.y)))).to(device).unit())
+    first = test.take(torch.arange(min(2, len(test.y)))).to(device).unit()
+    with eval_mode(plain), random_state_kept():
+        plain = in_own_type(plain, first)
+        classes = known or _width(plain, first)
+        model = anchored(plain, first)
+    source = "the test images" if known else f"the test images of a model of {classes} outputs"
+    test = checked(test, classes, source)
     splits = Splits(dataset) if isinstance(dataset, Dataset) else None
     return Subject(
         model,
@@ -105,15 +112,39 @@ def subject_of(
     )
 
 
+def _width(model: PixelModel, pixels: Tensor) -> int:
+    """How many classes a model tells apart, by its outputs."""
+    with torch.no_grad():
+        classes = int(model(pixels).shape[1])
+    if classes < 2:
+        raise MisfitError(
+            "the model gives one output an image, and logits have one for each class: for two "
+            "classes give [N, 2], such as torch.cat([-z, z], 1) of an output z before its sigmoid"
+        )
+    return classes
+
+
 def _images(given: Any) -> Images:
     """Labelled images, also where they come as a pair, or as arrays."""
     try:
         x, y = given
-        return Images(torch.as_tensor(x), torch.as_tensor(y))
-    except (TypeError, ValueError, RuntimeError):
+        x, y = _tensor(x), _tensor(y)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"wanted a data set, or images [N, C, H, W] with labels [N]; got {type(given).__name__}"
+            f"wanted a data set, or images [N, C, H, W] with labels [N]; got "
+            f"{type(given).__name__} ({str(error).splitlines()[0]})"
         ) from None
+    return Images(x, y)
+
+
+def _tensor(given: Any) -> Tensor:
+    """Tensors, arrays however they lie in memory, and sequences of either."""
+    if isinstance(given, Tensor):
+        return given.detach()
+    if isinstance(given, list | tuple) and given and isinstance(given[0], Tensor):
+        return torch.stack([part.detach() for part in given])
+    array = np.asarray(given)
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
 
 
 def others_of(dataset: Dataset, registry: Registry) -> Callable[[], dict[str, Images]]:
@@ -228,16 +259,3 @@ def _network(part: type[Any], named: dict[str, str]) -> Any:
         return part.model_validate(numbers)
     except ValidationError as error:
         raise ConfigError(explain(error, {}, dict.fromkeys(named, "option"))) from None
-
-
-def check_images(test: Images, n_classes: int) -> Images:
-    """The test images, or a DataError that says what of them cannot be judged on."""
-    images = checked(test, n_classes, "the test images")
-    counts = torch.bincount(images.y, minlength=n_classes)
-    if not counts.all():
-        empty = ", ".join(map(str, (counts == 0).nonzero().flatten().tolist()))
-        raise DataError(
-            f"the test images have none of class {empty}, of {n_classes} classes: no accuracy of "
-            "theirs stands for the whole. Add images, or give n_classes as it is"
-        )
-    return images

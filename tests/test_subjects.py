@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from toys import REGISTRY, linear_model
 
 import jemkit as api
-from jemkit import Bounds, ConfigError, DataError, Images, MisfitError, PixelModel, checkpoint
+from jemkit import Bounds, ConfigError, DataError, MisfitError, PixelModel, checkpoint
 from jemkit.evaluation import judge
 from jemkit.pixels import check_subject, pixel_model, weights_hash
 from jemkit.runtime.files import write_tensors
 from jemkit.settings import Settings, settings_of
-from jemkit.subjects import check_images, subject_at, subject_of
+from jemkit.subjects import subject_at, subject_of
 from jemkit.testing import toy_task
 
 CPU = torch.device("cpu")
@@ -93,18 +93,19 @@ def test_a_model_that_gives_no_logits_is_refused(
     spoil: str, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        api.evaluate(Sees(spoil), DATA, registry=REGISTRY, **ONLY)
+        api.evaluate(Sees(spoil), DATA, n_classes=3, registry=REGISTRY, **ONLY)
 
 
 @pytest.mark.parametrize(("x", "y", "message"), [
     (torch.full((3, 1, 8, 8), 1.5), [0, 1, 2], r"from 1.5 to 1.5; wanted \[0, 1\]"),
     (torch.rand(3, 1, 8, 8), [0, 1, 3], "label 3 is outside"),
-    (torch.rand(3, 1, 8, 8), [0, 1, 1], "none of class 2"),
+    (torch.rand(3, 1, 8, 8), [1, 2, 3], "label 3 is outside 0..2; .*begin at 1: subtract 1"),
+    (torch.rand(3, 1, 8, 8), [-1, 0, 1], "label -1 is outside"),
     (torch.rand(2, 1, 8, 8), [0, 1, 2], "one label each"),
 ])  # fmt: skip
 def test_images_that_cannot_be_judged_on_are_refused(x: Tensor, y: list[int], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        check_images(Images(x, torch.tensor(y)), 3)
+        api.evaluate(Sees(), (x, y), registry=REGISTRY, **ONLY)  # type: ignore[arg-type]
 
 
 def test_a_module_in_zero_to_one_needs_no_scaling_and_an_energy_model_brings_its_range() -> None:
@@ -220,3 +221,91 @@ def test_images_may_come_as_a_pair_and_as_arrays() -> None:
     assert found[0] == found[1] == found[2]
     with pytest.raises(DataError, match="wanted a data set, or images"):
         api.evaluate(model, 3, registry=REGISTRY, **ONLY)
+
+
+def test_a_model_says_itself_how_many_classes_it_knows() -> None:
+    few = DATA.take(torch.arange(2))
+    found = api.evaluate(Sees(), few, registry=REGISTRY, **ONLY)
+    assert found.figure("clean").n == 2
+    assert any("of 3 classes" in warning for warning in found.warnings)
+    with pytest.raises(MisfitError, match="one output an image"):
+        api.evaluate(nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), few, registry=REGISTRY, **ONLY)
+
+
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_images_that_leave_classes_out_are_judged_and_the_record_names_the_classes(n: int) -> None:
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(64, 1000))
+    part = (torch.rand(n, 1, 8, 8), torch.arange(n) * 7)
+    found = api.evaluate(wide, part, registry=REGISTRY, **ONLY)  # type: ignore[arg-type]
+    assert found.figure("clean").n == n
+    (told,) = (w for w in found.warnings if "none of class" in w)
+    assert f"{n} of 1000 classes" in told
+
+
+TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_images_of_any_float_type_are_taken_as_float32(dtype: torch.dtype) -> None:
+    images = api.Images((DATA.unit() * 16).round() / 16, DATA.y)  # no type rounds a sixteenth
+    model = Sees()
+    found = [
+        api.evaluate(model, (given, images.y), registry=REGISTRY, **ONLY)  # type: ignore[arg-type]
+        for given in (images.x, images.x.to(dtype))
+    ]
+    assert found[0].value("clean") == found[1].value("clean")
+    assert found[0].protocol["data_sha256"] == found[1].protocol["data_sha256"]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("attack", ["pgd", "square"])
+def test_a_model_of_any_float_type_is_attacked_in_float32(dtype: torch.dtype, attack: str) -> None:
+    seen: list[torch.dtype] = []
+
+    class Typed(Sees):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.dtype)
+            logits: Tensor = super().forward(x)
+            return logits
+
+    asked = {"attacks": attack, "only": "robustness", "eps_px": 40}
+    quiet = {"robustness": {"indicators": False}, "square": {"queries": 3}}
+    options = {k: v for k, v in quiet.items() if k in (attack, "robustness")}
+    found = api.evaluate(
+        Typed().to(dtype),
+        DATA,
+        registry=REGISTRY,
+        options=options,
+        **asked,  # type: ignore[arg-type]
+    )
+    assert seen[-1] == dtype
+    (name,) = (figure.name for figure in found.figures if figure.name != "clean")
+    assert found.value(name) <= found.value("clean")
+    assert found.figure(name).protocol["max_delta_px"]["Linf"] <= 40 + 1e-3
+
+
+def test_a_model_of_mixed_types_gets_what_its_first_layer_takes_and_else_one_sentence() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(64, 8).half(), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.last(self.first(x.flatten(1)).float())
+            return logits
+
+    assert api.evaluate(Mixed(), DATA, registry=REGISTRY, **ONLY).figure("clean").n == len(DATA.y)
+    torn = nn.Sequential(nn.Flatten(), nn.Linear(64, 8).half(), nn.Linear(8, 3))
+    with pytest.raises(MisfitError, match=r"neither in float32 nor .* float16: .*model.float"):
+        api.evaluate(torn, DATA, registry=REGISTRY, **ONLY)
+
+
+def test_arrays_are_taken_however_they_lie_in_memory() -> None:
+    x, y = DATA.unit().numpy(), DATA.y.numpy()
+    given = [(x[::-1], y[::-1]), (x.astype(">f4"), y.astype("uint8")), ([*DATA.unit()], y.tolist())]
+    model = Sees()
+    found = [
+        api.evaluate(model, pair, registry=REGISTRY, **ONLY).value("clean")  # type: ignore[arg-type]
+        for pair in given
+    ]
+    assert found[0] == found[1] == found[2]

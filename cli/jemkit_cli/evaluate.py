@@ -50,8 +50,15 @@ def evaluate(
         Literal["Linf", "L2", "L1"], typer.Option(help="Of the radius.", rich_help_panel=HOW)
     ] = "Linf",
     max_images: Annotated[
-        int | None, _option("--max-images", "The first ones alone; all by default.", HOW)
+        int | None, _option("--max-images", "So many, drawn by class; all by default.", HOW)
     ] = None,
+    selection: Annotated[
+        Literal["stratified", "first"],
+        typer.Option(
+            help="Of --max-images and --quick: a fixed draw by class, or the first images.",
+            rich_help_panel=HOW,
+        ),
+    ] = "stratified",
     batch_size: Annotated[
         int, typer.Option(help="Images attacked together.", rich_help_panel=HOW)
     ] = 250,
@@ -106,6 +113,7 @@ def evaluate(
         "attacks": attack or (), "norm": norm, "eps_px": eps_px, "max_images": max_images,
         "batch_size": batch_size, "seed": seed, "protocol": protocol, "quick": quick,
         "refine_steps": refine_steps, "only": only or (), "skip": skip or (),
+        "selection": selection,
     }  # fmt: skip
     data = {"use": dataset, "dir": data_dir and str(data_dir)}
     given = {k: v for k, v in data.items() if v is not None}
