@@ -18,6 +18,7 @@ from jemkit.errors import (
 )
 from jemkit.evaluation import evaluate
 from jemkit.evaluator import Context, Evaluator
+from jemkit.exporting import load
 from jemkit.figures import Figure
 from jemkit.fitting import check
 from jemkit.hookspecs import hookimpl
@@ -44,6 +45,6 @@ __all__ = [
     "ModelAttack", "ModelEnergy", "Network", "Objective", "Options", "OutOfMemory", "PartOf",
     "PixelModel", "Plain", "Preempted", "Recipe", "Record", "Registry", "ReplayBuffer", "Sampler",
     "Scores", "SignDescent", "Splits", "Start", "Task", "Terms", "Threat", "Trainer", "UnknownName",
-    "Updater", "Views", "chain", "check", "evaluate", "gradient", "hookimpl", "installed",
+    "Updater", "Views", "chain", "check", "evaluate", "gradient", "hookimpl", "installed", "load",
     "perturbed", "resolve", "run", "train", "train_step",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jemkit.attack import PGD, Threat
 from jemkit.energy import LogSumExpEnergy
 from jemkit.errors import JemkitError
+from jemkit.extras import install
 from jemkit.networks import SmallCNN, lent
 from jemkit.pixels import PixelModel
 from jemkit.registry import Registry
@@ -118,7 +119,7 @@ def _extra(name: str) -> Check:
     try:
         found = version(name)
     except PackageNotFoundError:
-        advice = f"for {use}: pip install 'jemkit[{extra}]'"
+        advice = f"for {use}: {install(extra)}"
         return Check(name, "warn", "not installed", advice)
     return Check(name, "ok", f"{name} {found}", "")
 

@@ -1,28 +1,56 @@
 """A run's model as a folder for others: config.json, model.safetensors and a model card."""
 
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from jemkit import checkpoint, record
-from jemkit.errors import ConfigError, DataError
-from jemkit.figures import Figure
+from jemkit.assembly import task_of
+from jemkit.card import figures_table, page, table_of
+from jemkit.errors import ConfigError, DataError, JemkitError
+from jemkit.exported import (
+    CARD,
+    CONFIG,
+    FIGURES,
+    FORMAT,
+    SAMPLES,
+    WEIGHTS,
+    is_exported,
+    task_table,
+    verify,
+)
+from jemkit.extras import install
+from jemkit.pixels import PixelModel
+from jemkit.recipe import resolve
 from jemkit.record import Record
-from jemkit.restoring import Which, chosen, run_folder
-from jemkit.runtime.files import read_json, sync_folder, write_json, write_tensors, write_text
+from jemkit.registry import Registry, installed
+from jemkit.restoring import Which, chosen, restored, run_folder
+from jemkit.runtime.files import (
+    load_tensors,
+    sync_folder,
+    write_bytes,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from jemkit.runtime.folder import versions
-from jemkit.subjects import WEIGHTS
+from jemkit.splits import Splits
 
-FORMAT = 1
-"""Of an exported model's folder."""
+__all__ = [
+    "CARD", "CONFIG", "FORMAT", "Exported", "check_vacant", "export", "load", "push", "verify",
+    "write_model",
+]  # fmt: skip
 
-CONFIG, CARD = "config.json", "README.md"
+LARGEST_PICTURE = 16 * 2**20
+"""Bytes of a sample grid that goes with a model."""
 
 
 class Exported(NamedTuple):
@@ -32,13 +60,25 @@ class Exported(NamedTuple):
     checkpoint: str
     weights: str  # averaged or live
     sha256: str  # of model.safetensors
-    figures: int  # in the card
+    figures: int  # of the run's record
     note: str  # why the card has none
 
 
-def export(run: Path, *, out: Path | None = None, which: Which = "best") -> Exported:
-    """Write a run's model, its weights averaged where it keeps an average."""
+def export(
+    run: Path,
+    *,
+    out: Path | None = None,
+    which: Which = "best",
+    registry: Registry | None = None,
+    license: str = "unknown",
+) -> Exported:
+    """Write a run's model, its weights averaged where it keeps an average.
+
+    The folder stands alone: what must be known of the data is in config.json.
+    """
     _check_run(run)
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,40}", license):
+        raise ConfigError(f"license {license!r}: wanted an identifier such as mit or cc-by-4.0")
     source = run_folder(run)
     saved = chosen(source, which)
     folder = source.path / "export" if out is None else out
@@ -52,30 +92,75 @@ def export(run: Path, *, out: Path | None = None, which: Which = "best") -> Expo
     weights = "averaged" if averaged else "live"
     about = {"run": source.path.name, "checkpoint": saved.name, "sha256": sha, "weights": weights}
     found, note = _record_of(source.path, sha)
-    card = _about_run(config["recipe"], about) + "\n" + (_figures(found) if found else f"{note}\n")
+    card = _about_run(config["recipe"], about) + "\n"
+    card += figures_table(found.figures, found.protocol) if found else f"{note}\n"
+    beside: dict[str, bytes | Mapping[str, Any]] = {**_samples(source.path)}
+    if found:
+        beside[FIGURES] = found.to_json()
+    task = _task(source.path / CONFIG, registry or installed())
     written = write_model(
-        folder, {**config, "source": about}, state["ema"] if averaged else state["model"], card
-    )
+        folder, {**config, "source": about, **task}, state["ema"] if averaged else state["model"],
+        card, beside=beside, license=license,
+    )  # fmt: skip
     count = len(found.figures) if found else 0
     return Exported(folder, saved.name, weights, written, count, note)
 
 
+def load(
+    folder: str | Path, *, registry: Registry | None = None, device: str = "cpu"
+) -> PixelModel:
+    """The model of an exported or imported folder: [0, 1] images to logits, in eval mode.
+
+    No image of any data set is read.
+    """
+    path = Path(folder)
+    if not is_exported(path):
+        raise DataError(f"{path} is no exported model: it wants {CONFIG} and {WEIGHTS}")
+    verify(path)
+    weights = load_tensors(path / WEIGHTS)
+    on = torch.device(device)
+    found = restored(path / CONFIG, weights, registry or installed(), on)
+    density = found.backbone.density if found.backbone.has_density else None
+    pixels = PixelModel(found.backbone.model, found.task.bounds, density)
+    return pixels.eval()
+
+
 def write_model(
-    folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor], card: str
+    folder: Path,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    card: str,
+    *,
+    beside: Mapping[str, bytes | Mapping[str, Any]] | None = None,
+    license: str = "unknown",
+    check: Callable[[Path], object] | None = None,
 ) -> str:
     """Write the folder of a model, whole or not at all; give back the weights' SHA-256.
 
-    `config` has the recipe; `card` is the model card's text.
+    `config` has the recipe; `card` is the model card's text; `beside` are files that go with it.
+    `check` reads the folder before it is put in its place.
     """
     check_vacant(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    extra = beside or {}
     try:
         write_tensors(work / WEIGHTS, weights)
         sha = checkpoint.file_hash(work / WEIGHTS)
+        for name, content in extra.items():
+            if isinstance(content, bytes):
+                write_bytes(work / name, content)
+            else:
+                write_json(work / name, content)
         made = {"format": FORMAT, "jemkit": versions()["jemkit"], "sha256": {WEIGHTS: sha}}
         write_json(work / CONFIG, {"versions": versions(), **config, **made})
-        write_text(work / CARD, _page(folder.name, config["recipe"], card, sha))
+        text = page(
+            folder.name, config["recipe"], card, task=config.get("task"), sha=sha,
+            license=license, samples=SAMPLES in extra,
+        )  # fmt: skip
+        write_text(work / CARD, text)
+        if check is not None:
+            check(work)
         os.chmod(work, 0o755)
         if folder.exists():
             folder.rmdir()
@@ -87,18 +172,6 @@ def write_model(
     return sha
 
 
-def verify(folder: Path) -> str:
-    """Check an exported model's weights against its config.json; give back their SHA-256."""
-    config = read_json(folder / CONFIG)
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        found = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise DataError(f"{folder} has export format {found!r}; this jemkit reads {FORMAT}")
-    wanted = config.get("sha256", {}).get(WEIGHTS)
-    if not (folder / WEIGHTS).is_file() or checkpoint.file_hash(folder / WEIGHTS) != wanted:
-        raise DataError(f"{folder / WEIGHTS} is missing or damaged: its SHA-256 is not {wanted}")
-    return str(wanted)
-
-
 def push(folder: Path, repo: str) -> str:
     """Upload an exported model to the Hugging Face hub; give back where it is."""
     verify(folder)
@@ -106,7 +179,7 @@ def push(folder: Path, repo: str) -> str:
         hub = import_module("huggingface_hub")
     except ImportError as error:
         raise ConfigError(
-            f"--push needs the package huggingface_hub ({error}): pip install 'jemkit[hub]'"
+            f"--push needs the package huggingface_hub ({error}): {install('hub')}"
         ) from None
     try:
         api = hub.HfApi()
@@ -142,60 +215,35 @@ def _record_of(run: Path, sha: str) -> tuple[Record | None, str]:
     return found, ""
 
 
-def _page(name: str, recipe: Mapping[str, Any], card: str, sha: str) -> str:
-    parts = [recipe[table]["use"] for table in ("backbone", "objective")]
-    tags = "\n".join(f"- {tag}" for tag in ("joint-energy-based-model", *parts))
-    head = f"---\nlibrary_name: jemkit\npipeline_tag: image-classification\ntags:\n{tags}\n---\n"
-    return (
-        f"{head}\n# {name}\n\n{card}\n## Use\n\n"
-        f"```\njemkit evaluate {name}\n```\n\n"
-        f"`{WEIGHTS}` has SHA-256 `{sha}`; `{CONFIG}` holds the recipe. Images go in as [0, 1].\n"
-    )
-
-
 def _about_run(recipe: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     network = recipe["backbone"].get("network", {})
     shown = ", ".join(f"{key} {value}" for key, value in network.items() if key != "use")
-    rows = [
-        ("backbone", recipe["backbone"]["use"]),
-        ("network", f"{network.get('use', '')} ({shown})"),
-        ("objective", recipe["objective"]["use"]),
-        ("data set", recipe["data"]["use"]),
-        *((key, value) for key, value in about.items()),
-    ]
-    lines = "\n".join(f"| {key} | {value} |" for key, value in rows)
-    return f"| | |\n| --- | --- |\n{lines}\n"
-
-
-def _figures(found: Record) -> str:
-    """Every figure, and below how each was measured."""
-    rows = "\n".join(
-        f"| {f.name}{_label(f)} | {f.value:.4g} | {_interval(f)} | {f.n} |" for f in found.figures
-    )
-    cards = "\n".join(_protocol(f, found.protocol) for f in found.figures)
-    return (
-        f"## Figures\n\n| figure | value | 95 % interval | n |\n| --- | --- | --- | --- |\n{rows}\n"
-        f"\n## How they were measured\n\nAll of them: {_told(found.protocol)}.\n\n{cards}\n"
+    return table_of(
+        [
+            ("backbone", recipe["backbone"]["use"]),
+            ("network", f"{network.get('use', '')} ({shown})"),
+            ("objective", recipe["objective"]["use"]),
+            ("data set", recipe["data"]["use"]),
+            *about.items(),
+        ]
     )
 
 
-def _label(figure: Figure) -> str:
-    return "" if figure.protocol.get("standard", True) else " (NON-STANDARD protocol)"
+def _task(config: Path, registry: Registry) -> dict[str, Any]:
+    """What the run's data tell; nothing where they are not at hand, and are needed then."""
+    try:
+        recipe = resolve(registry, config=config).recipe
+        run = recipe.run
+        splits = Splits(recipe.data, valid_fraction=run.valid_fraction, max_train=run.max_train)
+        return {"task": task_table(task_of(recipe, splits))}
+    except JemkitError:
+        return {}
 
 
-def _interval(figure: Figure) -> str:
-    if figure.low is None or figure.high is None:
-        return ""
-    return f"{figure.low:.4g} to {figure.high:.4g}"
-
-
-def _protocol(figure: Figure, common: Mapping[str, Any]) -> str:
-    own = {k: v for k, v in figure.protocol.items() if k not in common or common[k] != v}
-    return f"- {figure.name}: {_told(own)}"
-
-
-def _told(protocol: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{key} ({_told(value)})" if isinstance(value, Mapping) else f"{key} {value}"
-        for key, value in protocol.items()
-    )
+def _samples(run: Path) -> dict[str, bytes]:
+    """The newest grid of samples that the run drew."""
+    grids = [p for p in (run / "samples").glob("*.png") if p.is_file() and not p.is_symlink()]
+    newest = max(grids, key=lambda p: (p.stat().st_mtime, p.name), default=None)
+    if newest is None or newest.stat().st_size > LARGEST_PICTURE:
+        return {}
+    return {SAMPLES: newest.read_bytes()}

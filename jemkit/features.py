@@ -14,6 +14,7 @@ from jemkit.checkpoint import file_hash
 from jemkit.data import Bounds
 from jemkit.errors import ConfigError, DataError, JemkitError
 from jemkit.evaluator import Context
+from jemkit.extras import install
 from jemkit.memory import passed
 from jemkit.pixels import UNIT, PixelModel, weights_hash
 from jemkit.runtime.files import load_tensors
@@ -131,7 +132,7 @@ def _extractor(path: Path) -> nn.Module:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise ConfigError(
-            f"FID and IS need the package torch-fidelity ({error}): pip install 'jemkit[metrics]'"
+            f"FID and IS need the package torch-fidelity ({error}): {install('metrics')}"
         ) from error
     # The package unpickles whatever it is given, so it is given a copy of tensors alone.
     copy = io.BytesIO()

@@ -57,6 +57,11 @@ class WideBlock(nn.Module):
         return h.add_(self.shortcut(x))
 
 
+def stages_for(px: int) -> int:
+    """A WideResNet's stages: a fourth one for images of 64 px and more."""
+    return 4 if px >= 64 else 3
+
+
 class WideResNet(Network):
     """The WideResNet of the JEM family: LeakyReLU 0.2, biases everywhere, 16 channels first."""
 
@@ -64,7 +69,7 @@ class WideResNet(Network):
 
     def __init__(self, shape: Shape, depth: int, width: int, norm: Norm, momentum: float) -> None:
         super().__init__()
-        stages = 4 if shape[1] >= 64 else 3  # a fourth one for images of 64 px and more
+        stages = stages_for(shape[1])
         channels = [16, *(16 * width * 2**i for i in range(stages))]
         self.first = nn.Conv2d(shape[0], 16, 3, padding=1)
         blocks: list[nn.Module] = []

@@ -9,9 +9,11 @@ from jemkit import checkpoint
 from jemkit.assembly import load_model, task_of
 from jemkit.backbone import Backbone, Task
 from jemkit.errors import DataError
+from jemkit.exported import saved_task
 from jemkit.layout import laid_out
 from jemkit.recipe import Recipe, resolve
 from jemkit.registry import Registry
+from jemkit.runtime.files import read_json
 from jemkit.runtime.folder import RunFolder
 from jemkit.seeds import generator
 from jemkit.splits import Splits
@@ -41,7 +43,8 @@ def restored(
     recipe = resolved.recipe
     run = recipe.run
     splits = Splits(recipe.data, valid_fraction=run.valid_fraction, max_train=run.max_train)
-    task = task_of(recipe, splits)
+    saved = saved_task(read_json(config), recipe, splits) if dataset is None else None
+    task = task_of(recipe, splits) if saved is None else saved
     backbone = recipe.backbone.build(task, generator(device, run.seed, "chains"))
     load_model(backbone.model, weights)
     laid_out(backbone.model, run.layout, device)  # as it was trained, to the last bit

@@ -9,12 +9,11 @@ from jemkit import checkpoint
 from jemkit.backbone import Backbone, Task
 from jemkit.density import Density
 from jemkit.errors import MisfitError
-from jemkit.exporting import CONFIG, verify
+from jemkit.exported import CONFIG, WEIGHTS, is_exported, verify
 from jemkit.registry import Registry
 from jemkit.restoring import Restored, Which, chosen, restored, run_folder
 from jemkit.runtime.files import load_tensors
 from jemkit.runtime.folder import versions
-from jemkit.subjects import WEIGHTS
 
 
 class Source(NamedTuple):
@@ -30,7 +29,7 @@ class Source(NamedTuple):
 
 def opened(path: Path, registry: Registry, device: torch.device, which: Which) -> Source:
     """What stands at `path`, with averaged weights where an average was kept."""
-    if (path / CONFIG).exists() and (path / WEIGHTS).exists():
+    if is_exported(path):
         sha = verify(path)
         found = restored(path / CONFIG, load_tensors(path / WEIGHTS), registry, device)
         return _source(found, None, {"run": str(path.resolve()), "sha256": sha})

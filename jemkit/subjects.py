@@ -19,6 +19,7 @@ from jemkit.dealing import undivided
 from jemkit.density import Buffered
 from jemkit.energy import LogSumExpEnergy
 from jemkit.errors import ConfigError, DataError, MisfitError
+from jemkit.exported import WEIGHTS, is_exported, verify
 from jemkit.labels import count_classes
 from jemkit.mistakes import explain
 from jemkit.modes import eval_mode
@@ -29,8 +30,6 @@ from jemkit.registry import Registry
 from jemkit.restoring import Restored, Which, chosen, restored, run_folder
 from jemkit.runtime.files import load_tensors
 from jemkit.splits import Splits
-
-WEIGHTS = "model.safetensors"
 
 
 class Subject(NamedTuple):
@@ -76,7 +75,7 @@ def subject_at(
                 "what it is. Give the run, or its model.safetensors with --network"
             )
         return _checkpoint(run, path, registry, device, dataset)
-    if (path / "config.json").exists() and (path / WEIGHTS).exists():
+    if is_exported(path):
         return _exported(path, registry, device, dataset)
     folder = run_folder(path)
     return _checkpoint(folder.path, chosen(folder, which), registry, device, dataset)
@@ -193,9 +192,10 @@ def _checkpoint(
 def _exported(
     path: Path, registry: Registry, device: torch.device, dataset: dict[str, Any] | None
 ) -> Subject:
+    sha = verify(path)
     weights = load_tensors(path / WEIGHTS)
     found = restored(path / "config.json", weights, registry, device, dataset)
-    about = {"run": path.name, "sha256": checkpoint.file_hash(path / WEIGHTS)}
+    about = {"run": path.name, "sha256": sha}
     return _subject(found, about, path, registry)
 
 

@@ -1,6 +1,7 @@
 """Exported models: judged as their run, whole or not at all, with a card of their figures."""
 
 import json
+import re
 import shutil
 import sys
 import types
@@ -17,6 +18,7 @@ from jemkit import checkpoint, exporting, train
 from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.evaluation import judge
 from jemkit.exporting import CARD, CONFIG, export, push, verify, write_model
+from jemkit.extras import install
 from jemkit.generation import TOGETHER, asked, drawn, sample
 from jemkit.registry import Registry
 from jemkit.runtime.files import load_tensors, read_json, write_json
@@ -222,7 +224,7 @@ def test_push_without_its_package_names_the_extra(
 ) -> None:
     folder = export(averaged, out=tmp_path / "model").folder
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ConfigError, match=r"pip install 'jemkit\[hub\]'"):
+    with pytest.raises(ConfigError, match=re.escape(install("hub"))):
         push(folder, "me/model")
 
 

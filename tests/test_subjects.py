@@ -13,6 +13,7 @@ from toys import REGISTRY, linear_model
 import jemkit as api
 from jemkit import Bounds, ConfigError, DataError, MisfitError, PixelModel, checkpoint
 from jemkit.evaluation import judge
+from jemkit.exporting import export
 from jemkit.pixels import check_subject, pixel_model, weights_hash
 from jemkit.runtime.files import write_tensors
 from jemkit.settings import Settings, settings_of
@@ -58,14 +59,22 @@ def test_a_run_its_checkpoint_and_its_weights_are_one_subject(run: Path, tmp_pat
     assert first.about["sha256"] == second.about["sha256"]
     assert first.folder == second.folder == run.resolve()
     assert first.about["trained_radius_px"] == first.radius_px == 25.5
-    folder = tmp_path / "exported"
-    folder.mkdir()
-    (folder / "config.json").write_bytes((run / "config.json").read_bytes())
-    weights = run / "checkpoints" / "best" / "model.safetensors"
-    (folder / "model.safetensors").write_bytes(weights.read_bytes())
+    folder = export(run, out=tmp_path / "exported", registry=REGISTRY).folder
     third = subject_at(folder, REGISTRY, CPU)
     assert torch.equal(first.model(x), third.model(x))
     assert third.folder == folder
+
+
+def test_a_damaged_exported_model_is_not_judged(run: Path, tmp_path: Path) -> None:
+    folder = export(run, out=tmp_path / "exported", registry=REGISTRY).folder
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(DataError, match="missing or damaged"):
+        subject_at(folder, REGISTRY, CPU)
+    (folder / "config.json").write_bytes((run / "config.json").read_bytes())
+    with pytest.raises(DataError, match="export format None"):
+        subject_at(folder, REGISTRY, CPU)
 
 
 def test_weights_alone_need_the_network_that_they_belong_to(tmp_path: Path) -> None:

@@ -18,18 +18,29 @@ def import_model(
     path: Annotated[
         Path,
         typer.Argument(
-            help="A published checkpoint, .pt, .pth or .safetensors.", metavar="CHECKPOINT",
-            show_default=False,
+            help="A published checkpoint, .pt, .pth or .safetensors, or a folder with one.",
+            metavar="CHECKPOINT", show_default=False,
         ),
     ],
     format: Annotated[
-        Literal["jem", "jempp", "sadajem", "mebm", "ebjdat", "wrn"],
-        typer.Option(help="Whose names it has.", show_default=False),
-    ],
+        Literal["auto", "jem", "jempp", "sadajem", "mebm", "ebjdat", "wrn"],
+        typer.Option(help="Whose names it has; auto tells what it takes them for."),
+    ] = "auto",
     dataset: Annotated[
         str | None,
         typer.Option(
             metavar="NAME", help="What it was trained on; by its classes, cifar10 or cifar100.",
+            show_default=False,
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where the data set's files are.", show_default=False),
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Under which name it stands, of several in the file.",
             show_default=False,
         ),
     ] = None,
@@ -43,6 +54,13 @@ def import_model(
         str | None,
         typer.Option(metavar="HEX", help="Take this file and no other.", show_default=False),
     ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="K=V", help="Any option of the recipe, data.size=64.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder to write; CHECKPOINT-imported by default.", show_default=False),
@@ -50,18 +68,23 @@ def import_model(
     no_plugins: NoPlugins = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Read the authors' weights, running nothing in the file, into a folder that jemkit reads."""
+    """Read published weights, running nothing in the file, into a folder that jemkit reads."""
     registry = installed_parts(third_party=not no_plugins)
     from jemkit.foreign import import_checkpoint
 
+    data = {"use": dataset, "dir": None if data_dir is None else str(data_dir)}
     found = import_checkpoint(
-        path, format, registry, dataset=dataset, norm=norm, out=out, sha256=sha256
-    )
+        path, format, registry, dataset={k: v for k, v in data.items() if v is not None},
+        norm=norm, key=key, out=out, sha256=sha256, overrides=overrides or (),
+    )  # fmt: skip
     if as_json:
         say_json({**found._asdict(), "folder": str(found.folder)})
         return
     say(f"model {found.folder}, sha256 {found.sha256}")
     say(f"{found.network} in {found.backbone}, on {found.dataset}")
+    for note in found.notes:
+        say(note)
+    say(found.energy)
     if found.left_out:
         say(f"left out: {', '.join(found.left_out)}")
     say(f"judge it by `jemkit evaluate {found.folder}`")
@@ -79,6 +102,9 @@ def export_model(
     checkpoint: Annotated[
         Literal["best", "last"], typer.Option(help="Which weights of the run.")
     ] = "best",
+    license: Annotated[
+        str, typer.Option(metavar="ID", help="Of the weights, for the card: mit, cc-by-4.0.")
+    ] = "unknown",
     push: Annotated[
         str | None,
         typer.Option(
@@ -86,12 +112,16 @@ def export_model(
             show_default=False,
         ),
     ] = None,
+    no_plugins: NoPlugins = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write a run's model for others: config.json, model.safetensors, a model card."""
+    registry = installed_parts(third_party=not no_plugins)
     from jemkit import exporting
 
-    found = exporting.export(run, out=out, which=checkpoint)
+    found = exporting.export(
+        run, out=out, which=checkpoint, registry=registry, license=license
+    )  # fmt: skip
     where = exporting.push(found.folder, push) if push is not None else None
     if as_json:
         say_json({**found._asdict(), "folder": str(found.folder), "pushed": where})

@@ -1,16 +1,31 @@
 """An authors' checkpoint to a model folder of jemkit."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import torch
+
+from jemkit.card import table_of
+from jemkit.data import Dataset
 from jemkit.errors import ConfigError, DataError
+from jemkit.exported import CONFIG, WEIGHTS, verify
 from jemkit.exporting import check_vacant, write_model
-from jemkit.foreign.layouts import Format, Reading, read_layout
-from jemkit.foreign.reading import read_checkpoint
+from jemkit.foreign.layouts import (
+    Format,
+    Reading,
+    energy_of,
+    looks_like,
+    read_layout,
+    recognised,
+)
+from jemkit.foreign.reading import Contents, read_checkpoint
 from jemkit.layers import Table
+from jemkit.networks import Shape, stages_for
 from jemkit.norms import Norm
 from jemkit.recipe import Resolved, complete, resolve
 from jemkit.registry import Registry
+from jemkit.runtime.files import load_tensors
 
 DATASETS = {10: "cifar10", 100: "cifar100"}
 """What a published checkpoint of so many classes was trained on, where nobody says."""
@@ -33,58 +48,128 @@ class Imported(NamedTuple):
     network: str
     backbone: str
     dataset: str
+    energy: str  # which head E(x) comes from
+    key: str  # what the weights stand under in the file
     source_sha256: str
     sha256: str  # of model.safetensors
     left_out: list[str]  # what the file holds beside the weights that count
+    notes: list[str]  # what was guessed or chosen
+
+
+class Wanted(NamedTuple):
+    """What an import is told beside the file."""
+
+    format: Format | Literal["auto"] = "auto"
+    dataset: Table | str | None = None  # a name, or the table [data]
+    norm: Norm | None = None  # where names do not tell instance norm from layer norm
+    key: str | None = None  # of several state dicts
+    sha256: str | None = None  # of this file and no other
+    overrides: tuple[str, ...] = ()  # of the recipe
 
 
 def import_checkpoint(
     path: Path,
-    format: Format,
+    format: Format | Literal["auto"],
     registry: Registry,
     *,
-    dataset: str | None = None,
+    dataset: Table | str | None = None,
     norm: Norm | None = None,
+    key: str | None = None,
     out: Path | None = None,
     sha256: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> Imported:
     """Read the weights of a published checkpoint and write them as an exported model.
 
-    `norm` is asked for where names do not tell instance norm from layer norm; with `sha256` the
-    file must be that one.
+    `norm` is asked for where names do not tell instance norm from layer norm, `key` where several
+    state dicts fit; with `sha256` the file must be that one. The folder is opened before it is
+    put in its place.
     """
+    wanted = Wanted(format, dataset, norm, key, sha256, tuple(overrides))
     folder = path.with_name(f"{path.stem}-imported") if out is None else out
     check_vacant(folder)
-    contents = read_checkpoint(path)
+    contents = read_checkpoint(path, None if format == "auto" else format, key)
     if sha256 is not None and contents.sha256 != sha256.lower():
         raise DataError(f"{path} has SHA-256 {contents.sha256}; wanted {sha256}")
     try:
-        reading = read_layout(contents.weights, format, norm)
+        kind = recognised(contents.weights) if format == "auto" else format
+        reading = read_layout(contents.weights, kind, norm)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
-    resolved = _recipe(reading, format, registry, dataset)
+    resolved, shape = _recipe(reading, kind, registry, wanted)
+    return _write(folder, contents, kind, reading, resolved, shape, wanted, registry)
+
+
+def _write(
+    folder: Path,
+    contents: Contents,
+    kind: Format,
+    reading: Reading,
+    resolved: Resolved,
+    shape: Shape,
+    wanted: Wanted,
+    registry: Registry,
+) -> Imported:
     left_out = [*contents.beside, *reading.unused]
+    energy = energy_of(contents.weights, kind)
+    notes = _notes(contents, kind, wanted)
     source = {
-        "file": path.name,
+        "file": contents.file,
+        "key": contents.key,
         "sha256": contents.sha256,
-        "format": format,
+        "format": kind,
+        "energy": energy,
         "left_out": left_out,
+        "notes": notes,
     }
-    card = _card(source, reading, resolved)
     about = {"recipe": resolved.tables, "source": source}
-    written = write_model(folder, about, reading.weights, card)
+    written = write_model(
+        folder, about, reading.weights, _card(source, reading, resolved),
+        check=lambda made: _opens(made, shape, registry),
+    )  # fmt: skip
     network = f"wrn-{reading.network.depth}-{reading.network.width}"
     tables = resolved.tables
     return Imported(
-        folder, format, network, tables["backbone"]["use"], tables["data"]["use"],
-        contents.sha256, written, left_out,
+        folder, kind, network, tables["backbone"]["use"], tables["data"]["use"], energy,
+        contents.key, contents.sha256, written, left_out, notes,
     )  # fmt: skip
 
 
-def _recipe(reading: Reading, format: Format, registry: Registry, dataset: str | None) -> Resolved:
-    """The published method's recipe around the network that the file holds."""
-    name = dataset or DATASETS.get(reading.n_classes)
-    if name is None:
+def _opens(folder: Path, shape: Shape, registry: Registry) -> None:
+    """Read the folder back: its recipe resolves, and its weights fit images of this shape."""
+    verify(folder)
+    recipe = resolve(registry, config=folder / CONFIG).recipe
+    network, energy = recipe.backbone.network, recipe.backbone.energy  # type: ignore[attr-defined]
+    with torch.device("meta"):
+        wanted = energy.build(network.build(shape), recipe.data.n_classes).state_dict()
+    found = load_tensors(folder / WEIGHTS)
+    unlike = [name for name, t in wanted.items() if found[name].shape != t.shape]
+    if unlike or wanted.keys() != found.keys():
+        raise DataError(f"the weights do not fit {shape[1]} px images: {', '.join(unlike[:3])}")
+
+
+def _notes(contents: Contents, kind: Format, wanted: Wanted) -> list[str]:
+    """What a reader could not know: what was taken for what, and out of how many."""
+    notes = []
+    if wanted.format == "auto":
+        others = [f for f in looks_like(contents.weights) if f != kind]
+        fits = f"; its names fit {', '.join(others)} too (--format)" if others else ""
+        notes.append(f"taken for {kind} by its names and shapes{fits}")
+    if contents.averaged:
+        notes.append(
+            f"averaged weights, of {contents.key}; {contents.averaged} is left out (--key takes it)"
+        )
+    return notes
+
+
+def _recipe(
+    reading: Reading, format: Format, registry: Registry, wanted: Wanted
+) -> tuple[Resolved, Shape]:
+    """The published method's recipe around the network that the file holds, and its images."""
+    given = wanted.dataset
+    data: Table = {"use": given} if isinstance(given, str) else dict(given or {})
+    data.setdefault("use", DATASETS.get(reading.n_classes))
+    if data["use"] is None:
         raise ConfigError(
             f"the weights know {reading.n_classes} classes, and no data set is known for that "
             "many: name it by --dataset"
@@ -94,18 +179,36 @@ def _recipe(reading: Reading, format: Format, registry: Registry, dataset: str |
         backbone = _ebjdat_backbone(reading)
     network: Table = {"use": "wrn", **reading.network.model_dump(mode="json")}
     named = {
-        "data": {"use": name},
+        "data": data,
         "backbone": {"use": backbone, "network": network},
         "objective": {"use": objective},
     }
-    resolved = resolve(registry, named=named)
+    resolved = resolve(registry, named=named, overrides=wanted.overrides)
     known = resolved.recipe.data.n_classes
     if known != reading.n_classes:
         raise DataError(
-            f"the weights know {reading.n_classes} classes, and {name} has {known}; give "
+            f"the weights know {reading.n_classes} classes, and {data['use']} has {known}; give "
             "--dataset the one that they were trained on"
         )
-    return complete(resolved, registry)
+    shape = _shape(reading, data["use"], resolved.recipe.data)
+    return complete(resolved, registry), shape
+
+
+def _shape(reading: Reading, name: str, data: Dataset) -> Shape:
+    """The shape of the data set's images, which the network must have been made for."""
+    shape: Shape | None = getattr(data, "shape", None)
+    if shape is None:
+        shape = tuple(data.load("test").x.shape[1:])  # type: ignore[assignment]
+    if shape is None or shape[0] != reading.channels or stages_for(shape[1]) != reading.stages:
+        made = "64 px and more" if reading.stages == 4 else "less than 64 px"
+        told = f"{shape[0]} channels and {shape[1]} px" if shape else "no shape"
+        raise DataError(
+            f"the network takes images of {reading.channels} channels and, with "
+            f"{reading.stages} stages, of {made}; those of {name} have {told}. Give --dataset the "
+            "one that it was trained on: a folder of images by --dataset folder --data-dir DIR, "
+            "where --set data.size=64 resizes them"
+        )
+    return shape
 
 
 def _ebjdat_backbone(reading: Reading) -> str:
@@ -116,11 +219,20 @@ def _ebjdat_backbone(reading: Reading) -> str:
 
 def _card(source: dict[str, Any], reading: Reading, resolved: Resolved) -> str:
     network = f"wrn-{reading.network.depth}-{reading.network.width}, norm {reading.network.norm}"
-    left_out = ", ".join(source["left_out"]) or "nothing"
+    rows = [
+        ("authors' format", source["format"]),
+        ("file", source["file"]),
+        ("under the key", source["key"] or "none"),
+        ("SHA-256 of the file", source["sha256"]),
+        ("network", network),
+        ("energy", source["energy"]),
+        ("data set", resolved.tables["data"]["use"]),
+        ("left out", ", ".join(source["left_out"]) or "nothing"),
+        *(("note", note) for note in source["notes"]),
+    ]
     return (
-        f"Weights of the {source['format']} authors' checkpoint `{source['file']}` (SHA-256 "
-        f"`{source['sha256']}`), under jemkit's names. Network: {network}. Data set: "
-        f"{resolved.tables['data']['use']}. Left out: {left_out}.\n\n"
+        f"Published weights under jemkit's names.\n\n{table_of(rows)}\n"
         "The recipe is the published method's as jemkit has it, not read from the file; the "
-        "weights are the authors' own. No figure was measured yet.\n"
+        "weights are the authors' own. No figure was measured yet: `jemkit evaluate` measures "
+        "them.\n"
     )

@@ -14,6 +14,14 @@ from jemkit.norms import Norm
 
 Format = Literal["jem", "jempp", "sadajem", "mebm", "ebjdat", "wrn"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+MARKER = ("layer1", "0", "conv1", "bias")
+"""Ends a name that every layout has; before it stand the names of whatever holds the network."""
+
+TOPS = {
+    "wrn": ("conv1", "layer1", "layer2", "layer3", "layer4", "bn1", "linear"),
+    "jem": ("f", "class_output", "energy_output"),
+}
+"""With what the names of a classifier, and those of a network with its heads, begin."""
 
 
 class Reading(NamedTuple):
@@ -35,12 +43,68 @@ def looks_like(names: Iterable[str]) -> list[Format]:
         return ["wrn"]
     if not {"f.conv1.bias", "f.layer1.0.conv1.bias", "class_output.weight"} <= there:
         return []
-    if "f.layer_one.weight" in there:
-        return ["jempp", "ebjdat"]
-    if "f.linear.weight" in there:  # JEM's network keeps a layer that it never calls
-        return ["jem", "jempp", "ebjdat"]
     mebm: list[Format] = ["mebm"] if "energy_output.weight" in there else []
+    if "f.layer_one.weight" in there:
+        return ["jempp", *mebm, "ebjdat"]
+    if "f.linear.weight" in there:  # JEM's network keeps a layer that it never calls
+        return ["jem", "jempp", *mebm, "ebjdat"]
     return ["jempp", "sadajem", *mebm, "ebjdat"]
+
+
+def top_names(names: Iterable[str]) -> tuple[str, ...]:
+    """With what the names of such a state dict begin."""
+    return TOPS["jem" if any(name.startswith("class_output.") for name in names) else "wrn"]
+
+
+def recognised(weights: Mapping[str, Tensor]) -> Format:
+    """The format that names and shapes tell, or the likeliest of several with the same network.
+
+    A trained energy head makes it M-EBM's; see `head_moved`.
+    """
+    like = looks_like(weights)
+    if not like:
+        raise DataError(
+            f"its names are those of no format that is known: {_some(weights)}; "
+            f"wanted those of {', '.join(FORMATS)}"
+        )
+    if "mebm" in like and head_moved(weights):
+        return "mebm"
+    if like[0] == "jempp" and "sadajem" in like:
+        return "sadajem"
+    batch = "f.layer1.0.bn1.running_mean" in weights
+    return "jempp" if like[0] == "jem" and batch else like[0]
+
+
+def head_moved(weights: Mapping[str, Tensor]) -> bool:
+    """Whether an energy head has left the range that torch draws a new one from.
+
+    True shows that it was trained; False shows nothing.
+    """
+    weight = weights.get("energy_output.weight")
+    if weight is None or weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
+        return False
+    limit = 1.001 * weight.shape[1] ** -0.5  # half precision rounds
+    bias = weights.get("energy_output.bias", weight.new_zeros(1))
+    return bool(weight.abs().max() > limit) or bool(bias.numel() and bias.abs().max() > limit)
+
+
+def energy_of(weights: Mapping[str, Tensor], format: Format) -> str:
+    """Which head E(x) comes from, and what the file cannot tell of it."""
+    if "energy_output.weight" not in weights:
+        return "E(x) = -logsumexp of the class head's logits"
+    moved = head_moved(weights)
+    if format == "mebm":
+        doubt = "" if moved else (
+            "; nothing in the file shows that this head was trained: where the classifier's "
+            "logits were the energy, choose another format"
+        )  # fmt: skip
+        return f"E(x) = -energy_output(x), from the energy head{doubt}"
+    doubt = (
+        "but it was trained: --format mebm reads E(x) from it"
+        if moved
+        else "where it was trained (--uncond), --format mebm reads E(x) from it"
+    )
+    return f"E(x) = -logsumexp of the class head's logits; energy_output is left out, {doubt}"
 
 
 def read_layout(weights: Mapping[str, Tensor], format: Format, norm: Norm | None = None) -> Reading:
@@ -50,6 +114,7 @@ def read_layout(weights: Mapping[str, Tensor], format: Format, norm: Norm | None
     trace in a file.
     """
     _check_format(weights, format)
+    _check_stages(weights, "" if format == "wrn" else "f.")
     prefix, head = ("", "linear") if format == "wrn" else ("f.", "class_output")
     network = _network(weights, prefix, norm)
     stages = 4 if f"{prefix}layer4.0.conv1.weight" in weights else 3
@@ -60,9 +125,9 @@ def read_layout(weights: Mapping[str, Tensor], format: Format, norm: Norm | None
     blocks = (network.depth - 4) // 6
     theirs = {name: _their_name(name, prefix, head, blocks) for name in wanted}
     aliases = {n: _alias(n, stages) for n in weights if _alias(n, stages)}
-    unused = [n for n in weights if re.match(r"f\.linear\.|energy_output\.", n)]
-    known = {*theirs.values(), *aliases, *(unused if prefix else ())}
-    _check_names(weights, {*theirs.values()}, known)
+    read = {*theirs.values()}
+    unused = [n for n in weights if re.match(r"f\.linear\.|energy_output\.", n)] if prefix else []
+    _check_names(weights, read, {*read, *aliases, *unused})
     _check_aliases(weights, aliases)
     _check_shapes(weights, {theirs[name]: tensor for name, tensor in wanted.items()})
     return Reading(
@@ -72,7 +137,7 @@ def read_layout(weights: Mapping[str, Tensor], format: Format, norm: Norm | None
         stages,
         n_classes,
         bool(aliases),
-        sorted(n for n in unused if n not in theirs.values()),
+        sorted(n for n in unused if n not in read),
     )
 
 
@@ -88,6 +153,21 @@ def _check_format(weights: Mapping[str, Tensor], format: Format) -> None:
         raise DataError(
             f"its names are not those of {format}; they look like {' or '.join(like)}: "
             f"give --format {like[0]}"
+        )
+
+
+def _check_stages(weights: Mapping[str, Tensor], prefix: str) -> None:
+    """Refuse stages of unlike depth before a network is built as deep as the first."""
+    blocks: dict[str, set[str]] = {}
+    for name in weights:
+        found = re.match(rf"{re.escape(prefix)}layer([1-4])\.(\d+)\.conv1\.weight$", name)
+        if found is not None:
+            blocks.setdefault(found[1], set()).add(found[2])
+    depths = {stage: len(names) for stage, names in sorted(blocks.items())}
+    if len(depths) < 3 or len(set(depths.values())) > 1:
+        told = ", ".join(f"layer{stage} has {n} blocks" for stage, n in depths.items()) or "none"
+        raise DataError(
+            f"the names do not make up a WideResNet, whose 3 or 4 stages are equally deep: {told}"
         )
 
 

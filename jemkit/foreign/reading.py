@@ -15,18 +15,21 @@ import torch
 from torch import Tensor
 
 from jemkit.errors import DataError
+from jemkit.foreign.layouts import Format
+from jemkit.foreign.probing import state_dict_in
 
 LIMIT = 4 * 2**30
 """Bytes of the largest file that is read; a wrn-28-10 with its buffer has 270 million."""
 
-CONTAINERS = ("model_state_dict", "state_dict", "model")
-"""Under which names checkpoints that hold more than weights keep them."""
+ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".th", ".tar")
+"""Of the checkpoints that are looked for in a folder."""
 
 MAGIC = 0x1950A86A20F9469CFC6C
 """The number that opens a file of torch.save as it was before torch 1.6."""
 
 STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 PARTS = {
+    "collections Counter",  # of a schedule's milestones
     "collections OrderedDict",
     "torch Size",
     "torch device",
@@ -42,30 +45,41 @@ PARTS = {
 class Contents(NamedTuple):
     """What a file holds."""
 
-    weights: dict[str, Tensor]  # by the authors' names, without DataParallel's `module.`
+    weights: dict[str, Tensor]  # by the authors' names
     beside: list[str]  # what else there is, such as a replay buffer
     sha256: str
+    file: str
+    key: str  # what the weights stand under; empty where the file holds them alone
+    averaged: str  # the plain weights beside them, where these are their average
 
 
-def read_checkpoint(path: Path) -> Contents:
-    """The weights of a .pt, .pth or .safetensors file; a DataError where it is anything else."""
+def read_checkpoint(path: Path, format: Format | None = None, key: str | None = None) -> Contents:
+    """The weights of a .pt, .pth or .safetensors file; a DataError where it is anything else.
+
+    They are found by their names, under whatever key and prefix; where several state dicts fit,
+    `format` and `key` choose. In a folder the one checkpoint is read.
+    """
+    path = _file(path)
     data = _bytes(path)
     try:
-        loaded = _loaded(data)
+        found = state_dict_in(loaded(data), format, key)
+        _check_weights(found.weights, len(data))
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
-    except pickle.UnpicklingError:  # torch's own text advises to read without its guard
-        raise DataError(f"{path}: its pickle is damaged or holds more than weights") from None
-    except Exception as error:  # a damaged file raises whatever it hits first
-        what = " ".join(str(error).split())[:200] or "no reason given"
-        raise DataError(
-            f"{path} is damaged or no checkpoint: {type(error).__name__}: {what}"
-        ) from None
-    try:
-        weights, beside = _weights(loaded, len(data))
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    return Contents(weights, beside, hashlib.sha256(data).hexdigest())
+    sha = hashlib.sha256(data).hexdigest()
+    return Contents(found.weights, found.beside, sha, path.name, found.key, found.averaged)
+
+
+def _file(path: Path) -> Path:
+    """The checkpoint at a path: the file itself, or the only one in a folder."""
+    if not path.is_dir():
+        return path
+    inside = sorted(p for p in path.iterdir() if p.suffix in ENDINGS and p.is_file())
+    safe = [p for p in inside if p.suffix == ".safetensors"]
+    if len(inside) == 1 or len(safe) == 1:
+        return (safe or inside)[0]
+    names = ", ".join(p.name for p in inside[:5]) or "none"
+    raise DataError(f"{path} is a folder; wanted one checkpoint in it, it has {names}. Name one")
 
 
 def _bytes(path: Path) -> bytes:
@@ -75,6 +89,19 @@ def _bytes(path: Path) -> bytes:
     if size > LIMIT:
         raise DataError(f"{path} has {size:,} bytes; wanted {LIMIT:,} at most")
     return path.read_bytes()
+
+
+def loaded(data: bytes) -> Any:
+    """What torch.save or safetensors wrote; a DataError where it is anything else, or damaged."""
+    try:
+        return _loaded(data)
+    except DataError:
+        raise
+    except pickle.UnpicklingError:  # torch's own text advises to read without its guard
+        raise DataError("its pickle is damaged or holds more than weights") from None
+    except Exception as error:  # a damaged file raises whatever it hits first
+        what = " ".join(str(error).split())[:200] or "no reason given"
+        raise DataError(f"it is damaged or no checkpoint: {type(error).__name__}: {what}") from None
 
 
 def _loaded(data: bytes) -> Any:
@@ -170,25 +197,13 @@ def _scan(stream: io.BytesIO) -> set[int]:
     return numbers
 
 
-def _weights(loaded: Any, size: int) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict in what was loaded, and the names of what stands beside it."""
-    if not isinstance(loaded, Mapping):
-        raise DataError(f"it holds {_kind(loaded)}; wanted a state_dict of names and tensors")
-    inner = next((k for k in CONTAINERS if isinstance(loaded.get(k), Mapping)), None)
-    found = dict(loaded if inner is None else loaded[inner])
-    beside = [] if inner is None else sorted(str(k) for k in loaded if k != inner)
-    if not found:
-        raise DataError("it holds no weights")
-    for name, tensor in found.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise DataError(f"{name!r} is {_kind(tensor)}; wanted a tensor for each name")
+def _check_weights(weights: Mapping[str, Tensor], size: int) -> None:
+    """Refuse tensors that the file cannot hold, or that no network computes with."""
+    for name, tensor in weights.items():
         _check_tensor(name, tensor)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in found.values()}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in weights.values()}
     if sum(storage.nbytes() for storage in storages.values()) > size:
         raise DataError(f"its tensors claim more bytes than the file's {size:,}")
-    if all(name.startswith("module.") for name in found):  # DataParallel
-        found = {name.removeprefix("module."): tensor for name, tensor in found.items()}
-    return found, beside
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
@@ -201,7 +216,3 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         )
     if not tensor.isfinite().all():
         raise DataError(f"{name} holds NaN or inf")
-
-
-def _kind(value: Any) -> str:
-    return type(value).__name__

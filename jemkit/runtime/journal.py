@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from jemkit.errors import ConfigError
+from jemkit.extras import install
 from jemkit.objective import Terms
 from jemkit.runtime.folder import RunFolder
 from jemkit.update import Guard
@@ -62,7 +63,7 @@ def _board(folder: RunFolder) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError(
-            "run.tensorboard needs the package tensorboard: pip install 'jemkit[tensorboard]'"
+            f"run.tensorboard needs the package tensorboard: {install('tensorboard')}"
         ) from None
     return SummaryWriter(folder.path / "tensorboard")
 

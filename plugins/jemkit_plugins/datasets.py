@@ -44,6 +44,7 @@ class Digits(Options):
 
     radius_px: ClassVar[float] = 25.5
     augmentation: ClassVar[Augmentation] = Augmentation()
+    shape: ClassVar[tuple[int, int, int]] = (1, 8, 8)
 
     @property
     def n_classes(self) -> int:
@@ -87,6 +88,7 @@ class CIFAR10(Options):
 
     radius_px: ClassVar[float] = 8
     augmentation: ClassVar[Augmentation] = Augmentation(pad=4, flip=True)
+    shape: ClassVar[tuple[int, int, int]] = (3, 32, 32)
 
     dir: Path = Path("data")
     download: bool = False
@@ -109,6 +111,7 @@ class CIFAR100(Options):
 
     radius_px: ClassVar[float] = 8
     augmentation: ClassVar[Augmentation] = Augmentation(pad=4, flip=True)
+    shape: ClassVar[tuple[int, int, int]] = (3, 32, 32)
 
     dir: Path = Path("data")
     download: bool = False
@@ -131,6 +134,7 @@ class SVHN(Options):
 
     radius_px: ClassVar[float] = 8
     augmentation: ClassVar[Augmentation] = Augmentation(pad=4)  # a mirrored digit is no digit
+    shape: ClassVar[tuple[int, int, int]] = (3, 32, 32)
 
     dir: Path = Path("data")
     download: bool = False

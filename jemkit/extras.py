@@ -1,0 +1,31 @@
+"""How an optional dependency is installed beside this jemkit, for the hints of errors."""
+
+import json
+from importlib.metadata import PackageNotFoundError, distribution
+from urllib.parse import unquote, urlparse
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra, as this jemkit was installed."""
+    return command(extra, _direct_url())
+
+
+def command(extra: str, direct_url: str | None) -> str:
+    """The same for what an installer wrote to direct_url.json: a checkout, or nothing."""
+    try:
+        about = json.loads(direct_url or "{}")
+        url, folder = str(about.get("url", "")), about.get("dir_info")
+        editable = bool(folder.get("editable", False)) if folder is not None else False
+    except (ValueError, AttributeError):
+        folder, url, editable = None, "", False
+    if folder is None or not url.startswith("file:"):
+        return f"pip install 'jemkit[{extra}]'"
+    option = "-e " if editable else ""
+    return f"pip install {option}'.[{extra}]' in {unquote(urlparse(url).path)}"
+
+
+def _direct_url() -> str | None:
+    try:
+        return distribution("jemkit").read_text("direct_url.json")
+    except (PackageNotFoundError, OSError):
+        return None
