@@ -25,13 +25,22 @@ class Layer(NamedTuple):
     table: Table
 
 
+RETAIN = "retain"
+"""Beside a `use`: the options of the part before that the new one keeps, by name."""
+
+
 class Stack:
-    """Layers laid over each other. A table whose `use` changes begins again from its defaults."""
+    """Layers laid over each other.
+
+    A table whose `use` changes begins again from its defaults: it keeps no option of the part
+    before, unless the layer names it in `retain`. `lost` has what was stated and dropped so.
+    """
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
         self.tables: Table = {}
         self.origins: dict[str, str] = {}  # dotted key: origin
+        self.lost: list[tuple[str, str, Any]] = []  # origin, dotted key and value
 
     def lay(self, layer: Layer) -> None:
         for name, table in layer.table.items():
@@ -47,21 +56,41 @@ class Stack:
             return
         target = into[key] if isinstance(into.get(key), dict) else {}
         if kind is not None and "use" in new:
-            name, spelt = self._spelt(kind, new["use"], origin)
-            new = {**spelt, **new, "use": name}
+            name, spelt = self.spelt(kind, new["use"], origin)
+            names = _retained(new, origin)
+            new = {**spelt, **{k: v for k, v in new.items() if k != RETAIN}, "use": name}
             if target.get("use") != name:
-                target = self._fresh(kind, name)
-                self._came_from(path, {f".{key}": "default" for key, _ in flat(target)})
+                target = self._swapped(kind, path, target, names, new)
         into[key] = target
         for name, value in new.items():
             self._lay(target, name, value, origin, self._kind(kind, target, name), f"{path}.{name}")
+
+    def _swapped(self, kind: str, path: str, before: Table, names: list[str], new: Table) -> Table:
+        """The table of another part: its defaults, and what the layer retains of the one before."""
+        kept = {name: before[name] for name in names if name in before}
+        for origin in sorted({*self.origins.values()} - {"default"}) if "use" in before else ():
+            stated = {k: v for k, v in flat(before) if self.origins.get(f"{path}.{k}") == origin}
+            self.lose(origin, kind, path, {**stated, "use": before["use"]}, {*kept, *new})
+        origins = {f".{key}": self.origins.get(f"{path}.{key}", "default") for key in kept}
+        fresh = {**self._fresh(kind, new["use"]), **kept}
+        self._came_from(path, {f".{key}": "default" for key, _ in flat(fresh)} | origins)
+        return fresh
+
+    def lose(
+        self, origin: str, kind: str, path: str, table: Table, but: Iterable[str] = ()
+    ) -> None:
+        """Remember what a layer stated of a part that another one replaces, its defaults aside."""
+        usual = dict(flat(self._fresh(kind, self.spelt(kind, table["use"], origin)[0])))
+        for key, value in flat(table):
+            if key not in ("use", *but) and not key.endswith(".use") and usual.get(key) != value:
+                self.lost.append((origin, f"{path}.{key}", value))
 
     def _came_from(self, path: str, origins: Mapping[str, str]) -> None:
         """Forget where the values at `path` came from, in favour of these."""
         kept = {k: v for k, v in self.origins.items() if k != path and not inside(k, path)}
         self.origins = kept | {f"{path}{key}": origin for key, origin in origins.items()}
 
-    def _spelt(self, kind: str, use: Any, origin: str) -> tuple[str, Table]:
+    def spelt(self, kind: str, use: Any, origin: str) -> tuple[str, Table]:
         """A part's registered name, and the options in its pattern: wrn-16-2 has depth 16."""
         if kind == "optimizer":
             if not isinstance(use, str) or use not in OPTIMIZERS:
@@ -88,6 +117,16 @@ class Stack:
         if kind is None or kind == "optimizer":
             return None
         return part_kind(self.registry[kind][table["use"]], name)
+
+
+def _retained(new: Table, origin: str) -> list[str]:
+    """The options of the part before that a layer retains, by name."""
+    names = new.get(RETAIN, [])
+    if not isinstance(names, list) or "use" in names:
+        raise ConfigError(
+            f"{RETAIN} = {names!r}: wanted a list of options of the part before{spoken(origin)}"
+        )
+    return names
 
 
 def spoken(origin: str) -> str:

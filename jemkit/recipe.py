@@ -1,5 +1,6 @@
 """Recipes: everything that determines a run, put together from layers of settings."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -20,6 +21,7 @@ from jemkit.layers import (
     override_layers,
     part_defaults,
     read_layer,
+    spoken,
 )
 from jemkit.mistakes import explain
 from jemkit.objective import Objective, ObjectiveSpec
@@ -34,6 +36,9 @@ __all__ = [
     "Recipe", "Resolved", "Run", "about_preset", "build", "complete", "explain", "flat",
     "part_schema", "read_layer", "resolve", "schema",
 ]  # fmt: skip
+
+
+log = logging.getLogger(__name__)
 
 
 class Run(Options):
@@ -99,7 +104,8 @@ def resolve(
 ) -> Resolved:
     """Merge the layers: defaults < data < backbone < objective < preset < config < --set < named.
 
-    A part that a named option chooses is chosen before --set, which may then set its options.
+    A part that a named option chooses is chosen before --set, which may then set its options. What
+    a layer says of a part that a later one replaces is left out, and a warning names it.
     """
     own = [*_preset(registry, preset), *_config(config)]
     own.append(Layer("option", choices(named or {})))
@@ -112,8 +118,14 @@ def resolve(
     stack.lay(Layer("default", {k: v.model_dump(mode="json") for k, v in parts.items()}))
     chosen = {table: _choice(table, own) for table in PARTS}
     names = {table: str(layer.table[table]["use"]) for table, layer in chosen.items()}
+    _check_whole(own, chosen)
     for layer in [*chosen.values(), *_part_layers(registry, names), *own]:
-        stack.lay(layer)
+        replaced = _replaced(layer, chosen)
+        for table in replaced:
+            stack.lose(layer.origin, PARTS[table], table, layer.table[table])
+        rest = {name: table for name, table in layer.table.items() if name not in replaced}
+        stack.lay(layer._replace(table=rest))
+    _tell_lost(stack, own)
     recipe = build(stack.tables, registry, stack.origins)
     return Resolved(recipe, stack.tables, stack.origins)
 
@@ -154,6 +166,39 @@ def _choice(table: str, own: list[Layer]) -> Layer:
     return choice
 
 
+def _check_whole(own: list[Layer], chosen: Mapping[str, Layer]) -> None:
+    """Refuse half a preset: one whose own backbone or objective a later layer replaces."""
+    for layer in own:
+        name = layer.origin.removeprefix("preset/")
+        for table in PARTS if name != layer.origin else ():
+            use, other = layer.table.get(table, {}).get("use"), chosen[table].table[table]["use"]
+            if use is not None and use != other:
+                raise ConfigError(
+                    f"the preset {name} is of the {table} {use}, and {other} is "
+                    f"chosen{spoken(chosen[table].origin)}: without its [{table}] it is no more "
+                    f"that preset. Leave out --preset {name}, or take its own {table}"
+                )
+
+
+def _replaced(layer: Layer, chosen: Mapping[str, Layer]) -> list[str]:
+    """The tables of a layer that are of another part than the one that was chosen in the end."""
+    final = {k: c.table[k]["use"] for k, c in chosen.items() if c.origin != "default"}
+    return [k for k, use in final.items() if layer.table.get(k, {}).get("use", use) != use]
+
+
+def _tell_lost(stack: Stack, own: list[Layer]) -> None:
+    """Name what of a preset, a file or an option does not hold, since its part was replaced."""
+    for origin in dict.fromkeys(layer.origin for layer in own if layer.origin != "option"):
+        lost = [f"{key} = {value!r}" for came, key, value in stack.lost if came == origin]
+        if lost:
+            log.warning(
+                "%s: left out, since another part was chosen later: %s%s",
+                origin,
+                ", ".join(lost[:5]),
+                f" and {len(lost) - 5} more" if len(lost) > 5 else "",
+            )
+
+
 def _part_layers(registry: Registry, names: Mapping[str, str]) -> list[Layer]:
     """What the plug-ins propose for these parts."""
     data, backbone, objective = names["data"], names["backbone"], names["objective"]
@@ -162,6 +207,7 @@ def _part_layers(registry: Registry, names: Mapping[str, str]) -> list[Layer]:
         f"backbone/{backbone}",
         f"backbone/{backbone}/{data}",
         f"objective/{objective}",
+        f"run/{backbone}/{objective}",
         f"objective/{objective}/{data}",
         f"run/{backbone}/{objective}/{data}",
     )
