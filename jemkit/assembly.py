@@ -1,5 +1,6 @@
 """A recipe's parts put together into a run, with every check that needs no step."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from jemkit.compiled import CompiledGradient, compiled_chains
 from jemkit.data import Loader
 from jemkit.energy import EnergyModel
 from jemkit.errors import ConfigError, DataError
-from jemkit.fitting import check_parts
+from jemkit.fitting import check_adversary, check_parts
 from jemkit.layout import faster_layout
 from jemkit.memory import MicroBatch
 from jemkit.objective import Objective, ObjectiveSpec, Remembering
@@ -116,10 +117,12 @@ class Assembly(NamedTuple):
 def put_together(recipe: Recipe) -> Assembly:
     """Build and check; raises ConfigError or DataError."""
     team.ask("build")
-    run = recipe.run
+    run, usual = recipe.run, recipe.data.radius_px
+    check_adversary(recipe.objective, usual)  # before data are read
     device = device_of(run.device)
     splits = Splits(recipe.data, valid_fraction=run.valid_fraction, max_train=run.max_train)
     task = task_of(recipe, splits)
+    check_adversary(recipe.objective, usual, math.prod(task.shape))
     rng = generator(device, run.seed, "chains")
     backbone = recipe.backbone.build(task, rng)
     objective = built_objective(recipe, task, rng)

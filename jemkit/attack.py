@@ -36,6 +36,54 @@ class Threat(NamedTuple):
         return UNIT.px(self.radius_px)
 
 
+def radius_of(norm: Norm, given: float | None, usual_px: float, option: str) -> float:
+    """The radius that is given, else the data set's usual one, which is of the L-inf norm alone.
+
+    `option` is what a person writes to give one.
+    """
+    if given is not None:
+        return given
+    if norm != "Linf":
+        usual = {"L2": "127.5, which is 0.5", "L1": "3060, which is 12"}[norm]
+        raise ConfigError(
+            f"the norm {norm} has no radius by default: give one in 1/255 of the "
+            f"pixel range; on CIFAR-10 {option} {usual}, is usual"
+        )
+    return usual_px
+
+
+def check_width(threat: Threat, pixels: int, option: str) -> None:
+    """Refuse a radius wider than the whole pixel range of images with so many values."""
+    widest = 255 * {"Linf": 1.0, "L2": pixels**0.5, "L1": float(pixels)}[threat.norm]
+    if threat.radius_px > widest:
+        raise ConfigError(
+            f"{option} {threat.radius_px:g} is wider than the whole range, {widest:g} in the norm "
+            f"{threat.norm}: a radius is given in 1/255 of the pixel range, so 8 for 8/255"
+        )
+
+
+@runtime_checkable
+class InBall(Protocol):
+    """A part that moves images inside a ball: an attack, or an objective with one of its own."""
+
+    @property
+    def norm(self) -> Norm: ...
+
+    @property
+    def radius_px(self) -> float | None:
+        """None: the data set's usual one, which is L-inf."""
+        ...
+
+
+@runtime_checkable
+class ForTraining(Protocol):
+    """An attack with options that act in judging alone."""
+
+    def check_training(self) -> None:
+        """Refuse those."""
+        ...
+
+
 Perturb = Callable[[Tensor, Tensor, Generator], Tensor]
 """x [B, C, H, W] in [0, 1], y [B] and a generator to x~, in the ball and in [0, 1]."""
 
@@ -77,6 +125,13 @@ class ModelAttack(Protocol):
         """Its settings, for the protocol of its figures; `standard: False` where they differ
         from the published ones, with `why`."""
         ...
+
+
+def training_radius(attack: Attack, usual_px: float) -> float:
+    """The radius that an objective trains at by this attack."""
+    if not isinstance(attack, InBall):
+        return usual_px
+    return radius_of(attack.norm, attack.radius_px, usual_px, "objective.attack.radius_px")
 
 
 def perturbed(x: Tensor, radius: float, rng: Generator, norm: Ball = "Linf") -> Tensor:
@@ -154,12 +209,23 @@ class PGD(Options):
         bounds: Bounds,
         radius_px: float,
     ) -> Tensor:
-        if self.restarts > 1:
-            raise ConfigError("a training attack has one start: set its restarts to 1")
+        self.check_training()
         radius = radius_px if self.radius_px is None else self.radius_px
         kernel = self.kernel(x, radius, bounds, self.norm)
         with frozen(model), eval_mode(model):
             return run(kernel, lambda x: -loss(x), drawn_start(kernel, rng), rng, self.steps)
+
+    def check_training(self) -> None:
+        """Refuse options that act in judging alone."""
+        if self.restarts > 1:
+            raise ConfigError(
+                f"a training attack has one start: its restarts are {self.restarts}, set them to 1"
+            )
+        if self.keep == "first":
+            raise ConfigError(
+                "a training attack gives the end of its climb: leave out keep = "
+                '"first", which is for judging'
+            )
 
     def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
         norm = ball_of(threat, self.label)

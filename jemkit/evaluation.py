@@ -33,7 +33,7 @@ from jemkit.registry import Registry, installed
 from jemkit.runtime import distributed
 from jemkit.runtime.folder import versions
 from jemkit.runtime.ledger import WHOLE, Shard, tensors_hash
-from jemkit.runtime.numerics import device_of, numerics
+from jemkit.runtime.numerics import JUDGED_IN, device_of, numerics
 from jemkit.runtime.sharing import met
 from jemkit.seeds import generator
 from jemkit.selection import Part, part_of, told_missing
@@ -104,7 +104,7 @@ def judge(
     apart = shard.size if distributed.shard().size == 1 else 1  # torchrun has divided the cores
     threads = max(1, torch.get_num_threads() // apart)  # the same in all of them
     own_draws = random_state_kept()  # a model may draw from torch's own
-    with numerics(threads=threads), own_draws, MicroBatch().held():
+    with numerics(precision=JUDGED_IN, threads=threads), own_draws, MicroBatch().held():
         first = data.take(torch.arange(min(len(data.y), settings.batch_size))).to(ctx.rng.device)
         with eval_mode(subject.model):
             fitted(partial(check_subject, subject.model, first.unit(), subject.n_classes))
@@ -199,10 +199,12 @@ def _context(
         "norm": threat.norm,
         "radius_px": threat.radius_px,
         "trained_radius_px": subject.about.get("trained_radius_px"),
+        **{k: v for k, v in subject.about.items() if k == "trained_norm"},
         "checkpoint": subject.about["sha256"],
         "data_sha256": tensors_hash(data._asdict()),
         "versions": versions(),
         "device": device.type,
+        "precision": JUDGED_IN,
     }
     if isinstance(subject.model, Refined):
         card |= subject.model.card

@@ -20,6 +20,7 @@ from jemkit.pictures import save_energies, save_grid
 from jemkit.pixels import PixelModel
 from jemkit.robustness import PGD20, Robustness, energies
 from jemkit.runtime.folder import versions
+from jemkit.runtime.numerics import JUDGED_IN
 from jemkit.seeds import generator
 from jemkit.splits import Splits
 from jemkit.starts import Labelled
@@ -38,6 +39,7 @@ class Exam:
     seed: int
     epoch: int
     micro: MicroBatch = field(default_factory=MicroBatch)  # the run's: what it learns here stays
+    trained: Threat | None = None  # the ball that the objective trains in
 
     def validate(self, n_robust: int) -> dict[str, float]:
         """Validation accuracy, and under PGD-10 on its first `n_robust` images."""
@@ -73,13 +75,19 @@ class Exam:
             if self.backbone.has_density:
                 drawn = self.task.bounds.to_unit(self._samples(ctx.rng))
                 rows["samples"] = subject.scores(drawn).energy
-        title = f"PGD-20 at {self.task.radius_px:g}/255, L-inf; fresh chains of {GRID_STEPS} steps"
+        norm = {"Linf": "L-inf"}.get(ctx.threat.norm, ctx.threat.norm)
+        title = (
+            f"PGD-20 at {ctx.threat.radius_px:g}/255, {norm}; fresh chains of {GRID_STEPS} steps"
+        )
         save_energies(path, rows, title)
 
     def judge(self, card: dict[str, Any]) -> list[Figure]:
         """Clean accuracy, PGD-20 and the energy gap on the whole test split."""
         data = checked(self.splits.images("test"), self.task.n_classes, "the test split")
-        about = {"split": "test", "images": len(data.y), "seed": self.seed, "versions": versions()}
+        about = {
+            "split": "test", "images": len(data.y), "seed": self.seed, "norm": self.threat.norm,
+            "radius_px": self.threat.radius_px, "precision": JUDGED_IN, "versions": versions(),
+        }  # fmt: skip
         ctx = replace(self._context("test", {**about, **card}), seed=self.seed)
         with self.micro.held():
             return measure(self._subject(), data, [Accuracy(), Robustness()], ctx)
@@ -97,8 +105,14 @@ class Exam:
 
     def _context(self, name: str, card: dict[str, Any] | None = None) -> Context:
         rng = self._generator(name)
-        threat = Threat("Linf", self.task.radius_px)
-        return Context(rng, threat, seed=rng.initial_seed(), card=card or {})
+        return Context(rng, self.threat, seed=rng.initial_seed(), card=card or {})
+
+    @property
+    def threat(self) -> Threat:
+        """The data set's usual one; that of the training where its norm is another."""
+        if self.trained is not None and self.trained.norm != "Linf":
+            return self.trained
+        return Threat("Linf", self.task.radius_px)
 
     def _generator(self, name: str) -> Generator:
         """From the seed, the epoch and the name of what it is for."""

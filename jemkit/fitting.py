@@ -1,10 +1,11 @@
 """Parts that do not fit each other, refused before the first step."""
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
+from jemkit.attack import ForTraining, InBall, Norm, Threat, check_width, radius_of
 from jemkit.backbone import Backbone, Task, check_stem
 from jemkit.data import positives
 from jemkit.density import Buffered
@@ -13,6 +14,7 @@ from jemkit.errors import ConfigError, MisfitError
 from jemkit.memory import can_recompute
 from jemkit.modes import eval_mode
 from jemkit.objective import Conditional, Objective
+from jemkit.options import parts_of
 from jemkit.registry import installed
 from jemkit.runtime import distributed
 from jemkit.runtime.syncnorm import SyncBatchNorm
@@ -37,6 +39,29 @@ def check_parts(backbone: Backbone, objective: Objective[Any], task: Task, run: 
             "run.recompute: this network does not know how to make its activations anew; leave it "
             "out, or choose a wrn, or a run.micro_batch where no norm goes by the batch"
         )
+
+
+def check_adversary(objective: Any, usual_px: float, pixels: int | None = None) -> None:
+    """Refuse an attack that cannot train, and a ball without a radius of its norm.
+
+    With the number of an image's values a radius wider than the pixel range is refused, too.
+    """
+    for path, part in parts_of(objective, "objective"):
+        if isinstance(part, ForTraining):
+            part.check_training()
+        if isinstance(part, InBall) and part.norm in get_args(Norm):
+            option = f"{path}.radius_px"
+            radius = radius_of(part.norm, part.radius_px, usual_px, option)
+            if pixels is not None:
+                check_width(Threat(part.norm, radius), pixels, option)
+
+
+def trained_threat(objective: Any, usual_px: float) -> Threat | None:
+    """The ball that an objective trains in; None where it moves no image."""
+    for _, part in parts_of(objective):
+        if isinstance(part, InBall) and part.norm in get_args(Norm):
+            return Threat(part.norm, usual_px if part.radius_px is None else part.radius_px)
+    return None
 
 
 def check(backbone: Backbone, objective: Objective[Any]) -> None:

@@ -24,7 +24,7 @@ from jemkit.registry import Registry
 from jemkit.restoring import Which
 from jemkit.runtime.files import write_bytes
 from jemkit.runtime.ledger import WHOLE, Ledger, Shard
-from jemkit.runtime.numerics import device_of
+from jemkit.runtime.numerics import as_trained, device_of
 from jemkit.runtime.polling import Polling
 from jemkit.runtime.sharing import met
 from jemkit.seeds import generator
@@ -138,8 +138,11 @@ def drawn(
     if asked.start is None:
         x = _kept(run, asked)
     else:
-        ledger = Ledger(work, _about(asked), shard)
-        x = _fresh(run, asked, ledger, stop, lambda done: progress("samples", done, asked.n))
+        ledger, how = Ledger(work, _about(asked), shard), run.run
+        with as_trained(
+            asked.device.type, how.precision, deterministic=how.deterministic, threads=how.threads
+        ):
+            x = _fresh(run, asked, ledger, stop, lambda done: progress("samples", done, asked.n))
     pixels = run.task.bounds.to_unit(run.task.bounds.clamp(x)).cpu()
     return Samples(pixels, asked.y, asked.protocol)
 

@@ -1,6 +1,6 @@
 """Options: what every registered part is made of."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -23,6 +23,17 @@ class Options(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, strict=False
     )
+
+
+def parts_of(part: Any, path: str = "") -> Iterator[tuple[str, Options]]:
+    """A part and all that its fields hold, with the dotted paths to them."""
+    if isinstance(part, Options):
+        yield path, part
+        for name in type(part).model_fields:
+            yield from parts_of(getattr(part, name), f"{path}.{name}" if path else name)
+    elif isinstance(part, tuple | list):
+        for item in part:
+            yield from parts_of(item, path)
 
 
 def not_a_fraction(px: float) -> float:

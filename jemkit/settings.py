@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from jemkit.attack import Norm, Threat
+from jemkit.attack import Norm, Threat, check_width, radius_of
 from jemkit.errors import ConfigError
 from jemkit.evaluator import AnyAttack, Evaluator
 from jemkit.layers import override_layers
@@ -73,22 +73,16 @@ def options_of(overrides: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def threat_of(settings: Settings, default_px: float, pixels: int) -> Threat:
     """Norm and radius of every attack; the released protocol halves the default radius."""
-    radius = settings.eps_px
-    if radius is None:
-        if settings.norm != "Linf":
-            usual = {"L2": "127.5, which is 0.5", "L1": "3060, which is 12"}[settings.norm]
-            raise ConfigError(
-                f"the norm {settings.norm} has no radius by default: give one in 1/255 of the "
-                f"pixel range; on CIFAR-10 --eps-px {usual}, is usual"
-            )
-        radius = default_px / 2 if settings.protocol == "released" else default_px
-    widest = 255 * {"Linf": 1.0, "L2": pixels**0.5, "L1": float(pixels)}[settings.norm]
-    if radius > widest:
+    if settings.protocol == "released" and settings.norm != "Linf":
         raise ConfigError(
-            f"--eps-px {radius:g} is wider than the whole range, {widest:g} in the norm "
-            f"{settings.norm}: a radius is given in 1/255 of the pixel range, so 8 for 8/255"
+            f"the released protocol is one of the norm Linf, in which its steps are set: for "
+            f"{settings.norm} leave out --protocol released"
         )
-    return Threat(settings.norm, radius)
+    usual = default_px / 2 if settings.protocol == "released" else default_px
+    radius = radius_of(settings.norm, settings.eps_px, usual, "--eps-px")
+    threat = Threat(settings.norm, radius)
+    check_width(threat, pixels, "--eps-px")
+    return threat
 
 
 def attacks_of(settings: Settings, registry: Registry) -> dict[str, AnyAttack]:

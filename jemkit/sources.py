@@ -10,6 +10,7 @@ from jemkit.backbone import Backbone, Task
 from jemkit.density import Density
 from jemkit.errors import MisfitError
 from jemkit.exported import CONFIG, WEIGHTS, is_exported, verify
+from jemkit.recipe import Run
 from jemkit.registry import Registry
 from jemkit.restoring import Restored, Which, chosen, restored, run_folder
 from jemkit.runtime.files import load_tensors
@@ -25,6 +26,7 @@ class Source(NamedTuple):
     density: Density
     state: dict[str, Any] | None  # all that the checkpoint holds; None of an exported model
     card: dict[str, Any]  # what tells where the model came from
+    run: Run  # whose precision and switches chains are drawn in
 
 
 def opened(path: Path, registry: Registry, device: torch.device, which: Which) -> Source:
@@ -55,5 +57,7 @@ def _source(found: Restored, state: dict[str, Any] | None, about: dict[str, Any]
         )
     density = backbone.density
     sampler = table.get("sampler", type(density.sampler).__name__)
-    card = {**about, "sampler": sampler, "versions": versions()}
-    return Source(found.task, table, backbone, density, state, card)
+    run = found.recipe.run
+    switches = {name: getattr(run, name) for name in ("precision", "deterministic", "threads")}
+    card = {**about, "sampler": sampler, **switches, "versions": versions()}
+    return Source(found.task, table, backbone, density, state, card, run)

@@ -20,6 +20,7 @@ from jemkit.density import Buffered
 from jemkit.energy import LogSumExpEnergy
 from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.exported import WEIGHTS, is_exported, verify
+from jemkit.fitting import trained_threat
 from jemkit.labels import count_classes
 from jemkit.mistakes import explain
 from jemkit.modes import eval_mode
@@ -203,6 +204,8 @@ def _subject(found: Restored, about: dict[str, Any], folder: Path, registry: Reg
     tables, backbone = found.tables, found.backbone
     density = backbone.density if backbone.has_density else None
     parts = {kind: tables[kind]["use"] for kind in ("backbone", "objective", "data")}
+    trained = trained_threat(found.recipe.objective, found.task.radius_px)
+    other = {} if trained is None or trained.norm == "Linf" else {"trained_norm": trained.norm}
     return Subject(
         PixelModel(backbone.model, found.task.bounds, density),
         found.splits.images("test"),
@@ -214,7 +217,8 @@ def _subject(found: Restored, about: dict[str, Any], folder: Path, registry: Reg
             **parts,
             "network": tables["backbone"]["network"],
             "seed": found.recipe.run.seed,
-            "trained_radius_px": found.task.radius_px,
+            "trained_radius_px": None if trained is None else trained.radius_px,
+            **other,
         },
         folder,
         others_of(found.recipe.data, registry),

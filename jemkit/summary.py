@@ -8,7 +8,7 @@ from jemkit import checkpoint
 from jemkit.assembly import load_model
 from jemkit.errors import Preempted
 from jemkit.figures import Figure
-from jemkit.runtime.numerics import numerics
+from jemkit.runtime.numerics import JUDGED_IN, numerics
 from jemkit.team import alone
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def judged(trainer: "Trainer") -> Summary:
         "checkpoint": checkpoint.verify(path)[checkpoint.MODEL],
     }
     trainer.polling.begin()
-    strict = numerics(deterministic=run.deterministic, threads=run.threads)
+    strict = numerics(precision=JUDGED_IN, deterministic=run.deterministic, threads=run.threads)
     with strict, alone(trainer.parts):
         load_model(trainer.backbone.model, state["ema"] or state["model"])
         try:

@@ -11,13 +11,14 @@ from jemkit.assembly import put_together
 from jemkit.checkup import Metered
 from jemkit.errors import Diverged, OutOfMemory, Preempted
 from jemkit.exam import Exam
+from jemkit.fitting import trained_threat
 from jemkit.pictures import save_curves
 from jemkit.recipe import Recipe, Resolved
 from jemkit.recovery import Care, go_back, saved
 from jemkit.runtime import distributed
 from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.journal import GATHER, PATIENCE, Journal
-from jemkit.runtime.numerics import numerics
+from jemkit.runtime.numerics import JUDGED_IN, numerics
 from jemkit.runtime.polling import Polling
 from jemkit.step import train_step
 from jemkit.summary import Summary, Watch, judged
@@ -153,7 +154,11 @@ class Trainer:
             self.watch("step", {**newest, "step": self.step})
         epoch = self.step // self.loader.steps_per_epoch
         asked = not self._leaves_steps  # else `run` asks in every pass
-        with alone(self.parts), self.polling.passes(self.backbone.model, on=asked):
+        run = self.recipe.run
+        judging = numerics(
+            precision=JUDGED_IN, deterministic=run.deterministic, threads=run.threads
+        )
+        with alone(self.parts), self.polling.passes(self.backbone.model, on=asked), judging:
             sizes = self.care.checkup.body(self.step, self.ema.average if self.ema else {})
             exam = self.exam(epoch)
             with nullcontext() if self.ema is None else self.ema.applied(self.backbone.model):
@@ -176,7 +181,8 @@ class Trainer:
     def exam(self, epoch: int) -> Exam:
         """How the model is looked at after an epoch, 0 for the end."""
         seed, micro = self.recipe.run.seed, self.parts.micro
-        return Exam(self.backbone, self.task, self.splits, seed, epoch, micro)
+        trained = trained_threat(self.recipe.objective, self.task.radius_px)
+        return Exam(self.backbone, self.task, self.splits, seed, epoch, micro, trained)
 
     def finish(self) -> Summary:
         """Judge the best epoch on the test split, at full size."""

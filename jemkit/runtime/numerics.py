@@ -15,6 +15,10 @@ from jemkit.objective import Batch, Objective, Remembering, Terms
 
 Precision = Literal["fp32", "tf32", "bf16"]
 
+JUDGED_IN: Precision = "fp32"
+"""The precision of every figure: in validation, at the end of a run and in `evaluate`, whatever a
+run trains in."""
+
 Layout = Literal["auto", "measure", "yes", "no"]
 """Of weights, channels last or not: `auto` is a rule, which repeats; `measure` is what is faster
 when it is asked."""
@@ -74,6 +78,16 @@ def in_bf16(objective: Objective[Any], device_type: str) -> Within:
     """
     autocast = partial(torch.autocast, device_type, torch.bfloat16)
     return Within(objective, autocast, autocast)
+
+
+@contextmanager
+def as_trained(
+    device_type: str, precision: Precision, *, deterministic: bool, threads: int | None
+) -> Iterator[None]:
+    """Torch's switches, and autocast, as the chains of a run have them while it trains."""
+    narrow = torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16")
+    with numerics(precision=precision, deterministic=deterministic, threads=threads), narrow:
+        yield
 
 
 @contextmanager

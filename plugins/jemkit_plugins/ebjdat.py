@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Generator, Tensor
 
-from jemkit.attack import perturbed
+from jemkit.attack import perturbed, radius_of
 from jemkit.backbone import Backbone
 from jemkit.distance import Distance, Nothing
 from jemkit.energy import EnergyFn, Scores, Stream
@@ -111,7 +111,10 @@ class EBJDAT(Options):
     def kernel(self, backbone: Backbone, x: Tensor) -> Sampler:
         """The chain's step, and the ball that it stays in."""
         bounds, radius = backbone.bounds, self._radius(backbone)
-        size = bounds.px(radius / 4 if self.step_px is None else self.step_px)
+        quarter = radius / 4
+        if self.norm == "L2" and self.step == "sign":  # every pixel moves: as long as that in L2
+            quarter /= x[0].numel() ** 0.5
+        size = bounds.px(quarter if self.step_px is None else self.step_px)
         inner: Sampler = SignDescent(step_size=size)
         if self.step == "gradient":
             inner = SGLD(step_size=self.step_size, noise=0.0)
@@ -165,7 +168,7 @@ class EBJDAT(Options):
         return F.relu(gap - self.margin).mean()
 
     def _radius(self, backbone: Backbone) -> float:
-        return backbone.radius_px if self.radius_px is None else self.radius_px
+        return radius_of(self.norm, self.radius_px, backbone.radius_px, "objective.radius_px")
 
 
 @hookimpl

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from jemkit.attack import PGD, Attack
+from jemkit.attack import PGD, Attack, training_radius
 from jemkit.backbone import Backbone
 from jemkit.hookspecs import hookimpl
 from jemkit.objective import Batch, Objective, Terms, watched
@@ -32,7 +32,7 @@ class PGDAT(Options):
             batch.x,
             rng,
             bounds=backbone.bounds,
-            radius_px=backbone.radius_px,
+            radius_px=training_radius(self.attack, backbone.radius_px),
         )
 
     def loss(self, backbone: Backbone, batch: Batch, x_adv: Tensor) -> Terms:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor
 
-from jemkit.attack import PGD, Attack
+from jemkit.attack import PGD, Attack, training_radius
 from jemkit.backbone import Backbone
 from jemkit.hookspecs import hookimpl
 from jemkit.modes import eval_mode
@@ -36,7 +36,7 @@ class TRADES(Options):
             batch.x,
             rng,
             bounds=backbone.bounds,
-            radius_px=backbone.radius_px,
+            radius_px=training_radius(self.attack, backbone.radius_px),
         )
 
     def loss(self, backbone: Backbone, batch: Batch, x_adv: Tensor | None) -> Terms:

@@ -1,0 +1,99 @@
+"""Chains of `sample` run in the precision of their run; what is judged is judged in fp32."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from toys import toy_recipe, toy_registry
+
+from jemkit import Network, Options, hookimpl, train
+from jemkit.evaluation import judge
+from jemkit.generation import sample
+from jemkit.networks import Shape, SmallCNN
+from jemkit.registry import Plugin, Registry
+from jemkit.settings import settings_of
+from jemkit.subjects import subject_at
+
+SEEN: list[dict[str, Any]] = []
+"""How torch stood in every pass of a witness."""
+
+
+class Witness(Network):
+    """A small network that notes the switches that it is passed under."""
+
+    def __init__(self, inner: Network) -> None:
+        super().__init__()
+        self.inner, self.width = inner, inner.width
+
+    def stem(self, x: Tensor) -> Tensor:
+        SEEN.append(
+            {
+                "tf32": torch.backends.cudnn.allow_tf32,
+                "bf16": torch.is_autocast_enabled("cpu"),
+                "deterministic": torch.are_deterministic_algorithms_enabled(),
+                "threads": torch.get_num_threads(),
+            }
+        )
+        return self.inner.stem(x)
+
+    def trunk(self, h: Tensor) -> Tensor:
+        return self.inner.trunk(h)
+
+
+class Watching(Options):
+    """Options of a witness."""
+
+    def build(self, shape: Shape) -> Network:
+        return Witness(SmallCNN(channels=2, norm="batch").build(shape))
+
+
+class WitnessPlugin:
+    @staticmethod
+    @hookimpl
+    def jemkit_networks() -> dict[str, Any]:
+        return {"witness": Watching}
+
+
+def trained(out: Path, precision: str) -> Registry:
+    registry = toy_registry([Plugin("witness", WitnessPlugin)])
+    settings = [f"run.precision={precision}", "run.deterministic=true", "run.threads=1"]
+    recipe = toy_recipe(
+        registry, "sadajem", "jem", "plain", "backbone.network.use=witness", "run.epochs=1",
+        *settings,
+    )  # fmt: skip
+    SEEN.clear()
+    train(recipe, out, registry=registry)
+    return registry
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_chains_are_drawn_by_the_switches_that_the_run_was_trained_by(
+    precision: str, tmp_path: Path
+) -> None:
+    registry = trained(tmp_path / "run", precision)
+    wanted = {"tf32": precision == "tf32", "bf16": precision == "bf16"}
+    wanted |= {"deterministic": True, "threads": 1}
+    assert wanted in SEEN
+    SEEN.clear()
+    found = sample(tmp_path / "run", registry=registry, n=4, steps=2, device="cpu")
+    assert [seen for seen in SEEN if seen != wanted] == []
+    assert SEEN
+    said = {"precision": precision, "deterministic": True, "threads": 1}
+    assert said.items() <= found.protocol.items()
+
+
+def test_validation_the_last_judgement_and_evaluate_are_all_in_fp32(tmp_path: Path) -> None:
+    registry = trained(tmp_path / "run", "tf32")
+    by_tf32 = [seen["tf32"] for seen in SEEN]
+    assert by_tf32[0]  # the first step
+    assert not by_tf32[-1]  # the last judgement
+    changes = sum(a != b for a, b in itertools.pairwise(by_tf32))
+    assert changes == 1  # at the epoch's end
+    SEEN.clear()
+    subject = subject_at(tmp_path / "run", registry, torch.device("cpu"))
+    record = judge(subject, settings_of({"attacks": ("pgd",), "only": ("accuracy",)}), registry)
+    assert not any(seen["tf32"] for seen in SEEN)
+    assert record.figure("clean").protocol["precision"] == "fp32"
