@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from jemkit import dealing, team
 from jemkit.backbone import Backbone, Task
 from jemkit.compiled import CompiledGradient, compiled_chains
-from jemkit.data import Loader
+from jemkit.data import Loader, Views
 from jemkit.energy import EnergyModel
 from jemkit.errors import ConfigError, DataError
 from jemkit.fitting import check_adversary, check_parts
@@ -118,7 +118,7 @@ def put_together(recipe: Recipe) -> Assembly:
     """Build and check; raises ConfigError or DataError."""
     team.ask("build")
     run, usual = recipe.run, recipe.data.radius_px
-    check_adversary(recipe.objective, usual)  # before data are read
+    check_adversary(recipe.objective, usual)  # before the data is read
     device = device_of(run.device)
     splits = Splits(recipe.data, valid_fraction=run.valid_fraction, max_train=run.max_train)
     task = task_of(recipe, splits)
@@ -138,15 +138,6 @@ def put_together(recipe: Recipe) -> Assembly:
     if run.precision == "bf16":
         objective = in_bf16(objective, device.type)  # type: ignore[assignment]
     rng = dealing.split(backbone, rng, run.seed)
-    loader = Loader(
-        splits.images("train").to(device),
-        run.batch_size,
-        generator(device, run.seed, "data"),
-        views=backbone.views,
-        bounds=task.bounds,
-        augmentation=task.augmentation,
-        shard=distributed.shard(),
-    )
     return Assembly(
         device=device,
         splits=splits,
@@ -158,10 +149,22 @@ def put_together(recipe: Recipe) -> Assembly:
         updater=team.checked(recipe.updater.build(model, optimizer), model),
         ema=EMA(model, run.ema_decay) if run.ema_decay else None,
         micro=MicroBatch(run.micro_batch, recompute=run.recompute),
-        loader=loader,
+        loader=_loader(run, task, backbone.views, device),
         compiled=unit,
         twin=twin,
         channels_last=run.channels_last,
+    )
+
+
+def _loader(run: Run, task: Task, views: Views, device: torch.device) -> Loader:
+    return Loader(
+        task.images("train").to(device),
+        run.batch_size,
+        generator(device, run.seed, "data"),
+        views=views,
+        bounds=task.bounds,
+        augmentation=task.augmentation,
+        shard=distributed.shard(),
     )
 
 

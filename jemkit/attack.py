@@ -195,6 +195,9 @@ class PGD(Options):
     restarts: int = Field(1, ge=1)
     keep: Literal["worst", "first"] = "worst"
 
+    def unused(self) -> dict[str, str]:
+        return {} if self.steps else {"step_px": "where steps is 0"}
+
     @property
     def label(self) -> str:
         return f"pgd{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "")

@@ -1,6 +1,6 @@
 """Backbones: what a JEM variant brings to any objective."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 from jemkit.data import Augmentation, Bounds, Images, Views
 from jemkit.density import Buffer, Contrastive, Density, DensitySpec, ReplayBuffer
 from jemkit.energy import EnergyModel, EnergyModelSpec, LogitEnergy, Network, Scores, Stream
-from jemkit.errors import MisfitError
+from jemkit.errors import ConfigError, MisfitError
 from jemkit.modes import batch_norms, frozen_batch_stats
 from jemkit.networks import Adapted, NetworkSpec, Shape, lent
 from jemkit.sampling import SGLD, Sampler
@@ -48,6 +48,7 @@ class Backbone:
         self.views = Views() if views is None else views
         self.bounds, self.radius_px = bounds, radius_px
         self._separate = bool(batch_norms(model))
+        self.passed: set[Stream] = set()  # by an update so far
 
     @classmethod
     def of_module(
@@ -96,8 +97,26 @@ class Backbone:
             joint = self.model(torch.cat(list(streams.values())))
             parts = joint.split([len(x) for x in streams.values()])
             return dict(zip(streams, parts, strict=True))
-        learnt = set(streams) & set(self.views.stats_from) or {"x_pos"}  # data, at the least
+        learnt = self.learnt_from(streams)
+        self.passed |= set(streams)
         return {name: self._alone(x, learn=name in learnt) for name, x in streams.items()}
+
+    def learnt_from(self, streams: Iterable[Stream]) -> set[Stream]:
+        """The streams that batch norm learns from among these; x+ where none is named."""
+        return set(streams) & set(self.views.stats_from) or set(streams) & {"x_pos"}
+
+    def check_learning(self, streams: Iterable[Stream]) -> None:
+        """Refuse statistics of batch norm that no pass of these streams would ever move."""
+        told = sorted(streams)
+        named = self.views.stats_from
+        usual: tuple[str, ...] = Views.model_fields["stats_from"].default
+        wanted = set(named) & set(told) or (named == usual and "x_pos" in told)
+        if self._separate and told and not wanted:
+            raise ConfigError(
+                f"backbone.views.stats_from names {', '.join(named) or 'no stream'}, and this "
+                f"objective passes {', '.join(told)} alone: batch norm would never learn. Name one "
+                "of those"
+            )
 
     def _alone(self, x: Tensor, *, learn: bool) -> Scores:
         if learn:
@@ -123,6 +142,17 @@ def check_stem(sampler: Sampler, network: Network) -> None:
             "alone, and this network, an adapted module, has no stem to split off; choose "
             "another sampler, such as sgld"
         )
+
+
+def without_batch_norm(network: NetworkSpec) -> dict[str, str]:
+    """Options of a backbone that do nothing on a network which says that its norm is another."""
+    norm = getattr(network, "norm", "batch")
+    if norm in ("batch", "sync"):
+        return {}
+    return dict.fromkeys(
+        ("views.stats_from", "density.batch_norm"),
+        f"on a network without batch norm (norm: {norm})",
+    )
 
 
 def assemble(

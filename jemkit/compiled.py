@@ -15,7 +15,7 @@ from jemkit.objective import Objective
 from jemkit.replay import Replay
 from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.numerics import Within
-from jemkit.sampling import eager_gradient, gradients_by, runs_by
+from jemkit.sampling import eager_gradient, gradients_by, runs_by, slope_at
 
 Backend = Literal["inductor", "aot_eager", "eager"]
 GRAPHS = 64
@@ -43,7 +43,7 @@ class CompiledGradient:
         self.given_up = False
         self._graphs = self._told = 0
         self._unit: Callable[[EnergyFn, Tensor], Tensor] = torch.compile(
-            eager_gradient, fullgraph=True, dynamic=False, backend=self._counted
+            slope_at, fullgraph=True, dynamic=False, backend=self._counted
         )
 
     def __call__(self, energy: EnergyFn, x: Tensor) -> Tensor:
@@ -52,7 +52,8 @@ class CompiledGradient:
         began, before = time.perf_counter(), self._graphs
         try:
             with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=GRAPHS):
-                found = self._unit(energy, x)
+                # the leaf is made out here: not every torch traces requires_grad_() in a graph
+                found = self._unit(energy, x.detach().requires_grad_())
         except Exception as error:
             lacking = lacks_compiler(error)
             if lacking is None:

@@ -243,6 +243,9 @@ class Contrastive(Options):
     penalty: float = Field(0.0, ge=0)  # on the size of the energies
     penalty_on: Literal["means", "positives"] = "means"
 
+    def unused(self) -> dict[str, str]:
+        return {} if self.penalty else {"penalty_on": "where penalty is 0"}
+
     def build(
         self, sampler: Sampler, steps: int, start: Start, buffer: ReplayBuffer, bounds: Bounds
     ) -> Density:

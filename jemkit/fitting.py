@@ -13,7 +13,7 @@ from jemkit.distance import UsesDistances
 from jemkit.errors import ConfigError, MisfitError
 from jemkit.memory import can_recompute
 from jemkit.modes import eval_mode
-from jemkit.objective import Conditional, Objective
+from jemkit.objective import Conditional, NamesStreams, Objective
 from jemkit.options import parts_of
 from jemkit.registry import installed
 from jemkit.runtime import distributed
@@ -31,6 +31,8 @@ def check_parts(backbone: Backbone, objective: Objective[Any], task: Task, run: 
     check_distances(objective, task, backbone)
     chains = positives(min(run.batch_size, task.n_train), backbone.views)
     check_chains(objective, backbone, chains)
+    if isinstance(objective, NamesStreams):
+        backbone.check_learning(objective.streams)
     check_graph(backbone, distributed.shard().size if run.compile else 1)
     if run.precision == "tf32" and not next(backbone.model.parameters()).is_cuda:
         log.warning("run.precision: tf32 is a GPU's; this run computes in fp32")

@@ -106,6 +106,9 @@ class WRN(Options):
             raise ValueError(f"a WideResNet has depth 6 n + 4, such as 10, 16 or 28; got {depth}")
         return depth
 
+    def unused(self) -> dict[str, str]:
+        return {} if self.norm in ("batch", "sync") else {"bn_momentum": "without batch norm"}
+
     def build(self, shape: Shape) -> Network:
         return WideResNet(shape, self.depth, self.width, self.norm, self.bn_momentum)
 

@@ -74,6 +74,16 @@ class Objective(Protocol[D]):
 
 
 @runtime_checkable
+class NamesStreams(Protocol):
+    """An objective that says beforehand which streams it passes through the network."""
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """In the order of the pass."""
+        ...
+
+
+@runtime_checkable
 class Conditional(Protocol):
     """An objective that may ask for chains of given classes."""
 

@@ -24,6 +24,13 @@ class Options(BaseModel):
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, strict=False
     )
 
+    def unused(self) -> Mapping[str, str]:
+        """Options that do nothing as the others stand, each with what it would take: "unless ...".
+
+        A name may be dotted. A person who sets one of them is told so before the first step.
+        """
+        return {}
+
 
 def parts_of(part: Any, path: str = "") -> Iterator[tuple[str, Options]]:
     """A part and all that its fields hold, with the dotted paths to them."""

@@ -30,6 +30,7 @@ from jemkit.registry import Registry
 from jemkit.runtime.numerics import Layout
 from jemkit.runtime.sentinel import Sentinel
 from jemkit.schedule import SGD, OptimizerOptions, Schedule
+from jemkit.unused import before_layers, check_unused
 from jemkit.update import UpdaterSpec
 
 __all__ = [
@@ -119,7 +120,11 @@ def resolve(
     chosen = {table: _choice(table, own) for table in PARTS}
     names = {table: str(layer.table[table]["use"]) for table, layer in chosen.items()}
     _check_whole(own, chosen)
-    for layer in [*chosen.values(), *_part_layers(registry, names), *own]:
+    proposed = [*chosen.values(), *_part_layers(registry, names)]
+    usual: Table = {}
+    for at, layer in enumerate([*proposed, *own]):
+        if at == len(proposed):
+            usual = before_layers(stack.tables)
         replaced = _replaced(layer, chosen)
         for table in replaced:
             stack.lose(layer.origin, PARTS[table], table, layer.table[table])
@@ -127,6 +132,8 @@ def resolve(
         stack.lay(layer._replace(table=rest))
     _tell_lost(stack, own)
     recipe = build(stack.tables, registry, stack.origins)
+    said = {layer.origin for layer in own} - ({str(config)} if _is_saved(config) else set())
+    check_unused(recipe, stack.tables, usual, stack.origins, said)
     return Resolved(recipe, stack.tables, stack.origins)
 
 
@@ -233,6 +240,11 @@ def _preset(registry: Registry, name: str | None) -> list[Layer]:
         there = ", ".join(sorted(presets))
         raise ConfigError(f"no preset {name!r}{nearest(name, presets)}. There are: {there}")
     return [Layer(f"preset/{name}", read_layer(presets[name]))]
+
+
+def _is_saved(config: Path | Table | None) -> bool:
+    """Whether settings come from the config.json of a run, which can still be judged."""
+    return isinstance(config, Path) and config.suffix == ".json"
 
 
 def _config(config: Path | Table | None) -> list[Layer]:

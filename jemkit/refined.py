@@ -36,6 +36,11 @@ class Refinement(Options):
     gradient: Slope = "exact"  # what an attack sees that does not choose for itself
     seed: int = Field(0, ge=0, lt=2**32)
 
+    def unused(self) -> dict[str, str]:
+        found = {} if self.steps else dict.fromkeys(("step_size", "noise"), "where steps is 0")
+        idle = dict.fromkeys(("samples", "seed"), "where neither noise nor jitter is drawn")
+        return found if self.random else {**found, **idle}
+
     @property
     def random(self) -> bool:
         """Whether anything is drawn."""

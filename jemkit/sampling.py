@@ -37,9 +37,13 @@ Gradient = Callable[[EnergyFn, Tensor], Tensor]
 
 
 def eager_gradient(energy: EnergyFn, x: Tensor) -> Tensor:
-    x = x.detach().requires_grad_()
+    return slope_at(energy, x.detach().requires_grad_())
+
+
+def slope_at(energy: EnergyFn, leaf: Tensor) -> Tensor:
+    """dE/dx at a leaf that asks for it."""
     with torch.enable_grad():
-        (grad,) = torch.autograd.grad(energy(x).sum(), x)
+        (grad,) = torch.autograd.grad(energy(leaf).sum(), leaf)
     return grad
 
 
@@ -124,6 +128,9 @@ class SGLD(Options):
         """Eq. 10 as printed: the step is c^2 / 2 and the noise c."""
         return cls(step_size=c**2 / 2, noise=c)
 
+    def unused(self) -> dict[str, str]:
+        return {} if self.step_size else {"clip": "where step_size is 0"}
+
     def step(self, energy: EnergyFn, x: Tensor, rng: Generator) -> Tensor:
         drift = gradient(energy, x)
         if self.clip is not None:
@@ -144,6 +151,10 @@ class PYLD(Options):
     inner_steps: int = Field(5, ge=1)
     step_size: float = Field(0.2, ge=0)
     clip: float | None = Field(1.0, gt=0)
+
+    def unused(self) -> dict[str, str]:
+        idle = dict.fromkeys(("inner_steps", "clip"), "where step_size is 0")
+        return {} if self.step_size else idle
 
     def step(self, energy: EnergyFn, x: Tensor, rng: Generator) -> Tensor:
         if not isinstance(energy, ModelEnergy):

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from typing import Annotated, Literal, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 from torch.optim import Optimizer
 
+from jemkit.errors import ConfigError
 from jemkit.options import Options
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
@@ -23,6 +24,12 @@ class SGD(Options):
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = False
     weight_decay: float = Field(5e-4, ge=0)
+
+    @model_validator(mode="after")
+    def _momentum_to_look_ahead_by(self) -> "SGD":
+        if self.nesterov and not self.momentum:
+            raise ConfigError("optimizer.nesterov needs a momentum above 0")
+        return self
 
     def build(self, params: Iterable[nn.Parameter], *, fused: bool) -> Optimizer:
         return untraced(torch.optim.SGD)(
@@ -80,6 +87,22 @@ class Schedule(Options):
     at: tuple[float, ...] = (0.5, 0.75)  # of `steps`: shares of the run; our choice (3.5, row 22)
     by: float = Field(0.2, gt=0, le=1)
     floor: float = Field(0.0, ge=0, le=1)  # of `cosine`: the factor at the end
+
+    def unused(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        if self.decay != "steps":
+            found |= dict.fromkeys(("at", "by"), 'unless decay = "steps"')
+        elif not self.at:
+            found["by"] = "where at is empty"
+        elif min(self.at) >= 1:
+            found["at"] = "since shares of the run of 1 and more are never reached"
+        if self.decay != "cosine":
+            found["floor"] = 'unless decay = "cosine"'
+        if not self.warmup:
+            found["warmup_share"] = "where warmup is 0"
+        elif not self.warmup_share:
+            found["warmup"] = "where warmup_share is 0"
+        return found
 
     def factor(self, step: int, total: int) -> float:
         """The factor at `step` of 0, ..., total - 1."""

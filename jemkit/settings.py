@@ -13,6 +13,7 @@ from jemkit.mistakes import explain
 from jemkit.options import Options, Radius, nearest
 from jemkit.registry import Registry
 from jemkit.selection import Selection
+from jemkit.unused import check_given
 
 ORDER = ("accuracy", "robustness", "energies", "calibration", "ood", "generation")
 """In which evaluators run; those of other plug-ins follow."""
@@ -127,9 +128,12 @@ def _built(
     registry: Registry, kind: str, name: str, options: Mapping[str, Mapping[str, Any]]
 ) -> Any:
     part = registry[kind][name]
+    given = dict(options.get(name, {}))
     try:
-        return part.model_validate(dict(options.get(name, {})), context=registry.context)
+        built = part.model_validate(given, context=registry.context)
     except ValidationError as error:
         raise ConfigError(
             f"{kind} {name}: {explain(error, dict.fromkeys(part.model_fields))}"
         ) from None
+    check_given(built, given, name)
+    return built

@@ -33,6 +33,7 @@ def train_step(
 
         def terms() -> Terms:
             seen.append(objective.loss(backbone, batch, draws))
+            backbone.check_learning(backbone.passed)
             return seen[-1]
 
         for _ in range(theta_steps):

@@ -119,6 +119,9 @@ class SAM(Options):
     rho: float = Field(0.05, ge=0)
     adaptive: bool = False
 
+    def unused(self) -> dict[str, str]:
+        return {} if self.rho else {"adaptive": "where rho is 0"}
+
     def build(self, model: nn.Module, optimizer: Optimizer) -> Updater:
         return SAMUpdater(model, optimizer, self)
 

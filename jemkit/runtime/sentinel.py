@@ -36,6 +36,12 @@ class Sentinel(Options):
     stuck: float = Field(0.5, gt=0, lt=1)  # share at the range's edge, of pixels and of slots
     collapse: int = Field(2, ge=1)  # epochs in a row at chance; one may be a hiccup of batch norm
 
+    def unused(self) -> dict[str, str]:
+        rest = set(type(self).model_fields) - {"on"}
+        if not self.on:
+            return dict.fromkeys(sorted(rest), "while the sentinel is off")
+        return {} if self.tries else {"policy": "where tries is 0"}
+
     def proof(self, per_epoch: int) -> int:
         """Steps that prove a checkpoint healthy: `quiet` of them, or an epoch."""
         return min(self.quiet, per_epoch)

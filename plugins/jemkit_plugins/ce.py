@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Generator
 
 from jemkit.backbone import Backbone
+from jemkit.energy import Stream
 from jemkit.hookspecs import hookimpl
 from jemkit.objective import Batch, Objective, Terms, watched
 from jemkit.options import Options
@@ -16,6 +17,10 @@ class CE(Options):
     """-log p(y | x)."""
 
     needs_density: ClassVar[bool] = False
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        return ("x",)
 
     def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> None:
         return None

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from torch import Generator
 
-from jemkit.backbone import Backbone, BackboneSpec, Task, assemble
+from jemkit.backbone import Backbone, BackboneSpec, Task, assemble, without_batch_norm
 from jemkit.data import Views
 from jemkit.energy import EnergyModelSpec, LogSumExp
 from jemkit.hookspecs import hookimpl
@@ -19,6 +19,13 @@ class Classifier(Options):
     network: Annotated[NetworkSpec, PartOf("network")] = WRN()
     energy: Annotated[EnergyModelSpec, PartOf("energy")] = LogSumExp()
     views: Views = Views()
+
+    def unused(self) -> dict[str, str]:
+        views = dict.fromkeys(
+            ("views.augment_pos", "views.noise_pos", "views.pos_share"),
+            "on a classifier, which has no density",
+        )
+        return {**views, **without_batch_norm(self.network)}
 
     def build(self, task: Task, rng: Generator) -> Backbone:
         return assemble(task, rng, network=self.network, energy=self.energy, views=self.views)

@@ -26,6 +26,9 @@ class CW(Options):
     step_px: float | None = Field(None, ge=0)  # None: a quarter of the radius
     restarts: int = Field(1, ge=1)
 
+    def unused(self) -> dict[str, str]:
+        return {} if self.steps else {"step_px": "where steps is 0"}
+
     @property
     def label(self) -> str:
         return f"cw{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "")

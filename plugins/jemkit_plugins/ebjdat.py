@@ -62,6 +62,29 @@ class EBJDAT(Options):
             raise ConfigError("w1, w2, w3 and w_clean are all 0: nothing to learn")
         return self
 
+    def unused(self) -> dict[str, str]:
+        chain = ("adv_steps", "radius_px", "start_px", "norm", "projection")
+        step = ("step", "step_px", "step_size", "inner", "direction", "distance", "distance_weight")
+        found = {"margin": 'unless outer = "hinge"'} if self.outer != "hinge" else {}
+        if self.step != "gradient":
+            found["step_size"] = 'unless step = "gradient"'
+        else:
+            found["step_px"] = 'where step = "gradient", whose size is step_size'
+        if isinstance(self.distance, Nothing):
+            found["distance_weight"] = "without a distance"
+        elif not self.distance_weight:
+            found["distance"] = "where distance_weight is 0"
+        sized = self.step == "gradient" or self.step_px is not None
+        if not self.projection and self.start_px is not None and sized:
+            found["radius_px"] = "without projection, where start_px and the step's size are given"
+        if not self.adv_steps:
+            found |= dict.fromkeys((*step, "projection"), "where adv_steps is 0")
+        if not self.w2:
+            found |= dict.fromkeys(("outer", "margin", "pair"), "where w2 is 0")
+        if not (self.w2 or self.w3):
+            found |= dict.fromkeys((*chain, *step), "where w2 and w3 are 0")
+        return found
+
     @property
     def clean_weight(self) -> float:
         return self.w3 if self.w_clean is None else self.w_clean
@@ -142,18 +165,27 @@ class EBJDAT(Options):
             terms["p(y|x)"] = (self.clean_weight, F.cross_entropy(scores["x"].logits, batch.y))
         return Terms.weighted(terms, watched(scores, batch.y))  # line 18
 
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """Those that some term of weight above 0 asks for."""
+        asked: dict[Stream, bool] = {
+            "x": bool(self.clean_weight or (self.w2 and self.pair == "same")),
+            "x_pos": bool(self.w1 or (self.w2 and self.pair == "density")),
+            "x_neg": bool(self.w1),
+            "x_adv": bool(self.w2 or self.w3),
+        }
+        return tuple(stream for stream, is_asked in asked.items() if is_asked)
+
     def _streams(self, batch: Batch, draws: Draws) -> dict[Stream, Tensor]:
-        """The images that some term of weight above 0 asks for."""
-        streams: dict[Stream, Tensor] = {}
-        if self.clean_weight or (self.w2 and self.pair == "same"):
-            streams["x"] = batch.x
-        if draws.x_neg is not None or (self.w2 and self.pair == "density"):
-            streams["x_pos"] = batch.x_pos
-        if draws.x_neg is not None:
-            streams["x_neg"] = draws.x_neg
-        if draws.x_adv is not None:
-            streams["x_adv"] = draws.x_adv
-        return streams
+        """The images of `streams`; of what was drawn all that there is."""
+        density = draws.x_neg is not None
+        images: dict[Stream, Tensor | None] = {
+            "x": batch.x if "x" in self.streams else None,
+            "x_pos": batch.x_pos if density or (self.w2 and self.pair == "density") else None,
+            "x_neg": draws.x_neg,
+            "x_adv": draws.x_adv,
+        }
+        return {stream: x for stream, x in images.items() if x is not None}
 
     def apart(self, gap: Tensor) -> Tensor:
         """h2 of the one-to-one gaps E(x~) - E(x), [B]."""

@@ -27,6 +27,9 @@ class EnergyAttack(Options):
     step_px: float | None = Field(None, ge=0)  # None: a quarter of the radius
     restarts: int = Field(1, ge=1)
 
+    def unused(self) -> dict[str, str]:
+        return {} if self.steps else {"step_px": "where steps is 0"}
+
     @property
     def label(self) -> str:
         return "energy"
@@ -77,6 +80,12 @@ class Detector(Options):
     steps: int = Field(40, ge=0)
     step_px: float | None = Field(None, ge=0)  # None: a quarter of the radius
     restarts: int = Field(1, ge=1)
+
+    def unused(self) -> dict[str, str]:
+        found = {} if self.steps else {"step_px": "where steps is 0"}
+        if self.limit != "percentile":
+            found["percentile"] = 'unless limit = "percentile"'
+        return found
 
     @property
     def label(self) -> str:

@@ -69,6 +69,11 @@ class Generation(Options):
             inception_file(path)
         return path
 
+    def unused(self) -> dict[str, str]:
+        if self.source == "chains":
+            return {}
+        return dict.fromkeys(("steps", "start"), 'where source = "buffer"')
+
     def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
         if not subject.has_density:
             raise Unmeasurable("the model is a classifier without a density: nothing to sample")

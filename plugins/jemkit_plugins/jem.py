@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Generator, Tensor
 
-from jemkit.backbone import Backbone, BackboneSpec, Task, assemble
+from jemkit.backbone import Backbone, BackboneSpec, Task, assemble, without_batch_norm
 from jemkit.data import Views
 from jemkit.density import Buffer, Contrastive, DensitySpec
 from jemkit.energy import EnergyModelSpec, LogSumExp, Stream
@@ -31,6 +31,9 @@ class JEM(Options):
     buffer: Buffer = Buffer(capacity=10_000, restart=0.05)
     steps: int = Field(20, ge=0)  # M
     views: Views = Views(noise_x=0.03, noise_pos=0.03)
+
+    def unused(self) -> dict[str, str]:
+        return without_batch_norm(self.network)
 
     def build(self, task: Task, rng: Generator) -> Backbone:
         return assemble(task, rng, **dict(self))
@@ -58,9 +61,17 @@ class JEMObjective(Options):
             raise ConfigError("w_px and w_pyx are both 0: nothing to learn")
         return self
 
+    def unused(self) -> dict[str, str]:
+        return {} if self.w_px else {"negatives": "where w_px is 0"}
+
     @property
     def conditional(self) -> bool:
         return bool(self.w_px) and self.negatives == "conditional"
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        density: tuple[Stream, ...] = ("x_pos", "x_neg") if self.w_px else ()
+        return ("x", *density) if self.w_pyx else density
 
     def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> Draws:
         if not self.w_px:

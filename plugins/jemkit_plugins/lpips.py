@@ -39,6 +39,9 @@ class LPIPS(Options):
     weights: Path | None = None  # .pth, .safetensors or .npz; else torchvision's cache
     download: bool = False
 
+    def unused(self) -> dict[str, str]:
+        return {} if self.weights is None else {"download": "where weights are given"}
+
     def bind(self, model: EnergyModel, x: Tensor, bounds: Bounds) -> Measure:
         _fits(x)
         perceptual = network(self, x.device, x.dtype)

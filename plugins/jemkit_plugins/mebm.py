@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import Generator
 
-from jemkit.backbone import Backbone, BackboneSpec, Task, assemble
+from jemkit.backbone import Backbone, BackboneSpec, Task, assemble, without_batch_norm
 from jemkit.data import Views
 from jemkit.density import Buffer, Contrastive, DensitySpec
 from jemkit.energy import EnergyModelSpec, LinearHead
@@ -30,6 +30,9 @@ class MEBM(Options):
     buffer: Buffer = Buffer(capacity=10_000, restart=0.05)
     steps: int = Field(5, ge=0)  # M
     views: Views = Views(augment_pos=False)
+
+    def unused(self) -> dict[str, str]:
+        return without_batch_norm(self.network)
 
     def build(self, task: Task, rng: Generator) -> Backbone:
         return assemble(task, rng, **dict(self))

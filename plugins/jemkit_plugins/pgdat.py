@@ -8,6 +8,7 @@ from torch import Generator, Tensor
 
 from jemkit.attack import PGD, Attack, training_radius
 from jemkit.backbone import Backbone
+from jemkit.energy import Stream
 from jemkit.hookspecs import hookimpl
 from jemkit.objective import Batch, Objective, Terms, watched
 from jemkit.options import Options, PartOf
@@ -19,6 +20,10 @@ class PGDAT(Options):
     needs_density: ClassVar[bool] = False
 
     attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10)
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        return ("x_adv",)
 
     def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> Tensor:
         model, y = backbone.model, batch.y

@@ -32,6 +32,9 @@ class EOT(Options):
     step_px: float | None = Field(None, ge=0)  # None: a quarter of the radius
     samples: int = Field(10, ge=1)  # passes to a gradient; one where nothing is drawn
 
+    def unused(self) -> dict[str, str]:
+        return {} if self.steps else {"step_px": "where steps is 0"}
+
     @property
     def label(self) -> str:
         return f"eot{self.steps}"
@@ -58,6 +61,9 @@ class BPDA(Options):
     steps: int = Field(20, ge=0)
     step_px: float | None = Field(None, ge=0)  # None: a quarter of the radius
     samples: int = Field(10, ge=1)  # passes to a gradient; one where nothing is drawn
+
+    def unused(self) -> dict[str, str]:
+        return {} if self.steps else {"step_px": "where steps is 0"}
 
     @property
     def label(self) -> str:

@@ -23,6 +23,9 @@ class Robustness(Options):
     indicators: bool = True
     indicator_images: int = Field(128, ge=2)
 
+    def unused(self) -> dict[str, str]:
+        return {} if self.indicators else {"indicator_images": "where indicators is false"}
+
     def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
         first = data.take(arange(min(2, len(data.y)))).to(ctx.rng.device)
         model = anchored(subject, first.unit())

@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from jemkit.attack import PGD, Attack, training_radius
 from jemkit.backbone import Backbone
+from jemkit.energy import Stream
 from jemkit.hookspecs import hookimpl
 from jemkit.modes import eval_mode
 from jemkit.objective import Batch, Objective, Terms, watched
@@ -23,6 +24,13 @@ class TRADES(Options):
 
     beta: float = Field(6.0, ge=0)
     attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10)
+
+    def unused(self) -> dict[str, str]:
+        return {} if self.beta else {"attack": "where beta is 0"}
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        return ("x", "x_adv") if self.beta else ("x",)
 
     def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> Tensor | None:
         if not self.beta:

@@ -1,0 +1,294 @@
+"""Every option acts, or is refused where the others leave it nothing to do."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import REGISTRY, gen, toy_recipe, toy_registry
+
+from jemkit import Guard, Options, resolve, train_step
+from jemkit.assembly import put_together
+from jemkit.data import Views
+from jemkit.density import Buffer
+from jemkit.errors import ConfigError
+from jemkit.recipe import Run
+from jemkit.runtime.sentinel import Sentinel
+from jemkit.schedule import SGD, Adam, Schedule
+from jemkit.settings import Settings, attacks_of, evaluators_of
+
+TOYS = toy_registry()
+KNOWN = {
+    "network mlp": "hidden layers",
+    "network smallcnn": "channels norm",
+    "network timm": "model",
+    "network torchvision": "model",
+    "network wrn": "depth width norm bn_momentum",
+    "sampler l2": "step_size",
+    "sampler pyld": "inner_steps step_size clip",
+    "sampler sgld": "step_size noise clip",
+    "sampler sign": "step_size",
+    "start noise": "std",
+    "density contrastive": "batch_norm box penalty penalty_on",
+    "backbone classifier": "network energy views",
+    "backbone jem": "network energy density sampler start buffer steps views",
+    "backbone jempp": "network energy density sampler start buffer steps views",
+    "backbone mebm": "network energy density sampler start buffer steps views",
+    "backbone sadajem": "network energy density sampler start buffer steps views",
+    "objective ebjdat": "w1 w2 w3 w_clean adv_steps radius_px start_px step_px step_size step norm "
+    "projection inner direction outer margin pair distance distance_weight",
+    "objective jem": "w_px w_pyx negatives",
+    "objective pgdat": "attack",
+    "objective trades": "beta attack",
+    "updater awp": "gamma",
+    "updater sam": "rho adaptive",
+    "distance lpips": "net weights download",
+    "dataset cifar10": "dir download",
+    "dataset cifar100": "dir download",
+    "dataset folder": "dir size",
+    "dataset svhn": "dir download",
+    "attack aa": "version",
+    "attack apgd": "steps restarts loss eot",
+    "attack bpda": "steps step_px samples",
+    "attack cw": "steps step_px restarts",
+    "attack detector": "limit percentile tolerance steps step_px restarts",
+    "attack energy": "of steps step_px restarts",
+    "attack eot": "steps step_px samples",
+    "attack fgsm": "random_start",
+    "attack pgd": "steps radius_px step_px norm restarts keep",
+    "attack square": "queries restarts",
+    "evaluator calibration": "bins",
+    "evaluator energies": "n steps bins path_images",
+    "evaluator generation": "n steps start source selection reference max_reference inception "
+    "features",
+    "evaluator ood": "made against",
+    "evaluator robustness": "indicators indicator_images",
+}
+"""All options of all parts. A new one is added here with a row in `ACTS`, or in `EVALUATIONS`."""
+
+PLAIN: dict[str, list[str]] = {
+    "run": ["epochs", "batch_size", "micro_batch", "recompute", "seed", "theta_steps",
+            "valid_fraction", "max_train", "ema_decay", "device", "precision", "compile",
+            "channels_last", "deterministic", "threads", "eval_images", "shard", "tensorboard",
+            "keep"],
+    "schedule": ["decay", "warmup", "warmup_share", "at", "by", "floor"],
+    "sgd": ["use", "lr", "momentum", "nesterov", "weight_decay"],
+    "adam": ["use", "lr", "betas", "weight_decay"],
+    "views": ["augment_x", "augment_pos", "noise_x", "noise_pos", "pos_share", "stats_from"],
+    "buffer": ["capacity", "restart", "conditional"],
+    "sentinel": ["on", "tries", "policy", "quiet", "window", "far", "nats", "patience", "steep",
+                 "stuck", "collapse"],
+}  # fmt: skip
+
+
+def test_every_option_of_every_part_is_known_here() -> None:
+    found = {
+        f"{kind} {name}": " ".join(part.model_fields)
+        for kind, shelf in REGISTRY.shelves.items()
+        for name, part in shelf.items()
+    }
+    assert {part: names for part, names in found.items() if names} == KNOWN
+    tables: dict[str, type[Options]] = {
+        "run": Run, "schedule": Schedule, "sgd": SGD, "adam": Adam, "views": Views,
+        "buffer": Buffer, "sentinel": Sentinel,
+    }  # fmt: skip
+    assert {name: list(part.model_fields) for name, part in tables.items()} == PLAIN
+
+
+def outcome(backbone: str, objective: str, *sets: str) -> dict[str, torch.Tensor]:
+    """All that two steps of a toy run leave behind."""
+    recipe = toy_recipe(TOYS, backbone, objective, "plain", *sets).recipe
+    parts = put_together(recipe)
+    parts.backbone.model.train()
+    rng, guard = gen(), Guard()
+    for step in range(2):
+        factor = recipe.schedule.factor(step + 5, parts.task.total_steps)
+        for group in parts.optimizer.param_groups:
+            group["lr"] = recipe.optimizer.lr * factor
+        train_step(parts.backbone, parts.objective, parts.updater, parts.loader.batch(), rng, guard)
+    left = {name: t.detach().clone() for name, t in parts.backbone.model.state_dict().items()}
+    if parts.backbone.has_density:
+        left["states"] = parts.backbone.density.state_dict()["states"].clone()
+    return left
+
+
+E = ("sadajem", "ebjdat", "objective")
+J = ("jem", "jem", "")
+ACTS: list[tuple[tuple[str, str, str], list[str], str]] = [
+    *[(E, [], f"objective.{s}") for s in (
+        "w1=0.9", "w2=0.9", "w3=0.9", "w_clean=0.9", "adv_steps=3", "radius_px=60", "start_px=1",
+        "step_px=1", "step=normalised", "step=gradient", "projection=false", "inner=marginal",
+        "direction=lower", "outer=contrastive", "pair=density", "distance.use=logits",
+    )],
+    (E, ["objective.step=gradient"], "objective.step_size=0.5"),
+    (E, ["objective.radius_px=60"], "objective.norm=L2"),
+    (E, ["objective.outer=hinge"], "objective.margin=1000"),
+    (E, ["objective.distance.use=l2", "objective.step=gradient"], "objective.distance_weight=99"),
+    *[(J, [], s) for s in (
+        "objective.w_px=0.5", "objective.w_pyx=0.5", "backbone.steps=1", "backbone.start.use=noise",
+        "backbone.sampler.use=pyld", "backbone.sampler.step_size=0.5", "backbone.sampler.noise=0.1",
+        "backbone.sampler.clip=0.0001", "backbone.density.box=true", "backbone.density.penalty=1",
+        "backbone.density.batch_norm=running_stats", "backbone.density.batch_norm=released",
+        "backbone.buffer.capacity=90", "backbone.buffer.restart=0.9",
+        "backbone.views.augment_x=false", "backbone.views.augment_pos=false",
+        "backbone.views.noise_x=0", "backbone.views.noise_pos=0", "backbone.views.pos_share=0.5",
+        'backbone.views.stats_from=["x_neg"]', "backbone.energy.use=linear",
+        "backbone.network.channels=3", "backbone.network.norm=group", "backbone.network.use=mlp",
+        "updater.use=sam", "updater.use=awp", "optimizer.lr=0.02", "optimizer.momentum=0.1",
+        "optimizer.nesterov=true", "optimizer.weight_decay=0.5", "optimizer.use=adam",
+        "schedule.decay=cosine", "schedule.at=[0.1]", 
+        "schedule.warmup_share=0.9", "run.batch_size=6", "run.seed=1",
+        "run.valid_fraction=0.3", "run.max_train=30",
+    )],
+    (J, ["schedule.at=[0.1]"], "schedule.by=0.9"),
+    (J, ["schedule.warmup_share=0.9"], "schedule.warmup=1"),
+    (J, ["backbone.density.penalty=1"], "backbone.density.penalty_on=positives"),
+    (J, ["backbone.sampler.use=pyld"], "backbone.sampler.inner_steps=2"),
+    (J, ["backbone.sampler.use=pyld"], "backbone.sampler.step_size=0.5"),
+    (J, ["backbone.sampler.use=pyld"], "backbone.sampler.clip=0.0001"),
+    (J, ["backbone.sampler.use=sign"], "backbone.sampler.step_size=0.5"),
+    (J, ["backbone.sampler.use=l2"], "backbone.sampler.step_size=0.5"),
+    (J, ["backbone.start.use=noise"], "backbone.start.std=0.1"),
+    (J, ["backbone.buffer.conditional=true"], "objective.negatives=conditional"),
+    (J, ["backbone.network.use=mlp"], "backbone.network.hidden=8"),
+    (J, ["backbone.network.use=mlp"], "backbone.network.layers=1"),
+    (J, ["backbone.network.use=wrn-10-1"], "backbone.network.width=2"),
+    (J, ["backbone.network.use=wrn-10-1"], "backbone.network.depth=16"),
+    (J, ["backbone.network.use=wrn-10-1", "backbone.network.norm=batch"],
+     "backbone.network.bn_momentum=0.9"),
+    (J, ["updater.use=sam"], "updater.rho=1"),
+    (J, ["updater.use=sam"], "updater.adaptive=true"),
+    (J, ["updater.use=awp"], "updater.gamma=0.1"),
+    (J, ["optimizer.use=adam"], "optimizer.betas=[0.1, 0.9]"),
+    (J, ["schedule.decay=cosine", "optimizer.lr=0.1"], "schedule.floor=0.9"),
+    (("classifier", "trades", ""), [], "objective.beta=1"),
+    *[(("classifier", name, ""), [], f"objective.attack.{s}")
+      for name in ("pgdat", "trades")
+      for s in ("steps=1", "radius_px=5", "step_px=1")],
+    (("classifier", "pgdat", ""), ["objective.attack.radius_px=90"], "objective.attack.norm=L2"),
+]  # fmt: skip
+"""A pair of parts, settings that an option needs beside it, and the option."""
+
+
+@pytest.mark.parametrize(("pair", "beside", "option"), ACTS, ids=lambda row: str(row))
+def test_an_option_of_training_changes_what_training_leaves_behind(
+    pair: tuple[str, str, str], beside: list[str], option: str
+) -> None:
+    backbone, objective, _ = pair
+    without, ours = (outcome(backbone, objective, *beside, *more) for more in ([], [option]))
+    same = without.keys() == ours.keys() and all(
+        without[name].shape == t.shape and torch.equal(without[name], t) for name, t in ours.items()
+    )
+    assert not same
+
+
+IDLE: list[tuple[list[str], str, str]] = [
+    ([], "objective.margin=0.5", 'unless outer = "hinge"'),
+    ([], "objective.step_size=0.5", 'unless step = "gradient"'),
+    (["objective.step=gradient"], "objective.step_px=1", "whose size is step_size"),
+    ([], "objective.distance_weight=3", "without a distance"),
+    (["objective.adv_steps=0"], "objective.step_px=1", "where adv_steps is 0"),
+    (["objective.w2=0"], "objective.pair=density", "where w2 is 0"),
+    (["objective.w2=0", "objective.w3=0"], "objective.radius_px=9", "where w2 and w3 are 0"),
+    (["objective.projection=false", "objective.start_px=1", "objective.step_px=1"],
+     "objective.radius_px=9", "without projection"),
+    (["objective.use=jem", "objective.w_px=0"], "objective.negatives=conditional", "w_px is 0"),
+    (["objective.use=trades", "objective.beta=0"], "objective.attack.steps=3", "beta is 0"),
+    ([], "backbone.density.penalty_on=positives", "where penalty is 0"),
+    (["backbone.sampler.step_size=0"], "backbone.sampler.clip=3", "step_size is 0"),
+    (["backbone.network.norm=group"], 'backbone.views.stats_from=["x"]', "without batch norm"),
+    (["backbone.network.norm=none"], "backbone.density.batch_norm=released", "without batch norm"),
+    (["backbone.network.use=wrn-10-1", "backbone.network.norm=group"],
+     "backbone.network.bn_momentum=0.9", "without batch norm"),
+    (["updater.use=sam", "updater.rho=0"], "updater.adaptive=false", "where rho is 0"),
+    (["schedule.decay=cosine"], "schedule.at=[0.3]", 'unless decay = "steps"'),
+    (["schedule.decay=constant"], "schedule.by=0.3", 'unless decay = "steps"'),
+    (["schedule.decay=steps"], "schedule.floor=0.3", 'unless decay = "cosine"'),
+    (["schedule.decay=steps"], "schedule.at=[30, 60]", "never reached"),
+    (["schedule.warmup=0"], "schedule.warmup_share=0.3", "where warmup is 0"),
+    (["sentinel.on=false"], "sentinel.tries=7", "while the sentinel is off"),
+    (["sentinel.tries=0"], 'sentinel.policy=["steps"]', "where tries is 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("beside", "option", "needs"), IDLE, ids=lambda row: str(row))
+def test_an_option_that_would_do_nothing_is_refused_where_it_is_said(
+    beside: list[str], option: str, needs: str
+) -> None:
+    key = option.partition("=")[0].strip()
+    with pytest.raises(ConfigError) as refused:
+        toy_recipe(TOYS, "sadajem", "ebjdat", "plain", *beside, option)
+    assert str(refused.value).startswith(key)
+    assert "does nothing" in str(refused.value)
+    assert needs in str(refused.value)
+    toy_recipe(TOYS, "sadajem", "ebjdat", "plain", *beside)  # without it nothing is
+
+
+def test_a_distance_without_weight_is_refused() -> None:
+    settings = ["objective.distance.use=l2", "objective.distance_weight=0"]
+    with pytest.raises(ConfigError, match=r"distance.use = 'l2' does nothing where distance_weight"):
+        toy_recipe(TOYS, "sadajem", "ebjdat", "plain", *settings)
+
+
+def test_on_a_classifier_the_densitys_view_does_nothing() -> None:
+    for option in ("augment_pos=false", "noise_pos=0.5", "pos_share=0.5"):
+        with pytest.raises(ConfigError, match="on a classifier, which has no density"):
+            toy_recipe(TOYS, "classifier", "ce", "plain", f"backbone.views.{option}")
+
+
+def test_what_lower_layers_say_may_be_said_again_and_may_have_nothing_to_do() -> None:
+    named = {"data": {"use": "digits"}, "backbone": {"use": "jem"}}
+    first = resolve(REGISTRY, named=named, overrides=["objective.w2=0"])
+    assert first.tables["schedule"]["at"] == [0.5, 0.75]  # of the objective; the decay is a cosine
+    assert first.tables["objective"]["outer"] == "squared"
+    again = resolve(REGISTRY, config=json.loads(json.dumps(first.tables)))
+    assert again.tables == first.tables
+
+
+def test_the_config_of_a_run_is_read_whatever_it_says(tmp_path: Path) -> None:
+    table = resolve(REGISTRY).tables
+    table["objective"]["margin"] = 0.5
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"recipe": table}))
+    assert resolve(REGISTRY, config=path).tables["objective"]["margin"] == 0.5
+    with pytest.raises(ConfigError, match=r"objective.margin = 0.5 .*\(from config\)"):
+        resolve(REGISTRY, config=table)
+
+
+def test_of_a_preset_one_is_told_what_other_settings_leave_without_effect(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        resolve(REGISTRY, preset="released", overrides=["backbone.network.norm=none"])
+    assert "backbone.network.bn_momentum = 0.9 does nothing without batch norm" in caplog.text
+
+
+def test_a_momentum_is_needed_to_look_ahead_by() -> None:
+    with pytest.raises(ConfigError, match="needs a momentum above 0"):
+        resolve(REGISTRY, overrides=["optimizer.nesterov=true", "optimizer.momentum=0"])
+
+
+EVALUATIONS: list[tuple[str, dict[str, Any], str]] = [
+    ("pgd", {"steps": 0, "step_px": 1}, "pgd.step_px = 1.0 does nothing where steps is 0"),
+    ("cw", {"steps": 0, "step_px": 1}, "where steps is 0"),
+    ("energy", {"steps": 0, "step_px": 1}, "where steps is 0"),
+    ("eot", {"steps": 0, "step_px": 1}, "where steps is 0"),
+    ("bpda", {"steps": 0, "step_px": 1}, "where steps is 0"),
+    ("detector", {"limit": "own", "percentile": 5}, 'unless limit = "percentile"'),
+    ("robustness", {"indicators": False, "indicator_images": 9}, "where indicators is false"),
+    ("generation", {"source": "buffer", "steps": 9}, 'where source = "buffer"'),
+    ("generation", {"source": "buffer", "start": "noise"}, 'where source = "buffer"'),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "needs"), EVALUATIONS)
+def test_an_option_of_an_evaluation_that_would_do_nothing_is_refused(
+    name: str, options: dict[str, Any], needs: str
+) -> None:
+    attacks = (name,) if name in list(REGISTRY["attack"]) else ("pgd",)
+    settings = Settings(attacks=attacks, options={name: options})
+    built = attacks_of if name in list(REGISTRY["attack"]) else evaluators_of
+    with pytest.raises(ConfigError, match=needs):
+        built(settings, REGISTRY)
