@@ -228,7 +228,9 @@ def test_an_option_that_would_do_nothing_is_refused_where_it_is_said(
 
 def test_a_distance_without_weight_is_refused() -> None:
     settings = ["objective.distance.use=l2", "objective.distance_weight=0"]
-    with pytest.raises(ConfigError, match=r"distance.use = 'l2' does nothing where distance_weight"):
+    with pytest.raises(
+        ConfigError, match=r"distance.use = 'l2' does nothing where distance_weight"
+    ):
         toy_recipe(TOYS, "sadajem", "ebjdat", "plain", *settings)
 
 
