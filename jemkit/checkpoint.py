@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from jemkit.errors import DataError
+from jemkit.errors import DataError, memory_ran_out
 from jemkit.runtime.behind import Behind
 from jemkit.runtime.disk import until_room
 from jemkit.runtime.files import (
@@ -178,6 +178,8 @@ def sound(folder: Path) -> Sound:
         try:
             return Sound(path, load(path), damaged)
         except DataError as error:
+            if memory_ran_out(error):  # the file may be sound
+                raise
             damaged[path] = error
     if damaged:
         reasons = "; ".join(map(str, damaged.values()))

@@ -1,5 +1,7 @@
 """The errors a person can cause, each with the exit code that the command line gives it."""
 
+import errno
+
 
 class JemkitError(Exception):
     """What came, what was wanted and what to do, in one message; no traceback is shown for it."""
@@ -53,3 +55,33 @@ class DataError(JemkitError, ValueError):
     """A file or folder that is missing, damaged or not what is wanted there."""
 
     exit_code = 6
+
+
+NO_MEMORY = (
+    "allocate memory", "not enough memory", "out of memory", "bad_alloc", "ALLOC_FAILED",
+    "could not create a primitive",
+)  # fmt: skip
+"""How torch's allocators and the libraries under it say that there is no room."""
+NO_ROOM = (*NO_MEMORY, "start new thread", "failed to map segment")
+"""The same outside of a network's passes, where threads start and libraries are loaded."""
+
+
+def memory_ran_out(error: BaseException) -> str:
+    """In one line what says that memory ran out, of an error or of what led to it; else empty."""
+    seen: list[BaseException] = []
+    now: BaseException | None = error
+    while now is not None and now not in seen:
+        seen.append(now)
+        if _of_memory(now):
+            return (str(now).strip() or type(now).__name__).splitlines()[0][:300]
+        now = now.__cause__ or now.__context__
+    return ""
+
+
+def _of_memory(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    told = (
+        isinstance(error, RuntimeError | ImportError) or type(error).__name__ == "SafetensorError"
+    )
+    return isinstance(error, MemoryError) or (told and any(s in str(error) for s in NO_ROOM))

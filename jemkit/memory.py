@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from jemkit.errors import OutOfMemory
+from jemkit.errors import NO_MEMORY, OutOfMemory
 from jemkit.modes import SameModes, batch_norms
 from jemkit.runtime import distributed
 
@@ -21,12 +21,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RECOMPUTE = "run.recompute = true"
-
-SIGNS = (
-    "allocate memory", "not enough memory", "out of memory", "bad_alloc", "ALLOC_FAILED",
-    "could not create a primitive",
-)  # fmt: skip
-"""How torch's allocators and the libraries under it say that there is no room."""
 
 
 class MicroBatch:
@@ -219,7 +213,7 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a device or on the host."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
 
 
 def passed(part: Callable[[Tensor], Tensor], x: Tensor, of: nn.Module) -> Tensor:

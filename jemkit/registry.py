@@ -1,9 +1,11 @@
 """Names to parts: the guarded loader of plug-ins."""
 
+import json
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from types import ModuleType
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import pluggy
@@ -11,6 +13,7 @@ import pluggy
 from jemkit import hookspecs
 from jemkit.errors import ConfigError, UnknownName
 from jemkit.options import example, in_name, nearest, pattern
+from jemkit.probing import Guest, Refused, contained, lethal
 
 T = TypeVar("T")
 
@@ -91,6 +94,9 @@ class Shelf(Generic[T], Mapping[str, type[T]]):
             raise UnknownName(f"no {self.kind} {name!r}{hint}. There are: {there}")
         return self._offers[name].part
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._offers
+
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._offers))
 
@@ -127,6 +133,7 @@ class Registry:
     shelves: Mapping[str, Shelf[Any]]
     recipes: Mapping[str, Any]
     faults: list[Fault] = field(default_factory=list)
+    slow: list[str] = field(default_factory=list)  # plug-ins whose import takes long, and how long
 
     def __getitem__(self, kind: str) -> Shelf[Any]:
         return self.shelves[kind]
@@ -153,10 +160,10 @@ def registry_of(plugins: list[Plugin], faults: list[Fault] | None = None) -> Reg
     recipes: dict[str, tuple[Any, Plugin]] = {}
     for plugin in sorted(plugins, key=lambda p: (p.distribution, p.name)):
         try:
-            found, layers = _taken_in(plugin)
-        except (Exception, SystemExit) as error:  # whatever a plug-in raises, the others stay
-            reason = f"{type(error).__name__}: {error}"
-            faults.append(Fault(plugin.name, plugin.distribution, plugin.version, reason))
+            with contained():
+                found, layers = _taken_in(plugin)
+        except Refused as error:  # whatever a plug-in raises, the others stay
+            faults.append(Fault(plugin.name, plugin.distribution, plugin.version, str(error)))
             continue
         for offer in found:
             offers[offer.kind].append(offer)
@@ -181,16 +188,50 @@ def _taken_in(plugin: Plugin) -> tuple[list[Offer], dict[str, Any]]:
     manager.check_pending()
     offers = []
     for kind, hook in KINDS.items():
-        for mapping in getattr(manager.hook, hook)():
-            if not isinstance(mapping, Mapping):
-                raise TypeError(f"{hook} gave {mapping!r}; wanted a mapping of names to classes")
-            for name, part in mapping.items():
-                _check_part(kind, name, part)
-                offers.append(Offer(kind, name, part, plugin.distribution, plugin.version))
-    layers: dict[str, Any] = {}
-    for mapping in manager.hook.jemkit_recipes():
-        layers |= mapping
+        for name, part in _given(manager, hook, "classes").items():
+            _check_part(kind, name, part)
+            offers.append(Offer(kind, name, part, plugin.distribution, plugin.version))
+    layers = _given(manager, "jemkit_recipes", "layers")
+    for key, layer in layers.items():
+        _check_layer(key, layer)
     return offers, layers
+
+
+def _given(manager: pluggy.PluginManager, hook: str, what: str) -> dict[Any, Any]:
+    """What a plug-in's hook gives; pluggy itself would leave out None."""
+    found: dict[Any, Any] = {}
+    for hooked in getattr(manager.hook, hook).get_hookimpls():
+        mapping = hooked.function()
+        if not isinstance(mapping, Mapping):
+            raise TypeError(f"{hook} gave {mapping!r}; wanted a mapping of names to {what}")
+        found |= mapping
+    return found
+
+
+LAYERS = ("data", "backbone", "objective", "run", "preset")
+"""What a layer may belong to; `jemkit.hookspecs` has the whole of it."""
+
+
+def _check_layer(key: Any, layer: Any) -> None:
+    if not isinstance(key, str) or key.partition("/")[0] not in LAYERS or not key.partition("/")[2]:
+        wanted = ", ".join(f"{name}/..." for name in LAYERS)
+        raise TypeError(f"a recipe layer belongs to {key!r}; wanted one of {wanted}")
+    if isinstance(layer, Path):
+        if not layer.is_file():
+            raise TypeError(f"the recipe layer {key!r} is the file {layer}, which is missing")
+        return
+    if not isinstance(layer, Mapping):
+        raise TypeError(f"the recipe layer {key!r} is {layer!r}; wanted a table or a Path")
+    for name, table in layer.items():
+        if not isinstance(name, str) or not isinstance(table, Mapping):
+            raise TypeError(
+                f"the recipe layer {key!r} has {name!r} = {table!r}; wanted tables, such as "
+                "{'run': {'epochs': 10}}"
+            )
+    try:
+        json.dumps(layer)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the recipe layer {key!r} holds what TOML cannot: {error}") from None
 
 
 def _check_hook_names(module: Any) -> None:
@@ -206,6 +247,9 @@ def _check_hook_names(module: Any) -> None:
 
 
 def _check_part(kind: str, name: str, part: Any) -> None:
+    word = isinstance(name, str) and name == name.lower() and name.replace("_", "").isalnum()
+    if not word:
+        raise TypeError(f"the {kind} name {name!r} is not one lower-case word")
     if not isinstance(part, type):
         raise TypeError(f"the {kind} {name!r} is {part!r}; wanted a class")
     missing = [need for need in NEEDS[kind] if not _has(part, need)]
@@ -217,8 +261,6 @@ def _check_part(kind: str, name: str, part: Any) -> None:
         missing.append("options (make it a subclass of jemkit.Options)")
     if missing:
         raise TypeError(f"the {kind} {name!r} ({part.__qualname__}) lacks {', '.join(missing)}")
-    if name != name.lower() or not name.replace("_", "").isalnum():
-        raise TypeError(f"the {kind} name {name!r} is not one lower-case word")
 
 
 def _has(part: type[Any], attribute: str) -> bool:
@@ -229,19 +271,50 @@ def installed(*, third_party: bool = True) -> Registry:
     """The registry of all installed plug-ins; of the built-in ones alone on demand."""
     plugins: list[Plugin] = []
     faults: list[Fault] = []
-    for entry in _entry_points():
-        distribution = entry.dist.name if entry.dist else "(unknown)"
-        version = entry.dist.version if entry.dist else ""
-        if not third_party and distribution != "jemkit":
-            continue
+    slow: list[str] = []
+    found = [Guest(entry, *_origin(entry)) for entry in _entry_points()]
+    own = [plugin for plugin in found if plugin.distribution == OURS]
+    guests = [plugin for plugin in found if plugin.distribution != OURS] if third_party else []
+    verdicts = [""] * len(own) + lethal(guests)
+    for (entry, whose, version), verdict in zip([*own, *guests], verdicts, strict=True):
+        began = time.monotonic()
         try:
-            module: ModuleType = entry.load()
-        except (Exception, SystemExit) as error:  # an import may fail in any way
-            reason = f"cannot be imported: {type(error).__name__}: {error}"
-            faults.append(Fault(entry.name, distribution, version, reason))
+            module = _imported(entry, verdict)
+        except Refused as error:
+            faults.append(Fault(entry.name, whose, version, str(error)))
             continue
-        plugins.append(Plugin(entry.name, module, distribution, version))
-    return registry_of(plugins, faults)
+        plugins.append(Plugin(entry.name, module, whose, version))
+        spent = time.monotonic() - began
+        if whose != OURS and spent > SLOW:
+            named = f"{entry.name!r} of {whose} {version}".rstrip()
+            slow.append(f"plug-in {named} took {spent:.0f} s to import")
+    registry = registry_of(plugins, faults)
+    return Registry(registry.shelves, registry.recipes, registry.faults, slow)
+
+
+OURS = "jemkit"
+SLOW = 5.0
+"""Seconds after which a plug-in's import is worth a word; each command waits for it."""
+
+
+def _imported(entry: EntryPoint, fault: str) -> Any:
+    """The module of a plug-in; Refused where it cannot be had."""
+    if fault:
+        raise Refused(f"is not imported: {fault}")
+    try:
+        with contained():
+            return entry.load()
+    except Refused as error:
+        raise Refused(f"cannot be imported: {error}") from None
+
+
+def _origin(entry: EntryPoint) -> tuple[str, str]:
+    """The distribution that offers a plug-in, and its version, as far as its metadata tell."""
+    try:
+        name, version = (entry.dist.name, entry.dist.version) if entry.dist else (None, None)
+    except Exception:  # metadata that are damaged
+        name = version = None
+    return str(name or "(unknown)"), str(version or "")
 
 
 def _entry_points() -> list[EntryPoint]:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from jemkit import checkpoint
-from jemkit.errors import DataError, JemkitError
+from jemkit.errors import DataError, JemkitError, memory_ran_out
 from jemkit.follower import follow
 from jemkit.recipe import Resolved, complete, with_run
 from jemkit.registry import Registry
@@ -137,6 +137,8 @@ def resume_from(trainer: Trainer, folder: RunFolder) -> None:
     except JemkitError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if memory_ran_out(error):
+            raise
         raise DataError(
             f"{path} does not fit this run: {type(error).__name__}: {error}; was its config.json "
             "changed?"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from jemkit.checkpoint import differing
-from jemkit.errors import ConfigError, UsageError
+from jemkit.errors import ConfigError, Preempted, UsageError
 from jemkit.recipe import Recipe, Resolved, with_run
 from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.numerics import device_of
@@ -54,16 +54,32 @@ def verify_resume(
     *,
     steps: int = 6,
     progress: Callable[[str], None] = lambda what: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Verdict:
     """Train `steps` steps whole and cut, in `folder`; where they differ, part by part.
 
     Fewer training images are taken, so that an epoch ends on the way. Raises ConfigError on CUDA
-    without deterministic algorithms: there two runs of one recipe differ without any cut.
+    without deterministic algorithms: there two runs of one recipe differ without any cut; and
+    Preempted where `stop` says so.
     """
     _check(resolved.recipe, steps)
+    try:
+        return _verified(resolved, folder, steps, progress, stop)
+    except Preempted:
+        raise Preempted("stopped before all was compared; the same command begins anew") from None
+
+
+def _verified(
+    resolved: Resolved,
+    folder: Path,
+    steps: int,
+    progress: Callable[[str], None],
+    stop: Callable[[], bool],
+) -> Verdict:
     short = _shortened(resolved, steps)
     progress("training whole")
     trainer = Trainer(short, RunFolder.create(folder / "whole"))
+    trainer.stop = stop
     short = with_run(short, channels_last=trainer.parts.channels_last)  # as measured, if it was
     per_epoch = trainer.loader.steps_per_epoch
     trainer.run(until=steps)
@@ -72,7 +88,7 @@ def verify_resume(
     cuts = []
     for step, where in cut_points(steps, per_epoch):
         progress(f"training with a cut {where}")
-        found = _ended(_cut(short, folder / f"cut-{step}", step, steps))
+        found = _ended(_cut(short, folder / f"cut-{step}", step, steps, stop))
         parts = sorted(whole.keys() | found.keys())
         first = {p: next(differing(whole.get(p), found.get(p), p), None) for p in parts}
         cuts.append(Cut(step, where, {part: at for part, at in first.items() if at}))
@@ -124,13 +140,16 @@ def _shortened(resolved: Resolved, steps: int) -> Resolved:
     return with_run(resolved, **changed)
 
 
-def _cut(resolved: Resolved, path: Path, cut: int, steps: int) -> Trainer:
+def _cut(resolved: Resolved, path: Path, cut: int, steps: int, stop: Callable[[], bool]) -> Trainer:
     """Saved after `cut` steps and gone on with, while torch's own generator stands elsewhere."""
-    Trainer(resolved, RunFolder.create(path)).run(until=cut)
+    first = Trainer(resolved, RunFolder.create(path))
+    first.stop = stop
+    first.run(until=cut)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.empty(8).uniform_()
         trainer = Trainer(resolved, RunFolder(path))
+        trainer.stop = stop
         resume_from(trainer, trainer.folder)
         trainer.run(until=steps)
     return trainer

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from toys import root
+from waiting import SAFETY, until
 
 from jemkit.runtime.distributed import group, shard
 from jemkit.runtime.ledger import Shard
@@ -21,7 +21,7 @@ from jemkit.runtime.ledger import Shard
 Work = Callable[..., Any]
 
 
-def every_rank(work: Work, *given: Any, size: int = 2, seconds: float = 120) -> list[Any]:
+def every_rank(work: Work, *given: Any, size: int = 2) -> list[Any]:
     """work(*given) in `size` processes at once; tensors and plain values come back."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -32,13 +32,18 @@ def every_rank(work: Work, *given: Any, size: int = 2, seconds: float = 120) -> 
         ]
         for process in running:
             process.start()
+        until(lambda: ended(running), f"{size} processes", lambda: [p.exitcode for p in running])
         for process in running:
-            process.join(seconds)
-            if process.exitcode != 0:
-                for other in running:
-                    other.kill()
+            process.kill()  # one has failed, and the others may wait for it
+            process.join()
         assert [process.exitcode for process in running] == [0] * size
         return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+def ended(running: list[Any]) -> bool:
+    """Whether all have ended, or one of them badly."""
+    codes = [process.exitcode for process in running]
+    return None not in codes or any(codes)
 
 
 def _one(folder: Path, me: Shard, work: Work, given: tuple[Any, ...]) -> None:
@@ -56,11 +61,12 @@ def torchrun(
     options: tuple[str, ...] = (),
     kill: Callable[[Path], bool] | None = None,
     by: signal.Signals = signal.SIGKILL,
+    to_all: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """`torchrun -m jemkit ...` on this machine, at a port of its own.
 
     Once `kill(cwd)` is true the last process is killed, as a lost machine would be, or gets
-    another signal.
+    another signal; `to_all` sends it to torchrun, which passes it on.
     """
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -72,12 +78,11 @@ def torchrun(
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
     )  # fmt: skip
     try:
-        while kill is not None and running.poll() is None:
-            if kill(cwd):
-                os.kill(_rank_of(running.pid, size - 1), by)
-                break
-            time.sleep(0.01)
-        out, errors = running.communicate(timeout=240)
+        if kill is not None:
+            until(lambda: running.poll() is not None or kill(cwd), "the moment of the signal")
+            if running.poll() is None:
+                os.kill(running.pid if to_all else _rank_of(running.pid, size - 1), by)
+        out, errors = running.communicate(timeout=SAFETY)
     finally:
         running.kill()
     return subprocess.CompletedProcess(command, running.returncode, out, errors)

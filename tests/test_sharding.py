@@ -310,7 +310,7 @@ class Runs(NamedTuple):
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     made = tmp_path_factory.mktemp("runs")
     save_file(dict(started().state_dict()), made / "start.safetensors")
-    return Runs(made, every_rank(whole_runs, str(made), seconds=240))
+    return Runs(made, every_rank(whole_runs, str(made)))
 
 
 @pytest.fixture

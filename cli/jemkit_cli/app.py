@@ -1,55 +1,20 @@
-"""The `jemkit` command."""
+"""The entry of the `jemkit` command: signals and streams first, then what takes time to import."""
 
-from importlib.metadata import version
-from typing import Annotated
-
-import typer
-
-from jemkit_cli import bench, config, plugins
-from jemkit_cli.doctor import doctor
-from jemkit_cli.evaluate import evaluate
-from jemkit_cli.foreign import export_model, import_model
-from jemkit_cli.report import compare, report
-from jemkit_cli.sample import sample
-from jemkit_cli.terminal import say
-from jemkit_cli.train import train
-from jemkit_cli.verify import verify_resume
-
-app = typer.Typer(
-    name="jemkit",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Train, sample and judge joint energy-based models: any backbone with any objective.",
-)
-app.command()(train)
-app.command()(sample)
-app.command()(evaluate)
-app.command()(report)
-app.command()(compare)
-app.command("import")(import_model)
-app.command("export")(export_model)
-app.command()(doctor)
-app.command("verify-resume")(verify_resume)
-app.add_typer(plugins.app, name="plugins")
-app.add_typer(config.app, name="config")
-app.add_typer(bench.app, name="bench")
+import os
+import signal
+import sys
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        say(version("jemkit"))
-        raise typer.Exit
+def _interrupted(*_: object) -> None:
+    """Nothing has begun that a ^C could harm."""
+    os.write(2, b"error: interrupted\n")
+    os._exit(130)
 
 
-@app.callback()
-def _jemkit(
-    show_version: Annotated[
-        bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
-    ] = False,
-) -> None:
-    pass
+if os.path.basename(sys.argv[0]) == "jemkit" and (
+    signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):  # this is the command's own process, and importing has begun
+    signal.signal(signal.SIGINT, _interrupted)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -57,4 +22,22 @@ def main(arguments: list[str] | None = None) -> None:
 
     Exit codes: 1 unhealthy, 2 usage, 3 recipe, 4 diverged, 5 stopped, 6 data, 7 memory, 130 ^C.
     """
-    app(args=arguments)
+    from jemkit_cli.process import listen, open_streams
+
+    restore = listen()
+    try:
+        open_streams()
+        from jemkit_cli.commands import run
+
+        run(arguments)
+    finally:
+        if arguments is not None:  # a function of somebody's process, which goes on
+            restore()
+
+
+def __getattr__(name: str) -> object:
+    if name == "app":
+        from jemkit_cli.commands import app
+
+        return app
+    raise AttributeError(name)

@@ -8,12 +8,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 import typer
+
+from jemkit_cli import process
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from jemkit.registry import Registry
 
 P = ParamSpec("P")
-USAGE, DATA, INTERRUPTED = 2, 6, 130
+USAGE, DATA, INTERRUPTED = 2, 6, process.INTERRUPTED
 
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
@@ -30,26 +32,20 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         show_notices()
+        ended: BaseException | None = None
         try:
-            command(*args, **kwargs)
+            with process.Working():
+                command(*args, **kwargs)
         except typer.Exit:
             raise
-        except KeyboardInterrupt:
-            fail("interrupted", INTERRUPTED)
-        except BrokenPipeError:  # whoever read our output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except OSError as error:
-            if error.filename is None:
+        except BaseException as error:
+            code, message = _told(error)
+            if not code:
                 raise
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            hint = "; make room and run the same command again, nothing is lost" if full else ""
-            fail(f"{error.filename}: {error.strerror}{hint}", DATA)
-        except Exception as error:
-            from jemkit.errors import JemkitError
-
-            if not isinstance(error, JemkitError):
-                raise
-            fail(str(error), error.exit_code)
+            ended = error
+        if ended is not None:  # outside of `except`: what the error's frames held is let go
+            ended.__traceback__ = None
+            fail(message, code)
 
     return run
 
@@ -58,7 +54,7 @@ class _Notices(logging.Handler):
     """Shows what is said of data, on standard error, by the first process."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not _speaker():
+        if not process.speaker():
             print(record.getMessage(), file=sys.stderr, flush=True)
 
 
@@ -70,16 +66,32 @@ def show_notices() -> None:
         logger.addHandler(_Notices())
 
 
+def _told(error: BaseException) -> tuple[int, str]:
+    """The exit code and message of an error; 0 where it is a fault of the program."""
+    from jemkit.errors import JemkitError, OutOfMemory, memory_ran_out
+
+    if isinstance(error, KeyboardInterrupt) or process.interrupted():
+        return INTERRUPTED, "interrupted"
+    if isinstance(error, OutOfMemory):
+        return error.exit_code, str(error)
+    if isinstance(error, Exception) and (reason := memory_ran_out(error)):
+        return OutOfMemory.exit_code, (
+            f"out of memory ({reason}); end other programs, take fewer or smaller images, a "
+            "smaller batch or network, or a larger machine. What was saved before is whole"
+        )
+    if isinstance(error, JemkitError):
+        return error.exit_code, str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = "; make room and run the same command again, nothing is lost" if full else ""
+        return DATA, f"{error.filename}: {error.strerror}{hint}"
+    return 0, ""
+
+
 def fail(message: str, code: int) -> NoReturn:
     sys.stdout.flush()
-    print(f"error: {_speaker()}{message}", file=sys.stderr, flush=True)
+    print(f"error: {process.speaker()}{message}", file=sys.stderr, flush=True)
     raise typer.Exit(code)
-
-
-def _speaker() -> str:
-    """Which process of several it is, but for the first one."""
-    rank = os.environ.get("RANK", "0")
-    return "" if rank == "0" else f"process {rank} of {os.environ.get('WORLD_SIZE')}: "
 
 
 def installed_parts(*, third_party: bool) -> "Registry":
@@ -87,10 +99,12 @@ def installed_parts(*, third_party: bool) -> "Registry":
     from jemkit.registry import installed
 
     registry = installed(third_party=third_party)
-    for fault in () if _speaker() else registry.faults:
+    for fault in () if process.speaker() else registry.faults:
         whose = f"plug-in {fault.plugin!r} of {fault.distribution} {fault.version}".rstrip()
         reason = " ".join(fault.reason.split())
         print(f"warning: {whose} is skipped: {reason}", file=sys.stderr, flush=True)
+    for notice in () if process.speaker() else registry.slow:
+        print(f"note: {notice}; each command waits for that", file=sys.stderr, flush=True)
     return registry
 
 
@@ -132,19 +146,26 @@ TWICE = 2.0
 
 @contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM came; a second SIGINT raises KeyboardInterrupt."""
+    """Whether SIGINT, SIGTERM or SIGHUP came; a second SIGINT ends the command at once.
+
+    SIGHUP is what a closed terminal sends. Under nohup it is ignored, and stays so.
+    """
     came: list[float] = []
     twice = TWICE if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
-    def handle(number: int, _: FrameType | None) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if came and number == signal.SIGINT and now >= came[0] + twice:
-            raise KeyboardInterrupt
+            process.interrupt(number, frame)
         came.append(now)
         if len(came) == 1:
-            os.write(2, STOPPING)
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, STOPPING)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        heard.remove(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in heard}
     try:
         yield lambda: bool(came)
     finally:

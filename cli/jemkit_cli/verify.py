@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jemkit_cli import selection as pick
-from jemkit_cli.terminal import guarded, installed_parts, say, say_json, show_table
+from jemkit_cli.terminal import guarded, installed_parts, say, say_json, show_table, stopping
 
 if TYPE_CHECKING:
     from jemkit.verify import Verdict
@@ -41,10 +41,9 @@ def verify_resume(
     registry = installed_parts(third_party=not no_plugins)
     options = {"data_dir": data_dir, "device": device, "deterministic": deterministic}
     recipe = pick.chosen(registry, options, preset=None, config=config, overrides=overrides)
-    with tempfile.TemporaryDirectory(prefix="jemkit-verify-") as folder:
-        verdict = verify(
-            recipe, Path(folder), steps=steps, progress=(lambda _: None) if as_json else say
-        )
+    told = (lambda _: None) if as_json else say
+    with stopping() as stop, tempfile.TemporaryDirectory(prefix="jemkit-verify-") as folder:
+        verdict = verify(recipe, Path(folder), steps=steps, progress=told, stop=stop)
     if as_json:
         cuts = [cut._asdict() for cut in verdict.cuts]
         say_json({"exact": verdict.exact, **verdict._asdict(), "cuts": cuts})

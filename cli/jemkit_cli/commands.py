@@ -1,0 +1,57 @@
+"""The commands of `jemkit` and their options."""
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from jemkit_cli import bench, config, plugins
+from jemkit_cli.doctor import doctor
+from jemkit_cli.evaluate import evaluate
+from jemkit_cli.foreign import export_model, import_model
+from jemkit_cli.report import compare, report
+from jemkit_cli.sample import sample
+from jemkit_cli.terminal import say
+from jemkit_cli.train import train
+from jemkit_cli.verify import verify_resume
+
+app = typer.Typer(
+    name="jemkit",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    help="Train, sample and judge joint energy-based models: any backbone with any objective.",
+)
+app.command()(train)
+app.command()(sample)
+app.command()(evaluate)
+app.command()(report)
+app.command()(compare)
+app.command("import")(import_model)
+app.command("export")(export_model)
+app.command()(doctor)
+app.command("verify-resume")(verify_resume)
+app.add_typer(plugins.app, name="plugins")
+app.add_typer(config.app, name="config")
+app.add_typer(bench.app, name="bench")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        say(version("jemkit"))
+        raise typer.Exit
+
+
+@app.callback()
+def _jemkit(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+def run(arguments: list[str] | None) -> None:
+    """Read the command line and run its command."""
+    app(args=arguments, prog_name="jemkit")

@@ -1,0 +1,416 @@
+"""A command's process: ^C, a closed terminal, lost readers, memory that runs out, helpers."""
+
+import errno
+import fcntl
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cli_tools import SHORT, TINY, command, environment, jemkit, process
+from ranks import torchrun
+from waiting import until
+
+from jemkit import checkpoint
+from jemkit.errors import DataError, JemkitError, OutOfMemory, memory_ran_out
+from jemkit.runtime.jobs import helpers
+from jemkit.runtime.ledger import Shard
+
+LONG = ("train", *TINY, "--epochs=500", "--set=objective.adv_steps=1", "--out=here")
+AMID = """
+import os, runpy, signal, sys
+wanted, times, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+sys.argv = ["jemkit", *sys.argv[4:]]
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+class At:
+    def find_spec(self, name, path=None, target=None):
+        if name == wanted:
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, At())
+if how == "module":
+    runpy.run_module("jemkit", run_name="__main__", alter_sys=True)
+from jemkit_cli.app import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "times", "how"),
+    [
+        ("jemkit_cli.process", 1, "script"), ("jemkit_cli.process", 2, "module"),
+        ("typer", 2, "script"), ("typer", 1, "module"), ("torch", 1, "script"),
+        ("torch", 2, "module"), ("numpy", 1, "script"), ("jemkit.registry", 1, "script"),
+    ],
+)  # fmt: skip
+def test_an_interrupt_amid_an_import_ends_with_one_line_and_130(
+    tmp_path: Path, module: str, times: int, how: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AMID, module, str(times), how, "evaluate", "x"],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+
+
+WORKING = """
+import os, signal, sys, time
+from jemkit_cli import commands
+from jemkit_cli.app import main
+from jemkit_cli.terminal import guarded
+
+@commands.app.command("work")
+@guarded
+def work(how: str) -> None:
+    if how == "turned":  # as C code does with an exception that it did not expect
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            raise AttributeError("half a module")
+    if how == "swallowed":
+        class Gone:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(60)
+        Gone()
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    finally:
+        if how == "twice":
+            os.kill(os.getpid(), signal.SIGINT)
+
+main()
+"""
+
+
+@pytest.mark.parametrize("how", ["plain", "turned", "swallowed", "twice"])
+def test_an_interrupt_of_work_ends_with_one_line_and_130(tmp_path: Path, how: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WORKING, "work", how],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_a_character_that_the_terminal_lacks_is_replaced(tmp_path: Path, module: bool) -> None:
+    arguments = ("train", *SHORT, "--dry-run", "--out=lauf ü")
+    line = [sys.executable, "-m", "jemkit", *arguments] if module else command(*arguments)
+    for more in (
+        {"PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
+        {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"},
+    ):
+        done = subprocess.run(
+            line, cwd=tmp_path, env=environment(**more), capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "lauf \\" in done.stdout
+
+
+def test_a_run_whose_name_the_locale_lacks_trains_and_is_judged(tmp_path: Path) -> None:
+    more = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    done = process("train", *SHORT, "--out=lauf ü", cwd=tmp_path, **more)
+    assert done.code == 0, done.err
+    assert (tmp_path / "lauf ü" / "config.json").exists()
+    for words in (("evaluate", "lauf ü", "--only=accuracy"), ("report", "lauf ü")):
+        done = process(*words, cwd=tmp_path, **more)
+        assert done.code == 0, done.err
+    assert process("evaluate", "lauf ü", "--only=accuracy", "--json", cwd=tmp_path).record
+
+
+def test_a_reader_that_ends_does_not_end_the_work(tmp_path: Path) -> None:
+    running = subprocess.Popen(
+        command("train", *SHORT, "--out=here"), cwd=tmp_path, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert running.stdout is not None
+    assert running.stderr is not None
+    running.stdout.close()
+    assert running.stderr.read() == ""
+    assert running.wait() == 0
+    assert (tmp_path / "here" / "checkpoints" / "best").exists()
+
+
+def own_terminal() -> None:
+    """The process leads a session, and its standard input is the session's terminal."""
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def steps(cwd: Path) -> int:
+    log = cwd / "here" / "metrics.csv"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def sound(run: Path) -> int:
+    """The step of the newest checkpoint, which is whole."""
+    return int(checkpoint.sound(run / "checkpoints").path.name.removeprefix("step-"))
+
+
+def test_a_closed_terminal_saves_the_run(tmp_path: Path) -> None:
+    leader, follower = pty.openpty()
+    running = subprocess.Popen(
+        command(*LONG), cwd=tmp_path, env=environment(TERM="xterm-256color"), stdin=follower,
+        stdout=follower, stderr=follower, preexec_fn=own_terminal,
+    )  # fmt: skip
+    os.close(follower)
+    os.set_blocking(leader, False)
+
+    def shown() -> int:
+        with suppress(BlockingIOError):
+            while os.read(leader, 1 << 16):
+                pass
+        return steps(tmp_path)
+
+    until(lambda: shown() > 3, "the third step")
+    os.close(leader)
+    assert running.wait() == 5
+    assert sound(tmp_path / "here") >= 3
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_hangup_is_a_termination_but_for_who_ignores_it(tmp_path: Path, ignored: bool) -> None:
+    def before() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+
+    running = subprocess.Popen(
+        command(*LONG), cwd=tmp_path, env=environment(), preexec_fn=before,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert running.stderr is not None
+    until(lambda: steps(tmp_path) > 3, "the third step")
+    running.send_signal(signal.SIGHUP)
+    if ignored:
+        now = steps(tmp_path)
+        until(lambda: steps(tmp_path) > now + 20, "twenty steps more")
+        running.send_signal(signal.SIGTERM)
+    assert "go on with --resume --out here" in running.stderr.read()
+    assert running.wait() == 5
+    assert sound(tmp_path / "here") >= 3
+
+
+def test_a_hangup_of_torchrun_saves_the_run(tmp_path: Path) -> None:
+    done = torchrun(
+        *LONG, "--set=run.batch_size=8", cwd=tmp_path,
+        kill=lambda cwd: steps(cwd) > 3, by=signal.SIGHUP, to_all=True,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "go on with --resume" in done.stderr or "another process" in done.stderr, done.stderr
+    assert sound(tmp_path / "here") >= 0
+
+
+VERIFYING = ("verify-resume", "recipe.toml", "--steps=400")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_proof_of_resume_leaves_nothing_behind(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    shown = jemkit("config", "show", *TINY, "--set=run.max_train=40", "--set=backbone.steps=3")
+    (tmp_path / "recipe.toml").write_text(shown.out)
+    (tmp_path / "temporary").mkdir()
+    running = subprocess.Popen(
+        command(*VERIFYING), cwd=tmp_path, env=environment(TMPDIR=str(tmp_path / "temporary")),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert running.stdout is not None
+    assert running.stdout.readline() == "training whole\n"
+    running.send_signal(number)
+    _, err = running.communicate()
+    assert running.returncode == 5, err
+    assert "stopped before all was compared" in err
+    assert list((tmp_path / "temporary").glob("jemkit-*")) == []
+
+
+WORDS = {
+    MemoryError(): "MemoryError",
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: not enough memory: you tried "
+        "to allocate 8 bytes."
+    ): "not enough memory: you tried to allocate",
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"): "CUDA out of",
+    OSError(errno.ENOMEM, "Cannot allocate memory"): "Cannot allocate memory",
+    RuntimeError("can't start new thread"): "can't start new thread",
+    ImportError("libx.so: failed to map segment from shared object"): "failed to map segment",
+}
+
+
+@pytest.mark.parametrize("error", WORDS, ids=lambda error: type(error).__name__)
+def test_memory_that_ran_out_is_known_behind_whatever_was_made_of_it(error: Exception) -> None:
+    def read() -> None:
+        try:
+            raise error
+        except Exception:
+            raise DataError("the file is damaged") from None
+
+    assert WORDS[error] in memory_ran_out(error)
+    with pytest.raises(DataError) as made:
+        read()
+    assert WORDS[error] in memory_ran_out(made.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("out of memory"), RuntimeError("shapes"), OSError(errno.ENOENT, "no"), DataError()],
+    ids=repr,
+)
+def test_other_errors_are_no_lack_of_memory(error: Exception) -> None:
+    assert memory_ran_out(error) == ""
+
+
+def arrays() -> Any:
+    return np.zeros((1 << 50,), dtype=np.uint8)
+
+
+def tensors() -> Any:
+    return torch.zeros(1 << 52)
+
+
+def words() -> Any:
+    return b"x" * (1 << 60)
+
+
+@pytest.mark.parametrize("take", [arrays, tensors, words], ids=lambda take: take.__name__)
+def test_an_allocation_that_fails_is_a_lack_of_memory(take: Callable[[], Any]) -> None:
+    with pytest.raises((MemoryError, RuntimeError)) as caught:
+        take()
+    assert memory_ran_out(caught.value)
+
+
+HUNGRY = """
+import sys
+import jemkit.{module} as place
+from jemkit_cli.app import main
+
+def hungry(*args, **kwargs):
+    {how}
+
+setattr(place, {name!r}, hungry)
+main()
+"""
+HOW = {
+    "memory": "raise MemoryError",
+    "torch": "import torch; torch.zeros(1 << 52)",
+    "numpy": "import numpy; numpy.zeros(1 << 52)",
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "module", "name", "arguments"),
+    [
+        ("torch", "session", "Trainer", ("train", *SHORT)),
+        ("memory", "recipe", "resolve", ("config", "show")),
+        ("numpy", "report", "write", ("report", ".")),
+        ("memory", "foreign", "import_checkpoint", ("import", "x.pt", "--format=jem")),
+        ("numpy", "subjects", "subject_at", ("evaluate", ".")),
+        ("torch", "generation", "asked", ("sample", ".")),
+    ],
+)
+def test_memory_that_runs_out_anywhere_in_a_command_ends_with_7_and_one_line(
+    tmp_path: Path, how: str, module: str, name: str, arguments: tuple[str, ...]
+) -> None:
+    script = HUNGRY.format(module=module, name=name, how=HOW[how])
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=tmp_path, env=environment(),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 7, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: out of memory (")
+
+
+@pytest.mark.parametrize("more", [8 << 20, 100 << 20, 250 << 20])
+def test_a_limit_of_memory_ends_a_command_with_7(tmp_path: Path, more: int) -> None:
+    """The limit is what the process has when torch is imported, and a little."""
+    script = (
+        "import resource, sys, torch, jemkit.session, jemkit.evaluation\n"
+        "from jemkit_cli.app import main\n"
+        "has = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        f"resource.setrlimit(resource.RLIMIT_AS, (has + {more},) * 2)\n"
+        "main()\n"
+    )
+    big = ("--network=wrn-40-10", "--device=cpu", "--set=run.max_train=80", "--epochs=1")
+    done = subprocess.run(
+        [sys.executable, "-c", script, "train", "--backbone=jem", "--objective=jem", *big],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 7, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def working(folder: str, how: str, shard: Shard) -> None:
+    """A helper's work: to say who it is, and never to end, or to end badly."""
+    (Path(folder) / f"{shard.rank}.pid").write_text(str(os.getpid()))
+    if how == "memory":
+        raise MemoryError
+    if how == "data":
+        raise DataError("no such images")
+    while True:
+        signal.pause()
+
+
+def waited_for(folder: Path, how: str) -> Iterator[None]:
+    with helpers(2, working, str(folder), how) as failed:
+        until(lambda: failed() and False, "the end of the helper")
+    yield
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [("memory", OutOfMemory, "ran out of memory"), ("data", JemkitError, "exit code 6")],
+)
+def test_a_helper_that_fails_says_why_in_one_line(
+    tmp_path: Path, how: str, error: type[Exception], message: str, capfd: Any
+) -> None:
+    with pytest.raises(error, match=message):
+        list(waited_for(tmp_path, how))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+PARENT = """
+import sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from test_process import waited_for
+
+if __name__ == "__main__":
+    list(waited_for(Path(sys.argv[1]), "wait"))
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_helpers_end_with_a_caller_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT.format(paths=sys.path))
+    running = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=environment())
+    told = tmp_path / "1.pid"
+    pid = int(until(lambda: told.exists() and told.read_text(), "the helper"))
+    assert alive(pid)
+    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # as a terminal sends to all
+        os.kill(pid, stop)
+    assert alive(pid)
+    running.kill()
+    running.wait()
+    until(lambda: not alive(pid), "the end of the helper")
