@@ -3,13 +3,22 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: train test lint acceptance bench
+# The oldest torch that pyproject.toml allows, and the tests of all that depends on torch's version.
+OLDEST := .venv-oldest
+OLDEST_TORCH := torch==2.11.0 torchvision==0.26.0
+CORE := $(addprefix tests/test_,$(addsuffix .py,attack compiled density ebjdat energy golden \
+	memory micro_batch modes networks objective recomputing resume sampling seeds update))
+
+.PHONY: train test test-oldest lint acceptance bench
 
 train: $(STAMP)
 	$(BIN)/jemkit train --backbone sadajem --objective ebjdat
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -rs
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -rs $(CORE)
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -25,3 +34,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,metrics]'
 	touch $(STAMP)
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -vE '^torch(vision)?==' constraints.txt >$(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt $(OLDEST_TORCH) --editable '.[test]'
+	touch $@
