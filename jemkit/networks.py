@@ -1,15 +1,18 @@
 """Networks: images to features."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Generator, Tensor, nn
+from torch.func import functional_call
 
 from jemkit.energy import Network
+from jemkit.errors import MisfitError
+from jemkit.modes import eval_mode
 from jemkit.norms import Norm, activated, convolved, norm_layer
 from jemkit.options import Options
 
@@ -195,3 +198,19 @@ class Adapted(Network):
 
     def trunk(self, h: Tensor) -> Tensor:
         return self.module(h)  # type: ignore[no-any-return]
+
+
+def check_features(network: Network, shape: Shape) -> None:
+    """Pass two images of this shape, in train and in eval mode: wanted are features [2, width].
+
+    Nothing is computed, drawn or learnt: weights and images stand on the meta device.
+    """
+    state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    x = torch.empty((2, *shape), device="meta")
+    for mode in (nullcontext(), eval_mode(network)):
+        bare = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+        with mode, torch.no_grad(), torch.random.fork_rng(devices=[]):
+            features = functional_call(network, bare, (x,))
+        came = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        if came != [2, network.width]:
+            raise MisfitError(f"it gives {came} for 2 images; wanted features [2, {network.width}]")

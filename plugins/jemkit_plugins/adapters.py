@@ -1,16 +1,22 @@
 """Networks of torchvision and timm, by the names that these give them."""
 
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 from torch import nn
 
 from jemkit import vision
 from jemkit.energy import Network
-from jemkit.errors import ConfigError
+from jemkit.errors import ConfigError, MisfitError
 from jemkit.hookspecs import hookimpl
-from jemkit.networks import Adapted, NetworkSpec, Shape
+from jemkit.networks import Adapted, NetworkSpec, Shape, check_features
 from jemkit.options import Options, nearest
+
+CLASSES = 1000
+"""Of ImageNet, for which torchvision builds its networks."""
+
+Layer = nn.Linear | nn.Conv2d
 
 
 class Torchvision(Options):
@@ -28,8 +34,13 @@ class Torchvision(Options):
                 f"torchvision has no model {self.model!r}{nearest(self.model, names)}"
             )
         _three_channels(shape, f"torchvision's {self.model}")
-        module = models.get_model(self.model, weights=None)
-        return Adapted(module, _without_head(module, self.model))
+        what = f"torchvision's {self.model}"
+        with _told(what, shape):
+            module = models.get_model(self.model, weights=None, **_options(self.model, shape[1]))
+        network = Adapted(module, _without_head(module, what))
+        with _told(what, shape):
+            check_features(network, shape)
+        return network
 
 
 class Timm(Options):
@@ -50,8 +61,8 @@ class Timm(Options):
         if not timm.is_model(self.model):
             near = nearest(self.model, timm.list_models())
             raise ConfigError(f"timm has no model {self.model!r}{near}")
-        module = timm.create_model(self.model, pretrained=False, num_classes=0, in_chans=shape[0])
-        return Adapted(module, int(module.num_features))
+        with _told(f"timm's {self.model}", shape):
+            return _timm(timm.create_model, self.model, shape)
 
 
 def _three_channels(shape: Shape, what: str) -> None:
@@ -59,15 +70,56 @@ def _three_channels(shape: Shape, what: str) -> None:
         raise ConfigError(f"{what} takes images of 3 channels; these have {shape[0]}")
 
 
-def _without_head(module: nn.Module, name: str) -> int:
-    """Take off the last linear layer; give back how many features came into it."""
-    linear = [(path, m) for path, m in module.named_modules() if isinstance(m, nn.Linear)]
-    if not linear:
-        raise ConfigError(f"torchvision's {name} ends in no linear layer that could be taken off")
-    path, last = linear[-1]
+def _options(model: str, px: int) -> dict[str, Any]:
+    """What a builder of torchvision wants for one output, and for images of this size."""
+    if model in ("googlenet", "inception_v3"):  # which give a tuple with their auxiliary heads
+        return {"aux_logits": False, "transform_input": False, "init_weights": True}
+    if model.startswith("vit_"):
+        return {"image_size": px}
+    return {"input_size": (px, px)} if model.startswith("maxvit") else {}
+
+
+def _timm(create: Callable[..., nn.Module], model: str, shape: Shape) -> Network:
+    """With the size of the images where the network depends on it, as transformers do."""
+    fixed: dict[str, Any] = {"pretrained": False, "num_classes": 0, "in_chans": shape[0]}
+    try:
+        module = create(model, **fixed, img_size=shape[1])
+    except TypeError:
+        module = create(model, **fixed)
+    network = Adapted(module, int(module.num_features))  # type: ignore[arg-type]
+    try:
+        check_features(network, shape)
+    except (
+        MisfitError
+    ):  # `num_features` is that of the trunk, where a layer follows before the head
+        network = Adapted(module, int(getattr(module, "head_hidden_size", network.width)))
+        check_features(network, shape)
+    return network
+
+
+@contextmanager
+def _told(what: str, shape: Shape) -> Iterator[None]:
+    """Whatever a network raises of images that it cannot take, as one message."""
+    try:
+        yield
+    except Exception as error:
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConfigError(
+            f"{what} does not take images of {' x '.join(map(str, shape))}: {why}. Choose another "
+            "network, or images of another size"
+        ) from error
+
+
+def _without_head(module: nn.Module, what: str) -> int:
+    """Take off the last layer, the one of ImageNet's classes; give back what came into it."""
+    layers = [(path, m) for path, m in module.named_modules() if isinstance(m, Layer)]
+    path, last = layers[-1] if layers else ("", None)
+    classes = getattr(last, "out_features", getattr(last, "out_channels", 0))
+    if last is None or classes != CLASSES:
+        raise ConfigError(f"{what} ends in no layer of {CLASSES} classes that could be taken off")
     parent, _, attribute = path.rpartition(".")
     setattr(module.get_submodule(parent), attribute, nn.Identity())
-    return last.in_features
+    return int(last.weight.shape[1])
 
 
 @hookimpl
