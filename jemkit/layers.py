@@ -192,7 +192,25 @@ def read_layer(source: Path | Mapping[str, Any]) -> Table:
     found = table.get("recipe", table) if isinstance(table, dict) else table
     if not isinstance(found, dict):
         raise DataError(f"{source} holds no table; wanted those of a recipe")
-    return found
+    return offline(found) if source.suffix == ".json" else found
+
+
+FETCHING = frozenset({"download", "pretrained"})
+"""Options that let a part go to the network."""
+
+
+def offline(table: Table) -> Table:
+    """The same tables with every permission to download taken back.
+
+    A run's config.json may be anybody's: only an option of the command itself may go to the
+    network.
+    """
+    return {
+        name: offline(value)
+        if isinstance(value, dict)
+        else (False if name in FETCHING and value is True else value)
+        for name, value in table.items()
+    }
 
 
 def override_layers(texts: Iterable[str]) -> list[Layer]:

@@ -43,12 +43,17 @@ def restored(
     recipe = resolved.recipe
     run = recipe.run
     splits = Splits(recipe.data, valid_fraction=run.valid_fraction, max_train=run.max_train)
-    saved = saved_task(read_json(config), recipe, splits) if dataset is None else None
+    saved = saved_task(read_json(config), recipe, splits) if is_own(dataset) else None
     task = task_of(recipe, splits) if saved is None else saved
     backbone = recipe.backbone.build(task, generator(device, run.seed, "chains"))
     load_model(backbone.model, weights)
     laid_out(backbone.model, run.layout, device)  # as it was trained, to the last bit
     return Restored(recipe, resolved.tables, task, splits, backbone)
+
+
+def is_own(dataset: dict[str, Any] | None) -> bool:
+    """Whether the data set is the run's own, perhaps in another folder."""
+    return not dataset or "use" not in dataset
 
 
 def run_folder(path: Path) -> RunFolder:

@@ -28,7 +28,7 @@ from jemkit.networks import lent
 from jemkit.pixels import PixelModel, in_own_type, pixel_model, weights_hash
 from jemkit.recipe import resolve
 from jemkit.registry import Registry
-from jemkit.restoring import Restored, Which, chosen, restored, run_folder
+from jemkit.restoring import Restored, Which, chosen, is_own, restored, run_folder
 from jemkit.runtime.files import load_tensors
 from jemkit.splits import Splits
 
@@ -178,7 +178,7 @@ def _checkpoint(
     state = checkpoint.load(path)
     found = restored(run / "config.json", state["ema"] or state["model"], registry, device, dataset)
     density = found.backbone.density if found.backbone.has_density else None
-    if isinstance(density, Buffered) and dataset is None:
+    if isinstance(density, Buffered) and is_own(dataset):
         with suppress(MisfitError):  # several processes may have kept parts that cannot be joined
             density.load_state_dict(undivided(state, density))
     about = {

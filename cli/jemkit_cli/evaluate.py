@@ -89,6 +89,9 @@ def evaluate(
     data_dir: Annotated[
         Path | None, _option("--data-dir", "Where the data set's files are.", WHERE)
     ] = None,
+    download: Annotated[
+        bool, _option("--download", "Fetch the data set where it is missing.", WHERE)
+    ] = False,
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run.", rich_help_panel=WHERE)
     ] = "auto",
@@ -115,7 +118,7 @@ def evaluate(
         "refine_steps": refine_steps, "only": only or (), "skip": skip or (),
         "selection": selection,
     }  # fmt: skip
-    data = {"use": dataset, "dir": data_dir and str(data_dir)}
+    data = {"use": dataset, "dir": data_dir and str(data_dir), "download": download or None}
     given = {k: v for k, v in data.items() if v is not None}
     where = {
         "subject": {"which": checkpoint, "network": network, "dataset": given or None},

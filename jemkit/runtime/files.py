@@ -2,13 +2,19 @@
 
 import hashlib
 import json
+import math
 import os
+import stat
 import struct
 import tempfile
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -18,6 +24,17 @@ from jemkit.errors import DataError
 from jemkit.runtime.disk import until_room
 
 Piece = bytes | memoryview
+MOST_BYTES = 64 * 2**30
+"""Of a file of tensors; a checkpoint of the largest network of torchvision has some 10 GiB."""
+
+UNREADABLE = (
+    OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
+)  # fmt: skip
+"""What a damaged safetensors file raises."""
+
+MOST_HEADER = 100_000_000
+"""Bytes of a safetensors file's header, the format's own limit."""
+
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -160,14 +177,95 @@ def file_hash(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, in memory of their own; nothing in it is executed."""
+def load_tensors(path: Path, most: int = MOST_BYTES) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in memory of their own; nothing in it is executed.
+
+    `most` bytes of it are read, and only where its header accounts for each of them.
+    """
     try:
+        check_header(path, most)
         return safetensors.torch.load(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except DataError:
+        raise
+    except UNREADABLE as error:
         raise DataError(f"{path} is not a safetensors file, or a damaged one: {error}") from None
+
+
+def check_header(path: Path, most: int = MOST_BYTES) -> None:
+    """Refuse a safetensors file whose header claims other bytes than the file has.
+
+    Read are the header's few bytes alone.
+    """
+    about = path.stat()
+    size = about.st_size
+    if not stat.S_ISREG(about.st_mode):
+        raise DataError(f"{path} is no regular file")
+    if size > most:
+        raise DataError(f"{path} has {size:,} bytes; wanted {most:,} at most")
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+        if not 2 <= length <= min(size - 8, MOST_HEADER):
+            raise ValueError(f"its header claims {length:,} bytes of {size:,}")
+        header = json.loads(file.read(length))
+    ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
+    if max(ends, default=0) != size - 8 - length:
+        raise ValueError(
+            f"its header claims {max(ends, default=0):,} bytes of tensors, and there are "
+            f"{size - 8 - length:,}"
+        )
+
+
+def load_arrays(path: Path, most: int = MOST_BYTES) -> dict[str, Tensor]:
+    """The arrays of an .npz file; nothing in it is executed, and no array unfolds.
+
+    Memory is taken once the entries' sizes and the arrays' headers have been found to agree.
+    """
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            whole = sum(entry.file_size for entry in entries)
+            if max(whole, path.stat().st_size) > most:
+                raise DataError(f"{path} unfolds to {whole:,} bytes; wanted {most:,} at most")
+            for entry in entries:
+                _check_array(archive, entry)
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing") from None
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        SyntaxError,
+        zlib.error,
+        zipfile.BadZipFile,
+        NotImplementedError,
+        RuntimeError,
+        tokenize.TokenError,
+    ) as error:
+        raise DataError(f"{path} is not an .npz file, or a damaged one: {error}") from None
+
+
+def _check_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+    """Refuse an entry that claims another number of bytes than its array's header."""
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        readers = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        if version not in readers:
+            raise ValueError(f"{entry.filename} is an array of format {version}")
+        shape, _, dtype = readers[version](file)
+        claimed, held = dtype.itemsize * math.prod(shape), entry.file_size - file.tell()
+    if dtype.hasobject or claimed != held:
+        raise ValueError(
+            f"{entry.filename} claims {list(shape)} of {dtype}, {claimed:,} bytes, in {held:,}"
+        )
 
 
 def sync_folder(folder: Path) -> None:

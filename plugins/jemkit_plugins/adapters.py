@@ -89,9 +89,7 @@ def _timm(create: Callable[..., nn.Module], model: str, shape: Shape) -> Network
     network = Adapted(module, int(module.num_features))  # type: ignore[arg-type]
     try:
         check_features(network, shape)
-    except (
-        MisfitError
-    ):  # `num_features` is that of the trunk, where a layer follows before the head
+    except MisfitError:  # `num_features` is the trunk's, and a layer follows before the head
         network = Adapted(module, int(getattr(module, "head_hidden_size", network.width)))
         check_features(network, shape)
     return network

@@ -1,27 +1,27 @@
 """LPIPS (Zhang et al. 2018, v0.1): distance between the features of a frozen ImageNet network."""
 
 import logging
-import pickle
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from jemkit.data import Bounds
 from jemkit.distance import Distance, Measure
 from jemkit.energy import EnergyModel
 from jemkit.errors import ConfigError, DataError, MisfitError
+from jemkit.foreign.reading import loaded
 from jemkit.hookspecs import hookimpl
 from jemkit.options import Options
+from jemkit.runtime.files import load_arrays, load_tensors
 from jemkit.vision import torchvision
+
+MOST = 2 * 2**30
+"""Bytes of a file of weights; torchvision's VGG-16 has 530 million."""
 
 TRUNKS = {  # torchvision's names of the weights that the heads were fitted on
     "alex": "AlexNet_Weights",
@@ -158,23 +158,14 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         match path.suffix:
             case ".npz":
-                with np.load(path, allow_pickle=False) as arrays:
-                    return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+                return load_arrays(path, MOST)
             case ".safetensors":
-                return load_file(path)
+                return load_tensors(path, MOST)
             case ".pth" | ".pt":
-                return _state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        KeyError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        SafetensorError,
-    ) as error:
+                if path.stat().st_size > MOST:
+                    raise ValueError(f"{path.stat().st_size:,} bytes, wanted {MOST:,} at most")
+                return _state_dict(loaded(path.read_bytes()))
+    except (DataError, OSError, ValueError, TypeError) as error:
         raise DataError(f"{path}: cannot be read as weights ({error})") from error
     raise DataError(f"{path}: wanted a .pth, .safetensors or .npz file of weights")
 

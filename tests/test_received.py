@@ -1,0 +1,114 @@
+"""A folder that somebody sent does not make a command go to the network."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import REGISTRY
+
+from jemkit import train
+from jemkit.errors import DataError
+from jemkit.exporting import export
+from jemkit.layers import offline, read_layer
+from jemkit.recipe import resolve
+from jemkit.restoring import is_own
+from jemkit.runtime.files import read_json, write_json
+from jemkit.sources import opened
+from jemkit.subjects import subject_at
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    named = {
+        "data": {"use": "digits"},
+        "backbone": {"use": "jem", "network": {"use": "mlp-8-1"}, "steps": 1},
+        "objective": {"use": "jem"},
+        "run": {"epochs": 1, "max_train": 40, "batch_size": 20, "eval_images": 10},
+    }
+    out = tmp_path_factory.mktemp("received") / "run"
+    train(resolve(REGISTRY, named=named, overrides=["backbone.buffer.capacity=20"]), out,
+          registry=REGISTRY)  # fmt: skip
+    return out
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every name that something wants to look up in the network."""
+    names: list[Any] = []
+
+    def refused(host: Any, *_: Any, **__: Any) -> Any:
+        names.append(host)
+        raise OSError("no network here")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    return names
+
+
+def wanting(folder: Path, where: Path) -> None:
+    """Make a folder's config ask for a download of images that are not there."""
+    config = read_json(folder / "config.json")
+    config["recipe"]["data"] = {"use": "svhn", "dir": str(where / "none"), "download": True}
+    config.pop("task", None)
+    config.pop("data", None)
+    write_json(folder / "config.json", config)
+
+
+def test_no_command_downloads_because_a_config_says_so(
+    run: Path, asked: list[Any], tmp_path: Path
+) -> None:
+    made = export(run, out=tmp_path / "model", registry=REGISTRY).folder
+    for folder in (made, run):
+        before = (folder / "config.json").read_bytes()
+        wanting(folder, tmp_path)
+        try:
+            with pytest.raises(DataError, match="--download"):
+                subject_at(folder, REGISTRY, CPU).test.unit()
+            with pytest.raises(DataError, match="--download"):
+                opened(folder, REGISTRY, CPU, "best").task.images("train")
+            again = resolve(REGISTRY, config=folder / "config.json").recipe.data
+            assert not again.download
+        finally:
+            (folder / "config.json").write_bytes(before)
+    assert not asked
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_command_itself_may_ask_for_it(run: Path, asked: list[Any], tmp_path: Path) -> None:
+    before = (run / "config.json").read_bytes()
+    wanting(run, tmp_path)
+    try:
+        with pytest.raises(DataError, match="the download failed"):
+            subject_at(run, REGISTRY, CPU, dataset={"download": True})
+    finally:
+        (run / "config.json").write_bytes(before)
+    assert asked
+
+
+def test_permissions_are_taken_back_wherever_they_stand(tmp_path: Path) -> None:
+    tables = {
+        "data": {"use": "cifar10", "download": True},
+        "objective": {"use": "ebjdat", "distance": {"use": "lpips", "download": True}},
+        "backbone": {"network": {"use": "mine", "pretrained": True, "depth": 3}},
+        "run": {"compile": True},
+    }
+    found = offline(tables)
+    assert not found["data"]["download"]
+    assert not found["objective"]["distance"]["download"]
+    assert not found["backbone"]["network"]["pretrained"]
+    assert found["run"] == {"compile": True}
+    assert found["backbone"]["network"]["depth"] == 3
+    write_json(tmp_path / "config.json", {"recipe": tables})
+    assert read_layer(tmp_path / "config.json") == found
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('[data]\nuse = "cifar10"\ndownload = true\n')
+    assert read_layer(recipe)["data"]["download"] is True
+
+
+def test_images_elsewhere_are_the_runs_own_and_another_data_set_is_not() -> None:
+    assert is_own(None)
+    assert is_own({"dir": "elsewhere", "download": True})
+    assert not is_own({"use": "svhn"})
