@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from jemkit.attack import Attack, ModelAttack, Perturb, Threat
 from jemkit.autoattack import random_state_kept
 from jemkit.data import Images
 from jemkit.errors import DataError, MisfitError
 from jemkit.evaluator import AnyAttack, Context, batches, no_progress
+from jemkit.figures import joined
 from jemkit.memory import fitted
 from jemkit.pixels import UNIT, PixelModel, weights_hash
 from jemkit.runtime.ledger import Ledger, Piece, tensors_hash
@@ -34,6 +35,7 @@ class Attacked(NamedTuple):
     right: Tensor  # [N], still right after every stage
     stages: dict[str, float]  # accuracy after each
     protocol: dict[str, Any]
+    passes: int = 0  # of one image through the model; a gradient counts as two
 
 
 def attacked(
@@ -52,13 +54,8 @@ def attacked(
     """
     whole = as_model_attack(attack, name)
     n_classes = _n_classes(subject, data, ctx)
-    protocol = {
-        **ctx.card,
-        "attack": name,
-        **ctx.threat._asdict(),
-        **whole.card(ctx.threat, n_classes),
-        "batch_size": ctx.batch_size,
-    }
+    own = {"attack": name, **ctx.threat._asdict(), **whole.card(ctx.threat, n_classes)}
+    protocol = {**joined(ctx.card, own), "batch_size": ctx.batch_size}
     ledger = ctx.ledger(_fingerprint(subject, attack, data, ctx, name))
     course = _Course(subject, data, ctx, ledger, name, everyone=whole.everyone)
     stages = course.run(whole.bind(subject, ctx.threat))
@@ -66,7 +63,7 @@ def attacked(
     protocol["accuracy_after"] = stages
     protocol["max_delta_px"] = check_bound(x, x_adv, ctx.threat, name)
     protocol["seconds"] = round(course.seconds, 3)  # of all batches, whoever computed them
-    return Attacked(whole.label, x_adv, course.right, stages, protocol)
+    return Attacked(whole.label, x_adv, course.right, stages, protocol, course.passes)
 
 
 class _Course:
@@ -88,7 +85,7 @@ class _Course:
     ) -> None:
         self.subject, self.data, self.ctx, self.ledger = subject, data, ctx, ledger
         self.name, self.everyone = name, everyone
-        self.x_adv, self.seconds = data.unit().cpu().clone(), 0.0
+        self.x_adv, self.seconds, self.passes = data.unit().cpu().clone(), 0.0, 0
         (clean,) = ledger.pieces(["clean"], self._clean, ctx.poll, no_progress)
         self.right = clean["right"].bool()
 
@@ -116,6 +113,7 @@ class _Course:
             self.x_adv[part] = piece["x_adv"]
             self.right[part] &= piece["right"].bool()
             self.seconds += float(piece["seconds"])
+            self.passes += int(piece["passes"])
 
     def _clean(self, _: int) -> Piece:
         with repeatable(Generator(self.ctx.rng.device).manual_seed(self.ctx.seed)):
@@ -129,16 +127,17 @@ class _Course:
         part = self.data.take(index).to(device)
         x, y = part.unit(), part.y
 
-        def attempt() -> tuple[Tensor, Tensor]:
+        def attempt() -> tuple[Tensor, Tensor, int]:
             rng = Generator(device).manual_seed(self.ctx.seed)
-            with repeatable(rng):
+            with repeatable(rng), counted(self.subject.model) as spent:
                 x_adv = perturb(x, y, rng).detach()
                 check_bound(x, x_adv, self.ctx.threat, self.name)
-                return x_adv, self._right(x_adv, y, "attacked")
+                return x_adv, self._right(x_adv, y, "attacked"), spent.passes
 
-        x_adv, right = fitted(attempt)
+        x_adv, right, passes = fitted(attempt)
         seconds = torch.tensor(time.monotonic() - began, dtype=torch.float64)
-        return {"x_adv": x_adv.cpu(), "right": right, "seconds": seconds}
+        spent = torch.tensor(passes, dtype=torch.int64)
+        return {"x_adv": x_adv.cpu(), "right": right, "seconds": seconds, "passes": spent}
 
     def _right(self, x: Tensor, y: Tensor, which: str) -> Tensor:
         with torch.no_grad():
@@ -147,6 +146,25 @@ class _Course:
             raise DataError(f"the model's logits hold NaN or inf on {which} images")
         right: Tensor = logits.argmax(1) == y
         return right.to(torch.uint8).cpu()
+
+
+class Spent:
+    """Passes of one image through a model."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def hear(self, _: nn.Module, given: tuple[Any, ...]) -> None:
+        x = given[0]
+        self.passes += len(x) * (2 if torch.is_grad_enabled() and x.requires_grad else 1)
+
+
+@contextmanager
+def counted(model: nn.Module) -> Iterator[Spent]:
+    """Count what passes through a model; one that asks for a gradient counts twice."""
+    spent = Spent()
+    with model.register_forward_pre_hook(spent.hear):
+        yield spent
 
 
 @contextmanager

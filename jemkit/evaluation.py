@@ -23,10 +23,11 @@ from jemkit.evaluator import (
     never,
     no_progress,
 )
-from jemkit.figures import Figure
+from jemkit.figures import Figure, joined
+from jemkit.indicators.outputs import probe_outputs
 from jemkit.memory import MicroBatch, fitted
 from jemkit.modes import eval_mode
-from jemkit.pixels import check_subject
+from jemkit.pixels import PixelModel, check_subject
 from jemkit.record import Record
 from jemkit.refined import Refined, Refinement, refined
 from jemkit.registry import Registry, installed
@@ -88,6 +89,7 @@ def judge(
     """
     evaluators = evaluators_of(settings, registry)
     attacks = attacks_of(settings, registry)
+    plain = subject.model
     if settings.refine_steps:
         refinement = Refinement(steps=settings.refine_steps, seed=settings.seed)
         subject = subject._replace(model=refined(subject.model, refinement))
@@ -108,7 +110,24 @@ def judge(
         first = data.take(torch.arange(min(len(data.y), settings.batch_size))).to(ctx.rng.device)
         with eval_mode(subject.model):
             fitted(partial(check_subject, subject.model, first.unit(), subject.n_classes))
+            ctx = fitted(partial(_looked_at, plain, data, ctx))
         return _Judgement(subject, settings, ctx, data).run(evaluators, keep_adversarial)
+
+
+def _looked_at(model: PixelModel, data: Images, ctx: Context) -> Context:
+    """Refuse a model that gives probabilities; note what else its outputs show, for every figure.
+
+    Clean accuracy does not depend on it: the largest output stays the largest.
+    """
+    ctx.progress("outputs", 0, 1)
+    found = probe_outputs(model, data, ctx.rng.device)
+    ctx.progress("outputs", 1, 1)
+    row = found.finding
+    ctx.notes.tables["outputs"] = row
+    if row["flag"]:
+        ctx.notes.warnings.append(f"outputs: {row['found']}. {row['means']}; {row['do']}")
+    why = f"the outputs are no logits: {row['found']}" if found.bounded else None
+    return replace(ctx, no_logits=why)
 
 
 def join_in(
@@ -156,7 +175,10 @@ class _Judgement:
 
     def _figures(self, name: str, evaluator: Evaluator) -> list[Figure]:
         rng = generator(self.ctx.rng.device, self.settings.seed, name)
-        ctx = replace(self.ctx, rng=rng, card={**self.ctx.card, "evaluator": name})
+        card = {**self.ctx.card, "evaluator": name}
+        if self.ctx.no_logits and name != "accuracy":
+            card = joined(card, {"standard": False, "why": self.ctx.no_logits})
+        ctx = replace(self.ctx, rng=rng, card=card)
         began = time.monotonic()
         figures = measure(self.subject.model, self.data, [evaluator], ctx)
         took = {"seconds": round(time.monotonic() - began, 3)}  # an attack has its own

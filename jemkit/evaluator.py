@@ -65,6 +65,7 @@ class Context:
     images: Callable[[str], Images] | None = None  # of train, valid and test, where there are any
     others: Callable[[], Mapping[str, Images]] = dict  # test images of data sets beside this one
     quick: bool = False  # a first look: evaluators take a small number of images
+    no_logits: str | None = None  # why the model's outputs are none, where that was found
     work: Path | None = None  # keeps half-done work; None keeps nothing
     shard: Shard = WHOLE
     progress: Progress = no_progress

@@ -20,6 +20,12 @@ class Figure(NamedTuple):
     protocol: dict[str, Any]
 
 
+def joined(card: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """A protocol with more of it; where both say why a figure is not standard, both reasons."""
+    reasons = dict.fromkeys(part["why"] for part in (card, more) if part.get("why"))
+    return {**card, **more, **({"why": "; ".join(reasons)} if reasons else {})}
+
+
 def share(name: str, right: int, n: int, protocol: dict[str, Any]) -> Figure:
     """A share with its 95 % interval (Wilson 1927)."""
     p = right / n

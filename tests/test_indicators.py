@@ -81,13 +81,16 @@ def context(seed: int, norm: Norm = "Linf", px: float = RADIUS_PX, **more: objec
     return Context(gen(seed), Threat(norm, px), seed=seed, **more)  # type: ignore[arg-type]
 
 
-def verdict(module: nn.Module, ctx: Context, n: int = 150, images: int = 64) -> dict[str, Finding]:
+def verdict(
+    module: nn.Module, ctx: Context, n: int = 150, images: int = 64, *, bounded: bool = False
+) -> dict[str, Finding]:
     """The findings of PGD-20's figure, by their names."""
     data = Images(digits("test").x[:n], digits("test").y[:n])
     with frozen(module), eval_mode(module):
         subject = anchored(pixel_model(module), data.unit()[:2])
         found = {"pgd": attacked(subject, PGD(steps=20), data, ctx, "pgd")}
-        rows = examine(subject, data, found, ctx, images)["pgd20"]
+        budget = found["pgd"].passes if bounded else None
+        rows = examine(subject, data, found, ctx, images, budget)["pgd20"]
     return {row["name"]: row for row in rows}
 
 
@@ -107,6 +110,19 @@ def test_a_masked_model_is_flagged_in_a_quick_look_too(name: str) -> None:
     build, expected = MASKED[name]
     found = flags(verdict(build(0), context(0, quick=True)))
     assert found & expected
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_masked_model_is_flagged_within_the_passes_of_one_attack(name: str) -> None:
+    build, expected = MASKED[name]
+    assert flags(verdict(build(0), context(0), bounded=True)) & expected
+
+
+def test_an_honest_model_is_not_flagged_within_the_passes_of_one_attack() -> None:
+    for module in (robust(0), undefended(0), linear(digits("train"), 0)):
+        for n in (150, 60, 20):
+            found = verdict(module, context(0), n=n, bounded=True)
+            assert not flags(found), [row["found"] for row in found.values() if row["flag"]]
 
 
 @pytest.mark.parametrize("name", MASKED)

@@ -77,6 +77,13 @@ def evaluate(
         list[str] | None,
         _option("--set", "An option of an attack or evaluator, pgd.steps=50.", HOW, "K=V"),
     ] = None,
+    indicators: Annotated[
+        Literal["bounded", "full", "off"],
+        typer.Option(
+            help="Of failure: bounded by the attacks' own passes, all of them, or none.",
+            rich_help_panel=HOW,
+        ),
+    ] = "bounded",
     checkpoint: Annotated[
         Literal["best", "last"], typer.Option(help="Which weights of a run.", rich_help_panel=WHERE)
     ] = "best",
@@ -125,8 +132,10 @@ def evaluate(
         "device": device,
         "out": out,
     }
+    asked = {"full": ["robustness.indicators=full"], "off": ["robustness.indicators=false"]}
+    overrides = [*(overrides or []), *asked.get(indicators, [])]
     record = _judged(
-        run, wanted, overrides or [], where, jobs=jobs, third_party=not no_plugins,
+        run, wanted, overrides, where, jobs=jobs, third_party=not no_plugins,
         keep_adversarial=save_adversarial, silent=as_json,
     )  # fmt: skip
     if record is None:  # the first process speaks for all

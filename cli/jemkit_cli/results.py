@@ -72,6 +72,10 @@ def show_record(record: "Record") -> None:
         say(f"{len(record.figures) - len(shown)} figures more are in the record: --json, report")
     for name, verdict in record.tables.get("indicators", {}).items():
         _show_indicators(name, verdict)
+    plan = record.tables.get("indicators_plan", {})
+    if plan.get("left_out"):
+        say(f"indicators left out, since they cost more than the attacks: "
+            f"{', '.join(plan['left_out'])}; --indicators full runs them")  # fmt: skip
     for name, reason in record.left_out.items():
         say(f"left out: {name}: {reason}")
     for warning in record.warnings:

@@ -19,17 +19,16 @@ WEAK = 0.15
 margin lies 16 points under that of the cross-entropy."""
 
 
-def black_box(probes: Probes, found: Attacked) -> Finding:
-    what = f"random search of {probes.queries} queries"
-    return _without_gradient("black box", what, probes.search, probes, found)
-
-
-def transfer(probes: Probes, found: Attacked) -> Finding:
-    climbs = probes.climbs
-    wrong = probes.search & False if climbs is None else climbs.transfer
-    agreement = 0.0 if climbs is None else climbs.agreement
-    what = f"transfer from a surrogate that agrees on {agreement:.1%}"
-    return _without_gradient("transfer", what, wrong, probes, found)
+def against(probes: Probes, found: Attacked) -> list[Finding]:
+    """What hold an attack against those without its gradient, where they were run."""
+    rows, climbs = [], probes.climbs
+    if probes.search is not None:
+        what = f"random search of {probes.plan.sizes.queries} queries"
+        rows.append(_without_gradient("black box", what, probes.search, probes, found))
+    if climbs is not None and climbs.transfer is not None:
+        what = f"transfer from a surrogate that agrees on {climbs.agreement:.1%}"
+        rows.append(_without_gradient("transfer", what, climbs.transfer, probes, found))
+    return rows
 
 
 def _without_gradient(

@@ -26,55 +26,66 @@ RESTARTS = 0.05
 
 
 def of_model(probes: Probes) -> list[Finding]:
-    """Every indicator that fits the threat."""
-    found = [random(probes), coupled(probes), gradients(probes)]
+    """Every indicator whose probes were run."""
+    found: list[Finding] = []
+    if probes.repeat is not None and probes.company is not None:
+        found += [random(probes.repeat), coupled(probes.repeat, probes.company)]
+    if probes.dead is not None and probes.saturated is not None:
+        found.append(gradients(probes, probes.dead, probes.saturated))
     if probes.climbs is None:
         return found
     n, climbs = probes.n, probes.climbs
-    return [*found, box(climbs, n), radius(climbs, n), steps(climbs, n), restarts(climbs, n)]
+    if climbs.box is not None:
+        found.append(box(climbs.box, n))
+    if len(climbs.radius) > 1:
+        found.append(radius(climbs, n))
+    if climbs.steps:
+        found.append(steps(climbs, n))
+    if climbs.restarts is not None:
+        found.append(restarts(climbs, climbs.restarts, n))
+    return found
 
 
-def random(probes: Probes) -> Finding:
+def random(repeat: float) -> Finding:
     return Finding(
         name="random",
-        flag=probes.repeat > REPEAT,
-        found=f"two passes over the same images differ by {probes.repeat:.2g} of the logits' "
-        "spread",
+        flag=repeat > REPEAT,
+        found=f"two passes over the same images differ by {repeat:.2g} of the logits' spread",
         means="the model answers at random: one gradient is no gradient of the answer that counts, "
         "and an image that stood once may fall at the next try",
         do="take the randomness out, or attack the mean over draws (EOT) and report that",
     )
 
 
-def coupled(probes: Probes) -> Finding:
-    changed = int((probes.company > max(COMPANY, 10 * probes.repeat)).sum())
-    n = len(probes.company)
+def coupled(repeat: float, company: Tensor) -> Finding:
+    changed, n = int((company > max(COMPANY, 10 * repeat)).sum()), len(company)
     return Finding(
         name="batch",
         flag=n > 1 and changed > COUPLED * n,
         found=f"{said(changed, n)} have other logits beside other images or in another place; "
-        f"the largest change is {float(probes.company.max()):.2g} of the spread",
+        f"the largest change is {float(company.max()):.2g} of the spread",
         means="an image's answer hangs on its batch, as with batch norm in train mode: attacks "
         "that drop images on their way, and any other batch size, see another model",
         do="judge the model with running statistics: its eval() must reach every batch norm",
     )
 
 
-def gradients(probes: Probes) -> Finding:
+def gradients(probes: Probes, dead: Tensor, saturated: Tensor) -> Finding:
     """Counted where PGD-20 left the image standing: a gradient that is not needed is no loss."""
-    dead, n = probes.dead, probes.n
+    n = probes.n
     bad, more = dead, ""
     if (climbs := probes.climbs) is not None:
-        bad = ~climbs.pgd & (dead | (probes.saturated & climbs.margin))
+        margin = climbs.pgd & False if climbs.margin is None else climbs.margin
+        bad = ~climbs.pgd & (dead | (saturated & margin))
         more = (
             f"; of {said(int((~climbs.pgd).sum()), n)} that stand under PGD-20 on the "
-            f"cross-entropy, {int((~climbs.pgd & climbs.margin).sum())} fall to the margin's"
+            f"cross-entropy, {int((~climbs.pgd & margin).sum())} fall to the margin's"
         )
     return Finding(
         name="gradient",
         flag=surely(int(bad.sum()), n, NOTHING),
         found=f"{said(int(dead.sum()), n)} give the cross-entropy no gradient and on "
-        f"{int(probes.saturated.sum())} it is exactly 0{more}",
+        f"{int(saturated.sum())} it is exactly 0{more}",
         means="gradients vanish: the logits saturate, or the input is rounded or cut off from "
         "the graph, so a gradient attack does not move",
         do="attack the margin of the logits or divide them by their scale; where rounding cuts the "
@@ -82,8 +93,8 @@ def gradients(probes: Probes) -> Finding:
     )
 
 
-def box(climbs: Climbs, n: int) -> Finding:
-    stand = int(climbs.box.sum())
+def box(right: Tensor, n: int) -> Finding:
+    stand = int(right.sum())
     return Finding(
         name="unbounded",
         flag=surely(stand, n, NOTHING),
@@ -124,8 +135,8 @@ def _rise(right: Mapping[str, Tensor]) -> tuple[int, str]:
     return rise, ", ".join(f"{k}: {int(v.sum())}" for k, v in right.items())
 
 
-def restarts(climbs: Climbs, n: int) -> Finding:
-    more = int((climbs.restarts & ~climbs.pgd).sum())
+def restarts(climbs: Climbs, wrong: Tensor, n: int) -> Finding:
+    more = int((wrong & ~climbs.pgd).sum())
     return Finding(
         name="restarts",
         flag=surely(more, n, RESTARTS),

@@ -11,50 +11,58 @@ from jemkit.blackbox import random_search
 from jemkit.data import Images
 from jemkit.evaluator import Context, batches
 from jemkit.indicators.ascent import Ascent, ascend, cross_entropy, lost_margin, surrogate
+from jemkit.indicators.plan import (
+    BOX_STEPS,
+    PGD_STEPS,
+    STUDENT_BATCH,
+    STUDENT_STEPS,
+    Plan,
+    planned,
+)
 from jemkit.pixels import UNIT, PixelModel
 from jemkit.seeds import generator
+from jemkit.selection import by_class, stratified
 
-PGD_STEPS, RESTARTS, QUERIES = 20, 5, 300
-RADII = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)
-STEPS = (1, 5, 20, 50)
-QUICK_IMAGES, QUICK_QUERIES, QUICK_RADII, QUICK_STEPS = 32, 100, (0.5, 1.0, 2.0), (1, 5, 20)
-STUDENT_IMAGES, STUDENT_STEPS, STUDENT_BATCH = 1000, 200, 128
-BOX_STEPS = 50
+QUICK_IMAGES = 32
+STUDENT_IMAGES = 1000
 BOX = Threat("Linf", 255.0)
 
 
 @dataclass(frozen=True)
 class Climbs:
-    """What gradient ascents and a surrogate do to the images; each [n]."""
+    """What gradient ascents and a surrogate do to the images, each [n]; None where not run."""
 
     pgd: Tensor  # wrong under PGD-20 on the cross-entropy
-    margin: Tensor  # the same on the margin, which does not saturate
-    restarts: Tensor  # wrong under any of the restarts of PGD-20
+    margin: Tensor | None  # the same on the margin, which does not saturate
+    restarts: Tensor | None  # wrong under any of the restarts of PGD-20
     n_restarts: int
     radius: dict[float, Tensor]  # right, by radius_px
     steps: dict[int, Tensor]  # right at the last state, by steps
-    box: Tensor  # right under PGD that may change every pixel to anything
-    transfer: Tensor  # wrong under what fools the surrogate
+    box: Tensor | None  # right under PGD that may change every pixel to anything
+    transfer: Tensor | None  # wrong under what fools the surrogate
     agreement: float  # of the surrogate with the model on the images
 
     @property
     def felled(self) -> Tensor:
         """By any ascent within the radius."""
-        return self.pgd | self.margin | self.restarts
+        found = self.pgd
+        for more in (self.margin, self.restarts):
+            found = found if more is None else found | more
+        return found
 
 
 @dataclass(frozen=True)
 class Probes:
-    """What was found on n images that the model has right."""
+    """What was found on n images that the model has right; None where a probe was not run."""
 
     index: Tensor  # [n], their places in the data
     seen: int  # images looked through for them
-    repeat: float  # largest change of a logit in a second pass, as a share of their spread
-    company: Tensor  # [m], the same for images beside other images or in another place
-    dead: Tensor  # [n], no gradient at x nor at a random start
-    saturated: Tensor  # [n], a cross-entropy of exactly 0
-    search: Tensor  # [n], wrong under random search
-    queries: int
+    plan: Plan
+    repeat: float | None  # largest change of a logit in a second pass, as a share of their spread
+    company: Tensor | None  # [m], the same beside other images or in another place
+    dead: Tensor | None  # [n], no gradient at x nor at a random start
+    saturated: Tensor | None  # [n], a cross-entropy of exactly 0
+    search: Tensor | None  # [n], wrong under random search
     climbs: Climbs | None  # None in L1, where PGD has no step
 
     @property
@@ -62,56 +70,76 @@ class Probes:
         return len(self.index)
 
 
-def probe(subject: PixelModel, data: Images, ctx: Context, n_images: int) -> Probes | None:
-    """Every probe on the first images that are right; None where none is."""
+def probe(
+    subject: PixelModel, data: Images, ctx: Context, n_images: int, budget: int | None = None
+) -> Probes | None:
+    """The probes that a budget of passes allows, on images that are right, by class; else None."""
     n_images = min(n_images, QUICK_IMAGES) if ctx.quick else n_images
-    index, seen = _right(subject, data, ctx, n_images)
+    plan = planned(
+        min(n_images, len(data.y)),
+        quick=ctx.quick,
+        ascents=ctx.threat.norm != "L1",
+        batch_size=ctx.batch_size,
+        budget=budget,
+    )
+    index, seen = _right(subject, data, ctx, plan.images)
     if not len(index):
         return None
-    return _Prober(subject, data, ctx, index, seen).run()
+    return _Prober(subject, data, ctx, index, seen, plan).run()
 
 
 def _right(subject: PixelModel, data: Images, ctx: Context, n: int) -> tuple[Tensor, int]:
-    """The places of the first n images that are right, and how many were looked through."""
-    found: list[int] = []
+    """The places of n images that are right, in an order that has every class in proportion, and
+    how many were looked through."""
+    order, known = by_class(data.y), ctx.notes.rows.get("clean")
+    if known is None or len(known) != len(order):
+        known = _clean(subject, data.take(order), ctx, n, order)
+    places = known[order].nonzero().squeeze(1)[:n]
+    seen = int(places[-1]) + 1 if len(places) == n else len(order)
+    return order[places].sort().values, seen
+
+
+def _clean(subject: PixelModel, data: Images, ctx: Context, n: int, order: Tensor) -> Tensor:
+    """Which images are right, [N] by their places; of those after the n-th none."""
+    right = torch.zeros(len(order), dtype=torch.bool)
     at = 0
     with torch.no_grad():
         for x, y in batches(data, ctx):
-            for right in (subject(x).argmax(1) == y).tolist():
-                found += [at] if right else []
-                at += 1
-                if len(found) == n:
-                    return torch.tensor(found), at
-    return torch.tensor(found, dtype=torch.int64), at
+            right[order[at : at + len(y)]] = (subject(x).argmax(1) == y).cpu()
+            at += len(y)
+            if int(right.sum()) >= n:
+                break
+    return right
 
 
 class _Prober:
     """One course of probes, with a generator of its own from the seed."""
 
     def __init__(
-        self, subject: PixelModel, data: Images, ctx: Context, index: Tensor, seen: int
+        self, subject: PixelModel, data: Images, ctx: Context, index: Tensor, seen: int, plan: Plan
     ) -> None:
         device = ctx.rng.device
         self.subject, self.data, self.ctx, self.seen = subject, data, ctx, seen
-        self.index, self.device = index, device
+        self.index, self.device, self.plan = index, device, plan
         part = data.take(index).to(device)
         self.x, self.y = part.unit(), part.y
         self.rng: Generator = generator(device, ctx.seed, "indicators")
-        self.radii = QUICK_RADII if ctx.quick else RADII
-        self.done, self.total = 0, len(self.radii) + 9
+        ticks = {"radius": len(plan.sizes.radii) - 1, "restarts": plan.sizes.restarts - 1}
+        self.done, self.total = 0, sum(ticks.get(name, 1) for name in plan.names)
 
     def run(self) -> Probes:
-        repeat, company = self._logits()
-        dead, saturated = self._gradients()
-        queries = QUICK_QUERIES if self.ctx.quick else QUERIES
-        search = self._fools(lambda x, y: self._search(x, y, queries))
-        climbs = None if self.ctx.threat.norm == "L1" else self._climbs()
+        runs = self.plan.names
+        repeat, company = self._logits() if "logits" in runs else (None, None)
+        dead, saturated = self._gradients() if "gradient" in runs else (None, None)
+        search = self._fools(self._search) if "search" in runs else None
+        climbs = self._climbs() if "pgd" in runs else None
         self._tick(self.total)
         return Probes(
-            self.index, self.seen, repeat, company, dead, saturated, search, queries, climbs
+            self.index, self.seen, self.plan, repeat, company, dead, saturated, search, climbs
         )
 
-    def _search(self, x: Tensor, y: Tensor, queries: int) -> Tensor:
+    def _search(self, x: Tensor, y: Tensor) -> Tensor:
+        queries = self.plan.sizes.queries
         return random_search(self.subject, x, y, self.ctx.threat, self.rng, queries)
 
     def _logits(self) -> tuple[float, Tensor]:
@@ -144,30 +172,37 @@ class _Prober:
         return size < torch.finfo(size.dtype).tiny, torch.cat(losses[::2]) == 0
 
     def _climbs(self) -> Climbs:
-        threat, steps = self.ctx.threat, QUICK_STEPS if self.ctx.quick else STEPS
+        threat, sizes, runs = self.ctx.threat, self.plan.sizes, self.plan.names
         radius, pgd = {}, None
-        for share in self.radii:
+        for share in sizes.radii if "radius" in runs else (1.0,):
             wrong = self._ascend(Threat(threat.norm, threat.radius_px * share)).trail.any(0)
             radius[threat.radius_px * share] = ~wrong
             pgd = wrong if share == 1 else pgd
         if pgd is None:
             raise ValueError("the radii of the probes hold the threat's own")
-        restarts, n_restarts = pgd.clone(), 3 if self.ctx.quick else RESTARTS
-        for _ in range(n_restarts - 1):
-            restarts |= self._ascend(threat).wrong
-        trail = self._ascend(threat, steps=max(steps)).trail
-        margin = self._ascend(threat, loss=lost_margin).wrong
-        box = ~self._ascend(BOX, steps=BOX_STEPS, step_px=BOX.radius_px / 20,
-                            start=Threat("Linf", min(threat.radius_px, 8.0))).wrong  # fmt: skip
-        transfer, agreement = self._transfer()
+        restarts, steps = None, {}
+        if "restarts" in runs:
+            restarts = pgd.clone()
+            for _ in range(sizes.restarts - 1):
+                restarts |= self._ascend(threat).wrong
+        if "steps" in runs:
+            trail = self._ascend(threat, steps=max(sizes.steps)).trail
+            steps = {k: ~trail[k] for k in sizes.steps}
+        margin = self._ascend(threat, loss=lost_margin).wrong if "margin" in runs else None
+        box = self._box() if "box" in runs else None
+        transfer, agreement = self._transfer() if "transfer" in runs else (None, 0.0)
         return Climbs(
-            pgd, margin, restarts, n_restarts, radius, {k: ~trail[k] for k in steps}, box,
-            transfer, agreement,
-        )  # fmt: skip
+            pgd, margin, restarts, sizes.restarts, radius, steps, box, transfer, agreement
+        )
+
+    def _box(self) -> Tensor:
+        start = Threat("Linf", min(self.ctx.threat.radius_px, 8.0))
+        step = BOX.radius_px / 20
+        return ~self._ascend(BOX, steps=BOX_STEPS, step_px=step, start=start).wrong
 
     def _transfer(self) -> tuple[Tensor, float]:
         """What fools a surrogate of the model, tried on the model itself."""
-        some = self.data.take(torch.arange(min(len(self.data.y), STUDENT_IMAGES)))
+        some = self.data.take(stratified(self.data.y, STUDENT_IMAGES))
         student = surrogate(
             self.subject, some.to(self.device).unit(), self.ctx.threat, self.rng,
             steps=STUDENT_STEPS, batch=min(STUDENT_BATCH, self.ctx.batch_size),

@@ -1,26 +1,32 @@
 """Robustness: accuracy under every attack that is asked for, and whether to believe it."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 from pydantic import Field
 from torch import arange
 
 from jemkit.anchor import anchored
-from jemkit.cascade import attacked
+from jemkit.cascade import Attacked, attacked
 from jemkit.data import Images
 from jemkit.evaluator import Context, Evaluator
 from jemkit.figures import Figure
 from jemkit.hookspecs import hookimpl
-from jemkit.indicators import examine
+from jemkit.indicators import examine, outputs_of
+from jemkit.indicators.plan import QUICK_SHARE
 from jemkit.options import Options
 from jemkit.pixels import PixelModel
 from jemkit.robustness import robust_share
 
 
 class Robustness(Options):
-    """Accuracy under each attack, with the failure indicators of each figure."""
+    """Accuracy under each attack, with the failure indicators of each figure.
 
-    indicators: bool = True
+    The indicators cost at most as much as the attacks that they guard, in passes of the model, and
+    half of that in a quick look; what is left out for it the record names. "full" runs them all.
+    """
+
+    indicators: bool | Literal["full"] = True
     indicator_images: int = Field(128, ge=2)
 
     def unused(self) -> dict[str, str]:
@@ -33,9 +39,21 @@ class Robustness(Options):
             name: attacked(model, attack, data, ctx, name) for name, attack in ctx.attacks.items()
         }
         figures = [robust_share(one, ctx) for one in found.values()]
-        if self.indicators and found and ctx.shard.rank == 0:
-            ctx.notes.tables["indicators"] = examine(model, data, found, ctx, self.indicator_images)
+        if found and ctx.shard.rank == 0:
+            self._examine(model, data, found, ctx)
         return figures
+
+    def _examine(
+        self, model: PixelModel, data: Images, found: dict[str, Attacked], ctx: Context
+    ) -> None:
+        if self.indicators:
+            spent = sum(one.passes for one in found.values())
+            budget = int(spent * (QUICK_SHARE if ctx.quick else 1))
+            limit = None if self.indicators == "full" else budget
+            rows = examine(model, data, found, ctx, self.indicator_images, limit)
+            ctx.notes.tables["indicators"] = rows
+        elif any(row["flag"] for row in outputs_of(ctx)):
+            ctx.notes.tables["indicators"] = {one.label: outputs_of(ctx) for one in found.values()}
 
 
 @hookimpl

@@ -1,0 +1,100 @@
+"""Which probes run: all of them, or those that cost no more than the attacks that they guard.
+
+Cost is counted in passes of one image through the model, a gradient's as two: it depends on the
+attacks and their images alone, never on a clock.
+"""
+
+from typing import NamedTuple
+
+PGD_STEPS, BOX_STEPS = 20, 50
+STUDENT_STEPS, STUDENT_BATCH = 200, 128
+FEWEST = 4
+"""Images below which a probe says nothing: all of 3 may be wrong by accident."""
+
+QUICK_SHARE = 0.5
+"""What the probes of a quick look may cost, as a share of its attacks."""
+
+
+class Sizes(NamedTuple):
+    """How much each probe takes."""
+
+    radii: tuple[float, ...]  # as shares of the radius; its own is one of them
+    steps: tuple[int, ...]
+    restarts: int
+    queries: int
+
+
+FULL = Sizes((0.25, 0.5, 1.0, 1.5, 2.0, 4.0), (1, 5, 20, 50), 5, 300)
+SMALL = Sizes((0.5, 1.0, 2.0), (1, 5, 20), 3, 100)
+
+CORE = ("logits", "gradient", "pgd", "margin", "search")
+"""The most telling for their cost: whether the model draws or couples images, gradients that
+vanish, what the margin finds beyond the cross-entropy, and what needs no gradient."""
+
+ORDER = (*CORE, "box", "steps", "radius", "restarts", "transfer")
+"""In which probes are chosen while the budget lasts."""
+
+ASCENTS = ("pgd", "margin", "box", "steps", "radius", "restarts", "transfer")
+"""Those that need a step of PGD, which L1 has none of."""
+
+FINDINGS = {
+    "logits": "random, batch", "gradient": "gradient", "pgd": "PGD-20 of the probes",
+    "margin": "ascent of the margin", "search": "black box", "box": "unbounded",
+    "steps": "steps", "radius": "radius", "restarts": "restarts", "transfer": "transfer",
+}  # fmt: skip
+"""What a record calls them."""
+
+
+class Plan(NamedTuple):
+    """Probes by name, on how many images, and what they cost."""
+
+    images: int
+    sizes: Sizes
+    names: tuple[str, ...]
+    left_out: tuple[str, ...]
+    passes: int
+
+
+def cost(name: str, n: int, sizes: Sizes, batch_size: int) -> int:
+    """Passes of one image that a probe of n images takes."""
+    ascent = 2 * PGD_STEPS + 1
+    each = {
+        "logits": 4,
+        "gradient": 4,
+        "pgd": ascent,
+        "margin": ascent,
+        "search": sizes.queries,
+        "box": 2 * BOX_STEPS + 1,
+        "steps": 2 * max(sizes.steps) + 1,
+        "radius": ascent * (len(sizes.radii) - 1),
+        "restarts": ascent * (sizes.restarts - 1),
+        "transfer": 1,
+    }[name]
+    own = STUDENT_STEPS * min(STUDENT_BATCH, batch_size) + 1 if name == "transfer" else 0
+    return n * each + own
+
+
+def planned(
+    n: int, *, quick: bool, ascents: bool, batch_size: int, budget: int | None = None
+) -> Plan:
+    """What runs on at most n images: everything without a budget, or where it is enough.
+
+    Else as many images as the core can be afforded on, and of the rest what is left for.
+    """
+    order = tuple(name for name in ORDER if ascents or name not in ASCENTS)
+    kinds = (SMALL,) if quick else (FULL, SMALL)
+    for sizes in kinds if budget is not None else kinds[:1]:
+        passes = sum(cost(name, n, sizes, batch_size) for name in order)
+        if budget is None or passes <= budget:
+            return Plan(n, sizes, order, (), passes)
+    few = n
+    core = [name for name in CORE if name in order]
+    while few > FEWEST and sum(cost(name, few, SMALL, batch_size) for name in core) > (budget or 0):
+        few = max(FEWEST, few // 2)
+    left, names = budget or 0, []
+    for name in order:
+        if (price := cost(name, few, SMALL, batch_size)) <= left:
+            left -= price
+            names.append(name)
+    out = tuple(name for name in order if name not in names)
+    return Plan(few, SMALL, tuple(names), out, (budget or 0) - left)
