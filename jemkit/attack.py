@@ -122,8 +122,9 @@ class ModelAttack(Protocol):
         ...
 
     def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
-        """Its settings, for the protocol of its figures; `standard: False` where they differ
-        from the published ones, with `why`."""
+        """Its settings, for the protocol of its figures; `standard: False`, with `why`, where
+        they are not the published ones. Options that are not the defaults need no such mark: see
+        `jemkit.departures`."""
         ...
 
 
@@ -256,17 +257,13 @@ class PGD(Options):
         return {self.label: perturb}
 
     def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
-        usual = threat.radius_px / 4
-        step = usual if self.step_px is None else self.step_px
-        off = f"steps of {step:g}/255 and not a quarter of the radius, {usual:g}/255"
-        why = [off] * (step != usual) + [f"keeps {FIRST}"] * (self.keep == "first")
+        step = threat.radius_px / 4 if self.step_px is None else self.step_px
         return {
             "steps": self.steps,
             "step_px": step,
             "restarts": self.restarts,
             "start": "uniform in the ball",
             "kept": "the worst of all steps" if self.keep == "worst" else FIRST,
-            **nonstandard(why),
         }
 
     def climb(
@@ -302,14 +299,6 @@ def nonstandard(why: Iterable[str]) -> dict[str, Any]:
     """What a card says of settings that are not the published ones; nothing where they are."""
     reasons = "; ".join(dict.fromkeys(why))
     return {"standard": False, "why": reasons} if reasons else {}
-
-
-def departing(attack: Options, names: Iterable[str]) -> list[str]:
-    """Which of an attack's options, that its figure's name does not tell, are not its defaults."""
-    defaults = type(attack).model_fields
-    given = {name: getattr(attack, name) for name in names}
-    return [f"{k} {v}, not {defaults[k].default}" for k, v in given.items()
-            if v != defaults[k].default]  # fmt: skip
 
 
 def ball_of(threat: Threat, name: str) -> Ball:

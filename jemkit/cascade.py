@@ -16,9 +16,11 @@ from torch import Generator, Tensor, nn
 from jemkit.attack import Attack, ModelAttack, Perturb, Threat
 from jemkit.autoattack import random_state_kept
 from jemkit.data import Images
+from jemkit.departures import departures, with_departures
 from jemkit.errors import DataError, MisfitError
 from jemkit.evaluator import AnyAttack, Context, batches, no_progress
 from jemkit.figures import joined
+from jemkit.identity import identity_of
 from jemkit.memory import fitted
 from jemkit.pixels import UNIT, PixelModel, weights_hash
 from jemkit.runtime.ledger import Ledger, Piece, tensors_hash
@@ -48,14 +50,12 @@ def attacked(
     be computed by another process of `ctx.shard`. Subject and mode are the caller's affair:
     call it inside `measure`.
 
-    A batch is read back for an equal model alone: equal weights, buffers, `repr` and pixel range.
-    What a module of the user's own keeps besides, in plain Python fields that its `repr` does not
-    show, no hash sees: after changing such a field take another folder.
+    A batch is read back for an equal model alone: equal weights, buffers, code, plain attributes,
+    `repr` and pixel range.
     """
     whole = as_model_attack(attack, name)
     n_classes = _n_classes(subject, data, ctx)
-    own = {"attack": name, **ctx.threat._asdict(), **whole.card(ctx.threat, n_classes)}
-    protocol = {**joined(ctx.card, own), "batch_size": ctx.batch_size}
+    protocol = _protocol(attack, ctx, name, whole.card(ctx.threat, n_classes))
     ledger = ctx.ledger(_fingerprint(subject, attack, data, ctx, name))
     course = _Course(subject, data, ctx, ledger, name, everyone=whole.everyone)
     stages = course.run(whole.bind(subject, ctx.threat))
@@ -64,6 +64,15 @@ def attacked(
     protocol["max_delta_px"] = check_bound(x, x_adv, ctx.threat, name)
     protocol["seconds"] = round(course.seconds, 3)  # of all batches, whoever computed them
     return Attacked(whole.label, x_adv, course.right, stages, protocol, course.passes)
+
+
+def _protocol(
+    attack: AnyAttack, ctx: Context, name: str, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The card of an attack's figure: the evaluation's, the attack's, and what is not standard."""
+    own = {"attack": name, **ctx.threat._asdict(), **settings}
+    card = {**joined(ctx.card, own), "batch_size": ctx.batch_size}
+    return with_departures(card, departures(attack, ctx.threat))
 
 
 class _Course:
@@ -251,6 +260,7 @@ def _fingerprint(
         "seed": ctx.seed,
         "batch_size": ctx.batch_size,
         "model": weights_hash(subject),
+        "code": ctx.code or identity_of(subject).sha256,
         "buffers": tensors_hash(dict(subject.named_buffers())),  # a state dict leaves some out
         "subject": re.sub(r" at 0x[0-9a-f]+", "", repr(subject)),  # places in memory say nothing
         "bounds": list(subject.bounds),

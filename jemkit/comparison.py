@@ -12,11 +12,21 @@ import torch
 from torch import Tensor
 
 from jemkit import record as records
+from jemkit.errors import DataError
 from jemkit.figures import Figure, paired_difference
 from jemkit.layers import flat
 from jemkit.record import finite
 from jemkit.seeds import generator
-from jemkit.trilemma import Judged, Line, differing, read_runs, trilemma
+from jemkit.trilemma import (
+    Judged,
+    Line,
+    aligned,
+    differing,
+    is_share,
+    read_runs,
+    told_apart,
+    trilemma,
+)
 
 
 class Difference(NamedTuple):
@@ -28,6 +38,7 @@ class Difference(NamedTuple):
     high: float
     n: int
     why: str = ""  # there is none
+    protocol: str = ""  # what tells it from others of its name
 
     @property
     def holds_zero(self) -> bool:
@@ -43,6 +54,10 @@ class Spread(NamedTuple):
     mean: float
     sd: float | None  # None for a single seed
     why: str = ""  # there is none
+    settings: dict[str, Any] = {}  # those in which the groups of runs differ
+    seeds: list[Any] = []
+    protocol: str = ""  # what tells the figure from others of its name
+    share: bool = False  # whether it is shown in per cent
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,7 @@ class Comparison:
         lines = [
             {
                 "name": line.column.name,
+                "title": line.column.title,
                 "figures": [f and f._asdict() for f in line.figures],
                 "missing": line.why,
                 "best": [self.runs[i] for i in line.best],
@@ -87,12 +103,15 @@ def compare(
 
 def paired(a: Judged, b: Judged, resamples: int = 10_000) -> list[Difference]:
     """Clean accuracy and accuracy under each attack, a less b, where the images are the same."""
-    shared = [
-        name
-        for name in a.record.rows
-        if name in b.record.rows and a.figure(name) is not None and b.figure(name) is not None
-    ]
-    return [_difference(a, b, name, resamples) for name in shared]
+    names = dict.fromkeys(figure.name for figure in a.record.figures)
+    found = []
+    for name in (name for name in names if b.figure(name) is not None):
+        rows = [(x, y) for x, y in aligned([a, b], name) if x is not None and y is not None]
+        for (x, y), words in zip(rows, told_apart([x for x, _ in rows]), strict=True):
+            pair = a.record.rows_of(x), b.record.rows_of(y)
+            if pair[0] is not None and pair[1] is not None:
+                found.append(_difference((a, x, pair[0]), (b, y, pair[1]), words, resamples))
+    return found
 
 
 def over_seeds(runs: Sequence[Judged], names: Sequence[str]) -> list[Spread]:
@@ -100,35 +119,58 @@ def over_seeds(runs: Sequence[Judged], names: Sequence[str]) -> list[Spread]:
     groups: dict[str, list[Judged]] = {}
     for run in runs:
         groups.setdefault(_recipe_but_seed(run), []).append(run)
-    return [s for group in groups.values() for name in names for s in _spread(group, name)]
+    told = _settings([group[0] for group in groups.values()])
+    return [
+        spread
+        for group, settings in zip(groups.values(), told, strict=True)
+        for name in dict.fromkeys(names)
+        for spread in _spread(group, name, settings)
+    ]
 
 
-def _spread(group: list[Judged], name: str) -> Iterator[Spread]:
-    figures = [(run.name, run.figure(name)) for run in group]
-    having = [(run, figure.value) for run, figure in figures if figure is not None]
-    if not having:
-        return
-    names, values = [run for run, _ in having], [value for _, value in having]
-    differs = differing(group, name)
-    if differs:
-        yield Spread(names, name, values, math.nan, None, "; ".join(differs))
-        return
-    finite_all = len(values) > 1 and all(map(math.isfinite, values))
-    spread = statistics.stdev(values) if finite_all else None
-    yield Spread(names, name, values, math.fsum(values) / len(values), spread)
+def _settings(firsts: Sequence[Judged]) -> list[dict[str, Any]]:
+    """Of one run of each group the settings in which the groups differ, other than the seed."""
+    recipes = [_but_seed(run) for run in firsts]
+    keys = sorted({key for recipe in recipes for key in recipe})
+    different = [k for k in keys if len({json.dumps(r.get(k)) for r in recipes}) > 1]
+    return [{key: recipe[key] for key in different if key in recipe} for recipe in recipes]
 
 
-def _difference(a: Judged, b: Judged, name: str, resamples: int) -> Difference:
-    x, y = a.record.rows[name], b.record.rows[name]
-    why = "; ".join(differing([a, b], name))
-    for run, row in ((a, x), (b, y)):
-        figure = run.figure(name)
-        if figure is not None and not _rows_of(row, figure):
+def _spread(group: list[Judged], name: str, settings: dict[str, Any]) -> Iterator[Spread]:
+    rows = [row for row in aligned(group, name) if any(row)]
+    told = told_apart([next(f for f in row if f) for row in rows])
+    for row, words in zip(rows, told, strict=True):
+        having = [(run, figure) for run, figure in zip(group, row, strict=True) if figure]
+        names, values = [run.name for run, _ in having], [figure.value for _, figure in having]
+        seeds = [run.config.get("recipe", {}).get("run", {}).get("seed") for run, _ in having]
+        about = Spread(names, name, values, math.nan, None, "", settings, seeds, words)
+        differs = differing(group, name, row)
+        if differs:
+            yield about._replace(why="; ".join(differs))
+            continue
+        finite_all = len(values) > 1 and all(map(math.isfinite, values))
+        spread = statistics.stdev(values) if finite_all else None
+        share = is_share(having[0][1])
+        yield about._replace(mean=math.fsum(values) / len(values), sd=spread, share=share)
+
+
+def _difference(
+    one: tuple[Judged, Figure, Tensor],
+    two: tuple[Judged, Figure, Tensor],
+    words: str,
+    resamples: int,
+) -> Difference:
+    (a, figure, x), (b, other, y) = one, two
+    name = figure.name
+    why = "; ".join(differing([a, b], name, [figure, other]))
+    for run, row, of in ((a, x, figure), (b, y, other)):
+        if not _rows_of(row, of):
             why = why or f"the rows of {run.name} are not those of its figure"
     if why:
-        return Difference(name, math.nan, math.nan, math.nan, 0, why)
+        return Difference(name, math.nan, math.nan, math.nan, 0, why, words)
     rng = generator(torch.device("cpu"), 0, "paired", name)
-    return Difference(name, *paired_difference(x, y, rng, resamples), len(x))
+    found = paired_difference(x, y, rng, resamples)
+    return Difference(name, *found, len(x), "", words)
 
 
 def _rows_of(row: Tensor, figure: Figure) -> bool:
@@ -136,9 +178,25 @@ def _rows_of(row: Tensor, figure: Figure) -> bool:
     return row.shape == (figure.n,) and abs(float(row.double().mean()) - figure.value) < 1e-6
 
 
-def _recipe_but_seed(run: Judged) -> str:
+def _but_seed(run: Judged) -> dict[str, Any]:
     recipe = dict(flat(run.config.get("recipe", {})))
     recipe.pop("run.seed", None)
     if run.config.get("origins", {}).get("run.channels_last") == "measured":
         recipe["run.channels_last"] = "measure"  # which is what the recipe said
+    return recipe
+
+
+def _recipe_but_seed(run: Judged) -> str:
+    recipe = _but_seed(run)
     return json.dumps(recipe, sort_keys=True) if recipe else str(run.folder)
+
+
+def newest(runs: Path, count: int = 2) -> list[Path]:
+    """The runs of a folder that were begun last, the newest at the end."""
+    found = [path for path in runs.glob("*/config.json") if not path.parent.is_symlink()]
+    found.sort(key=lambda path: (path.stat().st_mtime, path.parent.name))
+    if len(found) < count:
+        raise DataError(
+            f"{runs} holds {len(found)} runs, and a comparison is of {count}; name the runs"
+        )
+    return [path.parent for path in found[-count:]]

@@ -148,18 +148,22 @@ class _Judgement:
         self.subject, self.settings, self.ctx, self.data = subject, settings, ctx, data
         self.figures: list[Figure] = []
         self.left_out: dict[str, str] = {}
+        self.parts: list[records.Part] = []
 
     def run(self, evaluators: Mapping[str, Evaluator], keep_adversarial: bool) -> Record:
         for name, evaluator in evaluators.items():
             try:
-                self.figures += self._figures(name, evaluator)
+                before = records.left_by(self.ctx.notes)
+                figures = self._figures(name, evaluator)
+                self.figures += figures
+                self.parts.append(records.part(name, figures, self.ctx, before))
             except Unmeasurable as error:
                 if name in self.settings.only:
                     raise
                 self.left_out[name] = str(error)
             self._write()
         if self.ctx.shard.rank == 0 and self.subject.folder and keep_adversarial:
-            records.save_adversarial(self.subject.folder, self.ctx.notes, self.record())
+            records.save(self.subject.folder, self.record(), self.ctx.notes, adversarial=True)
         if self.ctx.shard.size > 1:  # others may still read
             met(self.ctx.poll)
         for ledger in self.ctx.notes.ledgers:
@@ -168,10 +172,10 @@ class _Judgement:
 
     def record(self) -> Record:
         notes = self.ctx.notes
-        return Record(
-            self.subject.about, self.ctx.card, self.figures, notes.tables, notes.rows,
-            self.left_out, notes.warnings,
-        )  # fmt: skip
+        return records.arranged(Record(
+            self.subject.about, self.ctx.card, list(self.figures), dict(notes.tables),
+            dict(notes.rows), dict(self.left_out), list(notes.warnings), list(self.parts),
+        ))  # fmt: skip
 
     def _figures(self, name: str, evaluator: Evaluator) -> list[Figure]:
         rng = generator(self.ctx.rng.device, self.settings.seed, name)
@@ -182,7 +186,7 @@ class _Judgement:
         began = time.monotonic()
         figures = measure(self.subject.model, self.data, [evaluator], ctx)
         took = {"seconds": round(time.monotonic() - began, 3)}  # an attack has its own
-        figures = [f._replace(protocol={**took, **f.protocol}) for f in figures]
+        figures = [f._replace(protocol={**ctx.card, **took, **f.protocol}) for f in figures]
         if name == "accuracy":
             self._warn_if_guessing(figures[0])
         return figures
@@ -209,6 +213,7 @@ def _context(
     device = next((p.device for p in subject.model.parameters()), torch.device("cpu"))
     threat = threat_of(settings, subject.radius_px, data.x.shape[1:].numel())
     whole = part.text == "all"
+    judged = tensors_hash(data._asdict())
     card = {
         "protocol": settings.protocol,
         "standard": settings.protocol == "standard" and whole and not settings.quick,
@@ -223,7 +228,8 @@ def _context(
         "trained_radius_px": subject.about.get("trained_radius_px"),
         **{k: v for k, v in subject.about.items() if k == "trained_norm"},
         "checkpoint": subject.about["sha256"],
-        "data_sha256": tensors_hash(data._asdict()),
+        "data_sha256": judged,
+        "test_sha256": judged if whole else tensors_hash(subject.test._asdict()),
         "versions": versions(),
         "device": device.type,
         "precision": JUDGED_IN,
@@ -236,6 +242,7 @@ def _context(
         seed=settings.seed,
         batch_size=settings.batch_size,
         card=card,
+        code=subject.about["sha256"],
         attacks=attacks,
         images=subject.images,
         others=subject.others,

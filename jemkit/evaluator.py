@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from jemkit.attack import Attack, ModelAttack, Threat
 from jemkit.data import Images
+from jemkit.departures import departures, with_departures
 from jemkit.errors import DataError, MisfitError, Preempted
 from jemkit.figures import Figure, share
 from jemkit.memory import fitted
@@ -61,6 +62,7 @@ class Context:
     seed: int = 0
     batch_size: int = 250
     card: dict[str, Any] = field(default_factory=dict)  # joins every figure's protocol
+    code: str = ""  # what the half-done work depends on beside the weights: see `identity_of`
     attacks: Mapping[str, AnyAttack] = field(default_factory=dict)  # asked for, by name
     images: Callable[[str], Images] | None = None  # of train, valid and test, where there are any
     others: Callable[[], Mapping[str, Images]] = dict  # test images of data sets beside this one
@@ -107,8 +109,9 @@ def measure(
     try:
         with frozen(subject), eval_mode(subject):
             return [
-                figure
+                figure._replace(protocol=with_departures(figure.protocol, found))
                 for judge in evaluators
+                for found in [departures(judge, ctx.threat)]
                 for figure in fitted(partial(judge, subject, data, ctx), ctx.rng)
             ]
     finally:

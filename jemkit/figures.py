@@ -1,5 +1,9 @@
 """Figures: measured numbers with their intervals and the protocol that gave them."""
 
+import hashlib
+import json
+import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +22,43 @@ class Figure(NamedTuple):
     high: float | None
     n: int
     protocol: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """What a record knows a figure by: a hash of its name and its whole protocol.
+
+        Left out is what the measurement gave (RESULTS), and norm and radius where nothing attacks.
+        """
+        card = without_results(self.protocol)
+        if card.get("evaluator") in UNATTACKED and "attack" not in card:
+            card = {k: v for k, v in card.items() if k not in ("norm", "radius_px")}
+        text = json.dumps([self.name, finite(card)], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+RESULTS = frozenset({"seconds", "accuracy_after", "max_delta_px", "std", "mean_distance"})
+"""Entries of a protocol that are found and not set."""
+
+UNATTACKED = ("accuracy", "calibration", "ood", "generation")
+"""Evaluators on whose figures an attack's norm and radius have no bearing."""
+
+
+def without_results(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """A protocol less what the measurement gave."""
+    return {
+        key: without_results(value) if isinstance(value, Mapping) else value
+        for key, value in protocol.items()
+        if key not in RESULTS
+    }
+
+
+def finite(value: Any) -> Any:
+    """A tree as JSON has it; a number that is not finite has no JSON and becomes None."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def joined(card: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

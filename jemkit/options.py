@@ -16,6 +16,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, core_schema
 
+LARGEST_USUAL = 32
+"""In 1/255: L-inf radii up to here are whole numbers, which a fraction rounds."""
+
 
 class Options(BaseModel):
     """A frozen set of options: fields, TOML keys, JSON schema and `--set` names at once."""
@@ -50,9 +53,17 @@ def not_a_fraction(px: float) -> float:
     if 0 < px < 1:
         raise ValueError(
             f"a radius is given in 1/255 of the pixel range, so 8 for 8/255; {px:g} is probably a "
-            f"fraction: write {px * 255:.4g}"
+            f"fraction: write {_in_pixels(px):.4g}"
         )
     return px
+
+
+def _in_pixels(fraction: float) -> float:
+    """A fraction of the range in 1/255: 8 of 0.031, which is 8/255 rounded; 127.5 of 0.5."""
+    digits = len(repr(fraction).partition(".")[2])
+    whole = round(fraction * 255)
+    small = fraction * 255 <= LARGEST_USUAL
+    return whole if small and round(whole / 255, digits) == fraction else fraction * 255
 
 
 Radius = Annotated[float, AfterValidator(not_a_fraction)]

@@ -12,6 +12,7 @@ from jemkit.density import Buffered
 from jemkit.errors import DataError
 from jemkit.evaluator import Context, Unmeasurable
 from jemkit.generation import TOGETHER, portions
+from jemkit.identity import identity_of
 from jemkit.memory import fitted
 from jemkit.options import Options
 from jemkit.pictures import to_bytes
@@ -101,6 +102,7 @@ def _pieces(
             "seed": ctx.seed,
             "batch_size": ctx.batch_size,
             "model": weights_hash(subject),
+            "code": ctx.code or identity_of(subject).sha256,
             "subject": repr(subject),
             "bounds": list(subject.bounds),
             "density": plainly(subject.density),

@@ -21,11 +21,12 @@ from jemkit.energy import LogSumExpEnergy
 from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.exported import WEIGHTS, is_exported, verify
 from jemkit.fitting import trained_threat
+from jemkit.identity import identity_of
 from jemkit.labels import count_classes
 from jemkit.mistakes import explain
 from jemkit.modes import eval_mode
 from jemkit.networks import lent
-from jemkit.pixels import PixelModel, in_own_type, pixel_model, weights_hash
+from jemkit.pixels import PixelModel, in_own_type, pixel_model
 from jemkit.recipe import resolve
 from jemkit.registry import Registry
 from jemkit.restoring import Restored, Which, chosen, is_own, restored, run_folder
@@ -91,7 +92,7 @@ def subject_of(
         raise DataError("there are no images to judge the model on")
     known = n_classes or (dataset.n_classes if isinstance(dataset, Dataset) else None)
     test = checked(test, known or count_classes(test.y), "the test images")
-    plain = pixel_model(module)
+    identity, plain = identity_of(module), pixel_model(module)
     device = next((p.device for p in plain.parameters()), torch.device("cpu"))
     first = test.take(torch.arange(min(2, len(test.y)))).to(device).unit()
     with eval_mode(plain), random_state_kept():
@@ -107,7 +108,8 @@ def subject_of(
         classes,
         dataset.radius_px if isinstance(dataset, Dataset) else 8.0,
         splits.images if splits else None,  # type: ignore[arg-type]
-        {"model": type(module).__name__, "sha256": weights_hash(model), "trained_radius_px": None},
+        {"model": type(module).__name__, "sha256": identity.sha256, **identity.card}
+        | {"trained_radius_px": None},
         None,
     )
 

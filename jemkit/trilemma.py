@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,15 +11,19 @@ from typing import Any, NamedTuple
 from jemkit.errors import ConfigError, DataError
 from jemkit.figures import Figure
 from jemkit.layers import flat
-from jemkit.record import Record
+from jemkit.recordfile import Record, preferred
 from jemkit.runtime.files import read_json
 
 NOT_PROTOCOL = frozenset(
     {"checkpoint", "versions", "device", "evaluator", "trained_radius_px", "max_delta_px"}
-    | {"seconds", "seed", "batch_size", "accuracy_after"}
+    | {"seconds", "seed", "batch_size", "accuracy_after", "why", "std"}
 )
 """Entries of a card that tell of the model, the machine, chance or the result, and not of how it
 was measured."""
+
+
+UNKNOWN_BEFORE = ("test_sha256", "ood_sha256")
+"""Entries that cards before 0.2.0 lack; compared where every card has them."""
 
 
 class Judged(NamedTuple):
@@ -30,7 +35,19 @@ class Judged(NamedTuple):
     config: dict[str, Any]  # empty where the record stands alone
 
     def figure(self, name: str) -> Figure | None:
-        return next((figure for figure in self.record.figures if figure.name == name), None)
+        """As `Record.figure`; None where there is none."""
+        found = [figure for figure in self.record.figures if figure.name == name]
+        return preferred(found) if found else None
+
+    def figures(self, name: str) -> dict[str, Figure]:
+        """A figure of each protocol that the name was measured by, the preferred one first."""
+        found: dict[str, list[Figure]] = {}
+        for figure in self.record.figures:
+            if figure.name == name:
+                found.setdefault(_signature(figure), []).append(figure)
+        chosen = {signature: preferred(figures) for signature, figures in found.items()}
+        first = self.figure(name)
+        return dict(sorted(chosen.items(), key=lambda entry: entry[1] is not first))
 
 
 class Column(NamedTuple):
@@ -82,6 +99,9 @@ class Line(NamedTuple):
 
 def read_runs(folders: Sequence[Path], read: Callable[[Path], Record]) -> list[Judged]:
     """Each run by a name of its own."""
+    missing = next((folder for folder in folders if not Path(folder).exists()), None)
+    if missing is not None:
+        raise DataError(f"{missing} does not exist; name a run folder, or train one first")
     paths = [Path(folder).resolve() for folder in folders]
     if not paths:
         raise ConfigError("no run was given; name one or more run folders")
@@ -96,26 +116,78 @@ def read_runs(folders: Sequence[Path], read: Callable[[Path], Record]) -> list[J
 
 def trilemma(runs: Sequence[Judged], names: Sequence[str] = ()) -> list[Line]:
     """The figures that matter of a JEM, or those that are named, of every run."""
-    return [_line(column, runs) for column in _columns(runs, names)]
+    return [line for column in _columns(runs, names) for line in _lines(column, runs)]
 
 
-def differing(runs: Sequence[Judged], name: str) -> list[str]:
+def differing(
+    runs: Sequence[Judged], name: str, figures: Sequence[Figure | None] | None = None
+) -> list[str]:
     """In what the protocols of one figure differ between the runs that have it."""
-    having = [(run.name, run, figure) for run in runs if (figure := run.figure(name)) is not None]
-    return _apart({name: {**_data(run), **_measured(figure)} for name, run, figure in having})
+    figures = [run.figure(name) for run in runs] if figures is None else figures
+    having = [(run, f) for run, f in zip(runs, figures, strict=True) if f is not None]
+    return _apart({run.name: {**_data(run), **_measured(figure)} for run, figure in having})
 
 
-def other_images(runs: Sequence[Judged]) -> list[str]:
-    """In what the images differ that the runs were judged on."""
+def other_images(runs: Sequence[Judged], table: str = "") -> list[str]:
+    """In what the images differ that the runs, or a table of theirs, were judged on."""
     keys = ("split", "images", "selection")
-    cards = {run.name: {k: run.record.protocol.get(k) for k in keys} | _data(run) for run in runs}
-    return _apart(cards)
+    cards = {run.name: run.record.card_of("tables", table) for run in runs}
+    told = {run.name: {k: cards[run.name].get(k) for k in keys} | _data(run) for run in runs}
+    return _apart(told)
+
+
+def aligned(runs: Sequence[Judged], name: str) -> list[list[Figure | None]]:
+    """Every figure of a name in rows: side by side stand those of one protocol.
+
+    Runs whose protocols nobody shares have a row together, which then says in what they differ.
+    """
+    left = [run.figures(name) for run in runs]
+    count = Counter(signature for found in left for signature in found)
+    shared = [s for s, n in count.items() if n > 1 or len(runs) == 1]
+    first = {s: next(found[s] for found in left if s in found) for s in shared}
+    shared.sort(key=lambda s: (-count[s], not first[s].protocol.get("standard")))
+    rows = [[found.pop(s, None) for found in left] for s in shared]
+    alone = [found for at, found in enumerate(left) if not any(row[at] for row in rows)]
+    if sum(map(bool, alone)) > 1 or not rows:
+        firsts = [next(iter(found), "") if found in alone else "" for found in left]
+        rows.append([found.pop(s, None) for found, s in zip(left, firsts, strict=True)])
+    for at, found in enumerate(left):
+        rows += [[f if i == at else None for i in range(len(runs))] for f in found.values()]
+    return rows
+
+
+def told_apart(figures: Sequence[Figure]) -> list[str]:
+    """What of their protocols tells figures of one name apart, in few words; of one nothing."""
+    cards = [_measured(figure) for figure in figures]
+    keys = sorted({key for card in cards for key in card})
+    different = [k for k in keys if len({json.dumps(c.get(k), default=str) for c in cards}) > 1]
+    return [", ".join(_words(card, different)) for card in cards]
+
+
+def _words(card: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    words = []
+    if {"norm", "radius_px"} & set(keys):
+        norm = f"{card.get('norm')} " if "norm" in keys else ""
+        words.append(f"{norm}{card.get('radius_px', math.nan):g}/255")
+    if {"images", "data_sha256", "selection"} & set(keys):
+        words.append(f"{card.get('images')} images")
+    known = ("norm", "radius_px", "images", "data_sha256", "selection", "standard", "quick")
+    others = [key for key in keys if key not in known and card.get(key) is not None]
+    words += [f"{key.split('.')[-1].replace('_', ' ')} {card[key]}" for key in others[:3]]
+    return [HASH.sub(r"\1...", word) for word in words]
+
+
+def _signature(figure: Figure) -> str:
+    card = {k: v for k, v in _measured(figure).items() if k not in UNKNOWN_BEFORE}
+    return json.dumps(card, sort_keys=True, default=str)
 
 
 def _apart(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Every entry that is not the same in all cards, in words."""
     told = []
-    for key in sorted({key for card in cards.values() for key in card}):
+    keys = {key for card in cards.values() for key in card}
+    unknown = {k for k in UNKNOWN_BEFORE if not all(k in card for card in cards.values())}
+    for key in sorted(keys - unknown):
         groups: dict[str, list[str]] = {}
         for name, card in cards.items():
             value = json.dumps(card.get(key), sort_keys=True, default=str)
@@ -134,19 +206,19 @@ def shown(figure: Figure) -> str:
     """A figure's value as it is read: accuracies as a percentage."""
     if not math.isfinite(figure.value):
         return "not finite"
-    return f"{figure.value:.2%}" if _is_share(figure) else f"{figure.value:.4g}"
+    return f"{figure.value:.2%}" if is_share(figure) else f"{figure.value:.4g}"
 
 
 def shown_interval(figure: Figure) -> str:
     """Its 95 % interval; empty where none is defined."""
     if figure.low is None or figure.high is None:
         return ""
-    if _is_share(figure):
+    if is_share(figure):
         return f"{100 * figure.low:.2f} to {100 * figure.high:.2f} %"
     return f"{figure.low:.4g} to {figure.high:.4g}"
 
 
-def _is_share(figure: Figure) -> bool:
+def is_share(figure: Figure) -> bool:
     return figure.low is not None and (figure.name == "clean" or "attack" in figure.protocol)
 
 
@@ -196,16 +268,26 @@ def _column(name: str) -> Column:
     return Column(name, title, better, near.source if near else "", near.evaluator if near else "")
 
 
-def _line(column: Column, runs: Sequence[Judged]) -> Line:
-    figures = [run.figure(column.name) for run in runs]
-    why = [
-        "" if figure else _why_missing(column, run)
-        for run, figure in zip(runs, figures, strict=True)
-    ]
-    return Line(column, figures, why, differing(runs, column.name))
+def _lines(column: Column, runs: Sequence[Judged]) -> list[Line]:
+    """A line for each protocol that a figure was measured by; of several its title says which."""
+    rows = aligned(runs, column.name)
+    having = [next((f for f in row if f), None) for row in rows]
+    told = told_apart([f for f in having if f]) if len(rows) > 1 else [""]
+    lines = []
+    for row, words in zip(rows, told, strict=True):
+        title = f"{column.title}, {words}" if words else column.title
+        why = [
+            "" if figure else _why_missing(column, run)
+            for run, figure in zip(runs, row, strict=True)
+        ]
+        differs = differing(runs, column.name, row)
+        lines.append(Line(column._replace(title=title), row, why, differs))
+    return lines
 
 
 def _why_missing(column: Column, run: Judged) -> str:
+    if run.figure(column.name):
+        return "measured otherwise"
     left_out = run.record.left_out.get(column.evaluator)
     if left_out:
         return f"left out: {left_out}"

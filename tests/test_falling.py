@@ -14,6 +14,7 @@ from toys import gen, linear_model
 from jemkit import PGD
 from jemkit.attack import Perturb, Threat, drawn_start
 from jemkit.data import Images
+from jemkit.departures import departures
 from jemkit.errors import DataError
 from jemkit.falling import first_to_fall
 from jemkit.pixels import UNIT, PixelModel
@@ -209,6 +210,6 @@ def test_a_loss_that_is_nan_is_told() -> None:
 
 def test_a_figure_of_such_an_attack_says_that_it_is_not_the_usual_one() -> None:
     threat = Threat("Linf", 8.0)
-    usual, first = (PGD(keep=keep).card(threat, 10) for keep in ("worst", "first"))
-    assert "standard" not in usual
-    assert (first["standard"], first["why"]) == (False, "keeps the first that falls, else the last")
+    assert not departures(PGD(), threat)
+    assert departures(PGD(keep="first"), threat) == {"keep": "first"}
+    assert PGD(keep="first").card(threat, 10)["kept"] == "the first that falls, else the last"

@@ -8,13 +8,18 @@ import typer
 from jemkit_cli.terminal import guarded, say, say_json, show_table
 
 if TYPE_CHECKING:
-    from jemkit.comparison import Comparison, Difference
+    from jemkit.comparison import Comparison, Difference, Spread
     from jemkit.trilemma import Line
 
 Runs = Annotated[
-    list[Path], typer.Argument(help="Run folders, or folders with a record.", metavar="RUN...")
+    list[Path] | None,
+    typer.Argument(
+        help="Run folders, or folders with a record; the two newest runs by default.",
+        metavar="[RUN]...",
+    ),
 ]
-LATEST = Path("runs/latest")
+RUNS = Path("runs")
+LATEST = RUNS / "latest"
 
 
 @guarded
@@ -37,21 +42,22 @@ def report(
 
 @guarded
 def compare(
-    runs: Runs,
+    runs: Runs = None,
     figure: Annotated[
         list[str] | None,
         typer.Option("--figure", help="This figure alone; repeatable.", metavar="NAME",
                      show_default=False),
     ] = None,
     seeds: Annotated[
-        bool, typer.Option("--seeds", help="Mean and spread over runs that differ in the seed.")
+        bool, typer.Option("--seeds", help="Mean +- deviation over runs that differ in the seed.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:  # fmt: skip
     """Compare runs: the trilemma, and of two runs the differences image by image."""
     from jemkit.comparison import compare as put_together
+    from jemkit.comparison import newest
 
-    found = put_together(runs, names=figure or (), seeds=seeds)
+    found = put_together(runs or newest(RUNS), names=figure or (), seeds=seeds)
     if as_json:
         say_json(found.to_json())
         return
@@ -61,7 +67,8 @@ def compare(
 
 
 def _show_lines(found: "Comparison") -> None:
-    rows = [[line.column.title, *_cells(line)] for line in found.lines]
+    lines = [line for line in found.lines if any(line.figures) or not found.spreads]
+    rows = [[line.column.title, *_cells(line)] for line in lines]
     show_table(["figure", *found.runs], rows)
     many = len(found.runs) > 1
     if many:
@@ -71,7 +78,7 @@ def _show_lines(found: "Comparison") -> None:
     named: dict[str, list[str]] = {}
     for line in found.lines:
         for different in line.differs:
-            named.setdefault(different, []).append(line.column.name)
+            named.setdefault(different, []).append(line.column.title)
     for different, names in named.items():
         say(f"! {different}: {', '.join(names)}")
 
@@ -102,7 +109,7 @@ def _cells(line: "Line") -> list[str]:
 def _show_differences(found: "Comparison") -> None:
     if not found.differences:
         return
-    rows = [[d.name, *_difference(d)] for d in found.differences if not d.why]
+    rows = [[_named(d), *_difference(d)] for d in found.differences if not d.why]
     if rows:
         a, b = found.runs
         head = ["figure", f"{a} - {b}, points", "95 % interval", "images", "holds 0"]
@@ -110,7 +117,7 @@ def _show_differences(found: "Comparison") -> None:
     for difference in found.differences:
         if difference.why:
             why = _why(found, difference.name, difference.why)
-            say(f"{difference.name}: no paired difference: {why}")
+            say(f"{_named(difference)}: no paired difference: {why}")
 
 
 def _difference(found: "Difference") -> list[str]:
@@ -119,20 +126,34 @@ def _difference(found: "Difference") -> list[str]:
     return [f"{100 * found.mean:+.2f}", f"{low} to {high}", str(found.n), holds]
 
 
+def _named(found: "Difference | Spread") -> str:
+    """A figure with what of its protocol tells it from others of its name."""
+    return f"{found.name}, {found.protocol}" if found.protocol else found.name
+
+
 def _show_spreads(found: "Comparison") -> None:
-    spreads = found.spreads
-    if not spreads:
+    """Mean and deviation in the unit of the table above, by the settings that differ."""
+    if not found.spreads:
         return
-    rows = [
-        [
-            ", ".join(s.runs), s.name, f"{s.mean:.4g}", "-" if s.sd is None else f"{s.sd:.2g}",
-            str(len(s.values)),
-        ]
-        for s in spreads
-        if not s.why
-    ]  # fmt: skip
-    show_table(["runs", "figure", "mean", "standard deviation", "seeds"], rows, "over seeds")
-    for spread in spreads:
+    keys = list(dict.fromkeys(key for spread in found.spreads for key in spread.settings))
+    rows, above = [], None
+    for spread in found.spreads:
+        if spread.why:
+            continue
+        who = [str(spread.settings.get(key, "-")) for key in keys] or [", ".join(spread.runs)]
+        seeds = ", ".join(map(str, spread.seeds))
+        shown = [""] * len(who) if who == above else who
+        rows.append([*shown, _named(spread), _spread(spread), seeds])
+        above = who
+    show_table([*(keys or ["runs"]), "figure", "mean +- deviation", "seeds"], rows, "over seeds")
+    for spread in found.spreads:
         if spread.why:
             why = _why(found, spread.name, spread.why)
-            say(f"{', '.join(spread.runs)}: no mean of {spread.name}: {why}")
+            say(f"{', '.join(spread.runs)}: no mean of {_named(spread)}: {why}")
+
+
+def _spread(found: "Spread") -> str:
+    mean = f"{found.mean:.2%}" if found.share else f"{found.mean:.4g}"
+    if found.sd is None:
+        return mean
+    return f"{mean} +- {found.sd:.2%}" if found.share else f"{mean} +- {found.sd:.2g}"

@@ -37,15 +37,18 @@ class Book:
         names = {s.slot: self.run_name(s.slot) for s in series}
         return self._lines(series, axes, names if len(self.runs) > 1 else {}, told)
 
-    def judged_lines(self, series: Sequence[Series], axes: Axes, *told: object) -> Html:
+    def judged_lines(
+        self, series: Sequence[Series], axes: Axes, *told: object, table: str = ""
+    ) -> Html:
         """The same of what an evaluation measured: labelled where the protocol is not standard,
         or the runs were not judged on the same images."""
         slots = [s.slot for s in series]
-        names = {slot: self.judged_name(slot) for slot in slots}
+        names = {slot: self.judged_name(slot, table) for slot in slots}
         if len(self.runs) == 1:
-            names = {slot: label for slot in slots if (label := self.label(slot)) is not None}
+            labels = {slot: self.label(slot, table) for slot in slots}
+            names = {slot: label for slot, label in labels.items() if label is not None}
         notes = [*told]
-        if differs := other_images([self.runs[slot] for slot in slots]):
+        if differs := other_images([self.runs[slot] for slot in slots], table):
             notes.append(f"Not the same images: {'; '.join(differs)}")
         return self._lines(series, axes, names, join(*map(note, notes)))
 
@@ -62,12 +65,12 @@ class Book:
     def run_name(self, slot: int) -> Html:
         return tag("span", charts.key(slot), tag("span", self.runs[slot].name), class_="run")
 
-    def judged_name(self, slot: int) -> Html:
-        """The run's name where figures of its record stand."""
-        return join(self.run_name(slot), " ", self.label(slot))
+    def judged_name(self, slot: int, table: str = "") -> Html:
+        """The run's name where figures of its record, or a table of it, stand."""
+        return join(self.run_name(slot), " ", self.label(slot, table))
 
-    def label(self, slot: int) -> Html | None:
-        return badge(self.runs[slot].record.protocol)
+    def label(self, slot: int, table: str = "") -> Html | None:
+        return badge(self.runs[slot].record.card_of("tables", table))
 
 
 def badge(protocol: Mapping[str, Any]) -> Html | None:

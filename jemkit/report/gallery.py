@@ -8,6 +8,7 @@ from pathlib import Path
 from jemkit import record as records
 from jemkit.report.book import Book, note, panel, section
 from jemkit.report.html import Html, tag
+from jemkit.report.tables import protocol_words
 from jemkit.trilemma import Judged
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -50,19 +51,21 @@ def _gallery(book: Book, name: str, title: str, found: Sequence[dict[str, Path]]
 def _beside(run: Judged, *, of_samples: bool) -> dict[str, Path]:
     """The pictures beside a run's record but for those of tables that this page draws."""
     return {
-        _caption(name): path
-        for name, path in records.pictures(run.folder).items()
+        _caption(name, run): path
+        for name, path in records.pictures(run.folder, run.record).items()
         if (name not in DRAWN or name not in run.record.tables)
         and name.startswith(("samples", "neighbours")) == of_samples
     }
 
 
-def _caption(name: str) -> str:
-    """What a picture shows; one of a selection says which."""
-    stem, dash, rest = name.partition("-")
+def _caption(name: str, run: Judged) -> str:
+    """What a picture shows; one of a selection, or of another protocol, says which."""
+    plain, at, _ = name.partition("@")
+    stem, dash, rest = plain.partition("-")
+    otherwise = f"; {protocol_words(run.record.card_of('files', name))} ({name})" if at else ""
     if stem not in CAPTIONS:
-        return name
-    return f"{CAPTIONS[stem]}{f' ({rest})' if dash else ''}"
+        return f"{plain}{otherwise}"
+    return f"{CAPTIONS[stem]}{f' ({rest})' if dash else ''}{otherwise}"
 
 
 def _newest_samples(folder: Path) -> dict[str, Path]:

@@ -30,7 +30,9 @@ def energies(book: Book) -> Html | None:
         if curves:
             told = ["bars hold 80 % of the images"] if any(curve.low for curve in curves) else []
             panels.append(
-                book.judged_lines(curves, Axes(title, "step of the attack", "energy"), *told)
+                book.judged_lines(
+                    curves, Axes(title, "step of the attack", "energy"), *told, table="energy_path"
+                )
             )
     return section("energies", "Energies", _panels(panels)) if panels else None
 
@@ -54,7 +56,7 @@ def robustness(book: Book) -> Html | None:
                 f"{_sizes(counts[kind])}: the first ones, until the indicators have enough that "
                 "are right, and not all that the figures above are of; bars are 95 % intervals"
             )
-            panels.append(book.judged_lines(series, axes, told))
+            panels.append(book.judged_lines(series, axes, told, table=name))
     return section("robustness", "Robustness", _panels(panels)) if panels else None
 
 
@@ -75,7 +77,8 @@ def calibration(book: Book) -> Html | None:
         return None
     unit = (0.0, 1.0)
     axes = Axes("Reliability", "confidence", "accuracy", unit, unit, diagonal=True)
-    panels = [book.judged_lines(series, axes, "On the dashed line confidence is accuracy.")]
+    told = "On the dashed line confidence is accuracy."
+    panels = [book.judged_lines(series, axes, told, table="reliability")]
     for slot, edges, counts in tables:
         title = f"Confidences of {book.runs[slot].name}"
         total = sum(counts) or 1.0
@@ -83,7 +86,7 @@ def calibration(book: Book) -> Html | None:
         drawn = charts.histogram(
             _numbers(edges), shares, slot, Axes(title, "confidence", "share of images")
         )
-        panels.append(panel(join(title, " ", book.label(slot)), drawn))
+        panels.append(panel(join(title, " ", book.label(slot, "reliability")), drawn))
     return section("calibration", "Calibration", _panels(panels))
 
 
@@ -122,7 +125,8 @@ def _energies(book: Book, slot: int, found: Mapping[str, Any]) -> Html:
         tag("li", _set_key(at, slot), f" {SETS[name]}", f", {sizes[name]}" if name in sizes else "")
         for at, name in enumerate(shares)
     )
-    return panel(join(axes.title, " ", book.label(slot)), drawn, tag("ul", *keys, class_="legend"))
+    title = join(axes.title, " ", book.label(slot, "energies"))
+    return panel(title, drawn, tag("ul", *keys, class_="legend"))
 
 
 def _way(name: str, slot: int, path: Mapping[str, Any], which: str) -> Series:

@@ -2,13 +2,15 @@
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from jemkit.figures import Figure
 from jemkit.layers import flat
+from jemkit.recordfile import beside
 from jemkit.report.book import Book, badge, note, section, settings
 from jemkit.report.html import Html, coded, join, table, tag
-from jemkit.trilemma import Line, shown_interval, stem_of, trilemma
+from jemkit.trilemma import Judged, Line, shown_interval, stem_of, trilemma
 
 ABOUT = {
     "clean": "Accuracy on clean images; higher is better",
@@ -47,6 +49,7 @@ def cautions(book: Book) -> Html | None:
     parts = []
     for slot, run in enumerate(book.runs):
         told = [tag("li", coded(warning)) for warning in run.record.warnings]
+        told += [tag("li", words) for words in _measured_otherwise(run)]
         told += [
             tag("li", tag("b", name), " was left out: ", coded(why))
             for name, why in sorted(run.record.left_out.items())
@@ -60,8 +63,12 @@ def indicators(book: Book) -> Html | None:
     """Failure indicators: what speaks against an attack's figure."""
     parts = []
     for slot, run in enumerate(book.runs):
-        for attack, found in sorted(run.record.tables.get("indicators", {}).items()):
-            parts.append(_verdict(book.judged_name(slot), attack, found))
+        for stored in run.record.named("tables", "indicators"):
+            card = run.record.card_of("tables", stored)
+            words = "" if stored == "indicators" else f", {protocol_words(card)}"
+            for attack, found in sorted(run.record.tables[stored].items()):
+                name = book.judged_name(slot, stored)
+                parts.append(_verdict(name, f"{attack}{words}", found))
     if not parts:
         return None
     about = note("A flag means that the attack may have failed, and the accuracy be too high.")
@@ -75,7 +82,7 @@ def ood(book: Book) -> Html | None:
         for name, scores in sorted(run.record.tables.get("ood", {}).items()):
             for score, found in sorted(scores.items()):
                 values = [_value(found.get(key)) for key in ("auroc", "aupr", "fpr95", "n")]
-                rows.append([book.judged_name(slot), name, score, *values])
+                rows.append([book.judged_name(slot, "ood"), name, score, *values])
     if not rows:
         return None
     heads = ("Run", "Images", "Score", "AUROC", "AUPR", "FPR at 95 %", "n")
@@ -124,6 +131,29 @@ def every_figure(book: Book) -> Html:
     whole = table([*head, "95 % interval", "n", "Protocol"], rows, "sortable")
     summary = tag("summary", f"{len(rows)} figures and how each was measured")
     return section("figures", "Every figure", tag("details", summary, whole))
+
+
+def _measured_otherwise(run: Judged) -> list[str]:
+    """Which tables there are of several protocols; charts show the preferred one alone."""
+    told = []
+    for name in ("radius_curve", "energies", "reliability", "ood"):
+        stored = run.record.named("tables", name)
+        if len(stored) > 1:
+            words = protocol_words(run.record.card_of("tables", stored[0]))
+            told.append(f"{name} was measured in {len(stored)} ways; shown is that of {words}")
+    stems = beside(run.folder)
+    if stems:
+        told.append(f"beside this record are those of other models or images: {', '.join(stems)}")
+    return told
+
+
+def protocol_words(card: Mapping[str, Any]) -> str:
+    """A protocol in few words: norm, radius, images, seed."""
+    radius = card.get("radius_px")
+    told = [f"{card.get('norm')} {radius:g}/255"] if isinstance(radius, int | float) else []
+    told += [f"{card[key]} {key}" if key == "images" else f"{key} {card[key]}"
+             for key in ("images", "seed") if key in card]  # fmt: skip
+    return ", ".join(told)
 
 
 def _figure(book: Book, line: Line, slot: int) -> Html:

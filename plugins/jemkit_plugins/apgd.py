@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from jemkit.attack import Attack, ModelAttack, Perturb, Threat, departing, nonstandard
+from jemkit.attack import Attack, ModelAttack, Perturb, Threat, nonstandard
 from jemkit.autoattack import Stage, package
 from jemkit.hookspecs import hookimpl
 from jemkit.options import Options
@@ -35,10 +35,9 @@ class APGD(Options):
 
     def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
         stage = self._stage(threat)
-        own = departing(self, ("steps", "restarts", "loss", "eot"))
         return {
             **stage.card(n_classes),
-            **nonstandard([*own, *stage.departures(n_classes)]),
+            **nonstandard(stage.departures(n_classes)),
             "package": package(),
         }
 

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from jemkit.evaluator import Context, Evaluator, batches
 from jemkit.figures import Figure, plain
 from jemkit.histograms import BINS, bin_edges, histograms, shares
 from jemkit.hookspecs import hookimpl
+from jemkit.identity import identity_of
 from jemkit.options import Options
 from jemkit.pictures import curves_png, histograms_png, scatter_png
 from jemkit.pixels import UNIT, PixelModel, weights_hash
@@ -43,6 +44,8 @@ class Energies(Options):
     for a generated image the class that the model reads it as. A model without a density generates
     nothing; an attack in the L1 norm is not PGD's, so there only clean and generated images stay.
     """
+
+    standard_at_any: ClassVar = frozenset({"path_images"})
 
     n: int | None = Field(None, ge=2)  # chains; None: 500, in a quick look 64
     steps: int = Field(40, ge=0)  # of each chain
@@ -127,6 +130,7 @@ def _origin(subject: PixelModel, ctx: Context) -> dict[str, Any]:
     first = density.start.draw(4, Generator(ctx.rng.device).manual_seed(0))
     return {
         "model": weights_hash(subject),
+        "code": ctx.code or identity_of(subject).sha256,
         "subject": repr(subject),
         "bounds": list(subject.bounds),
         "density": [type(density).__name__, repr(getattr(density, "options", None))],

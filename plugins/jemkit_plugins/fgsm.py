@@ -12,8 +12,6 @@ from jemkit.attack import (
     Perturb,
     Threat,
     ball_of,
-    departing,
-    nonstandard,
     perturbed,
 )
 from jemkit.hookspecs import hookimpl
@@ -54,7 +52,6 @@ class FGSM(Options):
             "step_px": threat.radius_px,
             "start": start,
             "kept": "the one step",
-            **nonstandard(departing(self, ("random_start",))),
         }
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, InstanceOf, field_validator
@@ -50,6 +50,8 @@ class Generation(Options):
     score stands beside them. In any other features they are called by the features' name, such as
     `fd-self` for the judged model's own: no FID, and of no use between models.
     """
+
+    standard_at_any: ClassVar = frozenset({"n", "inception"})  # both stand in the card
 
     n: int = Field(2_500, ge=16)  # papers take 10,000 or 50,000: fewer make every distance larger
     steps: int = Field(STEPS, ge=0)
@@ -156,11 +158,9 @@ class Generation(Options):
         self, subject: PixelModel, ctx: Context, features: Features, reference: Images, n: int
     ) -> dict[str, Any]:
         chains = self.source == "chains"
-        usual = all(getattr(self, name) == default for name, default in STANDARD.items())
         start = repr(self.start) if self.start else start_name(subject.density.start)
         return {
             **ctx.card,
-            "standard": bool(ctx.card.get("standard")) and usual,
             "split": "generated",
             "images": n,
             "n": n,
@@ -179,13 +179,6 @@ class Generation(Options):
             "features": {"name": features.name, **features.card},
             "seed": ctx.seed,
         }
-
-
-STANDARD = {
-    name: Generation.model_fields[name].default
-    for name in ("steps", "start", "source", "selection", "reference", "max_reference")
-}
-"""What makes a figure one of the standard protocol; its count of samples stands beside it."""
 
 
 def _bytes(images: Images) -> Tensor:

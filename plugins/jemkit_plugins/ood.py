@@ -1,7 +1,7 @@
 """Out-of-distribution detection (Grathwohl et al., ICLR 2020): test images told from others."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Generator, Tensor
@@ -15,6 +15,7 @@ from jemkit.hookspecs import hookimpl
 from jemkit.options import Options, PartOf
 from jemkit.pictures import histograms_png
 from jemkit.pixels import PixelModel
+from jemkit.runtime.ledger import tensors_hash
 from jemkit.sampling import gradient
 from jemkit.seeds import generator
 
@@ -41,6 +42,8 @@ class OOD(Options):
     sets whose files lie beside the judged one's. `against` names registered ones instead:
     --set ood.against=[{use="svhn",dir="data"}]
     """
+
+    standard_at_any: ClassVar = frozenset({"made"})  # each set has figures of its own
 
     made: tuple[Made, ...] | None = None  # None: all, rotation where images are grey
     against: tuple[Annotated[Dataset, PartOf("dataset")], ...] = ()
@@ -215,7 +218,11 @@ def _drawn(whole: Tensor, name: str, x: Tensor, rng: Generator) -> tuple[Tensor,
         )
     chosen = torch.randperm(len(whole), generator=rng)[: len(x)].sort().values
     others = Images(whole[chosen], chosen).unit().cpu()
-    how = {"ood": name, "selection": f"{len(chosen)} of {len(whole)} test images, by the seed"}
+    how = {
+        "ood": name,
+        "selection": f"{len(chosen)} of {len(whole)} test images, by the seed",
+        "ood_sha256": tensors_hash({"x": whole}),
+    }
     if others.shape[1] == x.shape[1]:
         return others, how
     if x.shape[1] == 1:

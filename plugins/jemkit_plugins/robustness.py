@@ -1,7 +1,7 @@
 """Robustness: accuracy under every attack that is asked for, and whether to believe it."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import arange
@@ -25,6 +25,8 @@ class Robustness(Options):
     The indicators cost at most as much as the attacks that they guard, in passes of the model, and
     half of that in a quick look; what is left out for it the record names. "full" runs them all.
     """
+
+    standard_at_any: ClassVar = frozenset({"indicators", "indicator_images"})
 
     indicators: bool | Literal["full"] = True
     indicator_images: int = Field(128, ge=2)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from jemkit.attack import Attack, ModelAttack, Perturb, Threat, departing, nonstandard
+from jemkit.attack import Attack, ModelAttack, Perturb, Threat
 from jemkit.autoattack import Stage, package
 from jemkit.hookspecs import hookimpl
 from jemkit.options import Options
@@ -30,7 +30,6 @@ class Square(Options):
     def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
         return {
             **self._stage().card(n_classes),
-            **nonstandard(departing(self, ("queries", "restarts"))),
             "access": "logits",
             "package": package(),
         }
