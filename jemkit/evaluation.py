@@ -32,13 +32,19 @@ from jemkit.record import Record
 from jemkit.refined import Refined, Refinement, refined
 from jemkit.registry import Registry, installed
 from jemkit.runtime import distributed
-from jemkit.runtime.folder import versions
-from jemkit.runtime.ledger import WHOLE, Shard, tensors_hash
+from jemkit.runtime.ledger import WHOLE, Shard
 from jemkit.runtime.numerics import JUDGED_IN, device_of, numerics
 from jemkit.runtime.sharing import met
 from jemkit.seeds import generator
 from jemkit.selection import Part, part_of, told_missing
-from jemkit.settings import Settings, attacks_of, evaluators_of, settings_of, threat_of
+from jemkit.settings import (
+    Settings,
+    attacks_of,
+    evaluators_of,
+    protocol_card,
+    settings_of,
+    threat_of,
+)
 from jemkit.subjects import Subject, subject_at, subject_of
 
 __all__ = ["Settings", "evaluate", "judge"]
@@ -97,7 +103,7 @@ def judge(
     limit = QUICK if settings.quick else len(test.y)
     part = part_of(test, settings.max_images or limit, settings.selection)
     data = part.images
-    ctx = _context(subject, settings, part, attacks)
+    ctx = _context(subject, settings, part, test, attacks)
     if (lacking := told_missing(data.y, subject.n_classes)) is not None:
         ctx.notes.warnings.append(lacking)
     ctx = replace(ctx, shard=shard, progress=progress or no_progress, stop=stop or never)
@@ -207,33 +213,13 @@ def _context(
     subject: Subject,
     settings: Settings,
     part: Part,
+    test: Images,
     attacks: Mapping[str, AnyAttack],
 ) -> Context:
     data = part.images
     device = next((p.device for p in subject.model.parameters()), torch.device("cpu"))
     threat = threat_of(settings, subject.radius_px, data.x.shape[1:].numel())
-    whole = part.text == "all"
-    judged = tensors_hash(data._asdict())
-    card = {
-        "protocol": settings.protocol,
-        "standard": settings.protocol == "standard" and whole and not settings.quick,
-        "split": "test",
-        "images": len(data.y),
-        "selection": part.text,
-        "quick": settings.quick,
-        "seed": settings.seed,
-        "batch_size": settings.batch_size,
-        "norm": threat.norm,
-        "radius_px": threat.radius_px,
-        "trained_radius_px": subject.about.get("trained_radius_px"),
-        **{k: v for k, v in subject.about.items() if k == "trained_norm"},
-        "checkpoint": subject.about["sha256"],
-        "data_sha256": judged,
-        "test_sha256": judged if whole else tensors_hash(subject.test._asdict()),
-        "versions": versions(),
-        "device": device.type,
-        "precision": JUDGED_IN,
-    }
+    card = protocol_card(settings, threat, subject.about, part, test, device)
     if isinstance(subject.model, Refined):
         card |= subject.model.card
     return Context(

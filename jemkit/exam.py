@@ -8,20 +8,22 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from jemkit import record as records
 from jemkit.attack import PGD, Threat
 from jemkit.backbone import Backbone, Task
 from jemkit.cascade import attacked
 from jemkit.data import Images, checked
-from jemkit.evaluator import Accuracy, Context, measure
+from jemkit.evaluator import Accuracy, Context, Evaluator, Notes, measure
 from jemkit.figures import Figure
 from jemkit.memory import MicroBatch, fitted
 from jemkit.modes import eval_mode, frozen
 from jemkit.pictures import save_energies, save_grid
 from jemkit.pixels import PixelModel
+from jemkit.record import Record
 from jemkit.robustness import PGD20, Robustness, energies
-from jemkit.runtime.folder import versions
-from jemkit.runtime.numerics import JUDGED_IN
 from jemkit.seeds import generator
+from jemkit.selection import part_of
+from jemkit.settings import Settings, protocol_card
 from jemkit.splits import Splits
 from jemkit.starts import Labelled
 
@@ -81,16 +83,36 @@ class Exam:
         )
         save_energies(path, rows, title)
 
-    def judge(self, card: dict[str, Any]) -> list[Figure]:
-        """Clean accuracy, PGD-20 and the energy gap on the whole test split."""
-        data = checked(self.splits.images("test"), self.task.n_classes, "the test split")
-        about = {
-            "split": "test", "images": len(data.y), "seed": self.seed, "norm": self.threat.norm,
-            "radius_px": self.threat.radius_px, "precision": JUDGED_IN, "versions": versions(),
-        }  # fmt: skip
-        ctx = replace(self._context("test", {**about, **card}), seed=self.seed)
+    def judge(self, about: dict[str, Any]) -> Record:
+        """Clean accuracy, PGD-20 and the energy gap on the whole test split, as a record.
+
+        `about` is what is judged. A figure's protocol is the one that `jemkit evaluate` gives to
+        the same measurement, which then takes its place.
+        """
+        test = checked(self.splits.images("test"), self.task.n_classes, "the test split")
+        part = part_of(test, len(test.y))
+        ctx = replace(self._context("test"), seed=self.seed)
+        settings = Settings(seed=self.seed, batch_size=ctx.batch_size)
+        card = protocol_card(settings, ctx.threat, about, part, test, ctx.rng.device)
+        ctx = replace(ctx, card=card)
         with self.micro.held():
-            return measure(self._subject(), data, [Accuracy(), Robustness()], ctx)
+            clean = self._measured("accuracy", part.images, Accuracy(), ctx)
+            start = records.left_by(ctx.notes)
+            parts = [records.part("accuracy", clean, ctx, records.left_by(Notes()))]
+            robust, *gaps = self._measured("robustness", part.images, Robustness(), ctx)
+        parts.append(records.part("robustness", [robust], ctx, start))
+        gaps = [gap._replace(protocol={**gap.protocol, "evaluator": "energies"}) for gap in gaps]
+        parts.append(records.part("energies", gaps, ctx, records.left_by(ctx.notes)))
+        notes, figures = ctx.notes, [*clean, robust, *gaps]
+        return records.arranged(
+            Record(about, card, figures, notes.tables, notes.rows, {}, notes.warnings, parts)
+        )
+
+    def _measured(
+        self, name: str, data: Images, evaluator: Evaluator, ctx: Context
+    ) -> list[Figure]:
+        named = replace(ctx, card={**ctx.card, "evaluator": name})
+        return measure(self._subject(), data, [evaluator], named)
 
     def _samples(self, rng: Generator) -> Tensor:
         """GRID images in the model's range, in the order of their starts' classes."""
@@ -103,9 +125,9 @@ class Exam:
     def _subject(self) -> PixelModel:
         return PixelModel(self.backbone.model, self.task.bounds)
 
-    def _context(self, name: str, card: dict[str, Any] | None = None) -> Context:
+    def _context(self, name: str) -> Context:
         rng = self._generator(name)
-        return Context(rng, self.threat, seed=rng.initial_seed(), card=card or {})
+        return Context(rng, self.threat, seed=rng.initial_seed())
 
     @property
     def threat(self) -> Threat:

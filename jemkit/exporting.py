@@ -206,8 +206,8 @@ def _record_of(run: Path, sha: str) -> tuple[Record | None, str]:
     """The record of these weights, or why there is none."""
     if not (run / record.JSON).exists():
         return None, "No figure was measured yet: `jemkit evaluate` measures them."
-    found = record.load(run)
-    if found.subject.get("sha256") != sha:
+    found = record.of_weights(run, sha)
+    if found is None:
         return None, (
             "The run's record is of other weights than these, so its figures are left out: "
             "`jemkit evaluate` measures them anew."

@@ -10,6 +10,7 @@ from jemkit.assembly import load_model, task_of
 from jemkit.backbone import Backbone, Task
 from jemkit.errors import DataError
 from jemkit.exported import saved_task
+from jemkit.fitting import trained_threat
 from jemkit.layout import laid_out
 from jemkit.recipe import Recipe, resolve
 from jemkit.registry import Registry
@@ -54,6 +55,30 @@ def restored(
 def is_own(dataset: dict[str, Any] | None) -> bool:
     """Whether the data set is the run's own, perhaps in another folder."""
     return not dataset or "use" not in dataset
+
+
+def about_checkpoint(run: Path, path: Path, *, averaged: bool) -> dict[str, Any]:
+    """What a record says of the weights of a checkpoint."""
+    return {
+        "run": run.name,
+        "checkpoint": path.name,
+        "sha256": checkpoint.verify(path)[checkpoint.MODEL],
+        "weights": "averaged" if averaged else "live",
+    }
+
+
+def about_parts(tables: dict[str, Any], recipe: Recipe, radius_px: float) -> dict[str, Any]:
+    """What a record says of the recipe behind the weights; the radius is the data set's usual."""
+    parts = {kind: tables[kind]["use"] for kind in ("backbone", "objective", "data")}
+    trained = trained_threat(recipe.objective, radius_px)
+    other = {} if trained is None or trained.norm == "Linf" else {"trained_norm": trained.norm}
+    return {
+        **parts,
+        "network": tables["backbone"]["network"],
+        "seed": recipe.run.seed,
+        "trained_radius_px": None if trained is None else trained.radius_px,
+        **other,
+    }
 
 
 def run_folder(path: Path) -> RunFolder:

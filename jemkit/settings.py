@@ -3,16 +3,21 @@
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BeforeValidator, Field, ValidationError
 
 from jemkit.attack import Norm, Threat, check_width, radius_of
+from jemkit.data import Images
 from jemkit.errors import ConfigError
 from jemkit.evaluator import AnyAttack, Evaluator
 from jemkit.layers import override_layers
 from jemkit.mistakes import explain
 from jemkit.options import Options, Radius, nearest
 from jemkit.registry import Registry
-from jemkit.selection import Selection
+from jemkit.runtime.folder import versions
+from jemkit.runtime.ledger import tensors_hash
+from jemkit.runtime.numerics import JUDGED_IN
+from jemkit.selection import Part, Selection
 from jemkit.unused import check_given
 
 ORDER = ("accuracy", "robustness", "energies", "calibration", "ood", "generation")
@@ -84,6 +89,42 @@ def threat_of(settings: Settings, default_px: float, pixels: int) -> Threat:
     threat = Threat(settings.norm, radius)
     check_width(threat, pixels, "--eps-px")
     return threat
+
+
+def protocol_card(
+    settings: Settings,
+    threat: Threat,
+    about: Mapping[str, Any],
+    part: Part,
+    test: Images,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What holds for every figure of an evaluation of a part of the test images.
+
+    `about` is what a subject says of itself.
+    """
+    data, whole = part.images, part.text == "all"
+    judged = tensors_hash(data._asdict())
+    return {
+        "protocol": settings.protocol,
+        "standard": settings.protocol == "standard" and whole and not settings.quick,
+        "split": "test",
+        "images": len(data.y),
+        "selection": part.text,
+        "quick": settings.quick,
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+        "norm": threat.norm,
+        "radius_px": threat.radius_px,
+        "trained_radius_px": about.get("trained_radius_px"),
+        **{k: v for k, v in about.items() if k == "trained_norm"},
+        "checkpoint": about.get("sha256"),
+        "data_sha256": judged,
+        "test_sha256": judged if whole else tensors_hash(test._asdict()),
+        "versions": versions(),
+        "device": device.type,
+        "precision": JUDGED_IN,
+    }
 
 
 def attacks_of(settings: Settings, registry: Registry) -> dict[str, AnyAttack]:

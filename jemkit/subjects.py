@@ -20,7 +20,6 @@ from jemkit.density import Buffered
 from jemkit.energy import LogSumExpEnergy
 from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.exported import WEIGHTS, is_exported, verify
-from jemkit.fitting import trained_threat
 from jemkit.identity import identity_of
 from jemkit.labels import count_classes
 from jemkit.mistakes import explain
@@ -29,7 +28,16 @@ from jemkit.networks import lent
 from jemkit.pixels import PixelModel, in_own_type, pixel_model
 from jemkit.recipe import resolve
 from jemkit.registry import Registry
-from jemkit.restoring import Restored, Which, chosen, is_own, restored, run_folder
+from jemkit.restoring import (
+    Restored,
+    Which,
+    about_checkpoint,
+    about_parts,
+    chosen,
+    is_own,
+    restored,
+    run_folder,
+)
 from jemkit.runtime.files import load_tensors
 from jemkit.splits import Splits
 
@@ -183,12 +191,7 @@ def _checkpoint(
     if isinstance(density, Buffered) and is_own(dataset):
         with suppress(MisfitError):  # several processes may have kept parts that cannot be joined
             density.load_state_dict(undivided(state, density))
-    about = {
-        "run": run.name,
-        "checkpoint": path.name,
-        "sha256": checkpoint.verify(path)[checkpoint.MODEL],
-        "weights": "averaged" if state["ema"] else "live",
-    }
+    about = about_checkpoint(run, path, averaged=bool(state["ema"]))
     return _subject(found, about, run, registry)
 
 
@@ -205,23 +208,13 @@ def _exported(
 def _subject(found: Restored, about: dict[str, Any], folder: Path, registry: Registry) -> Subject:
     tables, backbone = found.tables, found.backbone
     density = backbone.density if backbone.has_density else None
-    parts = {kind: tables[kind]["use"] for kind in ("backbone", "objective", "data")}
-    trained = trained_threat(found.recipe.objective, found.task.radius_px)
-    other = {} if trained is None or trained.norm == "Linf" else {"trained_norm": trained.norm}
     return Subject(
         PixelModel(backbone.model, found.task.bounds, density),
         found.splits.images("test"),
         found.task.n_classes,
         found.recipe.data.radius_px,
         found.splits.images,  # type: ignore[arg-type]
-        {
-            **about,
-            **parts,
-            "network": tables["backbone"]["network"],
-            "seed": found.recipe.run.seed,
-            "trained_radius_px": None if trained is None else trained.radius_px,
-            **other,
-        },
+        {**about, **about_parts(tables, found.recipe, found.task.radius_px)},
         folder,
         others_of(found.recipe.data, registry),
     )

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jemkit import checkpoint
+from jemkit import record as records
 from jemkit.assembly import load_model
 from jemkit.errors import Preempted
+from jemkit.evaluator import Notes
 from jemkit.figures import Figure
+from jemkit.restoring import about_checkpoint, about_parts
 from jemkit.runtime.numerics import JUDGED_IN, numerics
 from jemkit.team import alone
 
@@ -38,23 +41,21 @@ def judged(trainer: "Trainer") -> Summary:
     best, folder, run = trainer.best["epoch"], trainer.folder, trainer.recipe.run
     path = folder.checkpoints / "best"
     state = checkpoint.load(path)
-    card = {
-        "epoch": best,
-        "selection": "best PGD-10 accuracy on validation",
-        "checkpoint": checkpoint.verify(path)[checkpoint.MODEL],
-    }
+    about = about_checkpoint(folder.path.resolve(), path, averaged=bool(state["ema"]))
+    about |= about_parts(trainer.tables, trainer.recipe, trainer.task.radius_px)
     trainer.polling.begin()
     strict = numerics(precision=JUDGED_IN, deterministic=run.deterministic, threads=run.threads)
     with strict, alone(trainer.parts):
         load_model(trainer.backbone.model, state["ema"] or state["model"])
         try:
             with trainer.polling.passes(trainer.backbone.model, on=True):
-                figures = trainer.exam(0).judge(card)
+                found = trainer.exam(0).judge(about)
                 trainer.exam(0).draw_energies(folder.path / "energies.png")
         except Preempted:  # all that was trained is saved
             folder.event("preempted", step=trainer.step)
             raise Preempted("stopped while it was judged; go on with --resume") from None
-    summary = Summary(folder.path, run.epochs, best, trainer.seconds, figures)
-    folder.event("end", figures=[figure._asdict() for figure in figures])
+    records.save(folder.path, found, Notes())
+    summary = Summary(folder.path, run.epochs, best, trainer.seconds, found.figures)
+    folder.event("end", figures=[figure._asdict() for figure in found.figures])
     trainer.watch("end", {"summary": summary})
     return summary

@@ -36,6 +36,7 @@ class Trainer:
 
     def __init__(self, resolved: Resolved, folder: RunFolder, watch: Watch | None = None) -> None:
         self.recipe: Recipe = resolved.recipe
+        self.tables = resolved.tables
         self.folder, self.watch = folder, watch or (lambda kind, what: None)
         self.stop: Callable[[], bool] = lambda: False  # polled between steps, inside long ones
         self.polling = Polling(lambda: self.stop(), lambda: self.guard.updates)

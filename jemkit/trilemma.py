@@ -99,7 +99,7 @@ class Line(NamedTuple):
 
 def read_runs(folders: Sequence[Path], read: Callable[[Path], Record]) -> list[Judged]:
     """Each run by a name of its own."""
-    missing = next((folder for folder in folders if not Path(folder).exists()), None)
+    missing = next((folder for folder in folders if not Path(folder).resolve().exists()), None)
     if missing is not None:
         raise DataError(f"{missing} does not exist; name a run folder, or train one first")
     paths = [Path(folder).resolve() for folder in folders]
@@ -280,7 +280,10 @@ def _lines(column: Column, runs: Sequence[Judged]) -> list[Line]:
             "" if figure else _why_missing(column, run)
             for run, figure in zip(runs, row, strict=True)
         ]
-        differs = differing(runs, column.name, row)
+        alone = sum(map(bool, row)) == 1  # the others were measured otherwise: it says how
+        beside = [f or (run.figure(column.name) if alone else None)
+                  for run, f in zip(runs, row, strict=True)]  # fmt: skip
+        differs = differing(runs, column.name, beside)
         lines.append(Line(column._replace(title=title), row, why, differs))
     return lines
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from report_runs import RECIPE, bare_run, full_record, record
 
 from jemkit import record as records
-from jemkit.comparison import compare, over_seeds, paired
+from jemkit.comparison import compare, newest, over_seeds, paired
 from jemkit.errors import ConfigError, DataError
 from jemkit.figures import plain
 from jemkit.record import Record
@@ -51,6 +52,74 @@ def test_figures_of_other_radii_are_marked_and_have_no_best() -> None:
     runs = [judged("a", record()), judged("b", record({"pgd20": 100}, radius_px=4.0))]
     assert differing(runs, "pgd20") == ["radius_px is 8.0 in a and 4.0 in b"]
     assert not line(runs, "pgd20").best
+
+
+def both(*radii: float, **more: object) -> Record:
+    """A record in which PGD-20 was measured at several radii, the last one newest."""
+    found = [record({"pgd20": 100 + at}, radius_px=px, **more) for at, px in enumerate(radii)]
+    figures = [figure for one in reversed(found) for figure in one.figures]
+    return Record(found[0].subject, found[0].protocol, figures)
+
+
+def test_figures_of_one_name_stand_beside_those_of_their_own_protocol() -> None:
+    """Of a at 8 and 4, b at 4 and 8 and c at 2: each radius has a line, 2 says that it differs."""
+    runs = [judged("a", both(8.0, 4.0)), judged("b", both(4.0, 8.0)), judged("c", both(2.0))]
+    lines = [line for line in trilemma(runs) if line.column.name == "pgd20"]
+    shown = {
+        line.column.title: [f and f.protocol["radius_px"] for f in line.figures] for line in lines
+    }
+    assert shown == {
+        "PGD-20, 4/255": [4.0, 4.0, None], "PGD-20, 8/255": [8.0, 8.0, None],
+        "PGD-20, 2/255": [None, None, 2.0],
+    }  # fmt: skip
+    assert [bool(line.differs) for line in lines] == [False, False, True]
+    assert [line.why[2] for line in lines[:2]] == ["measured otherwise"] * 2
+    assert {line.column.title: line.best for line in lines[:2]} == {
+        "PGD-20, 4/255": [0], "PGD-20, 8/255": [1]
+    }  # fmt: skip
+
+
+def test_a_line_of_a_single_run_says_what_tells_its_figures_apart() -> None:
+    found = both(8.0, 4.0)
+    found.figures.extend(both(8.0, norm="L2", images=50).figures)
+    titles = [line.column.title for line in trilemma([judged("a", found)])]
+    assert [t for t in titles if "PGD" in t] == [
+        "PGD-20, Linf 4/255, 200 images", "PGD-20, Linf 8/255, 200 images",
+        "PGD-20, L2 8/255, 50 images",
+    ]  # fmt: skip
+
+
+def test_a_record_of_before_the_test_split_was_hashed_is_compared_with_one_of_after() -> None:
+    runs = [judged("a", record()), judged("b", record(test_sha256="ef" * 32))]
+    assert not differing(runs, "clean")
+    runs[0] = judged("a", record(test_sha256="cd" * 32))
+    assert differing(runs, "clean")
+
+
+def test_seeds_are_grouped_by_the_settings_that_differ() -> None:
+    runs = [judged(f"{name}{seed}", record(seed=seed), seed, objective={"use": name})
+            for name in ("trades", "mart") for seed in (0, 1)]  # fmt: skip
+    found = over_seeds(runs, ["clean", "fid"])
+    assert [(s.settings, s.seeds, s.name, s.share) for s in found] == [
+        ({"objective.use": "trades"}, [0, 1], "clean", True),
+        ({"objective.use": "mart"}, [0, 1], "clean", True),
+    ]
+
+
+def test_the_newest_runs_are_those_begun_last_and_no_link(tmp_path: Path) -> None:
+    for at, name in enumerate(("c", "a", "b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        os.utime(tmp_path / name / "config.json", (at, at))
+    (tmp_path / "latest").symlink_to("b")
+    assert [path.name for path in newest(tmp_path)] == ["a", "b"]
+    with pytest.raises(DataError, match="holds 3 runs"):
+        newest(tmp_path, 4)
+
+
+def test_a_run_that_is_not_there_is_said_not_to_exist(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nothere does not exist"):
+        compare([tmp_path / "nothere"])
 
 
 def test_the_radius_has_no_bearing_on_clean_accuracy() -> None:

@@ -167,7 +167,7 @@ def test_a_standard_run_has_no_such_label(tmp_path: Path) -> None:
 
 def test_protocols_that_differ_are_marked(runs: list[Path]) -> None:
     page = render(runs)
-    assert "PGD-20</b> is not comparable" in page
+    assert "PGD-20, 4/255</b> is not comparable" in page
     assert "radius_px is 8.0 in ebjdat, trades and 4.0 in quick" in page
 
 

@@ -349,7 +349,9 @@ def test_a_stop_while_the_best_epoch_is_judged_is_heard_and_the_run_judged_anew(
     again = go_on(tmp_path / "run", "jem", "jem", "plain")
     again.run()
     found = again.finish().figures
-    assert [figure.value for figure in found] == [f.value for f in trainer.exam(0).judge({})]
+    assert [figure.value for figure in found] == [
+        f.value for f in trainer.exam(0).judge({}).figures
+    ]
 
 
 def test_a_stop_in_the_midst_of_an_exam_loses_no_epoch(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def _show_lines(found: "Comparison") -> None:
     named: dict[str, list[str]] = {}
     for line in found.lines:
         for different in line.differs:
-            named.setdefault(different, []).append(line.column.title)
+            named.setdefault(different, []).append(line.column.name)
     for different, names in named.items():
         say(f"! {different}: {', '.join(names)}")
 

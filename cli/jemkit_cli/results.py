@@ -50,7 +50,8 @@ def show(summary: "Summary") -> None:
         rows.append([TITLES.get(figure.name, figure.name), _value(figure), shown])
         above = told
     card = summary.figures[0].protocol
-    title = f"epoch {summary.best_epoch} of {summary.epochs} ({card['selection']})"
+    chosen = "best PGD-10 accuracy on validation"
+    title = f"epoch {summary.best_epoch} of {summary.epochs} ({chosen})"
     show_table(["figure", "value", "measured on"], rows, title)
     say(f"trained in {summary.seconds:.1f} s")
     say(", ".join(f"{name} {version}" for name, version in card["versions"].items()))

@@ -1,0 +1,198 @@
+"""A model's identity: equal for equal weights, code and attributes, in this process and any."""
+
+import functools
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from toys import linear_model
+
+from jemkit import PixelModel
+from jemkit.identity import identity_of
+
+FACTOR = 2.0
+
+
+class Plain(nn.Module):
+    """A module whose answer is in an attribute."""
+
+    def __init__(self, held: Any) -> None:
+        super().__init__()
+        self.held = held
+
+    def forward(self, x: Tensor) -> Tensor:
+        return scaled(x)
+
+
+def scaled(x: Tensor) -> Tensor:
+    return x * FACTOR
+
+
+def times(factor: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: x * factor
+
+
+def with_default(factor: float) -> Callable[[Tensor], Tensor]:
+    def f(x: Tensor, by: float = factor) -> Tensor:
+        return x * by
+
+    return f
+
+
+class Scale:
+    """An object with a state of its own."""
+
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.by
+
+
+PAIRS: dict[str, tuple[Any, Any]] = {
+    "numbers": (1.0, -1.0),
+    "an int and its float": (1, 1.0),
+    "texts": ("relu", "tanh"),
+    "functions of torch": (torch.sigmoid, torch.tanh),
+    "functions of torch.nn": (nn.functional.relu, nn.functional.gelu),
+    "closures": (times(1.0), times(2.0)),
+    "lambdas": (lambda x: x + 1, lambda x: x - 1),
+    "defaults": (with_default(1.0), with_default(2.0)),
+    "partials": (functools.partial(torch.clamp, min=0), functools.partial(torch.clamp, min=1)),
+    "objects": (Scale(1.0), Scale(2.0)),
+    "methods of tensors": (torch.ones(2).add, torch.zeros(2).add),
+    "lists": ([1, 2], [2, 1]),
+    "dictionaries": ({"a": 1}, {"a": 2}),
+    "sets": ({1, 2}, {1, 3}),
+    "tensors": (torch.zeros(2), torch.ones(2)),
+    "shapes": (torch.zeros(2, 3), torch.zeros(3, 2)),
+    "types of tensors": (torch.zeros(2), torch.zeros(2, dtype=torch.int32)),
+    "modules in a list": ([nn.LeakyReLU(0.1)], [nn.LeakyReLU(0.2)]),
+    "registered modules": (nn.LeakyReLU(0.1), nn.LeakyReLU(0.2)),
+    "classes": (nn.ReLU, nn.GELU),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+def test_modules_that_differ_in_an_attribute_are_two_models(pair: tuple[Any, Any]) -> None:
+    a, b = (identity_of(Plain(held)) for held in pair)
+    assert a.unknown == b.unknown == ""
+    assert a.sha256 != b.sha256
+    assert a == identity_of(Plain(pair[0]))
+
+
+def test_another_forward_is_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Plain(1.0)
+    before = identity_of(model)
+    monkeypatch.setattr(Plain, "forward", lambda self, x: -x)
+    assert identity_of(model) != before
+
+
+def test_a_global_that_forward_reads_is_part_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Plain(1.0)
+    before = identity_of(model)
+    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 3.0)
+    assert identity_of(model) != before
+
+
+def test_a_forward_of_the_instance_and_a_hook_are_part_of_the_model() -> None:
+    own, hooked = Plain(1.0), Plain(1.0)
+    before = identity_of(own)
+    own.forward = lambda x: -x  # type: ignore[method-assign,assignment]
+    hooked.register_forward_hook(lambda module, x, y: -y)
+    assert len({before, identity_of(own), identity_of(hooked)}) == 3
+
+
+def test_weights_and_buffers_that_no_state_dict_has_are_part_of_the_model() -> None:
+    one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+    two.load_state_dict(one.state_dict())
+    assert identity_of(one) == identity_of(two)
+    for module, value in ((one, 0.0), (two, 1.0)):
+        module.register_buffer("mean", torch.full((2,), value), persistent=False)
+    assert identity_of(one) != identity_of(two)
+
+
+def test_the_mode_and_what_requires_gradients_are_no_part_of_the_model() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))
+    before = identity_of(model)
+    model.eval().requires_grad_(False)
+    assert identity_of(model) == before
+
+
+def test_what_only_watches_is_no_part_of_the_model() -> None:
+    model = PixelModel(linear_model(4, 2))
+    before = identity_of(model)
+    model.poll = lambda: None
+    assert identity_of(model) == before
+
+
+def test_what_cannot_be_hashed_is_told_and_never_the_same_twice() -> None:
+    model = Plain(threading.Lock())
+    one, two = identity_of(model), identity_of(model)
+    assert one.sha256 != two.sha256
+    assert "Plain.held, of type lock" in one.card["identity"]
+
+
+def test_a_module_that_holds_itself_has_an_identity() -> None:
+    model = Plain(None)
+    model.held = [model, {"me": model}]
+    assert identity_of(model).unknown == ""
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@given(values, values)
+def test_attributes_have_one_identity_exactly_where_they_are_equal(a: Any, b: Any) -> None:
+    same = repr(ordered(a)) == repr(ordered(b))
+    assert (identity_of(Plain(a)) == identity_of(Plain(b))) == same
+
+
+def ordered(value: Any) -> Any:
+    if isinstance(value, dict):
+        return [(key, ordered(value[key])) for key in sorted(value)]
+    return [ordered(item) for item in value] if isinstance(value, list) else value
+
+
+ELSEWHERE = """
+import functools, sys, torch
+from torch import nn
+from jemkit.identity import identity_of
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.names, self.table = {"a", "b", "c", ("x", 1)}, dict.fromkeys(sys.argv[1], 1)
+        self.act = functools.partial(torch.clamp, min=0)
+        self.layer = nn.Linear(2, 2)
+        nn.init.ones_(self.layer.weight); nn.init.zeros_(self.layer.bias)
+    def forward(self, x):
+        return self.act(self.layer(x)) if x.shape[0] in {1, 2, 3} else {"y": x}["y"]
+print(identity_of(Net()).sha256, identity_of(torch.jit.script(nn.Linear(2, 2).eval()))[1])
+"""
+
+
+def test_a_model_has_one_identity_in_every_process(tmp_path: Path) -> None:
+    code = tmp_path / "net.py"
+    code.write_text(ELSEWHERE)
+    told = {
+        subprocess.run(
+            [sys.executable, str(code), order],
+            capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed},
+        ).stdout
+        for seed, order in (("1", "xyz"), ("2", "zyx"))
+    }  # fmt: skip
+    assert len(told) == 1
