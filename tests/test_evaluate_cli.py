@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from cli_tools import SHORT, command, environment, jemkit, process
 
+from jemkit import record as records
 from jemkit_cli import progress
 
 QUIET = ("--set", "robustness.indicators=false")
@@ -49,6 +51,48 @@ def test_training_and_evaluation_agree_on_clean_and_pgd20(run: Path, tmp_path: P
     found = judged(run, tmp_path)
     for name in ("clean", "pgd20"):
         assert found[name]["value"] == trained[name]
+
+
+def test_what_training_measured_is_the_beginning_of_the_record(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy", symlinks=True)
+    begun = records.load(copy)
+    names = [
+        "clean",
+        "pgd20",
+        "gap_mean",
+        "gap_variance",
+        "gap_signed",
+        "gap_joint",
+        "gap_relative",
+    ]
+    assert [figure.name for figure in begun.figures] == names
+    for figure in begun.figures:
+        assert figure.protocol["standard"]
+        assert figure.protocol["checkpoint"] == begun.subject["sha256"]
+        assert {"selection", "seed", "radius_px", "test_sha256"} <= figure.protocol.keys()
+    assert begun.rows_of(begun.figure("pgd20")) is not None
+    seed = ("--seed", str(begun.protocol["seed"]))
+    outcome = jemkit("evaluate", str(copy), *PGD, *seed)
+    assert outcome.code == 0, outcome.err
+    again = records.load(copy)
+    assert sorted(figure.name for figure in again.figures) == sorted(names)
+    assert again.value("pgd20") == begun.value("pgd20")
+    outcome = jemkit("evaluate", str(copy), *PGD, "--seed", "7")
+    assert outcome.code == 0, outcome.err
+    assert len(records.load(copy).figures) == len(names) + 2
+
+
+def test_compare_takes_the_two_newest_runs(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        shutil.copytree(run, tmp_path / "runs" / name, symlinks=True)
+    outcome = jemkit("compare", "--json")
+    assert outcome.code == 0, outcome.err
+    assert sorted(outcome.record["runs"]) == ["a", "b"]
+    outcome = jemkit("report", "runs/nothere")
+    assert (outcome.code, "runs/nothere does not exist" in outcome.err) == (6, True)
 
 
 def test_a_wider_radius_and_another_norm_are_in_the_card(run: Path, tmp_path: Path) -> None:

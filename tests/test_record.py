@@ -1,0 +1,285 @@
+"""A record: of one model and one test split, and inside it every protocol beside the others."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from pydantic import Field
+from torch import Generator, Tensor
+from toys import REGISTRY, linear_model
+
+from jemkit import DataError, Images, PixelModel, evaluate
+from jemkit import record as records
+from jemkit.attack import PGD, ModelAttack, Threat
+from jemkit.departures import departures
+from jemkit.figures import share
+from jemkit.options import Options, not_a_fraction
+from jemkit.record import Record
+from jemkit.testing import toy_task
+
+DATA = toy_task().images("valid")
+THREAT = Threat("Linf", 8.0)
+QUIET = {"robustness": {"indicators": False}}
+
+
+def measured(out: Path, seed: int = 0, data: Images = DATA, **asked: Any) -> Record:
+    given = {"attacks": ("fgsm",), "only": ("robustness",), "options": QUIET, **asked}
+    return evaluate(
+        PixelModel(linear_model(64, 3, seed=seed)), data, registry=REGISTRY, out=out, **given
+    )
+
+
+def names(folder: Path) -> list[tuple[str, float]]:
+    return [(f.name, f.protocol["radius_px"]) for f in records.load(folder).figures]
+
+
+def test_figures_at_other_radii_and_in_other_norms_stand_beside_each_other(tmp_path: Path) -> None:
+    for threat in ({}, {"eps_px": 1}, {"norm": "L2", "eps_px": 20}):
+        measured(tmp_path, **threat)
+    found = records.load(tmp_path)
+    assert names(tmp_path) == [("clean", 20), ("fgsm", 20), ("fgsm", 1), ("fgsm", 8)]
+    assert found.figure("fgsm").protocol["norm"] == "L2"
+    assert found.figure("fgsm", norm="Linf", radius_px=8).protocol["radius_px"] == 8
+    with pytest.raises(DataError, match="but not with radius_px 3"):
+        found.figure("fgsm", radius_px=3)
+
+
+def test_the_same_protocol_is_measured_once(tmp_path: Path) -> None:
+    measured(tmp_path)
+    one = records.load(tmp_path)
+    measured(tmp_path, eps_px=1)
+    measured(tmp_path)
+    measured(tmp_path, eps_px=1)
+    two = records.load(tmp_path)
+    assert [figure.name for figure in two.figures] == ["clean", "fgsm", "fgsm"]
+    assert two.value("fgsm", radius_px=8) == one.value("fgsm")
+
+
+def test_the_record_of_another_model_or_other_images_is_kept_and_comes_back(tmp_path: Path) -> None:
+    first = measured(tmp_path)
+    measured(tmp_path, seed=1)
+    measured(tmp_path, data=Images(DATA.x.flip(0), DATA.y.flip(0)))
+    assert len(records.beside(tmp_path)) == 2
+    measured(tmp_path, eps_px=1)
+    found = records.load(tmp_path)
+    assert len(records.beside(tmp_path)) == 2
+    assert found.subject == first.subject
+    assert names(tmp_path) == [("clean", 1), ("fgsm", 1), ("fgsm", 8)]
+    kept = records.of_weights(tmp_path, measured(tmp_path / "b", seed=1).subject["sha256"])
+    assert kept is not None
+    assert kept.value("fgsm") == measured(tmp_path / "b", seed=1).value("fgsm")
+
+
+def test_each_figure_keeps_its_rows_and_tables(tmp_path: Path) -> None:
+    asked = {"only": ("robustness", "calibration")}
+    seen = [measured(tmp_path, **asked, **more) for more in (
+        {}, {"eps_px": 1}, {"max_images": 10}, {"options": {**QUIET, "calibration": {"bins": 3}}}
+    )]  # fmt: skip
+    found = records.load(tmp_path)
+    for one in seen:
+        for figure in one.figures:
+            rows, wanted = found.rows_of(figure), one.rows_of(figure)
+            assert (rows is None and wanted is None) or torch.equal(rows, wanted)  # type: ignore[arg-type]
+    bins = {name: len(found.tables[name]["count"]) for name in found.named("tables", "reliability")}
+    assert list(bins.values()) == [20, 3, 20]  # the standard one, then the newest first
+    assert bins["reliability"] == 20
+    assert found.card_of("tables", "reliability")["images"] == len(DATA.y)
+    pictures = records.pictures(tmp_path, found)
+    assert sorted(pictures) == sorted(found.named("files", "reliability"))
+
+
+def test_indicators_of_one_attack_stay_where_another_is_measured(tmp_path: Path) -> None:
+    seen = {"indicators": True, "indicator_images": 4}
+    some = Images(DATA.x[:12], DATA.y[:12])
+    for attack in ("fgsm", "pgd", "fgsm"):
+        measured(tmp_path, data=some, attacks=(attack,), options={"robustness": seen}, quick=True)
+    found = records.load(tmp_path)
+    told = [set(found.tables[name]) for name in found.named("tables", "indicators")]
+    assert told == [{"fgsm"}, {"pgd20"}]
+
+
+def test_a_mixed_record_of_the_older_format_is_taken_apart(tmp_path: Path) -> None:
+    new = measured(tmp_path)
+    saved = json.loads((tmp_path / "evaluation.json").read_text())
+    for key in ("parts", "pictures", "sha256"):
+        del saved[key]
+    del saved["protocol"]["test_sha256"]
+    for figure, data in zip(saved["figures"], (None, "ab" * 32), strict=True):
+        del figure["protocol"]["test_sha256"]
+        figure["protocol"]["data_sha256"] = data or figure["protocol"]["data_sha256"]
+        figure["protocol"]["versions"]["jemkit"] = "0.1.0"
+    (tmp_path / "evaluation.json").write_text(json.dumps({**saved, "format": 1}))
+    assert [f.name for f in records.load(tmp_path).figures] == ["clean", "fgsm"]
+    measured(tmp_path)
+    found = records.load(tmp_path)
+    versions = [(f.name, f.protocol["versions"]["jemkit"]) for f in found.figures]
+    current = new.protocol["versions"]["jemkit"]
+    assert versions == [("clean", current), ("fgsm", current), ("clean", "0.1.0")]
+    (stem,) = records.beside(tmp_path)
+    other = records.load(tmp_path, stem)
+    assert [f.name for f in other.figures] == ["fgsm"]
+    assert torch.equal(other.rows_of(other.figures[0]), new.rows_of(new.figures[1]))  # type: ignore[arg-type]
+
+
+STOPS = ("write", "_write_files", "_keep", "_drop_files")
+
+
+@pytest.mark.parametrize("where", STOPS)
+def test_a_kill_while_records_change_places_loses_nothing(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {f.key for seed in (0, 1) for f in measured(tmp_path / "whole", seed=seed).figures}
+    measured(tmp_path / "a")
+    original: Callable[..., Any] = getattr(records, where)
+    done: list[int] = []
+
+    def killed(*given: Any, **named: Any) -> Any:
+        original(*given, **named)
+        done.append(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(records, where, killed)
+    with pytest.raises(KeyboardInterrupt):
+        measured(tmp_path / "a", seed=1)
+    monkeypatch.undo()
+    assert done
+    measured(tmp_path / "a", seed=1)
+    measured(tmp_path / "a", seed=0)
+    assert {f.key for r in records.every(tmp_path / "a") for f in r.figures} == wanted
+    assert len(records.beside(tmp_path / "a")) == 1
+
+
+PART: dict[str, Any] = {
+    "evaluator": "", "key": "k", "figures": [], "tables": {}, "rows": {}, "files": {}
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [
+    {"pictures": "../elsewhere"}, {"pictures": "/tmp"},
+    {"parts": [{**PART, "files": {"a": "../a"}}]}, {"parts": [{**PART, "tables": {"a": "b"}}]},
+    {"parts": [{"evaluator": ""}]}, {"parts": [3]},
+])  # fmt: skip
+def test_a_record_that_names_what_it_cannot_have_is_refused(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    measured(tmp_path)
+    path = tmp_path / "evaluation.json"
+    saved = json.loads(path.read_text())
+    rows = saved.pop("sha256")["rows"]
+    saved |= change
+    text = json.dumps(saved, sort_keys=True, separators=(",", ":"))
+    seal = {"record": hashlib.sha256(text.encode()).hexdigest(), "rows": rows}
+    path.write_text(json.dumps({**saved, "sha256": seal}))
+    with pytest.raises(DataError, match=r"evaluation\.json is damaged"):
+        records.load(tmp_path)
+
+
+def test_what_a_measurement_found_and_how_long_it_took_is_no_protocol() -> None:
+    card = {"attack": "pgd", "seconds": 1.0, "max_delta_px": {"L2": 1.0}, "accuracy_after": {}}
+    one = share("pgd20", 1, 2, card)
+    two = share("pgd20", 2, 2, {"attack": "pgd", "seconds": 2.0, "max_delta_px": {"L2": 2.0}})
+    assert one.key == two.key
+    assert one.key != share("pgd20", 1, 2, {**card, "seed": 1}).key
+    assert one.key != share("pgd50", 1, 2, card).key
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
+    "energy": ({"steps": 1}, {"of": "x"}, ("energy",)),
+    "detector": ({"steps": 1}, {"limit": "own"}, ("detector",)),
+    "eot": ({"samples": 1}, {"step_px": 1.0}, ("eot20",)),
+    "apgd": ({"steps": 3}, {"restarts": 2}, ("apgd",)),
+    "fgsm": ({"random_start": True}, {"random_start": True}, ("fgsm",)),
+    "pgd": ({"step_px": 1.0}, {"keep": "first"}, ("pgd20",)),
+    "cw": ({"step_px": 1.0}, {"step_px": 3.0}, ("cw20",)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_figure_by_other_options_is_not_standard_and_replaces_none(
+    tmp_path: Path, name: str
+) -> None:
+    *options, figures = OPTIONS[name]
+    few = Images(DATA.x[:9], DATA.y[:9])
+    asked = {"attacks": (name,), "data": few}
+    default = measured(tmp_path, **asked)
+    for other in options:
+        changed = measured(tmp_path, **asked, options={**QUIET, name: other})
+        for figure in figures:
+            protocol = changed.figure(figure).protocol
+            assert not protocol["standard"]
+            assert protocol["options"] == other
+            assert all(key in protocol["why"] for key in other)
+    found = records.load(tmp_path)
+    for figure in figures:
+        assert default.figure(figure).protocol["standard"]
+        assert found.figure(figure) == default.figure(figure)
+
+
+def test_calibration_with_other_bins_is_not_standard(tmp_path: Path) -> None:
+    asked = {"only": ("calibration",), "attacks": ()}
+    default = measured(tmp_path, **{**asked, "options": {}})
+    changed = measured(tmp_path, **{**asked, "options": {"calibration": {"bins": 3}}})
+    assert default.figure("ece").protocol["standard"]
+    assert not changed.figure("ece").protocol["standard"]
+    assert changed.figure("clean").protocol["standard"]
+    assert records.load(tmp_path).value("ece") == default.value("ece")
+
+
+class Guest(Options):
+    """An attack of somebody else's: its card tells nothing, its label one option."""
+
+    everyone: ClassVar[bool] = True
+    standard_at_any: ClassVar = frozenset({"verbose"})
+
+    needed: int
+    steps: int = 3
+    power: float = 1.0
+    shift: list[int] = Field(default_factory=list)
+    step_px: float | None = None
+    verbose: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"guest{self.steps}"
+
+    def bind(self, subject: PixelModel, threat: Threat) -> dict[str, Callable[..., Tensor]]:
+        def perturb(x: Tensor, _y: Tensor, _rng: Generator) -> Tensor:
+            return (x + self.power * threat.eps / 2).clamp(0, 1)
+
+        return {self.label: perturb}
+
+    def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
+        return {}
+
+
+@pytest.mark.parametrize(("options", "found"), [
+    ({}, {"needed": 1}), ({"steps": 5, "verbose": True}, {"needed": 1}),
+    ({"power": 0.5}, {"needed": 1, "power": 0.5}), ({"shift": [1]}, {"needed": 1, "shift": [1]}),
+    ({"step_px": 2.0}, {"needed": 1}), ({"step_px": 1.0}, {"needed": 1, "step_px": 1.0}),
+])  # fmt: skip
+def test_options_that_neither_a_label_tells_nor_a_default_is_are_found_of_any_part(
+    options: dict[str, Any], found: dict[str, Any]
+) -> None:
+    assert isinstance(Guest(needed=1), ModelAttack)
+    assert departures(Guest(needed=1, **options), THREAT) == found
+
+
+def test_an_option_at_what_its_default_means_is_the_default() -> None:
+    assert not departures(PGD(step_px=2.0, radius_px=8.0, norm="Linf"), THREAT)
+    assert not departures(PGD(norm="L2"), Threat("L2", 8.0))
+    assert departures(PGD(step_px=2.0), Threat("Linf", 4.0)) == {"step_px": 2.0}
+
+
+@pytest.mark.parametrize(("fraction", "px"), [
+    (0.031, "8"), (0.0314, "8"), (0.03137, "8"), (0.03, "8"), (0.0157, "4"), (0.0039, "1"),
+    (0.5, "127.5"), (0.25, "63.75"),
+])  # fmt: skip
+def test_a_radius_that_was_given_as_a_fraction_is_told_in_whole_pixels(
+    fraction: float, px: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"write {px}$"):
+        not_a_fraction(fraction)
