@@ -7,6 +7,7 @@ its whole protocol (`Figure.key`): one of the same key is replaced, any other st
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,8 @@ __all__ = [
     "JSON", "LOCK", "PICTURES", "ROWS", "STEM", "Part", "Record", "arranged", "beside", "every",
     "finite", "left_by", "load", "of_weights", "part", "pictures", "save",
 ]  # fmt: skip
+
+log = logging.getLogger(__name__)
 
 LOCK, PATIENCE = ".evaluation.lock", 60.0
 """Held while a record is read, joined and written; the seconds that it is waited for."""
@@ -184,6 +187,7 @@ def _keep(folder: Path, record: Record, warned: list[str]) -> None:
     """Keep the record of another model or other data under a name of its own."""
     stem = _stem(_owner(record))
     write(folder, _joined(record, _loaded(folder, stem, warned)), stem)
+    log.warning("the record of another model, or of other images, is kept as %s.json", stem)
 
 
 def _free_pictures(folder: Path, stem: str) -> str:

@@ -117,7 +117,7 @@ def test_the_table_shows_clean_first_and_every_protocol(run: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("options", "code", "message"), [
-    (("--eps-px", "0.031"), 3, "probably a fraction: write 7.9"),
+    (("--eps-px", "0.031"), 3, "probably a fraction: write 8"),
     (("--eps-px", "300"), 3, "wider than the whole range"),
     (("--attack", "pgb"), 3, "did you mean 'pgd'"),
     (("--only", "accurracy"), 3, "did you mean 'accuracy'"),
