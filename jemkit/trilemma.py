@@ -15,14 +15,15 @@ from jemkit.recordfile import Record, preferred
 from jemkit.runtime.files import read_json
 
 NOT_PROTOCOL = frozenset(
-    {"checkpoint", "versions", "device", "evaluator", "trained_radius_px", "max_delta_px"}
+    {"checkpoint", "versions", "device", "evaluator", "max_delta_px"}
+    | {"trained_radius_px", "trained_norm"}
     | {"seconds", "seed", "batch_size", "accuracy_after", "why", "std"}
 )
 """Entries of a card that tell of the model, the machine, chance or the result, and not of how it
 was measured."""
 
 
-UNKNOWN_BEFORE = ("test_sha256", "ood_sha256")
+UNKNOWN_BEFORE = ("test_sha256", "ood_sha256", "precision")
 """Entries that cards before 0.2.0 lack; compared where every card has them."""
 
 
