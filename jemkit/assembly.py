@@ -22,7 +22,7 @@ from jemkit.replay import replay_on
 from jemkit.runtime import distributed, sharding
 from jemkit.runtime.numerics import Layout, device_of, in_bf16, numerics
 from jemkit.seeds import generator
-from jemkit.splits import Splits
+from jemkit.splits import Pinned, Splits
 from jemkit.starts import images_hash
 from jemkit.update import EMA, Stateful, Updater
 
@@ -114,13 +114,13 @@ class Assembly(NamedTuple):
         self.rng.set_state(own["rng"])
 
 
-def put_together(recipe: Recipe) -> Assembly:
-    """Build and check; raises ConfigError or DataError."""
+def put_together(recipe: Recipe, pinned: Pinned | None = None) -> Assembly:
+    """Build and check, on no other data than `pinned`; raises ConfigError or DataError."""
     team.ask("build")
     run, usual = recipe.run, recipe.data.radius_px
     check_adversary(recipe.objective, usual)  # before the data is read
     device = device_of(run.device)
-    splits = Splits(recipe.data, valid_fraction=run.valid_fraction, max_train=run.max_train)
+    splits = splits_of(recipe, pinned)
     task = task_of(recipe, splits)
     check_adversary(recipe.objective, usual, math.prod(task.shape))
     rng = generator(device, run.seed, "chains")
@@ -185,6 +185,14 @@ def with_layout(run: Run, model: EnergyModel, task: Task) -> Run:
         with strict, narrow:
             chosen = MicroBatch(run.micro_batch).fit(lambda: faster_layout(model, x))
     return run.model_copy(update={"channels_last": chosen})
+
+
+def splits_of(recipe: Recipe, pinned: Pinned | None = None) -> Splits:
+    """The splits of a recipe's data."""
+    run = recipe.run
+    return Splits(
+        recipe.data, valid_fraction=run.valid_fraction, max_train=run.max_train, pinned=pinned
+    )
 
 
 def task_of(recipe: Recipe, splits: Splits) -> Task:

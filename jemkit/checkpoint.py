@@ -125,14 +125,25 @@ def load(path: Path) -> State:
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """The model's weights: of a checkpoint folder, of a run's newest one, or a safetensors file."""
+    """The model's weights: of a checkpoint folder, of a run's newest one, of an exported or
+    imported model, or a safetensors file."""
     if path.is_file():
         return load_tensors(path)
     folder = path if (path / MANIFEST).exists() else newest(path / "checkpoints")
-    if folder is None:
-        raise DataError(f"{path} is no checkpoint, no run with checkpoints and no safetensors file")
-    verify(folder)
-    return load_tensors(folder / MODEL)
+    if folder is not None:
+        verify(folder)
+        return load_tensors(folder / MODEL)
+    if not (path / MODEL).is_file():
+        raise DataError(
+            f"{path} is no checkpoint, no run with checkpoints, no exported or imported model and "
+            "no safetensors file"
+        )
+    config = read_json(path / "config.json")
+    hashes = config.get("sha256") if isinstance(config, dict) else None
+    wanted = hashes.get(MODEL) if isinstance(hashes, dict) else None
+    if file_hash(path / MODEL) != wanted:
+        raise DataError(f"{path / MODEL} is damaged: its SHA-256 is not {wanted}, of config.json")
+    return load_tensors(path / MODEL)
 
 
 def verify(path: Path) -> dict[str, str]:

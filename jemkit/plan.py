@@ -1,12 +1,15 @@
 """What a run would be: its recipe put together and checked, and nothing written."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from jemkit import checkpoint
 from jemkit.assembly import load_model, put_together
+from jemkit.initial import doubts, initial
 from jemkit.recipe import Resolved
 from jemkit.runtime.folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 
 def plan(resolved: Resolved, out: Path, *, init_from: Path | None = None) -> dict[str, Any]:
@@ -15,7 +18,10 @@ def plan(resolved: Resolved, out: Path, *, init_from: Path | None = None) -> dic
     parts = put_together(resolved.recipe)
     model = parts.backbone.model
     if init_from is not None:
-        load_model(model, checkpoint.load_weights(init_from))
+        start = initial(init_from)
+        load_model(model, start.weights)
+        for doubt in doubts(start, resolved.recipe, parts.task.total_steps):
+            log.warning("%s", doubt)
     names = {table: part["use"] for table, part in resolved.tables.items() if "use" in part}
     network = resolved.tables["backbone"].get("network", {})
     steps = parts.loader.steps_per_epoch

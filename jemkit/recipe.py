@@ -102,13 +102,15 @@ def resolve(
     config: Path | Table | None = None,
     overrides: Iterable[str] = (),
     named: Table | None = None,
+    base: Path | None = None,
 ) -> Resolved:
     """Merge the layers: defaults < data < backbone < objective < preset < config < --set < named.
 
     A part that a named option chooses is chosen before --set, which may then set its options. What
-    a layer says of a part that a later one replaces is left out, and a warning names it.
+    a layer says of a part that a later one replaces is left out, and a warning names it. The saved
+    config `base` of a run comes before the preset.
     """
-    own = [*_preset(registry, preset), *_config(config)]
+    own = [*_config(base), *_preset(registry, preset), *_config(config)]
     own.append(Layer("option", choices(named or {})))
     own += override_layers(overrides)
     own.append(Layer("option", named or {}))
@@ -132,7 +134,8 @@ def resolve(
         stack.lay(layer._replace(table=rest))
     _tell_lost(stack, own)
     recipe = build(stack.tables, registry, stack.origins)
-    said = {layer.origin for layer in own} - ({str(config)} if _is_saved(config) else set())
+    saved = {str(path) for path in (base, config) if _is_saved(path)}
+    said = {layer.origin for layer in own} - saved
     check_unused(recipe, stack.tables, usual, stack.origins, said)
     return Resolved(recipe, stack.tables, stack.origins)
 

@@ -4,15 +4,17 @@ import logging
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
-from jemkit import checkpoint
+from jemkit import checkpoint, pinned, resuming
 from jemkit.errors import DataError, JemkitError, memory_ran_out
 from jemkit.follower import follow
-from jemkit.recipe import Resolved, complete, with_run
+from jemkit.initial import check_same, doubts, initial, initial_source
+from jemkit.recipe import Resolved, complete
 from jemkit.registry import Registry
 from jemkit.runtime import disk, distributed
-from jemkit.runtime.files import drop_torn_line
+from jemkit.runtime.files import drop_torn_line, write_json
 from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.lock import LOCK, locked
 from jemkit.runtime.numerics import device_of
@@ -52,23 +54,17 @@ def train(
         if resume:
             RunFolder.open(out)
             held.enter_context(locked(out / LOCK, doing))
-            whole = _as_measured(whole, RunFolder(out))
-        elif not unborn(out):
-            RunFolder.check_vacant(out)
-        trainer = Trainer(whole, RunFolder(out), watch)  # before anything is written
-        if stop is not None:
-            trainer.stop = stop
-        if resume:
-            resume_from(trainer, trainer.folder)
-        elif init_from is not None:
-            weights = checkpoint.load_weights(init_from)
-            begin_with(trainer.parts, weights)
+            trainer, going = _resumed(whole, RunFolder(out), registry, init_from, watch, stop)
+            begin = partial(_go_on, trainer, going)
+        else:
+            trainer, warnings = _fresh(whole, RunFolder(out), init_from, watch, stop)
+            begin = partial(_begin, trainer, whole, pinned.pin(trainer.splits), init_from, warnings)
         tight = disk.check_room(out, still_needed(trainer), free=free)
         held.enter_context(disk.waiting(patience or disk.Patience(trainer.stop)))
         if not resume:
             out.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(out / LOCK, doing))
-            _begin(trainer, whole)
+        begin()
         if trainer.measured:
             trainer.folder.event("layout", channels_last=trainer.measured)
         trainer.folder.link_latest(latest or out.parent)
@@ -80,7 +76,75 @@ def train(
         return trainer.finish()
 
 
-def _begin(trainer: Trainer, whole: Resolved) -> None:
+def _fresh(
+    whole: Resolved,
+    folder: RunFolder,
+    init_from: Path | None,
+    watch: Watch | None,
+    stop: Callable[[], bool] | None,
+) -> tuple[Trainer, list[str]]:
+    """A new run before its first step, and what is to be said of it; nothing is written yet."""
+    if not unborn(folder.path):
+        RunFolder.check_vacant(folder.path)
+    trainer = Trainer(whole, folder, watch)
+    if stop is not None:
+        trainer.stop = stop
+    if init_from is None:
+        return trainer, []
+    start = initial(init_from)
+    begin_with(trainer.parts, start.weights)
+    return trainer, doubts(start, trainer.recipe, trainer.total_steps)
+
+
+def _resumed(
+    whole: Resolved,
+    folder: RunFolder,
+    registry: Registry,
+    init_from: Path | None,
+    watch: Watch | None,
+    stop: Callable[[], bool] | None,
+) -> tuple[Trainer, resuming.Agreed]:
+    """A run as its newest checkpoint has it: its recipe and its data are those it began with."""
+    checkpoint.recover(folder.checkpoints)
+    found = checkpoint.sound(folder.checkpoints)
+    going = resuming.agreed(whole, folder.path, found.state, found.path, registry)
+    if init_from is not None:
+        check_same(init_from, going.config)
+    trainer = Trainer(
+        going.resolved, folder, watch, pinned=pinned.read(folder.path / pinned.CONFIG)
+    )
+    trainer.splits.images("test")  # refused now, not when the best epoch is judged
+    if stop is not None:
+        trainer.stop = stop
+    resume_from(trainer, folder, found)
+    trainer.config = {name: going.config[name] for name in KEPT if name in going.config}
+    return trainer, going
+
+
+def _go_on(trainer: Trainer, going: resuming.Agreed) -> None:
+    """Keep what a run goes on with, where that is another than it was."""
+    before, now = going.epochs, trainer.recipe.run.epochs
+    if now > before:
+        rate = trainer.recipe.optimizer.lr * trainer.care.rate
+        totals = (trainer.total_steps // now * before, trainer.total_steps)
+        factor = trainer.recipe.schedule.factor
+        rates = [rate * factor(min(trainer.step, total - 1), total) for total in totals]
+        _tell(trainer.folder, "extended", resuming.extension(before, now, (rates[0], rates[1])))
+    if going.changed:
+        write_json(trainer.folder.path / pinned.CONFIG, going.config)
+
+
+KEPT = ("recipe", "data")
+"""What a checkpoint keeps of its run's config.json, so that a change of it is seen."""
+
+
+def _begin(
+    trainer: Trainer,
+    whole: Resolved,
+    data: tuple[pinned.Table, pinned.Details],
+    init_from: Path | None,
+    warnings: list[str],
+) -> None:
     """Make the folder a run: config.json is written last, when there is a step to resume from."""
     folder = trainer.folder
     if not unborn(folder.path):  # another process was faster
@@ -88,31 +152,36 @@ def _begin(trainer: Trainer, whole: Resolved) -> None:
     for part in (folder.checkpoints, folder.samples):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
-    for litter in folder.path.glob(".config.json.*"):
+    for litter in (p for name in WRITTEN for p in folder.path.glob(f".{name}.*")):
         litter.unlink()
-    checkpoint.save(folder.checkpoints / f"step-{trainer.step:08d}", trainer.state_dict())
     tables, origins = whole.tables, whole.origins
     if trainer.recipe.run.channels_last == "measure":  # who reads the run lays it out as it was
         tables = {**tables, "run": {**tables["run"], "channels_last": trainer.parts.channels_last}}
-    if trainer.measured:
-        origins = {**origins, "run.channels_last": "measured"}
-    folder.write_config(tables, origins)
+        origins = {**origins, resuming.LAYOUT: "measured" if trainer.measured else RULE}
+    table = pinned.write(folder.path, *data)
+    trainer.config = {"recipe": tables, "data": table}
+    checkpoint.save(folder.checkpoints / f"step-{trainer.step:08d}", trainer.state_dict())
+    weights = {} if init_from is None else {"init_from": initial_source(init_from)}
+    folder.write_config(tables, origins, data=table, **weights)
+    for warning in warnings:
+        _tell(folder, "init_from", warning)
 
 
-def _as_measured(whole: Resolved, folder: RunFolder) -> Resolved:
-    """The recipe that a run was begun with, by the layout that was measured then."""
-    if whole.recipe.run.channels_last != "measure":
-        return whole
-    return with_run(whole, channels_last=folder.config["recipe"]["run"]["channels_last"])
+RULE = "measured by none of several processes: auto"
+"""Where a layout that was to be measured came from."""
+WRITTEN = (pinned.CONFIG, pinned.DETAILS)
+"""Files that are written while a run is born."""
 
 
 def unborn(out: Path) -> bool:
     """Whether a folder is what a kill left of a run that had not begun."""
     if not (out / LOCK).is_file():
         return False
-    names = {p.name for p in out.iterdir() if not p.name.startswith(".config.json.")}
+    litter = tuple(f".{name}." for name in WRITTEN)
+    names = {p.name for p in out.iterdir() if not p.name.startswith(litter)}
     steps = {p.name for p in (out / "checkpoints").glob("[!.]*")}
-    return names <= {LOCK, "checkpoints", "samples"} and steps <= {"step-00000000"}
+    there = {LOCK, "checkpoints", "samples", pinned.DETAILS}
+    return names <= there and steps <= {"step-00000000"}
 
 
 def still_needed(trainer: Trainer) -> int:
@@ -128,10 +197,12 @@ def still_needed(trainer: Trainer) -> int:
     return max(0, disk.run_bytes(one, keep=keep, steps=steps, epochs=epochs) - there)
 
 
-def resume_from(trainer: Trainer, folder: RunFolder) -> None:
+def resume_from(trainer: Trainer, folder: RunFolder, found: checkpoint.Sound | None = None) -> None:
     """Put a trainer where the newest checkpoint that can be read stands; damaged ones are kept."""
-    checkpoint.recover(folder.checkpoints)
-    path, state, damaged = checkpoint.sound(folder.checkpoints)
+    if found is None:
+        checkpoint.recover(folder.checkpoints)
+        found = checkpoint.sound(folder.checkpoints)
+    path, state, damaged = found
     try:
         trainer.load_state_dict(state)
     except JemkitError:

@@ -1,13 +1,27 @@
 """Splits: which images train, validate and test, the same for every run."""
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from jemkit.data import Dataset, Images, OffersValidation, Split, checked
-from jemkit.errors import ConfigError
+from jemkit.errors import ConfigError, DataError
+
+Part = Literal["train", "valid", "test"]
+
+
+class Pinned(Protocol):
+    """What refuses other images than those that a run began with."""
+
+    def check_classes(self, dataset: Dataset) -> None:
+        """Raise DataError where the data set has other classes."""
+        ...
+
+    def check_images(self, splits: "Splits", split: Part, images: Images) -> None:
+        """Raise DataError where the split holds other images."""
+        ...
 
 
 class Splits:
@@ -15,41 +29,77 @@ class Splits:
 
     Validation is a fixed part of the training split, the same for every run: chosen class by class
     with a generator of its own, so that runs and data orders of any seed can be compared. A data
-    set's own validation images stand in place of that part.
+    set's own validation images stand in place of that part. No split is handed out that `pinned`
+    refuses.
     """
 
     def __init__(
-        self, dataset: Dataset, *, valid_fraction: float = 0.1, max_train: int | None = None
+        self,
+        dataset: Dataset,
+        *,
+        valid_fraction: float = 0.1,
+        max_train: int | None = None,
+        pinned: Pinned | None = None,
     ) -> None:
         self.dataset, self.valid_fraction, self.max_train = dataset, valid_fraction, max_train
-        self._kept: dict[str, Images] = {}
+        self.pinned = pinned
+        self.own_validation = False
+        self._kept: dict[Part, Images] = {}
+        self._rows: dict[Part, list[int]] = {}  # of the data set's own split
 
-    def images(self, split: Literal["train", "valid", "test"]) -> Images:
+    def images(self, split: Part) -> Images:
         if split not in self._kept:
-            if split == "test":
-                self._kept["test"] = self._checked(self.dataset.load("test"), "test")
-            else:
-                self._divide()
+            if self.pinned is not None:
+                self.pinned.check_classes(self.dataset)
+            found = self._read(split)
+            if self.pinned is not None:
+                for part, images in found.items():
+                    self.pinned.check_images(self, part, images)
+            self._kept |= found
         return self._kept[split]
 
-    def _divide(self) -> None:
+    def rows(self, split: Part) -> list[int]:
+        """Which images of the data set's own split these are, in their order."""
+        if split not in self._rows:
+            self.images(split)
+        return self._rows[split]
+
+    def _read(self, split: Part) -> dict[Part, Images]:
+        if split == "test":
+            test = self._checked(self.dataset.load("test"), "test")
+            self._rows["test"] = list(range(len(test.y)))
+            return {"test": test}
+        try:
+            return self._divide()
+        except ConfigError as error:
+            if self.pinned is None:
+                raise
+            raise DataError(f"the training images changed since the run began: {error}") from None
+
+    def _divide(self) -> dict[Part, Images]:
         whole = self._checked(self.dataset.load("train"), "training")
         index = shuffled_by_class(whole.y, self.dataset.n_classes)
         if self.max_train is not None:
             index = index[: self.max_train]
         own = self.dataset.validation() if isinstance(self.dataset, OffersValidation) else None
+        self.own_validation = own is not None
         if own is not None:
-            self._kept["valid"] = self._checked(own, "validation")
-            self._kept["train"] = whole.take(index.sort().values)
-            return
+            return self._parted(whole, index, self._checked(own, "validation"))
         n_valid = round(len(index) * self.valid_fraction)
         if not 0 < n_valid < len(index):
             raise ConfigError(
                 f"{len(index)} images with a validation share of {self.valid_fraction} leave "
                 f"{n_valid} to validate and {len(index) - n_valid} to train on; both must be some"
             )
-        self._kept["valid"] = whole.take(index[:n_valid])
-        self._kept["train"] = whole.take(index[n_valid:].sort().values)
+        valid = index[:n_valid]
+        found = self._parted(whole, index[n_valid:], whole.take(valid))
+        self._rows["valid"] = valid.tolist()
+        return found
+
+    def _parted(self, whole: Images, index: Tensor, valid: Images) -> dict[Part, Images]:
+        rows = index.sort().values
+        self._rows |= {"train": rows.tolist(), "valid": list(range(len(valid.y)))}
+        return {"train": whole.take(rows), "valid": valid}
 
     def _checked(self, images: Images, what: str) -> Images:
         source = f"the {what} images of {type(self.dataset).__name__}"

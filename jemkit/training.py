@@ -20,6 +20,7 @@ from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.journal import GATHER, PATIENCE, Journal
 from jemkit.runtime.numerics import JUDGED_IN, numerics
 from jemkit.runtime.polling import Polling
+from jemkit.splits import Pinned
 from jemkit.step import train_step
 from jemkit.summary import Summary, Watch, judged
 from jemkit.team import alone, stepping
@@ -34,13 +35,21 @@ REDRAW = 10.0
 class Trainer:
     """A run: everything that a recipe determines, and the loop over its steps."""
 
-    def __init__(self, resolved: Resolved, folder: RunFolder, watch: Watch | None = None) -> None:
+    def __init__(
+        self,
+        resolved: Resolved,
+        folder: RunFolder,
+        watch: Watch | None = None,
+        *,
+        pinned: Pinned | None = None,
+    ) -> None:
         self.recipe: Recipe = resolved.recipe
         self.tables = resolved.tables
+        self.config: dict[str, Any] | None = None  # what checkpoints keep of config.json
         self.folder, self.watch = folder, watch or (lambda kind, what: None)
         self.stop: Callable[[], bool] = lambda: False  # polled between steps, inside long ones
         self.polling = Polling(lambda: self.stop(), lambda: self.guard.updates)
-        self.parts = parts = put_together(self.recipe)
+        self.parts = parts = put_together(self.recipe, pinned)
         self.task, self.splits, self.rng = parts.task, parts.splits, parts.rng
         self.backbone, self.objective, self.loader = parts.backbone, parts.objective, parts.loader
         self.optimizer, self.updater, self.ema = parts.optimizer, parts.updater, parts.ema
@@ -204,7 +213,8 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that going on depends on."""
         told = {"history": self.history, "best": self.best, "seconds": self.seconds}
-        return {**self.parts.state_dict(), **told, "care": self.care.state_dict()}
+        config = {} if self.config is None else {"config": self.config}
+        return {**self.parts.state_dict(), **told, "care": self.care.state_dict(), **config}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.parts.load_state_dict(state)

@@ -60,9 +60,9 @@ class RunFolder:
     def config(self) -> dict[str, Any]:
         return read_json(self.path / "config.json")  # type: ignore[no-any-return]
 
-    def write_config(self, recipe: dict[str, Any], origins: dict[str, str]) -> None:
+    def write_config(self, recipe: dict[str, Any], origins: dict[str, str], **also: Any) -> None:
         about = {"recipe": recipe, "origins": origins, "versions": versions(), "git": git_state()}
-        write_json(self.path / "config.json", about)
+        write_json(self.path / "config.json", {**about, **also})
 
     def event(self, kind: str, **what: Any) -> None:
         """Append one line to events.jsonl."""
