@@ -152,6 +152,7 @@ class _Judgement:
 
     def __init__(self, subject: Subject, settings: Settings, ctx: Context, data: Images) -> None:
         self.subject, self.settings, self.ctx, self.data = subject, settings, ctx, data
+        self.ctx.notes.warnings.extend(subject.warnings)
         self.figures: list[Figure] = []
         self.left_out: dict[str, str] = {}
         self.parts: list[records.Part] = []
@@ -220,6 +221,8 @@ def _context(
     device = next((p.device for p in subject.model.parameters()), torch.device("cpu"))
     threat = threat_of(settings, subject.radius_px, data.x.shape[1:].numel())
     card = protocol_card(settings, threat, subject.about, part, test, device)
+    if subject.trained_on:
+        card |= {"standard": False, "trained_on": subject.trained_on}
     if isinstance(subject.model, Refined):
         card |= subject.model.card
     return Context(

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from jemkit import checkpoint, record
-from jemkit.assembly import task_of
+from jemkit import checkpoint, pinned, record
+from jemkit.assembly import splits_of, task_of
 from jemkit.card import figures_table, page, table_of
 from jemkit.errors import ConfigError, DataError, JemkitError
 from jemkit.exported import (
@@ -32,7 +32,7 @@ from jemkit.pixels import PixelModel
 from jemkit.recipe import resolve
 from jemkit.record import Record
 from jemkit.registry import Registry, installed
-from jemkit.restoring import Which, chosen, restored, run_folder
+from jemkit.restoring import Which, chosen, restored, run_folder, saved_state
 from jemkit.runtime.files import (
     load_tensors,
     sync_folder,
@@ -42,7 +42,6 @@ from jemkit.runtime.files import (
     write_text,
 )
 from jemkit.runtime.folder import versions
-from jemkit.splits import Splits
 
 __all__ = [
     "CARD", "CONFIG", "FORMAT", "Exported", "check_vacant", "export", "load", "push", "verify",
@@ -83,7 +82,7 @@ def export(
     saved = chosen(source, which)
     folder = source.path / "export" if out is None else out
     check_vacant(folder)
-    state = checkpoint.load(saved)
+    state = saved_state(source.path, saved)
     averaged = state["ema"] is not None
     sha = checkpoint.verify(saved)[checkpoint.MODEL]
     config = source.config
@@ -94,7 +93,8 @@ def export(
     found, note = _record_of(source.path, sha)
     card = _about_run(config["recipe"], about) + "\n"
     card += figures_table(found.figures, found.protocol) if found else f"{note}\n"
-    beside: dict[str, bytes | Mapping[str, Any]] = {**_samples(source.path)}
+    config, hashes = pinned.for_others(config, source.path)
+    beside: dict[str, bytes | Mapping[str, Any]] = {**_samples(source.path), **hashes}
     if found:
         beside[FIGURES] = found.to_json()
     task = _task(source.path / CONFIG, registry or installed())
@@ -233,8 +233,7 @@ def _task(config: Path, registry: Registry) -> dict[str, Any]:
     """What the run's data tell; nothing where they are not at hand, and are needed then."""
     try:
         recipe = resolve(registry, config=config).recipe
-        run = recipe.run
-        splits = Splits(recipe.data, valid_fraction=run.valid_fraction, max_train=run.max_train)
+        splits = splits_of(recipe, pinned.read(config))
         return {"task": task_table(task_of(recipe, splits))}
     except JemkitError:
         return {}

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-RECOMPUTE = "run.recompute = true"
+RECOMPUTE = "run.recompute=true"
 
 
 class MicroBatch:
@@ -150,19 +150,18 @@ class MicroBatch:
     def _check(self, reason: str, *, undone: bool) -> None:
         """Raise OutOfMemory where smaller slices would not help, or no one can begin again."""
         most = self._images
-        cure = f"run.micro_batch = {max(1, most // 2)}" if self._keeps_little else RECOMPUTE
+        cure = f"run.micro_batch={max(1, most // 2)}" if self._keeps_little else RECOMPUTE
         if distributed.size() > 1:
             raise OutOfMemory(
                 f"process {distributed.shard().rank} of {distributed.size()} ran out of memory "
                 f"with {most} images in a pass ({reason}). None can take a step again without the "
-                f"others: set {cure}, in the run's config.json if it is to go on with --resume",
+                f"others: set {cure}; a run goes on by --resume --set {cure}",
                 undone=False,
             )
         if not undone:
             raise OutOfMemory(
                 f"out of memory ({reason}) after an update had begun, which cannot be undone. The "
-                f"newest checkpoint is whole: set {cure} in the run's config.json and go on with "
-                "--resume",
+                f"newest checkpoint is whole: go on with --resume --set {cure}",
                 undone=False,
             )
         if self._whole and self._keeps_little:

@@ -1,9 +1,11 @@
 """What a run pins of its data: class names, images and files; and the refusal of others."""
 
 import hashlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +30,9 @@ JUDGED = (
     "Put the data back as they were, or name the data set (--dataset, --data-dir) to judge the "
     "model on it as it is now"
 )
+SAMPLED = "Put the data back as they were"
+NAMED = "Name a data set of the run's classes, in their order"
+"""What is advised, by what was to be done."""
 
 
 class SplitPin(BaseModel):
@@ -60,7 +65,7 @@ class Details(BaseModel):
 
     images: dict[str, list[str]]
     rows: dict[str, list[int]]  # where in the data set's own split each image stands
-    files: dict[str, list[str]] | None  # of its own splits, train and test
+    files: dict[str, list[str]] | None  # of its own splits
 
     @model_validator(mode="after")
     def _complete(self) -> "Details":
@@ -74,7 +79,7 @@ class Details(BaseModel):
         """The hashes of a split's images by the names of their files."""
         if self.files is None:
             return {}
-        names = self.files["test" if part == "test" else "train"]
+        names = self.files[part if part in self.files else "train"]
         rows = (names[row] for row in self.rows[part])
         return dict(zip(rows, self.images[part], strict=True))
 
@@ -101,6 +106,19 @@ class Pin(NamedTuple):
                 f"the run in {self.folder} knows {names(known, came)}; {described(dataset)} has "
                 f"{names(came, known)}{_reordered(known, came)}. {self.advice}"
             )
+
+    def named(self, dataset: Dataset) -> "Pin":
+        """The same for another data set that the user names: it must have the run's classes."""
+        named = self._replace(advice=NAMED)
+        named.check_classes(dataset)
+        if self.table.classes is None or class_names(dataset) is None:
+            log.warning(
+                "the names of the classes are not known on both sides: that %s has the classes of "
+                "the run in %s, in their order, could not be checked",
+                described(dataset),
+                self.folder,
+            )
+        return named
 
     def check_images(self, splits: Splits, split: Part, images: Images) -> None:
         """Refuse images that are not those that the run began with, and say which differ."""
@@ -129,13 +147,23 @@ class Pin(NamedTuple):
         except (DataError, LookupError, ValidationError):
             return None
 
-    def training_images(self, test: Images) -> int | None:
-        """How many of these images the run was trained or validated on; None: cannot be known."""
+    def seen(self, test: Images) -> tuple[int, list[str]]:
+        """How many of other test images the run was trained or validated on, and what to say."""
+        own = self.table.test
+        if own is None or images_hash(test) == own.sha256:
+            return 0, []
         details = self.details()
         if details is None:
-            return None
+            told = f"{self.folder / DETAILS} is missing, damaged or of another run"
+            return 0, [f"{told}: whether the model was trained on these images cannot be told"]
         known = {*details.images["train"], *details.images["valid"]}
-        return sum(image in known for image in image_hashes(test))
+        count = sum(image in known for image in image_hashes(test))
+        if not count:
+            return 0, []
+        return count, [
+            f"{count} of the {len(test.y)} test images are training or validation images of the "
+            "run: the figures are not those of images that the model has not seen"
+        ]
 
 
 SPLIT_NAMES: dict[Part, str] = {"train": "training", "valid": "validation", "test": "test"}
@@ -148,7 +176,8 @@ def pin(splits: Splits) -> tuple[Table, Details]:
         part: SplitPin(images=len(images[part].y), sha256=images_hash(images[part]))
         for part in PARTS
     }
-    files = files_of(dataset)
+    own = ("train", "valid", "test") if splits.own_validation else ("train", "test")
+    files = files_of(dataset, own)
     hashes = None if files is None else {split: _hash(names) for split, names in files.items()}
     table = Table(n_classes=dataset.n_classes, classes=class_names(dataset), files=hashes, **found)
     rows: dict[str, list[int]] = {part: splits.rows(part) for part in PARTS}
@@ -160,6 +189,18 @@ def write(folder: Path, table: Table, details: Details) -> dict[str, Any]:
     """Write data.json; the table for config.json."""
     sha = write_json(folder / DETAILS, details.model_dump())
     return table.model_copy(update={"details": sha}).model_dump(mode="json")
+
+
+def for_others(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """A run's config.json and data.json as they go with an exported model, without file names."""
+    table = config.get("data")
+    details = None if table is None else Pin(Table.model_validate(table), folder).details()
+    if details is None:
+        return config, {}
+    kept = details.model_copy(update={"files": None}).model_dump()
+    content = json.dumps(kept, sort_keys=True).encode()
+    sha = hashlib.sha256(content).hexdigest()
+    return {**config, "data": {**config["data"], "details": sha}}, {DETAILS: content}
 
 
 def read(config: Path, advice: str = AGAIN) -> Pin | None:
@@ -188,12 +229,16 @@ def class_names(dataset: Dataset) -> tuple[str, ...] | None:
     return tuple(map(_text, dataset.class_names))
 
 
-def files_of(dataset: Dataset) -> dict[str, list[str]] | None:
+def files_of(dataset: Dataset, own: Iterable[str]) -> dict[str, list[str]] | None:
     """The names of a data set's files, in the order of its images, where it lists them."""
     names = getattr(dataset, "files", None)
     if not callable(names):
         return None
-    return {split: [_text(name) for name in names(split)] for split in ("train", "test")}
+    found: dict[str, list[str]] = {}
+    for split in own:
+        with suppress(LookupError, ValueError):  # a split that the data set does not have any more
+            found[split] = [_text(name) for name in names(split)]
+    return found
 
 
 def _text(name: str) -> str:
@@ -263,13 +308,13 @@ def _reasons(details: Details, splits: Splits, split: Part, images: Images) -> l
 
 def _files(details: Details, splits: Splits, split: Part, now: Sequence[str]) -> list[str]:
     """Which files came, went or changed, where the data set lists any."""
-    current = files_of(splits.dataset)
+    current = None if details.files is None else files_of(splits.dataset, details.files)
     if current is None or details.files is None:
         return []
-    known, there = ({*files["train"], *files["test"]} for files in (details.files, current))
+    known, there = (set().union(*files.values()) for files in (details.files, current))
     before = {name: image for part in PARTS for name, image in details.names(part).items()}
-    own = current["test" if split == "test" else "train"]
-    names = [own[row] for row in splits.rows(split)]
-    changed = [n for n, image in zip(names, now, strict=True) if before.get(n, image) != image]
+    own = current.get(split if split in details.files else "train", [])
+    names = [own[row] for row in splits.rows(split) if row < len(own)]
+    changed = [n for n, image in zip(names, now, strict=False) if before.get(n, image) != image]
     reasons = {"added": there - known, "removed": known - there, "changed": set(changed)}
     return [f"{what}: {listed(sorted(found))}" for what, found in reasons.items() if found]

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 PENALTY = 0.1
 """On the squared mean energies: what users of JEM whose runs diverge are told to try."""
 
+SPOILT = "the training images themselves are not finite, so going back would not help"
+SHOWN = 3
+"""Attempts that a message lists."""
+
 
 class Care:
     """What was tried on a run so far, and where it may go back to; part of its checkpoints."""
@@ -32,8 +36,8 @@ class Care:
         self.checkup = Checkup(options, parts)
         self.tried: list[dict[str, Any]] = []  # one entry a rollback
         learns = parts.objective.needs_density and parts.backbone.has_density
-        self._density = parts.backbone.density if learns else None
-        self._steps = self._density.steps if self._density else 0
+        self.chains = parts.backbone.density if learns else None  # that the objective draws from
+        self._steps = self.chains.steps if self.chains else 0
         self._epoch = parts.loader.steps_per_epoch
 
     @property
@@ -84,17 +88,17 @@ class Care:
     def prescribe(self, tried: list[dict[str, Any]]) -> None:
         """Put the remedies of these attempts into effect."""
         self.tried = list(tried)
-        if self._density is None:
+        if self.chains is None:
             return
-        self._density.steps = self._steps * 2 ** self._times("steps")
-        if self._times("penalty") and isinstance(self._density, Penalised):
-            self._density.penalise(PENALTY)
+        self.chains.steps = self._steps * 2 ** self._times("steps")
+        if self._times("penalty") and isinstance(self.chains, Penalised):
+            self.chains.penalise(PENALTY)
 
     def told(self) -> str:
         """What a rolled-back run goes on with."""
         words = [f"{self.rate:g} of the learning rate"] if self._times("rate") else []
-        if self._times("steps") and self._density is not None:
-            words.append(f"{self._density.steps} steps a chain")
+        if self._times("steps") and self.chains is not None:
+            words.append(f"{self.chains.steps} steps a chain")
         if self._times("penalty"):
             words.append(f"an energy penalty of {PENALTY}")
         return ", ".join(words)
@@ -102,7 +106,7 @@ class Care:
     def _remedy(self, attempt: int) -> Remedy:
         """By the policy, whose last serves all later tries; the rate where no density can."""
         asked = self.options.policy[min(attempt, len(self.options.policy)) - 1]
-        able = isinstance(self._density, Penalised) if asked == "penalty" else bool(self._density)
+        able = isinstance(self.chains, Penalised) if asked == "penalty" else bool(self.chains)
         return asked if able else "rate"
 
     def _times(self, remedy: Remedy) -> int:
@@ -138,11 +142,11 @@ def go_back(trainer: "Trainer", error: Diverged) -> None:
     where, state = _readable(care.proven(folder.checkpoints, finding.since))
     cause = None if care.options.on else "the sentinel is off"
     if not trainer.loader.images.unit().isfinite().all():
-        cause = "the training images themselves are not finite, so going back would not help"
+        cause = SPOILT
     if state is None or where is None or cause or not care.may_try:
         where = checkpoint.newest(folder.checkpoints) if cause else where
         folder.event("diverged", step=step, reason=finding.told, tried=care.tried)
-        raise Diverged(diagnosis(finding, step, care.tried, where, cause))
+        raise Diverged(diagnosis(finding, step, trainer, where, cause))
     tried, best, seconds = care.tried, trainer.best, trainer.seconds
     trainer.load_state_dict(state)
     trainer.best, trainer.seconds, trainer.guard = best, seconds, Guard()
@@ -183,19 +187,26 @@ def _earliest(trainer: "Trainer", error: Diverged) -> Finding:
 
 
 def diagnosis(
-    finding: Finding, step: int, tried: list[dict[str, Any]], where: Path | None, cause: str | None
+    finding: Finding, step: int, trainer: "Trainer", where: Path | None, cause: str | None
 ) -> str:
-    """What was seen and since when, what was tried, and what a person may do."""
-    words = [f"diverged at step {step}: {finding.told} (since step {finding.since})"]
-    words += [cause] if cause else []
-    for entry in tried:
+    """What was seen and since when, what was tried, and what a person may do: a short list.
+
+    The weights that the run began with are no advice: it is they that it diverged from.
+    """
+    tried, care = trainer.care.tried, trainer.care
+    head = f"diverged at step {step}: {finding.told} (since step {finding.since})"
+    lines = [f"{len(tried) - SHOWN} attempts before these: see events.jsonl"] * (len(tried) > SHOWN)
+    for entry in tried[-SHOWN:]:
         back = f"went back from step {entry['step']} to {entry['to']}"
-        words.append(f"attempt {entry['attempt']} {back}, on with {entry['with']}: {entry['what']}")
-    newest = f"--init-from {where} takes its weights" if where else "no checkpoint was kept"
-    return (
-        f"{'; '.join(words)}. Begin a new run with a lower optimizer.lr, more backbone.steps or "
-        f"backbone.density.penalty = {PENALTY}; {newest}"
-    )
+        lines.append(f"attempt {entry['attempt']} {back}, on with {entry['with']}: {entry['what']}")
+    if cause != SPOILT:
+        rate = trainer.recipe.optimizer.lr * care.rate
+        lines.append(f"begin a new run with optimizer.lr below {rate:.3g}, or a longer warm-up")
+        if care.chains is not None:
+            lines[-1] += f", more backbone.steps or backbone.density.penalty = {PENALTY}"
+    if where is not None and step_of(where) > 0:
+        lines.append(f"--init-from {where} takes its weights, of step {step_of(where)}")
+    return "\n  - ".join([f"{head}; {cause}" if cause else head, *lines])
 
 
 def _readable(paths: Iterator[Path]) -> tuple[Path | None, dict[str, Any] | None]:

@@ -6,14 +6,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from jemkit import checkpoint
-from jemkit.assembly import load_model, task_of
+from jemkit.assembly import load_model, splits_of, task_of
 from jemkit.backbone import Backbone, Task
 from jemkit.errors import DataError
 from jemkit.exported import saved_task
 from jemkit.fitting import trained_threat
 from jemkit.layout import laid_out
+from jemkit.pinned import CONFIG, JUDGED, Pin, read
 from jemkit.recipe import Recipe, resolve
 from jemkit.registry import Registry
+from jemkit.resuming import check_config
 from jemkit.runtime.files import read_json
 from jemkit.runtime.folder import RunFolder
 from jemkit.seeds import generator
@@ -30,6 +32,7 @@ class Restored(NamedTuple):
     task: Task
     splits: Splits
     backbone: Backbone
+    pin: Pin | None  # of the data that it was trained on
 
 
 def restored(
@@ -38,18 +41,32 @@ def restored(
     registry: Registry,
     device: torch.device,
     dataset: dict[str, Any] | None = None,
+    *,
+    advice: str = JUDGED,
 ) -> Restored:
-    """The backbone of a run's config.json, with these weights."""
+    """The backbone of a run's config.json, with these weights and its own data as they were.
+
+    A `dataset` that is named instead must have the classes of the run's.
+    """
     resolved = resolve(registry, config=config, named={"data": dataset} if dataset else {})
     recipe = resolved.recipe
-    run = recipe.run
-    splits = Splits(recipe.data, valid_fraction=run.valid_fraction, max_train=run.max_train)
+    run, pin = recipe.run, read(config, advice)
+    if pin is not None and dataset:
+        pin = pin.named(recipe.data)
+    splits = splits_of(recipe, None if dataset else pin)
     saved = saved_task(read_json(config), recipe, splits) if is_own(dataset) else None
     task = task_of(recipe, splits) if saved is None else saved
     backbone = recipe.backbone.build(task, generator(device, run.seed, "chains"))
     load_model(backbone.model, weights)
     laid_out(backbone.model, run.layout, device)  # as it was trained, to the last bit
-    return Restored(recipe, resolved.tables, task, splits, backbone)
+    return Restored(recipe, resolved.tables, task, splits, backbone, pin)
+
+
+def saved_state(run: Path, path: Path) -> checkpoint.State:
+    """What a run's checkpoint holds, where config.json is the one that it was saved with."""
+    state = checkpoint.load(path)
+    check_config(run / CONFIG, state, path)
+    return state
 
 
 def is_own(dataset: dict[str, Any] | None) -> bool:

@@ -68,16 +68,20 @@ def asked_again(
         "preset": preset, "config": config, "overrides": overrides or (), "named": named,
     }  # fmt: skip
     was = complete(resolve(registry, config=saved), registry)
-    on_top = complete(resolve(registry, base=saved, **layers), registry)
     origins = _config_of(folder).get("origins", {})
-    if refused(was.tables, on_top.tables, origins):
+    found: list[Resolved] = []
+    errors: list[ConfigError] = []
+    for base in (saved, None):  # a few options are no whole command, but may go on top
         try:
-            whole = complete(resolve(registry, **layers), registry)
-        except ConfigError:  # a few options are no whole command
-            return on_top
-        if not refused(was.tables, whole.tables, origins):
-            return whole
-    return on_top
+            found.append(complete(resolve(registry, base=base, **layers), registry))
+        except ConfigError as error:
+            errors.append(error)
+            continue
+        if not refused(was.tables, found[-1].tables, origins):
+            return found[-1]
+    if found:
+        return found[0]
+    raise errors[0]
 
 
 def agreed(

@@ -10,9 +10,10 @@ from jemkit.backbone import Backbone, Task
 from jemkit.density import Density
 from jemkit.errors import MisfitError
 from jemkit.exported import CONFIG, WEIGHTS, is_exported, verify
+from jemkit.pinned import SAMPLED
 from jemkit.recipe import Run
 from jemkit.registry import Registry
-from jemkit.restoring import Restored, Which, chosen, restored, run_folder
+from jemkit.restoring import Restored, Which, chosen, restored, run_folder, saved_state
 from jemkit.runtime.files import load_tensors
 from jemkit.runtime.folder import versions
 
@@ -33,12 +34,15 @@ def opened(path: Path, registry: Registry, device: torch.device, which: Which) -
     """What stands at `path`, with averaged weights where an average was kept."""
     if is_exported(path):
         sha = verify(path)
-        found = restored(path / CONFIG, load_tensors(path / WEIGHTS), registry, device)
+        weights = load_tensors(path / WEIGHTS)
+        found = restored(path / CONFIG, weights, registry, device, advice=SAMPLED)
         return _source(found, None, {"run": str(path.resolve()), "sha256": sha})
     folder = run_folder(path)
     saved = chosen(folder, which)
-    state = checkpoint.load(saved)
-    found = restored(folder.path / CONFIG, state["ema"] or state["model"], registry, device)
+    state = saved_state(folder.path, saved)
+    found = restored(
+        folder.path / CONFIG, state["ema"] or state["model"], registry, device, advice=SAMPLED
+    )
     about = {
         "run": str(folder.path),
         "weights": "averaged" if state["ema"] else "live",

@@ -37,6 +37,7 @@ from jemkit.restoring import (
     is_own,
     restored,
     run_folder,
+    saved_state,
 )
 from jemkit.runtime.files import load_tensors
 from jemkit.splits import Splits
@@ -53,6 +54,8 @@ class Subject(NamedTuple):
     about: dict[str, Any]
     folder: Path | None  # where its record belongs
     others: Callable[[], dict[str, Images]] = dict  # the test images of data sets beside its own
+    trained_on: int = 0  # test images that it was trained or validated on
+    warnings: tuple[str, ...] = ()
 
 
 def subject_at(
@@ -185,7 +188,7 @@ def _checkpoint(
     device: torch.device,
     dataset: dict[str, Any] | None,
 ) -> Subject:
-    state = checkpoint.load(path)
+    state = saved_state(run, path)
     found = restored(run / "config.json", state["ema"] or state["model"], registry, device, dataset)
     density = found.backbone.density if found.backbone.has_density else None
     if isinstance(density, Buffered) and is_own(dataset):
@@ -208,15 +211,19 @@ def _exported(
 def _subject(found: Restored, about: dict[str, Any], folder: Path, registry: Registry) -> Subject:
     tables, backbone = found.tables, found.backbone
     density = backbone.density if backbone.has_density else None
+    test = found.splits.images("test")
+    trained_on, warnings = found.pin.seen(test) if found.pin else (0, [])
     return Subject(
         PixelModel(backbone.model, found.task.bounds, density),
-        found.splits.images("test"),
+        test,
         found.task.n_classes,
         found.recipe.data.radius_px,
         found.splits.images,  # type: ignore[arg-type]
         {**about, **about_parts(tables, found.recipe, found.task.radius_px)},
         folder,
         others_of(found.recipe.data, registry),
+        trained_on,
+        tuple(warnings),
     )
 
 

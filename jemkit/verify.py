@@ -10,14 +10,18 @@ from typing import Any, NamedTuple
 
 import torch
 
+from jemkit import checkpoint, pinned
+from jemkit.assembly import splits_of
 from jemkit.checkpoint import differing
 from jemkit.errors import ConfigError, Preempted, UsageError
-from jemkit.recipe import Recipe, Resolved, with_run
+from jemkit.pinned import CONFIG
+from jemkit.recipe import Recipe, Resolved, resolve, with_run
+from jemkit.registry import Registry
+from jemkit.restoring import saved_state
 from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.numerics import device_of
 from jemkit.runtime.trees import leaves
 from jemkit.session import resume_from
-from jemkit.splits import Splits
 from jemkit.training import Trainer
 
 LOOKED_AT = 8
@@ -96,6 +100,14 @@ def _verified(
     return Verdict(str(trainer.parts.device), steps, per_epoch, compared, cuts)
 
 
+def check_run(folder: Path, registry: Registry) -> None:
+    """Refuse a run whose data or config.json are not those that it began with."""
+    recipe = resolve(registry, config=folder / CONFIG).recipe
+    if newest := checkpoint.newest(folder / "checkpoints"):
+        saved_state(folder, newest)
+    splits_of(recipe, pinned.read(folder / CONFIG)).images("train")
+
+
 def cut_points(steps: int, per_epoch: int) -> list[tuple[int, str]]:
     """Where a run of `steps` is cut: within its first epoch, at its end, within a later one."""
     if per_epoch >= steps:
@@ -123,8 +135,7 @@ def _check(recipe: Recipe, steps: int) -> None:
 
 def _shortened(resolved: Resolved, steps: int) -> Resolved:
     """The recipe with epochs of half as many steps, where the data set gives more."""
-    run, data = resolved.recipe.run, resolved.recipe.data
-    splits = Splits(data, valid_fraction=run.valid_fraction, max_train=run.max_train)
+    run, splits = resolved.recipe.run, splits_of(resolved.recipe)
     n_train, n_valid = len(splits.images("train").y), len(splits.images("valid").y)
     wanted = (steps // 2) * min(run.batch_size, n_train)
     n = wanted

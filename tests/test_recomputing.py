@@ -225,7 +225,7 @@ def test_whoever_cannot_begin_again_is_told_what_helps() -> None:
         done.append(1)
         return micro.passed(network, x, network)
 
-    for recompute, told in ((False, r"set run\.recompute = true"), (True, r"run\.micro_batch = 4")):
+    for recompute, told in ((False, r"--set run\.recompute=true"), (True, r"run\.micro_batch=4")):
         micro = MicroBatch(recompute=recompute)
         network.enough = not recompute
         with pytest.raises(OutOfMemory, match=told):

@@ -382,4 +382,4 @@ def test_a_whole_command_ends_with_exit_code_4_and_a_diagnosis(tmp_path: Path) -
         train(recipe, tmp_path / "run", registry=REGISTRY)
     assert caught.value.exit_code == 4
     assert "attempt 1 went back from step 13 to 6, on with 0.5" in str(caught.value)
-    assert "step-00000006 takes its weights" in str(caught.value)
+    assert "step-00000006 takes its weights, of step 6" in str(caught.value)

@@ -57,11 +57,19 @@ def train(
         typer.Option(help="The run's folder; a new one in runs/ by default.", show_default=False),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out, or in runs/latest.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the run in --out, or in runs/latest; more --epochs extend it.",
+        ),
     ] = False,
     init_from: Annotated[
         Path | None,
-        typer.Option(metavar="CHECKPOINT", help="Begin with these weights.", show_default=False),
+        typer.Option(
+            metavar="MODEL",
+            help="Begin with its weights: a run, a checkpoint, an export.",
+            show_default=False,
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Put the run together, check it, write nothing.")
@@ -88,23 +96,23 @@ def train(
         "compile": compile,
         "channels_last": channels_last,
         "deterministic": deterministic,
+        "device": device,
+        "shard": shard,
     }
-    layers: dict[str, Any] = {"preset": preset, "config": config, "set": overrides}
-    if resume:
-        others = {**options, **layers, "init_from": init_from, "dry_run": dry_run or None}
-        _refuse_with_resume(others)
+    if resume and dry_run:
+        fail(
+            "--resume goes on with a run that was checked when it began; leave out --dry-run", USAGE
+        )
     silent = quiet or as_json
     registry = installed_parts(third_party=not no_plugins)
+    layers: dict[str, Any] = {"preset": preset, "config": config, "overrides": overrides}
     if resume:
         out = (out or RUNS / "latest").resolve()
-        resolved = _saved(registry, out, {"device": device, "shard": shard})
+        resolved = _saved(registry, out, options, layers)
     else:
-        resolved = pick.chosen(
-            registry, {**options, "device": device, "shard": shard}, preset=preset, config=config,
-            overrides=overrides,
-        )  # fmt: skip
+        resolved = pick.chosen(registry, options, **layers)
         out = out or _new_run(resolved)
-    if preset is not None and not silent:
+    if preset is not None and not silent and not resume:
         _introduce(registry, preset)
     if dry_run:
         _show_plan(resolved, out, init_from, as_json)
@@ -118,22 +126,15 @@ def train(
         show(summary)
 
 
-def _refuse_with_resume(others: dict[str, Any]) -> None:
-    given = [f"--{name.replace('_', '-')}" for name, value in others.items() if value is not None]
-    if given:
-        fail(
-            f"--resume goes on with the recipe that the run was started with; leave out "
-            f"{', '.join(given)}",
-            USAGE,
-        )
-
-
-def _saved(registry: "Registry", out: Path, options: dict[str, Any]) -> "Resolved":
-    """The recipe of the run in `out`, perhaps on other devices."""
+def _saved(
+    registry: "Registry", out: Path, options: dict[str, Any], layers: dict[str, Any]
+) -> "Resolved":
+    """The recipe of the run in `out`, with the options that were given again."""
+    from jemkit.resuming import asked_again
     from jemkit.runtime.folder import RunFolder
 
     RunFolder.open(out)
-    return pick.chosen(registry, options, preset=None, config=out / "config.json", overrides=None)
+    return asked_again(registry, out, named=pick.named(options), **layers)
 
 
 def _new_run(resolved: "Resolved") -> Path:

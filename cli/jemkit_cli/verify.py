@@ -35,10 +35,17 @@ def verify_resume(
     import tempfile
 
     from jemkit.runtime.folder import RunFolder
+    from jemkit.verify import check_run
     from jemkit.verify import verify_resume as verify
 
     config = RunFolder.open(run).path / "config.json" if run.is_dir() else run
     registry = installed_parts(third_party=not no_plugins)
+    if (
+        run.is_dir()
+        and data_dir is None
+        and not any(o.startswith("data.") for o in overrides or ())
+    ):
+        check_run(run.resolve(), registry)
     options = {"data_dir": data_dir, "device": device, "deterministic": deterministic}
     recipe = pick.chosen(registry, options, preset=None, config=config, overrides=overrides)
     told = (lambda _: None) if as_json else say

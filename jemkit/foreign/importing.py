@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from jemkit import pinned
 from jemkit.card import table_of
 from jemkit.data import Dataset
 from jemkit.errors import ConfigError, DataError
@@ -122,7 +123,9 @@ def _write(
         "left_out": left_out,
         "notes": notes,
     }
-    about = {"recipe": resolved.tables, "source": source}
+    data = resolved.recipe.data
+    classes = pinned.Table(n_classes=data.n_classes, classes=pinned.class_names(data))
+    about = {"recipe": resolved.tables, "source": source, "data": classes.model_dump(mode="json")}
     written = write_model(
         folder, about, reading.weights, _card(source, reading, resolved),
         check=lambda made: _opens(made, shape, registry),
