@@ -274,7 +274,7 @@ def test_weights_of_other_classes_are_never_taken_in_silence(
     ends = []
     for name, classes in (("a", ("cat", "dog", "fox")), ("b", ("dog", "fox", "lynx"))):
         root = photos(tmp_path / name, classes=classes, n=6)
-        recipe = photo_recipe(root, "schedule.warmup_share=1")
+        recipe = photo_recipe(root, "schedule.warmup_share=1", "run.epochs=20")
         asked = iter([True])
         with pytest.raises(Preempted):
             train(
