@@ -1,5 +1,6 @@
 """Evaluation: a model, its attacks and evaluators, and the record of all that they find."""
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -110,7 +111,7 @@ def judge(
     for name, attack in attacks.items():  # what does not fit is refused before anything slow
         as_model_attack(attack, name).bind(subject.model, ctx.threat)
     apart = shard.size if distributed.shard().size == 1 else 1  # torchrun has divided the cores
-    threads = max(1, torch.get_num_threads() // apart)  # the same in all of them
+    threads = max(1, _threads(subject) // apart)  # the same in all of them
     own_draws = random_state_kept()  # a model may draw from torch's own
     with numerics(precision=JUDGED_IN, threads=threads), own_draws, MicroBatch().held():
         first = data.take(torch.arange(min(len(data.y), settings.batch_size))).to(ctx.rng.device)
@@ -118,6 +119,12 @@ def judge(
             fitted(partial(check_subject, subject.model, first.unit(), subject.n_classes))
             ctx = fitted(partial(_looked_at, plain, data, ctx))
         return _Judgement(subject, settings, ctx, data).run(evaluators, keep_adversarial)
+
+
+def _threads(subject: Subject) -> int:
+    """As many as its run was trained with, no more than there are cores; else torch's choice."""
+    asked = subject.threads or torch.get_num_threads()
+    return min(asked, max(torch.get_num_threads(), os.cpu_count() or 1))
 
 
 def _looked_at(model: PixelModel, data: Images, ctx: Context) -> Context:

@@ -56,6 +56,7 @@ class Subject(NamedTuple):
     others: Callable[[], dict[str, Images]] = dict  # the test images of data sets beside its own
     trained_on: int = 0  # test images that it was trained or validated on
     warnings: tuple[str, ...] = ()
+    threads: int | None = None  # of the CPU, as its recipe has them; None: torch's own choice
 
 
 def subject_at(
@@ -224,6 +225,7 @@ def _subject(found: Restored, about: dict[str, Any], folder: Path, registry: Reg
         others_of(found.recipe.data, registry),
         trained_on,
         tuple(warnings),
+        found.recipe.run.threads,
     )
 
 

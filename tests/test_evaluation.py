@@ -330,3 +330,21 @@ def test_a_quick_look_does_not_replace_a_standard_figure(tmp_path: Path) -> None
     assert kept.figure("pgd20").protocol["standard"]
     assert torch.equal(kept.rows["pgd20"], standard.rows["pgd20"])
     assert quick.figure("pgd20").n == 10
+
+
+def test_a_run_is_judged_with_the_threads_of_its_recipe_and_torch_gets_its_own_back() -> None:
+    seen = []
+
+    class Sees(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.get_num_threads())
+            return x.flatten(1)[:, :3]
+
+    before = torch.get_num_threads()
+    subject = subject_of(Sees(), DATA, n_classes=3)
+    seen.clear()
+    for threads in (1, None):
+        judge(subject._replace(threads=threads), settings_of({"only": "accuracy"}), REGISTRY)
+        assert set(seen) == {threads or before}
+        seen.clear()
+    assert torch.get_num_threads() == before
