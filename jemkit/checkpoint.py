@@ -127,7 +127,7 @@ def load(path: Path) -> State:
 def load_weights(path: Path) -> dict[str, Tensor]:
     """The model's weights: of a checkpoint folder, of a run's newest one, of an exported or
     imported model, or a safetensors file."""
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return load_tensors(path)
     folder = path if (path / MANIFEST).exists() else newest(path / "checkpoints")
     if folder is not None:
@@ -160,7 +160,7 @@ def verify(path: Path) -> dict[str, str]:
             f"{', '.join(map(str, sorted({FORMAT, *MIGRATIONS})))}"
         )
     for name, wanted in hashes.items():
-        if not (path / name).is_file():
+        if not (path / name).exists():
             raise DataError(f"{path / name} is missing; {EARLIER}")
         if file_hash(path / name) != wanted:
             raise DataError(

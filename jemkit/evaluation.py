@@ -94,6 +94,8 @@ def judge(
     Raises ConfigError or DataError before any slow work, and Preempted where `stop` says so:
     finished batches are kept, and the same call goes on from there.
     """
+    if subject.folder is not None:
+        records.check_place(subject.folder)
     evaluators = evaluators_of(settings, registry)
     attacks = attacks_of(settings, registry)
     plain = subject.model
@@ -243,5 +245,5 @@ def _context(
         images=subject.images,
         others=subject.others,
         quick=settings.quick,
-        work=None if subject.folder is None else subject.folder / ".evaluation",
+        work=None if subject.folder is None else subject.folder / records.WORK,
     )

@@ -42,6 +42,7 @@ from jemkit.runtime.files import (
     write_text,
 )
 from jemkit.runtime.folder import versions
+from jemkit.runtime.opening import refuse_link
 
 __all__ = [
     "CARD", "CONFIG", "FORMAT", "Exported", "check_vacant", "export", "load", "push", "verify",
@@ -191,6 +192,7 @@ def push(folder: Path, repo: str) -> str:
 
 def check_vacant(folder: Path) -> None:
     """Refuse a folder that an export cannot have."""
+    refuse_link(folder)
     if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
         raise ConfigError(f"{folder} exists already and is not empty; choose another --out")
 

@@ -18,6 +18,7 @@ from jemkit.extras import install
 from jemkit.memory import passed
 from jemkit.pixels import UNIT, PixelModel, weights_hash
 from jemkit.runtime.files import load_tensors
+from jemkit.runtime.opening import read_file
 from jemkit.vision import torchvision
 
 PIECE = 1000
@@ -157,7 +158,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             found: Any = load_tensors(path)
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(io.BytesIO(read_file(path)), map_location="cpu", weights_only=True)
     except (JemkitError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
         raise DataError(f"{path}: cannot be read as weights ({error})") from error
     except pickle.UnpicklingError as error:

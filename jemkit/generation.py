@@ -25,6 +25,7 @@ from jemkit.restoring import Which
 from jemkit.runtime.files import write_bytes
 from jemkit.runtime.ledger import WHOLE, Ledger, Shard
 from jemkit.runtime.numerics import as_trained, device_of
+from jemkit.runtime.opening import refuse_link
 from jemkit.runtime.polling import Polling
 from jemkit.runtime.sharing import met
 from jemkit.seeds import generator
@@ -169,7 +170,11 @@ def save(samples: Samples, out: Path | None = None) -> tuple[Path, Path]:
 
 def place(protocol: dict[str, Any], out: Path | None) -> Path:
     """The folder that images are written to: the run's own where none is named."""
-    return Path(protocol["run"]) / "samples" if out is None else out
+    if out is not None:
+        return out
+    folder = Path(protocol["run"]) / "samples"
+    refuse_link(folder)
+    return folder
 
 
 def _labels(classes: list[str], n: int, n_classes: int, device: torch.device) -> Tensor | None:

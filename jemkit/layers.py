@@ -9,11 +9,17 @@ from typing import Any, NamedTuple
 from jemkit.errors import ConfigError, DataError, UnknownName
 from jemkit.options import Options, PartOf, nearest
 from jemkit.registry import Registry
+from jemkit.runtime.opening import JSON_LIMIT, TOML_LIMIT, read_text
 from jemkit.schedule import SGD, Adam
 
 Table = dict[str, Any]
 PARTS = {"data": "dataset", "backbone": "backbone", "objective": "objective", "updater": "updater"}
 """The tables that name a part, and the kind of that part."""
+
+TABLES = (*PARTS, "run", "optimizer", "schedule", "sentinel")
+"""Of a recipe."""
+DEEPEST = 40
+"""Tables inside each other; those of a recipe go four deep."""
 
 OPTIMIZERS: dict[str, type[Options]] = {"sgd": SGD, "adam": Adam, "adamw": Adam}
 
@@ -181,18 +187,29 @@ def inside(key: str, path: str) -> bool:
 def read_layer(source: Path | Mapping[str, Any]) -> Table:
     """A TOML file, a run's saved config (JSON), or a table as it is."""
     if not isinstance(source, Path):
-        return json.loads(json.dumps(source))  # type: ignore[no-any-return]
+        try:
+            return not_too_deep(json.loads(json.dumps(source)))  # type: ignore[no-any-return]
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ConfigError(f"this table is no recipe: {error}") from None
     try:
-        text = source.read_text(encoding="utf-8")
-        table = json.loads(text) if source.suffix == ".json" else tomllib.loads(text)
+        is_json = source.suffix.lower() == ".json"
+        text = read_text(source, JSON_LIMIT if is_json else TOML_LIMIT)
+        table = not_too_deep(json.loads(text) if is_json else tomllib.loads(text))
     except FileNotFoundError:
         raise DataError(f"{source} is missing; wanted a recipe, .toml or .json") from None
-    except (OSError, ValueError) as error:
+    except DataError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{source} cannot be read as a recipe: {error}") from None
     found = table.get("recipe", table) if isinstance(table, dict) else table
     if not isinstance(found, dict):
         raise DataError(f"{source} holds no table; wanted those of a recipe")
-    return offline(found) if source.suffix == ".json" else found
+    if found is not table and (beside := [n for n in table if _is_table_of_recipe(n, table[n])]):
+        raise DataError(
+            f"{source}: [{'], ['.join(beside)}] stands beside the table `recipe`, where nothing "
+            "reads it; put it inside `recipe`"
+        )
+    return offline(found) if is_json else found
 
 
 FETCHING = frozenset({"download", "pretrained"})
@@ -211,6 +228,23 @@ def offline(table: Table) -> Table:
         else (False if name in FETCHING and value is True else value)
         for name, value in table.items()
     }
+
+
+def _is_table_of_recipe(name: str, table: Any) -> bool:
+    """Whether it belongs inside `recipe`; the `data` beside it are what a run's data were."""
+    return name in TABLES and (name != "data" or not isinstance(table, dict) or "use" in table)
+
+
+def not_too_deep(tree: Any) -> Any:
+    """Parsed TOML or JSON as it is; ValueError where no recipe is so deep."""
+    level, depth = [tree], 0
+    while level:
+        depth += 1
+        if depth > DEEPEST:
+            raise ValueError(f"more than {DEEPEST} tables or lists stand inside each other")
+        lists = [list(v.values()) if isinstance(v, dict) else v for v in level]
+        level = [value for values in lists if isinstance(values, list) for value in values]
+    return tree
 
 
 def override_layers(texts: Iterable[str]) -> list[Layer]:
@@ -233,12 +267,14 @@ def _override(text: str) -> Table:
     if not equals or not key.strip():
         raise ConfigError(f"--set {text}: wanted KEY=VALUE, such as optimizer.lr=0.01")
     try:
-        return tomllib.loads(f"{key} = {value}")
-    except tomllib.TOMLDecodeError:
         try:
-            return tomllib.loads(f"{key} = {json.dumps(value, ensure_ascii=False)}")
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"--set {text} is not KEY=VALUE: {error}") from None
+            found = tomllib.loads(f"{key} = {value}")
+        except tomllib.TOMLDecodeError:
+            found = tomllib.loads(f"{key} = {json.dumps(value, ensure_ascii=False)}")
+        return not_too_deep(found)  # type: ignore[no-any-return]
+    except (ValueError, RecursionError) as error:
+        short = text if len(text) < 200 else f"{text[:200]}..."
+        raise ConfigError(f"--set {short} is not KEY=VALUE: {error}") from None
 
 
 def choices(table: Mapping[str, Any]) -> Table:
@@ -258,7 +294,7 @@ def leading_comment(source: Any) -> str:
     if not isinstance(source, Path):
         return ""
     words: list[str] = []
-    for line in source.read_text(encoding="utf-8").splitlines():
+    for line in read_text(source).splitlines():
         if not line.startswith("#"):
             break
         words.append(line.lstrip("#").strip())

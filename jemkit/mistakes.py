@@ -8,6 +8,9 @@ from pydantic import ValidationError
 from jemkit.layers import OPTIMIZERS, inside, spoken, table_at
 from jemkit.options import nearest
 
+LONGEST = 200
+"""Characters of a wrong value that a message repeats."""
+
 
 def explain(
     error: ValidationError, tables: Mapping[str, Any], origins: Mapping[str, str] | None = None
@@ -41,6 +44,7 @@ def _line(
     whole = isinstance(mistake["input"], dict) and where not in unknown
     got = "" if isinstance(mistake["input"], dict) else f"; got {mistake['input']!r}"
     message = message.removesuffix(got)
+    got = got if len(got) < LONGEST else f"{got[:LONGEST]}..."
     return f"{key}: {message}{got}{'' if whole else spoken(origin)}"
 
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -12,9 +13,13 @@ from pydantic import (
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     SerializationInfo,
+    ValidationError,
     ValidationInfo,
+    model_validator,
 )
-from pydantic_core import PydanticCustomError, core_schema
+from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
+
+from jemkit.runtime.opening import expanded
 
 LARGEST_USUAL = 32
 """In 1/255: L-inf radii up to here are whole numbers, which a fraction rounds."""
@@ -26,6 +31,25 @@ class Options(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, strict=False
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_values(cls, given: Any) -> Any:
+        """A bool is no number, a number has a size, and a path does not depend on the folder."""
+        if not isinstance(given, dict):
+            return given
+        values, wrong = dict(given), []
+        for name, field in cls.model_fields.items():
+            kinds, value = kinds_in(field.annotation), values.get(name, field.default)
+            message = _no_number(value, bools=not kinds & {int, float} or bool in kinds)
+            if message:
+                mistake = PydanticCustomError("number", message)
+                wrong.append(InitErrorDetails(type=mistake, loc=(name,), input=value))
+            if Path in kinds and isinstance(value, str | Path) and str(value):
+                values[name] = expanded(Path(value)).absolute()
+        if wrong:
+            raise ValidationError.from_exception_data(cls.__name__, wrong)
+        return values
 
     def unused(self) -> Mapping[str, str]:
         """Options that do nothing as the others stand, each with what it would take: "unless ...".
@@ -44,6 +68,28 @@ def parts_of(part: Any, path: str = "") -> Iterator[tuple[str, Options]]:
     elif isinstance(part, tuple | list):
         for item in part:
             yield from parts_of(item, path)
+
+
+LARGEST = 2**63
+"""No number of an option is as large: neither a tensor nor a loop could take it."""
+
+
+def _no_number(value: Any, *, bools: bool) -> str:
+    """What is wrong with a number, or with those of a list; "" where nothing is."""
+    if isinstance(value, bool):
+        return "" if bools else "Input should be a number, not true or false"
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        return f"Input should be less than {LARGEST:,}"
+    each = value if isinstance(value, list | tuple) else ()
+    return next(filter(None, (_no_number(one, bools=bools) for one in each)), "")
+
+
+def kinds_in(annotation: Any) -> set[Any]:
+    """The plain types that an annotation is made of: {int, None} of `int | None`."""
+    inner = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return {type(value) for value in inner}
+    return {annotation} if not inner else {kind for one in inner for kind in kinds_in(one)}
 
 
 def not_a_fraction(px: float) -> float:

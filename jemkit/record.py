@@ -38,6 +38,7 @@ from jemkit.recordfile import (
 )
 from jemkit.runtime.files import set_aside, write_bytes, write_tensors
 from jemkit.runtime.lock import locked
+from jemkit.runtime.opening import make_folder, refuse_links
 
 __all__ = [
     "JSON", "LOCK", "PICTURES", "ROWS", "STEM", "Part", "Record", "arranged", "beside", "every",
@@ -45,6 +46,8 @@ __all__ = [
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
+WORK = ".evaluation"
+"""Half-done work of an evaluation, beside its record."""
 
 LOCK, PATIENCE = ".evaluation.lock", 60.0
 """Held while a record is read, joined and written; the seconds that it is waited for."""
@@ -65,6 +68,7 @@ def save(folder: Path, record: Record, notes: Notes, *, adversarial: bool = Fals
     in [0, 1], a file for each attack.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    check_place(folder)
     with locked(folder / LOCK, f"writes its {JSON}", patience=PATIENCE):
         settle(folder)
         record = replace(record, parts=_owned(record, notes.pictures))
@@ -110,6 +114,12 @@ def part(
     text = json.dumps([evaluator, finite(without_results(ctx.card)), keys], default=str)
     key = hashlib.sha256(text.encode()).hexdigest()
     return Part(evaluator, key, keys, found["tables"], found["rows"], found["files"])
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a folder whose record would be written through links to files elsewhere."""
+    pictures = (path.name for path in folder.glob(f"{PICTURES}*") if path.is_dir())
+    refuse_links(folder, (LOCK, WORK, PICTURES, *pictures))
 
 
 def arranged(record: Record) -> Record:
@@ -298,7 +308,7 @@ def _write_files(
     new = {part.key for part in record.parts}
     names = {n: stored for p in whole.parts if p.key in new for n, stored in p.files.items()}
     if notes.pictures or adversarial:
-        (folder / whole.pictures).mkdir(exist_ok=True)
+        make_folder(folder / whole.pictures)
     for name, png in notes.pictures.items():
         write_bytes(folder / whole.pictures / f"{names.get(name, name)}.png", png)
     for label, x_adv in notes.adversarial.items() if adversarial else ():

@@ -14,7 +14,7 @@ from jemkit.initial import check_same, doubts, initial, initial_source
 from jemkit.recipe import Resolved, complete
 from jemkit.registry import Registry
 from jemkit.runtime import disk, distributed
-from jemkit.runtime.files import drop_torn_line, write_json
+from jemkit.runtime.files import write_json
 from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.lock import LOCK, locked
 from jemkit.runtime.numerics import device_of
@@ -57,6 +57,7 @@ def train(
             trainer, going = _resumed(whole, RunFolder(out), registry, init_from, watch, stop)
             begin = partial(_go_on, trainer, going)
         else:
+            RunFolder.check_links(out)
             trainer, warnings = _fresh(whole, RunFolder(out), init_from, watch, stop)
             begin = partial(_begin, trainer, whole, pinned.pin(trainer.splits), init_from, warnings)
         tight = disk.check_room(out, still_needed(trainer), free=free)
@@ -218,8 +219,7 @@ def resume_from(trainer: Trainer, folder: RunFolder, found: checkpoint.Sound | N
         aside = checkpoint.set_aside(broken)
         _tell(folder, "damaged", f"{reason}. Going on from {path.name}; {aside.name} keeps it")
     _check_best(trainer, folder, state)
-    for log_file in ("metrics.csv", "events.jsonl"):
-        drop_torn_line(folder.path / log_file)
+    folder.mend_logs()
     folder.drop_metrics_from(trainer.step)
 
 

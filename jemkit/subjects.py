@@ -77,7 +77,7 @@ def subject_at(
             f"{path} does not exist; name a run of `jemkit train`, a checkpoint folder, an "
             "exported model or a .safetensors file"
         )
-    if path.is_file():
+    if not path.is_dir():
         return _weights(path, registry, device, network, dataset)
     if network is not None:
         raise ConfigError(f"--network belongs to a file of weights; {path} says itself what it is")

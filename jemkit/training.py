@@ -184,7 +184,7 @@ class Trainer:
         self.save(anew=True, best=better)
         self.folder.event("epoch", **entry)
         if self.step == self.total_steps or time.monotonic() > self._redrawn + REDRAW:
-            save_curves(self.folder.path / "curves.png", self.folder.metrics(), self.history)
+            save_curves(self.folder.path / "curves.png", self.folder.sound_metrics(), self.history)
             self._redrawn = time.monotonic()
         self.watch("epoch", entry)
 

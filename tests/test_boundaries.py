@@ -142,6 +142,53 @@ def test_nobody_draws_from_random_state_of_the_process(path: Path) -> None:
         assert not calls(path, like)
 
 
+OPENERS = {"open", "read_text", "read_bytes", "write_text", "write_bytes", "touch", "truncate"}
+BY_PATH = {"load", "loadtxt", "fromfile", "memmap", "copyfile", "copy"}
+"""Functions of torch, numpy and shutil that open what they are given by its path."""
+
+CLASSES = {"RunFolder"}
+"""Whose `open` opens no file."""
+
+OPENED_ELSEWHERE = {
+    ("opening.py", "os.open"),  # the one module that opens
+    ("files.py", "os.open"),  # a folder, to sync it
+    ("__main__.py", "os.open"),  # os.devnull
+    ("terminal.py", "os.open"),
+    ("page.py", "files.joinpath.read_text"),  # of this package's own resources
+    ("folder.py", "Image.open"),  # which asks first whether the file is a regular one
+    ("pixels.py", "os.open"),
+    ("pixels.py", "Image.open"),
+    ("datasets.py", "np.loadtxt"),  # scikit-learn's own file
+    ("checkpoint.py", "shutil.copyfile"),  # of files that it has just written
+}
+
+
+@each_file
+def test_files_are_opened_by_one_module_which_takes_no_fifo_and_writes_through_no_link(
+    path: Path,
+) -> None:
+    """A file of a run, or any that a user names, may be a stranger's."""
+    for node in ast.walk(TREES[path]):
+        if not isinstance(node, ast.Call):
+            continue
+        owner, _, last = called(node.func).rpartition(".")
+        if owner in CLASSES or (path.name, f"{owner}.{last}") in OPENED_ELSEWHERE:
+            continue
+        by_path = last in BY_PATH and owner in {"torch", "np", "numpy", "shutil"}
+        method = last in OPENERS and isinstance(node.func, ast.Attribute)
+        if last == "open" or by_path or method:
+            assert "BytesIO(" in ast.unparse(node), ast.unparse(node)
+
+
+def called(node: ast.AST) -> str:
+    """The dotted name of a function that is called, through the calls before it."""
+    if isinstance(node, ast.Call):
+        return called(node.func)
+    if isinstance(node, ast.Attribute):
+        return f"{called(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
 @each_file
 def test_no_mistake_of_a_user_is_an_assertion(path: Path) -> None:
     assert not [n for n in ast.walk(TREES[path]) if isinstance(n, ast.Assert)]

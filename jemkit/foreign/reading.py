@@ -17,6 +17,7 @@ from torch import Tensor
 from jemkit.errors import DataError
 from jemkit.foreign.layouts import Format
 from jemkit.foreign.probing import state_dict_in
+from jemkit.runtime.opening import read_file
 
 LIMIT = 4 * 2**30
 """Bytes of the largest file that is read; a wrn-28-10 with its buffer has 270 million."""
@@ -85,10 +86,7 @@ def _file(path: Path) -> Path:
 def _bytes(path: Path) -> bytes:
     if not path.is_file():
         raise DataError(f"{path} is no file; wanted a checkpoint, .pt, .pth or .safetensors")
-    size = path.stat().st_size
-    if size > LIMIT:
-        raise DataError(f"{path} has {size:,} bytes; wanted {LIMIT:,} at most")
-    return path.read_bytes()
+    return read_file(path, LIMIT)
 
 
 def loaded(data: bytes) -> Any:

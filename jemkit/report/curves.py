@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jemkit.runtime.opening import LOG_LIMIT, read_file
+
 POINTS = 400
 KINDS = ("loss", "E(", "gap", "gradient norm", "accuracy")
 
@@ -20,13 +22,12 @@ class Curve(NamedTuple):
 
 def metrics(folder: Path) -> dict[str, Curve]:
     """The columns that a chart shows, by name; none where the run has no metrics.csv."""
-    path = folder / "metrics.csv"
-    if not path.exists():
-        return {}
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        reader = csv.reader(file)
+    reader = csv.reader(_text(folder / "metrics.csv").splitlines())
+    try:
         names = next(reader, [])
         rows = [row for row in reader if len(row) == len(names)]  # a line cut off by a kill
+    except csv.Error:  # damaged: a run that goes on sets it aside
+        return {}
     if "step" not in names:
         return {}
     steps = [_number(row[names.index("step")]) for row in rows]
@@ -39,18 +40,22 @@ def metrics(folder: Path) -> dict[str, Curve]:
 
 def epochs(folder: Path) -> list[dict[str, Any]]:
     """The epochs of events.jsonl, the last word on each; a resumed run tells some twice."""
-    path = folder / "events.jsonl"
-    if not path.exists():
-        return []
     found: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in _text(folder / "events.jsonl").split("\n"):
         try:
             event = json.loads(line)
             if event["event"] == "epoch":
                 found[int(event["step"])] = event
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue  # a line cut off by a kill
     return [found[step] for step in sorted(found)]
+
+
+def _text(path: Path) -> str:
+    """What a log holds, as far as it is text; none where the run has no such log."""
+    if not path.exists():
+        return ""
+    return read_file(path, LOG_LIMIT).decode("utf-8-sig", errors="replace")
 
 
 def _thinned(steps: list[float], words: list[str]) -> Curve:

@@ -9,8 +9,11 @@ from jemkit import record as records
 from jemkit.report.book import Book, note, panel, section
 from jemkit.report.html import Html, tag
 from jemkit.report.tables import protocol_words
+from jemkit.runtime.opening import MIB, read_file
 from jemkit.trilemma import Judged
 
+LARGEST = 64 * MIB
+"""Of a picture, in bytes."""
 PNG = b"\x89PNG\r\n\x1a\n"
 DRAWN = ("energies", "energy_path", "reliability")
 """Pictures of tables that this page draws itself."""
@@ -82,7 +85,7 @@ def _newest_samples(folder: Path) -> dict[str, Path]:
 
 
 def _picture(title: str, path: Path, run: str) -> Html:
-    content = path.read_bytes()
+    content = read_file(path, LARGEST)
     if not content.startswith(PNG):
         return panel(title, note(f"{path.name} is no PNG"))
     source = f"data:image/png;base64,{base64.b64encode(content).decode()}"

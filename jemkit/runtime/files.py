@@ -1,10 +1,10 @@
 """Files that are written whole or not at all, and read without running anything in them."""
 
 import hashlib
+import io
 import json
 import math
 import os
-import stat
 import struct
 import tempfile
 import tokenize
@@ -22,6 +22,16 @@ from torch import Tensor
 
 from jemkit.errors import DataError
 from jemkit.runtime.disk import until_room
+from jemkit.runtime.opening import (
+    JSON_LIMIT,
+    LOG_LIMIT,
+    decoded,
+    expanded,
+    is_shared,
+    opened,
+    opened_in_place,
+    read_file,
+)
 
 Piece = bytes | memoryview
 MOST_BYTES = 64 * 2**30
@@ -88,11 +98,17 @@ def _written(path: Path, pieces: Sequence[Piece]) -> str:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Add to the end of a file: all of `text`, or none of it where there is no room."""
+    """Add to the end of a file: all of `text`, or none of it where there is no room.
+
+    A link is refused. A file of several names is copied first, so that this one alone changes.
+    """
 
     def added() -> None:
-        with path.open("ab", buffering=0) as file:  # a buffer would write its rest when it closes
+        with opened_in_place(path) as file:
             before, left = file.seek(0, os.SEEK_END), memoryview(text.encode())
+            if is_shared(file):
+                file.seek(0)
+                return write_bytes(path, file.read() + left)
             try:
                 while left:
                     left = left[file.write(left) or 0 :]
@@ -107,10 +123,14 @@ def drop_torn_line(path: Path) -> None:
     """Cut what stands after a text file's last line end: the half that a kill left of a line."""
     if not path.exists():
         return
-    content = path.read_bytes()
+    content = read_file(path, LOG_LIMIT)
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
-        os.truncate(path, whole)
+        with opened_in_place(path, create=False) as file:
+            if is_shared(file):
+                write_bytes(path, content[:whole])
+            else:
+                os.ftruncate(file.fileno(), whole)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -151,9 +171,11 @@ def _dtype(tensor: Tensor, name: str) -> str:
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(decoded(read_file(path, JSON_LIMIT)))
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
+    except DataError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON: {error}") from None
 
@@ -171,7 +193,7 @@ def set_aside(path: Path) -> Path:
 def file_hash(path: Path) -> str:
     """SHA-256 of a file."""
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
@@ -184,7 +206,7 @@ def load_tensors(path: Path, most: int = MOST_BYTES) -> dict[str, Tensor]:
     """
     try:
         check_header(path, most)
-        return safetensors.torch.load(path.read_bytes())
+        return safetensors.torch.load(read_file(path, most))
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
     except DataError:
@@ -198,13 +220,10 @@ def check_header(path: Path, most: int = MOST_BYTES) -> None:
 
     Read are the header's few bytes alone.
     """
-    about = path.stat()
-    size = about.st_size
-    if not stat.S_ISREG(about.st_mode):
-        raise DataError(f"{path} is no regular file")
-    if size > most:
-        raise DataError(f"{path} has {size:,} bytes; wanted {most:,} at most")
-    with path.open("rb") as file:
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise DataError(f"{path} has {size:,} bytes; wanted {most:,} at most")
         (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
         if not 2 <= length <= min(size - 8, MOST_HEADER):
             raise ValueError(f"its header claims {length:,} bytes of {size:,}")
@@ -223,14 +242,14 @@ def load_arrays(path: Path, most: int = MOST_BYTES) -> dict[str, Tensor]:
     Memory is taken once the entries' sizes and the arrays' headers have been found to agree.
     """
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        with opened(path) as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             whole = sum(entry.file_size for entry in entries)
-            if max(whole, path.stat().st_size) > most:
+            if max(whole, os.fstat(file.fileno()).st_size) > most:
                 raise DataError(f"{path} unfolds to {whole:,} bytes; wanted {most:,} at most")
             for entry in entries:
                 _check_array(archive, entry)
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(read_file(path, most)), allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
@@ -281,5 +300,5 @@ def cache_folder() -> Path:
     """$JEMKIT_CACHE, else the user's cache."""
     named = os.environ.get("JEMKIT_CACHE")
     if named:
-        return Path(named)
+        return expanded(Path(named))
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jemkit"

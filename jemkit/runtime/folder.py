@@ -4,9 +4,9 @@ import csv
 import importlib.metadata
 import io
 import json
+import logging
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,17 @@ from typing import Any
 import torch
 
 from jemkit.errors import ConfigError, DataError
-from jemkit.runtime.files import append_text, read_json, write_json, write_text
+from jemkit.runtime import logs
+from jemkit.runtime.files import append_text, read_json, set_aside, write_json, write_text
+from jemkit.runtime.git import git_state
+from jemkit.runtime.lock import LOCK
+from jemkit.runtime.opening import LOG_LIMIT, make_folder, read_file, refuse_links
+
+log = logging.getLogger(__name__)
+
+
+LOGS = METRICS, EVENTS = "metrics.csv", "events.jsonl"
+"""What a run appends to."""
 
 
 class RunFolder:
@@ -31,8 +41,8 @@ class RunFolder:
         cls.check_vacant(path)
         path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
-        folder.checkpoints.mkdir()
-        folder.samples.mkdir()
+        make_folder(folder.checkpoints)
+        make_folder(folder.samples)
         return folder
 
     @staticmethod
@@ -54,7 +64,13 @@ class RunFolder:
                 f"{path} is no run that could be resumed: it has no config.json; "
                 "`jemkit train` begins one"
             )
+        cls.check_links(path)
         return cls(path)
+
+    @staticmethod
+    def check_links(path: Path) -> None:
+        """Refuse a run that would be written through links to files elsewhere."""
+        refuse_links(path, (LOCK, *LOGS, "checkpoints", "samples", "tensorboard"))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -67,32 +83,52 @@ class RunFolder:
     def event(self, kind: str, **what: Any) -> None:
         """Append one line to events.jsonl."""
         line = json.dumps({"time": round(time.time(), 3), "event": kind, **what}, allow_nan=True)
-        append_text(self.path / "events.jsonl", line + "\n")
+        append_text(self.path / EVENTS, line + "\n")
 
     def append_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Append rows to metrics.csv; a column that is new is empty in the rows before."""
-        path = self.path / "metrics.csv"
-        before = _columns(path) if path.exists() else []
+        path = self.path / METRICS
+        before = logs.columns(path)
         columns = list(dict.fromkeys([*before, *(name for row in rows for name in row)]))
         if columns != before:
-            write_text(path, _csv(columns, [*self.metrics(), *rows]))
+            write_text(path, _csv(columns, [*self.sound_metrics(), *rows]))
             return
         append_text(path, _csv(columns, rows, header=False))
 
     def metrics(self) -> list[dict[str, str]]:
-        path = self.path / "metrics.csv"
-        if not path.exists():
+        """The rows of metrics.csv; a DataError where it is damaged."""
+        path = self.path / METRICS
+        try:
+            return logs.metric_rows(read_file(path, LOG_LIMIT)) if path.exists() else []
+        except DataError as error:
+            raise DataError(f"{path} is damaged: {error}") from None
+
+    def sound_metrics(self) -> list[dict[str, str]]:
+        """The same, where a damaged file is set aside: it is a log, and a run goes on without."""
+        try:
+            return self.metrics()
+        except DataError as error:
+            self._set_aside(METRICS, str(error))
             return []
-        with path.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
+
+    def mend_logs(self) -> None:
+        """Cut the half of a line that a kill left of a log; set a damaged log aside."""
+        for name, read in ((EVENTS, logs.event_lines), (METRICS, logs.metric_rows)):
+            if fault := logs.fault_of(self.path / name, read):
+                self._set_aside(name, f"{self.path / name} is damaged: {fault}")
+
+    def _set_aside(self, name: str, fault: str) -> None:
+        message = f"{fault}; it is kept as {set_aside(self.path / name).name}, and begun anew"
+        log.warning("%s", message)
+        self.event("damaged", message=message)
 
     def drop_metrics_from(self, step: int) -> None:
         """Forget rows that a resumed run will write again."""
-        rows = self.metrics()
+        rows = self.sound_metrics()
         kept = [row for row in rows if int(row["step"]) < step]
         if len(kept) == len(rows):
             return
-        write_text(self.path / "metrics.csv", _csv(list(rows[0]), kept))
+        write_text(self.path / METRICS, _csv(list(rows[0]), kept))
 
     def link_latest(self, folder: Path) -> None:
         """Point `latest` in `folder` to the run."""
@@ -115,22 +151,6 @@ def versions() -> dict[str, str]:
     }
 
 
-def git_state() -> dict[str, Any] | None:
-    """The commit of the folder that the run was started in, and whether it had changes."""
-    try:
-        head = _git("rev-parse", "HEAD")
-        return {"commit": head, "dirty": bool(_git("status", "--porcelain"))} if head else None
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments], capture_output=True, text=True, timeout=10, check=False
-    )
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
 def _csv(columns: list[str], rows: Sequence[Mapping[str, Any]], *, header: bool = True) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns)
@@ -138,8 +158,3 @@ def _csv(columns: list[str], rows: Sequence[Mapping[str, Any]], *, header: bool 
         writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def _columns(path: Path) -> list[str]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return next(csv.reader(file))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from jemkit.errors import DataError
 from jemkit.runtime.files import load_tensors, write_json, write_tensors
+from jemkit.runtime.opening import make_folder, refuse_link
 
 Piece = dict[str, Tensor]
 
@@ -134,10 +135,11 @@ class Ledger:
 
 def _make(folder: Path) -> None:
     """A folder in its `work`, which whoever ends at that moment may be removing."""
+    refuse_link(folder.parent)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except FileNotFoundError:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
 
 
 def _path(folder: Path, name: str) -> Path:

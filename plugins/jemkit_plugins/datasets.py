@@ -1,6 +1,5 @@
 """Published data sets: scikit-learn's digits, CIFAR-10 and -100, SVHN."""
 
-import json
 import logging
 import tarfile
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from jemkit.data import Augmentation, Dataset, Images, Split, checked
 from jemkit.errors import DataError
 from jemkit.hookspecs import hookimpl
 from jemkit.options import Options
+from jemkit.runtime.files import read_json
 from jemkit.vision import torchvision
 
 Published = dict[Path, str]  # files, each with the md5 its publisher gives
@@ -57,7 +57,7 @@ class Digits(Options):
     def load(self, split: Split) -> Images:
         table = torch.from_numpy(_digits())
         x = table[:, :64].float().view(-1, 1, 8, 8) / 16
-        index = torch.tensor(json.loads(SPLIT.read_text(encoding="utf-8"))[split])
+        index = torch.tensor(read_json(SPLIT)[split])
         return checked(Images(x, table[:, 64]).take(index), self.n_classes, "digits")
 
 

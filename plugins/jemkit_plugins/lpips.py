@@ -18,6 +18,7 @@ from jemkit.foreign.reading import loaded
 from jemkit.hookspecs import hookimpl
 from jemkit.options import Options
 from jemkit.runtime.files import load_arrays, load_tensors
+from jemkit.runtime.opening import read_file
 from jemkit.vision import torchvision
 
 MOST = 2 * 2**30
@@ -162,9 +163,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             case ".safetensors":
                 return load_tensors(path, MOST)
             case ".pth" | ".pt":
-                if path.stat().st_size > MOST:
-                    raise ValueError(f"{path.stat().st_size:,} bytes, wanted {MOST:,} at most")
-                return _state_dict(loaded(path.read_bytes()))
+                return _state_dict(loaded(read_file(path, MOST)))
     except (DataError, OSError, ValueError, TypeError) as error:
         raise DataError(f"{path}: cannot be read as weights ({error})") from error
     raise DataError(f"{path}: wanted a .pth, .safetensors or .npz file of weights")

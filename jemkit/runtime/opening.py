@@ -1,0 +1,121 @@
+"""Opening files: the one module that does. Regular files alone, and written through no link."""
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from io import BufferedReader, FileIO
+from pathlib import Path
+
+from jemkit.errors import DataError
+
+MIB = 2**20
+JSON_LIMIT, TOML_LIMIT, LOG_LIMIT = 64 * MIB, MIB, 1024 * MIB
+"""The most bytes that are read of such a file: what is larger is none of jemkit's."""
+
+MARKS = (
+    (b"\xef\xbb\xbf", "utf-8-sig"),
+    (b"\xff\xfe\x00\x00", "utf-32"),
+    (b"\x00\x00\xfe\xff", "utf-32"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+)
+"""Byte order marks, which editors on Windows and PowerShell begin a file with."""
+
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+QUICKLY = os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+"""No open waits for whoever writes to a FIFO."""
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BufferedReader]:
+    """A regular file to read, perhaps through links; a DataError where it is something else.
+
+    OSError, with the file's name, where it is missing or may not be read.
+    """
+    _check_kind(os.stat(path), path)  # before it is opened: some devices act when they are
+    with os.fdopen(os.open(path, os.O_RDONLY | QUICKLY), "rb") as file:
+        _check_kind(os.fstat(file.fileno()), path)
+        yield file
+
+
+@contextmanager
+def opened_in_place(path: Path, *, create: bool = True) -> Iterator[FileIO]:
+    """A regular file to read, cut and append to, made where it is missing; never through a link."""
+    refuse_link(path)
+    flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | (os.O_CREAT if create else 0) | QUICKLY
+    # without a buffer, which would write its rest when it is closed
+    with os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0) as file:
+        _check_kind(os.fstat(file.fileno()), path)
+        yield file
+
+
+def is_shared(file: FileIO) -> bool:
+    """Whether an open file has other names, which would change with it."""
+    return os.fstat(file.fileno()).st_nlink > 1
+
+
+def read_file(path: Path, limit: int | None = None) -> bytes:
+    """What a regular file holds; a DataError where it has more than `limit` bytes."""
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if limit is not None and size > limit:
+            raise DataError(f"{path} has {size:,} bytes; wanted {limit:,} at most")
+        return file.read()
+
+
+def read_text(path: Path, limit: int = TOML_LIMIT) -> str:
+    """The text of a file, in UTF-8 or by its byte order mark, which is no part of it."""
+    return decoded(read_file(path, limit))
+
+
+def decoded(content: bytes) -> str:
+    """Bytes as text; ValueError where they are none."""
+    coding = next((name for mark, name in MARKS if content.startswith(mark)), "utf-8")
+    try:
+        return content.decode(coding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is no text in UTF-8 ({error}); save it as UTF-8") from None
+
+
+def expanded(path: Path) -> Path:
+    """A path whose ~ is the user's home, where there is such a user."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
+def make_folder(path: Path) -> None:
+    """A folder inside a run, made where it is missing; refused where it is a link."""
+    refuse_link(path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a run of which one of these files or folders is a link, before anything is written.
+
+    The run's own folder, and folders above it, may be links.
+    """
+    for name in names:
+        refuse_link(folder / name)
+
+
+def refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise DataError(
+            f"{path} is a link, and what is written to a run stays inside it. Put a file or folder "
+            "in its place; a run's whole folder may be a link"
+        )
+
+
+def _check_kind(found: os.stat_result, path: Path) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kind = KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise DataError(f"{path} is {kind}, no regular file; it is not read")
