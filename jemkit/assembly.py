@@ -96,7 +96,8 @@ class Assembly(NamedTuple):
         if self.ema is not None:
             for name, tensor in self.ema.average.items():
                 sharding.fill(tensor, state["ema"][name])
-        self.optimizer.load_state_dict(sharding.dealt(state["optimizer"], self.optimizer))
+        saved = {**state["optimizer"], "param_groups": self._groups(state["optimizer"])}
+        self.optimizer.load_state_dict(sharding.dealt(saved, self.optimizer))
         lay_like_parameters(self.optimizer)
         if isinstance(self.updater, Stateful):
             self.updater.load_state_dict(state["updater"])
@@ -112,6 +113,12 @@ class Assembly(NamedTuple):
         self.micro.size = min(sizes, default=0)
         self.micro.recompute |= state.get("recompute", False)
         self.rng.set_state(own["rng"])
+
+    def _groups(self, saved: State) -> list[State]:
+        """The recipe's options of the optimizer, at the rate that was saved."""
+        own = self.optimizer.state_dict()["param_groups"]
+        pairs = zip(own, saved["param_groups"], strict=True)
+        return [{**group, "lr": was["lr"]} for group, was in pairs]
 
 
 def put_together(recipe: Recipe, pinned: Pinned | None = None) -> Assembly:

@@ -99,7 +99,12 @@ def dealt(saved: list[State], density: Density, me: Shard) -> State:
             f"or have {type(density).__name__}.deals say of each of {', '.join(sorted(saved[0]))} "
             f"how it is shared: {', '.join(DEALS)}"
         )
-    return {name: DEALS[how]([state[name] for state in saved], me) for name, how in deals.items()}
+    try:
+        return {
+            name: DEALS[how]([state[name] for state in saved], me) for name, how in deals.items()
+        }
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise MisfitError(f"the processes' parts of a density do not fit: {error}") from None
 
 
 def _slots(parts: list[Tensor], me: Shard) -> Tensor:

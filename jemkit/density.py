@@ -205,11 +205,16 @@ class ContrastiveDensity:
         return {"states": self.buffer.states, "drawn": self.buffer.drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        states, own = state["states"], self.buffer.states
-        if states.shape != own.shape:
-            raise MisfitError(f"a buffer of {[*states.shape]} does not fit one of {[*own.shape]}")
+        states, own, drawn = state.get("states"), self.buffer.states, state.get("drawn")
+        if not isinstance(states, Tensor):
+            raise MisfitError(f"a buffer's states are a tensor, not a {type(states).__name__}")
+        if states.shape != own.shape or states.dtype != own.dtype:
+            came, wanted = (f"{t.dtype} {[*t.shape]}" for t in (states, own))
+            raise MisfitError(f"a buffer of {came} does not fit one of {wanted}")
+        if type(drawn) is not int or drawn < 0:
+            raise MisfitError(f"a buffer that {drawn!r} chains were begun from; wanted a count")
         own.copy_(states)
-        self.buffer.drawn = int(state["drawn"])
+        self.buffer.drawn = drawn
 
 
 @runtime_checkable

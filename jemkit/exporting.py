@@ -43,6 +43,7 @@ from jemkit.runtime.files import (
 )
 from jemkit.runtime.folder import versions
 from jemkit.runtime.opening import refuse_link
+from jemkit.saved import weights_of
 
 __all__ = [
     "CARD", "CONFIG", "FORMAT", "Exported", "check_vacant", "export", "load", "push", "verify",
@@ -84,7 +85,7 @@ def export(
     folder = source.path / "export" if out is None else out
     check_vacant(folder)
     state = saved_state(source.path, saved)
-    averaged = state["ema"] is not None
+    exported, averaged = weights_of(state, saved)
     sha = checkpoint.verify(saved)[checkpoint.MODEL]
     config = source.config
     if not isinstance(config.get("recipe"), dict):
@@ -100,8 +101,7 @@ def export(
         beside[FIGURES] = found.to_json()
     task = _task(source.path / CONFIG, registry or installed())
     written = write_model(
-        folder, {**config, "source": about, **task}, state["ema"] if averaged else state["model"],
-        card, beside=beside, license=license,
+        folder, {**config, "source": about, **task}, exported, card, beside=beside, license=license,
     )  # fmt: skip
     count = len(found.figures) if found else 0
     return Exported(folder, saved.name, weights, written, count, note)

@@ -206,6 +206,8 @@ def resume_from(trainer: Trainer, folder: RunFolder, found: checkpoint.Sound | N
     path, state, damaged = found
     try:
         trainer.load_state_dict(state)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     except JemkitError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -16,6 +16,7 @@ from jemkit.registry import Registry
 from jemkit.restoring import Restored, Which, chosen, restored, run_folder, saved_state
 from jemkit.runtime.files import load_tensors
 from jemkit.runtime.folder import versions
+from jemkit.saved import weights_of
 
 
 class Source(NamedTuple):
@@ -40,12 +41,11 @@ def opened(path: Path, registry: Registry, device: torch.device, which: Which) -
     folder = run_folder(path)
     saved = chosen(folder, which)
     state = saved_state(folder.path, saved)
-    found = restored(
-        folder.path / CONFIG, state["ema"] or state["model"], registry, device, advice=SAMPLED
-    )
+    weights, averaged = weights_of(state, saved)
+    found = restored(folder.path / CONFIG, weights, registry, device, advice=SAMPLED)
     about = {
         "run": str(folder.path),
-        "weights": "averaged" if state["ema"] else "live",
+        "weights": "averaged" if averaged else "live",
         "checkpoint": saved.name,
         "sha256": checkpoint.verify(saved)[checkpoint.MODEL],
     }

@@ -40,6 +40,7 @@ from jemkit.restoring import (
     saved_state,
 )
 from jemkit.runtime.files import load_tensors
+from jemkit.saved import weights_of
 from jemkit.splits import Splits
 
 
@@ -190,12 +191,13 @@ def _checkpoint(
     dataset: dict[str, Any] | None,
 ) -> Subject:
     state = saved_state(run, path)
-    found = restored(run / "config.json", state["ema"] or state["model"], registry, device, dataset)
+    weights, averaged = weights_of(state, path)
+    found = restored(run / "config.json", weights, registry, device, dataset)
     density = found.backbone.density if found.backbone.has_density else None
     if isinstance(density, Buffered) and is_own(dataset):
         with suppress(MisfitError):  # several processes may have kept parts that cannot be joined
             density.load_state_dict(undivided(state, density))
-    about = about_checkpoint(run, path, averaged=bool(state["ema"]))
+    about = about_checkpoint(run, path, averaged=averaged)
     return _subject(found, about, run, registry)
 
 

@@ -12,6 +12,7 @@ from jemkit.evaluator import Notes
 from jemkit.figures import Figure
 from jemkit.restoring import about_checkpoint, about_parts
 from jemkit.runtime.numerics import JUDGED_IN, numerics
+from jemkit.saved import weights_of
 from jemkit.team import alone
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def judged(trainer: "Trainer") -> Summary:
     trainer.polling.begin()
     strict = numerics(precision=JUDGED_IN, deterministic=run.deterministic, threads=run.threads)
     with strict, alone(trainer.parts):
-        load_model(trainer.backbone.model, state["ema"] or state["model"])
+        load_model(trainer.backbone.model, weights_of(state, path)[0])
         try:
             with trainer.polling.passes(trainer.backbone.model, on=True):
                 found = trainer.exam(0).judge(about)

@@ -20,6 +20,7 @@ from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.journal import GATHER, PATIENCE, Journal
 from jemkit.runtime.numerics import JUDGED_IN, numerics
 from jemkit.runtime.polling import Polling
+from jemkit.saved import check as check_saved
 from jemkit.splits import Pinned
 from jemkit.step import train_step
 from jemkit.summary import Summary, Watch, judged
@@ -217,6 +218,8 @@ class Trainer:
         return {**self.parts.state_dict(), **told, "care": self.care.state_dict(), **config}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a saved state up; a DataError where no run of this recipe saved it."""
+        check_saved(state, self)
         self.parts.load_state_dict(state)
         self.history, self.best = list(state["history"]), dict(state["best"])
         self.seconds = state["seconds"]
