@@ -208,9 +208,10 @@ class ContrastiveDensity:
         states, own, drawn = state.get("states"), self.buffer.states, state.get("drawn")
         if not isinstance(states, Tensor):
             raise MisfitError(f"a buffer's states are a tensor, not a {type(states).__name__}")
-        if states.shape != own.shape or states.dtype != own.dtype:
-            came, wanted = (f"{t.dtype} {[*t.shape]}" for t in (states, own))
-            raise MisfitError(f"a buffer of {came} does not fit one of {wanted}")
+        if states.shape != own.shape:
+            raise MisfitError(f"a buffer of {[*states.shape]} does not fit one of {[*own.shape]}")
+        if states.dtype != own.dtype:
+            raise MisfitError(f"a buffer of {states.dtype} does not fit one of {own.dtype}")
         if type(drawn) is not int or drawn < 0:
             raise MisfitError(f"a buffer that {drawn!r} chains were begun from; wanted a count")
         own.copy_(states)
