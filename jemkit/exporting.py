@@ -42,7 +42,7 @@ from jemkit.runtime.files import (
     write_text,
 )
 from jemkit.runtime.folder import versions
-from jemkit.runtime.opening import refuse_link
+from jemkit.runtime.opening import read_file, refuse_link
 from jemkit.saved import weights_of
 
 __all__ = [
@@ -247,4 +247,4 @@ def _samples(run: Path) -> dict[str, bytes]:
     newest = max(grids, key=lambda p: (p.stat().st_mtime, p.name), default=None)
     if newest is None or newest.stat().st_size > LARGEST_PICTURE:
         return {}
-    return {SAMPLES: newest.read_bytes()}
+    return {SAMPLES: read_file(newest, LARGEST_PICTURE)}

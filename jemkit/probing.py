@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jemkit.runtime.files import cache_folder, write_json
+from jemkit.runtime.files import cache_folder, read_json, write_json
 
 if TYPE_CHECKING:
     from jemkit.registry import Registry
@@ -143,7 +143,7 @@ def lethal(guests: Sequence[Guest]) -> list[str]:
 
 def _remembered(path: Path) -> str | None:
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads(path.read_text(encoding="utf-8"))["fault"])
+        return str(read_json(path)["fault"])
     return None
 
 

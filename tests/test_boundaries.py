@@ -153,10 +153,11 @@ OPENED_ELSEWHERE = {
     ("opening.py", "os.open"),  # the one module that opens
     ("files.py", "os.open"),  # a folder, to sync it
     ("__main__.py", "os.open"),  # os.devnull
-    ("terminal.py", "os.open"),
+    ("process.py", "os.open"),
+    ("extras.py", "distribution.read_text"),  # of this package's own metadata
+    ("files.py", "archive.open"),  # inside an archive that is open
     ("page.py", "files.joinpath.read_text"),  # of this package's own resources
-    ("folder.py", "Image.open"),  # which asks first whether the file is a regular one
-    ("pixels.py", "os.open"),
+    ("pixels.py", "os.open"),  # which takes regular files alone
     ("pixels.py", "Image.open"),
     ("datasets.py", "np.loadtxt"),  # scikit-learn's own file
     ("checkpoint.py", "shutil.copyfile"),  # of files that it has just written
