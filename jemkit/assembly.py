@@ -115,10 +115,14 @@ class Assembly(NamedTuple):
         self.rng.set_state(own["rng"])
 
     def _groups(self, saved: State) -> list[State]:
-        """The recipe's options of the optimizer, at the rate that was saved."""
+        """The recipe's options of the optimizer, at the rates that were saved."""
         own = self.optimizer.state_dict()["param_groups"]
         pairs = zip(own, saved["param_groups"], strict=True)
-        return [{**group, "lr": was["lr"]} for group, was in pairs]
+        rates = ("lr", "weight_decay", "momentum")
+        return [
+            {**group, **{k: was[k] for k in rates if k in group and k in was}}
+            for group, was in pairs
+        ]
 
 
 def put_together(recipe: Recipe, pinned: Pinned | None = None) -> Assembly:

@@ -70,6 +70,8 @@ class Care(Part):
 
 class Group(Part):
     lr: Annotated[float, Field(ge=0)]
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     params: list[Count]
 
 
