@@ -100,11 +100,11 @@ def energy_of(weights: Mapping[str, Tensor], format: Format) -> str:
         )  # fmt: skip
         return f"E(x) = -energy_output(x), from the energy head{doubt}"
     doubt = (
-        "but it was trained: --format mebm reads E(x) from it"
+        "it was trained: --format mebm reads E(x) from it"
         if moved
         else "where it was trained (--uncond), --format mebm reads E(x) from it"
     )
-    return f"E(x) = -logsumexp of the class head's logits; energy_output is left out, {doubt}"
+    return f"E(x) = -logsumexp of the class head's logits; energy_output is left out; {doubt}"
 
 
 def read_layout(weights: Mapping[str, Tensor], format: Format, norm: Norm | None = None) -> Reading:
