@@ -119,7 +119,9 @@ def page(
 ) -> str:
     """The whole card."""
     parts = [str(recipe[table]["use"]) for table in ("backbone", "objective")]
-    tags = "".join(f"- {quoted(tag)}\n" for tag in dict.fromkeys(["joint-energy-based-model", *parts]))
+    tags = "".join(
+        f"- {quoted(tag)}\n" for tag in dict.fromkeys(["joint-energy-based-model", *parts])
+    )
     head = (
         f"---\nlibrary_name: jemkit\npipeline_tag: image-classification\n"
         f"license: {quoted(license)}\ntags:\n{tags}---\n"
