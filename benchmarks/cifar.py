@@ -15,7 +15,7 @@ from jemkit.settings import Settings
 from jemkit.subjects import subject_at
 
 SETTINGS = "--dataset cifar10 --network wrn-10-2 --epochs 3 --set run.max_train=5000"
-SETTINGS += " --set schedule.decay=constant"
+SETTINGS += " --set schedule.decay=constant --set run.test_images=10000"
 ROBUST = 1000
 """Test images that PGD-20 attacks at the last step; the run's own table has all of them."""
 

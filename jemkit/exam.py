@@ -83,14 +83,14 @@ class Exam:
         )
         save_energies(path, rows, title)
 
-    def judge(self, about: dict[str, Any]) -> Record:
-        """Clean accuracy, PGD-20 and the energy gap on the whole test split, as a record.
+    def judge(self, about: dict[str, Any], images: int | None = None) -> Record:
+        """Clean accuracy, PGD-20 and the energy gap on so many test images, or all, as a record.
 
         `about` is what is judged. A figure's protocol is the one that `jemkit evaluate` gives to
         the same measurement, which then takes its place.
         """
         test = checked(self.splits.images("test"), self.task.n_classes, "the test split")
-        part = part_of(test, len(test.y))
+        part = part_of(test, len(test.y) if images is None else images)
         ctx = replace(self._context("test"), seed=self.seed)
         settings = Settings(seed=self.seed, batch_size=ctx.batch_size)
         card = protocol_card(settings, ctx.threat, about, part, test, ctx.rng.device)

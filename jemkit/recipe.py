@@ -61,6 +61,7 @@ class Run(Options):
     deterministic: bool = False
     threads: int | None = Field(None, ge=1)  # of the CPU; None: torch's own choice
     eval_images: int = Field(256, ge=1)  # of validation, under PGD-10 after each epoch
+    test_images: int | None = Field(None, ge=1)  # judged at the end; None: a tenth of training
     shard: bool = False  # under torchrun: each process holds a part of the weights
     tensorboard: bool = False  # write TensorBoard files beside metrics.csv
     keep: int = Field(2, ge=1)  # newest checkpoints to keep, beside the best and the sentinel's

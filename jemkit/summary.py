@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from jemkit.training import Trainer
 
 
+FEWEST = 1000
+"""Test images that are judged at least, where there are as many."""
+
+PER_IMAGE = 44
+"""Passes of one image that its judgement takes: clean accuracy, PGD-20 and the energies."""
+
+
 Watch = Callable[[str, dict[str, Any]], None]
 """Told of a run's "start", "step", "epoch", "rollback", "compiled" and "end", with what to show."""
 
@@ -37,6 +44,20 @@ class Summary(NamedTuple):
         return next(figure.value for figure in self.figures if figure.name == name)
 
 
+def images_to_judge(trainer: "Trainer") -> int:
+    """`run.test_images`, else what takes a tenth of the passes of one image that training took.
+
+    Counted are the passes forward and back of the update and of the chains, so that the number
+    depends on the recipe alone and on no clock.
+    """
+    asked = trainer.recipe.run.test_images
+    if asked is not None:
+        return asked
+    steps = trainer.backbone.density.steps if trainer.backbone.has_density else 0
+    passes = trainer.total_steps * trainer.loader.batch_size * (2 + 2 * steps)
+    return max(FEWEST, passes // (10 * PER_IMAGE))
+
+
 def judged(trainer: "Trainer") -> Summary:
     """Load the best epoch's weights and judge them at full size."""
     best, folder, run = trainer.best["epoch"], trainer.folder, trainer.recipe.run
@@ -50,7 +71,7 @@ def judged(trainer: "Trainer") -> Summary:
         load_model(trainer.backbone.model, weights_of(state, path)[0])
         try:
             with trainer.polling.passes(trainer.backbone.model, on=True):
-                found = trainer.exam(0).judge(about)
+                found = trainer.exam(0).judge(about, images_to_judge(trainer))
                 trainer.exam(0).draw_energies(folder.path / "energies.png")
         except Preempted:  # all that was trained is saved
             folder.event("preempted", step=trainer.step)

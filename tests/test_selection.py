@@ -1,5 +1,8 @@
 """A part of the images stands for the whole: every class has its share, whatever the order."""
 
+from types import SimpleNamespace
+from typing import NamedTuple
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +11,11 @@ from toys import REGISTRY
 
 import jemkit as api
 from jemkit import ConfigError, Images
+from jemkit.assembly import put_together
+from jemkit.exam import Exam
+from jemkit.recipe import resolve
 from jemkit.selection import missing, part_of, stratified, told_missing
+from jemkit.summary import images_to_judge
 
 
 def images(y: torch.Tensor) -> Images:
@@ -67,3 +74,41 @@ def test_classes_without_an_image_are_named(labels: list[int], more: int) -> Non
     assert missing(y, classes) == [k for k in range(classes) if k not in labels]
     told = told_missing(y, classes)
     assert (told is None) == (not missing(y, classes))
+
+
+class Ran(NamedTuple):
+    """What of a trainer the size of its last judgement depends on."""
+
+    recipe: SimpleNamespace
+    backbone: SimpleNamespace
+    loader: SimpleNamespace
+    total_steps: int
+
+
+def ran(total_steps: int, chain: int | None = None, asked: int | None = None) -> int:
+    """Test images that a run judges at its end."""
+    density = SimpleNamespace(has_density=chain is not None, density=SimpleNamespace(steps=chain))
+    recipe = SimpleNamespace(run=SimpleNamespace(test_images=asked))
+    trainer = Ran(recipe, density, SimpleNamespace(batch_size=100), total_steps)
+    return images_to_judge(trainer)  # type: ignore[arg-type]
+
+
+def test_the_last_judgement_takes_a_tenth_of_the_passes_of_training_and_at_least_1000_images() -> (
+    None
+):
+    assert ran(10) == 1000
+    assert ran(22_000) == 22_000 * 100 * 2 // 440 == 10_000
+    assert ran(2_000, chain=10) == 2_000 * 100 * 22 // 440 == 10_000
+    assert ran(10, asked=7) == 7
+    assert ran(10**6, chain=20, asked=7) == 7
+
+
+def test_a_run_judges_as_many_test_images_as_its_recipe_says_by_class() -> None:
+    few = ["run.epochs=1", "run.max_train=60", "run.batch_size=20", "run.eval_images=4"]
+    few += ["run.test_images=30", "backbone.use=classifier", "objective.use=ce"]
+    parts = put_together(resolve(REGISTRY, overrides=few).recipe)
+    exam = Exam(parts.backbone, parts.task, parts.splits, 0, 0)
+    found = exam.judge({}, 30)
+    assert {figure.n for figure in found.figures} == {30}
+    assert found.protocol["selection"] == "30 of 500, stratified by class, seed 0"
+    assert not found.protocol["standard"]

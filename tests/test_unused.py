@@ -71,8 +71,8 @@ KNOWN = {
 PLAIN: dict[str, list[str]] = {
     "run": ["epochs", "batch_size", "micro_batch", "recompute", "seed", "theta_steps",
             "valid_fraction", "max_train", "ema_decay", "device", "precision", "compile",
-            "channels_last", "deterministic", "threads", "eval_images", "shard", "tensorboard",
-            "keep"],
+            "channels_last", "deterministic", "threads", "eval_images", "test_images", "shard",
+            "tensorboard", "keep"],
     "schedule": ["decay", "warmup", "warmup_share", "at", "by", "floor"],
     "sgd": ["use", "lr", "momentum", "nesterov", "weight_decay"],
     "adam": ["use", "lr", "betas", "weight_decay"],

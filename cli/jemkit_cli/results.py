@@ -53,6 +53,10 @@ def show(summary: "Summary") -> None:
     chosen = "best PGD-10 accuracy on validation"
     title = f"epoch {summary.best_epoch} of {summary.epochs} ({chosen})"
     show_table(["figure", "value", "measured on"], rows, title)
+    if card["selection"] != "all":
+        say(
+            f"judged on {card['selection']}, for a tenth of the training; run.test_images says more"
+        )
     say(f"trained in {summary.seconds:.1f} s")
     say(", ".join(f"{name} {version}" for name, version in card["versions"].items()))
     say(f"run {summary.run}")
