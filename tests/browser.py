@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from waiting import SAFETY
+
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -59,7 +61,7 @@ class Browser:
         """Open a file, and wait until it has loaded."""
         self.errors, self.requests = [], []
         self.send("Page.navigate", url=path.resolve().as_uri())
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + SAFETY
         while (
             self.run("document.readyState") != "complete" or self.run("location.href")[:4] != "file"
         ):
@@ -93,9 +95,13 @@ class Browser:
 
     def tap(self, query: str) -> None:
         x, y = self.middle(query)
+        self.run(
+            "void (window.tapped = new Promise((done) =>"
+            "addEventListener('click', () => setTimeout(done), {once: true})))"
+        )
         self.send("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
         self.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
-        time.sleep(0.3)  # the click that a tap makes comes later
+        self.run("window.tapped")  # the click that a tap makes comes later
 
     def press(self, key: str) -> None:
         for kind in ("keyDown", "keyUp"):
@@ -122,7 +128,7 @@ class Browser:
         )
         return found[0], found[1]
 
-    def _next(self, seconds: float = 30) -> dict[str, Any]:
+    def _next(self, seconds: float = SAFETY) -> dict[str, Any]:
         while b"\0" not in self.buffer:
             if not select.select([self.read], [], [], seconds)[0]:
                 raise TimeoutError("the browser does not answer")

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from waiting import SAFETY
+
 from jemkit_cli.app import main
 
 TINY = (
@@ -74,7 +76,7 @@ def process(*arguments: str, cwd: Path, **env: str) -> Outcome:
         env=environment(**env),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=SAFETY,
         check=False,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)

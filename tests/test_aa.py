@@ -329,7 +329,7 @@ def test_the_hooks_name_the_attacks() -> None:
 
 
 @slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(14400)
 @pytest.mark.parametrize(("name", "radius"), [("resnet20", 8), ("resnet2b", 2)])
 def test_on_published_classifiers_every_image_ends_as_under_the_packages_driver(
     name: str, radius: float

@@ -18,7 +18,7 @@ def trained(out: Path, *arguments: str) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(14400)
 def test_the_main_job_classifies_resists_and_keeps_its_energies_together(tmp_path: Path) -> None:
     ours = trained(tmp_path / "ebjdat", "--backbone", "sadajem", "--objective", "ebjdat")
     rival = trained(tmp_path / "pgdat", "--backbone", "classifier", "--objective", "pgdat")
@@ -28,7 +28,7 @@ def test_the_main_job_classifies_resists_and_keeps_its_energies_together(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(14400)
 @pytest.mark.parametrize("backbone", ["jem", "jempp", "mebm", "sadajem"])
 @pytest.mark.parametrize("objective", ["jem", "ebjdat"])
 def test_every_density_trains_to_the_end_at_full_length(

@@ -18,6 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor, nn
 from toys import gen
+from waiting import SAFETY
 
 from jemkit.attack import PGD, Perturb, Threat
 from jemkit.cascade import Attacked, attacked
@@ -404,7 +405,7 @@ def test_pieces_that_an_equal_evaluation_tidied_up_are_computed_by_whoever_still
     tmp_path: Path, rank: int
 ) -> None:
     """Though they are another shard's, which has read them and is gone; nothing is left behind."""
-    names, ended = ["a", "b"], time.monotonic() + 20
+    names, ended = ["a", "b"], time.monotonic() + SAFETY
 
     def poll() -> None:
         if time.monotonic() > ended:
@@ -526,6 +527,5 @@ def test_a_run_that_is_killed_ends_as_one_left_in_peace(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_autoattack_killed_ten_times_ends_as_one_left_in_peace(tmp_path: Path) -> None:
     killed_and_again(tmp_path, 10, "aa", 60, 0.0)

@@ -4,11 +4,9 @@ import json
 import os
 import pty
 import re
-import resource
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -139,13 +137,12 @@ class TestTerminal:
         )
         os.close(follower)
         shown = until(leader, "0/4")
-        time.sleep(0.5)  # into the first chain, which would take a minute
         running.send_signal(signal.SIGINT)
         shown += until(leader, "once more ends at once")
-        asked = time.monotonic()
         shown += until(leader, "go on with --resume")
-        assert running.wait(timeout=60) == 5
-        assert time.monotonic() - asked < 30  # ten seconds, on a machine that does nothing else
+        assert running.wait() == 5
+        assert "0/4" in shown
+        assert "1/4" not in shown  # no step was waited for
         os.close(leader)
         assert "run here" in shown
         assert "epoch 1/1" in shown
@@ -160,7 +157,7 @@ def test_a_second_interrupt_ends_at_once() -> None:
         "def wait():\n"
         "    with stopping() as stop:\n"
         "        print('ready', flush=True)\n"
-        "        time.sleep(60)\n"
+        "        while True: time.sleep(60)\n"
         "wait()"
     )
     running = subprocess.Popen(
@@ -174,7 +171,7 @@ def test_a_second_interrupt_ends_at_once() -> None:
         pass
     running.send_signal(signal.SIGINT)
     assert "interrupted" in running.stderr.read()
-    assert running.wait(timeout=20) != 0
+    assert running.wait() != 0
 
 
 def until(terminal: int, word: str) -> str:
@@ -266,7 +263,7 @@ class TestResume:
         while not running.stdout.readline().startswith("epoch   1"):
             assert running.poll() is None
         running.send_signal(signal.SIGTERM)
-        _, err = running.communicate(timeout=120)
+        _, err = running.communicate()
         assert running.returncode == 5, err
         assert "go on with --resume --out here" in err
         assert "Traceback" not in err
@@ -429,19 +426,15 @@ class TestHelp:
             "for words in (['--help'], ['train', '--help'], ['sample', '--help'], ['--version']):\n"
             "    try:\n        main(words)\n    except SystemExit as ended:\n"
             "        assert not ended.code\n"
+            "print(len(sys.modules))\n"
             "print(sorted({'torch', 'jemkit', 'numpy'} & set(sys.modules)))"
         )
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
         )
-        assert done.stdout.splitlines()[-1] == "[]"
-        spent = []
-        for _ in range(3):  # processor seconds, so that a busy machine changes little
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            assert process("train", "--help", cwd=tmp_path).code == 0
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert min(spent) < 0.5
+        count, slow = done.stdout.splitlines()[-2:]
+        assert slow == "[]"
+        assert int(count) < 600  # half a second's worth; torch alone is another thousand
 
     def test_a_dry_run_imports_nothing_that_only_a_step_or_a_report_needs(
         self, tmp_path: Path

@@ -300,7 +300,6 @@ class TestPublishedCIFAR10:
             CIFAR10(dir=tmp_path).load("train")
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", ["fifo", "zero", "sparse", "folder"])
 @pytest.mark.parametrize(
     ("part", "name"),

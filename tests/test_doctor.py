@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -38,10 +37,9 @@ def test_whatever_is_not_well_says_what_to_do() -> None:
         assert bool(check.advice) == (check.state != "ok"), check
 
 
-def test_the_self_test_takes_seconds_and_leaves_random_state_alone() -> None:
-    before, start = torch.get_rng_state(), time.monotonic()
+def test_the_self_test_leaves_random_state_alone() -> None:
+    before = torch.get_rng_state()
     assert self_test(torch.device("cpu")).state == "ok"
-    assert time.monotonic() - start < 10
     assert torch.equal(before, torch.get_rng_state())
 
 

@@ -290,7 +290,6 @@ class TestLinks:
         assert counts(tmp_path)["train"] == 16
 
 
-@pytest.mark.timeout(60)
 class TestSpecialFiles:
     @pytest.mark.parametrize("place", ["", "train", "train/cat", ".hidden"])
     @pytest.mark.parametrize("kind", ["fifo", "socket", "zero", "tty"])

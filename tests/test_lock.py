@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from waiting import SAFETY
 
 from jemkit import ConfigError
 from jemkit.runtime.lock import LOCK, locked
@@ -19,7 +20,8 @@ from pathlib import Path
 from jemkit.runtime.lock import locked
 with locked(Path(sys.argv[1]), "trains here"):
     print("held", flush=True)
-    time.sleep(60)
+    while True:
+        time.sleep(60)
 """
 
 
@@ -73,7 +75,7 @@ def test_a_holder_that_has_not_signed_yet_is_another_process(tmp_path: Path, con
 def test_a_lock_that_is_waited_for_comes_when_its_holder_ends(tmp_path: Path) -> None:
     child = holder(tmp_path / LOCK)
     threading.Timer(0.2, child.kill).start()
-    with locked(tmp_path / LOCK, "waits", patience=30):
+    with locked(tmp_path / LOCK, "waits", patience=SAFETY):
         assert child.wait() == -signal.SIGKILL
 
 

@@ -38,7 +38,6 @@ class {name}(Options):
 def jemkit_samplers():
     return {{"stay": {name}}}
 """
-pytestmark = pytest.mark.timeout(300)
 
 
 def wheel(source: Path, into: Path) -> Path:

@@ -1,7 +1,6 @@
 """A step is a transaction, a run keeps what it promises, and the test split is read last."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -455,12 +454,12 @@ def test_an_average_of_weights_begins_with_those_of_an_earlier_run(
     assert same(state["ema"], weights)
 
 
-def test_a_first_step_of_every_objective_takes_seconds(tmp_path: Path) -> None:
-    began = time.perf_counter()
+def test_a_run_of_every_objective_takes_a_first_step(tmp_path: Path) -> None:
     for name in ("ce", "pgdat", "trades", "jem", "ebjdat"):
         folder = RunFolder.create(tmp_path / name)
-        Trainer(toy_recipe(REGISTRY, "jempp", name), folder).one_step()
-    assert time.perf_counter() - began < 10
+        trainer = Trainer(toy_recipe(REGISTRY, "jempp", name), folder)
+        trainer.one_step()
+        assert trainer.step == 1
 
 
 def test_a_diverged_step_leaves_batch_norm_as_it_was() -> None:

@@ -15,8 +15,8 @@ from jemkit.runtime.disk import used_bytes
 EXIT_6 = 6 << 8
 
 
-def check(folder: Path, what: str, kind: str, faults: Sequence[float], limit: float) -> None:
-    for line in befallen(folder, what, kind, list(faults), limit)[1:]:
+def check(folder: Path, what: str, kind: str, faults: Sequence[float]) -> None:
+    for line in befallen(folder, what, kind, list(faults))[1:]:
         if "left" in line:
             assert line["status"] in (0, EXIT_6), line
             assert line["left"] in ("sound", "unborn"), line
@@ -24,20 +24,20 @@ def check(folder: Path, what: str, kind: str, faults: Sequence[float], limit: fl
 
 @pytest.mark.parametrize("what", ["train", "evaluate"])
 def test_a_write_that_finds_no_room_once_changes_nothing(tmp_path: Path, what: str) -> None:
-    check(tmp_path, what, "once", (0.0, 0.1, 0.5, 0.9), 280)
+    check(tmp_path, what, "once", (0.0, 0.1, 0.5, 0.9))
 
 
 @pytest.mark.parametrize("what", ["train", "evaluate"])
 def test_a_disk_that_stays_full_ends_it_and_room_lets_it_go_on(tmp_path: Path, what: str) -> None:
-    check(tmp_path, what, "full", (0.02, 0.3, 0.6, 0.95), 280)
+    check(tmp_path, what, "full", (0.02, 0.3, 0.6, 0.95))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(14400)
 @pytest.mark.parametrize("kind", ["once", "full"])
 @pytest.mark.parametrize("what", ["train", "evaluate"])
 def test_no_room_at_any_write(tmp_path: Path, what: str, kind: str) -> None:
-    check(tmp_path, what, kind, [i / 150 for i in range(150)], 3600)
+    check(tmp_path, what, kind, [i / 150 for i in range(150)])
 
 
 @pytest.mark.parametrize("largest", [1_000, 60_000])
@@ -52,7 +52,7 @@ def test_a_file_that_may_not_grow_ends_the_command_with_exit_6_and_its_name(
     done = subprocess.run(
         command("train", "--objective=jem", "--backbone=jem", *TINY, "--epochs=1", "--out=run"),
         cwd=tmp_path, env=environment(MPLCONFIGDIR=str(tmp_path)), capture_output=True, text=True,
-        preexec_fn=limit, check=False, timeout=240,
+        preexec_fn=limit, check=False,
     )  # fmt: skip
     assert done.returncode == 6, done.stderr
     assert "File too large" in done.stderr

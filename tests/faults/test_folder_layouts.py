@@ -17,8 +17,6 @@ from jemkit.imagefolder.layout import is_image
 from jemkit.imagefolder.listing import listing
 from jemkit_plugins.folder import Folder
 
-pytestmark = pytest.mark.timeout(900)
-
 TRAINS = ("train", "Train", "TRAIN", "training", "Training", "training_set", "trainset", "trn")
 TESTS = ("test", "Test", "TEST", "testing", "Testing", "test_set", "testset", "tst")
 VALIDS = ("valid", "val", "Validation", "dev", "val_set")

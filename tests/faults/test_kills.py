@@ -12,14 +12,12 @@ from typing import Any
 import pytest
 
 
-def befallen(
-    folder: Path, what: str, kind: str, faults: list[float], limit: float
-) -> list[dict[str, Any]]:
+def befallen(folder: Path, what: str, kind: str, faults: list[float]) -> list[dict[str, Any]]:
     """What the lab tells of runs, or evaluations, that these faults befell."""
     done = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "lab.py")],
         input=json.dumps({"folder": str(folder), "what": what, "kind": kind, "faults": faults}),
-        text=True, capture_output=True, check=False, timeout=limit,
+        text=True, capture_output=True, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -46,13 +44,13 @@ def test_killed_before_any_operation_on_a_file_it_goes_on_as_if_it_had_not_been(
     """Killed in its beginning, four times within it and near its end."""
     draw = random.Random(0)
     shares = [0.05, *(draw.random() for _ in range(4)), 0.97]
-    check_kills(befallen(tmp_path, what, "kill", shares, 280))
+    check_kills(befallen(tmp_path, what, "kill", shares))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(14400)
 @pytest.mark.parametrize("kind", ["kill", "time"])
 @pytest.mark.parametrize("what", ["train", "evaluate"])
 def test_a_hundred_kills_at_random_change_nothing(tmp_path: Path, what: str, kind: str) -> None:
     draw = random.Random(kind)
-    check_kills(befallen(tmp_path, what, kind, [draw.random() for _ in range(100)], 3600))
+    check_kills(befallen(tmp_path, what, kind, [draw.random() for _ in range(100)]))

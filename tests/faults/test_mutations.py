@@ -222,7 +222,7 @@ def test_changed_files_are_refused_or_read_as_they_were(kept: Kept, law: Any) ->
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(14400)
 @each_law
 def test_ten_thousand_changes_are_refused_or_read_as_they_were(kept: Kept, law: Any) -> None:
     check, values = law

@@ -1,0 +1,45 @@
+"""No test's outcome depends on the clock: what it waits for, it waits for by `waiting.until`."""
+
+import ast
+from pathlib import Path
+
+from toys import root
+from waiting import SAFETY
+
+HERE = root() / "tests"
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in HERE.rglob("*.py")}
+CLOCKS = {"time.monotonic", "time.perf_counter", "time.time", "time.process_time"}
+MAY_READ_A_CLOCK = {
+    "waiting.py",  # the one that waits
+    "browser.py",  # the same, for a page
+    "faults/lab.py",  # kills after some share of the time, where every outcome is right
+    "test_cascade.py",  # the same net as waiting's, inside of what is polled
+}
+
+
+def offenders(wrong: type[ast.AST]) -> list[tuple[Path, ast.AST]]:
+    return [(p, n) for p, tree in TREES.items() for n in ast.walk(tree) if isinstance(n, wrong)]
+
+
+def test_no_test_reads_a_clock() -> None:
+    found = {
+        path.relative_to(HERE).as_posix()
+        for path, node in offenders(ast.Attribute)
+        if ast.unparse(node) in CLOCKS
+    }
+    assert found - MAY_READ_A_CLOCK == set()
+
+
+def test_no_limit_of_time_is_one_that_work_on_a_busy_machine_could_reach() -> None:
+    found = []
+    for path, node in offenders(ast.Call):
+        assert isinstance(node, ast.Call)
+        given = [word.value for word in node.keywords if word.arg in ("timeout", "seconds")]
+        given += node.args if ast.unparse(node.func) == "pytest.mark.timeout" else []
+        limits = [value.value for value in given if isinstance(value, ast.Constant)]
+        found += [
+            f"{path}:{node.lineno}"
+            for limit in limits
+            if isinstance(limit, int | float) and limit < SAFETY
+        ]
+    assert found == []
