@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 from toys import BACKBONES, OBJECTIVES, REGISTRY, UPDATERS, tiny
 
-from jemkit import Options, Terms, testing
+from jemkit import Augmentation, Images, Options, Terms, testing
 from jemkit.errors import ConfigError
 
 KINDS = {
@@ -107,17 +107,197 @@ class Wasteful(Options):
         return Terms.weighted({"E": (1.0, backbone.model(batch.x).energy.mean())})
 
 
-@pytest.mark.parametrize(
-    ("check", "part", "law"),
-    [
-        (testing.check_sampler, Careless(), "generator"),
-        (testing.check_sampler, Coupled(), "each row by itself"),
-        (testing.check_objective, Wasteful(), "alone"),
-    ],
-)
+class Kernel(Options):
+    """A sampler whose step gives what a test wants of it."""
+
+    needs_stem: ClassVar[bool] = False
+    gives: Any
+
+    def step(self, energy: Any, x: Tensor, rng: Generator) -> Any:
+        return self.gives(energy, x)
+
+
+def attached_step(energy: Any, x: Tensor) -> Tensor:
+    """One that forgets to detach."""
+    x = x.detach().requires_grad_()
+    return x - 0.1 * torch.autograd.grad(energy(x).sum(), x)[0]
+
+
+def marking_step(energy: Any, x: Tensor) -> Tensor:
+    """One that leaves its mark on the images."""
+    (slope,) = torch.autograd.grad(energy(x.requires_grad_()).sum(), x)
+    return x.detach() - 0.1 * slope
+
+
+class Loss(Options):
+    """An objective whose loss, or draw, gives what a test wants of it."""
+
+    needs_density: ClassVar[bool] = False
+    gives: Any
+    drawn: Any = None
+
+    def draw(self, backbone: Any, batch: Any, rng: Generator) -> Any:
+        return self.drawn(batch) if self.drawn else None
+
+    def loss(self, backbone: Any, batch: Any, draws: Any) -> Any:
+        return self.gives(backbone.model(batch.x).energy.mean())
+
+
+def backward_loss(energy: Tensor) -> Terms:
+    energy.backward(retain_graph=True)
+    return Terms.weighted({"E": (1.0, energy)})
+
+
+def detached_loss(energy: Tensor) -> Terms:
+    return Terms.weighted({"E": (1.0, energy.detach())})
+
+
+def term(energy: Tensor) -> Terms:
+    return Terms.weighted({"E": (1.0, energy)})
+
+
+class Far(Options):
+    """A distance whose function gives what a test wants of it."""
+
+    min_size: ClassVar[int] = 1
+    gives: Any
+
+    def bind(self, model: Any, x: Tensor, bounds: Any) -> Any:
+        return self.gives and (lambda z: self.gives(x, z))
+
+
+def squares(x: Tensor, z: Tensor) -> Tensor:
+    return (x - z).flatten(1).pow(2).sum(1)
+
+
+class Beginning(Options):
+    """A start whose draw gives what a test wants of it."""
+
+    gives: Any
+
+    def build(self, task: Any, device: Any) -> Any:
+        return self
+
+    def draw(self, n: int, rng: Generator, y: Any = None) -> Any:
+        return self.gives(torch.zeros((n, 1, 8, 8)))
+
+
+class Opinion(Options):
+    """An evaluator that gives what a test wants of it."""
+
+    gives: Any
+
+    def __call__(self, subject: Any, data: Any, ctx: Any) -> Any:
+        return self.gives
+
+
+class Ascent(Options):
+    """An attack whose draw gives what a test wants of it."""
+
+    gives: Any
+
+    def draw(self, model: Any, loss: Any, x: Tensor, rng: Any, **given: Any) -> Any:
+        return self.gives(x)
+
+
+class Photographs(Options):
+    """A data set that gives what a test wants of it."""
+
+    radius_px: ClassVar[float] = 8.0
+    augmentation: ClassVar[Augmentation] = Augmentation()
+    n_classes: int = 2
+    gives: Any
+
+    def load(self, split: str) -> Any:
+        return self.gives
+
+
+def pictures(dtype: torch.dtype = torch.uint8, **other: Any) -> Images:
+    y = torch.arange(6) % 2
+    return Images(torch.zeros((6, 1, 8, 8), dtype=dtype), other.get("y", y))
+
+
+class Rule(Options):
+    """An updater's options that build nothing."""
+
+    def build(self, model: Any, optimizer: Any) -> Any:
+        return None
+
+
+class Reading(Options):
+    """An energy model that reads logits alone."""
+
+    def build(self, network: Any, n_classes: int) -> Any:
+        head = torch.nn.Linear(network.width, n_classes)
+        return torch.nn.Sequential(network, head)
+
+
+def nothing(*_: Any) -> None:
+    return None
+
+
+BROKEN = [
+    (testing.check_sampler, Careless(), "generator"),
+    (testing.check_sampler, Coupled(), "each row by itself"),
+    (testing.check_sampler, Kernel(gives=attached_step), "detached and carries no graph"),
+    (
+        testing.check_sampler,
+        Kernel(gives=marking_step),
+        "`requires_grad` and `.grad` of the images",
+    ),
+    (testing.check_sampler, Kernel(gives=nothing), "is a tensor .*; it gave None"),
+    (testing.check_sampler, Kernel(gives=lambda e, x: x[:1]), r"shape .*it gave a tensor \[1, 1"),
+    (testing.check_sampler, Kernel(gives=lambda e, x: x.double()), "float32; .* of float64"),
+    (testing.check_sampler, Kernel(gives=lambda e, x: x * float("nan")), "is finite"),
+    (testing.check_objective, Wasteful(), "alone"),
+    (testing.check_objective, Loss(gives=backward_loss), "`.grad`, which only an updater fills"),
+    (testing.check_objective, Loss(gives=nothing), "gives Terms.*it gave None"),
+    (testing.check_objective, Loss(gives=lambda energy: energy), "gives Terms.*it gave a tensor"),
+    (testing.check_objective, Loss(gives=detached_loss), "is attached to its inputs' graph"),
+    (
+        testing.check_objective,
+        Loss(gives=lambda energy: term(energy * float("nan"))),
+        "the term 'E' is finite",
+    ),
+    (
+        testing.check_objective,
+        Loss(gives=term, drawn=lambda batch: batch.x * float("nan")),
+        "what it draws is finite",
+    ),
+    (testing.check_distance, Far(gives=None), "gives a function of x~; it gave None"),
+    (testing.check_distance, Far(gives=nothing), "is a tensor .*; it gave None"),
+    (testing.check_distance, Far(gives=lambda x, z: squares(x, z).sum()), "has the shape"),
+    (testing.check_distance, Far(gives=lambda x, z: squares(x, z.detach())), "a detached copy"),
+    (
+        testing.check_distance,
+        Far(gives=lambda x, z: squares(x, z) + 0 * z.detach().mul_(1.1).sum()),
+        "alone",
+    ),
+    (testing.check_start, Beginning(gives=nothing), "is a tensor .*; it gave None"),
+    (testing.check_start, Beginning(gives=lambda x: x + float("nan")), "is finite"),
+    (testing.check_start, Beginning(gives=lambda x: x.half()), "it gave a tensor .* of float16"),
+    (testing.check_evaluator, Opinion(gives=None), "gives a list of Figure; it gave None"),
+    (testing.check_evaluator, Opinion(gives=[0.5]), "gives a list of Figure; it gave a float"),
+    (testing.check_attack, Ascent(gives=nothing), "is a tensor .*; it gave None"),
+    (testing.check_attack, Ascent(gives=lambda x: x.clone().requires_grad_()), "detached"),
+    (testing.check_dataset, Photographs(gives=None), "gives Images.*it gave None"),
+    (testing.check_dataset, Photographs(gives=pictures(torch.float64)), "uint8, or float32"),
+    (testing.check_dataset, Photographs(gives=pictures(y=torch.arange(6))), "from 0 to 1"),
+    (testing.check_dataset, Photographs(gives=pictures(y=torch.zeros(6))), "int64"),
+    (testing.check_updater, Rule(), "builds what has `step`; it gave None"),
+    (testing.check_energy_model, Reading(), "gives Scores.*it gave a tensor"),
+]
+
+
+@pytest.mark.parametrize(("check", "part", "law"), BROKEN)
 def test_a_part_that_breaks_a_law_is_told_which(check: Any, part: Any, law: str) -> None:
     with pytest.raises(testing.ConformanceError, match=law):
         check(part)
+
+
+def test_a_data_set_keeps_the_laws_of_its_kind() -> None:
+    testing.check_dataset(REGISTRY["dataset"]["digits"]())
+    testing.check_dataset(Photographs(gives=pictures()))
 
 
 def test_every_kind_of_part_has_laws_or_a_reason_to_have_none() -> None:

@@ -8,7 +8,7 @@ pixels, in about a second, and need no test framework.
 """
 
 from jemkit.testing.drawing import check_density, check_sampler, check_start
-from jemkit.testing.judging import check_attack, check_distance, check_evaluator
+from jemkit.testing.judging import check_attack, check_dataset, check_distance, check_evaluator
 from jemkit.testing.law import ConformanceError
 from jemkit.testing.modelling import check_backbone, check_energy_model, check_network
 from jemkit.testing.toys import toy_backbone, toy_batch, toy_model, toy_task
@@ -18,6 +18,7 @@ __all__ = [
     "ConformanceError",
     "check_attack",
     "check_backbone",
+    "check_dataset",
     "check_density",
     "check_distance",
     "check_energy_model",

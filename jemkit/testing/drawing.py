@@ -8,7 +8,14 @@ from jemkit.energy import ModelEnergy
 from jemkit.modes import eval_mode
 from jemkit.sampling import Sampler, chain, last, run
 from jemkit.starts import StartSpec, Uniform
-from jemkit.testing.law import generator, require, untouched
+from jemkit.testing.law import (
+    generator,
+    require,
+    require_tensor,
+    told,
+    unchanged,
+    untouched,
+)
 from jemkit.testing.toys import toy_backbone, toy_batch, toy_model, toy_task
 
 
@@ -16,15 +23,12 @@ def check_sampler(sampler: Sampler) -> None:
     """The laws of a transition kernel."""
     task = toy_task()
     model, x = toy_model(task), toy_batch(task).x
-    energy, before = ModelEnergy(model), x.clone()
+    energy = ModelEnergy(model)
     require(isinstance(sampler.needs_stem, bool), sampler, "says whether it needs a stem")
     with eval_mode(model):
-        with untouched(model, sampler):
+        with unchanged(sampler, "the images that it is given", x), untouched(model, sampler):
             state = sampler.step(energy, x, generator())
-        require(torch.equal(x, before), sampler, "leaves the images that it is given alone")
-        require(state.shape == x.shape, sampler, "a step keeps the shape")
-        require(state.dtype == x.dtype, sampler, "a step keeps the precision")
-        require(bool(state.isfinite().all()), sampler, "a step stays finite")
+        require_tensor(state, sampler, "the state after a step", shape=tuple(x.shape))
         again = sampler.step(energy, x, generator())
         law = "one state and one generator give one next state"
         require(torch.equal(state, again), sampler, law)
@@ -48,13 +52,14 @@ def check_start(spec: StartSpec) -> None:
     """The laws of a distribution that chains begin from."""
     task = toy_task()
     start = spec.build(task, torch.device("cpu"))
+    require(callable(getattr(start, "draw", None)), spec, f"builds what has `draw`: {told(start)}")
     random = torch.get_rng_state()
     for y in (None, torch.arange(5) % task.n_classes):
-        x = start.draw(5, generator(), y)
-        require(x.shape == (5, *task.shape), spec, "draws n images of the task's shape")
+        with unchanged(spec, "the labels that it is given", *([] if y is None else [y])):
+            x = start.draw(5, generator(), y)
+        require_tensor(x, spec, "what it draws", shape=(5, *task.shape))
         inside = task.bounds.low <= float(x.min()) and float(x.max()) <= task.bounds.high
         require(inside, spec, "draws inside the model's range")
-        require(not x.requires_grad, spec, "what it draws carries no graph")
         again = start.draw(5, generator(), y)
         require(torch.equal(x, again), spec, "one generator gives one draw")
     other = torch.equal(start.draw(5, generator(0)), start.draw(5, generator(1)))
@@ -71,13 +76,12 @@ def check_density(spec: DensitySpec) -> None:
     density, model = backbone.density, backbone.model
     with untouched(model, spec):
         x = density.draw(model, 4, generator())
-    require(x.shape == (4, *task.shape), spec, "draws n images of the task's shape")
-    require(not x.requires_grad, spec, "what it draws carries no graph")
+    require_tensor(x, spec, "what it draws", shape=(4, *task.shape))
     before = _copied(density.state_dict())
     fresh = Uniform().build(task, torch.device("cpu"))
     with untouched(model, spec):
         sampled = density.sample(model, 3, generator(), steps=2, start=fresh)
-    require(sampled.shape == (3, *task.shape), spec, "samples n images of the task's shape")
+    require_tensor(sampled, spec, "what it samples", shape=(3, *task.shape))
     law = "sampling never touches the buffer"
     require(same(before, density.state_dict()), spec, law)
     density.mark()
@@ -96,9 +100,9 @@ def check_density(spec: DensitySpec) -> None:
     require(same(after, other.state_dict()), spec, "a loaded state goes on as the saved one")
     require(len(second) == 4, spec, "draws n images of the task's shape")
     energy = model(toy_batch(task).x).energy
-    loss = density.loss(energy, energy[:3])
-    require(loss.shape == (), spec, "the loss is one number")
-    require(loss.requires_grad, spec, "the loss is attached to the energies")
+    with untouched(model, spec), unchanged(spec, "the energies that it is given", energy.detach()):
+        loss = density.loss(energy, energy[:3])
+    require_tensor(loss, spec, "the loss", shape=(), attached=True)
 
 
 def _copied(state: dict[str, object]) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """Laws of what measures: distances, attacks, evaluators."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -9,14 +10,23 @@ from torch import Tensor
 from jemkit.attack import PGD, Attack, ModelAttack, Threat
 from jemkit.backbone import Task
 from jemkit.cascade import attacked as run_attack
-from jemkit.data import Bounds
+from jemkit.checkpoint import same
+from jemkit.data import Augmentation, Bounds, Dataset, Images, Split
 from jemkit.distance import Distance
 from jemkit.evaluator import Context, Evaluator, measure
 from jemkit.figures import Figure
 from jemkit.modes import eval_mode, frozen
 from jemkit.pixels import PixelModel
 from jemkit.sampling import gradient
-from jemkit.testing.law import generator, require, untouched
+from jemkit.testing.law import (
+    generator,
+    require,
+    require_kind,
+    require_tensor,
+    told,
+    unchanged,
+    untouched,
+)
 from jemkit.testing.toys import toy_backbone, toy_batch, toy_model, toy_task
 
 
@@ -28,16 +38,55 @@ def check_distance(distance: Distance, task: Task | None = None) -> None:
     require(isinstance(distance.min_size, int), distance, "says the smallest image it takes")
     with untouched(model, distance), frozen(model), eval_mode(model):
         far = distance.bind(model, x, task.bounds)
-        d = far(moved)
-        require(d.shape == (len(x),), distance, "gives one number for each image")
+        require(callable(far), distance, f"`bind` gives a function of x~; it gave {told(far)}")
+        with unchanged(distance, "the images that it is given", x, moved):
+            d = far(moved)
+        require_tensor(d, distance, "d(x, x~)", shape=(len(x),), attached=None)
         require(bool((d >= 0).all()), distance, "is never below 0")
         require(bool((far(x).abs() <= 1e-6).all()), distance, "d(x, x) = 0")
+        pulled = gradient(lambda z: far(z) + 0 * z.flatten(1).sum(1), moved)
+        law = "has a gradient for x~ where it is above 0: it is not computed from a detached copy"
+        require(bool((d <= 0).all()) or bool((pulled != 0).any()), distance, law)
         slope = gradient(lambda z: far(z) + 0 * z.flatten(1).sum(1), x)
         law = "pulls nowhere at x itself: its gradient there is 0"
         require(bool((slope.abs() <= 1e-5).all()), distance, law)
         alone = distance.bind(model, x[:1], task.bounds)(moved[:1])
         law = "judges each image by itself, whatever stands beside it"
         require(torch.allclose(alone, d[:1], rtol=1e-4, atol=1e-6), distance, law)
+
+
+def check_dataset(dataset: Dataset) -> None:
+    """The laws of labelled images; its files must be there."""
+    k = dataset.n_classes
+    require(isinstance(k, int) and k >= 2, dataset, f"`n_classes` is 2 or more; it gave {k!r}")
+    radius = dataset.radius_px
+    law = f"`radius_px` is a positive number of 1/255; it gave {radius!r}"
+    require(isinstance(radius, int | float) and radius > 0, dataset, law)
+    kind = Augmentation
+    require_kind(dataset.augmentation, kind, dataset, "`augmentation` is an Augmentation")
+    shapes = set()
+    splits: tuple[Split, ...] = ("train", "test")
+    for split in splits:
+        random = torch.get_rng_state()
+        images = dataset.load(split)
+        require_kind(images, Images, dataset, f"`load({split!r})` gives Images(x, y)")
+        own = torch.equal(random, torch.get_rng_state())
+        require(own, dataset, "draws nothing from torch's own generator")
+        typed = images.x.dtype in (torch.uint8, torch.float32)
+        law = "images are uint8, or float32 in [0, 1]"
+        require(typed, dataset, f"{law}; it gave {told(images.x)}")
+        unit = images.unit()
+        inside = bool(unit.isfinite().all()) and 0 <= float(unit.min()) <= float(unit.max()) <= 1
+        require(unit.dim() == 4 and inside, dataset, f"{law}, [N, C, H, W]; it gave {told(unit)}")
+        counted = images.y.dtype == torch.int64 and images.y.shape == (len(images.x),)
+        law = f"labels are int64, one for each image; it gave {told(images.y)}"
+        require(counted, dataset, law)
+        low, high = int(images.y.min()), int(images.y.max())
+        law = f"labels are from 0 to {k - 1}; they are from {low} to {high}"
+        require(low >= 0 and high < k, dataset, law)
+        require(same(list(dataset.load(split)), list(images)), dataset, "loads the same again")
+        shapes.add(tuple(images.x.shape[1:]))
+    require(len(shapes) == 1, dataset, f"both splits are of one shape; they have {shapes}")
 
 
 def check_attack(attack: Attack | ModelAttack) -> None:
@@ -53,6 +102,11 @@ def _check_model_attack(attack: ModelAttack) -> None:
     subject, data = PixelModel(toy_model(task), task.bounds), task.images("valid")
     ctx = Context(generator(), Threat("Linf", 25.5), batch_size=5)
     require(isinstance(attack.label, str), attack, "has the name of its figure as label")
+    stages = attack.bind(subject, ctx.threat)
+    law = "`bind` gives its stages, functions by name"
+    require_kind(stages, Mapping, attack, law)
+    require(all(callable(stage) for stage in stages.values()), attack, law)
+    require_kind(attack.card(ctx.threat, task.n_classes), dict, attack, "`card` gives a dict")
     with untouched(subject, attack), frozen(subject), eval_mode(subject):
         state = torch.get_rng_state()
         one, two = (run_attack(subject, attack, data, ctx) for _ in range(2))
@@ -77,12 +131,10 @@ def _check_ascent(attack: Attack) -> None:
             model, loss, batch.x, generator(), bounds=task.bounds, radius_px=radius_px
         )
 
-    before = batch.x.clone()
-    with untouched(model, attack):
+    given = unchanged(attack, "the images that it is given", batch.x, batch.y)
+    with untouched(model, attack), given:
         x_adv = attacked(25.5)
-    require(torch.equal(batch.x, before), attack, "leaves the images that it is given alone")
-    require(x_adv.shape == batch.x.shape, attack, "gives one image for each")
-    require(not x_adv.requires_grad, attack, "what it gives carries no graph")
+    require_tensor(x_adv, attack, "what it gives", shape=tuple(batch.x.shape))
     inside = float(x_adv.min()) >= 0 and float(x_adv.max()) <= 1
     require(inside, attack, "stays in the pixel range")
     require(torch.equal(x_adv, attacked(25.5)), attack, "one generator gives one result")
@@ -104,13 +156,23 @@ def check_evaluator(evaluator: Evaluator) -> None:
     model, subject = backbone.model, PixelModel(backbone.model, task.bounds, backbone.density)
     splits = {"train": task.images("train"), "valid": data, "test": data}
 
+    def checked(subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
+        with unchanged(evaluator, "the images and labels that it is given", data.x, data.y):
+            found = evaluator(subject, data, ctx)
+        require_kind(found, list, evaluator, "gives a list of Figure")
+        for figure in found:
+            require_kind(figure, Figure, evaluator, "gives a list of Figure")
+            require_kind(figure.value, float, evaluator, f"the value of {figure.name!r} is a float")
+            require_kind(figure.protocol, dict, evaluator, "a figure's protocol is a dict")
+        return found
+
     def measured() -> list[tuple[object, ...]]:
         threat = Threat("Linf", task.radius_px)
         context = Context(
             generator(), threat, batch_size=5, card={"split": "valid"}, images=splits.__getitem__,
             attacks={"pgd": PGD(steps=3)}, quick=True,
         )  # fmt: skip
-        return [comparable(f) for f in measure(subject, data, [evaluator], context)]
+        return [comparable(f) for f in measure(subject, data, [checked], context)]
 
     with untouched(model, evaluator):
         figures = measured()

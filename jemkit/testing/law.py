@@ -21,6 +21,56 @@ def require(kept: bool, part: object, law: str) -> None:
         raise ConformanceError(f"{name}: {law}")
 
 
+def told(value: object) -> str:
+    """What came, in a few words."""
+    if isinstance(value, Tensor):
+        graph = ", attached to a graph" if value.requires_grad else ""
+        return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}{graph}"
+    return repr(value) if value is None else f"a {type(value).__name__}"
+
+
+def require_kind(value: object, kind: type | tuple[type, ...], part: object, law: str) -> None:
+    """Raise ConformanceError with what came where a value is of another kind."""
+    require(isinstance(value, kind), part, f"{law}; it gave {told(value)}")
+
+
+def require_tensor(
+    value: object,
+    part: object,
+    what: str,
+    *,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    attached: bool | None = False,
+) -> None:
+    """The laws of a tensor that a part gives: there, of that shape and type, finite, detached.
+
+    `attached` is whether it belongs to a graph, None where it may.
+    """
+    came = f"; it gave {told(value)}"
+    require(isinstance(value, Tensor), part, f"{what} is a tensor {list(shape)}{came}")
+    if not isinstance(value, Tensor):
+        return
+    require(tuple(value.shape) == shape, part, f"{what} has the shape {list(shape)}{came}")
+    require(value.dtype == dtype, part, f"{what} is of {str(dtype).removeprefix('torch.')}{came}")
+    require(bool(value.isfinite().all()), part, f"{what} is finite")
+    if attached is False:
+        require(not value.requires_grad, part, f"{what} is detached and carries no graph{came}")
+    if attached is True:
+        require(value.requires_grad, part, f"{what} is attached to its inputs' graph{came}")
+
+
+@contextmanager
+def unchanged(part: object, what: str, *given: Tensor) -> Iterator[None]:
+    """Tensors that a part is given come out of the block as they went in."""
+    before = [(t.detach().clone(), t.requires_grad) for t in given]
+    yield
+    for t, (value, asked) in zip(given, before, strict=True):
+        require(same(t.detach(), value), part, f"leaves {what} alone")
+        law = f"leaves `requires_grad` and `.grad` of {what} alone"
+        require(t.requires_grad == asked and (not t.is_leaf or t.grad is None), part, law)
+
+
 def generator(seed: int = 0) -> Generator:
     return Generator().manual_seed(seed)
 
@@ -41,11 +91,14 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 def untouched(model: nn.Module, part: object) -> Iterator[None]:
     """The model comes out of the block as it went in, and torch's own generator too."""
     before, random = state_of(model), torch.get_rng_state()
+    switches = torch.is_grad_enabled(), torch.get_default_dtype()
     yield
+    law = "leaves torch's own switches alone: whether gradients are recorded, and the default type"
+    require(switches == (torch.is_grad_enabled(), torch.get_default_dtype()), part, law)
     after = state_of(model)
     for what, label in (
         ("tensors", "parameters and buffers"),
-        ("grads", "`.grad`"),
+        ("grads", "`.grad`, which only an updater fills by backward,"),
         ("asked", "`requires_grad`"),
         ("modes", "train and eval modes"),
     ):

@@ -4,10 +4,17 @@ import torch
 
 from jemkit.backbone import Backbone, BackboneSpec
 from jemkit.checkpoint import same
-from jemkit.energy import EnergyModelSpec
+from jemkit.energy import EnergyModelSpec, Scores
 from jemkit.modes import eval_mode
 from jemkit.networks import NetworkSpec, SmallCNN, lent
-from jemkit.testing.law import generator, require, untouched
+from jemkit.testing.law import (
+    generator,
+    require,
+    require_kind,
+    require_tensor,
+    unchanged,
+    untouched,
+)
 from jemkit.testing.toys import toy_batch, toy_model, toy_task
 
 
@@ -22,10 +29,12 @@ def check_network(spec: NetworkSpec, channels: int = 1) -> None:
         again = spec.build(task.shape)
     own = torch.equal(random, torch.get_rng_state())
     require(own, spec, "draws its weights inside `lent`, and nothing elsewhere")
+    require_kind(network, torch.nn.Module, spec, "builds a network")
     law = "one generator gives the same weights"
     require(same(network.state_dict(), again.state_dict()), spec, law)
-    with torch.no_grad(), eval_mode(network):
+    with torch.no_grad(), eval_mode(network), untouched(network, spec), unchanged(spec, "x", x):
         features = network(x)
+        require_tensor(features, spec, "its features", shape=(4, network.width))
         parts = network.trunk(network.stem(x))
         alone = network(x[:1])
     require(features.shape == (4, network.width), spec, "gives features [B, width]")
@@ -40,9 +49,13 @@ def check_energy_model(spec: EnergyModelSpec) -> None:
         task = toy_task(n_classes=n_classes)
         model = toy_model(task, SmallCNN(channels=2), spec)
         batch = toy_batch(task, 4)
-        scores = model(batch.x)
-        require(scores.logits.shape == (4, n_classes), spec, "gives logits [B, K], any K")
-        require(scores.energy.shape == (4,), spec, "gives energies [B]")
+        with unchanged(spec, "the images that it is given", batch.x):
+            scores = model(batch.x)
+        require_kind(scores, Scores, spec, "gives Scores(logits, energy)")
+        shapes = {"logits": (4, n_classes), "energy": (4,)}
+        for name, shape in shapes.items():
+            what = f"`{name}` of its scores"
+            require_tensor(getattr(scores, name), spec, what, shape=shape, attached=True)
         joint = scores.joint(batch.y)
         require(joint.shape == (4,), spec, "gives joint energies [B]")
         law = "E(x, y) >= E(x): a probability is no larger than 1"
@@ -63,6 +76,7 @@ def check_backbone(spec: BackboneSpec, n_classes: int = 3) -> None:
     backbone, again = spec.build(task, generator()), spec.build(task, generator())
     own = torch.equal(random, torch.get_rng_state())
     require(own, spec, "draws from the generator that it is given, never from torch's own")
+    require_kind(backbone, Backbone, spec, "builds a Backbone, as `assemble` does")
     law = "one generator gives the same weights"
     require(same(backbone.model.state_dict(), again.model.state_dict()), spec, law)
     batch = toy_batch(task)
@@ -82,8 +96,7 @@ def _check_chains(
     again.model.train()
     with untouched(backbone.model, spec):
         x = backbone.density.draw(backbone.model, 4, generator())
-    require(x.shape == (4, *shape), spec, "draws n images of the task's shape")
-    require(bool(x.isfinite().all()), spec, "draws finite images")
+    require_tensor(x, spec, "what it draws", shape=(4, *shape))
     again.model.load_state_dict(backbone.model.state_dict())
     other = again.density.draw(again.model, 4, generator())
     require(torch.equal(x, other), spec, "one generator gives one draw")

@@ -10,7 +10,16 @@ from jemkit.backbone import Backbone
 from jemkit.checkpoint import same
 from jemkit.errors import Diverged
 from jemkit.objective import Objective, ObjectiveSpec, Terms
-from jemkit.testing.law import generator, plain, require, untouched
+from jemkit.testing.law import (
+    generator,
+    plain,
+    require,
+    require_kind,
+    require_tensor,
+    told,
+    unchanged,
+    untouched,
+)
 from jemkit.testing.toys import toy_backbone, toy_batch, toy_model, toy_task
 from jemkit.update import Guard, UpdaterSpec
 
@@ -29,11 +38,9 @@ def check_objective(objective: Objective[Any] | ObjectiveSpec) -> None:
         _check_draw(built, plainer, batch)
     draws = _check_draw(built, backbone, batch)
     backbone.model.eval()  # so that batch norm's running statistics stand still between calls
-    terms, again = built.loss(backbone, batch, draws), built.loss(backbone, batch, draws)
+    terms, again = (_check_loss(built, backbone, batch, draws) for _ in range(2))
     law = "the loss is pure: called again it is the same"
     require(torch.equal(terms.total, again.total), built, law)
-    require(terms.total.shape == (), built, "the total is one number")
-    require(bool(terms.total.isfinite()), built, "the total is finite on a fresh model")
     law = "the total is the weighted sum of its parts"
     parts = sum((weight * term.detach() for weight, term in terms.parts.values()), torch.zeros(()))
     require(torch.allclose(parts, terms.total.detach(), rtol=1e-5, atol=1e-6), built, law)
@@ -46,12 +53,28 @@ def check_objective(objective: Objective[Any] | ObjectiveSpec) -> None:
     require(moved, built, "the total has a gradient for the model")
 
 
+def _check_loss(objective: Objective[Any], backbone: Backbone, batch: Any, draws: Any) -> Terms:
+    given = plain([batch, draws])
+    with untouched(backbone.model, objective), unchanged(objective, "batch and draws", *given):
+        terms = objective.loss(backbone, batch, draws)
+    require_kind(terms, Terms, objective, "the loss gives Terms, such as Terms.weighted({...})")
+    for name, (weight, term) in terms.parts.items():
+        require_kind(weight, (int, float), objective, f"the weight of {name!r} is a number")
+        require_tensor(term, objective, f"the term {name!r}", shape=(), attached=None)
+    what = "the total of the loss on a fresh model"
+    require_tensor(terms.total, objective, what, shape=(), attached=True)
+    return terms
+
+
 def _check_draw(objective: Objective[Any], backbone: Backbone, batch: Any) -> Any:
     before = [t.clone() for t in plain(batch)]
     with untouched(backbone.model, objective):
         draws = objective.draw(backbone, batch, generator())
-    attached = any(t.requires_grad for t in plain(draws))
-    require(not attached, objective, "what it draws carries no graph")
+    attached = [told(t) for t in plain(draws) if t.requires_grad]
+    came = f"; it gave {', '.join(attached)}"
+    require(not attached, objective, f"what it draws is detached and carries no graph{came}")
+    finite = all(bool(t.isfinite().all()) for t in plain(draws))
+    require(finite, objective, "what it draws is finite")
     require(same(before, plain(batch)), objective, "leaves the batch alone")
     return draws
 
@@ -90,12 +113,20 @@ class _Step:
         self.of_one_pass = {n: b.clone() for n, b in twin.named_buffers()}
         self.before = _weights(self.model)
         updater = spec.build(self.model, SGD(self.model.parameters(), lr=lr, momentum=0.9))
+        made = callable(getattr(updater, "step", None))
+        require(made, spec, f"builds what has `step`; it gave {told(updater)}")
+        self.asked = {n: p.requires_grad for n, p in self.model.named_parameters()}
+        self.random = torch.get_rng_state()
         self.guard, self.calls, self.factor, self.diverged = Guard(), 0, factor, False
         try:
             updater.step(self.terms, self.guard)
             self.guard.settle()
         except Diverged:
             self.diverged = True
+        now = {n: p.requires_grad for n, p in self.model.named_parameters()}
+        require(now == self.asked, spec, "leaves the model's `requires_grad` alone")
+        own = torch.equal(self.random, torch.get_rng_state())
+        require(own, spec, "leaves torch's own generator alone")
         self.after = _weights(self.model)
         self.statistics = {n: b.clone() for n, b in self.model.named_buffers()}
         self.modes = {n: m.training for n, m in self.model.named_modules()}
