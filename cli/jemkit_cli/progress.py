@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jemkit_cli.printable import printable
 from jemkit_cli.terminal import console, say
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def _progress(where: "Console") -> "Progress":
         BarColumn(bar_width=14),
         MofNCompleteColumn(),
         Left(),
-        TextColumn("{task.fields[now]}"),
+        TextColumn("{task.fields[now]}", markup=False),
         console=where,
         transient=True,
     )
@@ -47,7 +48,7 @@ def _progress(where: "Console") -> "Progress":
 def _bar(progress: "Progress", run: Path) -> Watch:
     def watch(kind: str, what: dict[str, Any]) -> None:
         if kind == "start":
-            progress.console.print(_beginning(run, what), markup=False, soft_wrap=True)
+            progress.console.print(printable(_beginning(run, what)), markup=False, soft_wrap=True)
             progress.add_task(
                 "training",
                 total=what["total"],
@@ -60,11 +61,11 @@ def _bar(progress: "Progress", run: Path) -> Watch:
             task = progress.tasks[0].id
             progress.update(task, completed=what["step"], epoch=what["epoch"], now=_brief(what))
         elif kind == "epoch":
-            progress.console.print(_epoch(what))
+            progress.console.print(_epoch(what), markup=False)
         elif kind == "rollback":
-            progress.console.print(_rollback(what), markup=False, soft_wrap=True)
+            progress.console.print(printable(_rollback(what)), markup=False, soft_wrap=True)
         elif kind == "compiled":
-            progress.console.print(_compiled(what), markup=False, soft_wrap=True)
+            progress.console.print(printable(_compiled(what)), markup=False, soft_wrap=True)
 
     return watch
 
@@ -150,7 +151,11 @@ def tracking(*, silent: bool) -> Iterator[Track | None]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Left
 
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=14), MofNCompleteColumn()
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=14),
+        MofNCompleteColumn(),
+    )
     with Progress(*columns, Left(), console=where, transient=True) as progress:
         yield _bars(progress)
 
@@ -168,7 +173,7 @@ def _seldom() -> Track:
         told[0] = now
         left = (now - since) * (total - done) / (done - first)
         line = f"{what}: {done} of {total}, {left:.0f} s left"
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
     return track
 
@@ -180,7 +185,7 @@ def _bars(progress: "Progress") -> Track:
         if what not in tasks:
             for old in tasks.values():
                 progress.update(old, visible=False)
-            tasks[what] = progress.add_task(what, total=total)
+            tasks[what] = progress.add_task(printable(what), total=total)
         progress.update(tasks[what], completed=done, total=total)
 
     return track

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 import typer
 
 from jemkit_cli import process
+from jemkit_cli.printable import at_home, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +36,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         ended: BaseException | None = None
         try:
             with process.Working():
-                command(*args, **kwargs)
+                command(*args, **{name: at_home(v) for name, v in kwargs.items()})
         except typer.Exit:
             raise
         except BaseException as error:
@@ -51,17 +52,17 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
 
 
 class _Notices(logging.Handler):
-    """Shows what is said of data, on standard error, by the first process."""
+    """Shows warnings, and what the first process says of data, on standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not process.speaker():
-            print(record.getMessage(), file=sys.stderr, flush=True)
+        if record.levelno >= logging.WARNING or not process.speaker():
+            print(printable(record.getMessage()), file=sys.stderr, flush=True)
 
 
 def show_notices() -> None:
-    """Have commands say which data they found."""
-    logger = logging.getLogger("jemkit.data")
-    logger.setLevel(logging.INFO)
+    """Have commands say what goes on, and which data they found."""
+    logger = logging.getLogger("jemkit")
+    logging.getLogger("jemkit.data").setLevel(logging.INFO)
     if not any(isinstance(handler, _Notices) for handler in logger.handlers):
         logger.addHandler(_Notices())
 
@@ -90,7 +91,7 @@ def _told(error: BaseException) -> tuple[int, str]:
 
 def fail(message: str, code: int) -> NoReturn:
     sys.stdout.flush()
-    print(f"error: {process.speaker()}{message}", file=sys.stderr, flush=True)
+    print(f"error: {process.speaker()}{printable(message)}", file=sys.stderr, flush=True)
     raise typer.Exit(code)
 
 
@@ -102,15 +103,17 @@ def installed_parts(*, third_party: bool) -> "Registry":
     for fault in () if process.speaker() else registry.faults:
         whose = f"plug-in {fault.plugin!r} of {fault.distribution} {fault.version}".rstrip()
         reason = " ".join(fault.reason.split())
-        print(f"warning: {whose} is skipped: {reason}", file=sys.stderr, flush=True)
+        print(f"warning: {printable(f'{whose} is skipped: {reason}')}", file=sys.stderr, flush=True)
     for notice in () if process.speaker() else registry.slow:
-        print(f"note: {notice}; each command waits for that", file=sys.stderr, flush=True)
+        print(
+            f"note: {printable(notice)}; each command waits for that", file=sys.stderr, flush=True
+        )
     return registry
 
 
 def say(text: str) -> None:
     """A line as it is, whatever the terminal's width."""
-    print(text, flush=True)
+    print(printable(text), flush=True)
 
 
 def say_json(value: Any, *, indent: int | None = None) -> None:
@@ -133,9 +136,12 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*columns, box=box.SIMPLE, title=title or None, title_justify="left")
+    above = Text(printable(title)) if title else None
+    table = Table(box=box.SIMPLE, title=above, title_justify="left")
+    for column in columns:
+        table.add_column(Text(printable(column)))
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console().print(table)
 
 

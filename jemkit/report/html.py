@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
+)
+"""What no document may hold, and marks that reverse the text after them."""
 
 
 class Html(str):

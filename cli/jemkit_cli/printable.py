@@ -1,0 +1,34 @@
+"""Text for a terminal: names that others chose, without the control sequences in them."""
+
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+KEPT = "\n\t\u200c\u200d"
+"""Line ends, tabs, and the joiners that some scripts and emoji are written with."""
+
+UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Controls (escape sequences begin with one), marks that reverse text, halves of characters."""
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal would obey, or not show, as an escape: \\x1b."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c in KEPT or unicodedata.category(c) not in UNSEEN
+        else c.encode("unicode_escape").decode()
+        for c in text
+    )  # fmt: skip
+
+
+def at_home(value: Any) -> Any:
+    """A path that was given to a command, or a list of them, with ~ as the user's home."""
+    if isinstance(value, list):
+        return [at_home(one) for one in value]
+    if isinstance(value, Path):
+        try:
+            return value.expanduser()
+        except RuntimeError:  # no such user
+            return value
+    return value
