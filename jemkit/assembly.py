@@ -1,6 +1,7 @@
 """A recipe's parts put together into a run, with every check that needs no step."""
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -125,14 +126,17 @@ class Assembly(NamedTuple):
         ]
 
 
-def put_together(recipe: Recipe, pinned: Pinned | None = None) -> Assembly:
-    """Build and check, on no other data than `pinned`; raises ConfigError or DataError."""
+def put_together(recipe: Recipe, pinned: Pinned | None = None, *, fill: bool = True) -> Assembly:
+    """Build and check, on no data but `pinned`, drawing no start without `fill`.
+
+    Raises ConfigError or DataError.
+    """
     team.ask("build")
     run, usual = recipe.run, recipe.data.radius_px
     check_adversary(recipe.objective, usual)  # before the data is read
     device = device_of(run.device)
     splits = splits_of(recipe, pinned)
-    task = task_of(recipe, splits)
+    task = replace(task_of(recipe, splits), fill=fill)
     check_adversary(recipe.objective, usual, math.prod(task.shape))
     rng = generator(device, run.seed, "chains")
     backbone = recipe.backbone.build(task, rng)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -30,6 +31,8 @@ class Task:
     hash: str  # of the training images
     bounds: Bounds = Bounds()
     augmentation: Augmentation = Augmentation()
+    moments: Path | None = None  # a file of the training images' Gaussians that the model brings
+    fill: bool = True  # a replay buffer at once; else when it is first read
 
 
 class Backbone:
@@ -177,6 +180,6 @@ def assemble(
         check_stem(sampler, model.network)  # before the start's moments, which take a while
         buffer.check_classes(task.n_classes)
         p0 = start.build(task, rng.device)
-        states = ReplayBuffer(buffer, p0, task.n_classes, rng)
+        states = ReplayBuffer(buffer, p0, task.n_classes, rng, fill=task.fill)
         drawn = density.build(sampler, steps, p0, states, task.bounds)
     return Backbone(model, drawn, views=views, bounds=task.bounds, radius_px=task.radius_px)

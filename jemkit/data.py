@@ -116,6 +116,8 @@ def checked(images: Images, n_classes: int, source: str) -> Images:
 def _check_shape(x: Tensor, n_labels: int, source: str) -> None:
     if x.layout != torch.strided:
         raise DataError(f"{source}: wanted dense images, got {x.layout}: x.to_dense()")
+    if x.is_meta:
+        raise DataError(f"{source}: the images are on the device meta, and so have no pixels")
     if x.ndim != 4 or len(x) != n_labels or not len(x):
         hint = {
             2: "; images that are flattened want reshape(N, C, H, W)",

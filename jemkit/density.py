@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 from jemkit.data import Bounds
 from jemkit.energy import EnergyModel, ModelEnergy
 from jemkit.errors import ConfigError, MisfitError
+from jemkit.late import Late
 from jemkit.modes import BatchNormMode, sampling_mode
 from jemkit.options import Options
 from jemkit.runtime import distributed
@@ -82,15 +83,45 @@ class ReplayBuffer:
     known without waiting for the device. Rows of a draw have no order, so the first ones restart.
     """
 
-    def __init__(self, options: Buffer, start: Start, n_classes: int, rng: Generator) -> None:
+    def __init__(
+        self, options: Buffer, start: Start, n_classes: int, rng: Generator, *, fill: bool = True
+    ) -> None:
         self.options, self.start, self.n_classes = options, start, n_classes
         options.check_classes(n_classes)
-        slots = torch.arange(options.capacity, device=rng.device)
-        y = slots * n_classes // options.capacity
-        self.states = start.draw(options.capacity, rng, y)
+        self._late = Late(lambda: self._filled(rng))
+        self._device = rng.device
+        if fill:
+            self._late.get()
         self.drawn = 0  # chains begun so far
         self._undo: list[tuple[Tensor, Tensor]] | None = None
         self._drawn_at_mark = 0
+
+    @property
+    def states(self) -> Tensor:
+        """[capacity, C, H, W]; a buffer that is not filled yet is filled from its start."""
+        return self._late.get()
+
+    @states.setter
+    def states(self, states: Tensor) -> None:
+        self._late.set(states)
+
+    def _filled(self, rng: Generator) -> Tensor:
+        slots = torch.arange(self.options.capacity, device=rng.device)
+        y = slots * self.n_classes // self.options.capacity
+        return self.start.draw(self.options.capacity, rng, y)
+
+    def load(self, states: Tensor) -> None:
+        """Take saved states; nothing is drawn for it."""
+        filled, capacity = self._late.made, self.options.capacity
+        room = [*self.states.shape] if filled else [capacity, *states.shape[1:]]
+        if [*states.shape] != room:
+            raise MisfitError(f"a buffer of {[*states.shape]} does not fit one of {room}")
+        if states.dtype != torch.float32:
+            raise MisfitError(f"a buffer of {states.dtype} does not fit one of {torch.float32}")
+        if filled:
+            self.states.copy_(states)
+        else:
+            self.states = states.to(self._device, copy=True)
 
     def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """n states to go on from, and the slots that they belong to."""
@@ -205,16 +236,12 @@ class ContrastiveDensity:
         return {"states": self.buffer.states, "drawn": self.buffer.drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        states, own, drawn = state.get("states"), self.buffer.states, state.get("drawn")
+        states, drawn = state.get("states"), state.get("drawn")
         if not isinstance(states, Tensor):
             raise MisfitError(f"a buffer's states are a tensor, not a {type(states).__name__}")
-        if states.shape != own.shape:
-            raise MisfitError(f"a buffer of {[*states.shape]} does not fit one of {[*own.shape]}")
-        if states.dtype != own.dtype:
-            raise MisfitError(f"a buffer of {states.dtype} does not fit one of {own.dtype}")
         if type(drawn) is not int or drawn < 0:
             raise MisfitError(f"a buffer that {drawn!r} chains were begun from; wanted a count")
-        own.copy_(states)
+        self.buffer.load(states)
         self.buffer.drawn = drawn
 
 

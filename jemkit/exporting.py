@@ -1,19 +1,22 @@
 """A run's model as a folder for others: config.json, model.safetensors and a model card."""
 
+import logging
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from jemkit import checkpoint, pinned, record
 from jemkit.assembly import splits_of, task_of
+from jemkit.backbone import Task
 from jemkit.card import figures_table, page, table_of
 from jemkit.errors import ConfigError, DataError, JemkitError
 from jemkit.exported import (
@@ -28,8 +31,9 @@ from jemkit.exported import (
     verify,
 )
 from jemkit.extras import install
+from jemkit.moments import MOMENTS
 from jemkit.pixels import PixelModel
-from jemkit.recipe import resolve
+from jemkit.recipe import Recipe, resolve
 from jemkit.record import Record
 from jemkit.registry import Registry, installed
 from jemkit.restoring import Which, chosen, restored, run_folder, saved_state
@@ -44,11 +48,14 @@ from jemkit.runtime.files import (
 from jemkit.runtime.folder import versions
 from jemkit.runtime.opening import read_file, refuse_link
 from jemkit.saved import weights_of
+from jemkit.starts import MomentStart
 
 __all__ = [
     "CARD", "CONFIG", "FORMAT", "Exported", "check_vacant", "export", "load", "push", "verify",
     "write_model",
 ]  # fmt: skip
+
+log = logging.getLogger(__name__)
 
 LARGEST_PICTURE = 16 * 2**20
 """Bytes of a sample grid that goes with a model."""
@@ -99,9 +106,10 @@ def export(
     beside: dict[str, bytes | Mapping[str, Any]] = {**_samples(source.path), **hashes}
     if found:
         beside[FIGURES] = found.to_json()
-    task = _task(source.path / CONFIG, registry or installed())
+    task, moments = _of_data(source.path / CONFIG, registry or installed())
     written = write_model(
-        folder, {**config, "source": about, **task}, exported, card, beside=beside, license=license,
+        folder, {**config, "source": about, **task}, exported, card, beside=beside,
+        moments=moments, license=license,
     )  # fmt: skip
     count = len(found.figures) if found else 0
     return Exported(folder, saved.name, weights, written, count, note)
@@ -133,13 +141,15 @@ def write_model(
     card: str,
     *,
     beside: Mapping[str, bytes | Mapping[str, Any]] | None = None,
+    moments: Mapping[str, Tensor] | None = None,
     license: str = "unknown",
     check: Callable[[Path], object] | None = None,
 ) -> str:
     """Write the folder of a model, whole or not at all; give back the weights' SHA-256.
 
-    `config` has the recipe; `card` is the model card's text; `beside` are files that go with it.
-    `check` reads the folder before it is put in its place.
+    `config` has the recipe; `card` is the model card's text; `beside` are files that go with it,
+    `moments` the Gaussians that chains begin from. `check` reads the folder before it is put in
+    its place.
     """
     check_vacant(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -148,12 +158,15 @@ def write_model(
     try:
         write_tensors(work / WEIGHTS, weights)
         sha = checkpoint.file_hash(work / WEIGHTS)
+        hashes = {WEIGHTS: sha}
+        if moments:
+            hashes[MOMENTS] = write_tensors(work / MOMENTS, moments)
         for name, content in extra.items():
             if isinstance(content, bytes):
                 write_bytes(work / name, content)
             else:
                 write_json(work / name, content)
-        made = {"format": FORMAT, "jemkit": versions()["jemkit"], "sha256": {WEIGHTS: sha}}
+        made = {"format": FORMAT, "jemkit": versions()["jemkit"], "sha256": hashes}
         write_json(work / CONFIG, {"versions": versions(), **config, **made})
         text = page(
             folder.name, config["recipe"], card, task=config.get("task"), sha=sha,
@@ -231,14 +244,25 @@ def _about_run(recipe: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     )
 
 
-def _task(config: Path, registry: Registry) -> dict[str, Any]:
-    """What the run's data tell; nothing where they are not at hand, and are needed then."""
+def _of_data(config: Path, registry: Registry) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the run's data tell, and the moments of its start; nothing where they are not at hand.
+
+    They are needed by who samples from the model, and asked for then.
+    """
     try:
         recipe = resolve(registry, config=config).recipe
         splits = splits_of(recipe, pinned.read(config))
-        return {"task": task_table(task_of(recipe, splits))}
-    except JemkitError:
-        return {}
+        task = replace(task_of(recipe, splits), fill=False)
+        return {"task": task_table(task)}, _moments(recipe, task)
+    except JemkitError as error:
+        log.warning("the model does not stand alone, its data are not at hand: %s", error)
+        return {}, {}
+
+
+def _moments(recipe: Recipe, task: Task) -> dict[str, Tensor]:
+    backbone = recipe.backbone.build(task, Generator().manual_seed(0))
+    start = backbone.density.start if backbone.has_density else None
+    return start.tensors() if isinstance(start, MomentStart) else {}
 
 
 def _samples(run: Path) -> dict[str, bytes]:

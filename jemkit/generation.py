@@ -30,7 +30,7 @@ from jemkit.runtime.polling import Polling
 from jemkit.runtime.sharing import met
 from jemkit.seeds import generator
 from jemkit.sources import Source, opened
-from jemkit.starts import Start
+from jemkit.starts import MomentStart, Start, start_name
 
 STEPS = 40
 """Of a fresh chain, where none are given."""
@@ -59,15 +59,17 @@ def sample(
     seed: int = 0,
     device: str = "auto",
     which: Which = "best",
+    dataset: dict[str, Any] | None = None,
 ) -> Samples:
     """Draw n images from the run, or the exported model, in `path`.
 
-    With `classes`, chains go down E(x, y), and the images are shared evenly among them in order.
+    `dataset` says where the training images are now, for starts that need them. With `classes`,
+    chains go down E(x, y), and the images are shared evenly among them in order.
     """
     return drawn(
         asked(
             path, registry=registry, n=n, steps=steps, start=start, source=source,
-            classes=classes, seed=seed, device=device, which=which,
+            classes=classes, seed=seed, device=device, which=which, dataset=dataset,
         )
     )  # fmt: skip
 
@@ -97,6 +99,7 @@ def asked(
     seed: int,
     device: str,
     which: Which,
+    dataset: dict[str, Any] | None = None,
 ) -> Asked:
     """What `sample` draws; whatever cannot be drawn is refused here."""
     if n < 1:
@@ -106,7 +109,7 @@ def asked(
     if source == "buffer" and (steps is not None or start is not None):
         raise ConfigError("steps and start belong to fresh chains; a buffer's states are kept")
     on = device_of(device)
-    run = opened(path, registry, on, which)
+    run = opened(path, registry, on, which, dataset)
     y = _labels(classes or [], n, run.task.n_classes, on)
     p0: Start | None = None
     if source == "buffer":
@@ -118,6 +121,8 @@ def asked(
         how = {"source": "chains", "start": name, "steps": steps, "energy": energy}
         p0 = run.density.start if start is None else registry["start"][start]().build(run.task, on)
     about = {"class": None if y is None else sorted(set(y.tolist())), "images": n, "seed": seed}
+    if isinstance(p0, MomentStart) and p0.form.rank is not None:
+        how["start"] = start_name(p0)
     protocol = {**how, **run.card, **about, "device": on.type}
     return Asked(run, n, steps, p0, y, seed, on, protocol)
 

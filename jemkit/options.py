@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
+from inspect import getattr_static
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -137,12 +138,12 @@ class PartOf:
             name = str(table.pop("use"))
             part, named = shelf.named(name)
             value = part.model_validate({**named, **table}, context=info.context)
-            if not isinstance(value, _protocols(source)):  # an attack may judge but not train
+            if not _serves(value, source):  # an attack may judge but not train
                 raise PydanticCustomError(
                     "part", "the {kind} {name} cannot serve here", {"kind": self.kind, "name": name}
                 )
             return value
-        if not isinstance(value, _protocols(source)):
+        if not _serves(value, source):
             came = type(value).__name__
             raise PydanticCustomError(
                 "part", "wanted a {kind}, got {came}", {"kind": self.kind, "came": came}
@@ -195,6 +196,35 @@ def example(part: type[Any], word: str) -> str:
     if not fields or any(field.is_required() for field in fields):
         return ""
     return f", such as {'-'.join([word, *(str(field.default) for field in fields)])}"
+
+
+def _serves(value: Any, source: Any) -> bool:
+    """Whether a part has what its field's type asks for.
+
+    `isinstance` would compute the properties of a protocol, which may read a data set.
+    """
+    return any(
+        all(_has(value, name) for name in _members(kind))
+        if getattr(kind, "_is_protocol", False)
+        else isinstance(value, kind)
+        for kind in _protocols(source)
+    )
+
+
+def _members(protocol: type[Any]) -> set[str]:
+    """The names that a protocol asks for."""
+    bases = [base for base in protocol.__mro__ if getattr(base, "_is_protocol", False)]
+    names = {*(n for base in bases for n in vars(base))}
+    names |= {n for base in bases for n in vars(base).get("__annotations__", ())}
+    return {name for name in names if not name.startswith("_") or name == "__call__"}
+
+
+def _has(value: Any, name: str) -> bool:
+    try:
+        getattr_static(value, name)
+    except AttributeError:
+        return False
+    return True
 
 
 def _protocols(source: Any) -> tuple[type[Any], ...]:

@@ -4,10 +4,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from jemkit.assembly import load_model, put_together
+from jemkit.assembly import Assembly, load_model, put_together
+from jemkit.density import Buffered
 from jemkit.initial import doubts, initial
-from jemkit.recipe import Resolved
+from jemkit.recipe import Recipe, Resolved
+from jemkit.runtime import disk
+from jemkit.runtime.files import cache_folder
 from jemkit.runtime.folder import RunFolder
+from jemkit.session import kept_checkpoints
+from jemkit.starts import MomentStart, start_name
 
 log = logging.getLogger(__name__)
 
@@ -15,7 +20,7 @@ log = logging.getLogger(__name__)
 def plan(resolved: Resolved, out: Path, *, init_from: Path | None = None) -> dict[str, Any]:
     """Make every check that `train` makes before its first step; what was put together, by name."""
     RunFolder.check_vacant(out)
-    parts = put_together(resolved.recipe)
+    parts = put_together(resolved.recipe, fill=False)
     model = parts.backbone.model
     if init_from is not None:
         start = initial(init_from)
@@ -41,4 +46,28 @@ def plan(resolved: Resolved, out: Path, *, init_from: Path | None = None) -> dic
         "epochs": resolved.recipe.run.epochs,
         "steps": parts.task.total_steps,
         "steps per epoch": steps,
+        **_disk(parts, resolved.recipe),
     }
+
+
+def _disk(parts: Assembly, recipe: Recipe) -> dict[str, str]:
+    """What the run is going to take on disks, and of what its start is."""
+    one = disk.state_bytes(parts.shared_state()) + disk.momenta_bytes(parts.optimizer)
+    found: dict[str, str] = {}
+    if parts.backbone.has_density:
+        density = parts.backbone.density
+        found["start"] = start_name(density.start)
+        if isinstance(density, Buffered):
+            pixels = parts.task.shape[0] * parts.task.shape[1] * parts.task.shape[2]
+            one += 4 * density.buffer.options.capacity * pixels
+        if isinstance(density.start, MomentStart):
+            density.start.check()
+            size = disk.readable(density.start.form.bytes)
+            found["disk of the start"] = f"{size} at most, in {cache_folder() / 'moments'}"
+    whole = disk.run_bytes(
+        one,
+        keep=kept_checkpoints(recipe, parts.loader.steps_per_epoch),
+        steps=parts.task.total_steps,
+        epochs=recipe.run.epochs,
+    )
+    return {**found, "disk of the run": disk.readable(whole)}

@@ -1,5 +1,6 @@
 """A run's parts as one of its checkpoints has them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +13,7 @@ from jemkit.errors import DataError
 from jemkit.exported import saved_task
 from jemkit.fitting import trained_threat
 from jemkit.layout import laid_out
+from jemkit.moments import brought
 from jemkit.pinned import CONFIG, JUDGED, Pin, read
 from jemkit.recipe import Recipe, resolve
 from jemkit.registry import Registry
@@ -43,19 +45,23 @@ def restored(
     dataset: dict[str, Any] | None = None,
     *,
     advice: str = JUDGED,
+    same_data: bool = False,
 ) -> Restored:
     """The backbone of a run's config.json, with these weights and its own data as they were.
 
-    A `dataset` that is named instead must have the classes of the run's.
+    A `dataset` that is named instead must have the classes of the run's; with `same_data`, its
+    images too.
     """
     resolved = resolve(registry, config=config, named={"data": dataset} if dataset else {})
     recipe = resolved.recipe
     run, pin = recipe.run, read(config, advice)
-    if pin is not None and dataset:
+    other = bool(dataset) and not same_data
+    if pin is not None and other:
         pin = pin.named(recipe.data)
-    splits = splits_of(recipe, None if dataset else pin)
+    splits = splits_of(recipe, None if other else pin)
     saved = saved_task(read_json(config), recipe, splits) if is_own(dataset) else None
     task = task_of(recipe, splits) if saved is None else saved
+    task = replace(task, fill=False, moments=brought(config))  # nothing is drawn to open a model
     backbone = recipe.backbone.build(task, generator(device, run.seed, "chains"))
     load_model(backbone.model, weights)
     laid_out(backbone.model, run.layout, device)  # as it was trained, to the last bit

@@ -11,7 +11,7 @@ from jemkit import checkpoint, pinned, resuming
 from jemkit.errors import DataError, JemkitError, memory_ran_out
 from jemkit.follower import follow
 from jemkit.initial import check_same, doubts, initial, initial_source
-from jemkit.recipe import Resolved, complete
+from jemkit.recipe import Recipe, Resolved, complete
 from jemkit.registry import Registry
 from jemkit.runtime import disk, distributed
 from jemkit.runtime.files import write_json
@@ -187,15 +187,21 @@ def unborn(out: Path) -> bool:
 
 def still_needed(trainer: Trainer) -> int:
     """The bytes that a run is going to take beside those of its checkpoints that are there."""
-    run, loader = trainer.recipe.run, trainer.loader
+    loader = trainer.loader
     one = disk.state_bytes(trainer.state_dict()) + disk.momenta_bytes(trainer.optimizer)
     steps = max(0, trainer.total_steps - trainer.step)
-    sentinel, per_epoch = trainer.recipe.sentinel, loader.steps_per_epoch
+    per_epoch = loader.steps_per_epoch
     epochs = -(-steps // per_epoch)
-    proving = 1 - (-sentinel.late(per_epoch) // per_epoch) if sentinel.on else 0  # ends of epochs
-    keep = run.keep + proving
+    keep = kept_checkpoints(trainer.recipe, per_epoch)
     there = disk.used_bytes(trainer.folder.checkpoints)
     return max(0, disk.run_bytes(one, keep=keep, steps=steps, epochs=epochs) - there)
+
+
+def kept_checkpoints(recipe: Recipe, per_epoch: int) -> int:
+    """How many checkpoints a run keeps, with those that wait to prove healthy."""
+    sentinel = recipe.sentinel
+    proving = 1 - (-sentinel.late(per_epoch) // per_epoch) if sentinel.on else 0  # ends of epochs
+    return recipe.run.keep + proving
 
 
 def resume_from(trainer: Trainer, folder: RunFolder, found: checkpoint.Sound | None = None) -> None:

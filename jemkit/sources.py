@@ -31,18 +31,31 @@ class Source(NamedTuple):
     run: Run  # whose precision and switches chains are drawn in
 
 
-def opened(path: Path, registry: Registry, device: torch.device, which: Which) -> Source:
-    """What stands at `path`, with averaged weights where an average was kept."""
+def opened(
+    path: Path,
+    registry: Registry,
+    device: torch.device,
+    which: Which,
+    dataset: dict[str, Any] | None = None,
+) -> Source:
+    """What stands at `path`, with averaged weights where an average was kept.
+
+    `dataset` says where the training images are now, where the start needs them.
+    """
     if is_exported(path):
         sha = verify(path)
         weights = load_tensors(path / WEIGHTS)
-        found = restored(path / CONFIG, weights, registry, device, advice=SAMPLED)
+        found = restored(
+            path / CONFIG, weights, registry, device, dataset, advice=SAMPLED, same_data=True
+        )
         return _source(found, None, {"run": str(path.resolve()), "sha256": sha})
     folder = run_folder(path)
     saved = chosen(folder, which)
     state = saved_state(folder.path, saved)
     weights, averaged = weights_of(state, saved)
-    found = restored(folder.path / CONFIG, weights, registry, device, advice=SAMPLED)
+    found = restored(
+        folder.path / CONFIG, weights, registry, device, dataset, advice=SAMPLED, same_data=True
+    )
     about = {
         "run": str(folder.path),
         "weights": "averaged" if averaged else "live",

@@ -1,25 +1,33 @@
 """Where chains begin: p_0."""
 
-import hashlib
-import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from jemkit.data import Bounds, Images
-from jemkit.errors import ConfigError
+from jemkit.data import Bounds
+from jemkit.late import Late
+from jemkit.moments import (
+    JITTER,
+    Form,
+    check_groups,
+    expanded,
+    form_of,
+    gaussian,
+    images_hash,
+    moments_of,
+    packed,
+)
 from jemkit.options import Options
-from jemkit.runtime.files import cache_folder, load_tensors, write_tensors
 
 if TYPE_CHECKING:
     from jemkit.backbone import Task
 
-log = logging.getLogger("jemkit")
-JITTER = 1e-4
-"""Added to a covariance's diagonal, as JEM++ does, so that few images still give a full rank."""
+__all__ = [
+    "JITTER", "Gaussian", "GaussianStart", "Labelled", "LowRankStart", "Mixture", "MomentStart",
+    "Noise", "Start", "StartSpec", "Uniform", "gaussian", "images_hash", "moments", "start_name",
+]  # fmt: skip
 
 
 @runtime_checkable
@@ -58,14 +66,14 @@ class Gaussian(Options):
     """One Gaussian with the mean and covariance of the training images, M-EBM's start."""
 
     def build(self, task: "Task", device: torch.device) -> Start:
-        return GaussianStart(*moments(task, classwise=False, device=device), task)
+        return MomentStart(task, classwise=False, device=device)
 
 
 class Mixture(Options):
     """A Gaussian a class, JEM++'s informative initialisation."""
 
     def build(self, task: "Task", device: torch.device) -> Start:
-        return GaussianStart(*moments(task, classwise=True, device=device), task)
+        return MomentStart(task, classwise=True, device=device)
 
 
 class UniformStart:
@@ -136,63 +144,73 @@ class Labelled:
         return self.start.draw(n, rng, self.y[:n] if y is None else y)
 
 
+class LowRankStart:
+    """x = m_k + B_k z + s_k e: the leading directions of a covariance and a diagonal; clamped."""
+
+    def __init__(self, means: Tensor, basis: Tensor, spread: Tensor, task: "Task") -> None:
+        self.means, self.basis, self.spread = means, basis, spread  # [K, D], [K, D, R], [K, D]
+        self.shape, self.bounds = task.shape, task.bounds
+
+    def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
+        k, d, rank = self.basis.shape
+        z = torch.randn((n, rank), generator=rng, device=rng.device)
+        e = torch.randn((n, d), generator=rng, device=rng.device)
+        if k == 1:
+            y = torch.zeros(n, dtype=torch.int64, device=rng.device)
+        elif y is None:
+            y = torch.randint(k, (n,), generator=rng, device=rng.device)
+        rows = max(1, GATHERED // (d * rank))
+        pieces = [
+            self.means[label]
+            + torch.bmm(self.basis[label], part.unsqueeze(2)).squeeze(2)
+            + self.spread[label] * rest
+            for part, rest, label in zip(*(torch.split(t, rows) for t in (z, e, y)), strict=True)
+        ]
+        return self.bounds.clamp(torch.cat(pieces)).view(n, *self.shape)
+
+
+class MomentStart:
+    """A start from the training images' Gaussians, which are looked for at the first draw."""
+
+    def __init__(self, task: "Task", *, classwise: bool, device: torch.device) -> None:
+        self.task, self.classwise, self.device = task, classwise, device
+        self.form: Form = form_of(task, classwise=classwise)
+        self._late = Late(lambda: _gaussians(task, classwise, device))
+        if task.fill:
+            self.check()
+
+    def check(self) -> None:
+        """Refuse what will have no Gaussian, before anything slow."""
+        check_groups(self.task, classwise=self.classwise)
+
+    def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
+        return self._late.get().draw(n, rng, y)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a model's own file of moments holds; reads the training images where it must."""
+        return packed(self.form, moments_of(self.task, classwise=self.classwise))
+
+
+def _gaussians(
+    task: "Task", classwise: bool, device: torch.device
+) -> "GaussianStart | LowRankStart":
+    found = {n: t.to(device) for n, t in moments_of(task, classwise=classwise).items()}
+    if "basis" in found:
+        return LowRankStart(found["means"], found["basis"], found["spread"], task)
+    return GaussianStart(found["means"], expanded(found["factors"], found["means"].shape[1]), task)
+
+
 def moments(task: "Task", *, classwise: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Means [K, D] and Cholesky factors [K, D, D] of un-augmented training images.
-
-    In the model's range; cached under the hash of the data, since a covariance takes a while.
-    """
-    kind = "mixture" if classwise else "gaussian"
-    key = hashlib.sha256(f"{task.hash} {tuple(task.bounds)} {kind} {JITTER}".encode())
-    path = cache_folder() / "moments" / f"{key.hexdigest()[:32]}.safetensors"
-    found = load_tensors(path) if path.exists() else None
-    if found is None or set(found) != {"means", "factors"}:
-        found = _estimate(task, classwise)
-        _keep(path, found)
-    return found["means"].to(device), found["factors"].to(device)
-
-
-def _keep(path: Path, found: dict[str, Tensor]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, found)
-    except OSError as error:
-        log.warning("the moments of the data could not be kept in %s: %s", path, error)
-
-
-def _estimate(task: "Task", classwise: bool) -> dict[str, Tensor]:
-    images = task.images("train")
-    x = task.bounds.from_unit(images.unit()).flatten(1)
-    groups = [x[images.y == k] for k in range(task.n_classes)] if classwise else [x]
-    empty = [k for k, group in enumerate(groups) if not len(group)]
-    if empty:
-        raise ConfigError(
-            f"no training image of class {', '.join(map(str, empty[:5]))}, so it has no Gaussian; "
-            "use more images (run.max_train) or backbone.start.use=gaussian"
-        )
-    pairs = [gaussian(group) for group in groups]
-    means, factors = zip(*pairs, strict=True)
-    return {"means": torch.stack(means), "factors": torch.stack(factors)}
-
-
-def gaussian(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean [D] of rows [N, D], and the Cholesky factor of their covariance (divided by N)."""
-    mean = x.mean(dim=0)
-    centred = x - mean
-    covariance = (centred.T @ centred).double() / len(x)
-    covariance.diagonal().add_(JITTER)
-    return mean, torch.linalg.cholesky(covariance).float()
-
-
-def images_hash(images: Images) -> str:
-    """SHA-256 of a set's pixels, labels and shapes."""
-    digest = hashlib.sha256(f"{list(images.x.shape)} {images.x.dtype}".encode())
-    digest.update(images.x.contiguous().numpy().tobytes())
-    digest.update(images.y.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    """Means [K, D] and Cholesky factors [K, D, D], where whole covariances are kept."""
+    found = moments_of(task, classwise=classwise)
+    means = found["means"]
+    return means.to(device), expanded(found["factors"], means.shape[1]).to(device)
 
 
 def start_name(start: Start) -> str:
     """A start as a protocol card names it: as it is registered, where its class is named so."""
+    if isinstance(start, MomentStart):
+        return str(start.form)
     if isinstance(start, GaussianStart) and len(start.means) > 1:
         return "mixture"
     return type(start).__name__.removesuffix("Start").lower()

@@ -101,7 +101,7 @@ def subject_of(
 ) -> Subject:
     """Any module that maps [0, 1] images to logits, on a data set or on labelled images."""
     test = dataset.load("test") if isinstance(dataset, Dataset) else _images(dataset)
-    if not len(test.y):
+    if not test.y.numel():
         raise DataError("there are no images to judge the model on")
     known = n_classes or (dataset.n_classes if isinstance(dataset, Dataset) else None)
     test = checked(test, known or count_classes(test.y), "the test images")

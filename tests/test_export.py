@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from imagefolders import split_folder
 from toys import REGISTRY, toy_recipe, toy_registry
 from typer.testing import CliRunner
 
@@ -21,6 +22,8 @@ from jemkit.evaluation import judge
 from jemkit.exporting import CARD, CONFIG, export, push, verify, write_model
 from jemkit.extras import install
 from jemkit.generation import TOGETHER, asked, drawn, sample
+from jemkit.moments import MOMENTS
+from jemkit.plan import plan
 from jemkit.registry import Registry
 from jemkit.runtime.files import load_tensors, read_json, write_json
 from jemkit.settings import settings_of
@@ -286,3 +289,71 @@ def test_jemkits_own_parts_are_enough_to_read_a_card(averaged: Path, tmp_path: P
     folder = export(averaged, out=tmp_path / "model").folder
     with pytest.raises(ConfigError, match="no dataset 'toy'"):
         subject_at(folder, REGISTRY, CPU)
+
+
+@pytest.fixture(scope="module")
+def begun_from_gaussians(
+    parts: Registry, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """A run whose chains begin from class-wise Gaussians of a folder's images, and that folder."""
+    root = tmp_path_factory.mktemp("gaussians")
+    data = split_folder(root / "data", n=20)
+    overrides = ("backbone.start.use=mixture", "data.use=folder", f"data.dir={data}")
+    train(toy_recipe(parts, "sadajem", "ce", "plain", *overrides), root / "run", registry=parts)
+    return root / "run", data
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("JEMKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "moments"
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_an_exported_model_samples_where_no_training_image_is_left(
+    begun_from_gaussians: tuple[Path, Path],
+    parts: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, data = begun_from_gaussians
+    wanted = sample(run, registry=parts, n=7, steps=3).pixels
+    folder = export(run, out=tmp_path / "model", registry=parts).folder
+    hidden = data.rename(data.with_name("hidden"))
+    monkeypatch.setenv("JEMKIT_CACHE", str(tmp_path / "none"))
+    try:
+        assert torch.equal(sample(folder, registry=parts, n=7, steps=3).pixels, wanted)
+        assert exporting.load(folder, registry=parts)(torch.rand(2, 1, 8, 8)).shape == (2, 2)
+        with pytest.raises(DataError, match=r"--data-dir DIR.*--start uniform"):
+            sample(folder, registry=parts, n=7, steps=3, start="gaussian")
+        there = {"dir": str(hidden)}
+        drawn = sample(folder, registry=parts, n=7, steps=3, start="gaussian", dataset=there)
+        assert drawn.pixels.shape == (7, 1, 8, 8)
+        (folder / MOMENTS).write_bytes(b"")
+        with pytest.raises(DataError, match=rf"{MOMENTS} is missing or damaged"):
+            sample(folder, registry=parts, n=7, steps=3)
+    finally:
+        hidden.rename(data)
+
+
+def test_an_evaluation_that_does_not_sample_estimates_no_gaussians(
+    begun_from_gaussians: tuple[Path, Path], parts: Registry, empty_cache: Path
+) -> None:
+    run, _ = begun_from_gaussians
+    clean(run, parts)
+    assert not empty_cache.exists()
+    sample(run, registry=parts, n=3, steps=1)
+    assert len(list(empty_cache.iterdir())) == 1
+
+
+def test_a_dry_run_estimates_no_gaussians_and_tells_what_they_take(
+    parts: Registry, tmp_path: Path, empty_cache: Path
+) -> None:
+    data = split_folder(tmp_path / "data", n=20)
+    overrides = ("backbone.start.use=mixture", "data.use=folder", f"data.dir={data}")
+    found = plan(toy_recipe(parts, "sadajem", "ce", "plain", *overrides), tmp_path / "run")
+    assert found["start"] == "mixture"
+    assert found["disk of the start"] == f"0.0 MB at most, in {empty_cache}"
+    assert found["disk of the run"].endswith("MB")
+    assert not empty_cache.parent.exists()
+    assert not (tmp_path / "run").exists()

@@ -399,6 +399,15 @@ class TestPixels:
         assert Folder(dir=tmp_path, size=64).load("train").x.shape[-1] == 64
 
 
+def test_a_folder_that_is_not_there_is_a_fault_of_the_data(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jemkit", "train", "--dataset", "folder", "--data-dir",
+               str(tmp_path / "gone"), "--dry-run"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == DataError.exit_code
+    assert "gone: does not exist" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_command_shows_what_it_found(tmp_path: Path) -> None:
     root = split_folder(tmp_path / "data", n=30)
     image(root / "train" / "cat" / ".hidden" / "x.png")

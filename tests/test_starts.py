@@ -1,5 +1,6 @@
 """Starts draw from what they say: uniform, normal, or the moments of training images."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +11,29 @@ from hypothesis import strategies as st
 from strategies import normal, seeds
 from toys import gen
 
-from jemkit import Bounds, ConfigError, Images, Task
+from jemkit import Bounds, ConfigError, DataError, Images, Task
 from jemkit.builtin import jemkit_starts
+from jemkit.moments import (
+    LARGEST,
+    MOMENTS,
+    RANK,
+    Form,
+    _directions,
+    _prune,
+    brought,
+    form_of,
+    low_rank,
+    moments_of,
+)
+from jemkit.runtime.files import file_hash, write_json, write_tensors
 from jemkit.starts import (
     JITTER,
     Gaussian,
     GaussianStart,
     Labelled,
+    LowRankStart,
     Mixture,
+    MomentStart,
     Noise,
     Uniform,
     gaussian,
@@ -175,3 +191,181 @@ def test_the_hash_of_images_knows_their_pixels_labels_and_shape() -> None:
     assert base == images_hash(Images(x.clone(), y.clone()))
     others = [Images(x.flip(3), y), Images(x, y.flip(0)), Images(x.view(2, 1, 4, 2), y)]
     assert len({base, *map(images_hash, others)}) == 4
+
+
+def shaped(task: Task, *shape: int, k: int) -> Task:
+    return replace(task, shape=shape, n_classes=k)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("shape", "k", "classwise", "rank"),
+    [
+        ((3, 32, 32), 10, True, None),  # CIFAR-10, JEM++: 10 triangles of 3072 are 189 MB
+        ((3, 32, 32), 10, False, None),
+        ((1, 28, 28), 10, True, None),
+        ((3, 32, 32), 100, True, 160),  # CIFAR-100: whole ones would be 1.9 GB
+        ((3, 32, 32), 20, True, RANK),
+        ((3, 64, 64), 2, True, RANK),
+        ((3, 64, 64), 10, False, RANK),
+        ((1, 64, 64), 10, False, RANK),
+        ((3, 48, 48), 1000, True, 5),
+    ],
+)
+def test_covariances_are_whole_where_their_file_is_small(
+    shape: tuple[int, int, int], k: int, classwise: bool, rank: int | None
+) -> None:
+    form = form_of(shaped(toy_task(), *shape, k=k), classwise=classwise)
+    assert form.rank == rank
+    assert form.bytes <= LARGEST
+
+
+@pytest.mark.parametrize("size", [8, 33])
+@pytest.mark.parametrize("classwise", [False, True])
+def test_a_file_of_moments_is_as_large_as_was_told(size: int, classwise: bool) -> None:
+    task = toy_task(size=size, n_train=24)
+    found = moments_of(task, classwise=classwise)
+    form = form_of(task, classwise=classwise)
+    told = form.bytes if form.rank is None else form._replace(rank=found["basis"].shape[2]).bytes
+    assert sum(t.nbytes for t in found.values()) == told <= form.bytes
+
+
+@given(seed=seeds, n=st.integers(2, 30), d=st.integers(1, 12), rank=st.integers(1, 30))
+def test_a_low_rank_is_exact_on_the_diagonal_and_wholly_where_it_is_full(
+    seed: int, n: int, d: int, rank: int
+) -> None:
+    x = normal(seed, n, d)
+    mean, basis, spread = low_rank(x, rank)
+    assert basis.shape == (d, rank)
+    torch.testing.assert_close(mean, x.mean(0))
+    covariance = torch.cov(x.T, correction=0).reshape(d, d) + JITTER * torch.eye(d)
+    made = basis @ basis.T + spread.square().diag()
+    torch.testing.assert_close(made.diagonal(), covariance.diagonal(), rtol=1e-3, atol=1e-4)
+    if rank >= min(n - 1, d):
+        torch.testing.assert_close(made, covariance, rtol=1e-3, atol=1e-4)
+
+
+def test_leading_directions_of_many_long_rows_are_those_of_an_eigendecomposition() -> None:
+    d, n = 2100, 2200  # above what is decomposed directly
+    lengths = torch.tensor([30.0, 20.0, 10.0])
+    axes = torch.linalg.qr(normal(0, d, 3)).Q
+    c = (normal(1, n, 3) * lengths) @ axes.T / n**0.5 + 0.001 * normal(2, n, d)
+    found = _directions(c, 3)
+    inside = c @ axes
+    wanted = axes @ (inside.T @ inside) @ axes.T
+    difference = torch.linalg.matrix_norm(found @ found.T - wanted)
+    assert difference < 0.01 * torch.linalg.matrix_norm(wanted)  # noise is 0.002 of the lengths
+
+
+def test_low_rank_draws_have_the_mean_and_spread_of_the_images() -> None:
+    task = replace(toy_task(), bounds=Bounds(-9.0, 9.0))
+    x = unit(toy_task())
+    means, basis, spread = low_rank(x, 3)
+    start = LowRankStart(means[None], basis[None], spread[None], task)
+    drawn = start.draw(20_000, gen()).flatten(1)
+    assert float((drawn.mean(0) - means).abs().max()) < 0.03
+    expected = basis @ basis.T + spread.square().diag()
+    assert float((torch.cov(drawn.T) - expected).abs().max()) < 0.03
+
+
+def test_labels_decide_the_class_of_a_low_rank_mixture_too() -> None:
+    task = toy_task(size=40)
+    start = Mixture().build(task, CPU)
+    assert isinstance(start, MomentStart)
+    y = torch.arange(60) % 3
+    means = moments_of(task, classwise=True)["means"]
+    nearest = torch.cdist(start.draw(60, gen(), y).flatten(1), means).argmin(1)
+    assert (nearest == y).float().mean() > 0.9
+    assert start_name(start) == "mixture (covariances of rank 256 at most, and a diagonal)"
+
+
+@pytest.mark.parametrize("classwise", [False, True])
+def test_draws_are_bit_for_bit_those_of_the_whole_factors(classwise: bool) -> None:
+    task = toy_task()
+    x, y = unit(task), task.images("train").y
+    groups = [x[y == k] for k in range(3)] if classwise else [x]
+    means, factors = (torch.stack(list(t)) for t in zip(*map(gaussian, groups), strict=True))
+    for _ in range(2):  # the second time they come from the cache
+        start = MomentStart(task, classwise=classwise, device=CPU)
+        same = GaussianStart(means, factors, task)
+        assert torch.equal(start.draw(9, gen()), same.draw(9, gen()))
+
+
+def refusing(split: str) -> Images:
+    raise DataError(f"the {split} images are not here")
+
+
+@pytest.mark.parametrize("spec", [Gaussian(), Mixture()], ids=["gaussian", "mixture"])
+def test_a_start_looks_for_its_moments_at_the_first_draw(spec: Gaussian) -> None:
+    task = replace(toy_task(), images=refusing, hash="of nothing", fill=False)
+    start = spec.build(task, CPU)
+    assert start_name(start) in ("gaussian", "mixture")
+    with pytest.raises(DataError, match=r"train images are not here.*--data-dir.*--start uniform"):
+        start.draw(3, gen())
+
+
+@pytest.mark.parametrize("size", [8, 40])
+def test_moments_that_a_model_brings_need_no_image(tmp_path: Path, size: int) -> None:
+    task = toy_task(size=size)
+    start = Mixture().build(task, CPU)
+    assert isinstance(start, MomentStart)
+    config = tmp_path / "config.json"
+    write_tensors(tmp_path / MOMENTS, start.tensors())
+    write_json(config, {"sha256": {MOMENTS: file_hash(tmp_path / MOMENTS)}})
+    alone = replace(task, images=refusing, hash="", fill=False, moments=brought(config))
+    assert torch.equal(Mixture().build(alone, CPU).draw(5, gen()), start.draw(5, gen()))
+    with pytest.raises(DataError, match="--start uniform"):
+        Gaussian().build(alone, CPU).draw(5, gen())  # those are not in the file
+    with pytest.raises(DataError, match=r"moments\.safetensors does not fit images"):
+        Mixture().build(shaped(alone, 1, 9, 9, k=3), CPU).draw(5, gen())
+    (tmp_path / MOMENTS).write_bytes(b"x")
+    with pytest.raises(DataError, match="damaged: its SHA-256"):
+        brought(config)
+    write_json(config, {"sha256": {}})
+    assert brought(config) is None  # a file that nobody vouches for
+
+
+def test_a_damaged_cache_is_estimated_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JEMKIT_CACHE", str(tmp_path))
+    task = toy_task()
+    first = moments(task, classwise=True, device=CPU)
+    (kept,) = (tmp_path / "moments").iterdir()
+    for damage in (b"x", b""):
+        kept.write_bytes(damage)
+        assert all(map(torch.equal, first, moments(task, classwise=True, device=CPU)))
+        assert kept.stat().st_size > 1000
+
+
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=8, unique=False),
+    limit=st.integers(0, 30),
+)
+def test_the_cache_keeps_what_was_used_last_up_to_its_limit(
+    sizes: list[int], limit: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("cache")
+    for i, size in enumerate(sizes):
+        path = folder / f"{i}.safetensors"
+        path.write_bytes(b"x" * size)
+        os.utime(path, (1000 + i, 1000 + i))
+    _prune(folder, limit)
+    left = sorted(int(p.stem) for p in folder.iterdir())
+    assert left == list(range(len(sizes) - len(left), len(sizes)))  # the newest, without a gap
+    total = sum(sizes[i] for i in left)
+    assert total <= limit or len(left) == 1
+    if len(left) < len(sizes):  # nothing is removed without need
+        assert total + sizes[left[0] - 1] > limit
+
+
+def test_a_hit_makes_a_file_of_the_cache_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JEMKIT_CACHE", str(tmp_path))
+    moments(toy_task(), classwise=True, device=CPU)
+    (kept,) = (tmp_path / "moments").iterdir()
+    os.utime(kept, (1000, 1000))
+    moments(toy_task(), classwise=True, device=CPU)
+    assert kept.stat().st_mtime > 1000
+
+
+def test_a_form_says_what_it_is() -> None:
+    assert str(Form("gaussian", 1, 64, None)) == "gaussian"

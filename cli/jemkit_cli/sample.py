@@ -38,6 +38,13 @@ def sample(
             show_default=False,
         ),
     ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the training images are now, for starts that need them.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the chains.")] = 0,
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run.")
@@ -63,6 +70,7 @@ def sample(
     wanted = {
         "n": n, "steps": steps, "start": start, "source": source, "classes": classes, "seed": seed,
         "device": device, "which": checkpoint,
+        "dataset": {"dir": str(data_dir)} if data_dir else None,
     }  # fmt: skip
     samples = _drawn(run, wanted, out, third_party=not no_plugins, silent=as_json)
     if samples is None:  # the first process speaks for all

@@ -1,11 +1,11 @@
 """Image files as pixels, each as a viewer shows it."""
 
-import os
-import stat
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from io import BufferedReader
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from jemkit.data import SIZES
 from jemkit.errors import DataError
 from jemkit.imagefolder.layout import shown
+from jemkit.runtime.opening import opened as regular_file
 
 FORMATS = (
     "PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "TIFF", "WEBP", "AVIF", "PPM", "JPEG2000", "TGA",
@@ -121,13 +122,7 @@ def _centre(image: Image.Image) -> Image.Image:
 @contextmanager
 def opened(path: str) -> Iterator[Image.Image]:
     """An image file, decoded in the block; whatever a decoder raises is a DataError."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise DataError(f"{shown(path)}: cannot be read ({error.strerror})") from None
-    with os.fdopen(handle, "rb") as file, warnings.catch_warnings():
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise DataError(f"{shown(path)}: is no regular file")
+    with _file(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -142,6 +137,17 @@ def opened(path: str) -> Iterator[Image.Image]:
             ) from None
         except Exception as error:  # decoders of damaged files raise anything
             raise DataError(f"{shown(path)}: cannot be read as an image ({error})") from error
+
+
+@contextmanager
+def _file(path: str) -> Iterator[BufferedReader]:
+    """A regular file, open to be read."""
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(regular_file(Path(path)))
+        except OSError as error:
+            raise DataError(f"{shown(path)}: cannot be read ({error.strerror})") from None
+        yield file
 
 
 def _formats() -> list[str]:
