@@ -3,6 +3,7 @@
 import dis
 import functools
 import sys
+import sysconfig
 import types
 from collections.abc import Iterator
 from pathlib import PurePath
@@ -26,11 +27,15 @@ def home(value: Any) -> str:
 def package(module: str) -> str | None:
     """The version of an installed package, "" of one that a protocol names; None of one's own."""
     top = module.split(".")[0]
-    if top in BY_NAME or (top in sys.stdlib_module_names and top != "__main__"):
-        return ""
+    if top == "__main__":  # of a notebook or of `python -m` it has an installed package's file
+        return None
     found = sys.modules.get(top)
-    parts = PurePath(getattr(found, "__file__", None) or "").parts
-    if {"site-packages", "dist-packages"} & set(parts):
+    file = PurePath(getattr(found, "__file__", None) or "")
+    installed = bool({"site-packages", "dist-packages"} & set(file.parts))
+    shipped = not file.name or file.is_relative_to(sysconfig.get_path("stdlib"))
+    if top in BY_NAME or (top in sys.stdlib_module_names and shipped and not installed):
+        return ""
+    if installed:
         return str(getattr(found, "__version__", ""))
     return None
 

@@ -169,11 +169,14 @@ def _words(card: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     words = []
     if {"norm", "radius_px"} & set(keys):
         norm = f"{card.get('norm')} " if "norm" in keys else ""
-        words.append(f"{norm}{card.get('radius_px', math.nan):g}/255")
+        words.append(f"{norm}{card.get('radius_px') or 0:g}/255")
     if {"images", "data_sha256", "selection"} & set(keys):
         words.append(f"{card.get('images')} images")
     known = ("norm", "radius_px", "images", "data_sha256", "selection", "standard", "quick")
+    radius = card.get("radius_px") or 0.0
+    usual = card.get("step_px") == radius / 4  # which the radius says
     others = [key for key in keys if key not in known and card.get(key) is not None]
+    others = [key for key in others if key != "step_px" or not usual]
     words += [f"{key.split('.')[-1].replace('_', ' ')} {card[key]}" for key in others[:3]]
     return [HASH.sub(r"\1...", word) for word in words]
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from toys import linear_model
 
 from jemkit import PixelModel
+from jemkit.bytecode import package
 from jemkit.identity import identity_of
 
 FACTOR = 2.0
@@ -141,6 +142,13 @@ def test_what_cannot_be_hashed_is_told_and_never_the_same_twice() -> None:
     assert "Plain.held, of type lock" in one.card["identity"]
 
 
+def test_code_of_ones_own_is_followed_and_that_of_installed_packages_goes_by_its_name() -> None:
+    assert package("__main__") is None  # whose file is pytest's here, and a kernel's in a notebook
+    assert package(__name__) is None
+    assert package("torch.nn") == package("functools") == package("_thread") == ""
+    assert package("_pytest.mark") is not None
+
+
 def test_a_module_that_holds_itself_has_an_identity() -> None:
     model = Plain(None)
     model.held = [model, {"me": model}]
@@ -164,7 +172,7 @@ def test_attributes_have_one_identity_exactly_where_they_are_equal(a: Any, b: An
 
 def ordered(value: Any) -> Any:
     if isinstance(value, dict):
-        return [(key, ordered(value[key])) for key in sorted(value)]
+        return "dict", [(key, ordered(value[key])) for key in sorted(value)]
     return [ordered(item) for item in value] if isinstance(value, list) else value
 
 
