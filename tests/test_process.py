@@ -145,6 +145,34 @@ def test_a_reader_that_ends_does_not_end_the_work(tmp_path: Path) -> None:
     assert (tmp_path / "here" / "checkpoints" / "best").exists()
 
 
+def test_silent_work_shows_its_time_on_a_terminal_and_the_next_word_takes_it_away(
+    tmp_path: Path,
+) -> None:
+    script = (
+        "import os, sys, time\n"
+        "from jemkit_cli import process\n"
+        "process.open_streams()\n"
+        "now = time.monotonic()\n"
+        "process.PULSE.beat(now)\n"  # nothing: it has just begun
+        "process.PULSE.beat(now + 3600)\n"
+        "print('a word', flush=True)\n"
+    )
+    leader, follower = pty.openpty()
+    running = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=follower, stderr=follower, env=environment()
+    )
+    os.close(follower)
+    shown = b""
+    with suppress(OSError):  # how Linux tells the end of a terminal
+        while part := os.read(leader, 4096):
+            shown += part
+    os.close(leader)
+    assert running.wait() == 0
+    assert shown == b"\r\x1b[Kworking, 3600 s\r\x1b[Ka word\r\n"
+    piped = process("plugins", "list", cwd=tmp_path)
+    assert "working" not in piped.err
+
+
 def own_terminal() -> None:
     """The process leads a session, and its standard input is the session's terminal."""
     os.setsid()

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType, TracebackType
@@ -62,6 +63,7 @@ class Working:
     def __enter__(self) -> None:
         global _working
         _working = True
+        PULSE.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None,
@@ -69,10 +71,12 @@ class Working:
     ) -> None:  # fmt: skip
         global _working
         _working = False
+        PULSE.stop()
 
 
 def leave() -> None:
     """End the process now, with one line."""
+    PULSE.stop()
     with suppress(AttributeError, OSError, RuntimeError, ValueError):  # closed, or in use
         sys.stdout.flush()
     try:
@@ -102,6 +106,57 @@ def _unraisable(what: Any) -> None:
     sys.__unraisablehook__(what)
 
 
+SILENCE = 2.0
+"""Seconds without a word on a terminal, after which a command gives a sign of life."""
+ERASED = b"\r\x1b[K"
+
+
+class Pulse:
+    """How long a command has worked, in a line that what it says next replaces.
+
+    On a terminal alone; where a bar moves, nobody is silent.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._ended = threading.RLock(), threading.Event()
+        self._spoke = self._began = time.monotonic()
+        self._shown = False
+
+    def spoken(self) -> None:
+        """Somebody writes now: take the line away."""
+        with self._lock:
+            self._spoke = time.monotonic()
+            if self._shown:
+                self._shown = False
+                with suppress(OSError):
+                    os.write(2, ERASED)
+
+    def beat(self, now: float) -> None:
+        """Show the time since the command began, where it has been silent until `now`."""
+        with self._lock:
+            if now - self._spoke > SILENCE:
+                self._shown = True
+                with suppress(OSError):
+                    os.write(2, ERASED + f"working, {now - self._began:.0f} s".encode())
+
+    def start(self) -> None:
+        buffer: Any = getattr(sys.stderr, "buffer", None)
+        raw = getattr(buffer, "raw", buffer)
+        if isinstance(raw, Output) and sys.stderr.isatty() and not speaker():
+            self._ended.clear()
+            self._spoke = self._began = time.monotonic()
+            threading.Thread(target=self._run, daemon=True).start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self.spoken()
+
+    def _run(self) -> None:
+        while not self._ended.wait(0.5):
+            self.beat(time.monotonic())
+
+
+PULSE = Pulse()
 GONE = (errno.EPIPE, errno.EIO)
 """How writing fails where a reader has ended or a terminal is closed."""
 
@@ -110,6 +165,7 @@ class Output(io.FileIO):
     """A file descriptor whose reader may end: what is written later is dropped, work goes on."""
 
     def write(self, content: Any) -> int:
+        PULSE.spoken()
         try:
             return super().write(content)
         except OSError as error:
