@@ -20,6 +20,9 @@ Part = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
 TARGETS = 9
 """Classes that a targeted part aims at, the likeliest wrong ones; CIFAR-10 has no more."""
 
+QUERIES = 5000
+"""Of Square within AutoAttack, which takes the first half of its authors' schedule of 10,000."""
+
 LOG = logging.getLogger(__name__)
 LOG.addHandler(logging.NullHandler())  # pyautoattack's warnings are for whoever listens
 
@@ -64,6 +67,8 @@ class Stage:
         found["restarts"] = self.restarts
         if self.name.startswith("apgd"):
             found |= {"eot": self.eot, "loss": self._loss(n_classes)}
+        if self._rescaled:
+            found["schedule"] = f"its authors', over {self.steps} queries"
         if self._targeted:
             found["targets"] = self._aims(n_classes)
         return found | ({"radii": "3, 2, 1 times the radius"} if self.widened else {})
@@ -81,6 +86,11 @@ class Stage:
     @property
     def _targeted(self) -> bool:
         return self.name.endswith("-t")
+
+    @property
+    def _rescaled(self) -> bool:
+        """Whether Square's windows shrink over its own number of queries, as its authors have it."""
+        return self.name == "square" and self.steps != QUERIES
 
     def _aims(self, n_classes: int) -> int:
         return min(self.targets, n_classes - 1)
@@ -102,7 +112,7 @@ class Stage:
         }  # fmt: skip
         ascent = {"n_iter": self.steps, "eot_iter": self.eot, "use_largereps": self.widened}
         if self.name == "square":
-            return SquareAttack(logits, n_queries=self.steps, resc_schedule=False, **usual)
+            return SquareAttack(logits, n_queries=self.steps, resc_schedule=self._rescaled, **usual)
         if self.name in ("fab", "fab-t"):
             aims = {"targeted": self._targeted, "n_target_classes": self._aims(n_classes)}
             return FABAttack_PT(logits, n_iter=self.steps, **aims, **usual)

@@ -51,6 +51,7 @@ class Backbone:
         self.views = Views() if views is None else views
         self.bounds, self.radius_px = bounds, radius_px
         self._separate = bool(batch_norms(model))
+        self.penalised = 0.0  # the weight that a remedy has put on the size of the energies
         self.passed: set[Stream] = set()  # by an update so far
 
     @classmethod

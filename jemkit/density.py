@@ -10,11 +10,23 @@ from jemkit.data import Bounds
 from jemkit.energy import EnergyModel, ModelEnergy
 from jemkit.errors import ConfigError, MisfitError
 from jemkit.late import Late
-from jemkit.modes import BatchNormMode, sampling_mode
+from jemkit.modes import BatchNormMode, batch_norms, sampling_mode
 from jemkit.options import Options
 from jemkit.runtime import distributed
 from jemkit.sampling import Boxed, Sampler, run
 from jemkit.starts import Start
+
+LEAST = 64
+"""Chains that run together at the least where batch norm normalises each by the others."""
+
+
+def even_batches(n: int, most: int) -> list[int]:
+    """n chains in as few batches of at most `most` as it takes, none smaller by more than one.
+
+    A rest by itself would be normalised by itself.
+    """
+    batches = -(-n // most)
+    return [n // batches + (i < n % batches) for i in range(batches)]
 
 
 @runtime_checkable
@@ -39,7 +51,10 @@ class Density(Protocol):
         start: Start,
         y: Tensor | None = None,
     ) -> Tensor:
-        """x [n, ...] from fresh chains; never touches the buffer."""
+        """x [n, ...] from fresh chains; never touches the buffer.
+
+        What becomes of one chain may depend on how many run, but not on there being few.
+        """
         ...
 
     def loss(self, positive: Tensor, negative: Tensor) -> Tensor:
@@ -200,7 +215,15 @@ class ContrastiveDensity:
         start: Start,
         y: Tensor | None = None,
     ) -> Tensor:
-        return self._run(model, start.draw(n, rng, y), rng, steps, y)
+        among = self.together(model, n)
+        if y is not None:
+            y = y[torch.arange(among, device=y.device) % n]
+        return self._run(model, start.draw(among, rng, y), rng, steps, y)[:n]
+
+    def together(self, model: EnergyModel, n: int) -> int:
+        """How many fresh chains run for n of them: those beyond are there for batch norm alone."""
+        coupled = batch_norms(model) and self.options.batch_norm != "running_stats"
+        return max(n, LEAST) if coupled else n
 
     def _run(
         self, model: EnergyModel, x: Tensor, rng: Generator, steps: int, y: Tensor | None
@@ -220,6 +243,10 @@ class ContrastiveDensity:
         if self.options.penalty_on == "means":  # SADA-JEM
             return distributed.mean(positive).square() + distributed.mean(negative).square()
         return positive.square().mean() + distributed.mean(negative).square()  # M-EBM
+
+    @property
+    def penalty(self) -> float:
+        return self.options.penalty
 
     def penalise(self, weight: float) -> None:
         """Hold the size of the energies down by at least this much."""
@@ -252,11 +279,25 @@ class Buffered(Protocol):
     buffer: ReplayBuffer
 
 
+def together(density: Density, model: EnergyModel, sizes: list[int]) -> int:
+    """The chains that run side by side in the largest of these batches, for a protocol."""
+    if isinstance(density, ContrastiveDensity):
+        return density.together(model, max(sizes))
+    return max(sizes)
+
+
 @runtime_checkable
 class Penalised(Protocol):
     """A density that can hold the size of the energies down."""
 
-    def penalise(self, weight: float) -> None: ...
+    def penalise(self, weight: float) -> None:
+        """By at least this much; one that says its present `penalty` is spared a lighter one."""
+        ...
+
+
+def penalty_of(density: Density | None) -> float:
+    """The weight that a density says it holds the energies down by."""
+    return float(getattr(density, "penalty", 0.0))
 
 
 @runtime_checkable

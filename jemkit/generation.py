@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from jemkit.dealing import undivided
-from jemkit.density import Buffered
+from jemkit.density import Buffered, ReplayBuffer, even_batches, together
 from jemkit.errors import ConfigError, MisfitError, Preempted, UsageError
 from jemkit.evaluator import Progress, no_progress
 from jemkit.memory import MicroBatch
@@ -36,7 +36,7 @@ STEPS = 40
 """Of a fresh chain, where none are given."""
 
 TOGETHER = 500
-"""Chains that run side by side; a batch norm that normalises by the batch sees this many."""
+"""The most chains that run side by side; a batch norm that normalises by the batch sees them."""
 
 
 class Samples(NamedTuple):
@@ -118,7 +118,9 @@ def asked(
         steps = STEPS if steps is None else steps
         energy = "E(x)" if y is None else "E(x, y)"
         name = start or run.table.get("start", {}).get("use", "the backbone's")
+        side = together(run.density, run.backbone.model, even_batches(n, TOGETHER))
         how = {"source": "chains", "start": name, "steps": steps, "energy": energy}
+        how["together"] = side
         p0 = run.density.start if start is None else registry["start"][start]().build(run.task, on)
     about = {"class": None if y is None else sorted(set(y.tolist())), "images": n, "seed": seed}
     if isinstance(p0, MomentStart) and p0.form.rank is not None:
@@ -201,14 +203,31 @@ def _kept(run: Source, asked: Asked) -> Tensor:
     if not isinstance(run.density, Buffered):
         raise MisfitError("this density keeps no buffer; draw fresh chains instead")
     run.density.load_state_dict(undivided(run.state, run.density))
-    rng = Generator(asked.device).manual_seed(asked.seed)
-    return run.density.buffer.states[run.density.buffer.slots(asked.n, rng, asked.y)]
+    buffer, rng = run.density.buffer, Generator(asked.device).manual_seed(asked.seed)
+    _check_kept(buffer, run, asked)
+    return buffer.states[buffer.slots(asked.n, rng, asked.y)]
+
+
+def _check_kept(buffer: ReplayBuffer, run: Source, asked: Asked) -> None:
+    """Refuse more states than the buffer has, and classes that its chains were not drawn of."""
+    there, wanted, of = buffer.options.capacity, asked.n, "states"
+    if asked.y is not None and buffer.options.conditional:
+        if not run.conditional:
+            raise MisfitError(
+                "the buffer has a slice for each class, and the run's chains were drawn of no "
+                "class: its states are of any. Draw fresh chains of the classes instead"
+            )
+        there, wanted = there // run.task.n_classes, int(asked.y.bincount().max())
+        of = "states of one class"
+    if wanted > there:
+        raise UsageError(
+            f"{wanted} {of} from a buffer that has {there}: ask for fewer, or draw fresh chains"
+        )
 
 
 def portions(n: int) -> dict[str, int]:
-    """n chains, TOGETHER at a time: how many, by a name for each such batch."""
-    sizes = [min(TOGETHER, n - at) for at in range(0, n, TOGETHER)]
-    return {f"{i:05d}-{size}": size for i, size in enumerate(sizes)}
+    """n chains in even batches of at most TOGETHER: how many, by a name for each batch."""
+    return {f"{i:05d}-{size}": size for i, size in enumerate(even_batches(n, TOGETHER))}
 
 
 def _about(asked: Asked) -> dict[str, Any]:
@@ -231,7 +250,7 @@ def _fresh(
     polling, micro = Polling(lambda: stop(), lambda: 0), MicroBatch()
 
     def compute(i: int) -> dict[str, Tensor]:
-        rng, at = generator(asked.device, asked.seed, "sample", i), i * TOGETHER
+        rng, at = generator(asked.device, asked.seed, "sample", i), sum(sizes[:i])
         y = None if asked.y is None else asked.y[at : at + sizes[i]]
         drawn = partial(run.density.sample, model, sizes[i], rng, steps=asked.steps)
         with passing(model, lambda n: told(at + sizes[i] * min(n, asked.steps) // most)):

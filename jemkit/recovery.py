@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from jemkit import checkpoint
 from jemkit.assembly import Assembly
 from jemkit.checkup import Checkup, renew, sick_slots
-from jemkit.density import Penalised
+from jemkit.density import Penalised, penalty_of
 from jemkit.errors import DataError, Diverged, OutOfMemory
 from jemkit.runtime import distributed
 from jemkit.runtime.sentinel import Finding, Remedy, Sentinel, Sick
@@ -93,6 +93,7 @@ class Care:
         self.chains.steps = self._steps * 2 ** self._times("steps")
         if self._times("penalty") and isinstance(self.chains, Penalised):
             self.chains.penalise(PENALTY)
+            self.parts.backbone.penalised = PENALTY
 
     def told(self) -> str:
         """What a rolled-back run goes on with."""
@@ -100,14 +101,24 @@ class Care:
         if self._times("steps") and self.chains is not None:
             words.append(f"{self.chains.steps} steps a chain")
         if self._times("penalty"):
-            words.append(f"an energy penalty of {PENALTY}")
+            words.append(f"an energy penalty of {penalty_of(self.chains) or PENALTY:g}")
         return ", ".join(words)
 
     def _remedy(self, attempt: int) -> Remedy:
-        """By the policy, whose last serves all later tries; the rate where no density can."""
-        asked = self.options.policy[min(attempt, len(self.options.policy)) - 1]
-        able = isinstance(self.chains, Penalised) if asked == "penalty" else bool(self.chains)
-        return asked if able else "rate"
+        """The next of the policy that changes anything, whose last serves all later tries; where
+        none does it is the rate, which always can be lowered."""
+        policy = self.options.policy
+        left = policy[min(attempt, len(policy)) - 1 :]
+        return next((remedy for remedy in left if self._changes(remedy)), "rate")
+
+    def _changes(self, remedy: Remedy) -> bool:
+        """Whether anything would be other than it is."""
+        if remedy == "rate":
+            return True
+        if remedy == "steps":
+            return self.chains is not None and self.chains.steps > 0
+        lighter = penalty_of(self.chains) < PENALTY and not self._times("penalty")
+        return isinstance(self.chains, Penalised) and lighter
 
     def _times(self, remedy: Remedy) -> int:
         return sum(entry["remedy"] == remedy for entry in self.tried)

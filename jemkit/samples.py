@@ -11,7 +11,7 @@ from torch import Tensor
 from jemkit.density import Buffered
 from jemkit.errors import DataError
 from jemkit.evaluator import Context, Unmeasurable
-from jemkit.generation import TOGETHER, portions
+from jemkit.generation import portions
 from jemkit.identity import identity_of
 from jemkit.memory import fitted
 from jemkit.options import Options
@@ -41,7 +41,7 @@ class Drawn(NamedTuple):
 def fresh(
     subject: PixelModel, ctx: Context, n: int, about: dict[str, Any], *, steps: int, start: Start
 ) -> Drawn:
-    """The ends of n chains, each TOGETHER from a generator of their own.
+    """The ends of n chains, each batch of them from a generator of its own.
 
     `about` holds what else they depend on: the data behind the start, and its options.
     """
@@ -65,12 +65,18 @@ def kept(subject: PixelModel, ctx: Context, n: int) -> Drawn:
             "draw fresh chains instead"
         )
     rng = generator(torch.device("cpu"), ctx.seed, "generation", "buffer")
+    if n > len(buffer.states):
+        ctx.notes.warnings.append(
+            f"generation: {n} samples were asked for, and the buffer has {len(buffer.states)} "
+            "states: these are measured"
+        )
     order = torch.randperm(len(buffer.states), generator=rng)[:n]
     states = buffer.states[order.to(buffer.states.device)]
     pixels = subject.bounds.to_unit(subject.bounds.clamp(states)).cpu()
 
     def piece(i: int, size: int) -> Tensor:
-        return pixels[i * TOGETHER : i * TOGETHER + size]
+        at = sum(list(portions(len(pixels)).values())[:i])
+        return pixels[at : at + size]
 
     sha = hashlib.sha256(pixels.contiguous().numpy().data).hexdigest()
     return _pieces(subject, ctx, len(pixels), {"source": "buffer", "states": sha}, piece)
@@ -94,7 +100,7 @@ def _pieces(
         return {"x": x.cpu(), **_classified(subject, x, ctx)}
 
     def done(pieces: int) -> None:
-        ctx.progress("samples", min(pieces * TOGETHER, n), n)
+        ctx.progress("samples", sum(sizes[:pieces]), n)
 
     ledger = ctx.ledger(
         {

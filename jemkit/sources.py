@@ -10,6 +10,7 @@ from jemkit.backbone import Backbone, Task
 from jemkit.density import Density
 from jemkit.errors import MisfitError
 from jemkit.exported import CONFIG, WEIGHTS, is_exported, verify
+from jemkit.objective import Conditional
 from jemkit.pinned import SAMPLED
 from jemkit.recipe import Run
 from jemkit.registry import Registry
@@ -29,6 +30,7 @@ class Source(NamedTuple):
     state: dict[str, Any] | None  # all that the checkpoint holds; None of an exported model
     card: dict[str, Any]  # what tells where the model came from
     run: Run  # whose precision and switches chains are drawn in
+    conditional: bool  # whether its chains were drawn of given classes
 
 
 def opened(
@@ -74,7 +76,8 @@ def _source(found: Restored, state: dict[str, Any] | None, about: dict[str, Any]
         )
     density = backbone.density
     sampler = table.get("sampler", type(density.sampler).__name__)
-    run = found.recipe.run
+    run, objective = found.recipe.run, found.recipe.objective
+    conditional = isinstance(objective, Conditional) and objective.conditional
     switches = {name: getattr(run, name) for name in ("precision", "deterministic", "threads")}
     card = {**about, "sampler": sampler, **switches, "versions": versions()}
-    return Source(found.task, table, backbone, density, state, card, run)
+    return Source(found.task, table, backbone, density, state, card, run, conditional)

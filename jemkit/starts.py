@@ -141,7 +141,8 @@ class Labelled:
         self.start, self.y = start, y
 
     def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
-        return self.start.draw(n, rng, self.y[:n] if y is None else y)
+        own = self.y[torch.arange(n, device=self.y.device) % len(self.y)]  # again from the first
+        return self.start.draw(n, rng, own if y is None else y)
 
 
 class LowRankStart:

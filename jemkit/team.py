@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jemkit.backbone import Backbone, Task
-from jemkit.density import ContrastiveDensity
 from jemkit.energy import EnergyModel
 from jemkit.errors import Diverged, JemkitError, MisfitError
 from jemkit.layout import laid_out as lay_out
@@ -75,7 +74,7 @@ def stepping(parts: "Assembly") -> Iterator[None]:
         yield
         return
     density = parts.backbone.density if parts.backbone.has_density else None
-    penalty = density.options.penalty if isinstance(density, ContrastiveDensity) else 0.0
+    penalty = parts.backbone.penalised
     steps = density.steps if density else 0
     rate = parts.optimizer.param_groups[0]["lr"]
     distributed.tell({"do": "step", "lr": rate, "steps": steps, "penalty": penalty})

@@ -322,6 +322,21 @@ def test_the_settings_of_a_version_are_the_packages(version: str, norm: Norm) ->
             assert ours[name] == wanted[name], (stage.name, name)
 
 
+@pytest.mark.parametrize(("queries", "rescaled"), [(5000, False), (4999, True), (100, True)])
+def test_squares_shrink_over_the_queries_there_are_and_with_5000_as_in_autoattack(
+    queries: int, rescaled: bool
+) -> None:
+    from pyautoattack.square import SquareAttack
+
+    logits: Any = lambda x: x  # noqa: E731
+    threat = Threat("Linf", 8)
+    part = Square(queries=queries)._stage()._part(logits, threat, 0, 10)
+    theirs = SquareAttack(logits, eps=0.1, n_queries=queries, resc_schedule=rescaled)
+    along = [int(share * (queries - 1)) for share in (0, 0.01, 0.1, 0.3, 0.7, 1)]
+    assert [part.p_selection(at) for at in along] == [theirs.p_selection(at) for at in along]
+    assert ("schedule" in Square(queries=queries).card(threat, 10)) is rescaled
+
+
 def test_the_hooks_name_the_attacks() -> None:
     assert aa.jemkit_attacks() == {"aa": AutoAttack}
     assert apgd.jemkit_attacks() == {"apgd": APGD}

@@ -31,7 +31,7 @@ class Witness(Network):
     def stem(self, x: Tensor) -> Tensor:
         SEEN.append(
             {
-                "tf32": torch.backends.cudnn.allow_tf32,
+                "tf32": torch.backends.cudnn.conv.fp32_precision == "tf32",
                 "bf16": torch.is_autocast_enabled("cpu"),
                 "deterministic": torch.are_deterministic_algorithms_enabled(),
                 "threads": torch.get_num_threads(),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from jemkit.attack import Attack, ModelAttack, Norm, Perturb, Threat, nonstandard
-from jemkit.autoattack import Stage, package
+from jemkit.autoattack import QUERIES, Stage, package
 from jemkit.hookspecs import hookimpl
 from jemkit.options import Options
 from jemkit.pixels import PixelModel
@@ -55,7 +55,7 @@ class AutoAttack(Options):
 def stages(version: Version, norm: Norm) -> list[Stage]:
     """The parts of a version, as pyautoattack sets them for a norm."""
     l1 = norm == "L1"
-    square = Stage("square", steps=5000)
+    square = Stage("square", steps=QUERIES)
     if version == "standard":
         ce = Stage("apgd-ce", restarts=5 if l1 else 1, widened=l1)
         targeted = Stage("apgd-t", targets=5 if l1 else 9, widened=l1)

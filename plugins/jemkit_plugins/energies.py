@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from jemkit.attack import ball_of, perturbed
 from jemkit.cascade import attacked
 from jemkit.data import Images
+from jemkit.density import even_batches, together
 from jemkit.evaluator import Context, Evaluator, batches
 from jemkit.figures import Figure, plain
 from jemkit.histograms import BINS, bin_edges, histograms, shares
@@ -78,8 +79,8 @@ class Energies(Options):
     def _generated(self, subject: PixelModel, ctx: Context) -> "_Set":
         """The ends of fresh chains, batch by batch, each batch from a generator of its own."""
         n = self.n or (64 if ctx.quick else 500)
-        sizes = [min(ctx.batch_size, n - at) for at in range(0, n, ctx.batch_size)]
-        device = ctx.rng.device
+        sizes, device = even_batches(n, ctx.batch_size), ctx.rng.device
+        side = together(subject.density, subject.model, sizes)
 
         def compute(b: int) -> dict[str, Tensor]:
             rng = generator(device, ctx.seed, "energies", b)
@@ -88,7 +89,7 @@ class Energies(Options):
         def done(b: int) -> None:
             ctx.progress("chains", sum(sizes[:b]), n)
 
-        card: dict[str, Any] = {"chains": n, "chain_steps": self.steps, "together": max(sizes)}
+        card: dict[str, Any] = {"chains": n, "chain_steps": self.steps, "together": side}
         ledger = ctx.ledger({**card, **_origin(subject, ctx), "seed": ctx.seed})
         names = [f"{b:05d}" for b in range(len(sizes))]
         found = ledger.pieces(names, compute, ctx.poll, done)

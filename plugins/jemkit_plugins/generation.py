@@ -12,11 +12,12 @@ from torch import Tensor
 from jemkit import fidelity, pictures
 from jemkit.backbone import Task
 from jemkit.data import Images
+from jemkit.density import together
 from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.evaluator import Context, Evaluator, Unmeasurable
 from jemkit.features import PIECE, Features, Seen, inception, inception_file, own, seen
 from jemkit.figures import Figure, plain
-from jemkit.generation import STEPS
+from jemkit.generation import STEPS, portions
 from jemkit.hookspecs import hookimpl
 from jemkit.options import Options, PartOf
 from jemkit.pictures import to_bytes
@@ -129,8 +130,13 @@ class Generation(Options):
         rng = generator(CPU, ctx.seed, "generation", "reference")
         return whole.take(torch.randperm(len(whole.y), generator=rng)[:limit].sort().values)
 
+    def _asked(self, ctx: Context) -> int:
+        """How many samples are drawn: in a quick look fewer, unless a number was given."""
+        given = "n" in self.model_fields_set
+        return min(self.n, QUICK) if ctx.quick and not given else self.n
+
     def _drawn(self, subject: PixelModel, ctx: Context, reference: Images) -> Drawn:
-        n = min(self.n, QUICK) if ctx.quick else self.n
+        n = self._asked(ctx)
         if self.source == "buffer":
             return kept(subject, ctx, n)
         about = {"option": repr(self.start), "reference": images_hash(reference)}
@@ -157,7 +163,10 @@ class Generation(Options):
     def _card(
         self, subject: PixelModel, ctx: Context, features: Features, reference: Images, n: int
     ) -> dict[str, Any]:
-        chains = self.source == "chains"
+        chains, side = self.source == "chains", None
+        if chains:
+            sizes = list(portions(self._asked(ctx)).values())
+            side = together(subject.density, subject.model, sizes)
         start = repr(self.start) if self.start else start_name(subject.density.start)
         return {
             **ctx.card,
@@ -168,6 +177,7 @@ class Generation(Options):
             "source": self.source,
             "steps": self.steps if chains else None,
             "start": start if chains else None,
+            "together": side,
             "sampler": repr(subject.density.sampler),
             "selection": self.selection,
             "reference": {

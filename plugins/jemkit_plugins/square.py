@@ -6,18 +6,22 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from jemkit.attack import Attack, ModelAttack, Perturb, Threat
-from jemkit.autoattack import Stage, package
+from jemkit.autoattack import QUERIES, Stage, package
 from jemkit.hookspecs import hookimpl
 from jemkit.options import Options
 from jemkit.pixels import PixelModel
 
 
 class Square(Options):
-    """A search by squares at random places; it sees logits alone."""
+    """A search by squares at random places; it sees logits alone.
+
+    The squares shrink over the queries, as in its authors' program. With 5,000 it is AutoAttack's part,
+    which takes the first half of a schedule of 10,000.
+    """
 
     everyone: ClassVar[bool] = False
 
-    queries: int = Field(5000, ge=1)
+    queries: int = Field(QUERIES, ge=1)
     restarts: int = Field(1, ge=1)
 
     @property
