@@ -89,7 +89,7 @@ class Stage:
 
     @property
     def _rescaled(self) -> bool:
-        """Whether Square's windows shrink over its own number of queries, as its authors have it."""
+        """Whether Square's windows shrink over its own number of queries, as its authors' do."""
         return self.name == "square" and self.steps != QUERIES
 
     def _aims(self, n_classes: int) -> int:

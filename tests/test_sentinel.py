@@ -18,7 +18,7 @@ from toys import backbone_of, objective_of, toy_recipe, toy_registry
 from jemkit import ConfigError, Diverged, Options, Preempted, Terms, Trainer, hookimpl, train
 from jemkit.checkpoint import complete, load, newest, same
 from jemkit.checkup import edge_limit, renew, sick_slots, unfit
-from jemkit.recovery import step_of
+from jemkit.recovery import Care, step_of
 from jemkit.registry import Plugin
 from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.sentinel import Drift, Finding, Sentinel, Vitals
@@ -282,6 +282,47 @@ def test_a_penalty_is_put_on_the_density_and_kept(tmp_path: Path) -> None:
     other = begun(tmp_path / "other", *given)
     other.load_state_dict(trainer.state_dict())
     assert other.backbone.density.options.penalty == 0.1
+
+
+@pytest.mark.parametrize(
+    ("backbone", "settings", "wanted"),
+    [
+        ("mebm", ['sentinel.policy=["penalty"]'], ["rate", "rate"]),  # its own is 0.5
+        ("jem", ['sentinel.policy=["penalty"]'], ["penalty", "rate"]),
+        ("jem", ['sentinel.policy=["penalty","penalty","steps"]'], ["penalty", "steps", "steps"]),
+        ("mebm", ['sentinel.policy=["penalty","steps"]'], ["steps", "steps"]),
+        ("jem", ['sentinel.policy=["steps"]', "backbone.steps=0"], ["rate", "rate"]),
+        ("jem", ['sentinel.policy=["penalty"]', "backbone.density.penalty=0.1"], ["rate"]),
+        ("jem", ['sentinel.policy=["penalty"]', "backbone.density.penalty=0.05"], ["penalty"]),
+    ],
+)
+def test_a_remedy_that_would_change_nothing_is_passed_over(
+    backbone: str, settings: list[str], wanted: list[str], tmp_path: Path
+) -> None:
+    care = begun(tmp_path / "run", backbone, "jem", "plain", *settings).care
+    told = [care.try_next(Finding("loss", 3, "not finite"), 3, 0) for _ in wanted]
+    assert [entry["remedy"] for entry in told] == wanted
+    assert ("penalty" in told[-1]["with"]) is ("penalty" in wanted)
+
+
+def test_every_process_hears_of_a_penalty_whatever_density_it_is_put_on(tmp_path: Path) -> None:
+    class Heavy:
+        """A density that can be penalised, and says nothing of its options."""
+
+        def __init__(self, inner: Any) -> None:
+            self.inner, self.steps, self.sampler, self.start = inner, 2, inner.sampler, inner.start
+            self.weights: list[float] = []
+
+        def penalise(self, weight: float) -> None:
+            self.weights.append(weight)
+
+    trainer = begun(tmp_path / "run", "jem", "jem", "plain", 'sentinel.policy=["penalty"]')
+    density = Heavy(trainer.backbone.density)
+    trainer.backbone._density = density  # type: ignore[assignment]
+    care = Care(trainer.recipe.sentinel, trainer.parts, 0)
+    assert care.try_next(Finding("loss", 3, "not finite"), 3, 0)["remedy"] == "penalty"
+    assert density.weights == [0.1]
+    assert trainer.backbone.penalised == 0.1  # what a step's order tells the others
 
 
 def test_without_a_sentinel_a_sick_run_stops_at_once(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from jemkit.attack import ball_of, perturbed
 from jemkit.cascade import attacked
 from jemkit.data import Images
-from jemkit.density import even_batches, together
+from jemkit.density import together
 from jemkit.evaluator import Context, Evaluator, batches
 from jemkit.figures import Figure, plain
 from jemkit.histograms import BINS, bin_edges, histograms, shares
@@ -79,7 +79,8 @@ class Energies(Options):
     def _generated(self, subject: PixelModel, ctx: Context) -> "_Set":
         """The ends of fresh chains, batch by batch, each batch from a generator of its own."""
         n = self.n or (64 if ctx.quick else 500)
-        sizes, device = even_batches(n, ctx.batch_size), ctx.rng.device
+        sizes = [min(ctx.batch_size, n - at) for at in range(0, n, ctx.batch_size)]
+        device = ctx.rng.device
         side = together(subject.density, subject.model, sizes)
 
         def compute(b: int) -> dict[str, Tensor]:

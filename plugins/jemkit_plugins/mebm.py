@@ -29,7 +29,7 @@ class MEBM(Options):
     start: Annotated[StartSpec, PartOf("start")] = Gaussian()
     buffer: Buffer = Buffer(capacity=10_000, restart=0.05)
     steps: int = Field(5, ge=0)  # M
-    views: Views = Views(augment_pos=False)
+    views: Views = Views(augment_pos=False, pos_share=0.5)
 
     def unused(self) -> dict[str, str]:
         return without_batch_norm(self.network)

@@ -15,8 +15,8 @@ from jemkit.pixels import PixelModel
 class Square(Options):
     """A search by squares at random places; it sees logits alone.
 
-    The squares shrink over the queries, as in its authors' program. With 5,000 it is AutoAttack's part,
-    which takes the first half of a schedule of 10,000.
+    The squares shrink over the queries, as in its authors' program. With 5,000 it is AutoAttack's
+    part, which takes the first half of a schedule of 10,000.
     """
 
     everyone: ClassVar[bool] = False
