@@ -131,9 +131,8 @@ class Generation(Options):
         return whole.take(torch.randperm(len(whole.y), generator=rng)[:limit].sort().values)
 
     def _asked(self, ctx: Context) -> int:
-        """How many samples are drawn: in a quick look fewer, unless a number was given."""
-        given = "n" in self.model_fields_set
-        return min(self.n, QUICK) if ctx.quick and not given else self.n
+        """How many samples are drawn."""
+        return min(self.n, QUICK) if ctx.quick else self.n
 
     def _drawn(self, subject: PixelModel, ctx: Context, reference: Images) -> Drawn:
         n = self._asked(ctx)
