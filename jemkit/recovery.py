@@ -214,7 +214,9 @@ def diagnosis(
         rate = trainer.recipe.optimizer.lr * care.rate
         lines.append(f"begin a new run with optimizer.lr below {rate:.3g}, or a longer warm-up")
         if care.chains is not None:
-            lines[-1] += f", more backbone.steps or backbone.density.penalty = {PENALTY}"
+            lighter = penalty_of(care.chains) < PENALTY
+            penalty = f" or backbone.density.penalty = {PENALTY}" if lighter else ""
+            lines[-1] += f", more backbone.steps{penalty}"
     if where is not None and step_of(where) > 0:
         lines.append(f"--init-from {where} takes its weights, of step {step_of(where)}")
     return "\n  - ".join([f"{head}; {cause}" if cause else head, *lines])
