@@ -276,7 +276,7 @@ def test_the_command_tells_in_json_what_it_wrote(averaged: Path, tmp_path: Path)
     where = ["--out", str(tmp_path / "model")]
     done = CliRunner().invoke(app, [str(averaged), *where, "--json"])
     assert done.exit_code == 0, done.output
-    told = json.loads(done.output)
+    told = json.loads(done.stdout)
     assert told["folder"] == str(tmp_path / "model")
     assert told["sha256"] == verify(tmp_path / "model")
     again = CliRunner().invoke(app, [str(averaged), *where])
