@@ -30,6 +30,7 @@ KEYS = (
 )  # fmt: skip
 PREFIXES = (
     "_orig_mod.", "module.module.", "model.", "net.", "backbone.", "module.", "model._orig_mod.",
+    "f.",
 )  # fmt: skip
 
 
