@@ -483,7 +483,7 @@ def test_without_the_package_the_extra_is_named(
     for module in ("torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"):
         monkeypatch.setitem(sys.modules, module, None)
     (tmp_path / "there.pth").write_bytes(b"weights")
-    with pytest.raises(ConfigError, match=r"jemkit\[metrics\]"):
+    with pytest.raises(ConfigError, match=r"\[metrics\]"):
         judged(features=None, inception=tmp_path / "there.pth")
 
 
