@@ -129,14 +129,18 @@ def _float32(precision: Precision) -> Iterator[None]:
     """How float32 is multiplied: on a GPU in tf32 where that is asked for, else in full.
 
     What follows another switch still follows it afterwards; so an operation's switch is written
-    only where it was set. The older `float32_matmul_precision` is kept in agreement where it was
-    found so, since torch refuses to answer where the two differ.
+    only where it was set. The older `float32_matmul_precision` and `cudnn.allow_tf32` are kept in
+    agreement where they were found so, since torch refuses to answer where the two differ, and a
+    model may ask. For that a GPU's convolutions, which begin as tf32 by default, are tf32 by their
+    own switch afterwards.
     """
-    generic, older = _read(*GENERIC), _older()
+    generic, older, convolution = _read(*GENERIC), _older(), _older_convolution()
     backends = _own(BACKENDS, (GENERIC,))
     operations = _own(OPERATIONS, (GENERIC, *BACKENDS))
     if older is not None:  # it sets both backends' "matmul"
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    if convolution is not None:
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
     wanted = {"cuda": "tf32" if precision == "tf32" else "ieee", "mkldnn": "ieee"}
     _write(*GENERIC, "ieee")
     for switch in (*BACKENDS, *operations):
@@ -146,6 +150,8 @@ def _float32(precision: Precision) -> Iterator[None]:
     finally:
         if older is not None:
             torch.set_float32_matmul_precision(older)
+        if convolution is not None:
+            torch.backends.cudnn.allow_tf32 = convolution
         for switch, value in {**operations, **backends}.items():
             _write(*switch, value)
         _write(*GENERIC, generic)
@@ -170,6 +176,14 @@ def _older() -> str | None:
     """`float32_matmul_precision`; None where the newer switches say something else."""
     try:
         return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+def _older_convolution() -> bool | None:
+    """`cudnn.allow_tf32`; None where the newer switches say something else."""
+    try:
+        return torch.backends.cudnn.allow_tf32
     except RuntimeError:
         return None
 
