@@ -27,21 +27,15 @@ class Figure(NamedTuple):
     def key(self) -> str:
         """What a record knows a figure by: a hash of its name and its whole protocol.
 
-        Left out is what the measurement gave (RESULTS), and norm and radius where nothing attacks.
+        Left out is what the measurement gave (RESULTS).
         """
-        card = without_results(self.protocol)
-        if card.get("evaluator") in UNATTACKED and "attack" not in card:
-            card = {k: v for k, v in card.items() if k not in ("norm", "radius_px")}
-        text = json.dumps([self.name, finite(card)], sort_keys=True, default=str)
+        card = finite(without_results(self.protocol))
+        text = json.dumps([self.name, card], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 RESULTS = frozenset({"seconds", "accuracy_after", "max_delta_px", "std", "mean_distance"})
 """Entries of a protocol that are found and not set."""
-
-UNATTACKED = ("accuracy", "calibration", "ood", "generation")
-"""Evaluators on whose figures an attack's norm and radius have no bearing."""
-
 
 def without_results(protocol: Mapping[str, Any]) -> dict[str, Any]:
     """A protocol less what the measurement gave."""
