@@ -84,21 +84,25 @@ class Splits:
         own = self.dataset.validation() if isinstance(self.dataset, OffersValidation) else None
         self.own_validation = own is not None
         if own is not None:
-            return self._parted(whole, index, self._checked(own, "validation"))
+            own = self._checked(own, "validation")
+            order = shuffled_by_class(own.y, self.dataset.n_classes)
+            return self._parted(whole, index, own.take(order), order)
         n_valid = round(len(index) * self.valid_fraction)
         if not 0 < n_valid < len(index):
             raise ConfigError(
                 f"{len(index)} images with a validation share of {self.valid_fraction} leave "
                 f"{n_valid} to validate and {len(index) - n_valid} to train on; both must be some"
             )
-        valid = index[:n_valid]
-        found = self._parted(whole, index[n_valid:], whole.take(valid))
-        self._rows["valid"] = valid.tolist()
-        return found
+        order = index[:n_valid]
+        return self._parted(whole, index[n_valid:], whole.take(order), order)
 
-    def _parted(self, whole: Images, index: Tensor, valid: Images) -> dict[Part, Images]:
+    def _parted(
+        self, whole: Images, index: Tensor, valid: Images, order: Tensor
+    ) -> dict[Part, Images]:
+        """Both parts, and where their images stand; whoever looks at the first validation images
+        sees every class in proportion."""
         rows = index.sort().values
-        self._rows |= {"train": rows.tolist(), "valid": list(range(len(valid.y)))}
+        self._rows |= {"train": rows.tolist(), "valid": order.tolist()}
         return {"train": whole.take(rows), "valid": valid}
 
     def _checked(self, images: Images, what: str) -> Images:

@@ -316,4 +316,24 @@ def test_what_a_data_set_gives_is_checked_whoever_wrote_it() -> None:
 def test_a_data_set_may_bring_its_own_validation_images() -> None:
     splits = Splits(Untidy(), max_train=30)
     assert len(splits.images("train").y) == 30
-    assert same(list(splits.images("valid")), list(splits.images("test")))
+    whole = splits.images("test")
+    rows = torch.tensor(splits.rows("valid"))
+    assert rows.sort().values.tolist() == list(range(len(whole.y)))
+    assert same(list(splits.images("valid")), list(whole.take(rows)))
+
+
+class Sorted(Toy):
+    """A data set whose own validation images lie class by class, as those of a folder do."""
+
+    def validation(self) -> Images | None:
+        found = self.load("test")
+        return found.take(found.y.argsort())
+
+
+def test_every_beginning_of_the_validation_images_holds_each_class() -> None:
+    for dataset in (Toy(), Sorted()):
+        y = Splits(dataset).images("valid").y
+        for n in range(3, len(y) + 1):
+            counts = torch.bincount(y[:n], minlength=3) / torch.bincount(y, minlength=3)
+            assert float(counts.max() - counts.min()) <= 1 / 2
+            assert counts.min() > 0

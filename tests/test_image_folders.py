@@ -74,7 +74,8 @@ class TestSplits:
         files = {split: data.files(split) for split in ("train", "valid", "test")}  # type: ignore[arg-type]
         assert [len(splits.images(split).y) for split in files] == [6, 6, 6]  # type: ignore[arg-type]
         valid = splits.images("valid")
-        for x, name in zip(valid.x, files["valid"], strict=True):
+        for x, row in zip(valid.x, splits.rows("valid"), strict=True):
+            name = files["valid"][row]
             np.testing.assert_array_equal(x[0], np.asarray(Image.open(tmp_path / name)))
         assert "6 to validate, in place of run.valid_fraction" in said(caplog, _moved(tmp_path))
 
