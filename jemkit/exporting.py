@@ -97,7 +97,7 @@ def export(
     config = source.config
     if not isinstance(config.get("recipe"), dict):
         raise DataError(f"{source.path / CONFIG} holds no recipe; it is not a run's config")
-    config = {**config, "recipe": _without_home(config["recipe"])}
+    config = _without_home(config)
     weights = "averaged" if averaged else "live"
     about = {"run": source.path.name, "checkpoint": saved.name, "sha256": sha, "weights": weights}
     found, note = _record_of(source.path, sha)
@@ -267,7 +267,7 @@ def _moments(recipe: Recipe, task: Task) -> dict[str, Tensor]:
 
 
 def _without_home(value: Any) -> Any:
-    """A recipe whose paths do not name the user: a model is given to others, ~ is anybody's."""
+    """A config whose paths do not name the user: a model is given to others, ~ is anybody's."""
     if isinstance(value, dict):
         return {key: _without_home(inner) for key, inner in value.items()}
     home = f"{Path.home()}{os.sep}"

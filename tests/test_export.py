@@ -121,6 +121,18 @@ def test_the_config_says_what_it_is(averaged: Path, tmp_path: Path) -> None:
     assert config["source"]["checkpoint"] == "best"
 
 
+def test_no_path_of_an_exported_config_names_the_user(
+    parts: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    train(toy_recipe(parts), tmp_path / "first", registry=parts)
+    begun = tmp_path / "second"
+    train(toy_recipe(parts), begun, registry=parts, init_from=tmp_path / "first")
+    config = export(begun, out=tmp_path / "model", registry=parts).folder / CONFIG
+    assert read_json(config)["init_from"]["path"] == "~/first"
+    assert str(tmp_path) not in config.read_text()
+
+
 def test_the_card_has_the_figures_of_these_weights_alone(
     averaged: Path, parts: Registry, tmp_path: Path
 ) -> None:
