@@ -9,7 +9,7 @@ import torch
 from jemkit import checkpoint
 from jemkit.assembly import load_model, splits_of, task_of
 from jemkit.backbone import Backbone, Task
-from jemkit.errors import DataError
+from jemkit.errors import DataError, JemkitError
 from jemkit.exported import saved_task
 from jemkit.fitting import trained_threat
 from jemkit.layout import laid_out
@@ -35,6 +35,7 @@ class Restored(NamedTuple):
     splits: Splits
     backbone: Backbone
     pin: Pin | None  # of the data that it was trained on
+    trained_px: float | None  # the usual radius of those data; None: unknown
 
 
 def restored(
@@ -61,11 +62,20 @@ def restored(
     splits = splits_of(recipe, None if other else pin)
     saved = saved_task(read_json(config), recipe, splits) if is_own(dataset) else None
     task = task_of(recipe, splits) if saved is None else saved
+    trained_px = task.radius_px if is_own(dataset) else _usual_radius(config, registry)
     task = replace(task, fill=False, moments=brought(config))  # nothing is drawn to open a model
     backbone = recipe.backbone.build(task, generator(device, run.seed, "chains"))
     load_model(backbone.model, weights)
     laid_out(backbone.model, run.layout, device)  # as it was trained, to the last bit
-    return Restored(recipe, resolved.tables, task, splits, backbone, pin)
+    return Restored(recipe, resolved.tables, task, splits, backbone, pin, trained_px)
+
+
+def _usual_radius(config: Path, registry: Registry) -> float | None:
+    """That of the data set in a config.json; None where no installed package offers it."""
+    try:
+        return resolve(registry, config=config).recipe.data.radius_px
+    except JemkitError:
+        return None
 
 
 def saved_state(run: Path, path: Path) -> checkpoint.State:
@@ -90,10 +100,11 @@ def about_checkpoint(run: Path, path: Path, *, averaged: bool) -> dict[str, Any]
     }
 
 
-def about_parts(tables: dict[str, Any], recipe: Recipe, radius_px: float) -> dict[str, Any]:
-    """What a record says of the recipe behind the weights; the radius is the data set's usual."""
+def about_parts(tables: dict[str, Any], recipe: Recipe, radius_px: float | None) -> dict[str, Any]:
+    """What a record says of the recipe behind the weights; the radius is the usual one of the
+    data that they were trained on."""
     parts = {kind: tables[kind]["use"] for kind in ("backbone", "objective", "data")}
-    trained = trained_threat(recipe.objective, radius_px)
+    trained = None if radius_px is None else trained_threat(recipe.objective, radius_px)
     other = {} if trained is None or trained.norm == "Linf" else {"trained_norm": trained.norm}
     return {
         **parts,

@@ -222,7 +222,7 @@ def _subject(found: Restored, about: dict[str, Any], folder: Path, registry: Reg
         found.task.n_classes,
         found.recipe.data.radius_px,
         found.splits.images,  # type: ignore[arg-type]
-        {**about, **about_parts(tables, found.recipe, found.task.radius_px)},
+        {**about, **about_parts(tables, found.recipe, found.trained_px)},
         folder,
         others_of(found.recipe.data, registry),
         trained_on,
@@ -264,7 +264,7 @@ def _weights(
 
 def _network(part: type[Any], named: dict[str, str]) -> Any:
     """A network's options, or a ConfigError that says what of its name cannot be."""
-    numbers = {k: int(v) if v.isdigit() else v for k, v in named.items()}
+    numbers = {k: int(v) if v.isdecimal() else v for k, v in named.items()}
     try:
         return part.model_validate(numbers)
     except ValidationError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_tools import SHORT, jemkit
+from imagefolders import split_folder
 from torch import Tensor, nn
 from toys import REGISTRY, linear_model
 
@@ -65,6 +66,16 @@ def test_a_run_its_checkpoint_and_its_weights_are_one_subject(run: Path, tmp_pat
     assert third.folder == folder
 
 
+@pytest.mark.parametrize("exported", [False, True])
+def test_on_other_images_the_trained_radius_is_that_of_the_training(
+    run: Path, tmp_path: Path, exported: bool
+) -> None:
+    folder = export(run, out=tmp_path / "exported", registry=REGISTRY).folder if exported else run
+    root = split_folder(tmp_path / "data", classes=tuple("0123456789"))
+    found = subject_at(folder, REGISTRY, CPU, dataset={"use": "folder", "dir": str(root)})
+    assert (found.radius_px, found.about["trained_radius_px"]) == (8, 25.5)
+
+
 def test_a_damaged_exported_model_is_not_judged(run: Path, tmp_path: Path) -> None:
     folder = export(run, out=tmp_path / "exported", registry=REGISTRY).folder
     data = bytearray((folder / "model.safetensors").read_bytes())
@@ -91,6 +102,8 @@ def test_weights_alone_need_the_network_that_they_belong_to(tmp_path: Path) -> N
         subject_at(path, REGISTRY, CPU, network="mlp-4-1")
     with pytest.raises(ConfigError, match=r"depth: .*such as 10, 16 or 28; got 11 "):
         subject_at(path, REGISTRY, CPU, network="wrn-11-1")
+    with pytest.raises(ConfigError, match=r"width: .*got '.'"):
+        subject_at(path, REGISTRY, CPU, network="wrn-16-\u00b2")
 
 
 @pytest.mark.parametrize(("spoil", "error", "message"), [
