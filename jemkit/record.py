@@ -281,7 +281,7 @@ def _arranged(new: Record, old: Record | None) -> Record:
             first = {n: _first(kind, n, figures, sources) is part for n in part_names(part, kind)}
             names[kind] = {n: n if plain else n + end for n, plain in first.items()}
         named = Part(part.evaluator, part.key, part.figures, names["tables"], names["rows"])
-        own = {n: n + end if n in files else n for n in part.files}
+        own = {n: n + end if stored in files else stored for n, stored in part.files.items()}
         parts.append(named._replace(files=own if of is new else part.files))
         tables |= {names["tables"][n]: of.tables[stored] for n, stored in part.tables.items()}
         rows |= {names["rows"][n]: of.rows[stored] for n, stored in part.rows.items()}

@@ -93,6 +93,25 @@ def test_each_figure_keeps_its_rows_and_tables(tmp_path: Path) -> None:
     assert sorted(pictures) == sorted(found.named("files", "reliability"))
 
 
+def test_each_figure_keeps_its_pictures_while_other_models_are_measured(tmp_path: Path) -> None:
+    def picture(stored: str, record: Record) -> bytes:
+        return (tmp_path / record.pictures / f"{stored}.png").read_bytes()
+
+    asked = {"only": ("calibration",), "options": {}}
+    measured(tmp_path, **asked)
+    measured(tmp_path, **asked, max_images=10)
+    before = records.load(tmp_path)
+    measured(tmp_path, seed=1, **asked)
+    measured(tmp_path, **asked, max_images=20)
+    after = records.load(tmp_path)
+    for name in before.named("files", "reliability"):
+        images = before.card_of("files", name)["images"]
+        (now,) = (n for n in after.named("files", "reliability")
+                  if after.card_of("files", n)["images"] == images)  # fmt: skip
+        assert picture(now, after) == picture(name, before)
+    assert len(set(after.named("files", "reliability"))) == 3
+
+
 def test_indicators_of_one_attack_stay_where_another_is_measured(tmp_path: Path) -> None:
     seen = {"indicators": True, "indicator_images": 4}
     some = Images(DATA.x[:12], DATA.y[:12])
