@@ -4,6 +4,9 @@ from torch import Tensor
 
 from jemkit.errors import DataError
 
+MOST = 2**31
+"""Above every number of classes; a float beyond what int64 holds has no index."""
+
 
 def class_indices(y: Tensor, n_classes: int, source: str) -> Tensor:
     """Labels [N] int64 in 0..n_classes - 1, or a DataError that says what of them cannot be."""
@@ -17,7 +20,7 @@ def class_indices(y: Tensor, n_classes: int, source: str) -> Tensor:
         raise DataError(f"{source}: labels of shape {list(y.shape)}; wanted [N], one an image")
     if y.is_floating_point():
         _check_whole(y, source)
-    indices = y.detach().long()
+    indices = (y.double().clamp(-MOST, MOST) if y.is_floating_point() else y).detach().long()
     _check_range(indices, n_classes, source)
     return indices
 
@@ -28,7 +31,7 @@ def count_classes(y: Tensor) -> int:
         return y.shape[1]
     if y.is_complex() or not y.numel() or (y.is_floating_point() and not y.isfinite().all()):
         return 1  # `class_indices` says what is wrong with them
-    return max(1, int(y.max() if y.is_floating_point() else y.long().max()) + 1)
+    return min(MOST, max(1, int(y.max() if y.is_floating_point() else y.long().max()) + 1))
 
 
 def _from_one_hot(y: Tensor, n_classes: int, source: str) -> Tensor:

@@ -103,6 +103,8 @@ def subject_of(
     test = dataset.load("test") if isinstance(dataset, Dataset) else _images(dataset)
     if not test.y.numel():
         raise DataError("there are no images to judge the model on")
+    if n_classes is not None and n_classes < 2:
+        raise ConfigError(f"n_classes = {n_classes}: wanted 2 or more, or leave it out")
     known = n_classes or (dataset.n_classes if isinstance(dataset, Dataset) else None)
     test = checked(test, known or count_classes(test.y), "the test images")
     identity, plain = identity_of(module), pixel_model(module)

@@ -124,8 +124,11 @@ def test_a_model_that_gives_no_logits_is_refused(
     (torch.rand(3, 1, 8, 8), [1, 2, 3], "label 3 is outside 0..2; .*begin at 1: subtract 1"),
     (torch.rand(3, 1, 8, 8), [-1, 0, 1], "label -1 is outside"),
     (torch.rand(2, 1, 8, 8), [0, 1, 2], "one label each"),
+    (torch.rand(3, 1, 8, 8), [0.0, 1.0, 1e30], "label 2147483648 is outside 0..2"),
 ])  # fmt: skip
-def test_images_that_cannot_be_judged_on_are_refused(x: Tensor, y: list[int], message: str) -> None:
+def test_images_that_cannot_be_judged_on_are_refused(
+    x: Tensor, y: list[float], message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         api.evaluate(Sees(), (x, y), registry=REGISTRY, **ONLY)  # type: ignore[arg-type]
 
@@ -252,6 +255,9 @@ def test_a_model_says_itself_how_many_classes_it_knows() -> None:
     assert any("of 3 classes" in warning for warning in found.warnings)
     with pytest.raises(MisfitError, match="one output an image"):
         api.evaluate(nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), few, registry=REGISTRY, **ONLY)
+    for n in (1, 0, -1):
+        with pytest.raises(ConfigError, match=f"n_classes = {n}: wanted 2 or more"):
+            api.evaluate(Sees(), few, n_classes=n, registry=REGISTRY, **ONLY)
 
 
 @pytest.mark.parametrize("n", [1, 3, 5])
