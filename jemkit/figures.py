@@ -37,6 +37,7 @@ class Figure(NamedTuple):
 RESULTS = frozenset({"seconds", "accuracy_after", "max_delta_px", "std", "mean_distance"})
 """Entries of a protocol that are found and not set."""
 
+
 def without_results(protocol: Mapping[str, Any]) -> dict[str, Any]:
     """A protocol less what the measurement gave."""
     return {

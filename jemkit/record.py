@@ -127,11 +127,15 @@ def arranged(record: Record) -> Record:
     return _joined(record, None)
 
 
-def of_weights(folder: Path, sha256: str) -> Record | None:
-    """The record of these weights in a folder, if any: that of evaluation.json first."""
+def of_weights(folder: Path, sha256: str, data: str | None = None) -> Record | None:
+    """The record of these weights in a folder, if any: that of evaluation.json first.
+
+    Where `data` names a data set, only a record of its images counts.
+    """
     if not (folder / JSON).exists():
         return None
-    return next((r for r in every(folder) if r.subject.get("sha256") == sha256), None)
+    owned = (r for r in every(folder) if r.subject.get("sha256") == sha256)
+    return next((r for r in owned if data is None or r.subject.get("data", data) == data), None)
 
 
 def _owner(record: Record) -> Owner:

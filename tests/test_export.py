@@ -157,6 +157,24 @@ def test_the_card_has_the_figures_of_these_weights_alone(
     assert "of other weights" in (found.folder / CARD).read_text()
 
 
+def test_the_card_has_no_figure_of_another_data_set(
+    averaged: Path, parts: Registry, tmp_path: Path
+) -> None:
+    run = copied(averaged, tmp_path)
+    asked = settings_of({"only": ("accuracy",)})
+    root = split_folder(tmp_path / "data", classes=("a", "b", "c"), n=4)
+    judge(subject_at(run, parts, CPU, dataset={"use": "folder", "dir": str(root)}), asked, parts)
+    assert records.load(run).subject["data"] == "folder"
+    folder = export(run, out=tmp_path / "model").folder
+    assert read_json(folder / "figures.json")["subject"]["data"] == "toy"  # what training measured
+    (kept,) = records.beside(run)
+    (run / f"{kept}.json").unlink()
+    assert (
+        "other images than those of toy"
+        in (export(run, out=tmp_path / "again").folder / CARD).read_text()
+    )
+
+
 def test_a_figure_of_part_of_the_images_says_so_in_the_card(
     averaged: Path, parts: Registry, tmp_path: Path
 ) -> None:
