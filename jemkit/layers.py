@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
+
 from jemkit.errors import ConfigError, DataError, UnknownName
 from jemkit.options import Options, PartOf, nearest
 from jemkit.registry import Registry
@@ -73,6 +75,12 @@ class Stack:
 
     def _swapped(self, kind: str, path: str, before: Table, names: list[str], new: Table) -> Table:
         """The table of another part: its defaults, and what the layer retains of the one before."""
+        options = self._part(kind, new["use"]).model_fields
+        if unknown := [name for name in names if name not in options]:
+            raise ConfigError(
+                f"{path}.{RETAIN} names {unknown[0]!r}, which is no option of the {kind} "
+                f"{new['use']}{nearest(unknown[0], options)}"
+            )
         kept = {name: before[name] for name in names if name in before}
         for origin in sorted({*self.origins.values()} - {"default"}) if "use" in before else ():
             stated = {k: v for k, v in flat(before) if self.origins.get(f"{path}.{k}") == origin}
@@ -115,8 +123,10 @@ class Stack:
 
     def _fresh(self, kind: str, name: str) -> Table:
         """The defaults of a newly chosen part."""
-        part = OPTIMIZERS[name] if kind == "optimizer" else self.registry[kind][name]
-        return {**part_defaults(part, self.registry), "use": name}
+        return {**part_defaults(self._part(kind, name), self.registry), "use": name}
+
+    def _part(self, kind: str, name: str) -> type[Options]:
+        return OPTIMIZERS[name] if kind == "optimizer" else self.registry[kind][name]
 
     def _kind(self, kind: str | None, table: Table, name: str) -> str | None:
         """The kind of part that a field of this table holds, if it holds one."""
@@ -128,7 +138,7 @@ class Stack:
 def _retained(new: Table, origin: str) -> list[str]:
     """The options of the part before that a layer retains, by name."""
     names = new.get(RETAIN, [])
-    if not isinstance(names, list) or "use" in names:
+    if not isinstance(names, list) or "use" in names or not all(isinstance(n, str) for n in names):
         raise ConfigError(
             f"{RETAIN} = {names!r}: wanted a list of options of the part before{spoken(origin)}"
         )
@@ -215,6 +225,8 @@ def read_layer(source: Path | Mapping[str, Any]) -> Table:
 FETCHING = frozenset({"download", "pretrained"})
 """Options that let a part go to the network."""
 
+BOOL = TypeAdapter(bool)
+
 
 def offline(table: Table) -> Table:
     """The same tables with every permission to download taken back.
@@ -223,11 +235,23 @@ def offline(table: Table) -> Table:
     network.
     """
     return {
-        name: offline(value)
-        if isinstance(value, dict)
-        else (False if name in FETCHING and value is True else value)
+        name: False if name in FETCHING and _means_true(value) else _offline(value)
         for name, value in table.items()
     }
+
+
+def _offline(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_offline(one) for one in value]
+    return offline(value) if isinstance(value, dict) else value
+
+
+def _means_true(value: Any) -> bool:
+    """Whether an option would take a value for true: "yes" and 1 are such values."""
+    try:
+        return BOOL.validate_python(value)
+    except ValidationError:
+        return False
 
 
 def _is_table_of_recipe(name: str, table: Any) -> bool:

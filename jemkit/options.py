@@ -42,6 +42,8 @@ class Options(BaseModel):
         values, wrong = dict(given), []
         for name, field in cls.model_fields.items():
             kinds, value = kinds_in(field.annotation), values.get(name, field.default)
+            if isinstance(value, str) and int in kinds and value.strip().isdecimal():
+                value = int(value) if len(value) < 100 else LARGEST
             message = _no_number(value, bools=not kinds & {int, float} or bool in kinds)
             if message:
                 mistake = PydanticCustomError("number", message)

@@ -59,7 +59,7 @@ class Run(Options):
     compile: bool = False
     channels_last: Layout = "auto"  # measure: what is faster at the start, kept in config.json
     deterministic: bool = False
-    threads: int | None = Field(None, ge=1)  # of the CPU; None: torch's own choice
+    threads: int | None = Field(None, ge=1, le=4096)  # of the CPU; None: torch's own choice
     eval_images: int = Field(256, ge=1)  # of validation, under PGD-10 after each epoch
     test_images: int | None = Field(None, ge=1)  # judged at the end; None: a tenth of training
     shard: bool = False  # under torchrun: each process holds a part of the weights
@@ -248,7 +248,7 @@ def _preset(registry: Registry, name: str | None) -> list[Layer]:
 
 def _is_saved(config: Path | Table | None) -> bool:
     """Whether settings come from the config.json of a run, which can still be judged."""
-    return isinstance(config, Path) and config.suffix == ".json"
+    return isinstance(config, Path) and config.suffix.lower() == ".json"
 
 
 def _config(config: Path | Table | None) -> list[Layer]:

@@ -198,13 +198,49 @@ class TestMistakes:
             ("run.epochs", r"wanted KEY=VALUE"),
             ("=5", r"wanted KEY=VALUE"),
             ("run..epochs=5", r"is not KEY=VALUE"),
+            ("run.epochs=true", r"run.epochs: Input should be a number, not true or false"),
+            ("schedule.at=[true]", r"schedule.at: Input should be a number, not true or false"),
+            ("optimizer.lr=false", r"optimizer.lr: Input should be a number, not true or false"),
+            (f"run.seed={2**63}", r"run.seed: Input should be less than 9,223,372,036,854,775,808"),
+            (f"run.epochs={-(2**63)}", r"run.epochs: Input should be less than 9,223,372,036,8"),
+            (f"run.epochs='{2**63}'", r"run.epochs: Input should be less than 9,223,372,036,8"),
+            (f"run.epochs='{'9' * 5000}'", r"run.epochs: Input should be less than"),
+            (f"run.epochs={'9' * 5000}", r"is not KEY=VALUE"),
+            ("run.epochs=1e300", r"run.epochs: "),
+            ("run.threads=1000000", r"run.threads: .*less than or equal to 4096"),
+            (f"run.seed={'[' * 60}{']' * 60}", r"more than 40 tables or lists"),
+            (f"run.seed={'[' * 9000}{']' * 9000}", r"is not KEY=VALUE"),
         ],
+        ids=lambda text: text[:40],
     )
     def test_a_mistake_names_its_key_its_origin_and_what_was_wanted(
         self, override: str, message: str
     ) -> None:
         with pytest.raises(ConfigError, match=message):
             resolve(INSTALLED, overrides=[override])
+
+    @pytest.mark.parametrize("name", ["a.toml", "a.json"])
+    @pytest.mark.parametrize("depth", [41, 900, 100_000])
+    def test_tables_too_deep_for_a_recipe_are_refused(
+        self, name: str, depth: int, tmp_path: Path
+    ) -> None:
+        deep = "[" * depth + "]" * depth
+        text = f"[run]\nseed = {deep}" if name == "a.toml" else f'{{"run": {{"seed": {deep}}}}}'
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError, match="cannot be read as a recipe"):
+            resolve(INSTALLED, config=tmp_path / name)
+
+    @pytest.mark.parametrize("beside", ["run", "data", "optimizer", "sentinel"])
+    def test_a_table_beside_the_recipe_is_refused_and_not_left_unread(
+        self, beside: str, tmp_path: Path
+    ) -> None:
+        tables = {"recipe": {"run": {"epochs": 3}}, beside: {"use": "digits"}}
+        (tmp_path / "a.json").write_text(json.dumps(tables))
+        with pytest.raises(DataError, match=rf"\[{beside}\] stands beside the table `recipe`"):
+            resolve(INSTALLED, config=tmp_path / "a.json")
+        tables = {"recipe": {"run": {"epochs": 3}}, "data": {"classes": ["a"]}, "git": None}
+        (tmp_path / "a.json").write_text(json.dumps(tables))
+        assert resolve(INSTALLED, config=tmp_path / "a.json").recipe.run.epochs == 3
 
     def test_every_mistake_has_a_line(self) -> None:
         with pytest.raises(ConfigError) as caught:
@@ -307,6 +343,19 @@ class TestWhatASwapLeavesBehind:
         )
         assert found.origins["optimizer.weight_decay"] == "backbone/jem"
         assert found.origins["optimizer.lr"] == "default"
+
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            (["weight_decya"], r"names 'weight_decya', which is no option.*did you mean 'weight_d"),
+            ([["lr"]], "wanted a list of options"),
+            ([1], "wanted a list of options"),
+            ("lr", "wanted a list of options"),
+        ],
+    )
+    def test_what_cannot_be_retained_is_named(self, names: Any, message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            resolve(INSTALLED, config={"optimizer": {"use": "adam", "retain": names}})
 
     def test_a_part_chosen_for_a_while_takes_nothing_of_the_others_with_it(self) -> None:
         config = {"backbone": {"use": "sadajem", "steps": 77}, "data": {"use": "digits"}}
