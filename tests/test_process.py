@@ -22,7 +22,7 @@ from waiting import until
 
 from jemkit import checkpoint
 from jemkit.errors import DataError, JemkitError, OutOfMemory, memory_ran_out
-from jemkit.runtime.jobs import helpers
+from jemkit.runtime.jobs import STOPS, helpers
 from jemkit.runtime.ledger import Shard
 
 LONG = ("train", *TINY, "--epochs=500", "--set=objective.adv_steps=1", "--out=here")
@@ -408,6 +408,22 @@ def test_a_helper_that_fails_says_why_in_one_line(
     with pytest.raises(error, match=message):
         list(waited_for(tmp_path, how))
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_helpers_get_none_of_the_signals_that_end_a_command(tmp_path: Path) -> None:
+    """In a new process, whose first helper begins with the tracker of multiprocessing."""
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT.format(paths=sys.path))
+    running = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=environment())
+    file = tmp_path / "1.pid"
+    try:
+        pid = int(until(lambda: file.exists() and file.read_text(), "the helper"))
+        status = Path(f"/proc/{pid}/status").read_text()
+        blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
+        assert all(blocked >> number - 1 & 1 for number in STOPS)
+    finally:
+        running.kill()
+        running.wait()
 
 
 PARENT = """

@@ -168,10 +168,10 @@ def stopping() -> Iterator[Callable[[], bool]]:
             with suppress(OSError):  # the terminal may be gone
                 os.write(2, STOPPING)
 
-    heard = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    numbers = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-        heard.remove(signal.SIGHUP)
-    before = {number: signal.signal(number, handle) for number in heard}
+        numbers.remove(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield lambda: bool(came)
     finally:

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from threading import Thread
@@ -64,7 +65,11 @@ def _tell(code: int | None, count: int) -> NoReturn:
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """Signals wait until the block has ended; processes that it starts never get them."""
+    """Signals wait until the block has ended; processes that it starts never get them.
+
+    The tracker that the first of them needs is started before: starting it unblocks signals.
+    """
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
