@@ -509,3 +509,15 @@ def test_the_command_writes_the_folder_and_refuses_by_exit_code_6(tmp_path: Path
     assert done.exit_code == 6
     assert "is damaged" in done.stderr
     assert not (tmp_path / "official-imported").exists()
+
+
+def test_thousands_of_state_dicts_and_endless_names_are_refused(tmp_path: Path) -> None:
+    names = ("conv1.bias", "layer1.0.conv1.bias", "linear.weight")
+    many = {f"m{i}.{name}": torch.zeros(1) for i in range(4000) for name in names}
+    torch.save(many, tmp_path / "many.pt")
+    with pytest.raises(DataError, match="it holds 4000 state dicts that fit; choose one by --key"):
+        read_checkpoint(tmp_path / "many.pt")
+    assert read_checkpoint(tmp_path / "many.pt", key="m17").key == "m17"
+    torch.save({"a." * 100_000: torch.zeros(1)}, tmp_path / "long.pt")
+    with pytest.raises(DataError, match="a name in it has more than 200 parts"):
+        read_checkpoint(tmp_path / "long.pt")

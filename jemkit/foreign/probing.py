@@ -25,6 +25,9 @@ MOST = 1_000_000
 DEEPEST = 12
 """Levels of containers; what is nested deeper holds no weights."""
 
+MOST_PARTS = 200
+"""Of a name between its dots; those of networks have some ten."""
+
 MANY = 50
 """State dicts of one file that are compared with each other."""
 
@@ -48,6 +51,14 @@ class StateDict(NamedTuple):
     averaged: str = ""  # the plain weights that it was preferred to
 
 
+class Candidate(NamedTuple):
+    """Weights that some layout fits, and the places of their tensors."""
+
+    key: str
+    weights: dict[str, Tensor]
+    places: set[Path]
+
+
 def state_dict_in(loaded: Any, format: Format | None = None, key: str | None = None) -> StateDict:
     """The one state dict of a known layout in what was loaded; of several, `key` names one.
 
@@ -64,7 +75,10 @@ def state_dict_in(loaded: Any, format: Format | None = None, key: str | None = N
         found = [c for c in found if format in looks_like(c.weights)] or found
     if key is not None:
         found = _keyed(found, key)
-    return _chosen(found) if found else _largest(leaves)
+    if not found:
+        return _largest(leaves)
+    chosen, averaged = _chosen(found)
+    return StateDict(chosen.key, chosen.weights, _beside(leaves, chosen.places), averaged)
 
 
 def _leaves(loaded: Any) -> list[Leaf]:
@@ -75,6 +89,8 @@ def _leaves(loaded: Any) -> list[Leaf]:
     while stack:
         path, home, value = stack.pop()
         seen += 1
+        if len(path) > MOST_PARTS:
+            raise DataError(f"a name in it has more than {MOST_PARTS} parts; this is no checkpoint")
         if seen > MOST:
             raise DataError(f"it holds more than {MOST:,} values; this is no checkpoint")
         if isinstance(value, Mapping | list | tuple) and len(path) < DEEPEST:
@@ -94,7 +110,7 @@ def _unwrapped(leaves: list[Leaf]) -> list[Leaf]:
     return bare if len(set(names)) == len(names) else leaves
 
 
-def _candidates(leaves: list[Leaf]) -> list[StateDict]:
+def _candidates(leaves: list[Leaf]) -> list[Candidate]:
     """Every place whose names are those of a layout."""
     homes: dict[Path, int] = {}
     for leaf in leaves:
@@ -113,16 +129,14 @@ def _candidates(leaves: list[Leaf]) -> list[StateDict]:
             if leaf.path[:depth] in under:
                 under[leaf.path[:depth]].append(leaf)
     found = {
-        base: read
-        for base in homes
-        if (read := _at(base, homes[base], under[base], leaves)) is not None
+        base: read for base in homes if (read := _at(base, homes[base], under[base])) is not None
     }
     inner = {(*base, "f") for base in found}  # a JEM's trunk is no classifier of its own
     return [state for base, state in found.items() if base not in inner]
 
 
-def _at(base: Path, home: int, under: list[Leaf], leaves: list[Leaf]) -> StateDict | None:
-    """The state dict whose names follow `base`, if they make up a layout."""
+def _at(base: Path, home: int, under: list[Leaf]) -> Candidate | None:
+    """The weights whose names follow `base`, if they make up a layout."""
     tops = top_names([".".join(leaf.path[len(base) :]) for leaf in under])
     members: dict[str, Tensor] = {}
     paths: set[Path] = set()
@@ -135,7 +149,7 @@ def _at(base: Path, home: int, under: list[Leaf], leaves: list[Leaf]) -> StateDi
             paths.add(leaf.path)
     if not looks_like(members):
         return None
-    return StateDict(".".join(base), members, _beside(leaves, paths))
+    return Candidate(".".join(base), members, paths)
 
 
 def _beside(leaves: list[Leaf], members: set[Path]) -> list[str]:
@@ -150,7 +164,7 @@ def _beside(leaves: list[Leaf], members: set[Path]) -> list[str]:
     return sorted(names)
 
 
-def _keyed(found: list[StateDict], key: str) -> list[StateDict]:
+def _keyed(found: list[Candidate], key: str) -> list[Candidate]:
     wanted = ".".join(p for p in key.split(".") if p not in WRAPPERS)
     here = [c for c in found if c.key == wanted or c.key.startswith(f"{wanted}.")]
     if not here:
@@ -159,20 +173,20 @@ def _keyed(found: list[StateDict], key: str) -> list[StateDict]:
     return here
 
 
-def _chosen(found: list[StateDict]) -> StateDict:
-    """The only one; of the averaged and the plain weights the former."""
+def _chosen(found: list[Candidate]) -> tuple[Candidate, str]:
+    """The only one; of the averaged and the plain weights the former, and the latter's name."""
     if len(found) > MANY:
         raise DataError(f"it holds {len(found)} state dicts that fit; choose one by --key NAME")
-    distinct: list[StateDict] = []
+    distinct: list[Candidate] = []
     for state in found:
         if not any(_same(state.weights, other.weights) for other in distinct):
             distinct.append(state)
     if len(distinct) == 1:
-        return distinct[0]
+        return distinct[0], ""
     averaged = [c for c in distinct if AVERAGED.search(c.key.lower())]
     if len(distinct) == 2 and len(averaged) == 1:
         (plain,) = (c for c in distinct if c is not averaged[0])
-        return averaged[0]._replace(averaged=_named(plain))
+        return averaged[0], _named(plain)
     raise DataError(
         f"it holds {len(distinct)} state dicts that fit, and their values differ: "
         f"{', '.join(map(_named, distinct))}. Choose one by --key NAME"
@@ -186,7 +200,7 @@ def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _named(state: StateDict) -> str:
+def _named(state: Candidate) -> str:
     return state.key or "the names without a key"
 
 
