@@ -190,7 +190,7 @@ def _labels(classes: list[str], n: int, n_classes: int, device: torch.device) ->
         return None
     wanted = [str(k) for k in range(n_classes)] if "all" in classes else classes
     for label in wanted:
-        if not label.isdigit() or int(label) >= n_classes:
+        if not (label.isdecimal() and len(label) < 10 and int(label) < n_classes):
             raise ConfigError(f"class {label!r}: wanted a number of 0..{n_classes - 1}, or all")
     labels = torch.tensor([int(label) for label in wanted], device=device)
     return labels[torch.arange(n, device=device) * len(labels) // n]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_tools import jemkit
 from toys import REGISTRY
 
 from jemkit import train
@@ -103,6 +104,35 @@ def test_permissions_are_taken_back_wherever_they_stand(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.toml"
     recipe.write_text('[data]\nuse = "cifar10"\ndownload = true\n')
     assert read_layer(recipe)["data"]["download"] is True
+
+
+@pytest.mark.parametrize("verb", [("evaluate", "--only=accuracy"), ("sample", "--steps=1")])
+def test_a_command_that_advises_download_has_it(
+    run: Path, asked: list[Any], tmp_path: Path, verb: tuple[str, ...]
+) -> None:
+    made = export(run, out=tmp_path / "model", registry=REGISTRY).folder
+    wanting(made, tmp_path)
+    done = jemkit(verb[0], str(made), *verb[1:])
+    assert done.code == 6
+    assert "--download" in done.err
+    assert not asked
+    assert "the download failed" in jemkit(verb[0], str(made), *verb[1:], "--download").err
+    assert asked
+
+
+@pytest.mark.parametrize("value", [1, 1.0, "1", "true", "YES", "on", "t"])
+def test_whatever_a_part_takes_for_true_is_taken_back(tmp_path: Path, value: Any) -> None:
+    tables = {"data": {"use": "cifar10", "download": value}}
+    assert resolve(REGISTRY, config=tables).recipe.data.download
+    write_json(tmp_path / "config.JSON", {"recipe": tables})
+    assert not resolve(REGISTRY, config=tmp_path / "config.JSON").recipe.data.download
+    within = {"objective": {"distances": [{"use": "lpips", "download": value}]}}
+    assert offline(within)["objective"]["distances"][0]["download"] is False
+
+
+def test_what_no_part_takes_for_true_is_left_to_be_told() -> None:
+    tables = {"data": {"download": False}, "run": {"download": "perhaps", "pretrained": "a.pth"}}
+    assert offline(tables) == tables
 
 
 def test_images_elsewhere_are_the_runs_own_and_another_data_set_is_not() -> None:

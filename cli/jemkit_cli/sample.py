@@ -45,6 +45,9 @@ def sample(
             show_default=False,
         ),
     ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch those images where they are missing.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the chains.")] = 0,
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run.")
@@ -65,12 +68,13 @@ def sample(
 ) -> None:  # fmt: skip
     """Draw images from a run or an exported model: a PNG grid and an .npz, with their protocol."""
     for label in classes or ():
-        if label != "all" and not label.isdigit():
+        if label != "all" and not label.isdecimal():
             fail(f"--class {label}: wanted a number, or all", USAGE)
+    data = {"dir": data_dir and str(data_dir), "download": download or None}
     wanted = {
         "n": n, "steps": steps, "start": start, "source": source, "classes": classes, "seed": seed,
         "device": device, "which": checkpoint,
-        "dataset": {"dir": str(data_dir)} if data_dir else None,
+        "dataset": {k: v for k, v in data.items() if v is not None} or None,
     }  # fmt: skip
     samples = _drawn(run, wanted, out, third_party=not no_plugins, silent=as_json)
     if samples is None:  # the first process speaks for all
