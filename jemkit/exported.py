@@ -37,6 +37,10 @@ def verify(folder: Path) -> str:
     return str(wanted[WEIGHTS])
 
 
+MOST_PX = 2**16
+"""Of a side of an image, and channels."""
+
+
 def task_table(task: Task) -> dict[str, Any]:
     """What the parts must know of the data, so that a model can be built without it."""
     return {
@@ -55,7 +59,9 @@ def saved_task(config: Mapping[str, Any], recipe: Recipe, splits: Splits) -> Tas
     if table is None:
         return None
     try:
-        shape = tuple(int(size) for size in table["shape"])
+        shape = tuple(table["shape"])
+        if not all(type(size) is int and 0 < size <= MOST_PX for size in shape):
+            raise ValueError
         n_classes, n_train = int(table["n_classes"]), int(table["n_train"])
         steps = int(table["total_steps"])
         radius, sha = float(table["radius_px"]), str(table["hash"])

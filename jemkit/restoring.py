@@ -14,6 +14,7 @@ from jemkit.exported import saved_task
 from jemkit.fitting import trained_threat
 from jemkit.layout import laid_out
 from jemkit.moments import brought
+from jemkit.networks import check_features
 from jemkit.pinned import CONFIG, JUDGED, Pin, read
 from jemkit.recipe import Recipe, resolve
 from jemkit.registry import Registry
@@ -66,6 +67,8 @@ def restored(
     task = replace(task, fill=False, moments=brought(config))  # nothing is drawn to open a model
     backbone = recipe.backbone.build(task, generator(device, run.seed, "chains"))
     load_model(backbone.model, weights)
+    if saved is not None:
+        _check_shape(backbone, saved, config)
     laid_out(backbone.model, run.layout, device)  # as it was trained, to the last bit
     return Restored(recipe, resolved.tables, task, splits, backbone, pin, trained_px)
 
@@ -76,6 +79,19 @@ def _usual_radius(config: Path, registry: Registry) -> float | None:
         return resolve(registry, config=config).recipe.data.radius_px
     except JemkitError:
         return None
+
+
+def _check_shape(backbone: Backbone, task: Task, config: Path) -> None:
+    """Refuse a [task] whose images the model does not take, as far as can be told without any."""
+    try:
+        check_features(backbone.model.network, task.shape)
+    except (ValueError, RuntimeError) as error:
+        if "meta" in str(error).lower():  # the network needs numbers to compute with
+            return
+        raise DataError(
+            f"{config}: [task] names images of {' x '.join(map(str, task.shape))}, which the model "
+            "does not take; export or import it again"
+        ) from None
 
 
 def saved_state(run: Path, path: Path) -> checkpoint.State:
