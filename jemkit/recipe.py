@@ -173,7 +173,7 @@ def _choice(table: str, own: list[Layer]) -> Layer:
     for layer in own:
         part = layer.table.get(table, {})
         if "use" in part:
-            choice = Layer(layer.origin, {table: {"use": part["use"]}})
+            choice = Layer(layer.origin, {table: {"use": str(part["use"])}})
     return choice
 
 

@@ -188,22 +188,41 @@ def _read(folder: Path, stem: str) -> Record:
     saved, wanted = _sealed(path)
     rows = _rows(folder, stem, wanted)
     try:
-        figures = [Figure(**{**f, "value": _number(f["value"])}) for f in saved["figures"]]
+        figures = [_figure(figure) for figure in saved["figures"]]
         found = Record(
             dict(saved["subject"]), dict(saved["protocol"]), figures, dict(saved["tables"]), rows,
-            dict(saved["left_out"]), list(saved["warnings"]),
+            _texts(dict(saved["left_out"])), [*_texts(dict(enumerate(saved["warnings"]))).values()],
             [_part(part) for part in saved.get("parts", ())], str(saved.get("pictures", PICTURES)),
         )  # fmt: skip
         return _checked(found)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
+def _figure(saved: Mapping[str, Any]) -> Figure:
+    figure = Figure(**{**saved, "value": _number(saved["value"])})
+    _texts({"name": figure.name})
+    for bound in (figure.low, figure.high):
+        if bound is not None:
+            _number(bound)
+    if type(figure.n) is not int or figure.n < 0:
+        raise TypeError(f"the figure {figure.name!r} is of {figure.n!r} images")
+    return figure._replace(protocol=dict(figure.protocol))
+
+
 def _part(saved: Mapping[str, Any]) -> Part:
-    names = {kind: dict(saved[kind]) for kind in ("tables", "rows", "files")}
-    if unfit := [n for n in names["files"].values() if not FILE.fullmatch(str(n))]:
+    names = {kind: _texts(dict(saved[kind])) for kind in ("tables", "rows", "files")}
+    if unfit := [n for n in names["files"].values() if not FILE.fullmatch(n)]:
         raise ValueError(f"{unfit[0]!r} is no name of a picture")
-    return Part(str(saved["evaluator"]), str(saved["key"]), tuple(saved["figures"]), **names)
+    figures = _texts(dict(enumerate(saved["figures"]))).values()
+    return Part(str(saved["evaluator"]), str(saved["key"]), tuple(figures), **names)
+
+
+def _texts(table: dict[Any, Any]) -> dict[Any, str]:
+    """A table whose values are text."""
+    if unfit := [value for value in table.values() if not isinstance(value, str)]:
+        raise TypeError(f"{str(unfit[0])[:40]!r} stands where a text does")
+    return table
 
 
 def _checked(record: Record) -> Record:
@@ -275,5 +294,9 @@ def _not_finite(figures: list[Figure]) -> list[str]:
     return [f"{name} is not a finite number" for name in names]
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+def _number(value: object) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{str(value)[:40]!r} stands where a number does")
+    return float(value)

@@ -191,6 +191,8 @@ class TestMistakes:
                 "backbone.sampler.use=sgdl",
                 r"no sampler 'sgdl' \(did you mean 'sgld'\?\).*from --set",
             ),
+            ("backbone.use=nan", r"no backbone 'nan'.*from --set"),
+            ("data.use=[3]", r"no dataset '\[3\]'.*from --set"),
             ("optimizer.use=adm", r"no optimizer 'adm' \(did you mean 'adam'\?\)"),
             ("objective={w1=0, w2=0, w3=0, w_clean=0}", r"objective: .*nothing to learn"),
             ("rnu.epochs=1", r"--set rnu.epochs=1: unknown table \[rnu\] \(did you mean 'run'\?\)"),

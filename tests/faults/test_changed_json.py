@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toys import toy_recipe, toy_registry
 
-from jemkit import JemkitError, load, train
+from jemkit import DataError, JemkitError, load, recordfile, train
 from jemkit import checkpoint as checkpoints
 from jemkit.comparison import compare
 from jemkit.evaluation import judge
@@ -181,3 +181,26 @@ def test_a_shape_that_is_not_the_networks_is_refused(
     (again / "config.json").write_text(json.dumps(changed(tree, ("task", "shape"), "odd", shape)))
     with pytest.raises(JemkitError):
         command(again)
+
+
+WRONG: list[tuple[Place, Any]] = [
+    (("parts", 0, "figures", 0), [1]), (("parts", 0, "figures", 0), {"a": 1}),
+    (("parts", 0, "tables"), {"a": 1}), (("figures", 0, "name"), 7),
+    (("figures", 0, "low"), "0.5"), (("figures", 0, "n"), "many"), (("figures", 0, "n"), True),
+    (("figures", 0, "value"), "0.5"), (("figures", 0, "value"), 10**400),
+    (("figures", 0, "protocol"), [1]), (("warnings", ), [3]), (("left_out", ), {"ood": None}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("at", "value"), WRONG, ids=str)
+def test_a_record_that_no_evaluation_wrote_is_damaged(
+    folder: Path, tmp_path: Path, at: Place, value: Any
+) -> None:
+    for name in ("evaluation.json", "evaluation.safetensors"):
+        shutil.copy(folder / "whole" / name, tmp_path / name)
+    tree = json.loads((tmp_path / "evaluation.json").read_text())
+    (tmp_path / "evaluation.json").write_text(
+        json.dumps(with_seal(changed(tree, at, "odd", value)))
+    )
+    with pytest.raises(DataError, match=r"evaluation\.json is damaged"):
+        recordfile.load(tmp_path)
