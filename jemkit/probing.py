@@ -134,6 +134,8 @@ def lethal(guests: Sequence[Guest]) -> list[str]:
     if new and sys.executable:
         for i, fault in zip(new, _probed([guests[i].entry for i in new]), strict=True):
             known[i] = fault
+            if fault is None:  # the next command asks again
+                continue
             about = {"plugin": guests[i].entry.name, "distribution": guests[i].distribution}
             with suppress(OSError):  # without a cache it is probed each time
                 paths[i].parent.mkdir(parents=True, exist_ok=True)
@@ -175,8 +177,11 @@ def _files(module: str) -> list[tuple[str, int, int]]:
     return found
 
 
-def _probed(entries: Sequence[EntryPoint]) -> list[str]:
-    """Import plug-ins in a child process; of each what is wrong with having it in a process."""
+def _probed(entries: Sequence[EntryPoint]) -> list[str | None]:
+    """Import plug-ins in a child process; of each what is wrong with having it in a process.
+
+    None of those that it did not come to.
+    """
     read, write = os.pipe()
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     code = "import sys; from jemkit.probing import child; child(*sys.argv[1:])"
@@ -200,7 +205,7 @@ def _probed(entries: Sequence[EntryPoint]) -> list[str]:
     found = [_verdict(*json.loads(line)) for line in lines]
     if running.returncode == -signal.SIGKILL:
         found.append("its import does not end")
-    return [*found, *[""] * len(entries)][: len(entries)]  # of some nothing may be known
+    return [*found, *[None] * len(entries)][: len(entries)]
 
 
 def _lines(descriptor: int) -> list[str]:
@@ -213,10 +218,10 @@ def _lines(descriptor: int) -> list[str]:
     return content.decode().splitlines()
 
 
-def _verdict(lines: list[str], code: int) -> str:
+def _verdict(lines: list[str], code: int) -> str | None:
     ended = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-    if not lines:  # it did not come so far: nothing is known of the plug-in
-        return ""
+    if not lines:  # it did not come so far
+        return None
     if len(lines) == 1:
         if code == -signal.SIGALRM:
             return f"its import does not end within {IMPORT} s"

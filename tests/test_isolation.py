@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Mapping
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 from cli_tools import Outcome, command, environment, process
 from waiting import until
 
-from jemkit import Options, hookimpl
+from jemkit import Options, hookimpl, probing
 from jemkit.probing import Refused, contained, told
 from jemkit.registry import Plugin, registry_of
+from jemkit.runtime.files import read_json
 
 GOOD = """
 import os
@@ -272,3 +274,14 @@ def test_a_hook_given_as_a_mapping_of_any_kind_is_taken_in() -> None:
     registry = registry_of([Plugin("good", Kind("jemkit_samplers", Names()))])
     assert registry.faults == []
     assert list(registry["sampler"]) == ["stay"]
+
+
+def test_a_plugin_that_was_not_probed_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JEMKIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(probing, "LAST", 0.0)
+    guests = [probing.Guest(EntryPoint(m, m, "guests"), "guests", "1") for m in ("json", "csv")]
+    assert probing.lethal(guests) == ["its import does not end", ""]
+    (cached,) = (tmp_path / "plugins").iterdir()
+    assert read_json(cached)["plugin"] == "json"
