@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cli_tools import KEYS, SHORT, TINY, Outcome, command, environment, jemkit, process
+from imagefolders import split_folder
 from PIL import Image
 
 from jemkit import installed, resolve
@@ -296,6 +297,24 @@ class TestResume:
         assert "run.seed = 7: the run was started with 0" in told
         assert "run.precision = bf16: the run was started with fp32" in told
         assert "leave out --dry-run" in one_line(jemkit("train", "--resume", "--dry-run"), 2)
+
+    def test_a_run_finds_its_images_from_another_working_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        split_folder(tmp_path / "there" / "images", n=6)
+        monkeypatch.chdir(tmp_path / "there")
+        given = ("--dataset=folder", "--data-dir=images", "--objective=ce", "--network=smallcnn")
+        few = ("--backbone=classifier", "--epochs=1", "--set=backbone.network.channels=1")
+        done = jemkit("train", *given, *few, "--set=run.batch_size=4", "--out=run", "--json")
+        assert done.code == 0, done.err
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        judged = jemkit("evaluate", "../there/run", "--only=accuracy", "--json")
+        assert judged.code == 0, judged.err
+        again = jemkit("train", "--resume", "--out=../there/run", "--json")
+        assert again.record["clean_accuracy"] == done.record["clean_accuracy"]
+        other = jemkit("evaluate", "../there/run", "--only=accuracy", "--data-dir=images")
+        assert str(tmp_path / "elsewhere" / "images") in one_line(other, 6)
 
     def test_a_folder_that_is_no_run_cannot_be_resumed(self) -> None:
         assert "no config.json" in one_line(jemkit("train", "--resume"), 6)

@@ -48,11 +48,18 @@ def test_every_way_to_speak_shows_control_sequences_as_text(
     assert err == f"error: {SHOWN}\n{SHOWN}\n"
 
 
-def test_progress_takes_any_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_takes_any_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, which alone has bars
+    monkeypatch.setenv("COLUMNS", "200")
     with tracking(silent=False) as track:
         assert track is not None
         track(f"{MARKUP} {HOSTILE}", 1, 2)
-    assert "\x1b]0" not in capsys.readouterr().out
+    shown = "".join(capsys.readouterr())
+    assert MARKUP in shown
+    assert r"\x1b]0;owned" in shown
+    assert "\x1b]0" not in shown
 
 
 def test_a_page_reverses_no_text() -> None:
