@@ -47,6 +47,7 @@ class TestSplits:
             ("seg_train", "seg_test"), ("train2017", "test2017"),
             ("training data", "testing data"), ("train.split", "test.split"), ("Train", "test"),
             ("train", "val"), ("Training", "Validation"), ("train", "valid"), ("train", "dev"),
+            ("X_train", "X_test"), ("trainA", "testA"),
         ],
     )  # fmt: skip
     def test_splits_of_any_usual_name_are_splits(
@@ -117,7 +118,10 @@ class TestSplits:
         root = split_folder(tmp_path, ("",), ("bus", "car", name), n=5)
         assert Folder(dir=root).class_names == ("bus", "car", name)
 
-    @pytest.mark.parametrize("names", [("cat", "dog", "test"), ("test", "train"), ("Train", "val")])
+    @pytest.mark.parametrize("names", [
+        ("cat", "dog", "test"), ("test", "train"), ("Train", "val"),
+        ("testA", "testB", "trainA", "trainB"),
+    ])  # fmt: skip
     def test_images_right_inside_a_split_are_refused(
         self, tmp_path: Path, names: tuple[str, ...]
     ) -> None:

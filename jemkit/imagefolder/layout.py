@@ -79,14 +79,14 @@ def listed(names: Iterable[str], most: int = 8) -> str:
 
 
 def role_of(name: str) -> Role | None:
-    """The split that a folder's name tells: `Train`, `test_set`, `seg_train`, `val2017`."""
+    """The split that a folder's name tells: `Train`, `test_set`, `seg_test`, `X_train`."""
     words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_A-Za-z]+", name)
     roles: list[Role] = []
     for word in (word.lower() for word in words):
         stem = re.sub(r"(set|data|images|imgs|split|dir|folder)$", "", word) or word
         if stem in WORDS:
             roles.append(WORDS[stem])
-        elif word not in FILLERS:
+        elif word not in FILLERS and len(word) > 1:
             return None
     letters = all(c.isalnum() or c in " _-.()" for c in name)
     return roles[0] if len(roles) == 1 and letters else None
