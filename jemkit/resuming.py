@@ -173,7 +173,7 @@ def _same_layout(change: Change, origins: dict[str, str]) -> bool:
 
 
 def _with(table: Table, path: list[str], value: Any) -> Table:
-    """A table with one value changed, or gone where it is None and was not there."""
+    """A table with one value changed."""
     first, *rest = path
     if rest:
         return {**table, first: _with(table.get(first, {}), rest, value)}

@@ -96,6 +96,8 @@ def test_after_any_sequence_no_figure_is_lost_and_no_record_mixes(
             assert {card["test_sha256"] for card in cards} == {record.protocol["test_sha256"]}
             tables = [n for part in record.parts for n in part.tables.values()]
             assert sorted(tables) == sorted(record.tables)
+            files = [n for part in record.parts for n in part.files.values()]
+            assert len(set(files)) == len(files)
         owners = {(r.subject["sha256"], r.protocol["test_sha256"]) for r in kept}
         assert len(owners) == len(kept)
 
