@@ -159,8 +159,18 @@ def check_subject(subject: PixelModel, pixels: Tensor, n_classes: int) -> None:
 
 def weights_hash(module: nn.Module) -> str:
     """SHA-256 of a module's names and weights."""
-    found = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        for part in value if isinstance(value, tuple) else (value,):  # quantised: weight and bias
+            digest.update(_raw(part))
+    return digest.hexdigest()
+
+
+def _raw(value: object) -> bytes:
+    """The bytes of a tensor; what else a module keeps, such as a type, by its text."""
+    if not isinstance(value, Tensor):
+        return repr(value).encode()
+    plain = value.detach().cpu()
+    plain = plain.dequantize() if plain.is_quantized else plain
+    return plain.contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -312,6 +312,17 @@ def test_a_model_of_any_float_type_is_attacked_in_float32(dtype: torch.dtype, at
     assert found.figure(name).protocol["max_delta_px"]["Linf"] <= 40 + 1e-3
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_model_is_judged_and_its_hash_tells_its_weights() -> None:
+    modules = [nn.Sequential(nn.Flatten(), nn.Linear(64, 3)) for _ in range(2)]
+    one, two = (torch.ao.quantization.quantize_dynamic(m, {nn.Linear}) for m in modules)
+    assert weights_hash(one) != weights_hash(two)
+    asked = {"attacks": ("fgsm",), "only": ("robustness",)}
+    found = api.evaluate(one, DATA, n_classes=3, registry=REGISTRY, **asked)  # type: ignore[arg-type]
+    assert found.value("fgsm") == found.value("clean")  # it has no gradient, and that is said
+    assert any("give the loss no gradient" in warning for warning in found.warnings)
+
+
 def test_a_model_of_mixed_types_gets_what_its_first_layer_takes_and_else_one_sentence() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
