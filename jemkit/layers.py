@@ -118,7 +118,7 @@ class Stack:
             part, named = self.registry[kind].named(str(use))
         except ConfigError as error:
             raise type(error)(f"{error}{spoken(origin)}") from None
-        numbers = {k: int(v) if v.isdigit() else v for k, v in named.items()}
+        numbers = {k: int(v) if v.isdecimal() else v for k, v in named.items()}
         return self.registry[kind].name_of(part), numbers
 
     def _fresh(self, kind: str, name: str) -> Table:

@@ -183,7 +183,7 @@ def in_name(part: type[Any], name: str) -> dict[str, str] | None:
     _, *values = name.split("-")
     fields: tuple[str, ...] = getattr(part, "positional", ())
     found = dict(zip(fields, values, strict=False))
-    numbers = (found[f].isdigit() for f in found if part.model_fields[f].annotation is int)
+    numbers = (found[f].isdecimal() for f in found if part.model_fields[f].annotation is int)
     return found if len(values) == len(fields) and all(numbers) else None
 
 

@@ -34,8 +34,10 @@ def test_joiners_and_every_script_stay() -> None:
 
 
 def test_every_way_to_speak_shows_control_sequences_as_text(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # pytest's own capture of the log cannot be sent between processes with half a character in it
+    monkeypatch.setattr(logging.getLogger("jemkit"), "propagate", False)
     say(HOSTILE)
     show_table([HOSTILE, MARKUP], [[HOSTILE, MARKUP]], f"{HOSTILE} {MARKUP}")
     with pytest.raises(typer.Exit):

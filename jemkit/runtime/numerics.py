@@ -137,15 +137,15 @@ def _float32(precision: Precision) -> Iterator[None]:
     generic, older, convolution = _read(*GENERIC), _older(), _older_convolution()
     backends = _own(BACKENDS, (GENERIC,))
     operations = _own(OPERATIONS, (GENERIC, *BACKENDS))
-    if older is not None:  # it sets both backends' "matmul"
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    if convolution is not None:
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
     wanted = {"cuda": "tf32" if precision == "tf32" else "ieee", "mkldnn": "ieee"}
-    _write(*GENERIC, "ieee")
-    for switch in (*BACKENDS, *operations):
-        _write(*switch, wanted[switch[0]])
     try:
+        if older is not None:  # it sets both backends' "matmul"
+            torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        if convolution is not None:
+            torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        _write(*GENERIC, "ieee")
+        for switch in (*BACKENDS, *operations):
+            _write(*switch, wanted[switch[0]])
         yield
     finally:
         if older is not None:
