@@ -42,14 +42,14 @@ def radius_of(norm: Norm, given: float | None, usual_px: float, option: str) -> 
     `option` is what a person writes to give one.
     """
     if given is not None:
-        return given
+        return float(given)
     if norm != "Linf":
         usual = {"L2": "127.5, which is 0.5", "L1": "3060, which is 12"}[norm]
         raise ConfigError(
             f"the norm {norm} has no radius by default: give one in 1/255 of the "
             f"pixel range; on CIFAR-10 {option} {usual}, is usual"
         )
-    return usual_px
+    return float(usual_px)
 
 
 def check_width(threat: Threat, pixels: int, option: str) -> None:

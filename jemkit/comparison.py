@@ -192,11 +192,13 @@ def _recipe_but_seed(run: Judged) -> str:
 
 
 def newest(runs: Path, count: int = 2) -> list[Path]:
-    """The runs of a folder that were begun last, the newest at the end."""
-    found = [path for path in runs.glob("*/config.json") if not path.parent.is_symlink()]
+    """The runs of a folder that were begun last and have figures, the newest at the end."""
+    begun = [path for path in runs.glob("*/config.json") if not path.parent.is_symlink()]
+    found = [path for path in begun if (path.parent / records.JSON).exists()]
     found.sort(key=lambda path: (path.stat().st_mtime, path.parent.name))
     if len(found) < count:
         raise DataError(
-            f"{runs} holds {len(found)} runs, and a comparison is of {count}; name the runs"
+            f"{runs} holds {len(found)} runs with figures, and a comparison is of {count}; name "
+            "the runs, or measure some by `jemkit evaluate`"
         )
     return [path.parent for path in found[-count:]]

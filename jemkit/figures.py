@@ -29,7 +29,7 @@ class Figure(NamedTuple):
 
         Left out is what the measurement gave (RESULTS).
         """
-        card = finite(without_results(self.protocol))
+        card = canonical(finite(without_results(self.protocol)))
         text = json.dumps([self.name, card], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -54,6 +54,15 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def canonical(value: Any) -> Any:
+    """A tree in which equal numbers are written alike: 8.0 is 8."""
+    if isinstance(value, Mapping):
+        return {key: canonical(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [canonical(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def joined(card: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,9 @@ JUDGED = (
     "Put the data back as they were, or name the data set (--dataset, --data-dir) to judge the "
     "model on it as it is now"
 )
+CLASSES = (
+    "Put the data back as they were, or name the data set that has these classes in this order"
+)
 SAMPLED = "Put the data back as they were"
 NAMED = "Name a data set of the run's classes, in their order"
 """What is advised, by what was to be done."""
@@ -94,17 +97,18 @@ class Pin(NamedTuple):
     def check_classes(self, dataset: Dataset) -> None:
         """Refuse a data set whose classes are not the run's, in their order."""
         known, came = self.table.classes, class_names(dataset)
+        advice = CLASSES if self.advice == JUDGED else self.advice
         if known is None or came is None:
             if self.table.n_classes != dataset.n_classes:
                 raise DataError(
                     f"the run in {self.folder} has {self.table.n_classes} classes; "
-                    f"{described(dataset)} has {dataset.n_classes}. {self.advice}"
+                    f"{described(dataset)} has {dataset.n_classes}. {advice}"
                 )
             return
         if came != known:
             raise DataError(
                 f"the run in {self.folder} knows {names(known, came)}; {described(dataset)} has "
-                f"{names(came, known)}{_reordered(known, came)}. {self.advice}"
+                f"{names(came, known)}{_reordered(known, came)}. {advice}"
             )
 
     def named(self, dataset: Dataset) -> "Pin":
@@ -303,7 +307,7 @@ def _reasons(details: Details, splits: Splits, split: Part, images: Images) -> l
         moved = new & Counter(details.images[part])
         if part != split and moved:
             reasons.append(f"{moved.total()} of the new ones were {SPLIT_NAMES[part]} images")
-    return reasons + _files(details, splits, split, now)
+    return _files(details, splits, split, now) + reasons
 
 
 def _files(details: Details, splits: Splits, split: Part, now: Sequence[str]) -> list[str]:

@@ -38,8 +38,10 @@ class PixelModel(nn.Module):
         self.poll: Callable[[], None] = _nothing
 
     def scores(self, pixels: Tensor) -> Scores:
-        """Scores of images [B, C, H, W] in [0, 1]."""
+        """Scores of images [B, C, H, W] in [0, 1], or of bytes in 0..255."""
         self.poll()
+        if pixels.dtype == torch.uint8:
+            pixels = pixels.float() / 255
         return self.scored(self.bounds.from_unit(pixels))
 
     def scored(self, x: Tensor) -> Scores:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jemkit.errors import DataError
 from jemkit.evaluator import Context, Notes
-from jemkit.figures import Figure, finite, without_results
+from jemkit.figures import Figure, canonical, finite, without_results
 from jemkit.recordfile import (
     JSON,
     PICTURES,
@@ -111,7 +111,8 @@ def part(
     for kind, left in left_by(ctx.notes).items():
         old = before[kind]
         found[kind] = {n: n for n, value in left.items() if n not in old or old[n] is not value}
-    text = json.dumps([evaluator, finite(without_results(ctx.card)), keys], default=str)
+    card = canonical(finite(without_results(ctx.card)))
+    text = json.dumps([evaluator, card, keys], default=str)
     key = hashlib.sha256(text.encode()).hexdigest()
     return Part(evaluator, key, keys, found["tables"], found["rows"], found["files"])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jemkit.errors import ConfigError, DataError
-from jemkit.figures import Figure
+from jemkit.figures import Figure, canonical
 from jemkit.layers import flat
 from jemkit.recordfile import Record, preferred
 from jemkit.runtime.files import read_json
@@ -178,6 +178,10 @@ def _words(card: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     others = [key for key in keys if key not in known and card.get(key) is not None]
     others = [key for key in others if key != "step_px" or not usual]
     words += [f"{key.split('.')[-1].replace('_', ' ')} {card[key]}" for key in others[:3]]
+    if "quick" in keys and card.get("quick"):
+        words.append("quick")
+    elif "standard" in keys and not words and not card.get("standard"):
+        words.append("non-standard")
     return [HASH.sub(r"\1...", word) for word in words]
 
 
@@ -194,7 +198,7 @@ def _apart(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for key in sorted(keys - unknown):
         groups: dict[str, list[str]] = {}
         for name, card in cards.items():
-            value = json.dumps(card.get(key), sort_keys=True, default=str)
+            value = json.dumps(canonical(card.get(key)), sort_keys=True, default=str)
             groups.setdefault(value, []).append(name)
         if len(groups) > 1:
             each = (f"{value} in {', '.join(names)}" for value, names in groups.items())
@@ -229,7 +233,7 @@ def is_share(figure: Figure) -> bool:
 def _measured(figure: Figure) -> dict[str, Any]:
     """What of a card decides what the figure means."""
     card = {
-        key: value
+        key: canonical(value)
         for key, value in flat(figure.protocol)
         if not NOT_PROTOCOL.intersection(key.split("."))
     }

@@ -50,7 +50,7 @@ def test_a_missing_figure_says_how_to_measure_it_or_why_it_was_left_out() -> Non
 
 def test_figures_of_other_radii_are_marked_and_have_no_best() -> None:
     runs = [judged("a", record()), judged("b", record({"pgd20": 100}, radius_px=4.0))]
-    assert differing(runs, "pgd20") == ["radius_px is 8.0 in a and 4.0 in b"]
+    assert differing(runs, "pgd20") == ["radius_px is 8 in a and 4 in b"]
     assert not line(runs, "pgd20").best
 
 
@@ -106,14 +106,16 @@ def test_seeds_are_grouped_by_the_settings_that_differ() -> None:
     ]
 
 
-def test_the_newest_runs_are_those_begun_last_and_no_link(tmp_path: Path) -> None:
-    for at, name in enumerate(("c", "a", "b")):
+def test_the_newest_runs_are_those_begun_last_with_figures_and_no_link(tmp_path: Path) -> None:
+    for at, name in enumerate(("c", "a", "b", "stopped")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
         os.utime(tmp_path / name / "config.json", (at, at))
+        if name != "stopped":
+            (tmp_path / name / "evaluation.json").write_text("{}")
     (tmp_path / "latest").symlink_to("b")
     assert [path.name for path in newest(tmp_path)] == ["a", "b"]
-    with pytest.raises(DataError, match="holds 3 runs"):
+    with pytest.raises(DataError, match="holds 3 runs with figures"):
         newest(tmp_path, 4)
 
 

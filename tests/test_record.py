@@ -60,6 +60,14 @@ def test_the_same_protocol_is_measured_once(tmp_path: Path) -> None:
     assert two.value("fgsm", radius_px=8) == one.value("fgsm")
 
 
+def test_a_radius_is_one_however_its_number_is_written(tmp_path: Path) -> None:
+    for radius in (None, 8, 8.0):
+        measured(tmp_path, eps_px=radius)
+    assert names(tmp_path) == [("clean", 8), ("fgsm", 8)]
+    one, two = (share("pgd20", 1, 2, {"radius_px": radius, "bins": [8]}) for radius in (8, 8.0))
+    assert one.key == two.key
+
+
 def test_the_record_of_another_model_or_other_images_is_kept_and_comes_back(tmp_path: Path) -> None:
     first = measured(tmp_path)
     measured(tmp_path, seed=1)

@@ -168,7 +168,7 @@ def test_a_standard_run_has_no_such_label(tmp_path: Path) -> None:
 def test_protocols_that_differ_are_marked(runs: list[Path]) -> None:
     page = render(runs)
     assert "PGD-20, 4/255</b> is not comparable" in page
-    assert "radius_px is 8.0 in ebjdat, trades and 4.0 in quick" in page
+    assert "radius_px is 8 in ebjdat, trades and 4 in quick" in page
 
 
 def test_one_run_shows_what_is_not_the_default_and_several_what_differs(runs: list[Path]) -> None:
@@ -323,7 +323,7 @@ def test_in_what_protocols_differ_is_told_once_with_all_the_figures_that_it_conc
     done = CliRunner().invoke(app(), ["compare", str(runs[0]), str(runs[2]), "--seeds"])
     assert done.exit_code == 0, done.output
     lines = [line for line in done.stdout.splitlines() if "radius_px is" in line]
-    assert lines == ["! radius_px is 8.0 in ebjdat and 4.0 in quick: pgd20"]
+    assert lines == ["! radius_px is 8 in ebjdat and 4 in quick: pgd20"]
     assert "pgd20: no paired difference: protocols differ, see above" in done.stdout
 
 
@@ -370,13 +370,15 @@ def test_every_picture_shows(page: Browser) -> None:
 @needs_chromium
 def test_a_click_on_its_head_sorts_a_column_and_missing_figures_stay_last(page: Browser) -> None:
     names = "[...document.querySelectorAll('#trilemma tbody th')].map((e) => e.textContent)"
+    heads = page.run("[...document.querySelectorAll('#trilemma thead th')].map((e) => e.innerText)")
+    at = next(i for i, head in enumerate(heads, 1) if head == "AA")
+    column = f"#trilemma thead th:nth-child({at})"
     assert page.run(names) == ["ebjdat", "trades", "quick"]
-    page.click("#trilemma thead th:nth-child(3) .sort")
+    page.click(f"{column} .sort")
     assert page.run(names) == ["trades", "ebjdat", "quick"]
-    page.click("#trilemma thead th:nth-child(3) .sort")
+    page.click(f"{column} .sort")
     assert page.run(names) == ["ebjdat", "trades", "quick"]
-    sort = "document.querySelector('#trilemma thead th:nth-child(3)').getAttribute('aria-sort')"
-    assert page.run(sort) == "ascending"
+    assert page.run(f"document.querySelector('{column}').getAttribute('aria-sort')") == "ascending"
     page.click("#trilemma thead th:first-child .sort")
     assert page.run(names) == ["ebjdat", "quick", "trades"]
 
@@ -419,8 +421,10 @@ def test_a_card_opens_on_a_tap_and_closes_on_the_next(page: Browser) -> None:
 @needs_chromium
 def test_a_card_opens_on_the_keyboards_focus_and_closes_on_escape(page: Browser) -> None:
     page.run("document.querySelector('#trilemma .sort').focus()")
-    for _ in range(len(page.run("[...document.querySelectorAll('#trilemma .sort')].map(String)"))):
-        page.press("Tab")
+    heads = len(page.run("[...document.querySelectorAll('#trilemma .sort')].map(String)"))
+    for _ in range(heads + 1):  # a table wider than the page is a stop of its own
+        if not page.run(OPEN):
+            page.press("Tab")
     assert "clean of ebjdat" in page.run(OPEN)[0]
     page.press("Escape")
     assert page.run(OPEN) == []

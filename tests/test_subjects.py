@@ -102,7 +102,7 @@ def test_weights_alone_need_the_network_that_they_belong_to(tmp_path: Path) -> N
         subject_at(path, REGISTRY, CPU, network="mlp-4-1")
     with pytest.raises(ConfigError, match=r"depth: .*such as 10, 16 or 28; got 11 "):
         subject_at(path, REGISTRY, CPU, network="wrn-11-1")
-    with pytest.raises(ConfigError, match=r"width: .*got '.'"):
+    with pytest.raises(ConfigError, match="'wrn-16-.' does not name a network"):
         subject_at(path, REGISTRY, CPU, network="wrn-16-\u00b2")
 
 
@@ -348,3 +348,9 @@ def test_arrays_are_taken_however_they_lie_in_memory() -> None:
         for pair in given
     ]
     assert found[0] == found[1] == found[2]
+
+
+def test_bytes_are_the_images_that_they_stand_for() -> None:
+    model = PixelModel(linear_model(64, 3))
+    pixels = torch.arange(2 * 64, dtype=torch.uint8).view(2, 1, 8, 8)
+    assert torch.equal(model(pixels), model(pixels.float() / 255))
