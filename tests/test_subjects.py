@@ -102,7 +102,7 @@ def test_weights_alone_need_the_network_that_they_belong_to(tmp_path: Path) -> N
         subject_at(path, REGISTRY, CPU, network="mlp-4-1")
     with pytest.raises(ConfigError, match=r"depth: .*such as 10, 16 or 28; got 11 "):
         subject_at(path, REGISTRY, CPU, network="wrn-11-1")
-    with pytest.raises(ConfigError, match="'wrn-16-.' does not name a network"):
+    with pytest.raises(ConfigError, match=r"'wrn-16-.' does not name a network"):
         subject_at(path, REGISTRY, CPU, network="wrn-16-\u00b2")
 
 
