@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jemkit.attack import PGD, Attack, ModelAttack, Threat
+from jemkit.attack import PGD, Attack, ForTraining, ModelAttack, Threat
 from jemkit.backbone import Task
 from jemkit.cascade import attacked as run_attack
 from jemkit.checkpoint import same
 from jemkit.data import Augmentation, Bounds, Dataset, Images, Split
 from jemkit.distance import Distance
+from jemkit.errors import ConfigError
 from jemkit.evaluator import Context, Evaluator, measure
 from jemkit.figures import Figure
 from jemkit.modes import eval_mode, frozen
@@ -91,10 +92,21 @@ def check_dataset(dataset: Dataset) -> None:
 
 def check_attack(attack: Attack | ModelAttack) -> None:
     """The laws of an attack: inside the ball and the range, repeatable, and a worse loss."""
-    if isinstance(attack, Attack):
+    if isinstance(attack, Attack) and _trains(attack):
         _check_ascent(attack)
     if isinstance(attack, ModelAttack):
         _check_model_attack(attack)
+
+
+def _trains(attack: Attack) -> bool:
+    """Whether an attack, as its options are, may train a model and not only judge it."""
+    if not isinstance(attack, ForTraining):
+        return True
+    try:
+        attack.check_training()
+    except ConfigError:
+        return False
+    return True
 
 
 def _check_model_attack(attack: ModelAttack) -> None:
