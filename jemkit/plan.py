@@ -52,7 +52,7 @@ def plan(resolved: Resolved, out: Path, *, init_from: Path | None = None) -> dic
 
 def _disk(parts: Assembly, recipe: Recipe) -> dict[str, str]:
     """What the run is going to take on disks, and of what its start is."""
-    one = disk.state_bytes(parts.shared_state()) + disk.momenta_bytes(parts.optimizer)
+    one = disk.state_bytes(parts.weights()) + disk.momenta_bytes(parts.optimizer)
     found: dict[str, str] = {}
     if parts.backbone.has_density:
         density = parts.backbone.density

@@ -1,5 +1,6 @@
 """How the tests run: one thread, bounded examples, a cache of their own."""
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +23,15 @@ def own_cache() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("JEMKIT_CACHE", folder)
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """No handler that a test adds to the library's log outlives it."""
+    log = logging.getLogger("jemkit")
+    before = list(log.handlers)
+    yield
+    log.handlers[:] = before
 
 
 @pytest.fixture

@@ -358,7 +358,7 @@ class TestSample:
         assert done.code == 0, done.err
         assert "start: buffer" in done.out
         more = jemkit("sample", run, "--from=buffer", "--n=21")
-        assert "from a buffer of 20" in one_line(more, 3)
+        assert "21 states from a buffer that has 20" in one_line(more, 2)
         given = jemkit("sample", run, "--from=buffer", "--steps=3")
         assert "belong to fresh chains" in one_line(given, 3)
         labelled = jemkit("sample", run, "--from=buffer", "--n=2", "--class=1")

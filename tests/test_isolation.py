@@ -246,8 +246,12 @@ def interrupt() -> None:
 def test_a_users_interrupt_is_told_from_one_that_a_plug_in_raises() -> None:
     with pytest.raises(Refused, match="KeyboardInterrupt"), contained():
         raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt), contained():
-        interrupt()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), contained():
+            interrupt()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_error_whose_message_fails_is_told_by_its_kind() -> None:

@@ -311,6 +311,7 @@ def test_a_single_image_that_does_not_fit_ends_a_run_that_is_saved(tmp_path: Pat
         return False
 
     trainers[1].stop = another_program_takes_the_rest
+    trainers[1].polling.patience = float("inf")  # asked between steps alone, however slow they are
     with pytest.raises(OutOfMemory, match=r"with 1 image\(s\) in a pass.*Step 4 is saved"):
         trainers[1].run()
     states = [load(tmp_path / name / "checkpoints" / "step-00000004") for name in "ab"]

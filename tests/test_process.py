@@ -173,8 +173,15 @@ def test_silent_work_shows_its_time_on_a_terminal_and_the_next_word_takes_it_awa
     assert "working" not in piped.err
 
 
+def hear_signals() -> None:
+    """As in a terminal: tests in the background, or under nohup, hand signals on as ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def own_terminal() -> None:
     """The process leads a session, and its standard input is the session's terminal."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the tests' own is ignored
     os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
@@ -254,7 +261,7 @@ def test_a_stopped_proof_of_resume_leaves_nothing_behind(
     running = subprocess.Popen(
         command(*VERIFYING), cwd=tmp_path, env=environment(TMPDIR=str(tmp_path / "temporary")),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=hear_signals,
     )  # fmt: skip
     assert running.stdout is not None
     assert running.stdout.readline() == "training whole\n"

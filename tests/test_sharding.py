@@ -362,7 +362,7 @@ def test_one_process_takes_a_shared_checkpoint_up_as_it_was_saved(
     state = trainer.state_dict()
     for kind in ("model", "ema", "optimizer"):
         assert same(state[kind], saved[kind])
-    run(str(at), resume=True, overrides=(SHARD, "run.ema_decay=0.5"))
+    run(str(at), resume=True, overrides=(SHARD, "run.channels_last=no", "run.ema_decay=0.5"))
     assert "run.shard shares nothing out in one process" in caplog.text
     assert all(t.isfinite().all() for t in end_of(at)["model"].values())
 
