@@ -44,6 +44,7 @@ class Browser:
         ]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
+        self.send("Emulation.setFocusEmulationEnabled", enabled=True)  # as a page in front has it
 
     def send(self, method: str, **params: Any) -> Any:
         self.count += 1
@@ -60,11 +61,10 @@ class Browser:
     def open(self, path: Path) -> None:
         """Open a file, and wait until it has loaded."""
         self.errors, self.requests = [], []
-        self.send("Page.navigate", url=path.resolve().as_uri())
+        url = path.resolve().as_uri()
+        self.send("Page.navigate", url=url)
         deadline = time.monotonic() + SAFETY
-        while (
-            self.run("document.readyState") != "complete" or self.run("location.href")[:4] != "file"
-        ):
+        while self.run("[location.href, document.readyState]") != [url, "complete"]:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{path} does not load")
             time.sleep(0.02)

@@ -27,11 +27,11 @@ def own_cache() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def own_log() -> Iterator[None]:
-    """No handler that a test adds to the library's log outlives it."""
+    """No handler that a test, or a fixture of a whole module, adds to the log reaches another."""
     log = logging.getLogger("jemkit")
-    before = list(log.handlers)
+    log.handlers.clear()
     yield
-    log.handlers[:] = before
+    log.handlers.clear()
 
 
 @pytest.fixture

@@ -352,6 +352,8 @@ def page(window: Browser, runs: list[Path], tmp_path: Path) -> Browser:
 
 OPEN = "[...document.querySelectorAll('.card:popover-open')].map((e) => e.textContent)"
 
+FRAMES = "new Promise((d) => requestAnimationFrame(() => requestAnimationFrame(() => d(0))))"
+
 
 @needs_chromium
 def test_it_opens_without_an_error_and_asks_for_nothing(page: Browser) -> None:
@@ -427,6 +429,25 @@ def test_a_card_opens_on_the_keyboards_focus_and_closes_on_escape(page: Browser)
             page.press("Tab")
     assert "clean of ebjdat" in page.run(OPEN)[0]
     page.press("Escape")
+    assert page.run(OPEN) == []
+
+
+@needs_chromium
+def test_a_card_follows_its_figure_when_focus_or_hand_scrolls_the_page(page: Browser) -> None:
+    page.size(1200, 300)
+    page.run("scrollTo(0, document.body.scrollHeight)")
+    page.run("document.querySelector('#trilemma .sort').focus({preventScroll: true})")
+    heads = page.run("document.querySelectorAll('#trilemma .sort').length")
+    for _ in range(heads + 1):
+        if not page.run(OPEN):
+            page.press("Tab")
+        page.run(FRAMES)  # the event of a scroll comes with the next frame
+    assert "clean of ebjdat" in page.run(OPEN)[0]
+    page.run("scrollBy(0, 20)")
+    page.run(FRAMES)
+    assert len(page.run(OPEN)) == 1
+    page.run("scrollTo(0, document.body.scrollHeight)")
+    page.run(FRAMES)
     assert page.run(OPEN) == []
 
 

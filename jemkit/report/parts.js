@@ -40,16 +40,26 @@
     open = null;
     pinned = false;
   };
-  const show = (button) => {
-    if (open === button) return;
-    close();
-    const card = document.getElementById(button.getAttribute("aria-controls"));
-    card.showPopover();
+  const place = (button, card) => {
     const at = button.getBoundingClientRect(), size = card.getBoundingClientRect();
     const below = at.bottom + 6 + size.height <= innerHeight;
     const top = below ? at.bottom + 6 : Math.max(8, at.top - 6 - size.height);
     card.style.left = Math.max(8, Math.min(at.left, innerWidth - size.width - 8)) + "px";
     card.style.top = top + "px";
+  };
+  // Focus may scroll the page: the card moves with its figure, and closes when that leaves the view.
+  const follow = () => {
+    if (!open) return;
+    const at = open.getBoundingClientRect();
+    if (at.bottom < 0 || at.top > innerHeight || at.right < 0 || at.left > innerWidth) return close();
+    place(open, document.getElementById(open.getAttribute("aria-controls")));
+  };
+  const show = (button) => {
+    if (open === button) return;
+    close();
+    const card = document.getElementById(button.getAttribute("aria-controls"));
+    card.showPopover();
+    place(button, card);
     button.setAttribute("aria-expanded", "true");
     open = button;
   };
@@ -66,7 +76,7 @@
   }
   document.addEventListener("keydown", (event) => event.key === "Escape" && close());
   document.addEventListener("click", (event) => event.target.closest(".number, .card") || close());
-  addEventListener("scroll", close, { capture: true, passive: true });
+  addEventListener("scroll", follow, { capture: true, passive: true });
 
   // Why a figure is missing, by a tap.
   const readout = document.getElementById("readout");
