@@ -100,7 +100,7 @@ def export(
     config = _without_home(config)
     weights = "averaged" if averaged else "live"
     about = {"run": source.path.name, "checkpoint": saved.name, "sha256": sha, "weights": weights}
-    found, note = _record_of(source.path, sha, config["recipe"]["data"]["use"])
+    found, note = _record_of(source.path, sha, config)
     card = _about_run(config["recipe"], about) + "\n"
     card += figures_table(found.figures, found.protocol) if found else f"{note}\n"
     config, hashes = pinned.for_others(config, source.path)
@@ -218,11 +218,13 @@ def _check_run(run: Path) -> None:
         raise DataError(f"{run} is an exported model already; wanted a run of `jemkit train`")
 
 
-def _record_of(run: Path, sha: str, data: str) -> tuple[Record | None, str]:
-    """The record of these weights on images of the run's data set, or why there is none."""
+def _record_of(run: Path, sha: str, config: Mapping[str, Any]) -> tuple[Record | None, str]:
+    """The record of these weights on the run's own test images, or why there is none."""
     if not (run / record.JSON).exists():
         return None, "No figure was measured yet: `jemkit evaluate` measures them."
-    found = record.of_weights(run, sha, data)
+    data, pin = config["recipe"]["data"]["use"], config.get("data")
+    test_sha256 = pin.get("test_sha256") if isinstance(pin, dict) else None
+    found = record.of_weights(run, sha, data, test_sha256)
     if found is None:
         return None, (
             "The run's record is of other weights than these, or of other images than those of "

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from jemkit.data import Dataset, Images, NamesClasses
 from jemkit.errors import DataError
 from jemkit.runtime.files import file_hash, read_json, write_json
+from jemkit.runtime.ledger import tensors_hash
 from jemkit.splits import Part, Splits
 from jemkit.starts import images_hash
 
@@ -57,6 +58,7 @@ class Table(BaseModel):
     train: SplitPin | None = None
     valid: SplitPin | None = None
     test: SplitPin | None = None
+    test_sha256: str | None = None  # of the test images, as the record of an evaluation has it
     files: dict[str, str] | None = None  # SHA-256 of the data set's file names, split by split
     details: str | None = None  # the SHA-256 of data.json
 
@@ -183,7 +185,10 @@ def pin(splits: Splits) -> tuple[Table, Details]:
     own = ("train", "valid", "test") if splits.own_validation else ("train", "test")
     files = files_of(dataset, own)
     hashes = None if files is None else {split: _hash(names) for split, names in files.items()}
-    table = Table(n_classes=dataset.n_classes, classes=class_names(dataset), files=hashes, **found)
+    table = Table(
+        n_classes=dataset.n_classes, classes=class_names(dataset), files=hashes,
+        test_sha256=tensors_hash(images["test"]._asdict()), **found,
+    )  # fmt: skip
     rows: dict[str, list[int]] = {part: splits.rows(part) for part in PARTS}
     hashed: dict[str, list[str]] = {part: image_hashes(images[part]) for part in PARTS}
     return table, Details(images=hashed, rows=rows, files=files)

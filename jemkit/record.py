@@ -128,15 +128,36 @@ def arranged(record: Record) -> Record:
     return _joined(record, None)
 
 
-def of_weights(folder: Path, sha256: str, data: str | None = None) -> Record | None:
+def of_weights(
+    folder: Path, sha256: str, data: str | None = None, test_sha256: str | None = None
+) -> Record | None:
     """The record of these weights in a folder, if any: that of evaluation.json first.
 
-    Where `data` names a data set, only a record of its images counts.
+    Where `data` names a data set, only a record of its images counts; where `test_sha256` is
+    known, only one of exactly those test images. A damaged one beside evaluation.json is skipped
+    with a warning.
     """
     if not (folder / JSON).exists():
         return None
-    owned = (r for r in every(folder) if r.subject.get("sha256") == sha256)
-    return next((r for r in owned if data is None or r.subject.get("data", data) == data), None)
+    for stem in (STEM, *beside(folder)):
+        try:
+            found = load(folder, stem)
+        except DataError as error:
+            if stem == STEM:
+                raise
+            log.warning("%s.json is skipped: %s", stem, error)
+            continue
+        if found.subject.get("sha256") == sha256 and _is_of(found, data, test_sha256):
+            return found
+    return None
+
+
+def _is_of(record: Record, data: str | None, test_sha256: str | None) -> bool:
+    """Whether a record is of a data set: by the hash of its test images where both are known."""
+    judged = record.protocol.get("test_sha256")
+    if test_sha256 is not None and judged is not None:
+        return bool(judged == test_sha256)
+    return data is None or record.subject.get("data", data) == data
 
 
 def _owner(record: Record) -> Owner:

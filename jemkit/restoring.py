@@ -1,5 +1,6 @@
 """A run's parts as one of its checkpoints has them."""
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -9,11 +10,12 @@ import torch
 from jemkit import checkpoint
 from jemkit.assembly import load_model, splits_of, task_of
 from jemkit.backbone import Backbone, Task
-from jemkit.errors import DataError, JemkitError
+from jemkit.data import Images
+from jemkit.errors import ConfigError, DataError, JemkitError
 from jemkit.exported import saved_task
 from jemkit.fitting import trained_threat
 from jemkit.layout import laid_out
-from jemkit.moments import brought
+from jemkit.moments import brought, images_hash
 from jemkit.networks import check_features
 from jemkit.pinned import CONFIG, JUDGED, Pin, read
 from jemkit.recipe import Recipe, resolve
@@ -57,13 +59,15 @@ def restored(
     resolved = resolve(registry, config=config, named={"data": dataset} if dataset else {})
     recipe = resolved.recipe
     run, pin = recipe.run, read(config, advice)
-    other = bool(dataset) and not same_data
+    own, other = pin, bool(dataset) and not same_data
     if pin is not None and other:
         pin = pin.named(recipe.data)
     splits = splits_of(recipe, None if other else pin)
     saved = saved_task(read_json(config), recipe, splits) if is_own(dataset) else None
     task = task_of(recipe, splits) if saved is None else saved
     trained_px = task.radius_px if is_own(dataset) else _usual_radius(config, registry)
+    if other:
+        task = _own_start(task, config, registry, own)
     task = replace(task, fill=False, moments=brought(config))  # nothing is drawn to open a model
     backbone = recipe.backbone.build(task, generator(device, run.seed, "chains"))
     load_model(backbone.model, weights)
@@ -71,6 +75,27 @@ def restored(
         _check_shape(backbone, saved, config)
     laid_out(backbone.model, run.layout, device)  # as it was trained, to the last bit
     return Restored(recipe, resolved.tables, task, splits, backbone, pin, trained_px)
+
+
+def _own_start(task: Task, config: Path, registry: Registry, pin: Pin | None) -> Task:
+    """The task of other data, with the run's own training images as those that chains begin from.
+
+    They are read at the first draw of a start that needs them, where the cache has no moments.
+    """
+
+    def images(split: Literal["train", "valid"]) -> Images:
+        try:
+            recipe = resolve(registry, config=config).recipe
+        except ConfigError as error:  # no installed package offers the data set
+            raise DataError(str(error)) from None
+        return splits_of(recipe, pin).images(split)
+
+    known = None if pin is None else pin.table.train
+    if known is not None:
+        with suppress(DataError):  # other data may have no training images
+            if images_hash(task.images("train")) == known.sha256:
+                return task  # the run's own data, which lie elsewhere now
+    return replace(task, images=images, hash="" if known is None else known.sha256)
 
 
 def _usual_radius(config: Path, registry: Registry) -> float | None:

@@ -184,6 +184,10 @@ class MomentStart:
         """Refuse what will have no Gaussian, before anything slow."""
         check_groups(self.task, classwise=self.classwise)
 
+    def prepare(self) -> None:
+        """Look for the Gaussians now; a DataError where there are none."""
+        self._late.get()
+
     def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
         return self._late.get().draw(n, rng, y)
 

@@ -175,6 +175,23 @@ def test_the_card_has_no_figure_of_another_data_set(
     )
 
 
+def test_the_card_has_no_figure_of_another_folder_of_images(
+    parts: Registry, tmp_path: Path
+) -> None:
+    roots = [split_folder(tmp_path / name, n=n) for name, n in (("one", 20), ("two", 25))]
+    run, asked = tmp_path / "run", settings_of({"only": ("accuracy",)})
+    data = [f"data.dir={roots[0]}", "data.use=folder", "backbone.buffer.capacity=60"]
+    train(toy_recipe(parts, "sadajem", "ebjdat", "plain", *data), run, registry=parts)
+    other = {"use": "folder", "dir": str(roots[1])}
+    judge(subject_at(run, parts, CPU, dataset=other), asked, parts)
+    assert records.load(run).protocol["images"] == 50
+    folder = export(run, out=tmp_path / "model", registry=parts).folder
+    assert read_json(folder / "figures.json")["protocol"]["images"] == 40
+    (kept,) = records.beside(run)
+    (run / f"{kept}.json").unlink()
+    assert export(run, out=tmp_path / "again", registry=parts).figures == 0
+
+
 def test_a_figure_of_part_of_the_images_says_so_in_the_card(
     averaged: Path, parts: Registry, tmp_path: Path
 ) -> None:

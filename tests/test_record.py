@@ -83,6 +83,25 @@ def test_the_record_of_another_model_or_other_images_is_kept_and_comes_back(tmp_
     assert kept.value("fgsm") == measured(tmp_path / "b", seed=1).value("fgsm")
 
 
+def test_a_damaged_record_beside_is_skipped_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for seed in (0, 1, 2):
+        measured(tmp_path, seed=seed)
+    sha = {s: measured(tmp_path / "b", seed=s).subject["sha256"] for s in (0, 1)}
+    stems = {records.load(tmp_path, s).subject["sha256"]: s for s in records.beside(tmp_path)}
+    for damaged, wanted in ((0, 1), (1, 0)):
+        path = tmp_path / f"{stems[sha[damaged]]}.json"
+        whole = path.read_text()
+        path.write_text(whole[:-9])
+        found = records.of_weights(tmp_path, sha[wanted])
+        assert found is not None
+        assert found.subject["sha256"] == sha[wanted]
+        assert records.of_weights(tmp_path, sha[damaged]) is None
+        assert f"{path.name} is skipped" in caplog.text
+        path.write_text(whole)
+
+
 def test_each_figure_keeps_its_rows_and_tables(tmp_path: Path) -> None:
     asked = {"only": ("robustness", "calibration")}
     seen = [measured(tmp_path, **asked, **more) for more in (

@@ -9,11 +9,12 @@ import torch
 from cli_tools import SHORT, jemkit
 from imagefolders import split_folder
 from torch import Tensor, nn
-from toys import REGISTRY, linear_model
+from toys import REGISTRY, gen, linear_model, toy_recipe, toy_registry
 
 import jemkit as api
-from jemkit import Bounds, ConfigError, DataError, MisfitError, PixelModel, checkpoint
+from jemkit import Bounds, ConfigError, DataError, MisfitError, PixelModel, checkpoint, train
 from jemkit.evaluation import judge
+from jemkit.evaluator import Unmeasurable
 from jemkit.exporting import export
 from jemkit.pixels import check_subject, pixel_model, weights_hash
 from jemkit.runtime.files import write_tensors
@@ -74,6 +75,38 @@ def test_on_other_images_the_trained_radius_is_that_of_the_training(
     root = split_folder(tmp_path / "data", classes=tuple("0123456789"))
     found = subject_at(folder, REGISTRY, CPU, dataset={"use": "folder", "dir": str(root)})
     assert (found.radius_px, found.about["trained_radius_px"]) == (8, 25.5)
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_on_other_images_chains_begin_where_those_of_the_run_do(
+    tmp_path: Path, exported: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, path = toy_registry(), tmp_path / "run"
+    roots = [split_folder(tmp_path / name, n=n) for name, n in (("one", 20), ("two", 25))]
+    data = [f"data.dir={roots[0]}", "data.use=folder"]
+    train(toy_recipe(parts, "mebm", "ebjdat", "plain", *data), path, registry=parts)
+    if exported:
+        path = export(path, out=tmp_path / "exported", registry=parts).folder
+
+    def begun(dataset: dict[str, str] | None) -> Tensor:
+        cache = tmp_path / f"cache{len(list(tmp_path.iterdir()))}"  # keeps no moments yet
+        cache.mkdir()
+        monkeypatch.setenv("JEMKIT_CACHE", str(cache))
+        density = subject_at(path, parts, CPU, dataset=dataset).model.density
+        return density.start.draw(5, gen())
+
+    own, other = begun(None), str(roots[1])
+    assert torch.equal(begun({"use": "folder", "dir": other}), own)
+    assert torch.equal(begun({"dir": other}), own)
+    moved = roots[0].rename(tmp_path / "moved")
+    assert torch.equal(begun({"dir": str(moved)}), own)
+    if not exported:  # it has no moments of its own
+        with pytest.raises(DataError, match="begins from Gaussians of the training images"):
+            begun({"dir": other})
+        found = subject_at(path, parts, CPU, dataset={"dir": other})
+        options = {"generation": {"n": 16, "steps": 1}}
+        with pytest.raises(Unmeasurable, match="begins from Gaussians of the training images"):
+            judge(found, settings_of({"only": ("generation",), "options": options}), parts)
 
 
 def test_a_damaged_exported_model_is_not_judged(run: Path, tmp_path: Path) -> None:

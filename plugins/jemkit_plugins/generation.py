@@ -24,7 +24,7 @@ from jemkit.pictures import to_bytes
 from jemkit.pixels import PixelModel
 from jemkit.samples import Drawn, fresh, kept
 from jemkit.seeds import generator
-from jemkit.starts import Start, StartSpec, images_hash, start_name
+from jemkit.starts import MomentStart, Start, StartSpec, images_hash, start_name
 
 CPU = torch.device("cpu")
 ENOUGH = 2048
@@ -140,6 +140,11 @@ class Generation(Options):
             return kept(subject, ctx, n)
         about = {"option": repr(self.start), "reference": images_hash(reference)}
         start = self._start(subject, ctx)
+        if isinstance(start, MomentStart):
+            try:
+                start.prepare()
+            except DataError as error:
+                raise Unmeasurable(str(error)) from None
         return fresh(subject, ctx, n, about, steps=self.steps, start=start)
 
     def _start(self, subject: PixelModel, ctx: Context) -> Start:
