@@ -23,6 +23,7 @@ from jemkit.figures import joined
 from jemkit.identity import identity_of
 from jemkit.memory import fitted
 from jemkit.pixels import UNIT, PixelModel, weights_hash
+from jemkit.runtime.clock import settle
 from jemkit.runtime.ledger import Ledger, Piece, tensors_hash
 
 SLACK = 1e-5
@@ -131,8 +132,9 @@ class _Course:
         return {"right": torch.cat(right)}
 
     def _batch(self, index: Tensor, perturb: Perturb) -> Piece:
-        began = time.monotonic()
         device = self.ctx.rng.device
+        settle(device)
+        began = time.monotonic()
         part = self.data.take(index).to(device)
         x, y = part.unit(), part.y
 
@@ -144,6 +146,7 @@ class _Course:
                 return x_adv, self._right(x_adv, y, "attacked"), spent.passes
 
         x_adv, right, passes = fitted(attempt)
+        settle(device)
         seconds = torch.tensor(time.monotonic() - began, dtype=torch.float64)
         spent = torch.tensor(passes, dtype=torch.int64)
         return {"x_adv": x_adv.cpu(), "right": right, "seconds": seconds, "passes": spent}

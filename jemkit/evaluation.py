@@ -28,13 +28,14 @@ from jemkit.figures import Figure, joined
 from jemkit.indicators.outputs import probe_outputs
 from jemkit.memory import MicroBatch, fitted
 from jemkit.modes import eval_mode
-from jemkit.pixels import PixelModel, check_subject
+from jemkit.pixels import PixelModel, check_subject, other_types
 from jemkit.record import Record
 from jemkit.refined import Refined, Refinement, refined
 from jemkit.registry import Registry, installed
 from jemkit.runtime import distributed
+from jemkit.runtime.clock import settle
 from jemkit.runtime.ledger import WHOLE, Shard
-from jemkit.runtime.numerics import JUDGED_IN, device_of, numerics
+from jemkit.runtime.numerics import device_of, judging
 from jemkit.runtime.sharing import met
 from jemkit.seeds import generator
 from jemkit.selection import Part, part_of, told_missing
@@ -115,7 +116,7 @@ def judge(
     apart = shard.size if distributed.shard().size == 1 else 1  # torchrun has divided the cores
     threads = max(1, _threads(subject) // apart)  # the same in all of them
     own_draws = random_state_kept()  # a model may draw from torch's own
-    with numerics(precision=JUDGED_IN, threads=threads), own_draws, MicroBatch().held():
+    with judging(ctx.rng.device, threads=threads), own_draws, MicroBatch().held():
         first = data.take(torch.arange(min(len(data.y), settings.batch_size))).to(ctx.rng.device)
         with eval_mode(subject.model):
             fitted(partial(check_subject, subject.model, first.unit(), subject.n_classes))
@@ -199,8 +200,10 @@ class _Judgement:
         if self.ctx.no_logits and name != "accuracy":
             card = joined(card, {"standard": False, "why": self.ctx.no_logits})
         ctx = replace(self.ctx, rng=rng, card=card)
+        settle(rng.device)
         began = time.monotonic()
         figures = measure(self.subject.model, self.data, [evaluator], ctx)
+        settle(rng.device)
         took = {"seconds": round(time.monotonic() - began, 3)}  # an attack has its own
         figures = [f._replace(protocol={**ctx.card, **took, **f.protocol}) for f in figures]
         if name == "accuracy":
@@ -232,6 +235,8 @@ def _context(
     card = protocol_card(settings, threat, subject.about, part, test, device)
     if subject.trained_on:
         card |= {"standard": False, "trained_on": subject.trained_on}
+    if others := other_types(subject.model):
+        card["weight_types"] = ", ".join(others)
     if isinstance(subject.model, Refined):
         card |= subject.model.card
     return Context(

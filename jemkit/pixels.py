@@ -124,13 +124,12 @@ def in_own_type(subject: PixelModel, pixels: Tensor) -> PixelModel:
 
     A MisfitError where it takes none; what a float32 model raises is its own affair.
     """
-    weights = (*subject.model.parameters(), *subject.model.buffers())
-    others = [t.dtype for t in weights if t.is_floating_point() and t.dtype != torch.float32]
+    others = _other_types(subject)
     if type(subject) is not PixelModel or not others:
         return subject
     density = subject.density if subject.has_density else None
     reason = ""
-    for dtype in dict.fromkeys([None, *others]):
+    for dtype in [None, *others]:
         found = PixelModel(subject.model, subject.bounds, density, dtype)
         try:
             with torch.no_grad():
@@ -139,11 +138,22 @@ def in_own_type(subject: PixelModel, pixels: Tensor) -> PixelModel:
             reason = reason or str(error).splitlines()[0]
         else:
             return subject if dtype == subject.dtype else found
-    tried = ", ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(others))
     raise MisfitError(
-        f"the model takes images neither in float32 nor in the types of its weights, {tried}: "
+        "the model takes images neither in float32 nor in the types of its weights, "
+        f"{', '.join(other_types(subject))}: "
         f"{reason}. Convert it to one type, model.float()"
     )
+
+
+def other_types(subject: PixelModel) -> list[str]:
+    """The types of a model's weights and buffers beside float32, by torch's names of them."""
+    return [str(dtype).removeprefix("torch.") for dtype in _other_types(subject)]
+
+
+def _other_types(subject: PixelModel) -> list[torch.dtype]:
+    weights = (*subject.model.parameters(), *subject.model.buffers())
+    floats = [t.dtype for t in weights if t.is_floating_point()]
+    return list(dict.fromkeys(dtype for dtype in floats if dtype != torch.float32))
 
 
 def check_subject(subject: PixelModel, pixels: Tensor, n_classes: int) -> None:

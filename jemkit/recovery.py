@@ -160,7 +160,7 @@ def go_back(trainer: "Trainer", error: Diverged) -> None:
         raise Diverged(diagnosis(finding, step, trainer, where, cause))
     tried, best, seconds = care.tried, trainer.best, trainer.seconds
     trainer.load_state_dict(state)
-    trainer.best, trainer.seconds, trainer.guard = best, seconds, Guard()
+    trainer.best, trainer.journal.seconds, trainer.guard = best, seconds, Guard()
     care.prescribe(tried)
     entry = care.try_next(finding, step, trainer.step)
     for path in reversed(checkpoint.complete(folder.checkpoints)):

@@ -6,6 +6,7 @@ from torch import Generator
 
 from jemkit.backbone import Backbone
 from jemkit.objective import Batch, Objective, Remembering, Terms
+from jemkit.runtime import tensors
 from jemkit.update import Guard, Updater, pooled
 
 
@@ -24,7 +25,8 @@ def train_step(
     several updates those before the failing one stay.
     """
     before = rng.get_state()
-    statistics = [(buffer, buffer.clone()) for buffer in backbone.model.buffers()]
+    buffers = list(backbone.model.buffers())
+    statistics = tensors.cloned(buffers)
     if backbone.has_density:
         backbone.density.mark()
     seen: list[Terms] = []
@@ -42,8 +44,7 @@ def train_step(
         if backbone.has_density:
             backbone.density.rollback()
         rng.set_state(before)
-        for buffer, old in statistics:
-            buffer.copy_(old)
+        tensors.copy(buffers, statistics)
         updater.optimizer.zero_grad()
         raise
     if isinstance(objective, Remembering):

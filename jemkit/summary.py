@@ -11,7 +11,7 @@ from jemkit.errors import Preempted
 from jemkit.evaluator import Notes
 from jemkit.figures import Figure
 from jemkit.restoring import about_checkpoint, about_parts
-from jemkit.runtime.numerics import JUDGED_IN, numerics
+from jemkit.runtime.numerics import judging
 from jemkit.saved import weights_of
 from jemkit.team import alone
 
@@ -66,7 +66,7 @@ def judged(trainer: "Trainer") -> Summary:
     about = about_checkpoint(folder.path.resolve(), path, averaged=bool(state["ema"]))
     about |= about_parts(trainer.tables, trainer.recipe, trainer.task.radius_px)
     trainer.polling.begin()
-    strict = numerics(precision=JUDGED_IN, deterministic=run.deterministic, threads=run.threads)
+    strict = judging(trainer.parts.device, deterministic=run.deterministic, threads=run.threads)
     with strict, alone(trainer.parts):
         load_model(trainer.backbone.model, weights_of(state, path)[0])
         try:

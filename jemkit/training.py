@@ -18,7 +18,7 @@ from jemkit.recovery import Care, go_back, saved
 from jemkit.runtime import distributed
 from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.journal import GATHER, PATIENCE, Journal
-from jemkit.runtime.numerics import JUDGED_IN, numerics
+from jemkit.runtime.numerics import judging, numerics
 from jemkit.runtime.polling import Polling
 from jemkit.saved import check as check_saved
 from jemkit.splits import Pinned
@@ -59,12 +59,17 @@ class Trainer:
         self.journal = Journal(self.metered, tensorboard=self.recipe.run.tensorboard)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
-        self.seconds = self._redrawn = 0.0
+        self._redrawn = 0.0
 
     @property
     def step(self) -> int:
         """Steps done."""
         return self.loader.step
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps whose metrics were read, whoever took them."""
+        return self.journal.seconds
 
     @property
     def total_steps(self) -> int:
@@ -124,8 +129,8 @@ class Trainer:
 
     def one_step(self) -> None:
         """Schedule, draw, update, log."""
-        began = time.perf_counter()
         step, run = self.step, self.recipe.run
+        self.journal.stopwatch.begin()
         factor = self.recipe.schedule.factor(step, self.total_steps) * self.care.rate
         self.polling.begin()
         for group in self.optimizer.param_groups:
@@ -142,18 +147,16 @@ class Trainer:
                 terms = self.parts.micro.fit(take, moved=lambda: self.guard.updates, told=told)
         except BaseException:
             self.loader.load_state_dict(before)
+            self.journal.stopwatch.drop()
             raise
         if self.ema is not None:
             self.ema.update(self.backbone.model)
-        spent = time.perf_counter() - began
-        self.seconds += spent
         known = {
             "step": step,
             "epoch": step // self.loader.steps_per_epoch + 1,
             "lr": self.recipe.optimizer.lr * factor,
-            "images/s": round(self.loader.batch_size / spent, 1),
         }
-        self.journal.note(known, terms, self.guard)
+        self.journal.note(known, self.loader.batch_size, terms, self.guard)
         if self.step % GATHER == 0 or self.journal.age > PATIENCE:
             self.watch("step", {**self.gather(), "step": self.step})
 
@@ -166,10 +169,8 @@ class Trainer:
         epoch = self.step // self.loader.steps_per_epoch
         asked = not self._leaves_steps  # else `run` asks in every pass
         run = self.recipe.run
-        judging = numerics(
-            precision=JUDGED_IN, deterministic=run.deterministic, threads=run.threads
-        )
-        with alone(self.parts), self.polling.passes(self.backbone.model, on=asked), judging:
+        strict = judging(self.parts.device, deterministic=run.deterministic, threads=run.threads)
+        with alone(self.parts), self.polling.passes(self.backbone.model, on=asked), strict:
             sizes = self.care.checkup.body(self.step, self.ema.average if self.ema else {})
             exam = self.exam(epoch)
             with nullcontext() if self.ema is None else self.ema.applied(self.backbone.model):
@@ -222,7 +223,7 @@ class Trainer:
         check_saved(state, self)
         self.parts.load_state_dict(state)
         self.history, self.best = list(state["history"]), dict(state["best"])
-        self.seconds = state["seconds"]
+        self.journal.seconds = state["seconds"]
         if "care" in state:  # as of runs before there was a sentinel it is not
             self.care.load_state_dict(state["care"])
 

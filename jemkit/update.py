@@ -13,12 +13,13 @@ from jemkit.errors import Diverged
 from jemkit.modes import frozen_batch_stats
 from jemkit.objective import Terms
 from jemkit.options import Options
-from jemkit.runtime import distributed, sharding
+from jemkit.runtime import distributed, sharding, tensors
 
 
 class Verdict(NamedTuple):
     """What the guard saw of one update; tensors, so that the device is not waited for."""
 
+    update: int  # how many came before it, and it
     finite: Tensor  # bool scalar; on the host, there once `ready` has passed
     ready: torch.cuda.Event | None
     grad_norm: Tensor  # scalar
@@ -34,7 +35,9 @@ class Verdict(NamedTuple):
 class Guard:
     """Lets an update through only where loss and gradient are finite.
 
-    On a GPU the decision stays on the device, and the host reads it one update later.
+    On a GPU the decision stays on the device, and the host reads it one update later. By then what
+    is no weight, such as running statistics and a replay buffer, has taken in what was not finite:
+    nothing may be saved that `settle` was not asked about.
     """
 
     def __init__(self) -> None:
@@ -49,26 +52,31 @@ class Guard:
         total, *parts = distributed.averages(losses)  # so that all processes judge alike
         finite = norm.isfinite() & total.isfinite()
         earlier, named = self.seen, dict(zip(terms.parts, parts, strict=True))
-        self.seen = Verdict(*_on_the_way(finite), norm, named)
         self.updates += 1
-        if finite.is_cuda and optimizer.defaults.get("fused"):
+        self.seen = Verdict(self.updates, *_on_the_way(finite), norm, named)
+        if self.defers(optimizer, finite):
             optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             optimizer.step()
-            self._judge(earlier, self.updates - 1)
+            self._judge(earlier)
         else:
             self.settle()
             optimizer.step()
 
-    def settle(self) -> None:
-        """Raise Diverged if the newest update was stopped."""
-        self._judge(self.seen, self.updates)
+    def defers(self, optimizer: Optimizer, finite: Tensor) -> bool:
+        """Whether the optimizer itself skips an update, so that the host need not know yet."""
+        return finite.is_cuda and bool(optimizer.defaults.get("fused"))
 
-    def _judge(self, verdict: Verdict | None, update: int) -> None:
+    def settle(self) -> None:
+        """Raise Diverged if an update was stopped; again, as often as it is asked."""
+        self._judge(self.seen)
+
+    def _judge(self, verdict: Verdict | None) -> None:
         if verdict is None or verdict.is_finite():
             return
+        self.seen = verdict  # whatever came after it came after what was not finite
         sick = [f"{name} = {float(t)}" for name, t in verdict.parts.items() if not t.isfinite()]
         what = ", ".join(sick) or f"the gradient (norm {float(verdict.grad_norm)})"
-        raise Diverged(f"update {update}: not finite: {what}; this update was not applied")
+        raise Diverged(f"update {verdict.update}: not finite: {what}; this update was not applied")
 
 
 def _on_the_way(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
@@ -192,29 +200,27 @@ def pooled(terms: Terms, model: nn.Module) -> Terms:
     return Terms(weighted, total, dict(zip(terms.watched, seen, strict=True)))
 
 
-def total_norm(tensors: list[Tensor], like: Tensor) -> Tensor:
+def total_norm(of: list[Tensor], like: Tensor) -> Tensor:
     """The L2 norm of all tensors together, a float32 scalar on their device."""
-    if not tensors:
+    if not of:
         return like.new_zeros((), dtype=torch.float32)
-    norms = torch._foreach_norm([sharding.local(t) for t in tensors])
+    norms = torch._foreach_norm([sharding.local(t) for t in of])
     each = torch.stack([n.float() for n in norms])
-    return sharding.total(each.square(), tensors).sqrt()
+    return sharding.total(each.square(), of).sqrt()
 
 
 @contextmanager
 def moved_weights(by: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
     """Weights shifted inside the block and put back exactly, not subtracted, after it."""
     params = [sharding.local(p.detach()) for p in by]
-    were = [p.clone() for p in params]
+    were = tensors.cloned(params)
     with torch.no_grad():
         if params:
             torch._foreach_add_(params, [sharding.local(shift) for shift in by.values()])
     try:
         yield
     finally:
-        with torch.no_grad():
-            for p, old in zip(params, were, strict=True):
-                p.copy_(old)
+        tensors.copy(params, were)
 
 
 class EMA:
@@ -223,15 +229,19 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.average = {name: t.detach().clone() for name, t in model.state_dict().items()}
-        self._weights = {name for name, _ in model.named_parameters()}
+        named = model.named_parameters(remove_duplicate=False)
+        self._weights = {name for name, _ in named}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        for name, t in model.state_dict().items():
-            if name in self._weights:
-                sharding.local(self.average[name]).lerp_(sharding.local(t), 1 - self.decay)
-            else:
-                self.average[name].copy_(t)
+        live = {name: sharding.local(t) for name, t in model.state_dict().items()}
+        ours = {name: sharding.local(t) for name, t in self.average.items()}
+        if weights := [name for name in live if name in self._weights]:
+            torch._foreach_lerp_(
+                [ours[n] for n in weights], [live[n] for n in weights], 1 - self.decay
+            )
+        rest = [name for name in live if name not in self._weights]
+        tensors.copy([ours[n] for n in rest], [live[n] for n in rest])
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:

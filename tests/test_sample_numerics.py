@@ -97,3 +97,15 @@ def test_validation_the_last_judgement_and_evaluate_are_all_in_fp32(tmp_path: Pa
     record = judge(subject, settings_of({"attacks": ("pgd",), "only": ("accuracy",)}), registry)
     assert not any(seen["tf32"] for seen in SEEN)
     assert record.figure("clean").protocol["precision"] == "fp32"
+
+
+def test_a_model_is_judged_in_fp32_in_the_midst_of_an_autocast(tmp_path: Path) -> None:
+    registry = trained(tmp_path / "run", "fp32")
+    subject = subject_at(tmp_path / "run", registry, torch.device("cpu"))
+    asked = settings_of({"attacks": ("pgd",), "only": ("accuracy",)})
+    SEEN.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        judge(subject, asked, registry)
+        assert torch.is_autocast_enabled("cpu")
+    assert SEEN
+    assert not any(seen["bf16"] for seen in SEEN)

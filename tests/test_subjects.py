@@ -342,7 +342,10 @@ def test_a_model_of_any_float_type_is_attacked_in_float32(dtype: torch.dtype, at
     assert seen[-1] == dtype
     (name,) = (figure.name for figure in found.figures if figure.name != "clean")
     assert found.value(name) <= found.value("clean")
-    assert found.figure(name).protocol["max_delta_px"]["Linf"] <= 40 + 1e-3
+    card = found.figure(name).protocol
+    assert card["max_delta_px"]["Linf"] <= 40 + 1e-3
+    own = {} if dtype == torch.float32 else {"weight_types": str(dtype).removeprefix("torch.")}
+    assert {k: v for k, v in card.items() if k == "weight_types"} == own
 
 
 @pytest.mark.filterwarnings("ignore")

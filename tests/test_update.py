@@ -1,6 +1,8 @@
 """Updaters move the weights as their formulas say, and the guard lets nothing else through."""
 
 import math
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ from hypothesis import strategies as st
 from strategies import normal, seeds
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
+from torch.utils._python_dispatch import TorchDispatchMode
 from toys import UPDATERS, backbone_of, gen, objective_of, tiny, updater_of
 
 from jemkit import SAM, Diverged, Guard, Plain, Terms, train_step
+from jemkit.runtime.tensors import cloned
 from jemkit.testing import toy_batch, toy_model, toy_task
 from jemkit.update import EMA, moved_weights, total_norm
 
@@ -236,6 +240,92 @@ def test_the_average_takes_buffers_as_they_are() -> None:
     model(toy_batch(TASK).x)
     ema.update(model)
     assert all(torch.equal(ema.average[n], b) for n, b in model.named_buffers())
+
+
+class Motley(nn.Module):
+    """Weights and buffers of several types and layouts, one of them under two names."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.norm, self.head = nn.BatchNorm2d(4), nn.Linear(4, 2)
+        self.narrow = nn.Parameter(torch.zeros(5, dtype=torch.bfloat16))
+        self.tail = nn.Linear(4, 2)
+        self.tail.weight = self.head.weight
+        self.register_buffer("flags", torch.zeros(3, dtype=torch.bool))
+        self.scatter(seed)
+
+    @torch.no_grad()
+    def scatter(self, seed: int) -> None:
+        rng = gen(seed)
+        for t in self.state_dict().values():
+            t.copy_((torch.randn(t.shape, generator=rng) * 3).to(t.dtype))
+
+
+@given(seed=seeds, decay=st.floats(0, 0.9999))
+def test_an_average_is_bit_for_bit_that_of_tensor_by_tensor(seed: int, decay: float) -> None:
+    model = Motley(seed)
+    ema = EMA(model, decay)
+    expected = {name: t.clone() for name, t in model.state_dict().items()}
+    for turn in range(3):
+        model.scatter(seed + turn + 1)
+        ema.update(model)
+        for name, t in model.state_dict().items():
+            if name in dict(model.named_parameters(remove_duplicate=False)):
+                expected[name].lerp_(t, 1 - decay)
+            else:
+                expected[name].copy_(t)
+    assert ema.average.keys() == expected.keys()
+    for name, t in expected.items():
+        assert torch.equal(ema.average[name], t), name
+        assert ema.average[name].stride() == t.stride(), name
+
+
+def test_a_weight_under_two_names_is_averaged_under_both() -> None:
+    model = Motley(0)
+    ema = EMA(model, 0.5)
+    model.scatter(1)
+    ema.update(model)
+    with ema.applied(model):
+        assert torch.equal(model.head.weight, ema.average["head.weight"])
+    assert torch.equal(ema.average["head.weight"], ema.average["tail.weight"])
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[str(func._overloadpacket)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_average_takes_as_many_kernels_however_many_weights_there_are() -> None:
+    seen = []
+    for layers in (1, 5):
+        norms = [nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)) for _ in range(layers)]
+        model = nn.Sequential(*norms)
+        ema = EMA(model, 0.9)
+        with Calls() as watch:
+            ema.update(model)
+        seen.append({n: c for n, c in watch.calls.items() if n != "aten.detach"})
+    assert seen == 2 * [{"aten._foreach_lerp_": 1, "aten._foreach_copy_": 2}]
+
+
+@given(seed=seeds)
+def test_clones_are_bit_for_bit_and_of_their_own(seed: int) -> None:
+    whole = [t.detach() for t in Motley(seed).state_dict().values()]
+    whole.append(torch.tensor([math.nan, math.inf, -0.0]))
+    found = cloned(whole)
+    for copy, t in zip(found, whole, strict=True):
+        wanted = t.clone()
+        assert copy.dtype == t.dtype
+        assert copy.stride() == wanted.stride()
+        assert copy.data_ptr() != t.data_ptr()
+        torch.testing.assert_close(copy, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", UPDATERS)

@@ -9,13 +9,11 @@ import torch
 from torch import Generator
 
 from jemkit.bench.flops import Operation, Work
+from jemkit.runtime.clock import Clock, settle
 
 PATIENCE = 0.2
 """Seconds that an operation is repeated for; the fastest time counts, since nothing but other
 work makes one slower."""
-
-Clock = Callable[[], float]
-"""time.process_time, all threads' together, is what a busy machine's other work moves least."""
 
 SQUARE = {"cpu": 1024, "cuda": 8192}
 LARGE = 2**26  # bytes, beyond any cache
@@ -85,8 +83,3 @@ def elapsed(
     call()
     settle(device)
     return clock() - began
-
-
-def settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

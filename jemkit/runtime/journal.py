@@ -9,6 +9,7 @@ from torch import Tensor
 from jemkit.errors import ConfigError
 from jemkit.extras import install
 from jemkit.objective import Terms
+from jemkit.runtime.clock import Stopwatch
 from jemkit.runtime.folder import RunFolder
 from jemkit.update import Guard
 
@@ -17,21 +18,30 @@ GATHER, PATIENCE = 20, 1.0
 
 
 class Journal:
-    """Keeps every step's metrics on the device until `gather` writes them to metrics.csv."""
+    """Keeps every step's metrics on the device until `gather` writes them to metrics.csv.
 
-    def __init__(self, folder: RunFolder, *, tensorboard: bool = False) -> None:
-        self.folder = folder
+    `images/s` is of the steps between two readings, which wait for the device: a step alone does
+    not, so that on a GPU its own seconds would be those of its launch.
+    """
+
+    def __init__(
+        self, folder: RunFolder, *, tensorboard: bool = False, stopwatch: Stopwatch | None = None
+    ) -> None:
+        self.folder, self.stopwatch = folder, stopwatch or Stopwatch()
+        self.seconds = 0.0  # of all steps that were read
         self._board = _board(folder) if tensorboard else None
         self._gathered = time.monotonic()
         self._rows: list[tuple[dict[str, Any], list[str], Tensor]] = []
+        self._images = 0
 
     @property
     def age(self) -> float:
         """Seconds since the last reading."""
         return time.monotonic() - self._gathered
 
-    def note(self, known: dict[str, Any], terms: Terms, guard: Guard) -> None:
+    def note(self, known: dict[str, Any], images: int, terms: Terms, guard: Guard) -> None:
         """Keep a step: what the host knows of it, and the tensors that the device has."""
+        self._images += images
         seen: dict[str, Tensor] = {"loss": terms.total.detach()}
         seen |= {f"loss {name}": part.detach() for name, (_, part) in terms.parts.items()}
         seen |= terms.watched
@@ -43,13 +53,17 @@ class Journal:
         """Write what was kept; give the newest row back, empty where nothing was kept."""
         self._gathered = time.monotonic()
         if not self._rows:
+            self.stopwatch.read()
             return {}
         values = iter(torch.cat([tensor for _, _, tensor in self._rows]).tolist())  # one reading
+        spent = self.stopwatch.read()
+        self.seconds += spent
+        rate = {"images/s": round(self._images / spent, 1)}
         rows = [
-            with_gaps({**known, **{name: next(values) for name in names}})
+            with_gaps({**known, **rate, **{name: next(values) for name in names}})
             for known, names, _ in self._rows
         ]
-        self._rows = []
+        self._rows, self._images = [], 0
         self.folder.append_metrics(rows)
         if self._board is not None:
             for row in rows:

@@ -16,8 +16,8 @@ from jemkit.objective import Batch, Objective, Remembering, Terms
 Precision = Literal["fp32", "tf32", "bf16"]
 
 JUDGED_IN: Precision = "fp32"
-"""The precision of every figure: in validation, at the end of a run and in `evaluate`, whatever a
-run trains in."""
+"""The precision of every figure, in validation, at the end of a run and in `evaluate`, whatever a
+run trains in: `judging` sets it, and a figure's card names it."""
 
 Layout = Literal["auto", "measure", "yes", "no"]
 """Of weights, channels last or not: `auto` is a rule, which repeats; `measure` is what is faster
@@ -87,6 +87,16 @@ def as_trained(
     """Torch's switches, and autocast, as the chains of a run have them while it trains."""
     narrow = torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16")
     with numerics(precision=precision, deterministic=deterministic, threads=threads), narrow:
+        yield
+
+
+@contextmanager
+def judging(
+    device: torch.device, *, deterministic: bool = False, threads: int | None = None
+) -> Iterator[None]:
+    """Torch's switches as every figure is measured, also where the caller is in an autocast."""
+    whole = torch.autocast(device.type, enabled=False)
+    with numerics(precision=JUDGED_IN, deterministic=deterministic, threads=threads), whole:
         yield
 
 
