@@ -4,12 +4,9 @@ import copyreg
 import enum
 import functools
 import hashlib
-import io
-import re
 import secrets
 import types
 import weakref
-import zipfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePath
@@ -20,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from jemkit.bytecode import content, followed_methods, globals_of, home, names_in, package
+from jemkit.scripted import scripted_parts
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 MODULE_STATE = frozenset(nn.Module().__dict__)
@@ -39,11 +37,9 @@ BUILT_IN = (
     | types.MethodWrapperType | types.ClassMethodDescriptorType
 )  # fmt: skip
 DESCRIPTORS = types.MemberDescriptorType | types.GetSetDescriptorType
-MANGLED = re.compile(r"___torch_mangle_\d+\.?")
-"""In a scripted module's code: a number that depends on what the process compiled before."""
 
-FIELD = re.compile(r"  \w+ : ")
-"""In a scripted module's code: one of its fields, which come in any order."""
+WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "GuardsFn")
+"""Modules of torch whose attributes change no outcome; the last checks an exported one's inputs."""
 
 
 class Identity(NamedTuple):
@@ -217,7 +213,7 @@ class _Walk:
         if generated:  # its class holds the code that its graph gives
             self._say("graph", str(value.code))
         own = {k: v for k, v in vars(value).items() if k not in MODULE_STATE}
-        if generated or _is(value, "OptimizedModule", "DataParallel", "DistributedDataParallel"):
+        if generated or _is(value, *WRAPPERS):
             own = {}  # the module inside is what is judged
         if _is(value, "PixelModel"):  # a density's settings stand in the figures that it gives
             own = {k: v for k, v in own.items() if k not in ("_density", "poll")}
@@ -234,17 +230,13 @@ class _Walk:
                 self._sequence(kind, hooks, f"{where}, a hook")
 
     def _script(self, value: Any, where: str) -> None:
-        """A scripted module as it is saved, without what names the process that compiled it."""
-        buffer = io.BytesIO()
+        """A scripted or traced module as it is saved."""
         try:
-            torch.jit.save(value, buffer)
+            for name, content in scripted_parts(value):
+                self._say(name, str(len(content)))
+                self.hash.update(content)
         except RuntimeError:
             raise _Unknown(f"{where}, a scripted module that cannot be saved") from None
-        with zipfile.ZipFile(buffer) as saved:
-            for name in sorted(saved.namelist()):
-                if not name.endswith((".debug_pkl", "serialization_id")):
-                    self._say(MANGLED.sub("", name))
-                    self.hash.update(_settled(saved.read(name)))
 
     def _object(self, value: Any, where: str) -> None:
         kind: Any = type(value)
@@ -362,16 +354,6 @@ def _state(value: Any) -> Iterator[tuple[str, Any]]:
             if not name.startswith("__") and hasattr(value, name):
                 yield name, getattr(value, name)
     yield from getattr(value, "__dict__", {}).items()
-
-
-def _settled(content: bytes) -> bytes:
-    """A file of a scripted module without numbers of the process, its fields in one order."""
-    try:
-        lines = MANGLED.sub("", content.decode()).splitlines()
-    except UnicodeDecodeError:
-        return content
-    fields = iter(sorted(line for line in lines if FIELD.match(line)))
-    return "\n".join(next(fields) if FIELD.match(line) else line for line in lines).encode()
 
 
 def _listed(part: Any) -> Any:

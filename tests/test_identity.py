@@ -155,6 +155,44 @@ def test_a_module_that_holds_itself_has_an_identity() -> None:
     assert identity_of(model).unknown == ""
 
 
+class Wired(nn.Module):
+    """Two layers of one class, and a constant; `twice` changes the code alone."""
+
+    def __init__(self, seed: int = 0, twice: bool = False) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.first, self.second, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.twice = twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.second(self.norm(self.first(x)).relu())
+        return self.second(h) if self.twice else h + torch.ones(4)
+
+
+def traced(model: nn.Module) -> Any:
+    return torch.jit.trace(model.eval(), torch.zeros(2, 4))  # type: ignore[no-untyped-call]
+
+
+def exported(model: nn.Module) -> Any:
+    return torch.export.export(model.eval(), (torch.zeros(2, 4),)).module()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("form", [traced, exported, torch.jit.script])
+def test_a_model_has_one_identity_however_often_it_is_compiled(
+    form: Callable[[nn.Module], Any], tmp_path: Path
+) -> None:
+    one = identity_of(form(Wired()))
+    assert one.unknown == ""
+    assert one == identity_of(form(Wired()))
+    assert len({one, identity_of(form(Wired(seed=1))), identity_of(form(Wired(twice=True)))}) == 3
+    if form is not exported:
+        form(Wired()).save(tmp_path / "model.pt")
+        loaded = torch.jit.load(tmp_path / "model.pt")  # type: ignore[no-untyped-call]
+        assert identity_of(loaded) == one
+
+
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3),
     lambda inner: (
