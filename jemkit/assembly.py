@@ -12,6 +12,7 @@ from jemkit import dealing, team
 from jemkit.backbone import Backbone, Task
 from jemkit.compiled import CompiledGradient, compiled_chains
 from jemkit.data import Loader, Views
+from jemkit.density import Buffer
 from jemkit.energy import EnergyModel
 from jemkit.errors import ConfigError, DataError
 from jemkit.fitting import check_adversary, check_parts
@@ -21,7 +22,7 @@ from jemkit.objective import Objective, ObjectiveSpec, Remembering
 from jemkit.recipe import Recipe, Run
 from jemkit.replay import replay_on
 from jemkit.runtime import distributed, sharding
-from jemkit.runtime.numerics import Layout, device_of, in_bf16, numerics
+from jemkit.runtime.numerics import Layout, device_of, in_bf16, memory_of, numerics
 from jemkit.seeds import generator
 from jemkit.splits import Pinned, Splits
 from jemkit.starts import images_hash
@@ -138,6 +139,9 @@ def put_together(recipe: Recipe, pinned: Pinned | None = None, *, fill: bool = T
     splits = splits_of(recipe, pinned)
     task = replace(task_of(recipe, splits), fill=fill)
     check_adversary(recipe.objective, usual, math.prod(task.shape))
+    buffer = getattr(recipe.backbone, "buffer", None)
+    if isinstance(buffer, Buffer):
+        buffer.check_memory(task.shape, memory_of(device))
     rng = generator(device, run.seed, "chains")
     backbone = recipe.backbone.build(task, rng)
     objective = built_objective(recipe, task, rng)

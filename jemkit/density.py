@@ -1,5 +1,6 @@
 """log p(x): drawing negatives from the model, and the contrastive loss on them (Eqs. 2, 9)."""
 
+import math
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -13,6 +14,7 @@ from jemkit.late import Late
 from jemkit.modes import BatchNormMode, batch_norms, sampling_mode
 from jemkit.options import Options
 from jemkit.runtime import distributed
+from jemkit.runtime.disk import readable
 from jemkit.sampling import Boxed, Sampler, run
 from jemkit.starts import Start
 
@@ -87,6 +89,17 @@ class Buffer(Options):
             raise ConfigError(
                 f"a class-conditional buffer of {self.capacity} slots cannot be shared evenly "
                 f"by {n_classes} classes; set backbone.buffer.capacity to a multiple of {n_classes}"
+            )
+
+    def check_memory(self, shape: tuple[int, int, int], memory: int) -> None:
+        """Refuse more states than a device of so many bytes could ever hold."""
+        needed = 4 * self.capacity * math.prod(shape)
+        if needed > memory:
+            most = memory // (4 * math.prod(shape))
+            raise ConfigError(
+                f"backbone.buffer.capacity = {self.capacity} takes {readable(needed)} for states "
+                f"of {' x '.join(map(str, shape))}, and the device has {readable(memory)} of "
+                f"memory in all: set it well below {most}"
             )
 
 

@@ -34,9 +34,24 @@ def check_unused(
 def check_given(part: Options, given: Iterable[str], what: str) -> None:
     """Refuse options that were given to a part and do nothing beside its others."""
     for name, needs in part.unused().items():
-        value, usual = getattr(part, name), type(part).model_fields[name].default
-        if name in given and value != usual:
+        value, usual = _value_and_default(part, name, what)
+        if name.partition(".")[0] in given and value != usual:
             raise ConfigError(f"{what}.{name} = {value!r} does nothing {needs}. Leave it out")
+
+
+def _value_and_default(part: Options, name: str, what: str) -> tuple[Any, Any]:
+    """A part's option by its dotted name, and its default."""
+    *where, last = name.split(".")
+    holder: Any = part
+    for key in where:
+        holder = getattr(holder, key, None)
+    field = getattr(type(holder), "model_fields", {}).get(last)
+    if field is None:
+        raise ConfigError(
+            f"{what}: {type(part).__name__}.unused names {name!r}, which is no option of it: a "
+            "fault of the plug-in that offers it"
+        )
+    return getattr(holder, last), field.get_default(call_default_factory=True)
 
 
 def before_layers(tables: Table) -> Table:

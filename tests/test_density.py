@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import normal, seeds, weights
 from torch import Tensor
-from toys import BACKBONES, backbone_of, gen, linear_model
+from toys import BACKBONES, backbone_of, gen, linear_model, toy_recipe, toy_registry
 
 from jemkit import SGLD, Bounds, Buffer, ConfigError, Contrastive, MisfitError, ReplayBuffer
+from jemkit.assembly import put_together
 from jemkit.checkpoint import same
 from jemkit.modes import batch_norms
 from jemkit.starts import Uniform, UniformStart
@@ -16,6 +17,7 @@ from jemkit.testing import toy_backbone, toy_batch, toy_task
 from jemkit.testing.law import state_of
 
 TASK = toy_task()
+CAPACITY = "backbone.buffer.capacity"
 
 
 class Marked:
@@ -284,3 +286,13 @@ def test_the_first_draw_begins_where_the_start_draws() -> None:
 def test_data_is_a_batch_of_the_task() -> None:
     batch = toy_batch(TASK, 6, positives=4)
     assert (len(batch.x), len(batch.x_pos)) == (6, 4)
+
+
+@pytest.mark.parametrize("capacity", [10**13, 2**63 - 1])
+@pytest.mark.parametrize("fill", [False, True])
+def test_a_buffer_that_no_memory_could_hold_is_refused_with_what_it_takes(
+    capacity: int, fill: bool
+) -> None:
+    recipe = toy_recipe(toy_registry(), "mebm", "ebjdat", "plain", f"{CAPACITY}={capacity}").recipe
+    with pytest.raises(ConfigError, match=rf"{CAPACITY} = {capacity} takes \d+\.\d GB .*1 x 8 x 8"):
+        put_together(recipe, fill=fill)

@@ -2,11 +2,13 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import Field
 from toys import REGISTRY, gen, toy_recipe, toy_registry
 
 from jemkit import Guard, Options, resolve, train_step
@@ -18,6 +20,7 @@ from jemkit.recipe import Run
 from jemkit.runtime.sentinel import Sentinel
 from jemkit.schedule import SGD, Adam, Schedule
 from jemkit.settings import Settings, attacks_of, evaluators_of
+from jemkit.unused import check_given
 
 TOYS = toy_registry()
 KNOWN = {
@@ -270,6 +273,39 @@ def test_of_a_preset_one_is_told_what_other_settings_leave_without_effect(
 def test_a_momentum_is_needed_to_look_ahead_by() -> None:
     with pytest.raises(ConfigError, match="needs a momentum above 0"):
         resolve(REGISTRY, overrides=["optimizer.nesterov=true", "optimizer.momentum=0"])
+
+
+class Inner(Options):
+    """Options inside those of an attack."""
+
+    size: int = 3
+    names: list[str] = Field(default_factory=list)
+
+
+class Outer(Options):
+    """A guest's attack, whose options inside others may do nothing."""
+
+    inner: Inner = Inner()
+    idle: tuple[str, ...] = ("inner.size", "inner.names")
+
+    def unused(self) -> dict[str, str]:
+        return dict.fromkeys(self.idle, "where idle names it")
+
+
+@pytest.mark.parametrize(("given", "wrong"), [
+    ({}, ""), ({"inner": {"size": 3}}, ""), ({"inner": {"names": []}}, ""),
+    ({"inner": {"size": 4}}, "guest.inner.size = 4 does nothing where idle names it"),
+    ({"inner": {"names": ["a"]}}, "guest.inner.names = ['a'] does nothing"),
+    ({"idle": ["inner.lost"]}, "unused names 'inner.lost', which is no option of it"),
+    ({"idle": ["lost.size"]}, "unused names 'lost.size', which is no option of it"),
+])  # fmt: skip
+def test_a_guest_may_name_options_inside_others(given: dict[str, Any], wrong: str) -> None:
+    part = Outer.model_validate(given)
+    if not wrong:
+        check_given(part, given, "guest")
+        return
+    with pytest.raises(ConfigError, match=re.escape(wrong)):
+        check_given(part, given, "guest")
 
 
 EVALUATIONS: list[tuple[str, dict[str, Any], str]] = [

@@ -1,5 +1,6 @@
 """Devices, precision and determinism: what a method never learns of."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -31,6 +32,16 @@ def device_of(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA device here; use cpu or auto")
     return torch.device(name)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a device's whole memory; more than any machine has where nobody says."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on this system
+        return 2**46
 
 
 Around = Callable[[], AbstractContextManager[Any]]
