@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jemkit.errors import memory_ran_out
 from jemkit.runtime.files import cache_folder, read_json, write_json
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ MOST = 5000
 
 class Refused(Exception):
     """What a plug-in raised, as a line."""
+
+
+class NoRoom(Refused):
+    """It raised because memory ran out, which says nothing of the plug-in."""
 
 
 def told(error: BaseException) -> str:
@@ -53,7 +58,7 @@ def contained() -> Iterator[None]:
     A ^C of the user is still KeyboardInterrupt, and handlers of signals stay the command's.
     """
     came: list[int] = []
-    reason = ""
+    reason, kind = "", Refused
     with ExitStack() as held:
         if threading.current_thread() is threading.main_thread():
             held.enter_context(_handlers(came))
@@ -64,10 +69,11 @@ def contained() -> Iterator[None]:
             raise
         except BaseException as error:
             reason = told(error)
+            kind = NoRoom if memory_ran_out(error) else Refused
     if came:
         raise KeyboardInterrupt
     if reason:
-        raise Refused(reason)
+        raise kind(reason)
 
 
 @contextmanager
@@ -126,15 +132,22 @@ class Guest(NamedTuple):
     version: str
 
 
+class Verdict(NamedTuple):
+    """What is wrong with having a plug-in in a process, and whether it will be the next time."""
+
+    fault: str
+    lasting: bool = True
+
+
 def lethal(guests: Sequence[Guest]) -> list[str]:
     """Of each plug-in why it must not be imported into this process; empty where it may."""
     paths = [cache_folder() / "plugins" / f"{_key(guest)}.json" for guest in guests]
     known = [_remembered(path) for path in paths]
     new = [i for i, fault in enumerate(known) if fault is None]
     if new and sys.executable:
-        for i, fault in zip(new, _probed([guests[i].entry for i in new]), strict=True):
-            known[i] = fault
-            if fault is None:  # the next command asks again
+        for i, verdict in zip(new, _probed([guests[i].entry for i in new]), strict=True):
+            known[i] = fault = verdict.fault if verdict else None
+            if verdict is None or not verdict.lasting:  # the next command asks again
                 continue
             about = {"plugin": guests[i].entry.name, "distribution": guests[i].distribution}
             with suppress(OSError):  # without a cache it is probed each time
@@ -177,11 +190,8 @@ def _files(module: str) -> list[tuple[str, int, int]]:
     return found
 
 
-def _probed(entries: Sequence[EntryPoint]) -> list[str | None]:
-    """Import plug-ins in a child process; of each what is wrong with having it in a process.
-
-    None of those that it did not come to.
-    """
+def _probed(entries: Sequence[EntryPoint]) -> list[Verdict | None]:
+    """Import plug-ins in a child process; a verdict on each, None on those it did not come to."""
     read, write = os.pipe()
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     code = "import sys; from jemkit.probing import child; child(*sys.argv[1:])"
@@ -192,9 +202,11 @@ def _probed(entries: Sequence[EntryPoint]) -> list[str | None]:
         pass_fds=[write], env={**os.environ, "PYTHONPATH": paths},
     )  # fmt: skip
     os.close(write)
+    ended = False
     try:
         with suppress(subprocess.TimeoutExpired):  # a plug-in has put off its own alarm
             running.wait(LAST)
+            ended = True  # perhaps killed by another, as where memory runs out
         lines = _lines(read)
     finally:
         running.kill()
@@ -203,8 +215,8 @@ def _probed(entries: Sequence[EntryPoint]) -> list[str | None]:
         if running.stdin is not None:
             running.stdin.close()
     found = [_verdict(*json.loads(line)) for line in lines]
-    if running.returncode == -signal.SIGKILL:
-        found.append("its import does not end")
+    if running.returncode == -signal.SIGKILL and not ended:
+        found.append(Verdict("its import does not end"))
     return [*found, *[None] * len(entries)][: len(entries)]
 
 
@@ -218,20 +230,24 @@ def _lines(descriptor: int) -> list[str]:
     return content.decode().splitlines()
 
 
-def _verdict(lines: list[str], code: int) -> str | None:
+def _verdict(lines: list[str], code: int) -> Verdict | None:
     ended = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
     if not lines:  # it did not come so far
         return None
+    if code == -signal.SIGKILL:
+        return Verdict("its import was killed (SIGKILL), as where memory runs out", lasting=False)
     if len(lines) == 1:
         if code == -signal.SIGALRM:
-            return f"its import does not end within {IMPORT} s"
-        return f"it ends the interpreter when it is imported ({ended})"
-    fault, threads = json.loads(lines[1])
+            return Verdict(f"its import does not end within {IMPORT} s")
+        return Verdict(f"it ends the interpreter when it is imported ({ended})")
+    fault, threads, lasting = json.loads(lines[1])
+    if not lasting:
+        return Verdict(str(fault), lasting=False)
     if code == -signal.SIGALRM:
-        return f"it keeps the process from ending ({threads or 'no thread'} goes on)"
+        return Verdict(f"it keeps the process from ending ({threads or 'no thread'} goes on)")
     if code:
-        return f"it ends the process in its own way ({ended})"
-    return str(fault)
+        return Verdict(f"it ends the process in its own way ({ended})")
+    return Verdict(str(fault))
 
 
 def child(asked: str, descriptor: str) -> None:
@@ -259,14 +275,19 @@ def _try(entry: EntryPoint, own: "Registry", descriptor: int) -> None:
     _say(descriptor, "begins")
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(IMPORT)
-    fault = ""
-    with suppress(Refused), contained():  # what it raises is told where it is used
-        fault = _unfit(entry.load(), entry.name, own)
+    fault, lasting = "", True
+    try:
+        with contained():
+            fault = _unfit(entry.load(), entry.name, own)
+    except NoRoom:
+        lasting = False
+    except Refused:  # what it raises is told where it is used
+        pass
     changed = [what for what, now in _state().items() if now != before[what]]
     if changed and not fault:
         fault = f"its import changes {', '.join(changed)} of the whole process"
     threads = [t.name for t in threading.enumerate() if not t.daemon and t.name != "MainThread"]
-    _say(descriptor, json.dumps([fault, ", ".join(threads)]))
+    _say(descriptor, json.dumps([fault, ", ".join(threads), lasting]))
     signal.alarm(END)
 
 
@@ -286,6 +307,8 @@ def _unfit(module: Any, name: str, own: "Registry") -> str:
             try:
                 json.dumps(part_schema(offer.part, both))
             except Exception as error:
+                if memory_ran_out(error):
+                    raise
                 return f"the options of the {kind} {offer.name!r} have no schema: {told(error)}"
     return ""
 

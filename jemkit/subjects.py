@@ -1,5 +1,6 @@
 """What can be judged: a run, one of its checkpoints, an exported model, weights, any module."""
 
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -42,6 +43,8 @@ from jemkit.restoring import (
 from jemkit.runtime.files import load_tensors
 from jemkit.saved import weights_of
 from jemkit.splits import Splits
+
+log = logging.getLogger(__name__)
 
 
 class Subject(NamedTuple):
@@ -169,6 +172,7 @@ def others_of(dataset: Dataset, registry: Registry) -> Callable[[], dict[str, Im
 
     def read() -> dict[str, Images]:
         found: dict[str, Images] = {}
+        unread: dict[str, list[str]] = {}
         folder = getattr(dataset, "dir", None)
         for name, part in registry["dataset"].items():
             if folder is None or part is type(dataset) or "dir" not in part.model_fields:
@@ -178,8 +182,13 @@ def others_of(dataset: Dataset, registry: Registry) -> Callable[[], dict[str, Im
                 images = checked(other.load("test"), other.n_classes, name)
             except (DataError, ValidationError):  # its files are not there
                 continue
+            except ConfigError as error:  # a package that reads it is missing
+                unread.setdefault(str(error), []).append(name)
+                continue
             if images.x.shape[1:] == dataset.load("test").x.shape[1:]:
                 found[name] = images
+        for why, names in unread.items():
+            log.warning("images of %s in %s are not looked for: %s", ", ".join(names), folder, why)
         return found
 
     return read

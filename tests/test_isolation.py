@@ -289,3 +289,23 @@ def test_a_plugin_that_was_not_probed_is_asked_again(
     assert probing.lethal(guests) == ["its import does not end", ""]
     (cached,) = (tmp_path / "plugins").iterdir()
     assert read_json(cached)["plugin"] == "json"
+
+
+@pytest.mark.parametrize(("code", "fault"), [
+    ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "its import was killed (SIGKILL)"),
+    ("raise MemoryError", ""),
+    ("raise RuntimeError('DefaultCPUAllocator: not enough memory')", ""),
+    ("import os\nos.abort()", "it ends the interpreter when it is imported (SIGABRT)"),
+])  # fmt: skip
+def test_a_plugin_whose_import_ran_out_of_memory_is_probed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, fault: str
+) -> None:
+    monkeypatch.setenv("JEMKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "large.py").write_text(code)
+    guests = [probing.Guest(EntryPoint(m, m, "guests"), "guests", "1") for m in ("large", "json")]
+    found = probing.lethal(guests)
+    assert found[0].startswith(fault)
+    assert found[1] == ""
+    kept = {read_json(path)["plugin"] for path in (tmp_path / "cache" / "plugins").iterdir()}
+    assert kept == ({"large", "json"} if "SIGABRT" in fault else {"json"})

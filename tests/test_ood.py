@@ -7,15 +7,28 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from imagefolders import split_folder
 from strategies import normal, seeds, uniform
 from torch import Tensor, nn
 from toys import REGISTRY, gen
 
-from jemkit import Augmentation, Context, Figure, Images, MisfitError, Options, Threat, testing
+from jemkit import (
+    Augmentation,
+    ConfigError,
+    Context,
+    Figure,
+    Images,
+    MisfitError,
+    Options,
+    Threat,
+    testing,
+)
 from jemkit.evaluation import evaluate
 from jemkit.evaluator import measure
 from jemkit.pixels import PixelModel, pixel_model
+from jemkit.subjects import others_of
 from jemkit.testing import toy_model, toy_task
+from jemkit_plugins import datasets
 from jemkit_plugins.ood import (
     OOD,
     SCORES,
@@ -250,3 +263,18 @@ def test_the_data_sets_beside_the_judged_one_are_taken_where_none_is_named() -> 
     images, how = sets["other"]
     assert images.shape == x.shape
     assert how["selection"] == "6 of 9 test images, by the seed"
+
+
+def test_data_sets_that_no_installed_package_reads_are_told_and_the_figures_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing() -> None:
+        raise ConfigError("torchvision is not installed")
+
+    monkeypatch.setattr(datasets, "torchvision", missing)
+    folder = REGISTRY["dataset"]["folder"](dir=split_folder(tmp_path))
+    ctx = Context(gen(), Threat("Linf", 8.0), others=others_of(folder, REGISTRY))
+    figures = measure(PixelModel(toy_model(TASK)), TASK.images("valid"), [OOD()], ctx)
+    assert figures
+    assert "images of cifar10, cifar100, svhn in" in caplog.text
+    assert "are not looked for: torchvision is not installed" in caplog.text
