@@ -9,7 +9,7 @@ OLDEST_TORCH := torch==2.11.0 torchvision==0.26.0
 CORE := $(addprefix tests/test_,$(addsuffix .py,attack compiled density ebjdat energy golden \
 	memory micro_batch modes networks objective recomputing resume sampling seeds update))
 
-.PHONY: train test test-oldest lint acceptance bench
+.PHONY: train test test-oldest lint rehearse acceptance bench
 
 train: $(STAMP)
 	$(BIN)/jemkit train --backbone sadajem --objective ebjdat
@@ -19,6 +19,12 @@ test: $(STAMP)
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -rs $(CORE)
+
+rehearse: $(STAMP)
+	$(BIN)/python benchmarks/gpu/pack --out build/gpu \
+		--python $$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+	cd build/gpu/kit && $(CURDIR)/$(BIN)/python benchmarks/gpu/run --rehearse \
+		--out ../records --work ../work
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -1,0 +1,148 @@
+"""Prove the CUDA side in one call: install the packed wheels, then stage after stage.
+
+    benchmarks/gpu/run                  on a machine with a GPU, all stages in 540 s
+    benchmarks/gpu/run --rehearse       on the CPU, every stage on toys
+    benchmarks/gpu/run --stages training --images DIR    one stage, with more images
+
+Each stage has a process, a time limit and a record of its own, OUT/STAGE.json, so that one that
+fails costs the next nothing. The exit code is 1 where a stage failed, 2 where none could run.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import images
+import processes
+from records import Record
+
+HERE = Path(__file__).resolve().parent
+KIT = HERE.parents[1]
+
+
+class Stage(NamedTuple):
+    """A stage and the most seconds that it may take."""
+
+    name: str
+    limit: float
+    rehearsed: float  # the same in a rehearsal
+
+
+STAGES = (
+    Stage("environment", 40, 60),
+    Stage("probes", 150, 180),
+    Stage("tests", 120, 60),
+    Stage("resume", 40, 60),
+    Stage("step", 170, 90),
+    Stage("training", 600, 120),
+    Stage("pgdat", 600, 120),
+)
+ON_REQUEST = {"pgdat"}
+MARGIN = 8.0  # seconds before the end, for what comes after the last stage
+
+
+def main() -> int:
+    asked = arguments()
+    ends = time.monotonic() + asked.seconds
+    if problem := _problem(asked):
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    if asked.rehearse:  # probes run side by side, on few cores
+        os.environ["OMP_NUM_THREADS"] = "1"
+    asked.out.mkdir(parents=True, exist_ok=True)
+    asked.work.mkdir(parents=True, exist_ok=True)
+    install(asked.work / "site")
+    unpack([KIT / "cifar10", *asked.images], asked.work / "packed")
+    failed = 0
+    for stage in STAGES:
+        if stage.name not in asked.stages:
+            continue
+        limit = stage.rehearsed if asked.rehearse else stage.limit
+        failed += not run_stage(asked, stage.name, min(limit, ends - time.monotonic() - MARGIN))
+    return int(failed > 0)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [stage.name for stage in STAGES]
+    usual = [name for name in names if name not in ON_REQUEST]
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, on toys")
+    parser.add_argument("--stages", nargs="+", choices=names, default=usual, metavar="STAGE")
+    parser.add_argument("--seconds", type=float, default=540, help="for everything")
+    place = Path(os.environ.get("OUT", "gpu-records"))
+    parser.add_argument("--out", type=Path, default=place, help="where records are written")
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()) / "jemkit-gpu",
+        help="where packages, data and runs lie; a later call finds them there",
+    )  # fmt: skip
+    parser.add_argument(
+        "--images", type=Path, nargs="*", default=[], help="more packed images, of pack's `rest`"
+    )
+    found = parser.parse_args()
+    found.out, found.work = found.out.resolve(), found.work.resolve()
+    return found
+
+
+def _problem(asked: argparse.Namespace) -> str:
+    """Why nothing can run; empty where it can."""
+    if not any((KIT / "wheels").glob("jemkit-*.whl")):
+        return f"{KIT / 'wheels'} has no wheel of jemkit; make a kit by benchmarks/gpu/pack"
+    if missing := [str(path) for path in asked.images if not path.is_dir()]:
+        return f"--images {missing[0]} is no folder; give the one that pack wrote beside the kit"
+    seen = "import torch; raise SystemExit(0 if torch.cuda.is_available() else 3)"
+    code = 0 if asked.rehearse else subprocess.run([sys.executable, "-c", seen]).returncode
+    if code == 3:
+        return "torch sees no CUDA device here; use --rehearse for a rehearsal on the CPU"
+    return f"{sys.executable} cannot import torch" if code else ""
+
+
+def install(site: Path) -> None:
+    """The packed wheels and nothing else; a second call finds them there."""
+    wheels = sorted((KIT / "wheels").glob("*.whl"))
+    marker, named = site / ".wheels", "\n".join(f"{w.name} {w.stat().st_mtime_ns}" for w in wheels)
+    if not (marker.exists() and marker.read_text() == named):
+        shutil.rmtree(site, ignore_errors=True)
+        options = ["-q", "--no-index", "--no-deps", "--no-compile", "--disable-pip-version-check"]
+        command = [sys.executable, "-m", "pip", "install", *options, "--target", str(site)]
+        subprocess.run([*command, *map(str, wheels)], check=True)
+        marker.write_text(named)
+    os.environ["PYTHONPATH"] = str(site)
+
+
+def unpack(sources: list[Path], target: Path) -> None:
+    """Gather packed images of several calls in one folder."""
+    target.mkdir(exist_ok=True)
+    for source in sources:
+        for path in sorted(source.glob("*")) if source.is_dir() else ():
+            if path.suffix in (".webp", ".xz") or path.name == images.NAMES:
+                shutil.copyfile(path, target / path.name)
+
+
+def run_stage(asked: argparse.Namespace, name: str, limit: float) -> bool:
+    """One stage in a process of its own; whether it passed."""
+    path = asked.out / f"{name}.json"
+    path.unlink(missing_ok=True)
+    if limit < 5:
+        Record(path, stage=name, status="not reached")
+        print(f"{name:12} not reached", flush=True)
+        return False
+    where = ["--out", asked.out, "--work", asked.work, "--seconds", f"{limit - 2:.1f}"]
+    kind = ["--device", "cpu", "--toy"] if asked.rehearse else ["--device", "cuda"]
+    command = processes.python(HERE / "stage.py", name, *where, *kind)
+    done = processes.run(command, limit, cwd=asked.work)
+    record = Record(path, **(Record.read(path) or {"stage": name}))
+    record.add(status=done.status, seconds=done.seconds)
+    if not done.passed:
+        record.add(error=done.output)
+    print(f"{name:12} {done.status:8} {done.seconds:6.1f} s", flush=True)
+    if not done.passed:
+        print("    " + "\n    ".join(done.output.strip().splitlines()[-12:]), flush=True)
+    return done.passed

@@ -1,0 +1,62 @@
+"""One stage in a process of its own: `python stage.py NAME --out DIR --work DIR --seconds S`."""
+
+import argparse
+import importlib
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from records import Record, about_machine
+
+KIT = Path(__file__).resolve().parents[2]
+sys.path.insert(1, str(KIT / "benchmarks"))
+
+
+class Given(NamedTuple):
+    """What a stage is told."""
+
+    device: str  # cuda, or cpu in a rehearsal
+    toy: bool  # smallest sizes, to see that all of it runs
+    out: Path  # records
+    work: Path  # everything else
+    ends: float  # by time.monotonic
+
+    @property
+    def left(self) -> float:
+        """Seconds until the stage's limit."""
+        return self.ends - time.monotonic()
+
+    def arguments(self) -> list[str]:
+        """As options of `stage.py`, for a process that a stage starts."""
+        found = ["--out", str(self.out), "--work", str(self.work), "--device", self.device]
+        return [*found, *(["--toy"] if self.toy else []), "--seconds", f"{self.left:.1f}"]
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__)
+    found.add_argument("--out", type=Path, required=True)
+    found.add_argument("--work", type=Path, required=True)
+    found.add_argument("--seconds", type=float, required=True)
+    found.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    found.add_argument("--toy", action="store_true")
+    return found
+
+
+def given_of(options: argparse.Namespace) -> Given:
+    ends = time.monotonic() + options.seconds
+    return Given(options.device, options.toy, options.out, options.work, ends)
+
+
+def main() -> None:
+    options = parser()
+    options.add_argument("name")
+    asked = options.parse_args()
+    given = given_of(asked)
+    record = Record(given.out / f"{asked.name}.json", stage=asked.name, toy=asked.toy)
+    record.add(machine=about_machine())
+    importlib.import_module(f"stage_{asked.name}").measure(given, record)
+
+
+if __name__ == "__main__":
+    main()

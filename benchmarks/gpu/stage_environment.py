@@ -1,0 +1,27 @@
+"""Is everything there: the packed jemkit, all of its parts, the device, a compiler."""
+
+import shutil
+
+import torch
+from records import Record
+from stage import Given
+
+
+def measure(given: Given, record: Record) -> None:
+    import jemkit
+    from jemkit.registry import installed
+
+    site = given.work / "site"
+    if not str(jemkit.__file__).startswith(str(site)):
+        raise RuntimeError(f"jemkit came from {jemkit.__file__}, not from the kit in {site}")
+    registry = installed(third_party=False)
+    parts = {
+        kind: sorted(registry[kind]) for kind in ("backbone", "objective", "updater", "attack")
+    }
+    record.add(parts=parts, compiler=shutil.which("c++") or shutil.which("g++"))
+    if registry.faults:
+        raise RuntimeError(f"plug-ins that do not load: {registry.faults}")
+    if not all(parts.values()):
+        raise RuntimeError("the registry is empty: jemkit must be installed from its wheel")
+    x = torch.rand(64, 64, device=given.device)
+    record.add(product_is_finite=bool((x @ x).isfinite().all()))

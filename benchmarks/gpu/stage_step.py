@@ -1,0 +1,187 @@
+"""What a training step takes: two networks, each precision, compiled, and as released.
+
+Every contestant is a process of its own, under a limit of its own, the most wanted first. Times are
+medians of steps after the first one, the device waited for; `of_product_rate` is the share of the
+measured rate of a large bf16 product, `forecast_hours` are 100 epochs of 45,000 images.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import processes
+import torch
+from records import Record
+from stage import Given, given_of, parser
+
+from jemkit.bench.flops import flops, step_work
+from jemkit.bench.machine import fastest, product_rate, settle
+from jemkit.runtime.numerics import numerics
+from jemkit.update import SAM, Plain
+
+BATCH, EPOCHS, IMAGES = 128, 100, 45_000
+GIB = 2**30
+
+CONTESTANTS = (
+    ("wrn-16-4", "bf16"), ("wrn-16-4", "bf16+compile"), ("wrn-28-10", "bf16+compile"),
+    ("wrn-28-10", "bf16"), ("wrn-28-10", "fp32"), ("wrn-28-10", "released"), ("wrn-28-10", "tf32"),
+    ("wrn-16-4", "fp32"), ("wrn-16-4", "tf32"), ("wrn-16-4", "released"),
+)  # fmt: skip
+REHEARSED = (("wrn-28-10", "fp32"), ("wrn-28-10", "released"))
+PROFILED = ("wrn-28-10", "fp32"), ("wrn-28-10", "bf16+compile")
+LIMIT = 75.0
+"""Seconds of one contestant, of which compiling wrn-28-10 takes the most."""
+
+
+def setting(network: str, given: Given) -> argparse.Namespace:
+    """The step of SADA-JEM with EB-JDAT as benchmarks/steps.py builds it."""
+    from steps import SETTINGS, SMALL, changed
+
+    _, depth, width = network.split("-")
+    base = changed(argparse.Namespace(**SETTINGS), device=given.device)
+    if given.toy:
+        return changed(base, **SMALL)
+    return changed(base, depth=int(depth), width=int(width), batch=BATCH, capacity=10_000)
+
+
+def step_of(setting: argparse.Namespace, variant: str) -> Callable[[], Any]:
+    import steps
+
+    if variant == "released":
+        return steps.released(setting)
+    kinds = [kind for kind in variant.split("+") if kind in ("bf16", "compile")]
+    return steps.jemkit(setting, "cl", *kinds)
+
+
+def contest(given: Given, network: str, variant: str) -> dict[str, Any]:
+    """Seconds and memory of a step; the first one, which compiles, is told apart."""
+    device, chosen = torch.device(given.device), setting(network, given)
+    step = step_of(chosen, variant)
+    with numerics(precision="tf32" if variant == "tf32" else "fp32"):
+        first = _seconds(step, device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        times: list[float] = []
+        while len(times) < 3 or (sum(times) < 4 and len(times) < 50):
+            times.append(_seconds(step, device))
+        found: dict[str, Any] = {
+            "first_s": first,
+            "step_s": statistics.median(times),
+            "steps": len(times),
+            "images_per_s": chosen.batch / statistics.median(times),
+        }
+        if device.type == "cuda":
+            found["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+        if (network, variant) in PROFILED:
+            found["profile"] = profile(step, device)
+    return found
+
+
+def _seconds(step: Callable[[], Any], device: torch.device) -> float:
+    settle(device)
+    began = time.perf_counter()
+    step()
+    settle(device)
+    return time.perf_counter() - began
+
+
+def profile(step: Callable[[], Any], device: torch.device) -> list[dict[str, Any]]:
+    """The kernels that one step spends its time in, the longest first, in milliseconds."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as watching
+
+    cuda = device.type == "cuda"
+    with watching(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
+        step()
+        settle(device)
+    key = "self_device_time_total" if cuda else "self_cpu_time_total"
+    rows = sorted(seen.key_averages(), key=lambda row: -getattr(row, key))[:15]
+    return [{"kernel": r.key[:120], "ms": getattr(r, key) / 1e3, "calls": r.count} for r in rows]
+
+
+def rates(given: Given) -> dict[str, float]:
+    """The device alone: large products, a copy of 1 GiB."""
+    device = torch.device(given.device)
+    found = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        with numerics():
+            found[f"product_{name}"] = product_rate(device, dtype)
+    size = GIB if device.type == "cuda" else 2**20
+    source = torch.zeros(size // 4, device=device)
+    target = torch.empty_like(source)
+    found["bandwidth"] = 2 * size / fastest(lambda: target.copy_(source), device)
+    return found
+
+
+def work_of(given: Given, network: str) -> float:
+    """FLOP of jemkit's step of a network, counted."""
+    import steps
+
+    chosen = setting(network, given)
+    backbone, batch = steps.built(chosen)
+    spec = Plain() if chosen.updater == "plain" else SAM()
+    return float(flops(step_work(backbone, steps.objective_of(chosen), spec, batch).whole))
+
+
+def measure(given: Given, record: Record) -> None:
+    device = rates(given)
+    record.add(rates=device)
+    contestants = REHEARSED if given.toy else CONTESTANTS
+    work: dict[str, float] = {}
+    for network, variant in contestants:
+        name = f"{network} {variant}"
+        if given.left < 15:
+            record.add(**{name: {"status": "not reached"}})
+            continue
+        command = processes.python(Path(__file__), network, variant, *given.arguments())
+        done = processes.run(command, min(LIMIT, given.left - 2))
+        found: dict[str, Any] = {"status": done.status}
+        if done.passed:
+            work[network] = work.get(network) or work_of(given, network)
+            found |= json.loads(done.output.splitlines()[-1])
+            found |= forecast(found["step_s"], work[network], device["product_bf16"], given)
+        else:
+            found["output"] = done.output[-2000:]
+        record.add(**{name: found})
+    record.add(**against_released(record.content))
+    failed = [
+        f"{n} {v}" for n, v in contestants if record.content[f"{n} {v}"]["status"] == "failed"
+    ]
+    if failed:
+        raise RuntimeError(f"steps that failed: {', '.join(failed)}")
+
+
+def forecast(step_s: float, work: float, product: float, given: Given) -> dict[str, float]:
+    batch = setting("wrn-16-4", given).batch
+    return {
+        "tflops": work / step_s / 1e12,
+        "of_product_rate": work / step_s / product,
+        "forecast_hours": EPOCHS * (IMAGES // batch) * step_s / 3600,
+    }
+
+
+def against_released(content: dict[str, Any]) -> dict[str, Any]:
+    """How many times the released schedule takes each contestant's step."""
+    found = {}
+    for name, figures in content.items():
+        network, _, variant = name.partition(" ")
+        released = content.get(f"{network} released", {})
+        if variant and variant != "released" and "step_s" in figures and "step_s" in released:
+            found[name] = released["step_s"] / figures["step_s"]
+    return {"released / this": found}
+
+
+def main() -> None:
+    options = parser()
+    options.add_argument("network")
+    options.add_argument("variant")
+    asked = options.parse_args()
+    print(json.dumps(contest(given_of(asked), asked.network, asked.variant)))
+
+
+if __name__ == "__main__":
+    main()
