@@ -16,6 +16,7 @@ from jemkit.errors import DataError
 from jemkit.figures import Figure, paired_difference
 from jemkit.layers import flat
 from jemkit.record import finite
+from jemkit.resuming import MAY_DIFFER
 from jemkit.seeds import generator
 from jemkit.trilemma import (
     Judged,
@@ -115,7 +116,8 @@ def paired(a: Judged, b: Judged, resamples: int = 10_000) -> list[Difference]:
 
 
 def over_seeds(runs: Sequence[Judged], names: Sequence[str]) -> list[Spread]:
-    """Each figure's mean and spread over runs whose recipes differ in run.seed alone."""
+    """Each figure's mean and spread over runs that differ in the seed, and in nothing else that
+    changes their outcome."""
     groups: dict[str, list[Judged]] = {}
     for run in runs:
         groups.setdefault(_recipe_but_seed(run), []).append(run)
@@ -179,8 +181,17 @@ def _rows_of(row: Tensor, figure: Figure) -> bool:
 
 
 def _but_seed(run: Judged) -> dict[str, Any]:
+    """The settings that change a run's outcome; images are known by their hash, not by their
+    folder, where the run pins them."""
     recipe = dict(flat(run.config.get("recipe", {})))
-    recipe.pop("run.seed", None)
+    folder = recipe.get("data.dir")
+    for key in ("run.seed", *MAY_DIFFER):
+        recipe.pop(key, None)
+    if folder is not None:
+        pin = dict(flat(run.config.get("data") or {}))
+        shas = [pin.get(f"{split}.sha256") for split in ("train", "valid", "test")]
+        known = None not in shas
+        recipe["data.images" if known else "data.dir"] = shas if known else folder
     if run.config.get("origins", {}).get("run.channels_last") == "measured":
         recipe["run.channels_last"] = "measure"  # which is what the recipe said
     return recipe

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -214,6 +215,25 @@ def test_seeds_of_one_recipe_give_mean_and_spread() -> None:
 def test_another_recipe_is_another_group_and_one_seed_has_no_spread() -> None:
     runs = [judged("a", record()), judged("b", record(), 1, objective={"use": "trades"})]
     assert [(s.runs, s.sd) for s in over_seeds(runs, ["clean"])] == [(["a"], None), (["b"], None)]
+
+
+def test_settings_that_change_no_outcome_make_no_group() -> None:
+    def run(name: str, seed: int, folder: str, images: str, **options: Any) -> Judged:
+        one = judged(name, record(), seed, data={"use": "folder", "dir": folder})
+        one.config["recipe"]["run"] |= options
+        one.config["data"] = {split: {"sha256": images} for split in ("train", "valid", "test")}
+        return one
+
+    runs = [
+        run("a", 0, "/here", "1f"),
+        run("b", 1, "/there", "1f", device="cuda", micro_batch=32, keep=5, recompute=True),
+        run("c", 2, "/here", "2e"),
+        run("d", 3, "/here", "1f", batch_size=7),
+    ]
+    assert [s.runs for s in over_seeds(runs, ["clean"])] == [["a", "b"], ["c"], ["d"]]
+    for one in runs:
+        del one.config["data"]  # of jemkit 0.1
+    assert [s.runs for s in over_seeds(runs[:3], ["clean"])] == [["a", "c"], ["b"]]
 
 
 def test_what_each_seed_measured_for_itself_is_no_other_recipe() -> None:
