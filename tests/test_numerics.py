@@ -1,17 +1,26 @@
 """Torch's switches are a run's inside it, and afterwards what they were before."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from toys import REGISTRY
+from toys import REGISTRY, root
 
 import jemkit
-from jemkit.runtime.numerics import BACKENDS, GENERIC, OPERATIONS, Precision, numerics
+from jemkit.runtime.numerics import (
+    BACKENDS,
+    GENERIC,
+    OPERATIONS,
+    Precision,
+    numerics,
+    read_switch,
+    write_switch,
+)
 
 ALL = (GENERIC, *BACKENDS, *OPERATIONS)
-read, write = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
 
 values = st.sampled_from(["ieee", "tf32"])
 switches = st.lists(st.tuples(st.sampled_from(ALL), values), max_size=5)
@@ -21,7 +30,7 @@ precisions = st.sampled_from(["fp32", "tf32", "bf16"])
 
 def answers() -> dict[object, str | bool]:
     """What every switch answers, old and new; and how it follows those above it."""
-    found: dict[object, str | bool] = {switch: read(*switch) for switch in ALL}
+    found: dict[object, str | bool] = {switch: read_switch(switch) for switch in ALL}
     try:
         found["matmul"] = torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -35,11 +44,11 @@ def answers() -> dict[object, str | bool]:
 
 def followed() -> list[dict[object, str | bool]]:
     """The answers as they are, and as the switch at the top would change them."""
-    found, top = [answers()], read(*GENERIC)
+    found, top = [answers()], read_switch(GENERIC)
     for value in ("ieee", "tf32"):
-        write(*GENERIC, value)
+        write_switch(GENERIC, value)
         found.append(answers())
-    write(*GENERIC, top)
+    write_switch(GENERIC, top)
     return found
 
 
@@ -53,7 +62,7 @@ def fresh() -> None:
 def reset() -> None:
     torch.set_float32_matmul_precision("highest")
     for switch in (GENERIC, *BACKENDS, *OPERATIONS):
-        write(*switch, "none")
+        write_switch(switch, "none")
     torch.backends.cudnn.allow_tf32 = True
 
 
@@ -65,12 +74,12 @@ def test_switches_are_put_back_exactly_and_go_on_following_each_other(
     if older is not None:
         torch.set_float32_matmul_precision(older)
     for switch, value in changed:
-        write(*switch, value)
+        write_switch(switch, value)
     before = followed()
     with numerics(precision=precision):
         for backend, op in OPERATIONS:
             fast = precision == "tf32" and backend == "cuda"
-            assert read(backend, op) == ("tf32" if fast else "ieee")
+            assert read_switch((backend, op)) == ("tf32" if fast else "ieee")
     assert followed() == before
     reset()
 
@@ -99,12 +108,12 @@ def test_a_model_may_ask_for_the_older_switches_as_a_new_process_has_them() -> N
 def test_a_model_is_judged_after_any_of_torchs_switches_was_set(
     switch: tuple[str, str], value: str
 ) -> None:
-    write(*switch, value)
+    write_switch(switch, value)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     x, y = torch.full((6, 1, 8, 8), 0.5), torch.arange(6) % 3
     found = jemkit.evaluate(net, (x, y), registry=REGISTRY, only=("accuracy",))  # type: ignore[arg-type]
     assert found.value("clean") == pytest.approx(1 / 3)
-    assert read(*switch) == value
+    assert read_switch(switch) == value
     reset()
 
 
@@ -116,3 +125,10 @@ def test_bf16_on_the_cpu_is_taken_back_for_an_evaluation_and_restored() -> None:
     assert torch.get_float32_matmul_precision() == "medium"
     assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
     reset()
+
+
+def test_torch_is_asked_by_its_public_names_alone() -> None:
+    private = re.compile(r"torch\._C\b")
+    places = (root() / name for name in ("jemkit", "plugins", "cli"))
+    found = [p for place in places for p in place.rglob("*.py") if private.search(p.read_text())]
+    assert not found

@@ -24,6 +24,7 @@ from jemkit import checkpoint
 from jemkit.errors import DataError, JemkitError, OutOfMemory, memory_ran_out
 from jemkit.runtime.jobs import STOPS, helpers
 from jemkit.runtime.ledger import Shard
+from jemkit_cli.process import Output
 
 LONG = ("train", *TINY, "--epochs=500", "--set=objective.adv_steps=1", "--out=here")
 AMID = """
@@ -465,3 +466,14 @@ def test_helpers_end_with_a_caller_that_is_killed(tmp_path: Path) -> None:
     running.kill()
     running.wait()
     until(lambda: not alive(pid), "the end of the helper")
+
+
+def test_output_whose_reader_is_gone_keeps_no_descriptor() -> None:
+    before = os.listdir("/proc/self/fd")
+    for _ in range(3):
+        read, write = os.pipe()
+        os.close(read)
+        stream = Output(write, "w")
+        assert stream.write(b"lost") == stream.write(b"more") == 4
+        stream.close()
+    assert len(os.listdir("/proc/self/fd")) == len(before)

@@ -171,7 +171,11 @@ class Output(io.FileIO):
         except OSError as error:
             if error.errno not in GONE or (error.errno == errno.EIO and not self._terminal):
                 raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            try:
+                os.dup2(nowhere, self.fileno())
+            finally:
+                os.close(nowhere)
             return len(content)
 
     _terminal = False

@@ -141,8 +141,26 @@ OPERATIONS: tuple[Switch, ...] = tuple(
     (backend, op) for backend, _ in BACKENDS for op in ("matmul", "conv", "rnn")
 )
 
-_read = torch._C._get_fp32_precision_getter
-_write = torch._C._set_fp32_precision_setter
+
+def read_switch(switch: Switch) -> str:
+    """What a switch answers: its own value, or that of the one that it follows."""
+    return str(_holder(switch).fp32_precision)
+
+
+def write_switch(switch: Switch, value: str) -> None:
+    """Set a switch; "none" lets it follow."""
+    _holder(switch).fp32_precision = value
+
+
+def _holder(switch: Switch) -> Any:
+    """The part of `torch.backends` whose `fp32_precision` a switch is."""
+    backend, op = switch
+    if switch == GENERIC:
+        return torch.backends
+    if switch == ("cuda", "matmul"):
+        return torch.backends.cuda.matmul
+    whole = torch.backends.cudnn if backend == "cuda" else torch.backends.mkldnn
+    return whole if op == "all" else getattr(whole, op)
 
 
 @contextmanager
@@ -155,7 +173,7 @@ def _float32(precision: Precision) -> Iterator[None]:
     model may ask. For that a GPU's convolutions, which begin as tf32 by default, are tf32 by their
     own switch afterwards.
     """
-    generic, older, convolution = _read(*GENERIC), _older(), _older_convolution()
+    generic, older, convolution = read_switch(GENERIC), _older(), _older_convolution()
     backends = _own(BACKENDS, (GENERIC,))
     operations = _own(OPERATIONS, (GENERIC, *BACKENDS))
     wanted = {"cuda": "tf32" if precision == "tf32" else "ieee", "mkldnn": "ieee"}
@@ -164,9 +182,9 @@ def _float32(precision: Precision) -> Iterator[None]:
             torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         if convolution is not None:
             torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        _write(*GENERIC, "ieee")
+        write_switch(GENERIC, "ieee")
         for switch in (*BACKENDS, *operations):
-            _write(*switch, wanted[switch[0]])
+            write_switch(switch, wanted[switch[0]])
         yield
     finally:
         if older is not None:
@@ -174,8 +192,8 @@ def _float32(precision: Precision) -> Iterator[None]:
         if convolution is not None:
             torch.backends.cudnn.allow_tf32 = convolution
         for switch, value in {**operations, **backends}.items():
-            _write(*switch, value)
-        _write(*GENERIC, generic)
+            write_switch(switch, value)
+        write_switch(GENERIC, generic)
 
 
 def _own(switches: tuple[Switch, ...], above: tuple[Switch, ...]) -> dict[Switch, str]:
@@ -187,8 +205,8 @@ def _own(switches: tuple[Switch, ...], above: tuple[Switch, ...]) -> dict[Switch
     seen = []
     for value in ("ieee", "tf32"):
         for switch in above:
-            _write(*switch, value)
-        seen.append([_read(*switch) for switch in switches])
+            write_switch(switch, value)
+        seen.append([read_switch(switch) for switch in switches])
     found = {s: a if a == b else "none" for s, a, b in zip(switches, *seen, strict=True)}
     return {s: v for s, v in found.items() if v != "none" or s[1] in ("all", "matmul")}
 
