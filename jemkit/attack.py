@@ -1,7 +1,6 @@
 """Attacks: chains up a loss inside a ball around x, and whatever else fools a model."""
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -12,7 +11,6 @@ from torch import Generator, Tensor, nn
 from jemkit.data import Bounds
 from jemkit.energy import EnergyFn
 from jemkit.errors import ConfigError, DataError, MisfitError
-from jemkit.falling import FIRST, first_to_fall, restarts
 from jemkit.modes import eval_mode, frozen
 from jemkit.options import Options, Radius
 from jemkit.pixels import UNIT, PixelModel
@@ -182,9 +180,7 @@ class PGD(Options):
     """Projected gradient ascent (Madry et al. 2018) on any loss; sizes in 1/255 of the range.
 
     As an attack on a model it goes up the cross-entropy, and keeps the worst image of all steps
-    and restarts; in training it gives the last one. With `keep = "first"` an image leaves its batch
-    when it falls, and each restart is a stage on full batches of what stands: fewer passes, but
-    no x~ is the worst that there is. The same images fall in one restart; later ones draw anew.
+    and restarts; in training it gives the last one.
     """
 
     everyone: ClassVar[bool] = True
@@ -194,7 +190,6 @@ class PGD(Options):
     step_px: float | None = Field(None, ge=0)  # None: a quarter of the radius
     norm: Ball = "Linf"
     restarts: int = Field(1, ge=1)
-    keep: Literal["worst", "first"] = "worst"
 
     def unused(self) -> dict[str, str]:
         return {} if self.steps else {"step_px": "where steps is 0"}
@@ -220,25 +215,15 @@ class PGD(Options):
             return run(kernel, lambda x: -loss(x), drawn_start(kernel, rng), rng, self.steps)
 
     def check_training(self) -> None:
-        """Refuse options that act in judging alone."""
+        """Refuse restarts, which act in judging alone."""
         if self.restarts > 1:
             raise ConfigError(
                 f"a training attack has one start: its restarts are {self.restarts}, set them to 1"
-            )
-        if self.keep == "first":
-            raise ConfigError(
-                "a training attack gives the end of its climb: leave out keep = "
-                '"first", which is for judging'
             )
 
     def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
         norm = ball_of(threat, self.label)
         self._check_threat(threat)
-        around = partial(self.kernel, radius_px=threat.radius_px, bounds=UNIT, norm=norm)
-
-        def fall(x: Tensor, y: Tensor, rng: Generator) -> Tensor:
-            start = drawn_start(around(x), rng)
-            return first_to_fall(subject, x, y, rng, start=start, kernel=around, steps=self.steps)
 
         def perturb(x: Tensor, y: Tensor, rng: Generator) -> Tensor:
             best = Best(x)
@@ -252,8 +237,6 @@ class PGD(Options):
             self.climb(energy, x, threat.radius_px, norm, rng)
             return best.x
 
-        if self.keep == "first":
-            return restarts(fall, self.label, self.restarts)
         return {self.label: perturb}
 
     def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
@@ -263,7 +246,7 @@ class PGD(Options):
             "step_px": step,
             "restarts": self.restarts,
             "start": "uniform in the ball",
-            "kept": "the worst of all steps" if self.keep == "worst" else FIRST,
+            "kept": "the worst of all steps",
         }
 
     def climb(

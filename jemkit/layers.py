@@ -219,7 +219,21 @@ def read_layer(source: Path | Mapping[str, Any]) -> Table:
             f"{source}: [{'], ['.join(beside)}] stands beside the table `recipe`, where nothing "
             "reads it; put it inside `recipe`"
         )
-    return offline(found) if is_json else found
+    return offline(without_retired(found)) if is_json else found
+
+
+RETIRED = {"keep": "worst"}
+"""Options of parts that were removed, and the value by which a part then acts as it does now:
+`pgd.keep` until 0.2."""
+
+
+def without_retired(table: Table) -> Table:
+    """The tables of a run that an earlier version wrote, without what has no meaning any more."""
+    return {
+        name: without_retired(value) if isinstance(value, dict) else value
+        for name, value in table.items()
+        if RETIRED.get(name) != value or not isinstance(value, str)
+    }
 
 
 FETCHING = frozenset({"download", "pretrained"})

@@ -31,7 +31,6 @@ ATTACKS: dict[str, Any] = {
     "cw with restarts": CW(steps=3, restarts=2),
     "energy of x": ENERGY(of="x", steps=5),
     "energy of x and y": ENERGY(steps=5),
-    "pgd to the first fall": PGD(steps=5, keep="first"),
     "detector": DETECTOR(steps=8),
     "detector by itself": DETECTOR(steps=8, limit="own"),
 }

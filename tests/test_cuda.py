@@ -10,16 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 from toys import backbone_of, objective_of, tiny, toy_recipe, toy_registry
 
-from jemkit import PGD, PYLD, SGLD, Backbone, Batch, Diverged, Guard, Terms, Trainer, train_step
-from jemkit.attack import Threat
+from jemkit import PYLD, SGLD, Backbone, Batch, Diverged, Guard, Terms, Trainer, train_step
 from jemkit.checkpoint import same
 from jemkit.compiled import CompiledGradient, compiled_chains
 from jemkit.energy import EnergyFn, ModelEnergy
-from jemkit.falling import GRAIN
 from jemkit.memory import MicroBatch
 from jemkit.modes import sampling_mode
 from jemkit.networks import WRN, SmallCNN
-from jemkit.pixels import PixelModel
 from jemkit.replay import CudaGraphs, Replay
 from jemkit.runtime import sharding
 from jemkit.runtime.folder import RunFolder
@@ -328,19 +325,3 @@ def test_a_device_that_is_full_halves_the_micro_batch() -> None:
 
     assert micro.fit(work).isfinite().all()
     assert micro.size == len(batch().x) // 2
-
-
-def test_batches_shrink_by_the_grain_as_images_fall() -> None:
-    """cuDNN tries its convolutions anew for every size, so there are few."""
-    subject, sizes = PixelModel(toy_model(TASK).cuda().eval(), TASK.bounds), list[int]()
-    x = torch.rand((3 * GRAIN + 4, *TASK.shape), device="cuda", generator=generator())
-    with torch.no_grad():
-        y = subject(x).argmax(1)
-    y[::2] = (y[::2] + 1) % TASK.n_classes  # fallen at once
-    subject.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    threat = Threat("Linf", 0)
-    for climb in PGD(steps=2, restarts=2, keep="first").bind(subject, threat).values():
-        sizes.clear()
-        x_adv = climb(x, y, generator())
-        assert sizes == [len(x), 2 * GRAIN, 2 * GRAIN]
-        torch.testing.assert_close(x_adv, x)

@@ -432,3 +432,18 @@ class TestShipped:
             assert set(found["parts"][kind]) == set(shelf)
         sampler = found["parts"]["backbone"]["sadajem"]["properties"]["sampler"]
         assert sampler["default"]["use"] == "sgld"
+
+
+def test_an_option_that_was_removed_is_read_where_it_changes_nothing(tmp_path: Path) -> None:
+    """Runs of 0.1.0 name `keep` of their attack; "worst" is what it now always is."""
+    tables = resolve(INSTALLED, overrides=["objective.use=pgdat"]).tables
+    tables["objective"]["attack"] = {**tables["objective"]["attack"], "keep": "worst"}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"recipe": tables}))
+    assert resolve(INSTALLED, config=path).recipe == resolve(
+        INSTALLED, overrides=["objective.use=pgdat"]
+    ).recipe  # fmt: skip
+    tables["objective"]["attack"]["keep"] = "first"
+    path.write_text(json.dumps({"recipe": tables}))
+    with pytest.raises(ConfigError, match="keep"):
+        resolve(INSTALLED, config=path)
