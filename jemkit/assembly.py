@@ -16,13 +16,12 @@ from jemkit.density import Buffer
 from jemkit.energy import EnergyModel
 from jemkit.errors import ConfigError, DataError
 from jemkit.fitting import check_adversary, check_parts
-from jemkit.layout import faster_layout
 from jemkit.memory import MicroBatch
 from jemkit.objective import Objective, ObjectiveSpec, Remembering
 from jemkit.recipe import Recipe, Run
 from jemkit.replay import replay_on
 from jemkit.runtime import distributed, sharding
-from jemkit.runtime.numerics import Layout, device_of, in_bf16, memory_of, numerics
+from jemkit.runtime.numerics import device_of, in_bf16, memory_of
 from jemkit.seeds import generator
 from jemkit.splits import Pinned, Splits
 from jemkit.starts import images_hash
@@ -47,7 +46,6 @@ class Assembly(NamedTuple):
     loader: Loader  # with a generator of its own, so that a sampler never moves the data
     compiled: CompiledGradient | None = None  # what chains go by, under --compile
     twin: EnergyModel | None = None  # under --shard, what the first process looks at alone
-    channels_last: Layout = "auto"  # as asked for, or as measured
 
     def state_dict(self) -> State:
         """All that a step changes; of every process of a group, asked of the first one alone."""
@@ -146,7 +144,6 @@ def put_together(recipe: Recipe, pinned: Pinned | None = None, *, fill: bool = T
     backbone = recipe.backbone.build(task, rng)
     objective = built_objective(recipe, task, rng)
     check_parts(backbone, objective, task, run)
-    run = with_layout(run, backbone.model, task)
     model, twin = team.laid_out(backbone, run, task)
     remembered = objective.parameters() if isinstance(objective, Remembering) else ()
     parameters = [*model.parameters(), *remembered]
@@ -171,7 +168,6 @@ def put_together(recipe: Recipe, pinned: Pinned | None = None, *, fill: bool = T
         loader=_loader(run, task, backbone.views, device),
         compiled=unit,
         twin=twin,
-        channels_last=run.channels_last,
     )
 
 
@@ -185,25 +181,6 @@ def _loader(run: Run, task: Task, views: Views, device: torch.device) -> Loader:
         augmentation=task.augmentation,
         shard=distributed.shard(),
     )
-
-
-def with_layout(run: Run, model: EnergyModel, task: Task) -> Run:
-    """A run's options with the layout that is faster here, where that is asked for.
-
-    Processes, each of which would measure, are to agree: among several it is the rule's.
-    """
-    if run.channels_last != "measure":
-        return run
-    device, chosen = next(model.parameters()).device, "auto"
-    if not run.shard and distributed.shard().size == 1:
-        x = torch.zeros((min(run.batch_size, task.n_train), *task.shape), device=device)
-        narrow = torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16")
-        strict = numerics(
-            precision=run.precision, deterministic=run.deterministic, threads=run.threads
-        )
-        with strict, narrow:
-            chosen = MicroBatch(run.micro_batch).fit(lambda: faster_layout(model, x))
-    return run.model_copy(update={"channels_last": chosen})
 
 
 def splits_of(recipe: Recipe, pinned: Pinned | None = None) -> Splits:

@@ -192,8 +192,6 @@ def _but_seed(run: Judged) -> dict[str, Any]:
         shas = [pin.get(f"{split}.sha256") for split in ("train", "valid", "test")]
         known = None not in shas
         recipe["data.images" if known else "data.dir"] = shas if known else folder
-    if run.config.get("origins", {}).get("run.channels_last") == "measured":
-        recipe["run.channels_last"] = "measure"  # which is what the recipe said
     return recipe
 
 

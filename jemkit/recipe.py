@@ -57,7 +57,7 @@ class Run(Options):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     compile: bool = False
-    channels_last: Layout = "auto"  # measure: what is faster at the start, kept in config.json
+    channels_last: Layout = "auto"
     deterministic: bool = False
     threads: int | None = Field(None, ge=1, le=4096)  # of the CPU; None: torch's own choice
     eval_images: int = Field(256, ge=1)  # of validation, under PGD-10 after each epoch

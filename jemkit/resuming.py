@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from jemkit.errors import ConfigError, DataError, UsageError
 from jemkit.layers import Table, flat
-from jemkit.recipe import Resolved, complete, resolve, with_run
+from jemkit.recipe import Resolved, complete, resolve
 from jemkit.registry import Registry
 from jemkit.runtime.files import read_json
 
@@ -16,8 +16,7 @@ MAY_DIFFER = (
     "data.download",
 )  # fmt: skip
 """What does not change a run's outcome; that the images are the same is checked by their hash."""
-EPOCHS, LAYOUT = "run.epochs", "run.channels_last"
-MEASURED = "measured"
+EPOCHS = "run.epochs"
 
 
 class Change(NamedTuple):
@@ -47,10 +46,10 @@ def changes(was: Table, now: Table) -> list[Change]:
     return [Change(key, one.get(key), other.get(key)) for key in keys]
 
 
-def refused(was: Table, now: Table, origins: dict[str, str]) -> list[Change]:
+def refused(was: Table, now: Table) -> list[Change]:
     """Those that a run cannot go on with; more epochs it can."""
     found = [change for change in changes(was, now) if change.key not in MAY_DIFFER]
-    return [change for change in found if not (_longer(change) or _same_layout(change, origins))]
+    return [change for change in found if not _longer(change)]
 
 
 def asked_again(
@@ -68,7 +67,6 @@ def asked_again(
         "preset": preset, "config": config, "overrides": overrides or (), "named": named,
     }  # fmt: skip
     was = complete(resolve(registry, config=saved), registry)
-    origins = _config_of(folder).get("origins", {})
     found: list[Resolved] = []
     errors: list[ConfigError] = []
     for base in (saved, None):  # a few options are no whole command, but may go on top
@@ -77,7 +75,7 @@ def asked_again(
         except ConfigError as error:
             errors.append(error)
             continue
-        if not refused(was.tables, found[-1].tables, origins):
+        if not refused(was.tables, found[-1].tables):
             return found[-1]
     if found:
         return found[0]
@@ -94,18 +92,14 @@ def agreed(
     config = check_config(folder / "config.json", state, path)
     was = complete(resolve(registry, config=folder / "config.json"), registry)
     origins = config.get("origins", {})
-    if wrong := refused(was.tables, given.tables, origins):
+    if wrong := refused(was.tables, given.tables):
         short = any(change.key == EPOCHS for change in wrong)
         more = "; a run can be extended, not shortened" if short else ""
         raise UsageError(
             f"--resume goes on with the recipe that the run was started with{more}: "
             f"{'; '.join(map(str, wrong))}. Leave out what differs, or begin a new run"
         )
-    if given.recipe.run.channels_last == "measure":
-        given = with_run(given, channels_last=was.recipe.run.channels_last)
-    kept = [
-        change for change in changes(was.tables, given.tables) if change.key not in (*MOVES, LAYOUT)
-    ]
+    kept = [change for change in changes(was.tables, given.tables) if change.key not in MOVES]
     recipe, sources = config["recipe"], dict(origins)
     for change in kept:
         recipe = _with(recipe, change.key.split("."), change.now)
@@ -164,12 +158,6 @@ def _config_of(folder: Path) -> dict[str, Any]:
 def _longer(change: Change) -> bool:
     numbers = isinstance(change.was, int) and isinstance(change.now, int)
     return change.key == EPOCHS and numbers and change.now > change.was
-
-
-def _same_layout(change: Change, origins: dict[str, str]) -> bool:
-    """Whether a layout that is to be measured was measured when the run began."""
-    asked = change.key == LAYOUT and change.now == "measure"
-    return asked and origins.get(LAYOUT, "").startswith(MEASURED)
 
 
 def _with(table: Table, path: list[str], value: Any) -> Table:

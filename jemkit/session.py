@@ -66,8 +66,6 @@ def train(
             out.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(out / LOCK, doing))
         begin()
-        if trainer.measured:
-            trainer.folder.event("layout", channels_last=trainer.measured)
         trainer.folder.link_latest(latest or out.parent)
         trainer.folder.event("resume" if resume else "start", step=trainer.step)
         if tight is not None:
@@ -155,21 +153,15 @@ def _begin(
         part.mkdir()
     for litter in (p for name in WRITTEN for p in folder.path.glob(f".{name}.*")):
         litter.unlink()
-    tables, origins = whole.tables, whole.origins
-    if trainer.recipe.run.channels_last == "measure":  # who reads the run lays it out as it was
-        tables = {**tables, "run": {**tables["run"], "channels_last": trainer.parts.channels_last}}
-        origins = {**origins, resuming.LAYOUT: "measured" if trainer.measured else RULE}
     table = pinned.write(folder.path, *data)
-    trainer.config = {"recipe": tables, "data": table}
+    trainer.config = {"recipe": whole.tables, "data": table}
     checkpoint.save(folder.checkpoints / f"step-{trainer.step:08d}", trainer.state_dict())
     weights = {} if init_from is None else {"init_from": initial_source(init_from)}
-    folder.write_config(tables, origins, data=table, **weights)
+    folder.write_config(whole.tables, whole.origins, data=table, **weights)
     for warning in warnings:
         _tell(folder, "init_from", warning)
 
 
-RULE = "measured by none of several processes: auto"
-"""Where a layout that was to be measured came from."""
 WRITTEN = (pinned.CONFIG, pinned.DETAILS)
 """Files that are written while a run is born."""
 

@@ -76,12 +76,6 @@ class Trainer:
         return self.task.total_steps
 
     @property
-    def measured(self) -> str | None:
-        """The layout that was measured for this run; among several processes none is."""
-        asked, found = self.recipe.run.channels_last, self.parts.channels_last
-        return found if asked == "measure" and found != "auto" else None
-
-    @property
     def _leaves_steps(self) -> bool:
         """Whether a stop is heard inside a step: none of several leaves one by himself, and a
         compiled graph has no place for it."""
@@ -91,8 +85,6 @@ class Trainer:
         """Train to the end of the recipe, or until `until` steps are done; then save."""
         run, last = self.recipe.run, min(until or self.total_steps, self.total_steps)
         begun: dict[str, Any] = {"step": self.step, "total": self.total_steps, "epochs": run.epochs}
-        if self.measured:
-            begun["measured"] = self.measured
         self.watch("start", begun)
         self.backbone.model.train()
         if self.recipe.sentinel.on and self.step == 0:

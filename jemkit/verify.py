@@ -84,7 +84,6 @@ def _verified(
     progress("training whole")
     trainer = Trainer(short, RunFolder.create(folder / "whole"))
     trainer.stop = stop
-    short = with_run(short, channels_last=trainer.parts.channels_last)  # as measured, if it was
     per_epoch = trainer.loader.steps_per_epoch
     trainer.run(until=steps)
     steps = trainer.step  # a data set may be too small for more

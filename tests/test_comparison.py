@@ -236,17 +236,6 @@ def test_settings_that_change_no_outcome_make_no_group() -> None:
     assert [s.runs for s in over_seeds(runs[:3], ["clean"])] == [["a", "c"], ["b"]]
 
 
-def test_what_each_seed_measured_for_itself_is_no_other_recipe() -> None:
-    runs = []
-    for seed, last in enumerate(("yes", "no", "no")):
-        one = judged(str(seed), record(), seed)
-        one.config["recipe"]["run"]["channels_last"] = last
-        if seed < 2:
-            one.config["origins"] = {"run.channels_last": "measured"}
-        runs.append(one)
-    assert [s.runs for s in over_seeds(runs, ["clean"])] == [["0", "1"], ["2"]]
-
-
 def test_seeds_judged_by_other_protocols_have_no_mean() -> None:
     runs = [judged("a", record()), judged("b", record(radius_px=4.0), 1)]
     found = {spread.name: spread for spread in over_seeds(runs, ["clean", "pgd20"])}

@@ -153,7 +153,7 @@ def test_the_whole_command_is_accepted_again_and_any_other_value_is_named(
         ):
             again = asked_again(REGISTRY, folder.path, **{**layers, "overrides": some})
             if some == texts:
-                assert not refused(whole.tables, again.tables, {})
+                assert not refused(whole.tables, again.tables)
         alone = {"preset": None, "config": None, "named": {}}
         assert not changes(
             whole.tables, asked_again(REGISTRY, folder.path, **alone, overrides=[]).tables
@@ -161,7 +161,7 @@ def test_the_whole_command_is_accepted_again_and_any_other_value_is_named(
         other = asked_again(
             REGISTRY, folder.path, **alone, overrides=["optimizer.lr=0.123", "run.seed=1234"]
         )
-        assert set(refused(whole.tables, other.tables, {})) == {
+        assert set(refused(whole.tables, other.tables)) == {
             Change("optimizer.lr", whole.tables["optimizer"]["lr"], 0.123),
             Change("run.seed", whole.tables["run"]["seed"], 1234),
         }

@@ -90,10 +90,7 @@ def _lines(run: Path) -> Watch:
 
 def _beginning(run: Path, what: Mapping[str, Any]) -> str:
     complete = what["step"] == what["total"]
-    told = f"run {run}" + (": complete already, judged again" if complete else "")
-    if "measured" in what:
-        told += f"; channels last: {what['measured']}, as measured"
-    return told
+    return f"run {run}" + (": complete already, judged again" if complete else "")
 
 
 def _now(what: Mapping[str, Any]) -> str:

@@ -40,8 +40,8 @@ Compile = Annotated[
     bool | None, _option("--compile/--no-compile", "Compile the gradients of chains.", RUN)
 ]
 ChannelsLast = Annotated[
-    Literal["auto", "measure", "yes", "no"] | None,
-    _option("--channels-last", "Memory layout; auto is a rule, measure tries both first.", RUN),
+    Literal["auto", "yes", "no"] | None,
+    _option("--channels-last", "Memory layout of weights; auto is a rule.", RUN),
 ]
 Deterministic = Annotated[
     bool | None, _option("--deterministic", "Only deterministic algorithms.", RUN)

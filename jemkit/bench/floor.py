@@ -24,7 +24,7 @@ def protocol(resolved: Resolved, parts: Assembly, rounds: int) -> dict[str, Any]
         "images": f"{parts.loader.batch_size} of {tables['data']['use']}, {list(parts.task.shape)}",
         "positives": positives(parts.loader.batch_size, parts.backbone.views),
         "precision": run.precision,
-        "channels_last": parts.channels_last,
+        "channels_last": run.layout,
         "rounds": rounds,
         "seed": run.seed,
         "versions": versions(),

@@ -20,9 +20,8 @@ JUDGED_IN: Precision = "fp32"
 """The precision of every figure, in validation, at the end of a run and in `evaluate`, whatever a
 run trains in: `judging` sets it, and a figure's card names it."""
 
-Layout = Literal["auto", "measure", "yes", "no"]
-"""Of weights, channels last or not: `auto` is a rule, which repeats; `measure` is what is faster
-when it is asked."""
+Layout = Literal["auto", "yes", "no"]
+"""Of weights, channels last or not; `auto` is a rule of network and device."""
 
 
 def device_of(name: str) -> torch.device:
