@@ -26,7 +26,7 @@ LABELS = {
     "jemkit+cl+compile": "jemkit, channels last,\nchains compiled",
     "jemkit+cl+anew": "jemkit, channels last,\nactivations made anew",
     "jemkit+cl+bf16": "jemkit, channels last,\nbf16",
-    "jemkit+cl+bf16+compile": "jemkit, channels last,\nbf16, chains replayed",
+    "jemkit+cl+bf16+compile": "jemkit, channels last,\nbf16, compiled",
 }
 
 

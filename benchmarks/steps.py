@@ -38,7 +38,6 @@ from jemkit.memory import MicroBatch
 from jemkit.modes import eval_mode, sampling_mode
 from jemkit.networks import WRN
 from jemkit.registry import installed
-from jemkit.replay import replay_on
 from jemkit.runtime.numerics import in_bf16, numerics
 from jemkit.runtime.sharding import fusable
 from jemkit.starts import Uniform
@@ -108,8 +107,7 @@ def jemkit(given: argparse.Namespace, *variants: str) -> Callable[[], Any]:
     updater = spec.build(backbone.model, optimizer)
     objective = objective_of(given)
     if "compile" in variants:
-        unit = CompiledGradient()
-        objective = compiled_chains(objective, unit, replay_on(batch.x.device))
+        objective = compiled_chains(objective, CompiledGradient())
     if "bf16" in variants:
         objective = in_bf16(objective, batch.x.device.type)
     micro = MicroBatch(recompute="anew" in variants)

@@ -19,7 +19,6 @@ from jemkit.fitting import check_adversary, check_parts
 from jemkit.memory import MicroBatch
 from jemkit.objective import Objective, ObjectiveSpec, Remembering
 from jemkit.recipe import Recipe, Run
-from jemkit.replay import replay_on
 from jemkit.runtime import distributed, sharding
 from jemkit.runtime.numerics import device_of, in_bf16, memory_of
 from jemkit.seeds import generator
@@ -150,7 +149,7 @@ def put_together(recipe: Recipe, pinned: Pinned | None = None, *, fill: bool = T
     optimizer = recipe.optimizer.build(parameters, fused=sharding.fusable(parameters))
     unit = CompiledGradient() if run.compile else None
     if unit is not None:
-        objective = compiled_chains(objective, unit, replay_on(device))  # type: ignore[assignment]
+        objective = compiled_chains(objective, unit)  # type: ignore[assignment]
     if run.precision == "bf16":
         objective = in_bf16(objective, device.type)  # type: ignore[assignment]
     rng = dealing.split(backbone, rng, run.seed)

@@ -3,7 +3,8 @@
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,12 +13,14 @@ from torch import Tensor
 from jemkit.energy import EnergyFn
 from jemkit.memory import cuts
 from jemkit.objective import Objective
-from jemkit.replay import Replay
 from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.numerics import Within
-from jemkit.sampling import eager_gradient, gradients_by, runs_by, slope_at
+from jemkit.sampling import eager_gradient, gradients_by, slope_at
 
 Backend = Literal["inductor", "aot_eager", "eager"]
+CUDA_MODE = "reduce-overhead"
+"""torch.compile's mode on CUDA: kernels are recorded as CUDA graphs and launched as a whole."""
+
 GRAPHS = 64
 """How many graphs may be compiled; torch's own limit counts all runs of a process together."""
 
@@ -33,8 +36,8 @@ class CompiledGradient:
     """The gradient of any energy as one graph without a break; a break is an error.
 
     The network's weights are inputs of the graph, so updates compile nothing anew; another shape,
-    mode or form of the energy does. Where this machine has no compiler one warning says so, and
-    gradients are eager from then on.
+    mode or form of the energy does. On CUDA it is launched as a CUDA graph. Where this machine has
+    no compiler one warning says so, and gradients are eager from then on.
     """
 
     def __init__(self, backend: Backend = "inductor") -> None:
@@ -52,8 +55,11 @@ class CompiledGradient:
         began, before = time.perf_counter(), self._graphs
         try:
             with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=GRAPHS):
+                if x.is_cuda:  # what the last replay of a CUDA graph returned may be overwritten
+                    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
                 # the leaf is made out here: not every torch traces requires_grad_() in a graph
                 found = self._unit(energy, x.detach().requires_grad_())
+                found = found.clone() if x.is_cuda else found
         except Exception as error:
             lacking = lacks_compiler(error)
             if lacking is None:
@@ -80,7 +86,17 @@ class CompiledGradient:
 
     def _counted(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         self._graphs += 1
+        if self.backend == "inductor" and any(t.is_cuda for t in inputs):
+            return as_cuda_graph(graph, inputs)
         return torch._dynamo.lookup_backend(self.backend)(graph, inputs)
+
+
+def as_cuda_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+    """Inductor's kernels in `CUDA_MODE`, as a backend of torch.compile."""
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(graph, inputs, config_patches=list_mode_options(CUDA_MODE))
 
 
 def pays_after(warm_up: float, eager: float, compiled: float) -> float:
@@ -88,18 +104,9 @@ def pays_after(warm_up: float, eager: float, compiled: float) -> float:
     return warm_up / (eager - compiled) if compiled < eager else float("inf")
 
 
-def compiled_chains(
-    objective: Objective[Any], unit: CompiledGradient, replay: Replay | None = None
-) -> Within:
-    """An objective whose chains take compiled gradients, their steps replayed where `replay` is
-    given; its loss stays as it is."""
-
-    @contextmanager
-    def drawing() -> Iterator[None]:
-        with gradients_by(unit), runs_by(replay) if replay else nullcontext():
-            yield
-
-    return Within(objective, drawing)
+def compiled_chains(objective: Objective[Any], unit: CompiledGradient) -> Within:
+    """An objective whose chains take compiled gradients; its loss stays as it is."""
+    return Within(objective, partial(gradients_by, unit))
 
 
 @contextmanager

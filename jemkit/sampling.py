@@ -81,30 +81,9 @@ def last(states: Iterator[Tensor], x: Tensor) -> Tensor:
     return x.detach()
 
 
-Run = Callable[[Sampler, EnergyFn, Tensor, Generator, int], Tensor]
-"""A kernel, an energy, x, a generator and a number of steps to the last state of that chain."""
-
-
-def eager_run(sampler: Sampler, energy: EnergyFn, x: Tensor, rng: Generator, steps: int) -> Tensor:
-    return last(chain(sampler, energy, x, rng, steps), x)
-
-
-_RUN: ContextVar[Run] = ContextVar("run", default=eager_run)
-
-
 def run(sampler: Sampler, energy: EnergyFn, x: Tensor, rng: Generator, steps: int) -> Tensor:
     """The last state of a chain; no steps give x back."""
-    return _RUN.get()(sampler, energy, x, rng, steps)
-
-
-@contextmanager
-def runs_by(unit: Run) -> Iterator[None]:
-    """Let `unit` run every chain inside the block, such as by replaying a recorded step."""
-    token = _RUN.set(unit)
-    try:
-        yield
-    finally:
-        _RUN.reset(token)
+    return last(chain(sampler, energy, x, rng, steps), x)
 
 
 def noise_like(x: Tensor, rng: Generator) -> Tensor:

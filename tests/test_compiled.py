@@ -9,11 +9,18 @@ from torch import Tensor
 from toys import backbone_of, gen, objective_of, updater_of
 
 from jemkit import SGLD, Guard, ModelEnergy, run, train_step
-from jemkit.compiled import CompiledGradient, compiled_chains, compiled_gradients, pays_after
+from jemkit.compiled import (
+    CUDA_MODE,
+    CompiledGradient,
+    as_cuda_graph,
+    compiled_chains,
+    compiled_gradients,
+    pays_after,
+)
 from jemkit.distance import L2, Logits
 from jemkit.modes import eval_mode, frozen, sampling_mode
 from jemkit.networks import WRN, SmallCNN
-from jemkit.sampling import eager_gradient, gradient
+from jemkit.sampling import eager_gradient, gradient, slope_at
 from jemkit.testing import toy_batch, toy_model, toy_task
 
 TASK = toy_task()
@@ -127,3 +134,14 @@ def test_without_a_compiler_one_warning_is_given_and_chains_go_on() -> None:
 def test_compiling_pays_after_warm_up_over_what_a_gradient_saves() -> None:
     assert pays_after(33.0, 0.5, 0.4) == pytest.approx(330)
     assert pays_after(33.0, 0.4, 0.4) == float("inf")
+
+
+def test_what_cuda_compiles_by_is_torchs_own_mode_with_graphs() -> None:
+    """On a CPU, where there are no CUDA graphs, it computes the same."""
+    assert torch._inductor.list_mode_options(CUDA_MODE)["triton.cudagraphs"] is True
+    unit = torch.compile(slope_at, fullgraph=True, dynamic=False, backend=as_cuda_graph)
+    model = toy_model(TASK)
+    with sampling_mode(model, "batch_stats"), torch._dynamo.config.patch(trace_autograd_ops=True):
+        energy = ModelEnergy(model)
+        found = unit(energy, BATCH.x.detach().requires_grad_())
+        torch.testing.assert_close(found, eager_gradient(energy, BATCH.x), rtol=1e-4, atol=1e-6)

@@ -1,7 +1,7 @@
 """What holds on a GPU alone: no waiting inside a step, and a guard that is read a step later."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,16 +12,15 @@ from toys import backbone_of, objective_of, tiny, toy_recipe, toy_registry
 
 from jemkit import PYLD, SGLD, Backbone, Batch, Diverged, Guard, Terms, Trainer, train_step
 from jemkit.checkpoint import same
-from jemkit.compiled import CompiledGradient, compiled_chains
-from jemkit.energy import EnergyFn, ModelEnergy
+from jemkit.compiled import Backend, CompiledGradient, compiled_chains
+from jemkit.energy import ModelEnergy
 from jemkit.memory import MicroBatch
 from jemkit.modes import sampling_mode
 from jemkit.networks import WRN, SmallCNN
-from jemkit.replay import CudaGraphs, Replay
 from jemkit.runtime import sharding
 from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.numerics import numerics
-from jemkit.sampling import L2Descent, Projected, Sampler, SignDescent, eager_run
+from jemkit.sampling import L2Descent, SignDescent, eager_gradient
 from jemkit.testing import toy_batch, toy_model, toy_task
 
 pytestmark = pytest.mark.cuda
@@ -195,80 +194,38 @@ def test_weights_in_shares_move_on_the_device_as_whole_ones(updater: str) -> Non
         torch.testing.assert_close(ends[1][name], p.detach().cpu(), rtol=1e-3, atol=1e-4)
 
 
-KERNELS = [
-    lambda x: SGLD(),
-    lambda x: PYLD(),
-    lambda x: Projected(SignDescent(), x, 0.1, TASK.bounds),
-]
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_chain_replayed_from_a_cuda_graph_ends_where_the_eager_one_does(
-    kernel: Callable[[Tensor], Sampler], precision: str
-) -> None:
-    """Bit for bit: the same kernels with the same numbers, noise from the same places."""
-    backbone, replay, data = on_gpu("jem"), Replay(CudaGraphs()), batch()
-    ours, theirs = generator(1), generator(1)
-    bf16 = torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16")
-    with numerics(deterministic=True), sampling_mode(backbone.model, "batch_stats"), bf16:
-        for turn in range(4):
-            x = data.x.roll(turn, 0)
-            energy = ModelEnergy(backbone.model, data.y.roll(turn))
-            wanted = eager_run(kernel(x), energy, x, theirs, 5)
-            assert torch.equal(replay(kernel(x), energy, x, ours, 5), wanted)
-            assert torch.equal(ours.get_state(), theirs.get_state())
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_compiled_gradient_is_the_eager_one_as_images_and_weights_move(backend: Backend) -> None:
+    """Of inductor a CUDA graph, which reads its inputs anew and keeps nothing of the last call."""
+    backbone, unit, data = on_gpu("jem"), CompiledGradient(backend), batch()
+    kept: list[tuple[Tensor, Tensor]] = []
+    with sampling_mode(backbone.model, "batch_stats"):
+        for turn in range(5):
+            x, energy = data.x.roll(turn, 0), ModelEnergy(backbone.model, data.y)
+            kept.append((unit(energy, x), eager_gradient(energy, x)))
             with torch.no_grad():
                 for p in backbone.model.parameters():
                     p.mul_(0.9)
-    assert replay.recorded == 1
-
-
-def test_a_replayed_chain_waits_for_nothing() -> None:
-    backbone, replay, data, rng = on_gpu("jem"), Replay(CudaGraphs()), batch(), generator(1)
-    with sampling_mode(backbone.model, "batch_stats"):
-        for _ in range(2):
-            replay(SGLD(), ModelEnergy(backbone.model), data.x, rng, 3)
-        with nobody_waits():
-            replay(SGLD(), ModelEnergy(backbone.model), data.x, rng, 3)
-
-
-class Stopping(SGLD):
-    """A kernel whose host looks at the images before it goes on."""
-
-    def step(self, energy: EnergyFn, x: Tensor, rng: torch.Generator) -> Tensor:
-        return x if float(x.abs().max()) > 100 else SGLD.step(self, energy, x, rng)
-
-
-def test_a_kernel_that_waits_for_the_device_runs_eagerly_and_is_told() -> None:
-    backbone, replay, data = on_gpu("jem"), Replay(CudaGraphs()), batch()
-    ours, theirs, energy = generator(1), generator(1), ModelEnergy(backbone.model)
-    ends = []
-    with sampling_mode(backbone.model, "batch_stats"):
-        for turn in range(3):
-            wanted = eager_run(Stopping(), energy, data.x, theirs, 2)
-            with pytest.warns(UserWarning, match="CUDA graph") if turn == 1 else nullcontext():
-                ends.append((replay(Stopping(), energy, data.x, ours, 2), wanted))
-    assert replay.given_up
-    assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    for found, wanted in ends:
-        torch.testing.assert_close(found, wanted)
+    assert not unit.given_up
+    assert len(unit.compilations) == 1
+    for found, wanted in kept:
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["ebjdat", "pgdat", "trades", "jem"])
-def test_steps_with_replayed_chains_train_as_eager_ones_do(objective: str) -> None:
+def test_steps_with_compiled_chains_train_as_eager_ones_do(objective: str) -> None:
     ends = []
-    for replay in (None, Replay(CudaGraphs())):
+    for unit in (None, CompiledGradient("eager")):
         backbone, rng = on_gpu("sadajem"), generator(1)
-        chosen = compiled_chains(objective_of(objective), CompiledGradient("eager"), replay)
+        chosen = objective_of(objective)
+        if unit is not None:
+            chosen = compiled_chains(chosen, unit)
         step, guard = fused(backbone, "sam"), Guard()
         with numerics(deterministic=True):
             for _ in range(4):
                 train_step(backbone, chosen, step, batch(), rng, guard)
         guard.settle()
         ends.append([p.detach().clone() for p in backbone.model.parameters()])
-    assert replay is not None
-    assert replay.recorded == (2 if objective == "ebjdat" else 1)
     for ours, theirs in zip(*ends, strict=True):
         torch.testing.assert_close(ours, theirs)
 

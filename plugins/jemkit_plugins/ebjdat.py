@@ -116,7 +116,7 @@ class EBJDAT(Options):
         """What the chain descends: lambda d(x, .) - E(., y), Eq. 12."""
         far = [d.bind(backbone.model, batch.x, backbone.bounds) for d in self.distances]
         up = -1.0 if self.direction == "raise" else 1.0
-        model, y = backbone.model, batch.y  # all that the energy holds, so that it can be replayed
+        model, y = backbone.model, batch.y
 
         def energy(x: Tensor) -> Tensor:
             value = up * self._climbed(model(x), y)
