@@ -22,6 +22,7 @@ from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.numerics import numerics
 from jemkit.sampling import L2Descent, SignDescent, eager_gradient
 from jemkit.testing import toy_batch, toy_model, toy_task
+from jemkit.update import EMA
 
 pytestmark = pytest.mark.cuda
 TASK = toy_task()
@@ -125,6 +126,23 @@ def test_the_guard_skips_an_update_on_the_device_and_tells_a_step_later() -> Non
     assert all(map(torch.equal, before, backbone.model.parameters()))
     with pytest.raises(Diverged, match="update 2: not finite: E = nan"):
         train_step(backbone, objective, updater, data, generator(), guard)
+
+
+def test_an_average_waits_for_nothing_and_is_bit_for_bit_that_of_tensor_by_tensor() -> None:
+    model = on_gpu("sadajem").model
+    ema = EMA(model, 0.9)
+    expected = {name: t.clone() for name, t in model.state_dict().items()}
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for t in model.state_dict().values():
+            t.copy_(t * 3 + 1)
+    ema.update(model)  # what libraries set up on their first call
+    with nobody_waits():
+        ema.update(model)
+    for name, t in model.state_dict().items():
+        for _ in range(2):
+            expected[name].lerp_(t, 1 - 0.9) if name in weights else expected[name].copy_(t)
+        assert torch.equal(ema.average[name], expected[name]), name
 
 
 def test_settling_tells_at_once() -> None:

@@ -240,7 +240,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "eot": ({"samples": 1}, {"step_px": 1.0}, ("eot20",)),
     "apgd": ({"steps": 3}, {"restarts": 2}, ("apgd",)),
     "fgsm": ({"random_start": True}, {"random_start": True}, ("fgsm",)),
-    "pgd": ({"step_px": 1.0}, {"keep": "first"}, ("pgd20",)),
+    "pgd": ({"step_px": 1.0}, {"step_px": 3.0}, ("pgd20",)),
     "cw": ({"step_px": 1.0}, {"step_px": 3.0}, ("cw20",)),
 }
 
