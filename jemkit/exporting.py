@@ -209,6 +209,11 @@ def check_vacant(folder: Path) -> None:
     refuse_link(folder)
     if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
         raise ConfigError(f"{folder} exists already and is not empty; choose another --out")
+    if folder.absolute() == Path.cwd():
+        raise ConfigError(
+            f"{folder} is the folder that this command runs in, and the model's folder is put in "
+            "its place as a whole; name another one, such as --out model"
+        )
 
 
 def _check_run(run: Path) -> None:

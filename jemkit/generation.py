@@ -19,6 +19,7 @@ from jemkit.density import Buffered, ReplayBuffer, even_batches, together
 from jemkit.errors import ConfigError, MisfitError, Preempted, UsageError
 from jemkit.evaluator import Progress, no_progress
 from jemkit.memory import MicroBatch
+from jemkit.options import nearest
 from jemkit.pictures import save_grid, to_bytes
 from jemkit.registry import Registry
 from jemkit.restoring import Which
@@ -110,7 +111,7 @@ def asked(
         raise ConfigError("steps and start belong to fresh chains; a buffer's states are kept")
     on = device_of(device)
     run = opened(path, registry, on, which, dataset)
-    y = _labels(classes or [], n, run.task.n_classes, on)
+    y = _labels(classes or [], n, run, on)
     p0: Start | None = None
     if source == "buffer":
         steps, how = 0, {"source": "buffer", "start": "buffer", "steps": 0}
@@ -184,16 +185,25 @@ def place(protocol: dict[str, Any], out: Path | None) -> Path:
     return folder
 
 
-def _labels(classes: list[str], n: int, n_classes: int, device: torch.device) -> Tensor | None:
+def _labels(classes: list[str], n: int, run: Source, device: torch.device) -> Tensor | None:
     """Each image's class: the classes asked for, in blocks as even as n allows."""
     if not classes:
         return None
-    wanted = [str(k) for k in range(n_classes)] if "all" in classes else classes
-    for label in wanted:
-        if not (label.isdecimal() and len(label) < 10 and int(label) < n_classes):
-            raise ConfigError(f"class {label!r}: wanted a number of 0..{n_classes - 1}, or all")
-    labels = torch.tensor([int(label) for label in wanted], device=device)
+    every = range(run.task.n_classes)
+    wanted = [*every] if "all" in classes else [_label(text, run) for text in classes]
+    labels = torch.tensor(wanted, device=device)
     return labels[torch.arange(n, device=device) * len(labels) // n]
+
+
+def _label(text: str, run: Source) -> int:
+    """A class by its number or its name."""
+    last = run.task.n_classes - 1
+    if text.isdecimal() and len(text) < 10 and int(text) <= last:
+        return int(text)
+    if text in run.classes:
+        return run.classes.index(text)
+    names = f", a class name{nearest(text, run.classes)}" if run.classes else ""
+    raise ConfigError(f"class {text!r}: wanted a number of 0..{last}{names}, or all")
 
 
 def _kept(run: Source, asked: Asked) -> Tensor:

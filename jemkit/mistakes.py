@@ -8,6 +8,16 @@ from pydantic import ValidationError
 from jemkit.layers import OPTIMIZERS, inside, spoken, table_at
 from jemkit.options import nearest
 
+GIVEN_BY = {"data.dir": ": --data-dir DIR says where the images are"}
+"""By which option of the commands a person gives what has no default."""
+
+OTHERWISE = {
+    "learning_rate": "lr", "wd": "weight_decay", "beta1": "betas", "eps": "radius_px",
+    "radius": "radius_px", "epsilon": "radius_px", "batchsize": "batch_size",
+    "num_epochs": "epochs", "num_steps": "steps", "n_steps": "steps",
+}  # fmt: skip
+"""What other programs call an option."""
+
 LONGEST = 200
 """Characters of a wrong value that a message repeats."""
 
@@ -31,15 +41,15 @@ def _line(
     key = ".".join(where)
     message = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] == "missing":
-        message = "must be given"
+        message = "must be given" + GIVEN_BY.get(key, "")
     if mistake["type"] == "part" and isinstance(mistake["input"], str):
         message += f"; choose one by {key}.use"
     if where in unknown:
         table = table_at(tables, where[:-1])
         known = [name for name in table if (*where[:-1], name) not in unknown and name != "use"]
-        message = (
-            f"no such option{nearest(where[-1], known)}. There are: {', '.join(known) or 'none'}"
-        )
+        meant = OTHERWISE.get(where[-1])
+        near = nearest(meant if meant in known else where[-1], known)
+        message = f"no such option{near}. There are: {', '.join(known) or 'none'}"
     origin = origins.get(key) or next((o for k, o in origins.items() if inside(k, key)), "")
     whole = isinstance(mistake["input"], dict) and where not in unknown
     got = "" if isinstance(mistake["input"], dict) else f"; got {mistake['input']!r}"

@@ -118,7 +118,10 @@ def part(
 
 
 def check_place(folder: Path) -> None:
-    """Refuse a folder whose record would be written through links to files elsewhere."""
+    """Refuse what is no folder, or whose record would be written through links to elsewhere."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise DataError(f"{there} is a file; the record wants a folder, such as --out judged")
     pictures = (path.name for path in folder.glob(f"{PICTURES}*") if path.is_dir())
     refuse_links(folder, (LOCK, WORK, PICTURES, *pictures))
 

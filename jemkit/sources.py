@@ -31,6 +31,7 @@ class Source(NamedTuple):
     card: dict[str, Any]  # what tells where the model came from
     run: Run  # whose precision and switches chains are drawn in
     conditional: bool  # whether its chains were drawn of given classes
+    classes: tuple[str, ...] = ()  # their names in the order of the labels, where they are known
 
 
 def opened(
@@ -80,4 +81,7 @@ def _source(found: Restored, state: dict[str, Any] | None, about: dict[str, Any]
     conditional = isinstance(objective, Conditional) and objective.conditional
     switches = {name: getattr(run, name) for name in ("precision", "deterministic", "threads")}
     card = {**about, "sampler": sampler, **switches, "versions": versions()}
-    return Source(found.task, table, backbone, density, state, card, run, conditional)
+    names = found.pin.table.classes if found.pin is not None else None
+    return Source(
+        found.task, table, backbone, density, state, card, run, conditional, names or ()
+    )  # fmt: skip

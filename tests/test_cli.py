@@ -367,11 +367,10 @@ class TestSample:
     def test_what_cannot_be_sampled_is_refused(self, trained: tuple[Path, Outcome]) -> None:
         run = str(trained[0] / "runs" / "latest")
         assert "'10': wanted a number of 0..9" in one_line(jemkit("sample", run, "--class=10"), 3)
-        assert "x: wanted a number" in one_line(jemkit("sample", run, "--class=x"), 2)
+        assert "'x': wanted a number" in one_line(jemkit("sample", run, "--class=x"), 3)
         for label in ("\u00b2", "9" * 5000):  # a digit that is no number, a number without end
             done = jemkit("sample", run, f"--class={label}")
-            assert "wanted a number" in done.err.splitlines()[-1]
-            assert done.code in (2, 3)
+            assert "wanted a number" in one_line(done, 3)
         assert "0 images: wanted 1 or more" in one_line(jemkit("sample", run, "--n=0"), 2)
         assert "-1 steps: wanted 0 or more" in one_line(jemkit("sample", run, "--steps=-1"), 2)
         unknown = jemkit("sample", run, "--start=unifrm")

@@ -212,6 +212,16 @@ def test_a_run_that_was_not_judged_has_a_card_without_figures(
     assert (found.folder / CARD).read_text().startswith("---\nlibrary_name: jemkit\n")
 
 
+def test_the_folder_that_the_command_runs_in_is_not_replaced(
+    averaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for out in (Path(), tmp_path):
+        with pytest.raises(ConfigError, match="is the folder that this command runs in"):
+            export(averaged, out=out)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_default_folder_is_in_the_run(averaged: Path, tmp_path: Path) -> None:
     run = copied(averaged, tmp_path)
     assert export(run).folder == run / "export"
@@ -404,3 +414,19 @@ def test_a_dry_run_estimates_no_gaussians_and_tells_what_they_take(
     assert found["disk of the run"].endswith("MB")
     assert not empty_cache.parent.exists()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_class_is_sampled_by_its_name_where_the_run_knows_any(
+    parts: Registry, tmp_path: Path
+) -> None:
+    data = [f"data.dir={split_folder(tmp_path / 'images', n=20)}", "data.use=folder"]
+    run = tmp_path / "run"
+    train(toy_recipe(parts, "sadajem", "ebjdat", "plain", *data), run, registry=parts)
+    for path in (run, export(run, out=tmp_path / "model", registry=parts).folder):
+        named = sample(path, registry=parts, n=4, steps=1, classes=["dog", "cat"])
+        numbered = sample(path, registry=parts, n=4, steps=1, classes=["1", "0"])
+        assert torch.equal(named.pixels, numbered.pixels)
+        assert named.y is not None
+        assert named.y.tolist() == [1, 1, 0, 0]
+        with pytest.raises(ConfigError, match=r"'cot': wanted .* name \(did you mean 'cat'\?\)"):
+            sample(path, registry=parts, n=4, steps=1, classes=["cot"])

@@ -102,6 +102,13 @@ def test_a_damaged_record_beside_is_skipped_with_a_warning(
         path.write_text(whole)
 
 
+@pytest.mark.parametrize("below", ["", "folder"])
+def test_a_file_where_the_record_wants_a_folder_is_refused(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="file is a file; the record wants a folder"):
+        measured(tmp_path / "file" / below)
+
+
 def test_each_figure_keeps_its_rows_and_tables(tmp_path: Path) -> None:
     asked = {"only": ("robustness", "calibration")}
     seen = [measured(tmp_path, **asked, **more) for more in (

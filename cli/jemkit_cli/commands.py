@@ -1,9 +1,10 @@
 """The commands of `jemkit` and their options."""
 
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from jemkit_cli import bench, config, plugins
 from jemkit_cli.doctor import doctor
@@ -15,8 +16,21 @@ from jemkit_cli.terminal import say
 from jemkit_cli.train import train
 from jemkit_cli.verify import verify_resume
 
+
+class _Group(TyperGroup):
+    """Says what is wrong with a value without pydantic's word for the kind of mistake."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
+
+
 app = typer.Typer(
     name="jemkit",
+    cls=_Group,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from jemkit_cli.progress import tracking
-from jemkit_cli.terminal import USAGE, fail, guarded, installed_parts, say, say_json, stopping
+from jemkit_cli.terminal import guarded, installed_parts, say, say_json, stopping
 
 if TYPE_CHECKING:
     from jemkit.generation import Samples
@@ -34,7 +34,7 @@ def sample(
     classes: Annotated[
         list[str] | None,
         typer.Option(
-            "--class", metavar="K", help="Chains of this class; repeatable, or `all`.",
+            "--class", metavar="K", help="Chains of this class, by number or name; repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -67,9 +67,6 @@ def sample(
     ] = False,
 ) -> None:  # fmt: skip
     """Draw images from a run or an exported model: a PNG grid and an .npz, with their protocol."""
-    for label in classes or ():
-        if label != "all" and not label.isdecimal():
-            fail(f"--class {label}: wanted a number, or all", USAGE)
     data = {"dir": data_dir and str(data_dir), "download": download or None}
     wanted = {
         "n": n, "steps": steps, "start": start, "source": source, "classes": classes, "seed": seed,
