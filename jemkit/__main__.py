@@ -8,7 +8,7 @@ from types import FrameType
 
 def interrupted(_: int, __: FrameType | None) -> None:
     """Nothing has begun that a ^C could harm; the command listens by itself later."""
-    os.write(2, b"error: interrupted\n")
+    os.write(2, b"interrupted\n")
     os._exit(130)
 
 

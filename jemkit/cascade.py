@@ -3,7 +3,7 @@
 import hashlib
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -112,7 +112,10 @@ class _Course:
         parts = torch.split(index, self.ctx.batch_size) if len(index) else ()
 
         def compute(b: int) -> Piece:
-            return self._batch(parts[b], perturb)
+            before = b * self.ctx.batch_size
+            return self._batch(
+                parts[b], perturb, lambda: self.ctx.progress(stage, before, len(index))
+            )
 
         def done(b: int) -> None:
             self.ctx.progress(stage, min(b * self.ctx.batch_size, len(index)), len(index))
@@ -131,7 +134,8 @@ class _Course:
             right = [fitted(partial(self._right, x, y, "clean")) for x, y in found]
         return {"right": torch.cat(right)}
 
-    def _batch(self, index: Tensor, perturb: Perturb) -> Piece:
+    def _batch(self, index: Tensor, perturb: Perturb, tell: Callable[[], None]) -> Piece:
+        """Attack a batch; `tell` is called at every pass, since one batch may take minutes."""
         device = self.ctx.rng.device
         settle(device)
         began = time.monotonic()
@@ -140,7 +144,7 @@ class _Course:
 
         def attempt() -> tuple[Tensor, Tensor, int]:
             rng = Generator(device).manual_seed(self.ctx.seed)
-            with repeatable(rng), counted(self.subject.model) as spent:
+            with repeatable(rng), counted(self.subject.model, tell) as spent:
                 x_adv = perturb(x, y, rng).detach()
                 check_bound(x, x_adv, self.ctx.threat, self.name)
                 return x_adv, self._right(x_adv, y, "attacked"), spent.passes
@@ -163,18 +167,19 @@ class _Course:
 class Spent:
     """Passes of one image through a model."""
 
-    def __init__(self) -> None:
-        self.passes = 0
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self.passes, self.tell = 0, tell
 
     def hear(self, _: nn.Module, given: tuple[Any, ...]) -> None:
+        self.tell()
         x = given[0]
         self.passes += len(x) * (2 if torch.is_grad_enabled() and x.requires_grad else 1)
 
 
 @contextmanager
-def counted(model: nn.Module) -> Iterator[Spent]:
+def counted(model: nn.Module, tell: Callable[[], None] = no_progress) -> Iterator[Spent]:
     """Count what passes through a model; one that asks for a gradient counts twice."""
-    spent = Spent()
+    spent = Spent(tell)
     with model.register_forward_pre_hook(spent.hear):
         yield spent
 

@@ -32,7 +32,7 @@ from jemkit.exported import (
 )
 from jemkit.extras import install
 from jemkit.moments import MOMENTS
-from jemkit.pixels import PixelModel
+from jemkit.pixels import LoadedModel, PixelModel
 from jemkit.recipe import Recipe, resolve
 from jemkit.record import Record
 from jemkit.registry import Registry, installed
@@ -121,17 +121,26 @@ def load(
 ) -> PixelModel:
     """The model of an exported or imported folder: [0, 1] images to logits, in eval mode.
 
-    No image of any data set is read.
+    No image of any data set is read for it. A run of `jemkit train` gives its best checkpoint, with
+    averaged weights where it keeps an average; that reads the run's data.
     """
     path = Path(folder)
-    if not is_exported(path):
-        raise DataError(f"{path} is no exported model: it wants {CONFIG} and {WEIGHTS}")
-    verify(path)
-    weights = load_tensors(path / WEIGHTS)
+    if is_exported(path):
+        verify(path)
+        weights = load_tensors(path / WEIGHTS)
+    elif (path / "checkpoints").is_dir():
+        path = run_folder(path).path
+        saved = chosen(run_folder(path), "best")
+        weights, _ = weights_of(saved_state(path, saved), saved)
+    else:
+        raise DataError(
+            f"{path} is neither an exported model, which has {CONFIG} and {WEIGHTS}, nor a run of "
+            "`jemkit train`"
+        )
     on = torch.device(device)
     found = restored(path / CONFIG, weights, registry or installed(), on)
     density = found.backbone.density if found.backbone.has_density else None
-    pixels = PixelModel(found.backbone.model, found.task.bounds, density)
+    pixels = LoadedModel(found.backbone.model, found.task.bounds, density)
     return pixels.eval()
 
 

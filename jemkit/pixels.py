@@ -78,6 +78,40 @@ class PixelModel(nn.Module):
         return self.bounds.to_unit(self.bounds.clamp(x))
 
 
+class LoadedModel(PixelModel):
+    """The model that a user loads for images of their own: those of 0..255 are refused.
+
+    Whatever judges it takes the PixelModel that `pixel_model` makes of it.
+    """
+
+    def scores(self, pixels: Tensor) -> Scores:
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if not (tracing or torch.compiler.is_compiling()):
+            check_unit(pixels)
+        return super().scores(pixels)
+
+
+FAR = 10.0
+"""Beyond [0, 1] by noise, perhaps; but images of 0..255 have a larger value."""
+
+
+def check_unit(pixels: Tensor) -> None:
+    """Refuse images that are surely not in [0, 1], nor bytes."""
+    if pixels.dtype == torch.uint8 or not pixels.numel() or pixels.is_meta:
+        return
+    if not pixels.is_floating_point():
+        raise DataError(f"images of {pixels.dtype}: wanted floats in [0, 1], or uint8 in 0..255")
+    try:
+        high = float(pixels.detach().max())
+    except RuntimeError:  # inside torch.func.vmap nobody knows
+        return
+    if high > FAR:
+        raise DataError(
+            f"images with values up to {high:g}: wanted floats in [0, 1], or uint8 in 0..255; "
+            "divide pixels of 0..255 by 255"
+        )
+
+
 def _at_least_float32(scores: Tensor) -> Tensor:
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
@@ -112,6 +146,9 @@ def pixel_model(module: nn.Module, bounds: Bounds = UNIT) -> PixelModel:
 
     An energy model sees images in `bounds`, a classifier sees [0, 1] and does its own scaling.
     """
+    if isinstance(module, LoadedModel):
+        density = module.density if module.has_density else None
+        return PixelModel(module.model, module.bounds, density, module.dtype)
     if isinstance(module, PixelModel):
         return module
     if isinstance(module, EnergyModel):

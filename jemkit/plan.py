@@ -54,20 +54,21 @@ def _disk(parts: Assembly, recipe: Recipe) -> dict[str, str]:
     """What the run is going to take on disks, and of what its start is."""
     one = disk.state_bytes(parts.weights()) + disk.momenta_bytes(parts.optimizer)
     found: dict[str, str] = {}
+    states = 0
     if parts.backbone.has_density:
         density = parts.backbone.density
         found["start"] = start_name(density.start)
         if isinstance(density, Buffered):
             pixels = parts.task.shape[0] * parts.task.shape[1] * parts.task.shape[2]
-            one += 4 * density.buffer.options.capacity * pixels
+            states = 4 * density.buffer.options.capacity * pixels
+            one += states
         if isinstance(density.start, MomentStart):
             density.start.check()
             size = disk.readable(density.start.form.bytes)
             found["disk of the start"] = f"{size} at most, in {cache_folder() / 'moments'}"
-    whole = disk.run_bytes(
-        one,
-        keep=kept_checkpoints(recipe, parts.loader.steps_per_epoch),
-        steps=parts.task.total_steps,
-        epochs=recipe.run.epochs,
-    )
-    return {**found, "disk of the run": disk.readable(whole)}
+    keep = kept_checkpoints(recipe, parts.loader.steps_per_epoch)
+    steps, epochs = parts.task.total_steps, recipe.run.epochs
+    whole = disk.run_bytes(one, keep=keep, steps=steps, epochs=epochs)
+    buffer = f", {disk.readable(states)} of it the replay buffer" if states else ""
+    told = f"{disk.readable(whole)} at most: {keep + 2} checkpoints of {disk.readable(one)}{buffer}"
+    return {**found, "disk of the run": f"{told}; pictures and logs"}

@@ -141,6 +141,16 @@ def test_a_run_that_is_interrupted_ends_as_one_that_is_not(
     assert len(CALLS) <= needed + len(moments)  # one batch at most for each stop
 
 
+def test_an_attack_says_how_far_it_is_within_a_batch() -> None:
+    told: list[tuple[str, int, int]] = []
+    ctx = Context(gen(), THREAT, batch_size=5, progress=lambda *what: told.append(what))
+    attacked(toy_subject().eval(), PGD(steps=3), DATA, ctx, "pgd")
+    total = len(DATA.y)
+    assert told.count(("pgd3", 0, total)) >= 3
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+    assert told[-1] == ("pgd3", total, total)
+
+
 def test_what_is_finished_is_read_back_and_not_computed(tmp_path: Path) -> None:
     first = run(work=tmp_path)
     CALLS.clear()

@@ -122,7 +122,7 @@ def test_the_table_shows_clean_first_and_every_protocol(run: Path, tmp_path: Pat
     (("--attack", "pgb"), 3, "did you mean 'pgd'"),
     (("--only", "accurracy"), 3, "did you mean 'accuracy'"),
     (("--set", "pgd.stepz=3"), 3, "did you mean 'steps'"),
-    (("--norm", "L7"), 2, "L7"),
+    (("--norm", "L7"), 2, "'L7' is not one of 'Linf', 'L2', 'L1'"),
     (("--checkpoint", "worst"), 2, "worst"),
 ])  # fmt: skip
 def test_a_mistake_is_one_message_and_a_code(
@@ -132,6 +132,7 @@ def test_a_mistake_is_one_message_and_a_code(
     assert outcome.code == code
     assert message in outcome.err
     assert "Traceback" not in outcome.err
+    assert "Value error" not in outcome.err
     assert not (tmp_path / "new").exists()
 
 
@@ -161,12 +162,13 @@ def test_a_bar_is_drawn_from_the_first_word_on(monkeypatch: pytest.MonkeyPatch) 
 def test_without_a_terminal_a_line_now_and_then_tells_the_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    now = iter([0.0, 1.0, 41.0, 42.0])
+    now = iter([0.0, 1.0, 2.0, 41.0, 81.0, 82.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
     with progress.tracking(silent=False) as track:
-        for done in (0, 4, 5):
+        for done in (0, 0, 0, 4, 5):
             track("apgd-ce", done, 10)
-    assert capsys.readouterr() == ("", "apgd-ce: 4 of 10, 60 s left\n")
+    told = "apgd-ce: 0 of 10, 40 s so far\napgd-ce: 4 of 10, 120 s left\n"
+    assert capsys.readouterr() == ("", told)
 
 
 def test_two_processes_find_what_one_finds(run: Path, tmp_path: Path) -> None:

@@ -15,14 +15,15 @@ from imagefolders import split_folder
 from toys import REGISTRY, toy_recipe, toy_registry
 from typer.testing import CliRunner
 
-from jemkit import checkpoint, exporting, train
+from jemkit import checkpoint, evaluate, exporting, train
 from jemkit import record as records
 from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.evaluation import judge
-from jemkit.exporting import CARD, CONFIG, export, push, verify, write_model
+from jemkit.exporting import CARD, CONFIG, export, load, push, verify, write_model
 from jemkit.extras import install
 from jemkit.generation import TOGETHER, asked, drawn, sample
 from jemkit.moments import MOMENTS
+from jemkit.pixels import pixel_model
 from jemkit.plan import plan
 from jemkit.registry import Registry
 from jemkit.runtime.files import load_tensors, read_json, write_json
@@ -411,7 +412,8 @@ def test_a_dry_run_estimates_no_gaussians_and_tells_what_they_take(
     found = plan(toy_recipe(parts, "sadajem", "ce", "plain", *overrides), tmp_path / "run")
     assert found["start"] == "mixture"
     assert found["disk of the start"] == f"0.0 MB at most, in {empty_cache}"
-    assert found["disk of the run"].endswith("MB")
+    one = r"\d+ checkpoints of [0-9.]+ MB, 0.0 MB of it the replay buffer; pictures and logs"
+    assert re.fullmatch(f"[0-9.]+ MB at most: {one}", found["disk of the run"])
     assert not empty_cache.parent.exists()
     assert not (tmp_path / "run").exists()
 
@@ -430,3 +432,38 @@ def test_a_class_is_sampled_by_its_name_where_the_run_knows_any(
         assert named.y.tolist() == [1, 1, 0, 0]
         with pytest.raises(ConfigError, match=r"'cot': wanted .* name \(did you mean 'cat'\?\)"):
             sample(path, registry=parts, n=4, steps=1, classes=["cot"])
+
+
+def test_a_run_is_loaded_as_its_exported_model_is(
+    averaged: Path, parts: Registry, tmp_path: Path
+) -> None:
+    paths = averaged, export(averaged, out=tmp_path / "model").folder
+    models = [load(path, registry=parts) for path in paths]
+    x = parts["dataset"]["toy"]().load("test").unit()
+    with torch.no_grad():
+        assert torch.equal(*(model(x) for model in models))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"neither an exported model.* nor a run"):
+        load(tmp_path / "empty", registry=parts)
+
+
+def test_images_of_bytes_as_floats_are_refused_by_a_loaded_model_and_not_while_it_is_judged(
+    averaged: Path, parts: Registry
+) -> None:
+    model = load(averaged, registry=parts)
+    images = parts["dataset"]["toy"]().load("test")
+    x = images.unit()
+    with torch.no_grad():
+        for wrong in (255 * x, (255 * x).half(), (255 * x).long()):
+            with pytest.raises(DataError, match=r"wanted floats in \[0, 1\], or uint8 in 0..255"):
+                model(wrong)
+            with pytest.raises(DataError, match="wanted floats in"):
+                model.scores(wrong)
+        whole = (255 * x).round().to(torch.uint8)
+        assert torch.allclose(model(whole), model(whole.float() / 255))
+        assert model(x + torch.randn_like(x)).isfinite().all()  # noise may go beyond
+        one = torch.func.vmap(lambda image: model(image[None])[0])(x[:2])
+        assert torch.allclose(one, model(x[:2]), atol=1e-5)
+    record = evaluate(model, images, registry=parts, only=("accuracy",), n_classes=3)
+    assert record.value("clean") == clean(averaged, parts)
+    assert pixel_model(model)(255 * x).isfinite().all()

@@ -148,7 +148,7 @@ def test_an_interrupt_while_a_plug_in_is_probed_or_imported_ends_with_130(tmp_pa
         until(lambda: log.exists() and len(log.read_text()) >= ready, "the import")
         running.send_signal(signal.SIGINT)
         out, err = running.communicate()
-        assert (running.returncode, out, err) == (130, "", "error: interrupted\n")
+        assert (running.returncode, out, err) == (130, "", "interrupted\n")
 
     interrupted(2)  # by the child
     parent = "import jemkit.probing, sys\nif 'jemkit_cli.app' not in sys.modules: sys.exit()\n"

@@ -7,7 +7,7 @@ import sys
 
 def _interrupted(*_: object) -> None:
     """Nothing has begun that a ^C could harm."""
-    os.write(2, b"error: interrupted\n")
+    os.write(2, b"interrupted\n")
     os._exit(130)
 
 

@@ -19,6 +19,7 @@ INTERRUPTED = 130
 
 _working = False  # whether a command is under way, which ends its work by itself
 _interrupted = False  # whether SIGINT came
+_asked = False  # whether it was SIGINT that asked the command to end its work
 
 
 def listen() -> Callable[[], None]:
@@ -28,8 +29,8 @@ def listen() -> Callable[[], None]:
     lost or turned into another one, the process ends at once. In between KeyboardInterrupt is
     raised; a second SIGINT ends the process at once. Who ignores SIGINT goes on ignoring it.
     """
-    global _interrupted
-    _interrupted = False
+    global _interrupted, _asked
+    _interrupted = _asked = False
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         return lambda: None
@@ -57,6 +58,17 @@ def interrupted() -> bool:
     return _interrupted
 
 
+def ask_to_end(number: int) -> None:
+    """A signal came on which the command ends its work by itself."""
+    global _asked
+    _asked = number == signal.SIGINT
+
+
+def asked_to_end() -> bool:
+    """Whether that signal was a ^C."""
+    return _asked
+
+
 class Working:
     """A command is under way inside the block."""
 
@@ -80,7 +92,7 @@ def leave() -> None:
     with suppress(AttributeError, OSError, RuntimeError, ValueError):  # closed, or in use
         sys.stdout.flush()
     try:
-        os.write(2, f"error: {speaker()}interrupted\n".encode())
+        os.write(2, f"{speaker()}interrupted\n".encode())
     finally:
         os._exit(INTERRUPTED)
 

@@ -158,18 +158,21 @@ def tracking(*, silent: bool) -> Iterator[Track | None]:
 
 
 def _seldom() -> Track:
-    """A line on standard error every SELDOM seconds, with the time that this part still takes."""
+    """A line on standard error every SELDOM seconds, with the time that this part still takes, or
+    has taken where nothing of it is done yet."""
     began: dict[str, tuple[float, int]] = {}  # when a part was first heard of, and how far it was
     told = [time.monotonic()]
 
     def track(what: str, done: int, total: int) -> None:
         now = time.monotonic()
         since, first = began.setdefault(what, (now, done))
-        if now - told[0] < SELDOM or done <= first:
+        if now - told[0] < SELDOM:
             return
-        told[0] = now
-        left = (now - since) * (total - done) / (done - first)
-        line = f"{what}: {done} of {total}, {left:.0f} s left"
+        told[0], taken = now, now - since
+        time_is = f"{taken:.0f} s so far"
+        if done > first:
+            time_is = f"{taken * (total - done) / (done - first):.0f} s left"
+        line = f"{what}: {done} of {total}, {time_is}"
         print(printable(line), file=sys.stderr, flush=True)
 
     return track

@@ -55,7 +55,9 @@ def show(summary: "Summary") -> None:
     show_table(["figure", "value", "measured on"], rows, title)
     if card["selection"] != "all":
         say(
-            f"judged on {card['selection']}, for a tenth of the training; run.test_images says more"
+            f"judged on a part of the test images, {card['selection']}: by default as many as take "
+            "a tenth of the training. run.test_images says how many after training, and "
+            f"`jemkit evaluate {summary.run}` judges the run on all"
         )
     say(f"trained in {summary.seconds:.1f} s")
     say(", ".join(f"{name} {version}" for name, version in card["versions"].items()))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jemkit.registry import Registry
 
 P = ParamSpec("P")
-USAGE, DATA, INTERRUPTED = 2, 6, process.INTERRUPTED
+USAGE, STOPPED, DATA, INTERRUPTED = 2, 5, 6, process.INTERRUPTED
 
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
@@ -46,6 +46,8 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             ended = error
         if ended is not None:  # outside of `except`: what the error's frames held is let go
             ended.__traceback__ = None
+            if code in (INTERRUPTED, STOPPED):  # by the user's own wish
+                end(message, code)
             fail(message, code)
 
     return run
@@ -69,7 +71,7 @@ def show_notices() -> None:
 
 def _told(error: BaseException) -> tuple[int, str]:
     """The exit code and message of an error; 0 where it is a fault of the program."""
-    from jemkit.errors import JemkitError, OutOfMemory, memory_ran_out
+    from jemkit.errors import JemkitError, OutOfMemory, Preempted, memory_ran_out
 
     if isinstance(error, KeyboardInterrupt) or process.interrupted():
         return INTERRUPTED, "interrupted"
@@ -80,6 +82,8 @@ def _told(error: BaseException) -> tuple[int, str]:
             f"out of memory ({reason}); end other programs, take fewer or smaller images, a "
             "smaller batch or network, or a larger machine. What was saved before is whole"
         )
+    if isinstance(error, Preempted) and process.asked_to_end():
+        return error.exit_code, f"interrupted{str(error).removeprefix('stopped')}"
     if isinstance(error, JemkitError):
         return error.exit_code, str(error)
     if isinstance(error, OSError) and error.filename is not None:
@@ -90,8 +94,13 @@ def _told(error: BaseException) -> tuple[int, str]:
 
 
 def fail(message: str, code: int) -> NoReturn:
+    end(message, code, "error: ")
+
+
+def end(message: str, code: int, before: str = "") -> NoReturn:
+    """End a command with a line on standard error."""
     sys.stdout.flush()
-    print(f"error: {process.speaker()}{printable(message)}", file=sys.stderr, flush=True)
+    print(f"{before}{process.speaker()}{printable(message)}", file=sys.stderr, flush=True)
     raise typer.Exit(code)
 
 
@@ -165,6 +174,7 @@ def stopping() -> Iterator[Callable[[], bool]]:
             process.interrupt(number, frame)
         came.append(now)
         if len(came) == 1:
+            process.ask_to_end(number)
             with suppress(OSError):  # the terminal may be gone
                 os.write(2, STOPPING)
 
