@@ -32,10 +32,9 @@ from jemkit.pixels import PixelModel, check_subject, other_types
 from jemkit.record import Record
 from jemkit.refined import Refined, Refinement, refined
 from jemkit.registry import Registry, installed
-from jemkit.runtime import distributed
 from jemkit.runtime.clock import settle
 from jemkit.runtime.ledger import WHOLE, Shard
-from jemkit.runtime.numerics import device_of, judging
+from jemkit.runtime.numerics import judging
 from jemkit.runtime.sharing import met
 from jemkit.seeds import generator
 from jemkit.selection import Part, part_of, told_missing
@@ -47,7 +46,7 @@ from jemkit.settings import (
     settings_of,
     threat_of,
 )
-from jemkit.subjects import Subject, subject_at, subject_of
+from jemkit.subjects import Subject, subject_of
 
 __all__ = ["Settings", "evaluate", "judge"]
 
@@ -113,8 +112,7 @@ def judge(
     ctx = replace(ctx, shard=shard, progress=progress or no_progress, stop=stop or never)
     for name, attack in attacks.items():  # what does not fit is refused before anything slow
         as_model_attack(attack, name).bind(subject.model, ctx.threat)
-    apart = shard.size if distributed.shard().size == 1 else 1  # torchrun has divided the cores
-    threads = max(1, _threads(subject) // apart)  # the same in all of them
+    threads = _threads(subject)  # the same in all processes
     own_draws = random_state_kept()  # a model may draw from torch's own
     with judging(ctx.rng.device, threads=threads), own_draws, MicroBatch().held():
         first = data.take(torch.arange(min(len(data.y), settings.batch_size))).to(ctx.rng.device)
@@ -144,17 +142,6 @@ def _looked_at(model: PixelModel, data: Images, ctx: Context) -> Context:
         ctx.notes.warnings.append(f"outputs: {row['found']}. {row['means']}; {row['do']}")
     why = f"the outputs are no logits: {row['found']}" if found.bounded else None
     return replace(ctx, no_logits=why)
-
-
-def join_in(
-    path: Path, settings: Settings, place: Mapping[str, Any], third_party: bool, shard: Shard
-) -> None:
-    """One process's part of an evaluation that another process writes the record of."""
-    registry = installed(third_party=third_party)
-    subject = subject_at(path, registry, device_of(place["device"]), **place["subject"])
-    if place["out"] is not None:
-        subject = subject._replace(folder=place["out"])
-    judge(subject, settings, registry, shard=shard)
 
 
 class _Judgement:

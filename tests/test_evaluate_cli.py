@@ -171,19 +171,6 @@ def test_without_a_terminal_a_line_now_and_then_tells_the_time_left(
     assert capsys.readouterr() == ("", told)
 
 
-def test_two_processes_find_what_one_finds(run: Path, tmp_path: Path) -> None:
-    one = judged(run, tmp_path / "one", "--batch-size", "60")
-    done = process(
-        "evaluate", str(run), *PGD, "--batch-size", "60", "--jobs", "2", "--json", "--out",
-        str(tmp_path / "two"), cwd=tmp_path,
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    two = {figure["name"]: figure for figure in done.record["figures"]}
-    assert two["pgd20"]["value"] == one["pgd20"]["value"]
-    first, second = (tmp_path / name / "evaluation.safetensors" for name in ("one", "two"))
-    assert first.read_bytes() == second.read_bytes()
-
-
 def test_a_termination_ends_soon_with_its_own_code_and_loses_nothing(
     run: Path, tmp_path: Path
 ) -> None:

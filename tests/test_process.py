@@ -1,4 +1,4 @@
-"""A command's process: ^C, a closed terminal, lost readers, memory that runs out, helpers."""
+"""A command's process: ^C, a closed terminal, lost readers, memory that runs out."""
 
 import errno
 import fcntl
@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,7 @@ from ranks import torchrun
 from waiting import until
 
 from jemkit import checkpoint
-from jemkit.errors import DataError, JemkitError, OutOfMemory, memory_ran_out
-from jemkit.runtime.jobs import STOPS, helpers
-from jemkit.runtime.ledger import Shard
+from jemkit.errors import DataError, memory_ran_out
 from jemkit_cli.process import Output
 
 LONG = ("train", *TINY, "--epochs=500", "--set=objective.adv_steps=1", "--out=here")
@@ -388,85 +386,6 @@ def test_a_limit_of_memory_ends_a_command_with_7(tmp_path: Path, more: int) -> N
     )  # fmt: skip
     assert done.returncode == 7, done.stderr
     assert "Traceback" not in done.stderr
-
-
-def working(folder: str, how: str, shard: Shard) -> None:
-    """A helper's work: to say who it is, and never to end, or to end badly."""
-    (Path(folder) / f"{shard.rank}.pid").write_text(str(os.getpid()))
-    if how == "memory":
-        raise MemoryError
-    if how == "data":
-        raise DataError("no such images")
-    while True:
-        signal.pause()
-
-
-def waited_for(folder: Path, how: str) -> Iterator[None]:
-    with helpers(2, working, str(folder), how) as failed:
-        until(lambda: failed() and False, "the end of the helper")
-    yield
-
-
-@pytest.mark.parametrize(
-    ("how", "error", "message"),
-    [("memory", OutOfMemory, "ran out of memory"), ("data", JemkitError, "exit code 6")],
-)
-def test_a_helper_that_fails_says_why_in_one_line(
-    tmp_path: Path, how: str, error: type[Exception], message: str, capfd: Any
-) -> None:
-    with pytest.raises(error, match=message):
-        list(waited_for(tmp_path, how))
-    assert "Traceback" not in capfd.readouterr().err
-
-
-def test_helpers_get_none_of_the_signals_that_end_a_command(tmp_path: Path) -> None:
-    """In a new process, whose first helper begins with the tracker of multiprocessing."""
-    script = tmp_path / "parent.py"
-    script.write_text(PARENT.format(paths=sys.path))
-    running = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=environment())
-    file = tmp_path / "1.pid"
-    try:
-        pid = int(until(lambda: file.exists() and file.read_text(), "the helper"))
-        status = Path(f"/proc/{pid}/status").read_text()
-        blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
-        assert all(blocked >> number - 1 & 1 for number in STOPS)
-    finally:
-        running.kill()
-        running.wait()
-
-
-PARENT = """
-import sys
-sys.path[:0] = {paths!r}
-from pathlib import Path
-from test_process import waited_for
-
-if __name__ == "__main__":
-    list(waited_for(Path(sys.argv[1]), "wait"))
-"""
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
-
-
-def test_helpers_end_with_a_caller_that_is_killed(tmp_path: Path) -> None:
-    script = tmp_path / "parent.py"
-    script.write_text(PARENT.format(paths=sys.path))
-    running = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=environment())
-    told = tmp_path / "1.pid"
-    pid = int(until(lambda: told.exists() and told.read_text(), "the helper"))
-    assert alive(pid)
-    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # as a terminal sends to all
-        os.kill(pid, stop)
-    assert alive(pid)
-    running.kill()
-    running.wait()
-    until(lambda: not alive(pid), "the end of the helper")
 
 
 def test_output_whose_reader_is_gone_keeps_no_descriptor() -> None:

@@ -7,7 +7,7 @@ import typer
 
 from jemkit_cli.progress import tracking
 from jemkit_cli.results import show_record
-from jemkit_cli.terminal import USAGE, fail, guarded, installed_parts, say_json, stopping
+from jemkit_cli.terminal import guarded, installed_parts, say_json, stopping
 
 if TYPE_CHECKING:
     from jemkit.record import Record
@@ -105,9 +105,6 @@ def evaluate(
     out: Annotated[
         Path | None, _option("--out", "The record's folder; the run's by default.", WHERE)
     ] = None,
-    jobs: Annotated[
-        int, typer.Option(help="Processes that share the attacks.", min=1, rich_help_panel=WHERE)
-    ] = 1,
     save_adversarial: Annotated[
         bool, typer.Option("--save-adversarial", help="Keep the attacked images.")
     ] = False,
@@ -135,7 +132,7 @@ def evaluate(
     asked = {"full": ["robustness.indicators=full"], "off": ["robustness.indicators=false"]}
     overrides = [*(overrides or []), *asked.get(indicators, [])]
     record = _judged(
-        run, wanted, overrides, where, jobs=jobs, third_party=not no_plugins,
+        run, wanted, overrides, where, third_party=not no_plugins,
         keep_adversarial=save_adversarial, silent=as_json,
     )  # fmt: skip
     if record is None:  # the first process speaks for all
@@ -152,32 +149,27 @@ def _judged(
     overrides: list[str],
     where: dict[str, Any],
     *,
-    jobs: int,
     third_party: bool,
     keep_adversarial: bool,
     silent: bool,
 ) -> "Record | None":
     registry = installed_parts(third_party=third_party)
-    from jemkit.evaluation import join_in, judge
-    from jemkit.runtime.jobs import helpers
-    from jemkit.runtime.ledger import Shard
+    from jemkit.evaluation import judge
     from jemkit.runtime.numerics import device_of
     from jemkit.runtime.sharing import begun, joined, met
 
     with joined(device_of(where["device"]).type) as me:
-        prepared = begun(lambda: _prepared(registry, run, wanted, overrides, where, jobs))
+        prepared = begun(lambda: _prepared(registry, run, wanted, overrides, where))
         if prepared is None:
             return None
         subject, settings = prepared
         with (
             tracking(silent=silent or me.rank > 0) as progress,
             stopping() as stop,
-            helpers(jobs, join_in, run, settings, where, third_party) as failed,
         ):
             met()  # from here on any of them can be stopped
             record = judge(
-                subject, settings, registry, shard=me if jobs == 1 else Shard(0, jobs),
-                progress=progress, stop=lambda: stop() or failed(),
+                subject, settings, registry, shard=me, progress=progress, stop=stop,
                 keep_adversarial=keep_adversarial,
             )  # fmt: skip
     return None if me.rank else record
@@ -189,20 +181,12 @@ def _prepared(
     wanted: dict[str, Any],
     overrides: list[str],
     where: dict[str, Any],
-    jobs: int,
 ) -> "tuple[Subject, Settings]":
     """What is judged, and how; a mistake is found before anything slow."""
     from jemkit.runtime.numerics import device_of
-    from jemkit.runtime.sharing import started
     from jemkit.settings import options_of, settings_of
     from jemkit.subjects import subject_at
 
-    if jobs > 1 and started() > 1:
-        fail(
-            f"--jobs {jobs} in {started()} processes of torchrun, which share the work already; "
-            "leave out --jobs",
-            USAGE,
-        )
     settings = settings_of({**wanted, "options": options_of(overrides)})
     subject = subject_at(run, registry, device_of(where["device"]), **where["subject"])
     if where["out"] is not None:

@@ -3,7 +3,6 @@
 What they compute they share through a ledger on disk; here they only begin and end together.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,11 +15,6 @@ from jemkit.runtime.ledger import Shard
 T = TypeVar("T")
 GRACE = 5.0
 """Seconds in which torchrun, where one process has ended, stops the others."""
-
-
-def started() -> int:
-    """How many processes were started together; 1 outside of torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
