@@ -3,19 +3,29 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
+from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from jemkit.data import Augmentation, Bounds, Images, Views
 from jemkit.density import Buffer, Contrastive, Density, DensitySpec, ReplayBuffer
-from jemkit.energy import EnergyModel, EnergyModelSpec, LogitEnergy, Network, Scores, Stream
+from jemkit.energy import (
+    EnergyModel,
+    EnergyModelSpec,
+    LogitEnergy,
+    LogSumExp,
+    Network,
+    Scores,
+    Stream,
+)
 from jemkit.errors import ConfigError, MisfitError
 from jemkit.modes import batch_norms, frozen_batch_stats
-from jemkit.networks import Adapted, NetworkSpec, Shape, lent
+from jemkit.networks import WRN, Adapted, NetworkSpec, Shape, lent
+from jemkit.options import Options, PartOf
 from jemkit.sampling import SGLD, Sampler
-from jemkit.starts import Start, StartSpec, UniformStart
+from jemkit.starts import Mixture, Start, StartSpec, UniformStart
 
 
 @dataclass(frozen=True)
@@ -184,3 +194,33 @@ def assemble(
         states = ReplayBuffer(buffer, p0, task.n_classes, rng, fill=task.fill)
         drawn = density.build(sampler, steps, p0, states, task.bounds)
     return Backbone(model, drawn, views=views, bounds=task.bounds, radius_px=task.radius_px)
+
+
+NetworkPart = Annotated[NetworkSpec, PartOf("network")]
+EnergyPart = Annotated[EnergyModelSpec, PartOf("energy")]
+DensityPart = Annotated[DensitySpec, PartOf("density")]
+SamplerPart = Annotated[Sampler, PartOf("sampler")]
+StartPart = Annotated[StartSpec, PartOf("start")]
+Steps = Annotated[int, Field(ge=0)]
+
+
+class JEMVariant(Options):
+    """What the JEM variants share: a network read as energies, chains from a replay buffer.
+
+    A variant is a subclass whose defaults are its paper's; those of this class are SADA-JEM's.
+    """
+
+    network: NetworkPart = WRN()
+    energy: EnergyPart = LogSumExp()
+    density: DensityPart = Contrastive()
+    sampler: SamplerPart = SGLD(step_size=1.0, noise=0.0, clip=1.0)
+    start: StartPart = Mixture()
+    buffer: Buffer = Buffer(capacity=10_000, restart=0.05)
+    steps: Steps = 10  # M
+    views: Views = Views(augment_pos=False, pos_share=0.5)
+
+    def unused(self) -> dict[str, str]:
+        return without_batch_norm(self.network)
+
+    def build(self, task: Task, rng: Generator) -> Backbone:
+        return assemble(task, rng, **dict(self))

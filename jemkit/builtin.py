@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from jemkit.attack import PGD, Attack, ModelAttack
 from jemkit.density import Contrastive, DensitySpec
-from jemkit.distance import L2, Distance, Logits, Nothing
+from jemkit.distance import L2, Distance, Logits, NoDistance
 from jemkit.energy import EnergyModelSpec, LinearHead, LogSumExp
 from jemkit.evaluator import Accuracy, Evaluator
 from jemkit.hookspecs import hookimpl
@@ -46,7 +46,7 @@ def jemkit_updaters() -> Mapping[str, type[UpdaterSpec]]:
 
 @hookimpl
 def jemkit_distances() -> Mapping[str, type[Distance]]:
-    return {"none": Nothing, "l2": L2, "logits": Logits}
+    return {"none": NoDistance, "l2": L2, "logits": Logits}
 
 
 @hookimpl

@@ -33,7 +33,7 @@ class UsesDistances(Protocol):
     def distances(self) -> list[Distance]: ...
 
 
-class Nothing(Options):
+class NoDistance(Options):
     """No distance: the papers' rows without P."""
 
     min_size: ClassVar[int] = 1

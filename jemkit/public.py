@@ -1,11 +1,48 @@
 """The public names of jemkit, and where each is defined."""
 
-from jemkit.attack import PGD, Attack, ModelAttack, Threat, perturbed
-from jemkit.backbone import Backbone, BackboneSpec, Task
-from jemkit.data import Augmentation, Bounds, Dataset, Images, Loader, Views
-from jemkit.density import Buffer, Contrastive, Density, ReplayBuffer
-from jemkit.distance import Distance
-from jemkit.energy import EnergyModel, LogSumExpEnergy, ModelEnergy, Network, Scores
+from jemkit.attack import (
+    PGD,
+    Attack,
+    Best,
+    ModelAttack,
+    Norm,
+    Perturb,
+    Threat,
+    ball_of,
+    nonstandard,
+    perturbed,
+    radius_of,
+    training_radius,
+)
+from jemkit.backbone import (
+    Backbone,
+    BackboneSpec,
+    DensityPart,
+    EnergyPart,
+    JEMVariant,
+    NetworkPart,
+    SamplerPart,
+    StartPart,
+    Steps,
+    Task,
+    assemble,
+    without_batch_norm,
+)
+from jemkit.data import Augmentation, Bounds, Dataset, Images, Loader, Split, Views, checked
+from jemkit.density import Buffer, Contrastive, Density, DensitySpec, ReplayBuffer
+from jemkit.distance import Distance, Measure, NoDistance
+from jemkit.energy import (
+    EnergyFn,
+    EnergyModel,
+    EnergyModelSpec,
+    LinearHead,
+    LogSumExp,
+    LogSumExpEnergy,
+    ModelEnergy,
+    Network,
+    Scores,
+    Stream,
+)
 from jemkit.errors import (
     ConfigError,
     DataError,
@@ -17,34 +54,156 @@ from jemkit.errors import (
     UnknownName,
 )
 from jemkit.evaluation import evaluate
-from jemkit.evaluator import Context, Evaluator
+from jemkit.evaluator import Context, Evaluator, Unmeasurable, batches
 from jemkit.exporting import load
 from jemkit.figures import Figure
 from jemkit.fitting import check
 from jemkit.hookspecs import hookimpl
-from jemkit.networks import Adapted
-from jemkit.objective import Batch, Objective, Terms
-from jemkit.options import Options, PartOf
+from jemkit.layers import Table
+from jemkit.modes import eval_mode, frozen, frozen_batch_stats
+from jemkit.networks import MLP, WRN, Adapted, NetworkSpec, Shape, SmallCNN
+from jemkit.objective import Batch, Objective, Terms, watched
+from jemkit.options import Options, PartOf, Radius
 from jemkit.pixels import PixelModel
 from jemkit.recipe import Recipe, resolve
 from jemkit.record import Record
 from jemkit.registry import Registry, installed
-from jemkit.sampling import PYLD, SGLD, Sampler, SignDescent, chain, gradient, run
+from jemkit.sampling import (
+    PYLD,
+    SGLD,
+    Ball,
+    Boxed,
+    L2Descent,
+    Projected,
+    Sampler,
+    SignDescent,
+    chain,
+    gradient,
+    run,
+)
 from jemkit.session import train
 from jemkit.splits import Splits
-from jemkit.starts import Start
+from jemkit.starts import Gaussian, Mixture, Start, StartSpec, Uniform
 from jemkit.step import train_step
 from jemkit.training import Trainer
-from jemkit.update import SAM, Guard, Plain, Updater
+from jemkit.update import SAM, Guard, Plain, Updater, UpdaterSpec, backward, moved_weights
 
 __all__ = [
-    "PGD", "PYLD", "SAM", "SGLD", "Adapted", "Attack", "Augmentation", "Backbone",
-    "BackboneSpec", "Batch", "Bounds", "Buffer", "ConfigError", "Context", "Contrastive",
-    "DataError", "Dataset", "Density", "Distance", "Diverged", "EnergyModel", "Evaluator",
-    "Figure", "Guard", "Images", "JemkitError", "Loader", "LogSumExpEnergy", "MisfitError",
-    "ModelAttack", "ModelEnergy", "Network", "Objective", "Options", "OutOfMemory", "PartOf",
-    "PixelModel", "Plain", "Preempted", "Recipe", "Record", "Registry", "ReplayBuffer", "Sampler",
-    "Scores", "SignDescent", "Splits", "Start", "Task", "Terms", "Threat", "Trainer", "UnknownName",
-    "Updater", "Views", "chain", "check", "evaluate", "gradient", "hookimpl", "installed", "load",
-    "perturbed", "resolve", "run", "train", "train_step",
+    "MLP",
+    "PGD",
+    "PYLD",
+    "SAM",
+    "SGLD",
+    "WRN",
+    "Adapted",
+    "Attack",
+    "Augmentation",
+    "Backbone",
+    "BackboneSpec",
+    "Ball",
+    "Batch",
+    "Best",
+    "Bounds",
+    "Boxed",
+    "Buffer",
+    "ConfigError",
+    "Context",
+    "Contrastive",
+    "DataError",
+    "Dataset",
+    "Density",
+    "DensityPart",
+    "DensitySpec",
+    "Distance",
+    "Diverged",
+    "EnergyFn",
+    "EnergyModel",
+    "EnergyModelSpec",
+    "EnergyPart",
+    "Evaluator",
+    "Figure",
+    "Gaussian",
+    "Guard",
+    "Images",
+    "JEMVariant",
+    "JemkitError",
+    "L2Descent",
+    "LinearHead",
+    "Loader",
+    "LogSumExp",
+    "LogSumExpEnergy",
+    "Measure",
+    "MisfitError",
+    "Mixture",
+    "ModelAttack",
+    "ModelEnergy",
+    "Network",
+    "NetworkPart",
+    "NetworkSpec",
+    "NoDistance",
+    "Norm",
+    "Objective",
+    "Options",
+    "OutOfMemory",
+    "PartOf",
+    "Perturb",
+    "PixelModel",
+    "Plain",
+    "Preempted",
+    "Projected",
+    "Radius",
+    "Recipe",
+    "Record",
+    "Registry",
+    "ReplayBuffer",
+    "Sampler",
+    "SamplerPart",
+    "Scores",
+    "Shape",
+    "SignDescent",
+    "SmallCNN",
+    "Split",
+    "Splits",
+    "Start",
+    "StartPart",
+    "StartSpec",
+    "Steps",
+    "Stream",
+    "Table",
+    "Task",
+    "Terms",
+    "Threat",
+    "Trainer",
+    "Uniform",
+    "UnknownName",
+    "Unmeasurable",
+    "Updater",
+    "UpdaterSpec",
+    "Views",
+    "assemble",
+    "backward",
+    "ball_of",
+    "batches",
+    "chain",
+    "check",
+    "checked",
+    "eval_mode",
+    "evaluate",
+    "frozen",
+    "frozen_batch_stats",
+    "gradient",
+    "hookimpl",
+    "installed",
+    "load",
+    "moved_weights",
+    "nonstandard",
+    "perturbed",
+    "radius_of",
+    "resolve",
+    "run",
+    "train",
+    "train_step",
+    "training_radius",
+    "watched",
+    "without_batch_norm",
 ]  # fmt: skip

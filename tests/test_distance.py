@@ -8,11 +8,11 @@ from strategies import normal, seeds, uniform
 from toys import linear_model
 
 from jemkit import Bounds, gradient
-from jemkit.distance import L2, Logits, Nothing
+from jemkit.distance import L2, Logits, NoDistance
 from jemkit.testing import toy_model, toy_task
 
 TASK = toy_task()
-DISTANCES = [Nothing(), L2(), Logits()]
+DISTANCES = [NoDistance(), L2(), Logits()]
 distances = st.sampled_from(DISTANCES)
 
 
@@ -30,7 +30,7 @@ def test_a_distance_is_symmetric_and_zero_at_the_image(distance: L2, seed: int) 
 @given(seed=seeds)
 def test_no_distance_is_zero_everywhere_and_pulls_nowhere(seed: int) -> None:
     x, z = uniform(seed, 3, *TASK.shape), uniform(seed + 1, 3, *TASK.shape)
-    assert torch.equal(Nothing().bind(toy_model(TASK), x, Bounds())(z), torch.zeros(3))
+    assert torch.equal(NoDistance().bind(toy_model(TASK), x, Bounds())(z), torch.zeros(3))
 
 
 @given(seed=seeds)

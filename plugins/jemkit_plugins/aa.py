@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from jemkit.attack import Attack, ModelAttack, Norm, Perturb, Threat, nonstandard
+from jemkit import (
+    Attack, ModelAttack, Norm, Options, Perturb, PixelModel, Threat, hookimpl, nonstandard,
+)  # fmt: skip
 from jemkit.autoattack import QUERIES, Stage, package
-from jemkit.hookspecs import hookimpl
-from jemkit.options import Options
-from jemkit.pixels import PixelModel
 
 Version = Literal["standard", "plus", "rand", "released"]
 

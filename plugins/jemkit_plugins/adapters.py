@@ -6,12 +6,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from jemkit import vision
-from jemkit.energy import Network
-from jemkit.errors import ConfigError, MisfitError
-from jemkit.hookspecs import hookimpl
-from jemkit.networks import Adapted, NetworkSpec, Shape, check_features
-from jemkit.options import Options, nearest
+from jemkit import (
+    Adapted, ConfigError, MisfitError, Network, NetworkSpec, Options, Shape, hookimpl, vision,
+)  # fmt: skip
+from jemkit.networks import check_features
+from jemkit.options import nearest
 
 CLASSES = 1000
 """Of ImageNet, for which torchvision builds its networks."""

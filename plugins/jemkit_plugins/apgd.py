@@ -5,11 +5,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from jemkit.attack import Attack, ModelAttack, Perturb, Threat, nonstandard
+from jemkit import Attack, ModelAttack, Options, Perturb, PixelModel, Threat, hookimpl, nonstandard
 from jemkit.autoattack import Stage, package
-from jemkit.hookspecs import hookimpl
-from jemkit.options import Options
-from jemkit.pixels import PixelModel
 
 
 class APGD(Options):

@@ -7,11 +7,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from jemkit.hookspecs import hookimpl
-from jemkit.modes import frozen_batch_stats
-from jemkit.objective import Terms
-from jemkit.options import Options
-from jemkit.update import Guard, Updater, UpdaterSpec, backward, moved_weights
+from jemkit import (
+    Guard, Options, Terms, Updater, UpdaterSpec, backward, frozen_batch_stats, hookimpl,
+    moved_weights,
+)  # fmt: skip
 
 
 class AWP(Options):

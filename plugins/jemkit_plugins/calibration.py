@@ -9,14 +9,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from jemkit.data import Images
-from jemkit.errors import ConfigError, DataError
-from jemkit.evaluator import Context, Evaluator, batches
-from jemkit.figures import Figure, plain
-from jemkit.hookspecs import hookimpl
-from jemkit.options import Options
+from jemkit import (
+    ConfigError, Context, DataError, Evaluator, Figure, Images, Options, PixelModel, batches,
+    hookimpl,
+)  # fmt: skip
+from jemkit.figures import plain
 from jemkit.pictures import reliability_png
-from jemkit.pixels import PixelModel
 
 COLDEST, HOTTEST = 0.01, 100.0
 """Between which a temperature is looked for."""

@@ -6,11 +6,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Generator
 
-from jemkit.backbone import Backbone
-from jemkit.energy import Stream
-from jemkit.hookspecs import hookimpl
-from jemkit.objective import Batch, Objective, Terms, watched
-from jemkit.options import Options
+from jemkit import Backbone, Batch, Objective, Options, Stream, Terms, hookimpl, watched
 
 
 class CE(Options):

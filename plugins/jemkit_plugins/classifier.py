@@ -5,12 +5,10 @@ from typing import Annotated
 
 from torch import Generator
 
-from jemkit.backbone import Backbone, BackboneSpec, Task, assemble, without_batch_norm
-from jemkit.data import Views
-from jemkit.energy import EnergyModelSpec, LogSumExp
-from jemkit.hookspecs import hookimpl
-from jemkit.networks import WRN, NetworkSpec
-from jemkit.options import Options, PartOf
+from jemkit import (
+    WRN, Backbone, BackboneSpec, EnergyModelSpec, LogSumExp, NetworkSpec, Options, PartOf, Task,
+    Views, assemble, hookimpl, without_batch_norm,
+)  # fmt: skip
 
 
 class Classifier(Options):

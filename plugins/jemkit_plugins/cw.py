@@ -6,11 +6,8 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Generator, Tensor
 
-from jemkit.attack import PGD, Best, ModelAttack, Perturb, Threat, ball_of
+from jemkit import PGD, Best, ModelAttack, Options, Perturb, PixelModel, Threat, ball_of, hookimpl
 from jemkit.blackbox import margin
-from jemkit.hookspecs import hookimpl
-from jemkit.options import Options
-from jemkit.pixels import PixelModel
 
 
 class CW(Options):

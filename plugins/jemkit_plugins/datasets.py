@@ -12,10 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from jemkit.data import Augmentation, Dataset, Images, Split, checked
-from jemkit.errors import DataError
-from jemkit.hookspecs import hookimpl
-from jemkit.options import Options
+from jemkit import Augmentation, DataError, Dataset, Images, Options, Split, checked, hookimpl
 from jemkit.runtime.files import read_json
 from jemkit.vision import torchvision
 

@@ -7,17 +7,12 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Generator, Tensor
 
-from jemkit.attack import perturbed, radius_of
-from jemkit.backbone import Backbone
-from jemkit.distance import Distance, Nothing
-from jemkit.energy import EnergyFn, Scores, Stream
-from jemkit.errors import ConfigError
-from jemkit.hookspecs import hookimpl
-from jemkit.modes import eval_mode, frozen
-from jemkit.objective import Batch, Objective, Terms, watched
-from jemkit.options import Options, PartOf, Radius
+from jemkit import (
+    SGLD, Backbone, Ball, Batch, Boxed, ConfigError, Distance, EnergyFn, L2Descent, NoDistance,
+    Objective, Options, PartOf, Projected, Radius, Sampler, Scores, SignDescent, Stream, Terms,
+    eval_mode, frozen, hookimpl, perturbed, radius_of, run, watched,
+)  # fmt: skip
 from jemkit.runtime import distributed
-from jemkit.sampling import SGLD, Ball, Boxed, L2Descent, Projected, Sampler, SignDescent, run
 
 
 class Draws(NamedTuple):
@@ -53,7 +48,7 @@ class EBJDAT(Options):
     outer: Literal["align", "contrastive", "abs", "squared", "hinge"] = "align"  # h2's form
     margin: float = Field(0.0, ge=0)  # of `outer = "hinge"`
     pair: Literal["same", "density"] = "same"  # the clean images that h2 compares with
-    distance: Annotated[Distance, PartOf("distance")] = Nothing()  # d of Eq. 13
+    distance: Annotated[Distance, PartOf("distance")] = NoDistance()  # d of Eq. 13
     distance_weight: float = 1.0  # lambda of Eq. 12; negative pushes x~ away, as released
 
     @model_validator(mode="after")
@@ -70,7 +65,7 @@ class EBJDAT(Options):
             found["step_size"] = 'unless step = "gradient"'
         else:
             found["step_px"] = 'where step = "gradient", whose size is step_size'
-        if isinstance(self.distance, Nothing):
+        if isinstance(self.distance, NoDistance):
             found["distance_weight"] = "without a distance"
         elif not self.distance_weight:
             found["distance"] = "where distance_weight is 0"
@@ -93,7 +88,7 @@ class EBJDAT(Options):
     def distances(self) -> list[Distance]:
         """The distance, where some weight asks for it."""
         asked = self.distance_weight and (self.w2 or self.w3)
-        return [self.distance] if asked and not isinstance(self.distance, Nothing) else []
+        return [self.distance] if asked and not isinstance(self.distance, NoDistance) else []
 
     def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> Draws:
         x_neg = x_adv = None

@@ -10,20 +10,18 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor
 
-from jemkit.attack import ball_of, perturbed
+from jemkit import (
+    Context, Evaluator, Figure, Images, Options, PixelModel, ball_of, batches, chain, hookimpl,
+    perturbed,
+)  # fmt: skip
 from jemkit.cascade import attacked
-from jemkit.data import Images
 from jemkit.density import together
-from jemkit.evaluator import Context, Evaluator, batches
-from jemkit.figures import Figure, plain
+from jemkit.figures import plain
 from jemkit.histograms import BINS, bin_edges, histograms, shares
-from jemkit.hookspecs import hookimpl
 from jemkit.identity import identity_of
-from jemkit.options import Options
 from jemkit.pictures import curves_png, histograms_png, scatter_png
-from jemkit.pixels import UNIT, PixelModel, weights_hash
+from jemkit.pixels import UNIT, weights_hash
 from jemkit.robustness import PGD20, energies, energy_gaps
-from jemkit.sampling import chain
 from jemkit.seeds import generator
 from jemkit.starts import start_name
 

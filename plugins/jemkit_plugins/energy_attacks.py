@@ -8,10 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor
 
-from jemkit.attack import PGD, Best, ModelAttack, Perturb, Threat, ball_of
-from jemkit.hookspecs import hookimpl
-from jemkit.options import Options
-from jemkit.pixels import PixelModel
+from jemkit import PGD, Best, ModelAttack, Options, Perturb, PixelModel, Threat, ball_of, hookimpl
 
 
 class EnergyAttack(Options):

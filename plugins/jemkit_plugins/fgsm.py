@@ -6,17 +6,10 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from jemkit.attack import (
-    PGD,
-    ModelAttack,
-    Perturb,
-    Threat,
-    ball_of,
-    perturbed,
-)
-from jemkit.hookspecs import hookimpl
-from jemkit.options import Options
-from jemkit.pixels import UNIT, PixelModel
+from jemkit import (
+    PGD, ModelAttack, Options, Perturb, PixelModel, Threat, ball_of, hookimpl, perturbed,
+)  # fmt: skip
+from jemkit.pixels import UNIT
 
 
 class FGSM(Options):

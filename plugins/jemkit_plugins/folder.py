@@ -11,13 +11,11 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from jemkit.data import SIZES, Augmentation, Dataset, Images, Split, checked
-from jemkit.errors import DataError
-from jemkit.hookspecs import hookimpl
+from jemkit import Augmentation, DataError, Dataset, Images, Options, Split, checked, hookimpl
+from jemkit.data import SIZES
 from jemkit.imagefolder.layout import layout, listed, shown
 from jemkit.imagefolder.listing import Listing, Sample, listing, sentences
 from jemkit.imagefolder.pixels import pixels, survey
-from jemkit.options import Options
 from jemkit.splits import stratified_parts
 
 log = logging.getLogger("jemkit.data")

@@ -9,22 +9,18 @@ from pydantic import BeforeValidator, Field, InstanceOf, field_validator
 from pydantic.json_schema import SkipJsonSchema
 from torch import Tensor
 
-from jemkit import fidelity, pictures
-from jemkit.backbone import Task
-from jemkit.data import Images
+from jemkit import (
+    ConfigError, Context, DataError, Evaluator, Figure, Images, MisfitError, Options, PartOf,
+    PixelModel, Start, StartSpec, Task, Unmeasurable, fidelity, hookimpl, pictures,
+)  # fmt: skip
 from jemkit.density import together
-from jemkit.errors import ConfigError, DataError, MisfitError
-from jemkit.evaluator import Context, Evaluator, Unmeasurable
 from jemkit.features import PIECE, Features, Seen, inception, inception_file, own, seen
-from jemkit.figures import Figure, plain
+from jemkit.figures import plain
 from jemkit.generation import STEPS, portions
-from jemkit.hookspecs import hookimpl
-from jemkit.options import Options, PartOf
 from jemkit.pictures import to_bytes
-from jemkit.pixels import PixelModel
 from jemkit.samples import Drawn, fresh, kept
 from jemkit.seeds import generator
-from jemkit.starts import MomentStart, Start, StartSpec, images_hash, start_name
+from jemkit.starts import MomentStart, images_hash, start_name
 
 CPU = torch.device("cpu")
 ENOUGH = 2048

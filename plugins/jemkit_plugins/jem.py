@@ -1,42 +1,28 @@
 """JEM (Grathwohl et al., ICLR 2020): the backbone, and the objective log p(x) + log p(y | x)."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Generator, Tensor
 
-from jemkit.backbone import Backbone, BackboneSpec, Task, assemble, without_batch_norm
-from jemkit.data import Views
-from jemkit.density import Buffer, Contrastive, DensitySpec
-from jemkit.energy import EnergyModelSpec, LogSumExp, Stream
-from jemkit.errors import ConfigError
-from jemkit.hookspecs import hookimpl
-from jemkit.networks import WRN, NetworkSpec
-from jemkit.objective import Batch, Objective, Terms, watched
-from jemkit.options import Options, PartOf
-from jemkit.sampling import SGLD, Sampler
-from jemkit.starts import StartSpec, Uniform
+from jemkit import (
+    SGLD, WRN, Backbone, BackboneSpec, Batch, ConfigError, Contrastive, DensityPart, JEMVariant,
+    NetworkPart, Objective, Options, SamplerPart, StartPart, Steps, Stream, Terms, Uniform, Views,
+    hookimpl, watched,
+)  # fmt: skip
 
 
-class JEM(Options):
+class JEM(JEMVariant):
     """A WideResNet without normalisation, 20 steps of SGLD from uniform noise, noisy views."""
 
-    network: Annotated[NetworkSpec, PartOf("network")] = WRN(norm="none")
-    energy: Annotated[EnergyModelSpec, PartOf("energy")] = LogSumExp()
-    density: Annotated[DensitySpec, PartOf("density")] = Contrastive(box=False)
-    sampler: Annotated[Sampler, PartOf("sampler")] = SGLD(step_size=1.0, noise=0.01)
-    start: Annotated[StartSpec, PartOf("start")] = Uniform()
-    buffer: Buffer = Buffer(capacity=10_000, restart=0.05)
-    steps: int = Field(20, ge=0)  # M
+    network: NetworkPart = WRN(norm="none")
+    density: DensityPart = Contrastive(box=False)
+    sampler: SamplerPart = SGLD(step_size=1.0, noise=0.01)
+    start: StartPart = Uniform()
+    steps: Steps = 20  # M
     views: Views = Views(noise_x=0.03, noise_pos=0.03)
-
-    def unused(self) -> dict[str, str]:
-        return without_batch_norm(self.network)
-
-    def build(self, task: Task, rng: Generator) -> Backbone:
-        return assemble(task, rng, **dict(self))
 
 
 class Draws(NamedTuple):

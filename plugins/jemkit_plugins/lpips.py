@@ -10,13 +10,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from jemkit.data import Bounds
-from jemkit.distance import Distance, Measure
-from jemkit.energy import EnergyModel
-from jemkit.errors import ConfigError, DataError, MisfitError
+from jemkit import (
+    Bounds, ConfigError, DataError, Distance, EnergyModel, Measure, MisfitError, Options,
+    hookimpl,
+)  # fmt: skip
 from jemkit.foreign.reading import loaded
-from jemkit.hookspecs import hookimpl
-from jemkit.options import Options
 from jemkit.runtime.files import load_arrays, load_tensors
 from jemkit.runtime.opening import read_file
 from jemkit.vision import torchvision

@@ -1,41 +1,20 @@
 """M-EBM (Yang and Ji, PAKDD 2023): an energy head beside the classifier, one Gaussian start."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
 
-from pydantic import Field
-from torch import Generator
-
-from jemkit.backbone import Backbone, BackboneSpec, Task, assemble, without_batch_norm
-from jemkit.data import Views
-from jemkit.density import Buffer, Contrastive, DensitySpec
-from jemkit.energy import EnergyModelSpec, LinearHead
-from jemkit.hookspecs import hookimpl
-from jemkit.networks import WRN, NetworkSpec
-from jemkit.options import Options, PartOf
-from jemkit.sampling import SGLD, Sampler
-from jemkit.starts import Gaussian, StartSpec
+from jemkit import (
+    BackboneSpec, Contrastive, DensityPart, EnergyPart, Gaussian, JEMVariant, LinearHead, StartPart,
+    Steps, Table, hookimpl,
+)  # fmt: skip
 
 
-class MEBM(Options):
+class MEBM(JEMVariant):
     """The energy head's density, 5 steps of SGLD; with a classifier objective it is M-JEM."""
 
-    network: Annotated[NetworkSpec, PartOf("network")] = WRN()
-    energy: Annotated[EnergyModelSpec, PartOf("energy")] = LinearHead()
-    density: Annotated[DensitySpec, PartOf("density")] = Contrastive(
-        penalty=0.5, penalty_on="positives"
-    )
-    sampler: Annotated[Sampler, PartOf("sampler")] = SGLD(step_size=1.0, noise=0.0, clip=1.0)
-    start: Annotated[StartSpec, PartOf("start")] = Gaussian()
-    buffer: Buffer = Buffer(capacity=10_000, restart=0.05)
-    steps: int = Field(5, ge=0)  # M
-    views: Views = Views(augment_pos=False, pos_share=0.5)
-
-    def unused(self) -> dict[str, str]:
-        return without_batch_norm(self.network)
-
-    def build(self, task: Task, rng: Generator) -> Backbone:
-        return assemble(task, rng, **dict(self))
+    energy: EnergyPart = LinearHead()
+    density: DensityPart = Contrastive(penalty=0.5, penalty_on="positives")
+    start: StartPart = Gaussian()
+    steps: Steps = 5  # M
 
 
 @hookimpl
@@ -44,7 +23,7 @@ def jemkit_backbones() -> Mapping[str, type[BackboneSpec]]:
 
 
 @hookimpl
-def jemkit_recipes() -> Mapping[str, Mapping[str, Any]]:
+def jemkit_recipes() -> Mapping[str, Table]:
     return {
         "backbone/mebm": {
             "optimizer": {"use": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4},

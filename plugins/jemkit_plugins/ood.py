@@ -6,17 +6,14 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Generator, Tensor
 
-from jemkit.data import Dataset, Images
-from jemkit.errors import MisfitError
-from jemkit.evaluator import Context, Evaluator, batches
-from jemkit.figures import Figure, Z
+from jemkit import (
+    Context, Dataset, Evaluator, Figure, Images, MisfitError, Options, PartOf, PixelModel,
+    batches, gradient, hookimpl,
+)  # fmt: skip
+from jemkit.figures import Z
 from jemkit.histograms import histograms
-from jemkit.hookspecs import hookimpl
-from jemkit.options import Options, PartOf
 from jemkit.pictures import histograms_png
-from jemkit.pixels import PixelModel
 from jemkit.runtime.ledger import tensors_hash
-from jemkit.sampling import gradient
 from jemkit.seeds import generator
 
 Made = Literal["interpolation", "uniform", "gaussian", "constant", "rotation"]

@@ -6,12 +6,10 @@ from typing import Annotated, Any, ClassVar
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from jemkit.attack import PGD, Attack, training_radius
-from jemkit.backbone import Backbone
-from jemkit.energy import Stream
-from jemkit.hookspecs import hookimpl
-from jemkit.objective import Batch, Objective, Terms, watched
-from jemkit.options import Options, PartOf
+from jemkit import (
+    PGD, Attack, Backbone, Batch, Objective, Options, PartOf, Stream, Terms, hookimpl,
+    training_radius, watched,
+)  # fmt: skip
 
 
 class PGDAT(Options):

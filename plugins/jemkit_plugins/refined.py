@@ -8,11 +8,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor
 
-from jemkit.attack import PGD, Best, ModelAttack, Perturb, Threat, ball_of
-from jemkit.errors import MisfitError
-from jemkit.hookspecs import hookimpl
-from jemkit.options import Options
-from jemkit.pixels import PixelModel
+from jemkit import (
+    PGD, Best, MisfitError, ModelAttack, Options, Perturb, PixelModel, Threat, ball_of, hookimpl,
+)  # fmt: skip
 from jemkit.refined import Refined
 
 Pass = Callable[[Tensor, Generator], Tensor]

@@ -6,16 +6,11 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import arange
 
+from jemkit import Context, Evaluator, Figure, Images, Options, PixelModel, hookimpl
 from jemkit.anchor import anchored
 from jemkit.cascade import Attacked, attacked
-from jemkit.data import Images
-from jemkit.evaluator import Context, Evaluator
-from jemkit.figures import Figure
-from jemkit.hookspecs import hookimpl
 from jemkit.indicators import examine, outputs_of
 from jemkit.indicators.plan import QUICK_SHARE
-from jemkit.options import Options
-from jemkit.pixels import PixelModel
 from jemkit.robustness import robust_share
 
 

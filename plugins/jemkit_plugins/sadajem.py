@@ -1,39 +1,15 @@
 """SADA-JEM (Yang, Su and Ji, CVPR 2023): sharpness-aware, its density without augmentation."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
 
-from pydantic import Field
-from torch import Generator
-
-from jemkit.backbone import Backbone, BackboneSpec, Task, assemble, without_batch_norm
-from jemkit.data import Views
-from jemkit.density import Buffer, Contrastive, DensitySpec
-from jemkit.energy import EnergyModelSpec, LogSumExp
-from jemkit.hookspecs import hookimpl
-from jemkit.networks import WRN, NetworkSpec
-from jemkit.options import Options, PartOf
-from jemkit.sampling import SGLD, Sampler
-from jemkit.starts import Mixture, StartSpec
+from jemkit import SGLD, BackboneSpec, JEMVariant, SamplerPart, Table, Views, hookimpl
 
 
-class SADAJEM(Options):
+class SADAJEM(JEMVariant):
     """A WideResNet with batch norm, 10 noise-free steps of clamped SGLD, class-wise Gaussians."""
 
-    network: Annotated[NetworkSpec, PartOf("network")] = WRN()
-    energy: Annotated[EnergyModelSpec, PartOf("energy")] = LogSumExp()
-    density: Annotated[DensitySpec, PartOf("density")] = Contrastive()
-    sampler: Annotated[Sampler, PartOf("sampler")] = SGLD(step_size=1.0, noise=0.0, clip=1.0)
-    start: Annotated[StartSpec, PartOf("start")] = Mixture()
-    buffer: Buffer = Buffer(capacity=10_000, restart=0.05)
-    steps: int = Field(10, ge=0)  # M
+    sampler: SamplerPart = SGLD(step_size=1.0, noise=0.0, clip=1.0)
     views: Views = Views(augment_pos=False, pos_share=0.5)
-
-    def unused(self) -> dict[str, str]:
-        return without_batch_norm(self.network)
-
-    def build(self, task: Task, rng: Generator) -> Backbone:
-        return assemble(task, rng, **dict(self))
 
 
 @hookimpl
@@ -42,7 +18,7 @@ def jemkit_backbones() -> Mapping[str, type[BackboneSpec]]:
 
 
 @hookimpl
-def jemkit_recipes() -> Mapping[str, Mapping[str, Any]]:
+def jemkit_recipes() -> Mapping[str, Table]:
     return {
         "backbone/sadajem": {
             "optimizer": {"use": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4},

@@ -5,11 +5,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from jemkit.attack import Attack, ModelAttack, Perturb, Threat
+from jemkit import Attack, ModelAttack, Options, Perturb, PixelModel, Threat, hookimpl
 from jemkit.autoattack import QUERIES, Stage, package
-from jemkit.hookspecs import hookimpl
-from jemkit.options import Options
-from jemkit.pixels import PixelModel
 
 
 class Square(Options):

@@ -8,13 +8,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor
 
-from jemkit.attack import PGD, Attack, training_radius
-from jemkit.backbone import Backbone
-from jemkit.energy import Stream
-from jemkit.hookspecs import hookimpl
-from jemkit.modes import eval_mode
-from jemkit.objective import Batch, Objective, Terms, watched
-from jemkit.options import Options, PartOf
+from jemkit import (
+    PGD, Attack, Backbone, Batch, Objective, Options, PartOf, Stream, Terms, eval_mode, hookimpl,
+    training_radius, watched,
+)  # fmt: skip
 
 
 class TRADES(Options):
