@@ -12,10 +12,10 @@ import torch
 from tools import keep, trained
 from torch import Tensor
 
-from jemkit.evaluation import judge
-from jemkit.registry import installed
-from jemkit.settings import Settings
-from jemkit.subjects import subject_at
+from jemkit.config.eval_settings import Settings
+from jemkit.config.registry import installed
+from jemkit.evaluation.evaluate import judge
+from jemkit.evaluation.subjects import subject_at
 
 ROWS = {
     "classifier x pgdat": ("classifier", "pgdat", []),

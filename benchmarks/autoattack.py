@@ -16,11 +16,11 @@ import torch
 from tools import keep
 
 from jemkit import installed
-from jemkit.attack import Threat
-from jemkit.cascade import attacked
-from jemkit.evaluator import Context
-from jemkit.modes import eval_mode, frozen
-from jemkit.subjects import Subject, subject_at
+from jemkit.attacks.base import Threat
+from jemkit.evaluation.subjects import Subject, subject_at
+from jemkit.metrics.attack_runner import attacked
+from jemkit.metrics.evaluator import Context
+from jemkit.runtime.modes import eval_mode, frozen
 
 TARGET = 1.03
 SEED, BATCH = 0, 250

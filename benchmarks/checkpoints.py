@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from tools import keep
 
-from jemkit import checkpoint
-from jemkit.energy import LogSumExpEnergy
-from jemkit.networks import WRN
+from jemkit.models.energy import LogSumExpEnergy
+from jemkit.models.networks import WRN
+from jemkit.runtime import checkpoint
 from jemkit.runtime.disk import state_bytes
 
 ROUNDS = 6

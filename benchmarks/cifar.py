@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from tools import keep, trained
 
-from jemkit.evaluation import judge
-from jemkit.registry import installed
-from jemkit.settings import Settings
-from jemkit.subjects import subject_at
+from jemkit.config.eval_settings import Settings
+from jemkit.config.registry import installed
+from jemkit.evaluation.evaluate import judge
+from jemkit.evaluation.subjects import subject_at
 
 SETTINGS = "--dataset cifar10 --network wrn-10-2 --epochs 3 --set run.max_train=5000"
 SETTINGS += " --set schedule.decay=constant --set run.test_images=10000"

@@ -16,11 +16,11 @@ import torch
 from tools import keep
 
 from jemkit import resolve
-from jemkit.assembly import put_together
-from jemkit.registry import installed
-from jemkit.runtime.numerics import numerics
-from jemkit.training import train_step
-from jemkit.update import Guard
+from jemkit.config.registry import installed
+from jemkit.runtime.precision import numerics
+from jemkit.step import train_step
+from jemkit.training.build import put_together
+from jemkit.updaters import Guard
 
 PAIRS = (("classifier", "ce"), ("sadajem", "ebjdat"))
 

@@ -22,12 +22,12 @@ from steps import SETTINGS, built, changed
 from tools import keep
 from torch import Tensor
 
-from jemkit.bench.machine import elapsed
-from jemkit.compiled import Backend, CompiledGradient, pays_after
-from jemkit.energy import EnergyModel, ModelEnergy
-from jemkit.modes import eval_mode, frozen, sampling_mode
-from jemkit.runtime.numerics import numerics
-from jemkit.sampling import eager_gradient
+from jemkit.models.energy import EnergyModel, ModelEnergy
+from jemkit.runtime.modes import eval_mode, frozen, sampling_mode
+from jemkit.runtime.precision import numerics
+from jemkit.runtime.timing import elapsed
+from jemkit.sampling.compile import Backend, CompiledGradient, pays_after
+from jemkit.sampling.kernels import eager_gradient
 
 Work = Callable[[], Any]
 

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from jemkit.data import Bounds
-from jemkit.energy import EnergyModel
-from jemkit.modes import batch_norms
-from jemkit.networks import WideBlock, WideResNet
-from jemkit.starts import Start
+from jemkit.models.energy import EnergyModel
+from jemkit.models.networks import WideBlock, WideResNet
+from jemkit.runtime.modes import batch_norms
+from jemkit.sampling.init_dists import Start
 
 
 class Weights(NamedTuple):

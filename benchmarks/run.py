@@ -12,14 +12,13 @@ import torch
 from tools import in_turn, keep, trained
 from torch import Generator
 
-from jemkit.backbone import Task
-from jemkit.data import Images
-from jemkit.energy import ModelEnergy
-from jemkit.modes import sampling_mode
-from jemkit.networks import WRN
-from jemkit.registry import installed
-from jemkit.sampling import SGLD
-from jemkit.starts import GaussianStart
+from jemkit.config.registry import installed
+from jemkit.data import Images, Task
+from jemkit.models.energy import ModelEnergy
+from jemkit.models.networks import WRN
+from jemkit.runtime.modes import sampling_mode
+from jemkit.sampling.init_dists import GaussianStart
+from jemkit.sampling.kernels import SGLD
 
 SHAPE = (3, 32, 32)
 
@@ -72,7 +71,7 @@ def memory() -> None:
 
 def one_step(steps: int, adv_steps: int) -> None:
     from jemkit import Batch, Guard, Plain, train_step
-    from jemkit.density import Buffer
+    from jemkit.sampling.replay_buffer import Buffer
 
     registry, rng, task = installed(), Generator().manual_seed(0), toy_task()
     spec = registry["backbone"]["sadajem"]

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from tools import keep
 
-from jemkit.networks import WRN, NetworkSpec, SmallCNN
+from jemkit.models.networks import WRN, NetworkSpec, SmallCNN
 from jemkit.runtime import distributed
-from jemkit.runtime.ledger import Shard
+from jemkit.runtime.work_cache import Shard
 
 NETWORKS: dict[str, tuple[NetworkSpec, tuple[int, int, int]]] = {
     "smallcnn": (SmallCNN(), (1, 8, 8)),

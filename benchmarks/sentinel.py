@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from tools import in_turn, keep, trained
 
-from jemkit.recipe import resolve
-from jemkit.registry import Registry, installed
-from jemkit.runtime.folder import RunFolder
-from jemkit.training import Trainer
+from jemkit.config.recipe import resolve
+from jemkit.config.registry import Registry, installed
+from jemkit.runtime.run_dir import RunFolder
+from jemkit.training.trainer import Trainer
 
 SMALL = {"backbone": {"network": {"use": "smallcnn"}}}
 WIDE = {"backbone": {"network": {"use": "wrn-10-1"}}}

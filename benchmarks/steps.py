@@ -28,20 +28,22 @@ from torch import Generator
 
 from jemkit import Batch, Guard, Task, train_step
 from jemkit.backbone import Backbone
-from jemkit.bench.flops import flops, step_work, traffic
-from jemkit.bench.machine import measured, product_rate, seconds, settle
-from jemkit.compiled import CompiledGradient, compiled_chains
+from jemkit.config.registry import installed
 from jemkit.data import Images
-from jemkit.density import Buffer
-from jemkit.layout import laid_out
-from jemkit.memory import MicroBatch
-from jemkit.modes import eval_mode, sampling_mode
-from jemkit.networks import WRN
-from jemkit.registry import installed
-from jemkit.runtime.numerics import in_bf16, numerics
-from jemkit.runtime.sharding import fusable
-from jemkit.starts import Uniform
-from jemkit.update import SAM, Plain
+from jemkit.models.networks import WRN
+from jemkit.runtime.fsdp import fusable
+from jemkit.runtime.microbatch import MicroBatch
+from jemkit.runtime.modes import eval_mode, sampling_mode
+from jemkit.runtime.precision import numerics
+from jemkit.runtime.timing import settle
+from jemkit.sampling.compile import CompiledGradient
+from jemkit.sampling.init_dists import Uniform
+from jemkit.sampling.replay_buffer import Buffer
+from jemkit.training.memory_format import laid_out
+from jemkit.training.objective_contexts import compiled_chains, in_bf16
+from jemkit.training.profiling.flops import flops, step_work, traffic
+from jemkit.training.profiling.machine import measured, product_rate, seconds
+from jemkit.updaters import SAM, Plain
 
 REGISTRY = installed(third_party=False)
 MAIN = "jemkit+cl+hold"

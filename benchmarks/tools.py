@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from jemkit.runtime.folder import versions
+from jemkit.runtime.run_dir import versions
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -1,48 +1,29 @@
 """Backbones: what a JEM variant brings to any objective."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal, Protocol, runtime_checkable
+from collections.abc import Iterable
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from jemkit.data import Augmentation, Bounds, Images, Views
-from jemkit.density import Buffer, Contrastive, Density, DensitySpec, ReplayBuffer
-from jemkit.energy import (
+from jemkit.data import Bounds, Shape, Stream, Task, Views
+from jemkit.errors import ConfigError, MisfitError
+from jemkit.models.energy import (
     EnergyModel,
     EnergyModelSpec,
     LogitEnergy,
     LogSumExp,
     Network,
     Scores,
-    Stream,
 )
-from jemkit.errors import ConfigError, MisfitError
-from jemkit.modes import batch_norms, frozen_batch_stats
-from jemkit.networks import WRN, Adapted, NetworkSpec, Shape, lent
+from jemkit.models.networks import WRN, Adapted, NetworkSpec, lent
 from jemkit.options import Options, PartOf
-from jemkit.sampling import SGLD, Sampler
-from jemkit.starts import Mixture, Start, StartSpec, UniformStart
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a part must know of the data and of the run."""
-
-    shape: Shape
-    n_classes: int
-    radius_px: float  # the usual threat model, L-inf, in 1/255
-    n_train: int
-    total_steps: int
-    images: Callable[[Literal["train", "valid"]], Images]  # never the test split
-    hash: str  # of the training images
-    bounds: Bounds = Bounds()
-    augmentation: Augmentation = Augmentation()
-    moments: Path | None = None  # a file of the training images' Gaussians that the model brings
-    fill: bool = True  # a replay buffer at once; else when it is first read
+from jemkit.runtime.modes import batch_norms, frozen_batch_stats
+from jemkit.sampling.density import Contrastive, Density, DensitySpec
+from jemkit.sampling.init_dists import Mixture, Start, StartSpec, UniformStart
+from jemkit.sampling.kernels import SGLD, Sampler
+from jemkit.sampling.replay_buffer import Buffer, ReplayBuffer
 
 
 class Backbone:

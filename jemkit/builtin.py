@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping
 
-from jemkit.attack import PGD, Attack, ModelAttack
-from jemkit.density import Contrastive, DensitySpec
-from jemkit.distance import L2, Distance, Logits, NoDistance
-from jemkit.energy import EnergyModelSpec, LinearHead, LogSumExp
-from jemkit.evaluator import Accuracy, Evaluator
+from jemkit.attacks.base import Attack, ModelAttack
+from jemkit.attacks.pgd import PGD
 from jemkit.hookspecs import hookimpl
-from jemkit.networks import MLP, WRN, NetworkSpec, SmallCNN
-from jemkit.sampling import PYLD, SGLD, L2Descent, Sampler, SignDescent
-from jemkit.starts import Gaussian, Mixture, Noise, StartSpec, Uniform
-from jemkit.update import SAM, Plain, UpdaterSpec
+from jemkit.metrics.evaluator import Accuracy, Evaluator
+from jemkit.models.distances import L2, Distance, Logits, NoDistance
+from jemkit.models.energy import EnergyModelSpec, LinearHead, LogSumExp
+from jemkit.models.networks import MLP, WRN, NetworkSpec, SmallCNN
+from jemkit.sampling.density import Contrastive, DensitySpec
+from jemkit.sampling.init_dists import Gaussian, Mixture, Noise, StartSpec, Uniform
+from jemkit.sampling.kernels import PYLD, SGLD, L2Descent, Sampler, SignDescent
+from jemkit.updaters import SAM, Plain, UpdaterSpec
 
 
 @hookimpl

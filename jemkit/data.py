@@ -1,21 +1,20 @@
 """Data: pixel bounds, image sets, their splits, and the two views of a batch."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from jemkit.energy import Stream
 from jemkit.errors import ConfigError, DataError
-from jemkit.labels import class_indices
-from jemkit.objective import Batch
-from jemkit.options import Options
-from jemkit.runtime.ledger import WHOLE, Shard
+from jemkit.options import SIZES, Options
+from jemkit.runtime.labels import class_indices
+from jemkit.runtime.work_cache import WHOLE, Shard
 
 Split = Literal["train", "test"]
-SIZES = (8, 64)
-"""The image sizes, in pixels, that the networks are built for."""
 
 
 class Bounds(NamedTuple):
@@ -184,6 +183,10 @@ def _floats(x: Tensor, source: str) -> Tensor:
     return x
 
 
+Stream = Literal["x", "x_adv", "x_pos", "x_neg"]
+"""The images that pass through a model in an update."""
+
+
 class Views(Options):
     """The two views of a batch, and which of its streams batch norm learns from."""
 
@@ -193,6 +196,16 @@ class Views(Options):
     noise_pos: float = Field(0.0, ge=0)
     pos_share: float = Field(1.0, gt=0, le=1)  # the density's share of the batch
     stats_from: tuple[Stream, ...] = ("x", "x_adv")
+
+
+class Batch(NamedTuple):
+    """One step's data, in the model's range (Algorithm 1, line 5)."""
+
+    x: Tensor  # [B, C, H, W], the classifier's view
+    y: Tensor  # [B]
+    x_pos: Tensor  # [P, C, H, W], the density's view of the first P of the same images
+    index: Tensor  # type: ignore[assignment]  # [B], which training images these are
+    step: int = 0
 
 
 class Loader:
@@ -302,3 +315,24 @@ def reflected(index: Tensor, size: int) -> Tensor:
     """Indices beyond an edge, mirrored at it without repeating the edge."""
     index = index.abs()
     return torch.where(index >= size, 2 * (size - 1) - index, index)
+
+
+Shape = tuple[int, int, int]
+"""[C, H, W] of one image."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a part must know of the data and of the run."""
+
+    shape: Shape
+    n_classes: int
+    radius_px: float  # the usual threat model, L-inf, in 1/255
+    n_train: int
+    total_steps: int
+    images: Callable[[Literal["train", "valid"]], Images]  # never the test split
+    hash: str  # of the training images
+    bounds: Bounds = Bounds()
+    augmentation: Augmentation = Augmentation()
+    moments: Path | None = None  # a file of the training images' Gaussians that the model brings
+    fill: bool = True  # a replay buffer at once; else when it is first read

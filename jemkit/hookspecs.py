@@ -10,18 +10,18 @@ from typing import Any
 
 import pluggy
 
-from jemkit.attack import Attack, ModelAttack
+from jemkit.attacks.base import Attack, ModelAttack
 from jemkit.backbone import BackboneSpec
 from jemkit.data import Dataset
-from jemkit.density import DensitySpec
-from jemkit.distance import Distance
-from jemkit.energy import EnergyModelSpec
-from jemkit.evaluator import Evaluator
-from jemkit.networks import NetworkSpec
+from jemkit.metrics.evaluator import Evaluator
+from jemkit.models.distances import Distance
+from jemkit.models.energy import EnergyModelSpec
+from jemkit.models.networks import NetworkSpec
 from jemkit.objective import Objective, ObjectiveSpec
-from jemkit.sampling import Sampler
-from jemkit.starts import StartSpec
-from jemkit.update import UpdaterSpec
+from jemkit.sampling.density import DensitySpec
+from jemkit.sampling.init_dists import StartSpec
+from jemkit.sampling.kernels import Sampler
+from jemkit.updaters import UpdaterSpec
 
 hookspec = pluggy.HookspecMarker("jemkit")
 hookimpl = pluggy.HookimplMarker("jemkit")

@@ -6,21 +6,23 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, 
 import torch
 from torch import Generator, Tensor, nn
 
-from jemkit.energy import Scores, Stream
+from jemkit.data import Batch, Stream
 from jemkit.errors import ConfigError
+from jemkit.models.energy import Scores
 
 if TYPE_CHECKING:
-    from jemkit.backbone import Backbone, Task
+    from jemkit.backbone import Backbone
+    from jemkit.data import Task
 
 
-class Batch(NamedTuple):
-    """One step's data, in the model's range (Algorithm 1, line 5)."""
-
-    x: Tensor  # [B, C, H, W], the classifier's view
-    y: Tensor  # [B]
-    x_pos: Tensor  # [P, C, H, W], the density's view of the first P of the same images
-    index: Tensor  # type: ignore[assignment]  # [B], which training images these are
-    step: int = 0
+def watched(scores: Mapping[Stream, Scores], y: Tensor) -> dict[str, Tensor]:
+    """What a log wants of an update: every stream's mean energy, and accuracies."""
+    seen = {NAMES[stream]: of.energy.mean() for stream, of in scores.items()}
+    accuracies: dict[Stream, str] = {"x": "accuracy", "x_adv": "accuracy(x~)"}
+    for stream, name in accuracies.items():
+        if stream in scores:
+            seen[name] = (scores[stream].logits.argmax(1) == y).float().mean()
+    return seen
 
 
 class Terms(NamedTuple):
@@ -43,16 +45,6 @@ class Terms(NamedTuple):
 
 
 NAMES: dict[Stream, str] = {"x": "E(x)", "x_pos": "E(x+)", "x_neg": "E(x-)", "x_adv": "E(x~)"}
-
-
-def watched(scores: Mapping[Stream, Scores], y: Tensor) -> dict[str, Tensor]:
-    """What a log wants of an update: every stream's mean energy, and accuracies."""
-    seen = {NAMES[stream]: of.energy.mean() for stream, of in scores.items()}
-    accuracies: dict[Stream, str] = {"x": "accuracy", "x_adv": "accuracy(x~)"}
-    for stream, name in accuracies.items():
-        if stream in scores:
-            seen[name] = (scores[stream].logits.argmax(1) == y).float().mean()
-    return seen
 
 
 D = TypeVar("D")

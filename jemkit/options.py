@@ -20,8 +20,6 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
-from jemkit.runtime.opening import expanded
-
 LARGEST_USUAL = 32
 """In 1/255: L-inf radii up to here are whole numbers, which a fraction rounds."""
 
@@ -244,3 +242,15 @@ def _registry(info: ValidationInfo | SerializationInfo) -> Any:
     if "registry" not in context:
         raise PydanticCustomError("part", "a table of a part needs a registry to find its name in")
     return context["registry"]
+
+
+SIZES = (8, 64)
+"""The image sizes, in pixels, that the networks are built for."""
+
+
+def expanded(path: Path) -> Path:
+    """A path whose ~ is the user's home, where there is such a user."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path

@@ -1,19 +1,18 @@
 """The public names of jemkit, and where each is defined."""
 
-from jemkit.attack import (
-    PGD,
+from jemkit.attacks.base import (
     Attack,
-    Best,
     ModelAttack,
     Norm,
     Perturb,
     Threat,
     ball_of,
     nonstandard,
-    perturbed,
     radius_of,
     training_radius,
 )
+from jemkit.attacks.pgd import PGD, Best, perturbed
+from jemkit.attacks.pixel_model import PixelModel
 from jemkit.backbone import (
     Backbone,
     BackboneSpec,
@@ -24,24 +23,25 @@ from jemkit.backbone import (
     SamplerPart,
     StartPart,
     Steps,
-    Task,
     assemble,
     without_batch_norm,
 )
-from jemkit.data import Augmentation, Bounds, Dataset, Images, Loader, Split, Views, checked
-from jemkit.density import Buffer, Contrastive, Density, DensitySpec, ReplayBuffer
-from jemkit.distance import Distance, Measure, NoDistance
-from jemkit.energy import (
-    EnergyFn,
-    EnergyModel,
-    EnergyModelSpec,
-    LinearHead,
-    LogSumExp,
-    LogSumExpEnergy,
-    ModelEnergy,
-    Network,
-    Scores,
+from jemkit.config.layers import Table
+from jemkit.config.recipe import Recipe, resolve
+from jemkit.config.registry import Registry, installed
+from jemkit.data import (
+    Augmentation,
+    Batch,
+    Bounds,
+    Dataset,
+    Images,
+    Loader,
+    Shape,
+    Split,
     Stream,
+    Task,
+    Views,
+    checked,
 )
 from jemkit.errors import (
     ConfigError,
@@ -53,22 +53,30 @@ from jemkit.errors import (
     Preempted,
     UnknownName,
 )
-from jemkit.evaluation import evaluate
-from jemkit.evaluator import Context, Evaluator, Unmeasurable, batches
-from jemkit.exporting import load
-from jemkit.figures import Figure
-from jemkit.fitting import check
+from jemkit.evaluation.evaluate import evaluate
 from jemkit.hookspecs import hookimpl
-from jemkit.layers import Table
-from jemkit.modes import eval_mode, frozen, frozen_batch_stats
-from jemkit.networks import MLP, WRN, Adapted, NetworkSpec, Shape, SmallCNN
-from jemkit.objective import Batch, Objective, Terms, watched
+from jemkit.metrics.evaluator import Context, Evaluator, Unmeasurable, batches
+from jemkit.metrics.figures import Figure
+from jemkit.metrics.record_file import Record
+from jemkit.models.distances import Distance, Measure, NoDistance
+from jemkit.models.energy import (
+    EnergyFn,
+    EnergyModel,
+    EnergyModelSpec,
+    LinearHead,
+    LogSumExp,
+    LogSumExpEnergy,
+    ModelEnergy,
+    Network,
+    Scores,
+)
+from jemkit.models.networks import MLP, WRN, Adapted, NetworkSpec, SmallCNN
+from jemkit.objective import Objective, Terms, watched
 from jemkit.options import Options, PartOf, Radius
-from jemkit.pixels import PixelModel
-from jemkit.recipe import Recipe, resolve
-from jemkit.record import Record
-from jemkit.registry import Registry, installed
-from jemkit.sampling import (
+from jemkit.runtime.modes import eval_mode, frozen, frozen_batch_stats
+from jemkit.sampling.density import Contrastive, Density, DensitySpec
+from jemkit.sampling.init_dists import Gaussian, Mixture, Start, StartSpec, Uniform
+from jemkit.sampling.kernels import (
     PYLD,
     SGLD,
     Ball,
@@ -81,12 +89,14 @@ from jemkit.sampling import (
     gradient,
     run,
 )
-from jemkit.session import train
+from jemkit.sampling.replay_buffer import Buffer, ReplayBuffer
 from jemkit.splits import Splits
-from jemkit.starts import Gaussian, Mixture, Start, StartSpec, Uniform
 from jemkit.step import train_step
-from jemkit.training import Trainer
-from jemkit.update import SAM, Guard, Plain, Updater, UpdaterSpec, backward, moved_weights
+from jemkit.training.compatibility import check
+from jemkit.training.restore import load
+from jemkit.training.run import train
+from jemkit.training.trainer import Trainer
+from jemkit.updaters import SAM, Guard, Plain, Updater, UpdaterSpec, backward, moved_weights
 
 __all__ = [
     "MLP",

@@ -5,9 +5,10 @@ from typing import Any
 from torch import Generator
 
 from jemkit.backbone import Backbone
-from jemkit.objective import Batch, Objective, Remembering, Terms
+from jemkit.data import Batch
+from jemkit.objective import Objective, Remembering, Terms
 from jemkit.runtime import tensors
-from jemkit.update import Guard, Updater, pooled
+from jemkit.updaters import Guard, Updater, pooled
 
 
 def train_step(

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from toys import gen
 
-from jemkit.attack import ModelAttack, Threat
-from jemkit.cascade import Attacked, attacked
+from jemkit.attacks.base import ModelAttack, Threat
+from jemkit.attacks.pixel_model import PixelModel
 from jemkit.data import Images
-from jemkit.evaluator import Context, measure
-from jemkit.figures import Figure
-from jemkit.networks import SmallCNN
-from jemkit.pixels import PixelModel
+from jemkit.metrics.attack_runner import Attacked, attacked
+from jemkit.metrics.evaluator import Context, measure
+from jemkit.metrics.figures import Figure
+from jemkit.models.networks import SmallCNN
 from jemkit.testing import toy_model, toy_task
 from jemkit.testing.toys import toy_images
 

@@ -10,7 +10,7 @@ from strategies import uniform
 from torch import Tensor, nn
 from toys import gen
 
-from jemkit.networks import lent
+from jemkit.models.networks import lent
 
 
 def normed(norm: str, channels: int) -> nn.Module:

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from jemkit import PGD, Images
-from jemkit.networks import NetworkSpec, SmallCNN, lent
-from jemkit.pixels import UNIT
+from jemkit.attacks.pixel_model import UNIT
+from jemkit.models.networks import NetworkSpec, SmallCNN, lent
 
 RADIUS_PX = 25.5
 CNN = SmallCNN()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from jemkit import installed, resolve
-from jemkit.recipe import Resolved
+from jemkit.config.recipe import Resolved
 
 REGISTRY = installed(third_party=False)
 CLASSES = ("cat", "dog", "fox")

@@ -16,7 +16,7 @@ from toys import root
 from waiting import SAFETY, until
 
 from jemkit.runtime.distributed import group, shard
-from jemkit.runtime.ledger import Shard
+from jemkit.runtime.work_cache import Shard
 
 Work = Callable[..., Any]
 

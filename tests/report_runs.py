@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from jemkit import record as records
-from jemkit.evaluator import Notes
-from jemkit.figures import Figure, plain, share
-from jemkit.record import Record
+from jemkit.metrics import record as records
+from jemkit.metrics.evaluator import Notes
+from jemkit.metrics.figures import Figure, plain, share
+from jemkit.metrics.record_file import Record
 from jemkit.runtime.files import write_json
 
 N = 200

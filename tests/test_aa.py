@@ -15,14 +15,15 @@ from strategies import seeds, uniform
 from torch import Tensor, nn
 from toys import gen, linear_model
 
-from jemkit.attack import PGD, ModelAttack, Norm, Threat
-from jemkit.autoattack import Stage
-from jemkit.cascade import Attacked, attacked
+from jemkit.attacks.autoattack import Stage
+from jemkit.attacks.base import ModelAttack, Norm, Threat
+from jemkit.attacks.pgd import PGD
+from jemkit.attacks.pixel_model import UNIT, PixelModel, pixel_model
 from jemkit.data import Images
 from jemkit.errors import DataError
-from jemkit.evaluator import AnyAttack, Context
-from jemkit.modes import eval_mode, frozen
-from jemkit.pixels import UNIT, PixelModel, pixel_model
+from jemkit.metrics.attack_runner import Attacked, attacked
+from jemkit.metrics.evaluator import AnyAttack, Context
+from jemkit.runtime.modes import eval_mode, frozen
 from jemkit.testing import check_attack
 from jemkit.testing.toys import toy_images
 from jemkit_plugins import aa, apgd, square

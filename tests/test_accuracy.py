@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import toy_recipe, toy_registry
 
-from jemkit.assembly import put_together
-from jemkit.bench.accuracy import accuracy_of, errors, reference
-from jemkit.checkpoint import same
-from jemkit.energy import ModelEnergy
 from jemkit.errors import DataError
-from jemkit.modes import sampling_mode
-from jemkit.networks import SmallCNN
-from jemkit.sampling import eager_gradient
+from jemkit.models.energy import ModelEnergy
+from jemkit.models.networks import SmallCNN
+from jemkit.runtime.modes import sampling_mode
+from jemkit.runtime.pytree import same
+from jemkit.sampling.kernels import eager_gradient
 from jemkit.testing import toy_batch, toy_model, toy_task
+from jemkit.training.build import put_together
+from jemkit.training.profiling.precision_error import accuracy_of, errors, reference
 
 TASK = toy_task()
 

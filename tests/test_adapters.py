@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Generator, nn
 
-from jemkit import Adapted, Backbone, Batch, ConfigError, MisfitError, check, vision
-from jemkit.density import Buffer
-from jemkit.modes import eval_mode
-from jemkit.networks import lent
-from jemkit.sampling import PYLD
+from jemkit import Adapted, Backbone, Batch, ConfigError, MisfitError, check
+from jemkit.models.networks import lent
+from jemkit.runtime import torchvision_compat
+from jemkit.runtime.modes import eval_mode
+from jemkit.sampling.kernels import PYLD
+from jemkit.sampling.replay_buffer import Buffer
 from jemkit_plugins.adapters import Timm, Torchvision
 from jemkit_plugins.ebjdat import EBJDAT
 
@@ -64,7 +65,7 @@ def test_a_look_at_the_features_draws_nothing_and_learns_nothing() -> None:
     with lent(rng):
         network = Torchvision(model="resnet18").build(SHAPE)
     with lent(other):
-        bare = vision.torchvision().models.resnet18(weights=None)
+        bare = torchvision_compat.torchvision().models.resnet18(weights=None)
     assert torch.equal(rng.get_state(), other.get_state())
     assert network.training
     for name, tensor in bare.state_dict().items():

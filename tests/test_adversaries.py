@@ -15,12 +15,12 @@ from torch import Tensor
 from toys import REGISTRY, Flat, gen, linear_model
 
 from jemkit import PGD, Bounds
-from jemkit.attack import ModelAttack, Threat
-from jemkit.blackbox import margin
+from jemkit.attacks.base import ModelAttack, Threat
+from jemkit.attacks.pixel_model import UNIT, PixelModel
+from jemkit.attacks.random_search import margin
 from jemkit.data import Images
-from jemkit.energy import LinearEnergy, LogSumExpEnergy
 from jemkit.errors import MisfitError
-from jemkit.pixels import UNIT, PixelModel
+from jemkit.models.energy import LinearEnergy, LogSumExpEnergy
 from jemkit.testing import check_attack, toy_model, toy_task
 
 FGSM, CW, ENERGY, DETECTOR = (REGISTRY["attack"][n] for n in ("fgsm", "cw", "energy", "detector"))

@@ -10,12 +10,12 @@ from PIL import Image
 from toys import REGISTRY
 
 from jemkit import load, train
+from jemkit.config.recipe import resolve
 from jemkit.errors import DataError
-from jemkit.exporting import export
-from jemkit.foreign import import_checkpoint
-from jemkit.generation import sample
-from jemkit.recipe import resolve
+from jemkit.evaluation.export import export
+from jemkit.evaluation.sample import sample
 from jemkit.runtime.files import read_json
+from jemkit.training.pretrained import import_checkpoint
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toys import gen, linear_model
 
 from jemkit import PGD, Backbone, Bounds, perturbed
-from jemkit.pixels import PixelModel
+from jemkit.attacks.pixel_model import PixelModel
 from jemkit.testing import toy_model, toy_task
 from jemkit.testing.law import state_of
 

@@ -16,9 +16,16 @@ from torch import nn
 from toys import gen, root, toy_recipe, toy_registry
 
 from jemkit import EnergyModel, ModelEnergy, SignDescent, run
-from jemkit.assembly import put_together
-from jemkit.bench.floor import floor_of, rows
-from jemkit.bench.flops import (
+from jemkit.models.networks import MLP, WRN, SmallCNN
+from jemkit.runtime.modes import eval_mode
+from jemkit.runtime.precision import numerics
+from jemkit.runtime.pytree import same
+from jemkit.runtime.timing import fastest
+from jemkit.sampling.init_dists import Uniform
+from jemkit.sampling.kernels import SGLD, Boxed
+from jemkit.testing import toy_backbone, toy_batch, toy_model, toy_task
+from jemkit.training.build import put_together
+from jemkit.training.profiling.flops import (  # fmt: skip
     Like,
     Operation,
     counted,
@@ -31,16 +38,10 @@ from jemkit.bench.flops import (
     times,
     together,
     traffic,
-)  # fmt: skip
-from jemkit.bench.machine import fastest, measured, seconds
-from jemkit.checkpoint import same
-from jemkit.modes import eval_mode
-from jemkit.networks import MLP, WRN, SmallCNN
-from jemkit.runtime.numerics import numerics
-from jemkit.sampling import SGLD, Boxed
-from jemkit.starts import Uniform
-from jemkit.testing import toy_backbone, toy_batch, toy_model, toy_task
-from jemkit.update import SAM, Plain
+)
+from jemkit.training.profiling.machine import measured, seconds
+from jemkit.training.profiling.roofline import floor_of, rows
+from jemkit.updaters import SAM, Plain
 
 sys.path.insert(0, str(root() / "benchmarks"))
 

@@ -13,8 +13,8 @@ from strategies import labels, normal, seeds
 from toys import gen
 
 from jemkit import Context, DataError, Figure, Images, Threat, testing
-from jemkit.evaluator import measure
-from jemkit.pixels import PixelModel
+from jemkit.attacks.pixel_model import PixelModel
+from jemkit.metrics.evaluator import measure
 from jemkit.testing import toy_model, toy_task
 from jemkit_plugins.calibration import (
     COLDEST,

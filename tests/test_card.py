@@ -15,11 +15,14 @@ from hypothesis import strategies as st
 from toys import REGISTRY
 
 from jemkit import train
-from jemkit.card import LONGEST, MOST, escaped, figures_table, page, quoted
-from jemkit.exporting import export, load, verify, write_model
-from jemkit.extras import command, install
-from jemkit.figures import Figure
-from jemkit.recipe import resolve
+from jemkit.config.recipe import resolve
+from jemkit.evaluation.export import export
+from jemkit.metrics.figures import Figure
+from jemkit.runtime.extras import command, install
+from jemkit.training.model_card import LONGEST, MOST, escaped, figures_table, page, quoted
+from jemkit.training.model_files import verify
+from jemkit.training.model_folder import write_model
+from jemkit.training.restore import load
 
 HOSTILE = [
     "[x](javascript:alert(1))", "<script>alert(1)</script>", "---", "a\n---\nb: c", "# title",

@@ -20,15 +20,16 @@ from torch import Generator, Tensor, nn
 from toys import gen
 from waiting import SAFETY
 
-from jemkit.attack import PGD, Perturb, Threat
-from jemkit.cascade import Attacked, attacked
+from jemkit.attacks.base import Perturb, Threat
+from jemkit.attacks.pgd import PGD
+from jemkit.attacks.pixel_model import PixelModel, pixel_model
 from jemkit.data import Images
 from jemkit.errors import DataError, MisfitError, Preempted
-from jemkit.evaluator import Context
-from jemkit.modes import eval_mode, frozen
+from jemkit.metrics.attack_runner import Attacked, attacked
+from jemkit.metrics.evaluator import Context
 from jemkit.options import Options
-from jemkit.pixels import PixelModel, pixel_model
-from jemkit.runtime.ledger import Ledger, Piece, Shard
+from jemkit.runtime.modes import eval_mode, frozen
+from jemkit.runtime.work_cache import Ledger, Piece, Shard
 
 THREAT = Threat("Linf", 25.5)
 
@@ -446,12 +447,12 @@ SCRIPT = """
     from pathlib import Path
     import torch
     from torch import nn
-    from jemkit.attack import PGD, Threat
-    from jemkit.cascade import attacked
+    from jemkit.attacks.pgd import PGD; from jemkit.attacks.base import Threat
+    from jemkit.metrics.attack_runner import attacked
     from jemkit.data import Images
-    from jemkit.evaluator import Context
-    from jemkit.modes import eval_mode, frozen
-    from jemkit.pixels import pixel_model
+    from jemkit.metrics.evaluator import Context
+    from jemkit.runtime.modes import eval_mode, frozen
+    from jemkit.attacks.pixel_model import pixel_model
 
     class Slow(nn.Module):
         def __init__(self, delay):

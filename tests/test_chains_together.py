@@ -12,14 +12,15 @@ from torch import Generator, Tensor
 from toys import REGISTRY, gen, toy_recipe, toy_registry
 
 from jemkit import Contrastive, MisfitError, train
-from jemkit.attack import Threat
-from jemkit.density import LEAST, even_batches, together
+from jemkit.attacks.base import Threat
+from jemkit.attacks.pixel_model import PixelModel
 from jemkit.errors import UsageError
-from jemkit.evaluator import Context
-from jemkit.generation import TOGETHER, portions, sample
-from jemkit.networks import SmallCNN
-from jemkit.pixels import PixelModel
-from jemkit.starts import Labelled, Mixture, Start, UniformStart
+from jemkit.evaluation.sample import sample
+from jemkit.metrics.evaluator import Context
+from jemkit.metrics.samples import TOGETHER, portions
+from jemkit.models.networks import SmallCNN
+from jemkit.sampling.density import LEAST, even_batches, together
+from jemkit.sampling.init_dists import Labelled, Mixture, Start, UniformStart
 from jemkit.testing import toy_model, toy_task
 from jemkit.testing.toys import toy_backbone
 

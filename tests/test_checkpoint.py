@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from strategies import normal, seeds
 from toys import gen
 
-from jemkit import DataError, checkpoint
-from jemkit.checkpoint import FILES, MANIFEST, MODEL, same
+from jemkit import DataError
+from jemkit.runtime import checkpoint
+from jemkit.runtime.checkpoint import FILES, MANIFEST, MODEL
+from jemkit.runtime.pytree import same
 from jemkit.testing import toy_model, toy_task
 
 TASK = toy_task()

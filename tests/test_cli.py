@@ -18,7 +18,7 @@ from imagefolders import split_folder
 from PIL import Image
 
 from jemkit import installed, resolve
-from jemkit.recipe import complete
+from jemkit.config.recipe import complete
 
 CLASSIFIER = (
     "--backbone=classifier",
@@ -475,7 +475,7 @@ class TestHelp:
             capture_output=True, text=True, check=True, cwd=tmp_path,
         )  # fmt: skip
         loaded = set(done.stdout.splitlines()[-1].split())
-        assert "jemkit.plan" in loaded
+        assert "jemkit.training.plan" in loaded
         assert not loaded & {
             "torch._dynamo", "torch._inductor", "torch.utils.tensorboard", "sympy", "sklearn",
             "scipy", "matplotlib", "torchvision", "timm", "lpips", "tensorboard", "pyautoattack",

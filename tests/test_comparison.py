@@ -12,12 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_runs import RECIPE, bare_run, full_record, record
 
-from jemkit import record as records
-from jemkit.comparison import compare, newest, over_seeds, paired
 from jemkit.errors import ConfigError, DataError
-from jemkit.figures import plain
-from jemkit.record import Record
-from jemkit.trilemma import Judged, Line, differing, read_runs, shown, shown_interval, trilemma
+from jemkit.evaluation.compare import compare, newest, over_seeds, paired
+from jemkit.evaluation.run_table import (
+    Judged,
+    Line,
+    differing,
+    read_runs,
+    shown,
+    shown_interval,
+    trilemma,
+)
+from jemkit.metrics import record as records
+from jemkit.metrics.figures import plain
+from jemkit.metrics.record_file import Record
 
 
 def judged(name: str, found: Record, seed: int = 0, **recipe: object) -> Judged:

@@ -9,19 +9,19 @@ from torch import Tensor
 from toys import backbone_of, gen, objective_of, updater_of
 
 from jemkit import SGLD, Guard, ModelEnergy, run, train_step
-from jemkit.compiled import (
+from jemkit.models.distances import L2, Logits
+from jemkit.models.networks import WRN, SmallCNN
+from jemkit.runtime.modes import eval_mode, frozen, sampling_mode
+from jemkit.sampling.compile import (
     CUDA_MODE,
     CompiledGradient,
     as_cuda_graph,
-    compiled_chains,
     compiled_gradients,
     pays_after,
 )
-from jemkit.distance import L2, Logits
-from jemkit.modes import eval_mode, frozen, sampling_mode
-from jemkit.networks import WRN, SmallCNN
-from jemkit.sampling import eager_gradient, gradient, slope_at
+from jemkit.sampling.kernels import eager_gradient, gradient, slope_at
 from jemkit.testing import toy_batch, toy_model, toy_task
+from jemkit.training.objective_contexts import compiled_chains
 
 TASK = toy_task()
 BATCH = toy_batch(TASK)

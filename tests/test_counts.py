@@ -15,11 +15,11 @@ from toys import backbone_of, gen, objective_of, updater_of
 
 from jemkit import PGD, PYLD, SGLD, Guard, ModelEnergy, SignDescent, run, train_step
 from jemkit.data import Augmentation, Images, Loader, Views
-from jemkit.density import Buffer
-from jemkit.modes import frozen
-from jemkit.networks import SmallCNN
-from jemkit.sampling import Boxed, L2Descent, Projected, Sampler
-from jemkit.starts import Uniform
+from jemkit.models.networks import SmallCNN
+from jemkit.runtime.modes import frozen
+from jemkit.sampling.init_dists import Uniform
+from jemkit.sampling.kernels import Boxed, L2Descent, Projected, Sampler
+from jemkit.sampling.replay_buffer import Buffer
 from jemkit.testing import toy_batch, toy_model, toy_task
 
 TASK = toy_task()

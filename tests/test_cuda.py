@@ -11,18 +11,19 @@ from torch import Tensor
 from toys import backbone_of, objective_of, tiny, toy_recipe, toy_registry
 
 from jemkit import PYLD, SGLD, Backbone, Batch, Diverged, Guard, Terms, Trainer, train_step
-from jemkit.checkpoint import same
-from jemkit.compiled import Backend, CompiledGradient, compiled_chains
-from jemkit.energy import ModelEnergy
-from jemkit.memory import MicroBatch
-from jemkit.modes import sampling_mode
-from jemkit.networks import WRN, SmallCNN
-from jemkit.runtime import sharding
-from jemkit.runtime.folder import RunFolder
-from jemkit.runtime.numerics import numerics
-from jemkit.sampling import L2Descent, SignDescent, eager_gradient
+from jemkit.models.energy import ModelEnergy
+from jemkit.models.networks import WRN, SmallCNN
+from jemkit.runtime import fsdp
+from jemkit.runtime.microbatch import MicroBatch
+from jemkit.runtime.modes import sampling_mode
+from jemkit.runtime.precision import numerics
+from jemkit.runtime.pytree import same
+from jemkit.runtime.run_dir import RunFolder
+from jemkit.sampling.compile import Backend, CompiledGradient
+from jemkit.sampling.kernels import L2Descent, SignDescent, eager_gradient
 from jemkit.testing import toy_batch, toy_model, toy_task
-from jemkit.update import EMA
+from jemkit.training.objective_contexts import compiled_chains
+from jemkit.updaters import EMA
 
 pytestmark = pytest.mark.cuda
 TASK = toy_task()
@@ -201,13 +202,13 @@ def test_weights_in_shares_move_on_the_device_as_whole_ones(updater: str) -> Non
         for shared in (False, True):
             backbone, guard = on_gpu("jempp", sampler=PYLD()), Guard()
             if shared:
-                sharding.shard(backbone.model, batch().x[:1])
+                fsdp.shard(backbone.model, batch().x[:1])
             optimizer = torch.optim.SGD(backbone.model.parameters(), lr=0.01, momentum=0.9)
             moved = tiny("updater", updater).build(backbone.model, optimizer)
             for _ in range(2):
                 train_step(backbone, objective_of("jem"), moved, batch(), generator(1), guard)
             guard.settle()
-            ends.append(sharding.whole(dict(backbone.model.named_parameters())))
+            ends.append(fsdp.whole(dict(backbone.model.named_parameters())))
     for name, p in ends[0].items():
         torch.testing.assert_close(ends[1][name], p.detach().cpu(), rtol=1e-3, atol=1e-4)
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from toys import Toy, gen
 
 from jemkit import Augmentation, Bounds, ConfigError, DataError, Images, Loader, Splits, Views
-from jemkit.checkpoint import same
 from jemkit.data import augmented, checked
+from jemkit.runtime.pytree import same
 from jemkit.testing.toys import toy_images
 
 

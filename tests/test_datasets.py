@@ -22,8 +22,8 @@ from pydantic import ValidationError
 
 from jemkit.data import Augmentation, Dataset, NamesClasses, Split
 from jemkit.errors import DataError
+from jemkit.runtime.torchvision_compat import torchvision
 from jemkit.splits import stratified_parts
-from jemkit.vision import torchvision
 from jemkit_plugins.datasets import CIFAR10, CIFAR100, SVHN, Digits, jemkit_datasets
 from jemkit_plugins.folder import Folder
 from jemkit_plugins.folder import jemkit_datasets as jemkit_folders

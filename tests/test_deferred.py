@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_leaves
 from toys import backbone_of, gen, objective_of, toy_recipe, toy_registry
 
 from jemkit import Diverged, Guard, Options, Plain, Terms, Trainer, hookimpl, train_step
-from jemkit.checkpoint import complete, load
-from jemkit.recovery import step_of
-from jemkit.registry import Plugin
-from jemkit.runtime.folder import RunFolder
+from jemkit.config.registry import Plugin
+from jemkit.runtime.checkpoint import complete, load
+from jemkit.runtime.run_dir import RunFolder
 from jemkit.testing import toy_batch, toy_task
+from jemkit.training.rollback import step_of
 
 EPOCH, AT = 6, 8  # steps; the one that is not finite
 TASK = toy_task()

@@ -9,12 +9,12 @@ from torch import Tensor
 from toys import BACKBONES, backbone_of, gen, linear_model, toy_recipe, toy_registry
 
 from jemkit import SGLD, Bounds, Buffer, ConfigError, Contrastive, MisfitError, ReplayBuffer
-from jemkit.assembly import put_together
-from jemkit.checkpoint import same
-from jemkit.modes import batch_norms
-from jemkit.starts import Uniform, UniformStart
+from jemkit.runtime.modes import batch_norms
+from jemkit.runtime.pytree import same
+from jemkit.sampling.init_dists import Uniform, UniformStart
 from jemkit.testing import toy_backbone, toy_batch, toy_task
 from jemkit.testing.law import state_of
+from jemkit.training.build import put_together
 
 TASK = toy_task()
 CAPACITY = "backbone.buffer.capacity"

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import toy_recipe, toy_registry
 
-from jemkit import ConfigError, DataError, Preempted, Trainer, checkpoint, train
-from jemkit.runtime import disk
+from jemkit import ConfigError, DataError, Preempted, Trainer, train
+from jemkit.runtime import checkpoint, disk
 from jemkit.runtime.files import append_text, drop_torn_line
-from jemkit.runtime.folder import RunFolder
 from jemkit.runtime.lock import LOCK, locked
-from jemkit.session import still_needed
+from jemkit.runtime.run_dir import RunFolder
+from jemkit.training.run import still_needed
 
 REGISTRY = toy_registry()
 

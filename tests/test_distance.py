@@ -8,7 +8,7 @@ from strategies import normal, seeds, uniform
 from toys import linear_model
 
 from jemkit import Bounds, gradient
-from jemkit.distance import L2, Logits, NoDistance
+from jemkit.models.distances import L2, Logits, NoDistance
 from jemkit.testing import toy_model, toy_task
 
 TASK = toy_task()

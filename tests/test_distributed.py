@@ -16,15 +16,15 @@ from toys import backbone_of, gen, objective_of, toy_task, updater_of
 
 from jemkit import Backbone, Batch, ConfigError, Diverged, Guard, MisfitError, Plain, Terms
 from jemkit.data import Augmentation, Bounds, Loader, Views
-from jemkit.dealing import dealt
-from jemkit.modes import frozen_batch_stats, sampling_mode
-from jemkit.networks import SmallCNN
+from jemkit.models.networks import SmallCNN
+from jemkit.models.norms import SyncBatchNorm
 from jemkit.runtime import distributed
-from jemkit.runtime.ledger import WHOLE, Shard
-from jemkit.runtime.syncnorm import SyncBatchNorm
-from jemkit.runtime.trees import same
-from jemkit.team import packed, unpacked
+from jemkit.runtime.modes import frozen_batch_stats, sampling_mode
+from jemkit.runtime.pytree import same
+from jemkit.runtime.work_cache import WHOLE, Shard
 from jemkit.testing import toy_batch
+from jemkit.training.leader import packed, unpacked
+from jemkit.training.reshard import dealt
 
 TASK = toy_task()
 UPDATERS = ("plain", "sam", "awp")

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from jemkit.recipe import resolve
-from jemkit.registry import installed
+from jemkit.config.recipe import resolve
+from jemkit.config.registry import installed
 from jemkit.testing import check_evaluator, check_objective, check_sampler
 
 ROOT = Path(__file__).parents[1]
@@ -104,10 +104,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor
 from jemkit import Backbone, Batch, Context, Figure, Images, Options, PixelModel, Terms
-from jemkit.energy import EnergyFn
-from jemkit.evaluator import batches
+from jemkit.models.energy import EnergyFn
+from jemkit.metrics.evaluator import batches
 from jemkit.objective import watched
-from jemkit.sampling import gradient, noise_like
+from jemkit.sampling.kernels import gradient, noise_like
 """
 
 

@@ -13,9 +13,9 @@ from cli_tools import environment
 from toys import REGISTRY, root
 from typer.testing import CliRunner
 
-from jemkit import doctor
-from jemkit.doctor import LAWS, Check, diagnose, healthy, self_test
-from jemkit.registry import Fault, Registry
+from jemkit.config.registry import Fault, Registry
+from jemkit.testing import doctor
+from jemkit.testing.doctor import LAWS, Check, diagnose, healthy, self_test
 from jemkit_cli.doctor import doctor as command
 
 SOUND = Registry(REGISTRY.shelves, REGISTRY.recipes, [])
@@ -82,7 +82,7 @@ def test_weights_are_found_in_torchs_cache_and_never_downloaded(
 
 
 def test_the_caches_have_the_names_that_are_read() -> None:
-    from jemkit.vision import torchvision
+    from jemkit.runtime.torchvision_compat import torchvision
 
     url = torchvision().models.AlexNet_Weights.IMAGENET1K_V1.url
     assert Path(url).name == doctor.CACHES["LPIPS trunk"][0]

@@ -13,10 +13,10 @@ from torch import Tensor
 from toys import backbone_of, gen, linear_model, objective_of
 
 from jemkit import Backbone, Batch, EnergyModel, Images
-from jemkit.checkpoint import same
-from jemkit.distance import L2, Logits
-from jemkit.networks import MLP
-from jemkit.sampling import chain
+from jemkit.models.distances import L2, Logits
+from jemkit.models.networks import MLP
+from jemkit.runtime.pytree import same
+from jemkit.sampling.kernels import chain
 from jemkit.testing import toy_backbone, toy_batch, toy_model, toy_task
 from jemkit.testing.law import state_of
 from jemkit_plugins.ebjdat import EBJDAT, Draws

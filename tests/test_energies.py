@@ -12,13 +12,13 @@ from torch import Generator, Tensor, nn
 from toys import REGISTRY, gen
 
 from jemkit import Context, Figure, Options, PixelModel, Preempted, Threat, testing
-from jemkit.cascade import attacked
-from jemkit.energy import EnergyFn
-from jemkit.evaluation import evaluate
-from jemkit.evaluator import measure
-from jemkit.histograms import bin_edges, histograms, shares
-from jemkit.modes import eval_mode, frozen
-from jemkit.robustness import PGD20, energies, energy_gaps, gaps
+from jemkit.evaluation.evaluate import evaluate
+from jemkit.metrics.attack_runner import attacked
+from jemkit.metrics.energy_gap import PGD20, energies, energy_gaps, gaps
+from jemkit.metrics.evaluator import measure
+from jemkit.metrics.figures import bin_edges, histograms, shares
+from jemkit.models.energy import EnergyFn
+from jemkit.runtime.modes import eval_mode, frozen
 from jemkit.testing import toy_backbone, toy_model, toy_task
 from jemkit_plugins.energies import Energies, energy_path, overlap, wasserstein
 

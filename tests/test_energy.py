@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from toys import gen, linear_model
 
 from jemkit import Backbone, LogSumExpEnergy, ModelEnergy, Scores
-from jemkit.energy import LinearEnergy, LogitEnergy
-from jemkit.networks import Adapted, lent
+from jemkit.models.energy import LinearEnergy, LogitEnergy
+from jemkit.models.networks import Adapted, lent
 from jemkit.testing import toy_model, toy_task
 
 

@@ -13,7 +13,7 @@ import pytest
 from cli_tools import SHORT, command, environment, jemkit, process
 from waiting import until
 
-from jemkit import record as records
+from jemkit.metrics import record as records
 from jemkit_cli import progress
 
 QUIET = ("--set", "robustness.indicators=false")
@@ -198,7 +198,7 @@ def test_a_full_disk_keeps_the_record_that_was_there(run: Path, tmp_path: Path) 
     judged(run, tmp_path, "--max-images", "30")
     before = (tmp_path / "evaluation.json").read_bytes()
     script = (
-        "import resource, sys; from jemkit_cli.app import main; import jemkit.evaluation;"
+        "import resource, sys; from jemkit_cli.app import main; import jemkit.evaluation.evaluate;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); main(sys.argv[1:])"
     )
     done = subprocess.run(

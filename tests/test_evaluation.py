@@ -13,14 +13,20 @@ from toys import REGISTRY, gen, linear_model
 
 import jemkit as api
 from jemkit import ConfigError, Figure, Images, PixelModel, UnknownName
-from jemkit import record as records
-from jemkit.evaluation import judge
-from jemkit.evaluator import Notes
-from jemkit.figures import paired_difference
-from jemkit.record import Record
+from jemkit.config.eval_settings import (
+    attacks_of,
+    evaluators_of,
+    options_of,
+    settings_of,
+    threat_of,
+)
+from jemkit.evaluation.evaluate import judge
+from jemkit.evaluation.subjects import subject_of
+from jemkit.metrics import record as records
+from jemkit.metrics.evaluator import Notes
+from jemkit.metrics.figures import paired_difference
+from jemkit.metrics.record_file import Record
 from jemkit.runtime.files import load_tensors
-from jemkit.settings import attacks_of, evaluators_of, options_of, settings_of, threat_of
-from jemkit.subjects import subject_of
 from jemkit.testing import toy_task
 
 TASK = toy_task()

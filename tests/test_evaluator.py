@@ -11,12 +11,12 @@ from torch import Tensor
 from toys import gen, linear_model
 
 from jemkit import PGD, Bounds, DataError, EnergyModel, Figure, Images, PixelModel
-from jemkit.attack import Threat
-from jemkit.cascade import attacked
-from jemkit.checkpoint import same
-from jemkit.evaluator import Accuracy, Context, measure
-from jemkit.figures import share
-from jemkit.robustness import Robustness
+from jemkit.attacks.base import Threat
+from jemkit.metrics.attack_runner import attacked
+from jemkit.metrics.energy_gap import Robustness
+from jemkit.metrics.evaluator import Accuracy, Context, measure
+from jemkit.metrics.figures import share
+from jemkit.runtime.pytree import same
 from jemkit.testing import toy_model, toy_task
 from jemkit.testing.law import state_of
 

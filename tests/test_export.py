@@ -15,20 +15,27 @@ from imagefolders import split_folder
 from toys import REGISTRY, toy_recipe, toy_registry
 from typer.testing import CliRunner
 
-from jemkit import checkpoint, evaluate, exporting, train
-from jemkit import record as records
+from jemkit import evaluate, train
+from jemkit.attacks.pixel_model import pixel_model
+from jemkit.config.eval_settings import settings_of
+from jemkit.config.registry import Registry
 from jemkit.errors import ConfigError, DataError, MisfitError
-from jemkit.evaluation import judge
-from jemkit.exporting import CARD, CONFIG, export, load, push, verify, write_model
-from jemkit.extras import install
-from jemkit.generation import TOGETHER, asked, drawn, sample
-from jemkit.moments import MOMENTS
-from jemkit.pixels import pixel_model
-from jemkit.plan import plan
-from jemkit.registry import Registry
+from jemkit.evaluation import export as exporting
+from jemkit.evaluation.evaluate import judge
+from jemkit.evaluation.export import export
+from jemkit.evaluation.sample import asked, drawn, sample
+from jemkit.evaluation.subjects import subject_at
+from jemkit.metrics import record as records
+from jemkit.metrics.samples import TOGETHER
+from jemkit.runtime import checkpoint
+from jemkit.runtime.extras import install
 from jemkit.runtime.files import load_tensors, read_json, write_json
-from jemkit.settings import settings_of
-from jemkit.subjects import WEIGHTS, subject_at
+from jemkit.sampling.moments import MOMENTS
+from jemkit.training import restore
+from jemkit.training.model_files import CARD, CONFIG, WEIGHTS, verify
+from jemkit.training.model_folder import push, write_model
+from jemkit.training.plan import plan
+from jemkit.training.restore import load
 from jemkit_cli.foreign import export_model
 
 CPU = torch.device("cpu")
@@ -381,7 +388,7 @@ def test_an_exported_model_samples_where_no_training_image_is_left(
     monkeypatch.setenv("JEMKIT_CACHE", str(tmp_path / "none"))
     try:
         assert torch.equal(sample(folder, registry=parts, n=7, steps=3).pixels, wanted)
-        assert exporting.load(folder, registry=parts)(torch.rand(2, 1, 8, 8)).shape == (2, 2)
+        assert restore.load(folder, registry=parts)(torch.rand(2, 1, 8, 8)).shape == (2, 2)
         with pytest.raises(DataError, match=r"--data-dir DIR.*--start uniform"):
             sample(folder, registry=parts, n=7, steps=3, start="gaussian")
         there = {"dir": str(hidden)}

@@ -22,13 +22,13 @@ from torch import Tensor
 from toys import REGISTRY
 from typer.testing import CliRunner
 
-from jemkit.energy import LinearHead, LogSumExp
 from jemkit.errors import ConfigError, DataError
-from jemkit.exporting import verify
-from jemkit.foreign import FORMATS, Format, import_checkpoint, read_checkpoint
-from jemkit.foreign.layouts import looks_like, read_layout
-from jemkit.modes import eval_mode
-from jemkit.subjects import subject_at
+from jemkit.evaluation.subjects import subject_at
+from jemkit.models.energy import LinearHead, LogSumExp
+from jemkit.runtime.modes import eval_mode
+from jemkit.training.model_files import verify
+from jemkit.training.pretrained import FORMATS, Format, import_checkpoint, read_checkpoint
+from jemkit.training.pretrained.layouts import looks_like, read_layout
 from jemkit_cli.foreign import import_model
 
 PUBLISHED = Path(__file__).parents[1].parent / "shared" / "data" / "checkpoints"

@@ -14,8 +14,8 @@ from strategies import normal, seeds
 from torch import Tensor, nn
 from toys import gen
 
-from jemkit.features import Seen, of_module
-from jemkit.fidelity import (
+from jemkit.metrics.features import Seen, of_module
+from jemkit.metrics.fid import (
     Moments,
     frechet,
     inception_score,
@@ -25,9 +25,9 @@ from jemkit.fidelity import (
     nearest_rows,
     precision_recall,
 )
-from jemkit.networks import lent
-from jemkit.pictures import to_bytes
-from jemkit.vision import torchvision
+from jemkit.metrics.plots import to_bytes
+from jemkit.models.networks import lent
+from jemkit.runtime.torchvision_compat import torchvision
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 RESNET = DATA / "checkpoints" / "resnet20-12fca82f.th"

@@ -19,25 +19,25 @@ from torch import Tensor, nn
 from toys import REGISTRY, gen
 
 from jemkit import PixelModel
-from jemkit.attack import Threat
+from jemkit.attacks.base import Threat
+from jemkit.attacks.pixel_model import Stranger
+from jemkit.config.eval_settings import evaluators_of, settings_of
 from jemkit.data import Images
-from jemkit.density import Density
 from jemkit.errors import ConfigError, DataError, MisfitError, Preempted
-from jemkit.evaluator import Context, Unmeasurable, measure
-from jemkit.features import WEIGHTS as INCEPTION_FILE
-from jemkit.features import Features, Seen, inception, inception_file, of_module, own
-from jemkit.fidelity import Moments, frechet
-from jemkit.figures import Figure
-from jemkit.networks import lent
-from jemkit.pictures import to_bytes
-from jemkit.pixels import Stranger
-from jemkit.runtime.ledger import Shard
-from jemkit.samples import Drawn, fresh
-from jemkit.settings import evaluators_of, settings_of
-from jemkit.starts import UniformStart
+from jemkit.metrics.evaluator import Context, Unmeasurable, measure
+from jemkit.metrics.features import WEIGHTS as INCEPTION_FILE
+from jemkit.metrics.features import Features, Seen, inception, inception_file, of_module, own
+from jemkit.metrics.fid import Moments, frechet
+from jemkit.metrics.figures import Figure
+from jemkit.metrics.plots import to_bytes
+from jemkit.metrics.samples import Drawn, fresh
+from jemkit.models.networks import lent
+from jemkit.runtime.torchvision_compat import torchvision
+from jemkit.runtime.work_cache import Shard
+from jemkit.sampling.density import Density
+from jemkit.sampling.init_dists import UniformStart
 from jemkit.testing import toy_model, toy_task
 from jemkit.testing.toys import toy_backbone
-from jemkit.vision import torchvision
 from jemkit_plugins.generation import Generation
 
 TASK = toy_task(n_train=40)

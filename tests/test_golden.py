@@ -9,9 +9,10 @@ import pytest
 import torch
 from toys import toy_recipe, toy_registry
 
-from jemkit import Trainer, checkpoint
-from jemkit.checkpoint import differing
-from jemkit.runtime.folder import RunFolder
+from jemkit import Trainer
+from jemkit.runtime import checkpoint
+from jemkit.runtime.pytree import differing
+from jemkit.runtime.run_dir import RunFolder
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from toys import linear_model
 
 from jemkit import PixelModel
-from jemkit.bytecode import package
-from jemkit.identity import identity_of
+from jemkit.metrics.bytecode import package
+from jemkit.metrics.identity import identity_of
 
 FACTOR = 2.0
 
@@ -217,7 +217,7 @@ def ordered(value: Any) -> Any:
 ELSEWHERE = """
 import functools, sys, torch
 from torch import nn
-from jemkit.identity import identity_of
+from jemkit.metrics.identity import identity_of
 class Net(nn.Module):
     def __init__(self):
         super().__init__()

@@ -17,9 +17,9 @@ from PIL import Image
 
 from jemkit.data import OffersValidation
 from jemkit.errors import DataError
-from jemkit.imagefolder.layout import role_of
-from jemkit.imagefolder.listing import listing
-from jemkit.imagefolder.pixels import opened, pixels
+from jemkit.runtime.imagefolder.layout import role_of
+from jemkit.runtime.imagefolder.listing import listing
+from jemkit.runtime.imagefolder.pixels import opened, pixels
 from jemkit.splits import Splits
 from jemkit_plugins.folder import Folder
 

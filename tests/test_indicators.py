@@ -22,17 +22,17 @@ from torch import Tensor, nn
 from toys import REGISTRY, gen, linear_model
 
 from jemkit import Images
-from jemkit.anchor import anchored
-from jemkit.attack import PGD, Norm, Threat
-from jemkit.blackbox import margin, random_search
-from jemkit.cascade import Attacked, attacked
-from jemkit.checkpoint import same
-from jemkit.evaluator import Context
-from jemkit.indicators import Finding, at_least, examine, surely
-from jemkit.indicators.against import aa_under_pgd
-from jemkit.modes import eval_mode, frozen
-from jemkit.networks import MLP
-from jemkit.pixels import PixelModel, pixel_model
+from jemkit.attacks.base import Norm, Threat
+from jemkit.attacks.pgd import PGD
+from jemkit.attacks.pixel_model import PixelModel, anchored, pixel_model
+from jemkit.attacks.random_search import margin, random_search
+from jemkit.metrics.attack_runner import Attacked, attacked
+from jemkit.metrics.evaluator import Context
+from jemkit.metrics.indicators import Finding, at_least, examine, surely
+from jemkit.metrics.indicators.against import aa_under_pgd
+from jemkit.models.networks import MLP
+from jemkit.runtime.modes import eval_mode, frozen
+from jemkit.runtime.pytree import same
 from jemkit.testing.law import state_of
 
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]

@@ -13,9 +13,10 @@ import pytest
 from cli_tools import Outcome, command, environment, process
 from waiting import until
 
-from jemkit import Options, hookimpl, probing
-from jemkit.probing import Refused, contained, told
-from jemkit.registry import Plugin, registry_of
+from jemkit import Options, hookimpl
+from jemkit.config import probing
+from jemkit.config.probing import Refused, contained, told
+from jemkit.config.registry import Plugin, registry_of
 from jemkit.runtime.files import read_json
 
 GOOD = """
@@ -151,7 +152,9 @@ def test_an_interrupt_while_a_plug_in_is_probed_or_imported_ends_with_130(tmp_pa
         assert (running.returncode, out, err) == (130, "", "interrupted\n")
 
     interrupted(2)  # by the child
-    parent = "import jemkit.probing, sys\nif 'jemkit_cli.app' not in sys.modules: sys.exit()\n"
+    parent = (
+        "import jemkit.config.probing, sys\nif 'jemkit_cli.app' not in sys.modules: sys.exit()\n"
+    )
     (tmp_path / "log").unlink()
     place(site, "waits", parent + waits.format(""))  # the child goes on
     interrupted(2)

@@ -11,9 +11,9 @@ from torch import Tensor
 from toys import toy_recipe, toy_registry
 
 from jemkit import Guard, Terms, Trainer
-from jemkit.runtime.clock import Stopwatch, settle
-from jemkit.runtime.folder import RunFolder
-from jemkit.runtime.journal import Journal
+from jemkit.runtime.run_dir import RunFolder
+from jemkit.runtime.timing import Stopwatch, settle
+from jemkit.training.metrics_log import Journal
 
 LAUNCH, WORK = 0.5, 4.0
 """Seconds that a step takes the host, and the device behind it."""

@@ -5,7 +5,7 @@ from toys import REGISTRY
 from zoo import cifar10, resnet2b, resnet20
 
 import jemkit as api
-from jemkit.record import Record
+from jemkit.metrics.record_file import Record
 
 QUIET = {"robustness": {"indicators": False}}
 

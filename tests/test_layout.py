@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from jemkit.layout import laid_out
-from jemkit.networks import SmallCNN
+from jemkit.models.networks import SmallCNN
 from jemkit.testing import toy_model, toy_task
+from jemkit.training.memory_format import laid_out
 
 TASK = toy_task()
 CPU = torch.device("cpu")

@@ -17,11 +17,11 @@ from toys import (
 )
 
 from jemkit import Backbone, Batch, ConfigError, Guard, Options, Terms, train_step
-from jemkit.assembly import put_together
 from jemkit.data import Views
-from jemkit.modes import batch_norms
 from jemkit.objective import NamesStreams
+from jemkit.runtime.modes import batch_norms
 from jemkit.testing import toy_batch, toy_task
+from jemkit.training.build import put_together
 
 TASK = toy_task()
 PAIRS = sorted({(backbone, objective) for backbone, objective, _ in MATRIX})

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jemkit.data import Bounds
-from jemkit.distance import Distance
 from jemkit.errors import ConfigError, DataError, MisfitError
-from jemkit.vision import torchvision
+from jemkit.models.distances import Distance
+from jemkit.runtime.torchvision_compat import torchvision
 from jemkit_plugins.lpips import LPIPS, jemkit_distances, network
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data" / "lpips"

@@ -6,7 +6,7 @@ import torch
 from toys import MATRIX, MISFITS, UPDATERS, backbone_of, gen, objective_of, updater_of
 
 from jemkit import Backbone, Guard, MisfitError, check, train_step
-from jemkit.checkpoint import same
+from jemkit.runtime.pytree import same
 from jemkit.testing import toy_batch, toy_task
 from jemkit.testing.law import plain, state_of
 

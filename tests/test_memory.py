@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from toys import backbone_of, gen, objective_of
 
 from jemkit import PGD, SGLD, ModelEnergy, SignDescent, run
-from jemkit.sampling import L2Descent
+from jemkit.sampling.kernels import L2Descent
 from jemkit.testing import toy_batch, toy_model, toy_task
 
 TASK = toy_task()

@@ -27,27 +27,28 @@ from toys import (
 
 import jemkit as api
 from jemkit import PGD, PYLD, SGLD, Guard, ModelEnergy, SignDescent, Terms, Trainer, run, train_step
-from jemkit.attack import Threat
-from jemkit.cascade import attacked
-from jemkit.checkpoint import load, same
-from jemkit.compiled import CompiledGradient
-from jemkit.density import Contrastive
+from jemkit.attacks.base import Threat
+from jemkit.attacks.pixel_model import PixelModel, pixel_model
+from jemkit.attacks.purification import Refined, Refinement
+from jemkit.config.registry import Plugin
 from jemkit.errors import OutOfMemory
-from jemkit.evaluator import Context
-from jemkit.exporting import export
-from jemkit.generation import sample
-from jemkit.memory import MicroBatch, fitted, out_of_memory
-from jemkit.modes import eval_mode, frozen, frozen_batch_stats
-from jemkit.networks import SmallCNN
-from jemkit.norms import Norm
-from jemkit.pixels import PixelModel, pixel_model
-from jemkit.refined import Refined, Refinement
-from jemkit.registry import Plugin
+from jemkit.evaluation.export import export
+from jemkit.evaluation.sample import sample
+from jemkit.metrics.attack_runner import attacked
+from jemkit.metrics.evaluator import Context
+from jemkit.models.networks import SmallCNN
+from jemkit.models.norms import Norm
 from jemkit.runtime import distributed
-from jemkit.runtime.folder import RunFolder
-from jemkit.runtime.numerics import in_bf16
-from jemkit.sampling import L2Descent, Sampler
+from jemkit.runtime.checkpoint import load
+from jemkit.runtime.microbatch import MicroBatch, fitted, out_of_memory
+from jemkit.runtime.modes import eval_mode, frozen, frozen_batch_stats
+from jemkit.runtime.pytree import same
+from jemkit.runtime.run_dir import RunFolder
+from jemkit.sampling.compile import CompiledGradient
+from jemkit.sampling.density import Contrastive
+from jemkit.sampling.kernels import L2Descent, Sampler
 from jemkit.testing import toy_batch, toy_model, toy_task
+from jemkit.training.objective_contexts import in_bf16
 
 TASK = toy_task()
 B = 6

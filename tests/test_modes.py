@@ -8,7 +8,7 @@ import torch
 from strategies import normal
 from torch import nn
 
-from jemkit.modes import eval_mode, frozen, frozen_batch_stats, sampling_mode
+from jemkit.runtime.modes import eval_mode, frozen, frozen_batch_stats, sampling_mode
 from jemkit.testing import toy_model, toy_task
 from jemkit.testing.law import state_of
 

@@ -8,9 +8,9 @@ from strategies import normal
 from torch import Tensor, nn
 from toys import gen
 
-from jemkit.modes import eval_mode, frozen
-from jemkit.networks import MLP, WRN, SmallCNN, lent
-from jemkit.norms import Norm, norm_layer
+from jemkit.models.networks import MLP, WRN, SmallCNN, lent
+from jemkit.models.norms import Norm, norm_layer
+from jemkit.runtime.modes import eval_mode, frozen
 
 
 def built(spec: WRN | SmallCNN | MLP, *shape: int) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import nn
 from toys import REGISTRY, root
 
 import jemkit
-from jemkit.runtime.numerics import (
+from jemkit.runtime.precision import (
     BACKENDS,
     GENERIC,
     OPERATIONS,
@@ -90,7 +90,7 @@ def test_a_model_may_ask_for_the_older_switches_as_a_new_process_has_them() -> N
     import sys
 
     code = (
-        "import torch; from jemkit.runtime.numerics import numerics\n"
+        "import torch; from jemkit.runtime.precision import numerics\n"
         "b = torch.backends\n"
         "for precision, fast in ('fp32', False), ('tf32', True), ('bf16', False):\n"
         "    with numerics(precision=precision):\n"

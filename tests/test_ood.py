@@ -23,10 +23,10 @@ from jemkit import (
     Threat,
     testing,
 )
-from jemkit.evaluation import evaluate
-from jemkit.evaluator import measure
-from jemkit.pixels import PixelModel, pixel_model
-from jemkit.subjects import others_of
+from jemkit.attacks.pixel_model import PixelModel, pixel_model
+from jemkit.evaluation.evaluate import evaluate
+from jemkit.evaluation.subjects import others_of
+from jemkit.metrics.evaluator import measure
 from jemkit.testing import toy_model, toy_task
 from jemkit_plugins import datasets
 from jemkit_plugins.ood import (

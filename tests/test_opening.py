@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jemkit import DataError
-from jemkit.foreign.reading import read_checkpoint
-from jemkit.layers import read_layer
+from jemkit.config.layers import read_layer
 from jemkit.runtime.files import (
     append_text,
     drop_torn_line,
@@ -25,6 +24,7 @@ from jemkit.runtime.files import (
 )
 from jemkit.runtime.lock import locked
 from jemkit.runtime.opening import decoded, make_folder, read_file, read_text, refuse_links
+from jemkit.training.pretrained.reading import read_checkpoint
 
 READERS: dict[str, Callable[[Path], Any]] = {
     "file": read_file,

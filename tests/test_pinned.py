@@ -16,18 +16,20 @@ from photos import CLASSES, REGISTRY, copied, photo, photo_recipe, photos
 from PIL import Image
 from toys import toy_recipe, toy_registry
 
-from jemkit import ConfigError, DataError, Preempted, checkpoint, pinned, train
-from jemkit.assembly import splits_of
+from jemkit import ConfigError, DataError, Preempted, train
+from jemkit.config.eval_settings import settings_of
+from jemkit.config.registry import Registry
 from jemkit.data import Images
-from jemkit.evaluation import judge
-from jemkit.exporting import export
-from jemkit.generation import sample
-from jemkit.registry import Registry
+from jemkit.evaluation.evaluate import judge
+from jemkit.evaluation.export import export
+from jemkit.evaluation.sample import sample
+from jemkit.evaluation.subjects import Subject, subject_at
+from jemkit.runtime import checkpoint
 from jemkit.runtime.files import write_json
-from jemkit.settings import settings_of
 from jemkit.splits import Splits
-from jemkit.subjects import Subject, subject_at
-from jemkit.verify import check_run
+from jemkit.testing.resume import check_run
+from jemkit.training import pinned
+from jemkit.training.build import splits_of
 
 CPU = torch.device("cpu")
 PARTS = ("train", "valid", "test")

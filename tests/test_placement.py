@@ -20,13 +20,13 @@ from toys import (
 )
 
 from jemkit import Backbone, Batch, Guard, Trainer, train_step
-from jemkit.attack import Threat
+from jemkit.attacks.base import Threat
+from jemkit.attacks.pixel_model import PixelModel
 from jemkit.data import Images
-from jemkit.density import Buffer
-from jemkit.evaluator import Context, measure
-from jemkit.pixels import PixelModel
-from jemkit.robustness import Robustness
-from jemkit.runtime.folder import RunFolder
+from jemkit.metrics.energy_gap import Robustness
+from jemkit.metrics.evaluator import Context, measure
+from jemkit.runtime.run_dir import RunFolder
+from jemkit.sampling.replay_buffer import Buffer
 from jemkit.testing import toy_batch, toy_task
 
 TASK = toy_task()

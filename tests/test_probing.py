@@ -17,8 +17,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from toys import REGISTRY
 
 from jemkit.errors import DataError
-from jemkit.foreign import import_checkpoint, read_checkpoint
-from jemkit.foreign.layouts import energy_of, head_moved, read_layout, recognised
+from jemkit.training.pretrained import import_checkpoint, read_checkpoint
+from jemkit.training.pretrained.layouts import energy_of, head_moved, read_layout, recognised
 
 State = dict[str, Tensor]
 JEM: State = made().state_dict()

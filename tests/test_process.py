@@ -20,8 +20,8 @@ from cli_tools import SHORT, TINY, command, environment, jemkit, process
 from ranks import torchrun
 from waiting import until
 
-from jemkit import checkpoint
 from jemkit.errors import DataError, memory_ran_out
+from jemkit.runtime import checkpoint
 from jemkit_cli.process import Output
 
 LONG = ("train", *TINY, "--epochs=500", "--set=objective.adv_steps=1", "--out=here")
@@ -50,7 +50,7 @@ main()
     [
         ("jemkit_cli.process", 1, "script"), ("jemkit_cli.process", 2, "module"),
         ("typer", 2, "script"), ("typer", 1, "module"), ("torch", 1, "script"),
-        ("torch", 2, "module"), ("numpy", 1, "script"), ("jemkit.registry", 1, "script"),
+        ("torch", 2, "module"), ("numpy", 1, "script"), ("jemkit.config.registry", 1, "script"),
     ],
 )  # fmt: skip
 def test_an_interrupt_amid_an_import_ends_with_one_line_and_130(
@@ -348,12 +348,12 @@ HOW = {
 @pytest.mark.parametrize(
     ("how", "module", "name", "arguments"),
     [
-        ("torch", "session", "Trainer", ("train", *SHORT)),
-        ("memory", "recipe", "resolve", ("config", "show")),
-        ("numpy", "report", "write", ("report", ".")),
-        ("memory", "foreign", "import_checkpoint", ("import", "x.pt", "--format=jem")),
-        ("numpy", "subjects", "subject_at", ("evaluate", ".")),
-        ("torch", "generation", "asked", ("sample", ".")),
+        ("torch", "training.run", "Trainer", ("train", *SHORT)),
+        ("memory", "config.recipe", "resolve", ("config", "show")),
+        ("numpy", "evaluation.report", "write", ("report", ".")),
+        ("memory", "training.pretrained", "import_checkpoint", ("import", "x.pt", "--format=jem")),
+        ("numpy", "evaluation.subjects", "subject_at", ("evaluate", ".")),
+        ("torch", "evaluation.sample", "asked", ("sample", ".")),
     ],
 )
 def test_memory_that_runs_out_anywhere_in_a_command_ends_with_7_and_one_line(
@@ -373,7 +373,7 @@ def test_memory_that_runs_out_anywhere_in_a_command_ends_with_7_and_one_line(
 def test_a_limit_of_memory_ends_a_command_with_7(tmp_path: Path, more: int) -> None:
     """The limit is what the process has when torch is imported, and a little."""
     script = (
-        "import resource, sys, torch, jemkit.session, jemkit.evaluation\n"
+        "import resource, sys, torch, jemkit.training.run, jemkit.evaluation.evaluate\n"
         "from jemkit_cli.app import main\n"
         "has = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         f"resource.setrlimit(resource.RLIMIT_AS, (has + {more},) * 2)\n"

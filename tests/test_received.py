@@ -10,14 +10,14 @@ from cli_tools import jemkit
 from toys import REGISTRY
 
 from jemkit import train
+from jemkit.config.layers import offline, read_layer
+from jemkit.config.recipe import resolve
 from jemkit.errors import DataError
-from jemkit.exporting import export
-from jemkit.layers import offline, read_layer
-from jemkit.recipe import resolve
-from jemkit.restoring import is_own
+from jemkit.evaluation.export import export
+from jemkit.evaluation.sample import opened
+from jemkit.evaluation.subjects import subject_at
 from jemkit.runtime.files import read_json, write_json
-from jemkit.sources import opened
-from jemkit.subjects import subject_at
+from jemkit.training.restore import is_own
 
 CPU = torch.device("cpu")
 

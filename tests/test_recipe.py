@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jemkit import hookimpl, installed, resolve
+from jemkit.config.layers import flat, leading_comment
+from jemkit.config.recipe import Resolved, about_preset, build, complete, schema
+from jemkit.config.registry import Plugin, Registry, registry_of
 from jemkit.errors import ConfigError, DataError, UnknownName
-from jemkit.layers import leading_comment
-from jemkit.networks import WRN, SmallCNN
-from jemkit.recipe import Resolved, about_preset, build, complete, flat, schema
-from jemkit.registry import Plugin, Registry, registry_of
+from jemkit.models.networks import WRN, SmallCNN
 
 INSTALLED = installed(third_party=False)
 

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from toys import UPDATERS, backbone_of, gen, objective_of, toy_recipe, toy_registry, updater_of
 
 from jemkit import Guard, Trainer, train_step
-from jemkit.checkpoint import same
 from jemkit.errors import MisfitError, OutOfMemory
-from jemkit.memory import MicroBatch, recomputes
-from jemkit.modes import SameModes, frozen, frozen_batch_stats
-from jemkit.networks import WRN
-from jemkit.norms import Norm
+from jemkit.models.networks import WRN
+from jemkit.models.norms import Norm
 from jemkit.runtime import distributed
-from jemkit.runtime.folder import RunFolder
+from jemkit.runtime.microbatch import MicroBatch, recomputes
+from jemkit.runtime.modes import SameModes, frozen, frozen_batch_stats
+from jemkit.runtime.pytree import same
+from jemkit.runtime.run_dir import RunFolder
 from jemkit.testing import toy_batch, toy_model, toy_task
 
 TASK = toy_task()

@@ -13,12 +13,13 @@ from torch import Generator, Tensor
 from toys import REGISTRY, linear_model
 
 from jemkit import DataError, Images, PixelModel, evaluate
-from jemkit import record as records
-from jemkit.attack import PGD, ModelAttack, Threat
-from jemkit.departures import departures
-from jemkit.figures import share
+from jemkit.attacks.base import ModelAttack, Threat
+from jemkit.attacks.departures import departures
+from jemkit.attacks.pgd import PGD
+from jemkit.metrics import record as records
+from jemkit.metrics.figures import share
+from jemkit.metrics.record_file import Record
 from jemkit.options import Options, not_a_fraction
-from jemkit.record import Record
 from jemkit.testing import toy_task
 
 DATA = toy_task().images("valid")

@@ -14,13 +14,13 @@ from torch import Tensor
 from toys import REGISTRY, gen, linear_model
 
 from jemkit import PGD, Bounds
-from jemkit.attack import ModelAttack, Perturb, Threat
-from jemkit.energy import Scores
+from jemkit.attacks.base import ModelAttack, Perturb, Threat
+from jemkit.attacks.pixel_model import UNIT, PixelModel
+from jemkit.attacks.purification import Draw, Refined, Refinement, Slope, refined
 from jemkit.errors import MisfitError, Preempted
-from jemkit.modes import frozen
+from jemkit.models.energy import Scores
 from jemkit.options import Options
-from jemkit.pixels import UNIT, PixelModel
-from jemkit.refined import Draw, Refined, Refinement, Slope, refined
+from jemkit.runtime.modes import frozen
 from jemkit.testing import check_attack
 
 EOT, BPDA = REGISTRY["attack"]["eot"], REGISTRY["attack"]["bpda"]

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jemkit import Options, hookimpl, installed
+from jemkit.config.registry import Plugin, Registry, registry_of
 from jemkit.errors import ConfigError, UnknownName
-from jemkit.registry import Plugin, Registry, registry_of
 
 
 class Still(Options):

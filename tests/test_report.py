@@ -17,12 +17,12 @@ from report_runs import RECIPE, N, bare_run, card, full_record, metrics, record,
 from typer.testing import CliRunner
 
 from jemkit.errors import DataError
-from jemkit.figures import plain
-from jemkit.record import Record
-from jemkit.report import charts, render, write
-from jemkit.report.curves import POINTS, epochs
-from jemkit.report.curves import metrics as curves
-from jemkit.report.html import data, tag, text
+from jemkit.evaluation.report import charts, render, write
+from jemkit.evaluation.report.curves import POINTS, epochs
+from jemkit.evaluation.report.curves import metrics as curves
+from jemkit.evaluation.report.html import data, tag, text
+from jemkit.metrics.figures import plain
+from jemkit.metrics.record_file import Record
 from jemkit_cli.report import compare as compare_command
 from jemkit_cli.report import report as report_command
 

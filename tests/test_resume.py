@@ -10,9 +10,10 @@ import pytest
 import torch
 from toys import BACKBONES, MATRIX, toy_recipe, toy_registry
 
-from jemkit import Trainer, checkpoint
-from jemkit.checkpoint import same
-from jemkit.runtime.folder import RunFolder
+from jemkit import Trainer
+from jemkit.runtime import checkpoint
+from jemkit.runtime.pytree import same
+from jemkit.runtime.run_dir import RunFolder
 
 CUT, END = 4, 8  # six steps an epoch: an epoch's end lies between them
 REGISTRY = toy_registry()

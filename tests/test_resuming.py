@@ -13,17 +13,18 @@ from hypothesis import strategies as st
 from photos import photo_recipe, photos
 from toys import toy_recipe, toy_registry
 
-from jemkit import ConfigError, DataError, Diverged, Preempted, checkpoint, train
-from jemkit.checkpoint import same
+from jemkit import ConfigError, DataError, Diverged, Preempted, train
+from jemkit.config.recipe import Resolved, complete, resolve
 from jemkit.errors import UsageError
-from jemkit.exporting import export
-from jemkit.generation import sample
-from jemkit.recipe import Resolved, complete, resolve
-from jemkit.resuming import Change, asked_again, changes, refused
+from jemkit.evaluation.export import export
+from jemkit.evaluation.sample import sample
+from jemkit.evaluation.subjects import subject_at
+from jemkit.runtime import checkpoint
 from jemkit.runtime.files import write_json
-from jemkit.runtime.folder import RunFolder
-from jemkit.subjects import subject_at
-from jemkit.verify import check_run
+from jemkit.runtime.pytree import same
+from jemkit.runtime.run_dir import RunFolder
+from jemkit.testing.resume import check_run
+from jemkit.training.resuming import Change, asked_again, changes, refused
 
 REGISTRY = toy_registry()
 CE = ("classifier", "ce", "plain")

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from toys import REGISTRY, gen
 
 from jemkit import Images, Preempted
-from jemkit.attack import PGD, ModelAttack, Threat
-from jemkit.evaluator import Context, measure
-from jemkit.indicators.plan import ASCENTS, ORDER, planned
-from jemkit.pixels import pixel_model
+from jemkit.attacks.base import ModelAttack, Threat
+from jemkit.attacks.pgd import PGD
+from jemkit.attacks.pixel_model import pixel_model
+from jemkit.metrics.evaluator import Context, measure
+from jemkit.metrics.indicators.plan import ASCENTS, ORDER, planned
 
 ROBUSTNESS = REGISTRY["evaluator"]["robustness"]
 DIGITS = REGISTRY["dataset"]["digits"]()

@@ -10,12 +10,13 @@ from torch import Tensor
 from toys import toy_recipe, toy_registry
 
 from jemkit import Network, Options, hookimpl, train
-from jemkit.evaluation import judge
-from jemkit.generation import sample
-from jemkit.networks import Shape, SmallCNN
-from jemkit.registry import Plugin, Registry
-from jemkit.settings import settings_of
-from jemkit.subjects import subject_at
+from jemkit.config.eval_settings import settings_of
+from jemkit.config.registry import Plugin, Registry
+from jemkit.data import Shape
+from jemkit.evaluation.evaluate import judge
+from jemkit.evaluation.sample import sample
+from jemkit.evaluation.subjects import subject_at
+from jemkit.models.networks import SmallCNN
 
 SEEN: list[dict[str, Any]] = []
 """How torch stood in every pass of a witness."""

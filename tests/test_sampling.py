@@ -11,8 +11,8 @@ from torch import Tensor
 from toys import gen, linear_model
 
 from jemkit import PYLD, SGLD, Bounds, MisfitError, ModelEnergy, SignDescent, chain, gradient, run
-from jemkit.networks import MLP, SmallCNN, lent
-from jemkit.sampling import Boxed, L2Descent, Projected
+from jemkit.models.networks import MLP, SmallCNN, lent
+from jemkit.sampling.kernels import Boxed, L2Descent, Projected
 from jemkit.testing import toy_model, toy_task
 
 SAMPLERS = [SGLD(), SGLD(noise=0.0, clip=0.1), PYLD(), SignDescent(), L2Descent()]

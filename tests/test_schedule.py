@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from jemkit.schedule import SGD, Adam, Schedule
+from jemkit.config.optim import SGD, Adam, Schedule
 
 decays = st.sampled_from(["constant", "steps", "cosine"])
 

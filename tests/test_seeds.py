@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jemkit import PGD, ConfigError, Options
-from jemkit.assembly import put_together
+from jemkit.config.recipe import resolve
+from jemkit.config.registry import installed
 from jemkit.data import Augmentation, Images
-from jemkit.exam import Exam
-from jemkit.recipe import resolve
-from jemkit.registry import installed
-from jemkit.seeds import generator
+from jemkit.runtime.rng import generator
 from jemkit.splits import Splits, shuffled_by_class
+from jemkit.training.build import put_together
+from jemkit.training.validation import Exam
 
 REGISTRY = installed(third_party=False)
 CPU = torch.device("cpu")

@@ -11,11 +11,11 @@ from toys import REGISTRY
 
 import jemkit as api
 from jemkit import ConfigError, Images
-from jemkit.assembly import put_together
-from jemkit.exam import Exam
-from jemkit.recipe import resolve
+from jemkit.config.recipe import resolve
 from jemkit.selection import missing, part_of, stratified, told_missing
-from jemkit.summary import images_to_judge
+from jemkit.training.build import put_together
+from jemkit.training.trainer import images_to_judge
+from jemkit.training.validation import Exam
 
 
 def images(y: torch.Tensor) -> Images:

@@ -16,14 +16,15 @@ from test_resume import timeless
 from toys import backbone_of, objective_of, toy_recipe, toy_registry
 
 from jemkit import ConfigError, Diverged, Options, Preempted, Terms, Trainer, hookimpl, train
-from jemkit.checkpoint import complete, load, newest, same
-from jemkit.checkup import edge_limit, renew, sick_slots, unfit
-from jemkit.recovery import Care, step_of
-from jemkit.registry import Plugin
-from jemkit.runtime.folder import RunFolder
-from jemkit.runtime.sentinel import Drift, Finding, Sentinel, Vitals
-from jemkit.session import resume_from
+from jemkit.config.registry import Plugin
+from jemkit.runtime.checkpoint import complete, load, newest
+from jemkit.runtime.divergence_monitor import Drift, Finding, Sentinel, Vitals
+from jemkit.runtime.pytree import same
+from jemkit.runtime.run_dir import RunFolder
 from jemkit.testing import toy_task
+from jemkit.training.health import edge_limit, renew, sick_slots, unfit
+from jemkit.training.rollback import Care, step_of
+from jemkit.training.run import resume_from
 
 EPOCH = 6  # steps
 names = st.sampled_from(["loss", "loss p(x)", "E(x+)", "gap x+ x-", "gradient norm", "accuracy"])

@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from toys import backbone_of, gen, objective_of, toy_registry, updater_of
 
 from jemkit import ConfigError, Diverged, Guard, MisfitError, Terms, train
-from jemkit.checkpoint import load
-from jemkit.memory import MicroBatch
-from jemkit.networks import WRN, SmallCNN
-from jemkit.runtime import distributed, sharding
-from jemkit.runtime.folder import RunFolder
-from jemkit.runtime.trees import same
-from jemkit.team import checked
+from jemkit.models.networks import WRN, SmallCNN
+from jemkit.runtime import distributed, fsdp
+from jemkit.runtime.checkpoint import load
+from jemkit.runtime.microbatch import MicroBatch
+from jemkit.runtime.pytree import same
+from jemkit.runtime.run_dir import RunFolder
 from jemkit.testing import toy_task
-from jemkit.training import Trainer
-from jemkit.update import EMA, PlainUpdater, backward, total_norm
+from jemkit.training.leader import checked
+from jemkit.training.trainer import Trainer
+from jemkit.updaters import EMA, PlainUpdater, backward, total_norm
 
 TASK = toy_task()
 X = torch.zeros((1, *TASK.shape))
@@ -53,7 +53,7 @@ def updated(case: str, network: str, *, shard: bool, **memory: Any) -> dict[str,
     """Whole weights, momenta and their average after updates whose chains pass through them."""
     backbone = squared(backbone_of("sadajem", network=NETWORKS[network]))
     if shard:
-        sharding.shard(backbone.model, X)
+        fsdp.shard(backbone.model, X)
     name = "sam" if case == "asam" else case
     moved = updater_of(name, backbone.model, lr=0.1, **CASES[case])
     average, objective = EMA(backbone.model, 0.5), objective_of("ebjdat", w1=0.5, w2=0.5)
@@ -72,7 +72,7 @@ def updated(case: str, network: str, *, shard: bool, **memory: Any) -> dict[str,
         f"momentum {name}": moved.optimizer.state[p]["momentum_buffer"]
         for name, p in backbone.model.named_parameters()
     }
-    return {**sharding.whole(found), "norms": torch.stack(norms)}
+    return {**fsdp.whole(found), "norms": torch.stack(norms)}
 
 
 def told() -> dict[str, Any]:
@@ -130,7 +130,7 @@ def held() -> dict[str, Any]:
     backbone = backbone_of("sadajem", network=WRN(depth=10, width=2, norm="none"))
     model = backbone.model
     before = sum(p.numel() for p in model.parameters())
-    sharding.shard(model, X)
+    fsdp.shard(model, X)
     moved = updater_of("sam", model)
     batch, objective = part_of(batch_of(0), distributed.shard()), objective_of("ce")
     with distributed.together():
@@ -139,11 +139,11 @@ def held() -> dict[str, Any]:
     params = list(model.parameters())
     grads = [p.grad for p in params if p.grad is not None]
     momenta = [state["momentum_buffer"] for state in moved.optimizer.state.values()]
-    sizes = [sum(sharding.local(t).numel() for t in ts) for ts in (params, grads, momenta)]
+    sizes = [sum(fsdp.local(t).numel() for t in ts) for ts in (params, grads, momenta)]
     with torch.no_grad():
         model(batch.x)  # what it gathers it lets go
-    sizes.append(sum(sharding.local(p).numel() for p in model.parameters()))
-    names = [type(unit).__name__ for unit in sharding.units(model)]
+    sizes.append(sum(fsdp.local(p).numel() for p in model.parameters()))
+    names = [type(unit).__name__ for unit in fsdp.units(model)]
     return {"before": before, "sizes": sizes, "units": names}
 
 
@@ -166,7 +166,7 @@ def beside_others(*, shard: bool) -> dict[str, Tensor]:
         for p in (*model.parameters(), *own.parameters()):
             p.copy_(torch.randn(p.shape, generator=gen(p.numel())))
     if shard:
-        sharding.shard(model, torch.zeros(1, 2))
+        fsdp.shard(model, torch.zeros(1, 2))
     optimizer = torch.optim.SGD([*model.parameters(), *own.parameters()], lr=0.1, momentum=0.9)
     x, guard = normal(distributed.shard().rank, 4, 2), Guard()
     for _ in range(2):
@@ -176,7 +176,7 @@ def beside_others(*, shard: bool) -> dict[str, Tensor]:
         guard.update(optimizer, terms)
     assert guard.seen is not None
     weights = {**dict(model.named_parameters()), "own": own.weight.detach()}
-    return {**sharding.whole(weights), "norm": guard.seen.grad_norm}
+    return {**fsdp.whole(weights), "norm": guard.seen.grad_norm}
 
 
 def test_an_objectives_own_weights_move_beside_those_in_shares(both: list[dict[str, Any]]) -> None:
@@ -199,7 +199,7 @@ def stateful() -> str:
     model: Any = nn.Linear(2, 3)
     updater = Keeping(torch.optim.SGD(model.parameters()))
     assert checked(updater, model) is updater
-    sharding.shard(model, torch.zeros(1, 2))
+    fsdp.shard(model, torch.zeros(1, 2))
     try:
         return type(checked(updater, model)).__name__
     except MisfitError as error:
@@ -222,7 +222,7 @@ def test_the_units_of_any_module_hold_every_weight_once() -> None:
             )
 
     odd = Odd()
-    found = list(sharding.units(odd))
+    found = list(fsdp.units(odd))
     assert [type(unit).__name__ for unit in found] == ["Linear", "BatchNorm1d", "Odd"]
     inner = [p for unit in found[:-1] for p in unit.parameters()]
     assert {*map(id, inner), id(odd.scale)} == {id(p) for p in odd.parameters()}
@@ -231,9 +231,9 @@ def test_the_units_of_any_module_hold_every_weight_once() -> None:
 @given(seed=seeds)
 def test_whole_tensors_are_left_as_they_are(seed: int) -> None:
     x = normal(seed, 3)
-    assert sharding.local(x) is sharding.like(x, x) is sharding.whole([x])[0] is x
+    assert fsdp.local(x) is fsdp.like(x, x) is fsdp.whole([x])[0] is x
     into = torch.zeros(3)
-    sharding.fill(into, x)
+    fsdp.fill(into, x)
     assert torch.equal(into, x)
     assert torch.equal(total_norm([x], x), x.norm().float())
 
@@ -241,11 +241,11 @@ def test_whole_tensors_are_left_as_they_are(seed: int) -> None:
 def dealt_and_gathered(rows: int) -> list[Any]:
     layer = nn.Linear(2, rows)
     full = {name: torch.randn(p.shape, generator=gen()) for name, p in layer.named_parameters()}
-    sharding.shard(layer, torch.zeros(1, 2))
+    fsdp.shard(layer, torch.zeros(1, 2))
     for name, p in layer.named_parameters():
-        sharding.fill(p, full[name])
-    found = sharding.whole(layer.state_dict(), keep=distributed.shard().rank == 0)
-    return [found, full, sharding.local(layer.weight).detach()]
+        fsdp.fill(p, full[name])
+    found = fsdp.whole(layer.state_dict(), keep=distributed.shard().rank == 0)
+    return [found, full, fsdp.local(layer.weight).detach()]
 
 
 def test_parts_that_are_dealt_out_are_gathered_again_bit_for_bit(
@@ -401,10 +401,10 @@ def test_what_weights_in_shares_cannot_do_is_refused_before_the_first_step(runs:
 def norm_of_sick() -> str:
     """A gradient that is NaN in the second process's part alone."""
     layer = nn.Linear(2, 4, bias=False)
-    sharding.shard(layer, torch.zeros(1, 2))
+    fsdp.shard(layer, torch.zeros(1, 2))
     full = torch.ones(4, 2)
     full[3] = float("nan")
-    grad = sharding.like(full, layer.weight)
+    grad = fsdp.like(full, layer.weight)
     return str(float(total_norm([grad], grad)))
 
 
@@ -414,15 +414,15 @@ def test_a_norm_is_sick_everywhere_where_one_part_is(both: list[dict[str, Any]])
 
 def test_weights_that_no_layer_gathers_are_refused() -> None:
     model = backbone_of("sadajem").model
-    sharding.check(model, model.network, by_stem=True)
+    fsdp.check(model, model.network, by_stem=True)
     model.network.scale = nn.Parameter(torch.ones(1))
-    sharding.check(model, model.network, by_stem=False)
+    fsdp.check(model, model.network, by_stem=False)
     with pytest.raises(ConfigError, match=r"holds scale, .* choose another sampler"):
-        sharding.check(model, model.network, by_stem=True)
+        fsdp.check(model, model.network, by_stem=True)
     tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     tied[1].weight = tied[0].weight
     with pytest.raises(ConfigError, match=r"1\.weight is the weight of two layers"):
-        sharding.check(tied, tied, by_stem=False)
+        fsdp.check(tied, tied, by_stem=False)
 
 
 def test_torchrun_shares_the_weights_out_with_one_writer_and_one_voice(

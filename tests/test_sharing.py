@@ -12,9 +12,9 @@ from cli_tools import SHORT, Outcome, jemkit
 from ranks import every_rank, torchrun
 
 from jemkit import ConfigError
-from jemkit.generation import TOGETHER
+from jemkit.metrics.samples import TOGETHER
 from jemkit.runtime import distributed
-from jemkit.runtime.sharing import begun, met
+from jemkit.runtime.workers import begun, met
 
 PGD = ("--attack", "pgd", "--only", "robustness", "--set", "robustness.indicators=false")
 

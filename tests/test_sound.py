@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from test_checkpoint import state
 
-from jemkit import DataError, checkpoint
-from jemkit.checkpoint import FILES, MANIFEST, MODEL, same
+from jemkit import DataError
+from jemkit.runtime import checkpoint
+from jemkit.runtime.checkpoint import FILES, MANIFEST, MODEL
+from jemkit.runtime.pytree import same
 
 
 def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path) -> None:

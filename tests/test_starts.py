@@ -13,21 +13,8 @@ from toys import gen
 
 from jemkit import Bounds, ConfigError, DataError, Images, Task
 from jemkit.builtin import jemkit_starts
-from jemkit.moments import (
-    LARGEST,
-    MOMENTS,
-    RANK,
-    Form,
-    _directions,
-    _prune,
-    brought,
-    form_of,
-    low_rank,
-    moments_of,
-)
 from jemkit.runtime.files import file_hash, write_json, write_tensors
-from jemkit.starts import (
-    JITTER,
+from jemkit.sampling.init_dists import (
     Gaussian,
     GaussianStart,
     Labelled,
@@ -36,10 +23,23 @@ from jemkit.starts import (
     MomentStart,
     Noise,
     Uniform,
-    gaussian,
-    images_hash,
     moments,
     start_name,
+)
+from jemkit.sampling.moments import (
+    JITTER,
+    LARGEST,
+    MOMENTS,
+    RANK,
+    Form,
+    _directions,
+    _prune,
+    brought,
+    form_of,
+    gaussian,
+    images_hash,
+    low_rank,
+    moments_of,
 )
 from jemkit.testing import toy_task
 

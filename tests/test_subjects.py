@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from toys import REGISTRY, gen, linear_model, toy_recipe, toy_registry
 
 import jemkit as api
-from jemkit import Bounds, ConfigError, DataError, MisfitError, PixelModel, checkpoint, train
-from jemkit.evaluation import judge
-from jemkit.evaluator import Unmeasurable
-from jemkit.exporting import export
-from jemkit.pixels import check_subject, pixel_model, weights_hash
+from jemkit import Bounds, ConfigError, DataError, MisfitError, PixelModel, train
+from jemkit.attacks.pixel_model import check_subject, pixel_model, weights_hash
+from jemkit.config.eval_settings import Settings, settings_of
+from jemkit.evaluation.evaluate import judge
+from jemkit.evaluation.export import export
+from jemkit.evaluation.subjects import subject_at, subject_of
+from jemkit.metrics.evaluator import Unmeasurable
+from jemkit.runtime import checkpoint
 from jemkit.runtime.files import write_tensors
-from jemkit.settings import Settings, settings_of
-from jemkit.subjects import subject_at, subject_of
 from jemkit.testing import toy_task
 
 CPU = torch.device("cpu")

@@ -15,19 +15,19 @@ from ranks import every_rank, torchrun
 from toys import objective_of, toy_recipe, toy_registry
 
 from jemkit import ConfigError, Diverged, Options, Preempted, Terms, Trainer, hookimpl, train
-from jemkit.attack import Threat
-from jemkit.checkpoint import load, newest
-from jemkit.evaluator import Context
-from jemkit.follower import follow
-from jemkit.generation import sample
-from jemkit.registry import Plugin
+from jemkit.attacks.base import Threat
+from jemkit.config.registry import Plugin
+from jemkit.evaluation.sample import sample
+from jemkit.evaluation.subjects import subject_at
+from jemkit.metrics.evaluator import Context
+from jemkit.metrics.samples import kept
 from jemkit.runtime import distributed
-from jemkit.runtime.folder import RunFolder
-from jemkit.runtime.trees import differing
-from jemkit.samples import kept
-from jemkit.seeds import generator
-from jemkit.subjects import subject_at
-from jemkit.team import leading
+from jemkit.runtime.checkpoint import load, newest
+from jemkit.runtime.pytree import differing
+from jemkit.runtime.rng import generator
+from jemkit.runtime.run_dir import RunFolder
+from jemkit.training.follower import follow
+from jemkit.training.leader import leading
 
 SEEN: dict[str, list[int]] = defaultdict(list)
 """The steps that each run's objective was asked for in this process, in order."""

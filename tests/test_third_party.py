@@ -146,7 +146,7 @@ def test_the_guide_quotes_the_example_and_its_laws_hold(example: Path) -> None:
     more = (
         "from jemkit.testing import check_backbone\n"
         "from jemkit import Buffer\n"
-        "from jemkit.networks import SmallCNN\n"
+        "from jemkit.models.networks import SmallCNN\n"
         "from jemkit_tempered import Tempered\n"
         "check_backbone(Tempered(network=SmallCNN(channels=2), buffer=Buffer(capacity=20)))\n"
     )

@@ -11,14 +11,14 @@ from torch import Generator, Tensor
 from toys import REGISTRY, backbone_of, gen, objective_of, toy_recipe, toy_registry
 
 from jemkit import PGD, Backbone, Batch, ConfigError, Options, PartOf, Terms, hookimpl, train
-from jemkit.assembly import put_together
-from jemkit.attack import Attack, Threat
-from jemkit.fitting import trained_threat
-from jemkit.recipe import Resolved
-from jemkit.registry import Plugin
-from jemkit.settings import settings_of, threat_of
-from jemkit.subjects import subject_at
+from jemkit.attacks.base import Attack, Threat
+from jemkit.config.eval_settings import settings_of, threat_of
+from jemkit.config.recipe import Resolved
+from jemkit.config.registry import Plugin
+from jemkit.evaluation.subjects import subject_at
 from jemkit.testing import toy_batch, toy_task
+from jemkit.training.build import put_together
+from jemkit.training.compatibility import trained_threat
 
 TASK = toy_task()
 IN_L2 = {

@@ -37,10 +37,11 @@ from jemkit import (
     train,
     train_step,
 )
-from jemkit.checkpoint import load, load_weights, same
-from jemkit.networks import SmallCNN
-from jemkit.registry import Plugin
-from jemkit.runtime.folder import RunFolder
+from jemkit.config.registry import Plugin
+from jemkit.models.networks import SmallCNN
+from jemkit.runtime.checkpoint import load, load_weights
+from jemkit.runtime.pytree import same
+from jemkit.runtime.run_dir import RunFolder
 from jemkit.testing import toy_batch, toy_task
 
 TASK = toy_task()

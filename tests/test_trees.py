@@ -10,10 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_checkpoint import tensors
 
-from jemkit import checkpoint
-from jemkit.checkpoint import differing, same
+from jemkit.runtime import checkpoint
 from jemkit.runtime.files import DTYPES, load_tensors, write_tensors
-from jemkit.runtime.trees import Snapshot, leaves
+from jemkit.runtime.pytree import Snapshot, differing, leaves, same
 
 
 def test_equal_means_every_bit() -> None:

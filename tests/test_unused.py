@@ -12,15 +12,15 @@ from pydantic import Field
 from toys import REGISTRY, gen, toy_recipe, toy_registry
 
 from jemkit import Guard, Options, resolve, train_step
-from jemkit.assembly import put_together
+from jemkit.config.eval_settings import Settings, attacks_of, evaluators_of
+from jemkit.config.optim import SGD, Adam, Schedule
+from jemkit.config.recipe import Run
+from jemkit.config.unused import check_given
 from jemkit.data import Views
-from jemkit.density import Buffer
 from jemkit.errors import ConfigError
-from jemkit.recipe import Run
-from jemkit.runtime.sentinel import Sentinel
-from jemkit.schedule import SGD, Adam, Schedule
-from jemkit.settings import Settings, attacks_of, evaluators_of
-from jemkit.unused import check_given
+from jemkit.runtime.divergence_monitor import Sentinel
+from jemkit.sampling.replay_buffer import Buffer
+from jemkit.training.build import put_together
 
 TOYS = toy_registry()
 KNOWN = {

@@ -18,7 +18,7 @@ from toys import UPDATERS, backbone_of, gen, objective_of, tiny, updater_of
 from jemkit import SAM, Diverged, Guard, Plain, Terms, train_step
 from jemkit.runtime.tensors import cloned
 from jemkit.testing import toy_batch, toy_model, toy_task
-from jemkit.update import EMA, moved_weights, total_norm
+from jemkit.updaters import EMA, moved_weights, total_norm
 
 TASK = toy_task()
 

@@ -11,10 +11,10 @@ from toys import toy_recipe, toy_registry
 from typer.testing import CliRunner
 
 from jemkit import Backbone, ConfigError, Options, Terms, hookimpl
-from jemkit.recipe import complete
-from jemkit.registry import Plugin
-from jemkit.runtime.folder import RunFolder
-from jemkit.verify import cut_points, verify_resume
+from jemkit.config.recipe import complete
+from jemkit.config.registry import Plugin
+from jemkit.runtime.run_dir import RunFolder
+from jemkit.testing.resume import cut_points, verify_resume
 from jemkit_cli.verify import verify_resume as command
 
 REGISTRY = toy_registry()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jemkit import vision
 from jemkit.errors import ConfigError
+from jemkit.runtime import torchvision_compat
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +28,7 @@ def run(script: str) -> None:
 def test_torchvision_loads_lazily_and_says_once_what_it_lacks() -> None:
     run("""
 import logging, sys
-from jemkit import vision
+from jemkit.runtime import torchvision_compat as vision
 assert not any(name.startswith("torchvision") for name in sys.modules)
 told = []
 log = logging.getLogger("jemkit")
@@ -47,17 +47,17 @@ try:
     import torchvision
 except RuntimeError:
     pass
-from jemkit import vision
+from jemkit.runtime import torchvision_compat as vision
 assert vision.torchvision().datasets.CIFAR10
 """)
 
 
 def test_operators_that_are_there_are_left_alone() -> None:
-    if vision.torchvision().extension._has_ops():
+    if torchvision_compat.torchvision().extension._has_ops():
         pytest.skip("the real operators are loaded here")
     run("""
 import logging, torch
-from jemkit import vision
+from jemkit.runtime import torchvision_compat as vision
 theirs = torch.library.Library("torchvision", "DEF")
 theirs.define(vision.OPERATORS["nms"])
 theirs.impl("nms", lambda dets, scores, iou: scores.argsort(), "CPU")
@@ -75,7 +75,7 @@ assert len(told) == 1 and "so qnms are declared" in told[0], told
 def test_an_absent_torchvision_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ConfigError, match="pip install torchvision"):
-        vision.torchvision.__wrapped__()
+        torchvision_compat.torchvision.__wrapped__()
 
 
 def test_nobody_else_imports_torchvision() -> None:

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jemkit import checkpoint
-from jemkit.checkpoint import same
-from jemkit.runtime.trees import Snapshot
+from jemkit.runtime import checkpoint
+from jemkit.runtime.pytree import Snapshot, same
 
 
 def state() -> dict[str, object]:

@@ -23,12 +23,13 @@ from jemkit import (
     installed,
     resolve,
 )
-from jemkit.attack import PGD
-from jemkit.networks import Shape, SmallCNN
-from jemkit.norms import Norm
-from jemkit.registry import Plugin, Registry, registry_of
+from jemkit.attacks.pgd import PGD
+from jemkit.config.recipe import Resolved
+from jemkit.config.registry import Plugin, Registry, registry_of
+from jemkit.data import Shape
+from jemkit.models.networks import SmallCNN
+from jemkit.models.norms import Norm
 from jemkit.testing.toys import toy_images, toy_task
-from jemkit.training import Resolved
 
 REGISTRY = installed(third_party=False)
 BACKBONES, OBJECTIVES = sorted(REGISTRY["backbone"]), sorted(REGISTRY["objective"])

@@ -22,20 +22,20 @@ from stage import Given, given_of, parser
 from torch import Generator, nn
 
 from jemkit import EnergyModel, Guard, ModelEnergy, resolve, train_step
-from jemkit.assembly import Assembly, put_together
-from jemkit.checkpoint import same
-from jemkit.compiled import CompiledGradient
-from jemkit.evaluation import evaluate
-from jemkit.memory import MicroBatch
-from jemkit.modes import sampling_mode
-from jemkit.networks import WRN
-from jemkit.recipe import Resolved
-from jemkit.registry import installed
-from jemkit.runtime.folder import RunFolder
-from jemkit.runtime.numerics import numerics
-from jemkit.sampling import SGLD, eager_gradient, gradients_by, run
+from jemkit.config.recipe import Resolved
+from jemkit.config.registry import installed
+from jemkit.evaluation.evaluate import evaluate
+from jemkit.models.networks import WRN
+from jemkit.runtime.microbatch import MicroBatch
+from jemkit.runtime.modes import sampling_mode
+from jemkit.runtime.precision import numerics
+from jemkit.runtime.pytree import same
+from jemkit.runtime.run_dir import RunFolder
+from jemkit.sampling.compile import CompiledGradient
+from jemkit.sampling.kernels import SGLD, eager_gradient, gradients_by, run
 from jemkit.testing import toy_model, toy_task
-from jemkit.training import Trainer
+from jemkit.training.build import Assembly, put_together
+from jemkit.training.trainer import Trainer
 
 REGISTRY = installed(third_party=False)
 TASK = toy_task()

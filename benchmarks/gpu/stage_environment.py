@@ -9,7 +9,7 @@ from stage import Given
 
 def measure(given: Given, record: Record) -> None:
     import jemkit
-    from jemkit.registry import installed
+    from jemkit.config.registry import installed
 
     site = given.work / "site"
     if not str(jemkit.__file__).startswith(str(site)):

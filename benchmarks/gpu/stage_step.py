@@ -18,10 +18,11 @@ import torch
 from records import Record
 from stage import Given, given_of, parser
 
-from jemkit.bench.flops import flops, step_work
-from jemkit.bench.machine import fastest, product_rate, settle
-from jemkit.runtime.numerics import numerics
-from jemkit.update import SAM, Plain
+from jemkit.runtime.precision import numerics
+from jemkit.runtime.timing import fastest, settle
+from jemkit.training.profiling.flops import flops, step_work
+from jemkit.training.profiling.machine import product_rate
+from jemkit.updaters import SAM, Plain
 
 BATCH, EPOCHS, IMAGES = 128, 100, 45_000
 GIB = 2**30

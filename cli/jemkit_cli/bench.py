@@ -8,7 +8,7 @@ from jemkit_cli import selection as pick
 from jemkit_cli.terminal import guarded, installed_parts, say, say_json, show_table
 
 if TYPE_CHECKING:
-    from jemkit.bench.floor import Floor
+    from jemkit.training.profiling.roofline import Floor
 
 app = typer.Typer(no_args_is_help=True, help="What a training step costs, and what it must cost.")
 
@@ -59,8 +59,8 @@ def floor(
     }
     registry = installed_parts(third_party=not no_plugins)
     resolved = pick.chosen(registry, options, preset=preset, config=config, overrides=overrides)
-    from jemkit.assembly import put_together
-    from jemkit.bench.floor import floor_of, protocol
+    from jemkit.training.build import put_together
+    from jemkit.training.profiling.roofline import floor_of, protocol
 
     parts = put_together(resolved.recipe)
     card = protocol(resolved, parts, rounds)
@@ -101,8 +101,8 @@ def accuracy(
     }
     registry = installed_parts(third_party=not no_plugins)
     resolved = pick.chosen(registry, options, preset=preset, config=config, overrides=overrides)
-    from jemkit.assembly import put_together
-    from jemkit.bench.accuracy import accuracy_of, protocol
+    from jemkit.training.build import put_together
+    from jemkit.training.profiling.precision_error import accuracy_of, protocol
 
     parts = put_together(resolved.recipe)
     found = accuracy_of(parts, images)
@@ -116,7 +116,7 @@ def accuracy(
 
 
 def _show(found: "Floor") -> None:
-    from jemkit.bench.floor import rows
+    from jemkit.training.profiling.roofline import rows
 
     show_table(["", ""], rows(found))
     if found.reached is not None:

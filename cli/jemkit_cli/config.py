@@ -67,7 +67,7 @@ def show(
     if as_json:
         say_json({"recipe": resolved.tables, "origins": resolved.origins}, indent=1)
         return
-    from jemkit.recipe import flat
+    from jemkit.config.layers import flat
 
     for key, value in flat(resolved.tables):
         say(f"{_assignment(key, value):<48}  # {resolved.origins[key]}")
@@ -78,7 +78,7 @@ def show(
 def schema(no_plugins: pick.NoPlugins = False) -> None:
     """Print the JSON schema of a recipe and of every part."""
     registry = installed_parts(third_party=not no_plugins)
-    from jemkit.recipe import schema as of
+    from jemkit.config.recipe import schema as of
 
     say_json(of(registry), indent=1)
 

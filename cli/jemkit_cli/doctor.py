@@ -18,8 +18,8 @@ def doctor(
     ] = False,
 ) -> None:
     """Check torch, weights, plug-ins and disk, and test a small model; exit code 1 on a failure."""
-    from jemkit.doctor import diagnose, healthy
-    from jemkit.registry import installed
+    from jemkit.config.registry import installed
+    from jemkit.testing.doctor import diagnose, healthy
 
     checks = diagnose(installed(third_party=not no_plugins), Path.cwd())
     well = healthy(checks)

@@ -10,10 +10,10 @@ from jemkit_cli.results import show_record
 from jemkit_cli.terminal import guarded, installed_parts, say_json, stopping
 
 if TYPE_CHECKING:
-    from jemkit.record import Record
-    from jemkit.registry import Registry
-    from jemkit.settings import Settings
-    from jemkit.subjects import Subject
+    from jemkit.config.eval_settings import Settings
+    from jemkit.config.registry import Registry
+    from jemkit.evaluation.subjects import Subject
+    from jemkit.metrics.record_file import Record
 
 
 def _option(name: str, text: str, panel: str, metavar: str | None = None) -> Any:
@@ -154,9 +154,9 @@ def _judged(
     silent: bool,
 ) -> "Record | None":
     registry = installed_parts(third_party=third_party)
-    from jemkit.evaluation import judge
-    from jemkit.runtime.numerics import device_of
-    from jemkit.runtime.sharing import begun, joined, met
+    from jemkit.evaluation.evaluate import judge
+    from jemkit.runtime.precision import device_of
+    from jemkit.runtime.workers import begun, joined, met
 
     with joined(device_of(where["device"]).type) as me:
         prepared = begun(lambda: _prepared(registry, run, wanted, overrides, where))
@@ -183,9 +183,9 @@ def _prepared(
     where: dict[str, Any],
 ) -> "tuple[Subject, Settings]":
     """What is judged, and how; a mistake is found before anything slow."""
-    from jemkit.runtime.numerics import device_of
-    from jemkit.settings import options_of, settings_of
-    from jemkit.subjects import subject_at
+    from jemkit.config.eval_settings import options_of, settings_of
+    from jemkit.evaluation.subjects import subject_at
+    from jemkit.runtime.precision import device_of
 
     settings = settings_of({**wanted, "options": options_of(overrides)})
     subject = subject_at(run, registry, device_of(where["device"]), **where["subject"])

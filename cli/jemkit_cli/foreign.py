@@ -70,7 +70,7 @@ def import_model(
 ) -> None:  # fmt: skip
     """Read published weights, running nothing in the file, into a folder that jemkit reads."""
     registry = installed_parts(third_party=not no_plugins)
-    from jemkit.foreign import import_checkpoint
+    from jemkit.training.pretrained import import_checkpoint
 
     data = {"use": dataset, "dir": None if data_dir is None else str(data_dir)}
     found = import_checkpoint(
@@ -117,12 +117,13 @@ def export_model(
 ) -> None:  # fmt: skip
     """Write a run's model for others: config.json, model.safetensors, a model card."""
     registry = installed_parts(third_party=not no_plugins)
-    from jemkit import exporting
+    from jemkit.evaluation import export
+    from jemkit.training import model_folder
 
-    found = exporting.export(
+    found = export.export(
         run, out=out, which=checkpoint, registry=registry, license=license
     )  # fmt: skip
-    where = exporting.push(found.folder, push) if push is not None else None
+    where = model_folder.push(found.folder, push) if push is not None else None
     if as_json:
         say_json({**found._asdict(), "folder": str(found.folder), "pushed": where})
         return

@@ -8,7 +8,7 @@ import typer
 from jemkit_cli.terminal import guarded, installed_parts, say, say_json, show_table
 
 if TYPE_CHECKING:
-    from jemkit.registry import Offer, Registry
+    from jemkit.config.registry import Offer, Registry
 
 app = typer.Typer(no_args_is_help=True, help="Parts and the plug-ins that offer them.")
 Json = Annotated[bool, typer.Option("--json", help="A JSON array of objects.")]
@@ -88,7 +88,7 @@ def _rows(registry: "Registry") -> list[dict[str, Any]]:
 
 
 def _about(offer: "Offer", registry: "Registry") -> dict[str, Any]:
-    from jemkit.recipe import part_schema
+    from jemkit.config.recipe import part_schema
 
     schema = part_schema(offer.part, registry)
     required = schema.get("required", [])

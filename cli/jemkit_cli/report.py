@@ -8,8 +8,8 @@ import typer
 from jemkit_cli.terminal import guarded, say, say_json, show_table
 
 if TYPE_CHECKING:
-    from jemkit.comparison import Comparison, Difference, Spread
-    from jemkit.trilemma import Line
+    from jemkit.evaluation.compare import Comparison, Difference, Spread
+    from jemkit.evaluation.run_table import Line
 
 Runs = Annotated[
     list[Path] | None,
@@ -35,7 +35,7 @@ def report(
     ] = None,
 ) -> None:  # fmt: skip
     """Write one HTML file with all there is to see of the runs; it needs no network."""
-    from jemkit.report import write
+    from jemkit.evaluation.report import write
 
     say(f"report {write(runs or [LATEST], out)}")
 
@@ -54,8 +54,8 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:  # fmt: skip
     """Compare runs: the trilemma, and of two runs the differences image by image."""
-    from jemkit.comparison import compare as put_together
-    from jemkit.comparison import newest
+    from jemkit.evaluation.compare import compare as put_together
+    from jemkit.evaluation.compare import newest
 
     found = put_together(runs or newest(RUNS), names=figure or (), seeds=seeds)
     if as_json:
@@ -90,7 +90,7 @@ def _why(found: "Comparison", name: str, why: str) -> str:
 
 
 def _cells(line: "Line") -> list[str]:
-    from jemkit.trilemma import shown, shown_interval
+    from jemkit.evaluation.run_table import shown, shown_interval
 
     cells = []
     for at, figure in enumerate(line.figures):

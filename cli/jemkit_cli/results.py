@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 from jemkit_cli.terminal import say, show_table
 
 if TYPE_CHECKING:
-    from jemkit.figures import Figure
-    from jemkit.recipe import Resolved
-    from jemkit.record import Record
-    from jemkit.training import Summary
+    from jemkit.config.recipe import Resolved
+    from jemkit.metrics.figures import Figure
+    from jemkit.metrics.record_file import Record
+    from jemkit.training.trainer import Summary
 
 TITLES = {
     "clean": "clean accuracy",
@@ -114,7 +114,7 @@ def _show_indicators(attack: str, found: list[dict[str, Any]]) -> None:
 
 
 def _value(figure: "Figure") -> str:
-    from jemkit.trilemma import shown, shown_interval
+    from jemkit.evaluation.run_table import shown, shown_interval
 
     interval = shown_interval(figure)
     return f"{shown(figure)} [{interval}]" if interval else shown(figure)

@@ -9,7 +9,7 @@ from jemkit_cli.progress import tracking
 from jemkit_cli.terminal import guarded, installed_parts, say, say_json, stopping
 
 if TYPE_CHECKING:
-    from jemkit.generation import Samples
+    from jemkit.evaluation.sample import Samples
 
 
 @guarded
@@ -76,7 +76,7 @@ def sample(
     samples = _drawn(run, wanted, out, third_party=not no_plugins, silent=as_json)
     if samples is None:  # the first process speaks for all
         return
-    from jemkit.generation import save
+    from jemkit.evaluation.sample import save
 
     png, npz = save(samples, out)
     if as_json:
@@ -92,9 +92,9 @@ def _drawn(
     run: Path, wanted: dict[str, Any], out: Path | None, *, third_party: bool, silent: bool
 ) -> "Samples | None":
     registry = installed_parts(third_party=third_party)
-    from jemkit.generation import asked, drawn, place
-    from jemkit.runtime.numerics import device_of
-    from jemkit.runtime.sharing import begun, joined, met
+    from jemkit.evaluation.sample import asked, drawn, place
+    from jemkit.runtime.precision import device_of
+    from jemkit.runtime.workers import begun, joined, met
 
     with joined(device_of(wanted["device"]).type) as me:
         found = begun(lambda: asked(run, registry=registry, **wanted))

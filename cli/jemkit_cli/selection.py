@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from jemkit.recipe import Resolved
-    from jemkit.registry import Registry
+    from jemkit.config.recipe import Resolved
+    from jemkit.config.registry import Registry
 
 
 def _option(name: str, text: str, panel: str, metavar: str | None = None) -> Any:
@@ -109,7 +109,7 @@ def chosen(
     overrides: list[str] | None,
 ) -> "Resolved":
     """The recipe of these options, every default written out."""
-    from jemkit.recipe import complete, resolve
+    from jemkit.config.recipe import complete, resolve
 
     found = resolve(
         registry,

@@ -21,7 +21,7 @@ from jemkit_cli.printable import at_home, printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from jemkit.registry import Registry
+    from jemkit.config.registry import Registry
 
 P = ParamSpec("P")
 USAGE, STOPPED, DATA, INTERRUPTED = 2, 5, 6, process.INTERRUPTED
@@ -106,7 +106,7 @@ def end(message: str, code: int, before: str = "") -> NoReturn:
 
 def installed_parts(*, third_party: bool) -> "Registry":
     """All parts; one warning for each plug-in that was left out."""
-    from jemkit.registry import installed
+    from jemkit.config.registry import installed
 
     registry = installed(third_party=third_party)
     for fault in () if process.speaker() else registry.faults:
@@ -127,7 +127,7 @@ def say(text: str) -> None:
 
 def say_json(value: Any, *, indent: int | None = None) -> None:
     """Valid JSON; a number that is not finite has none and becomes null."""
-    from jemkit.record import finite
+    from jemkit.metrics.figures import finite
 
     print(json.dumps(finite(value), allow_nan=False, indent=indent), flush=True)
 

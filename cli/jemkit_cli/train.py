@@ -22,9 +22,9 @@ from jemkit_cli.terminal import (
 )
 
 if TYPE_CHECKING:
-    from jemkit.recipe import Resolved
-    from jemkit.registry import Registry
-    from jemkit.training import Summary
+    from jemkit.config.recipe import Resolved
+    from jemkit.config.registry import Registry
+    from jemkit.training.trainer import Summary
 
 RUNS = Path("runs")
 
@@ -130,8 +130,8 @@ def _saved(
     registry: "Registry", out: Path, options: dict[str, Any], layers: dict[str, Any]
 ) -> "Resolved":
     """The recipe of the run in `out`, with the options that were given again."""
-    from jemkit.resuming import asked_again
-    from jemkit.runtime.folder import RunFolder
+    from jemkit.runtime.run_dir import RunFolder
+    from jemkit.training.resuming import asked_again
 
     RunFolder.open(out)
     return asked_again(registry, out, named=pick.named(options), **layers)
@@ -147,7 +147,7 @@ def _new_run(resolved: "Resolved") -> Path:
 
 
 def _introduce(registry: "Registry", preset: str) -> None:
-    from jemkit.recipe import about_preset
+    from jemkit.config.recipe import about_preset
 
     say(f"preset {preset}: {about_preset(registry, preset)}")
 
@@ -162,7 +162,7 @@ def _trained(
     silent: bool,
 ) -> "Summary":
     from jemkit.errors import Preempted
-    from jemkit.session import train as run
+    from jemkit.training.run import train as run
 
     with watching(out, silent=silent) as watch, stopping() as stop:
         try:
@@ -175,7 +175,7 @@ def _trained(
 
 
 def _show_plan(resolved: "Resolved", out: Path, init_from: Path | None, as_json: bool) -> None:
-    from jemkit.plan import plan
+    from jemkit.training.plan import plan
 
     found = plan(resolved, out, init_from=init_from)
     if as_json:

@@ -9,7 +9,7 @@ from jemkit_cli import selection as pick
 from jemkit_cli.terminal import guarded, installed_parts, say, say_json, show_table, stopping
 
 if TYPE_CHECKING:
-    from jemkit.verify import Verdict
+    from jemkit.testing.resume import Verdict
 
 
 @guarded
@@ -34,9 +34,9 @@ def verify_resume(
     """
     import tempfile
 
-    from jemkit.runtime.folder import RunFolder
-    from jemkit.verify import check_run
-    from jemkit.verify import verify_resume as verify
+    from jemkit.runtime.run_dir import RunFolder
+    from jemkit.testing.resume import check_run
+    from jemkit.testing.resume import verify_resume as verify
 
     config = RunFolder.open(run).path / "config.json" if run.is_dir() else run
     registry = installed_parts(third_party=not no_plugins)

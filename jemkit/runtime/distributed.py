@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from jemkit.errors import ConfigError
-from jemkit.runtime.ledger import WHOLE, Shard
+from jemkit.runtime.work_cache import WHOLE, Shard
 
 BUCKET = 25_000_000
 """Numbers in one all_reduce: 100 MB of float32."""

@@ -21,12 +21,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from jemkit.errors import DataError
+from jemkit.options import expanded
 from jemkit.runtime.disk import until_room
 from jemkit.runtime.opening import (
     JSON_LIMIT,
     LOG_LIMIT,
     decoded,
-    expanded,
     is_shared,
     opened,
     opened_in_place,

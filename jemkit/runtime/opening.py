@@ -84,14 +84,6 @@ def decoded(content: bytes) -> str:
         raise ValueError(f"it is no text in UTF-8 ({error}); save it as UTF-8") from None
 
 
-def expanded(path: Path) -> Path:
-    """A path whose ~ is the user's home, where there is such a user."""
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        return path
-
-
 def make_folder(path: Path) -> None:
     """A folder inside a run, made where it is missing; refused where it is a link."""
     refuse_link(path)

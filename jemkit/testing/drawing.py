@@ -2,20 +2,13 @@
 
 import torch
 
-from jemkit.checkpoint import same
-from jemkit.density import DensitySpec
-from jemkit.energy import ModelEnergy
-from jemkit.modes import eval_mode
-from jemkit.sampling import Sampler, chain, last, run
-from jemkit.starts import StartSpec, Uniform
-from jemkit.testing.law import (
-    generator,
-    require,
-    require_tensor,
-    told,
-    unchanged,
-    untouched,
-)
+from jemkit.models.energy import ModelEnergy
+from jemkit.runtime.modes import eval_mode
+from jemkit.runtime.pytree import same
+from jemkit.sampling.density import DensitySpec
+from jemkit.sampling.init_dists import StartSpec, Uniform
+from jemkit.sampling.kernels import Sampler, chain, last, run
+from jemkit.testing.law import generator, require, require_tensor, told, unchanged, untouched
 from jemkit.testing.toys import toy_backbone, toy_batch, toy_model, toy_task
 
 

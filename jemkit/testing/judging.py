@@ -7,18 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jemkit.attack import PGD, Attack, ForTraining, ModelAttack, Threat
-from jemkit.backbone import Task
-from jemkit.cascade import attacked as run_attack
-from jemkit.checkpoint import same
-from jemkit.data import Augmentation, Bounds, Dataset, Images, Split
-from jemkit.distance import Distance
+from jemkit.attacks.base import Attack, ForTraining, ModelAttack, Threat
+from jemkit.attacks.pgd import PGD
+from jemkit.attacks.pixel_model import PixelModel
+from jemkit.data import Augmentation, Bounds, Dataset, Images, Split, Task
 from jemkit.errors import ConfigError
-from jemkit.evaluator import Context, Evaluator, measure
-from jemkit.figures import Figure
-from jemkit.modes import eval_mode, frozen
-from jemkit.pixels import PixelModel
-from jemkit.sampling import gradient
+from jemkit.metrics.attack_runner import attacked as run_attack
+from jemkit.metrics.evaluator import Context, Evaluator, measure
+from jemkit.metrics.figures import Figure
+from jemkit.models.distances import Distance
+from jemkit.runtime.modes import eval_mode, frozen
+from jemkit.runtime.pytree import same
+from jemkit.sampling.kernels import gradient
 from jemkit.testing.law import (
     generator,
     require,

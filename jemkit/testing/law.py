@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from jemkit.checkpoint import same
+from jemkit.runtime.pytree import same
 
 
 class ConformanceError(AssertionError):

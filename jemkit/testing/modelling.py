@@ -3,10 +3,10 @@
 import torch
 
 from jemkit.backbone import Backbone, BackboneSpec
-from jemkit.checkpoint import same
-from jemkit.energy import EnergyModelSpec, Scores
-from jemkit.modes import eval_mode
-from jemkit.networks import NetworkSpec, SmallCNN, lent
+from jemkit.models.energy import EnergyModelSpec, Scores
+from jemkit.models.networks import NetworkSpec, SmallCNN, lent
+from jemkit.runtime.modes import eval_mode
+from jemkit.runtime.pytree import same
 from jemkit.testing.law import (
     generator,
     require,

@@ -5,14 +5,15 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from jemkit.backbone import Backbone, Task
-from jemkit.data import Augmentation, Bounds, Images, Views
-from jemkit.density import Buffer, Contrastive, DensitySpec, ReplayBuffer
-from jemkit.energy import EnergyModel, EnergyModelSpec, LogSumExp
-from jemkit.networks import NetworkSpec, SmallCNN, lent
-from jemkit.objective import Batch
-from jemkit.sampling import SGLD, Sampler
-from jemkit.starts import StartSpec, Uniform, images_hash
+from jemkit.backbone import Backbone
+from jemkit.data import Augmentation, Batch, Bounds, Images, Task, Views
+from jemkit.models.energy import EnergyModel, EnergyModelSpec, LogSumExp
+from jemkit.models.networks import NetworkSpec, SmallCNN, lent
+from jemkit.sampling.density import Contrastive, DensitySpec
+from jemkit.sampling.init_dists import StartSpec, Uniform
+from jemkit.sampling.kernels import SGLD, Sampler
+from jemkit.sampling.moments import images_hash
+from jemkit.sampling.replay_buffer import Buffer, ReplayBuffer
 
 
 def toy_images(n: int, n_classes: int, size: int, channels: int, seed: int) -> Images:

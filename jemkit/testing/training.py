@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from jemkit.backbone import Backbone
-from jemkit.checkpoint import same
 from jemkit.errors import Diverged
 from jemkit.objective import Objective, ObjectiveSpec, Terms
+from jemkit.runtime.pytree import same
 from jemkit.testing.law import (
     generator,
     plain,
@@ -21,7 +21,7 @@ from jemkit.testing.law import (
     untouched,
 )
 from jemkit.testing.toys import toy_backbone, toy_batch, toy_model, toy_task
-from jemkit.update import Guard, UpdaterSpec
+from jemkit.updaters import Guard, UpdaterSpec
 
 
 def check_objective(objective: Objective[Any] | ObjectiveSpec) -> None:

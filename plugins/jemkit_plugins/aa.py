@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from jemkit import (
     Attack, ModelAttack, Norm, Options, Perturb, PixelModel, Threat, hookimpl, nonstandard,
 )  # fmt: skip
-from jemkit.autoattack import QUERIES, Stage, package
+from jemkit.attacks.autoattack import QUERIES, Stage, package
 
 Version = Literal["standard", "plus", "rand", "released"]
 

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 from torch import nn
 
 from jemkit import (
-    Adapted, ConfigError, MisfitError, Network, NetworkSpec, Options, Shape, hookimpl, vision,
+    Adapted, ConfigError, MisfitError, Network, NetworkSpec, Options, Shape, hookimpl,
 )  # fmt: skip
-from jemkit.networks import check_features
+from jemkit.runtime import torchvision_compat  # fmt: skip
+from jemkit.models.networks import check_features
 from jemkit.options import nearest
 
 CLASSES = 1000
@@ -26,7 +27,7 @@ class Torchvision(Options):
     model: str
 
     def build(self, shape: Shape) -> Network:
-        models = vision.torchvision().models
+        models = torchvision_compat.torchvision().models
         names = models.list_models(module=models)
         if self.model not in names:
             raise ConfigError(
@@ -50,7 +51,7 @@ class Timm(Options):
     model: str
 
     def build(self, shape: Shape) -> Network:
-        vision.torchvision()
+        torchvision_compat.torchvision()
         try:
             import timm
         except ImportError:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from jemkit import Attack, ModelAttack, Options, Perturb, PixelModel, Threat, hookimpl, nonstandard
-from jemkit.autoattack import Stage, package
+from jemkit.attacks.autoattack import Stage, package
 
 
 class APGD(Options):

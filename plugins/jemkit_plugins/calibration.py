@@ -13,8 +13,8 @@ from jemkit import (
     ConfigError, Context, DataError, Evaluator, Figure, Images, Options, PixelModel, batches,
     hookimpl,
 )  # fmt: skip
-from jemkit.figures import plain
-from jemkit.pictures import reliability_png
+from jemkit.metrics.figures import plain
+from jemkit.metrics.plots import reliability_png
 
 COLDEST, HOTTEST = 0.01, 100.0
 """Between which a temperature is looked for."""

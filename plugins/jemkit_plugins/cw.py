@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from jemkit import PGD, Best, ModelAttack, Options, Perturb, PixelModel, Threat, ball_of, hookimpl
-from jemkit.blackbox import margin
+from jemkit.attacks.random_search import margin
 
 
 class CW(Options):

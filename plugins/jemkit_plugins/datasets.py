@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from jemkit import Augmentation, DataError, Dataset, Images, Options, Split, checked, hookimpl
 from jemkit.runtime.files import read_json
-from jemkit.vision import torchvision
+from jemkit.runtime.torchvision_compat import torchvision
 
 Published = dict[Path, str]  # files, each with the md5 its publisher gives
 LARGEST = 2**28

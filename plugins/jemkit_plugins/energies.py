@@ -14,16 +14,16 @@ from jemkit import (
     Context, Evaluator, Figure, Images, Options, PixelModel, ball_of, batches, chain, hookimpl,
     perturbed,
 )  # fmt: skip
-from jemkit.cascade import attacked
-from jemkit.density import together
-from jemkit.figures import plain
-from jemkit.histograms import BINS, bin_edges, histograms, shares
-from jemkit.identity import identity_of
-from jemkit.pictures import curves_png, histograms_png, scatter_png
-from jemkit.pixels import UNIT, weights_hash
-from jemkit.robustness import PGD20, energies, energy_gaps
-from jemkit.seeds import generator
-from jemkit.starts import start_name
+from jemkit.metrics.attack_runner import attacked
+from jemkit.sampling.density import together
+from jemkit.metrics.figures import plain
+from jemkit.metrics.figures import BINS, bin_edges, histograms, shares
+from jemkit.metrics.identity import identity_of
+from jemkit.metrics.plots import curves_png, histograms_png, scatter_png
+from jemkit.attacks.pixel_model import UNIT, weights_hash
+from jemkit.metrics.energy_gap import PGD20, energies, energy_gaps
+from jemkit.runtime.rng import generator
+from jemkit.sampling.init_dists import start_name
 
 SHORT = {"clean": "clean", "adversarial": "adv", "generated": "gen"}
 """The sets as names of figures have them."""

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from jemkit import (
     PGD, ModelAttack, Options, Perturb, PixelModel, Threat, ball_of, hookimpl, perturbed,
 )  # fmt: skip
-from jemkit.pixels import UNIT
+from jemkit.attacks.pixel_model import UNIT
 
 
 class FGSM(Options):

@@ -12,10 +12,10 @@ import torch
 from pydantic import Field
 
 from jemkit import Augmentation, DataError, Dataset, Images, Options, Split, checked, hookimpl
-from jemkit.data import SIZES
-from jemkit.imagefolder.layout import layout, listed, shown
-from jemkit.imagefolder.listing import Listing, Sample, listing, sentences
-from jemkit.imagefolder.pixels import pixels, survey
+from jemkit.options import SIZES
+from jemkit.runtime.imagefolder.layout import layout, listed, shown
+from jemkit.runtime.imagefolder.listing import Listing, Sample, listing, sentences
+from jemkit.runtime.imagefolder.pixels import pixels, survey
 from jemkit.splits import stratified_parts
 
 log = logging.getLogger("jemkit.data")

@@ -11,16 +11,19 @@ from torch import Tensor
 
 from jemkit import (
     ConfigError, Context, DataError, Evaluator, Figure, Images, MisfitError, Options, PartOf,
-    PixelModel, Start, StartSpec, Task, Unmeasurable, fidelity, hookimpl, pictures,
+    PixelModel, Start, StartSpec, Task, Unmeasurable, hookimpl,
 )  # fmt: skip
-from jemkit.density import together
-from jemkit.features import PIECE, Features, Seen, inception, inception_file, own, seen
-from jemkit.figures import plain
-from jemkit.generation import STEPS, portions
-from jemkit.pictures import to_bytes
-from jemkit.samples import Drawn, fresh, kept
-from jemkit.seeds import generator
-from jemkit.starts import MomentStart, images_hash, start_name
+from jemkit.metrics import fid, plots  # fmt: skip
+from jemkit.sampling.density import together
+from jemkit.metrics.features import PIECE, Features, Seen, inception, inception_file, own, seen
+from jemkit.metrics.figures import plain
+from jemkit.evaluation.sample import STEPS
+from jemkit.metrics.samples import portions
+from jemkit.metrics.plots import to_bytes
+from jemkit.metrics.samples import Drawn, fresh, kept
+from jemkit.runtime.rng import generator
+from jemkit.sampling.init_dists import MomentStart, start_name
+from jemkit.sampling.moments import images_hash
 
 CPU = torch.device("cpu")
 ENOUGH = 2048
@@ -206,20 +209,20 @@ def _measured(ours: Seen, theirs: Seen, ctx: Context) -> dict[str, tuple[float, 
     """Every measure by name: its value, and what joins its protocol."""
     rng = generator(CPU, ctx.seed, "generation", "subsets")
     a, b = (side.features.to(ctx.rng.device) for side in (ours, theirs))
-    near, far = (fidelity.moments(torch.split(rows, PIECE)) for rows in (a, b))
-    kid = fidelity.kernel_distance(a, b, rng, subsets=SUBSETS, size=SUBSET)
+    near, far = (fid.moments(torch.split(rows, PIECE)) for rows in (a, b))
+    kid = fid.kernel_distance(a, b, rng, subsets=SUBSETS, size=SUBSET)
     few = b[torch.randperm(len(b), generator=rng)[: len(a)].to(b.device)]
-    precision, recall = fidelity.precision_recall(a, few, k=K)
+    precision, recall = fid.precision_recall(a, few, k=K)
     subsets = {"std": kid.std, "subsets": SUBSETS, "subset_size": min(SUBSET, len(a), len(b))}
     balls = {"neighbours": K, "reference_rows": len(few)}
     found: dict[str, tuple[float, dict[str, Any]]] = {
-        "fid": (fidelity.frechet(near, far), {}),
+        "fid": (fid.frechet(near, far), {}),
         "kid": (kid.mean, subsets),
         "precision": (precision, balls),
         "recall": (recall, balls),
     }
     if ours.logits is not None:
-        score = fidelity.inception_score(ours.logits, splits=SPLITS)
+        score = fid.inception_score(ours.logits, splits=SPLITS)
         found["is"] = (score.mean, {"std": score.std, "splits": SPLITS})
     return found
 
@@ -228,11 +231,11 @@ def _show(x: Tensor, ctx: Context, label: str) -> None:
     """The first samples, and the training images nearest to them: copies would stand out."""
     samples, train = x[:SHOWN].float() / 255, ctx.split("train")
     k = min(NEIGHBOURS, len(train.y))
-    distances, nearest = fidelity.nearest_rows(samples, train.unit().cpu(), k)
-    ctx.notes.pictures[f"samples{label}"] = pictures.grid(x[:GRID].float() / 255)
+    distances, nearest = fid.nearest_rows(samples, train.unit().cpu(), k)
+    ctx.notes.pictures[f"samples{label}"] = plots.grid(x[:GRID].float() / 255)
     found = Images(train.x.cpu()[nearest.flatten()], nearest).unit()
     found = found.view(*nearest.shape, *samples.shape[1:])
-    ctx.notes.pictures[f"neighbours{label}"] = pictures.neighbours(samples, found)
+    ctx.notes.pictures[f"neighbours{label}"] = plots.neighbours(samples, found)
     ctx.notes.tables[f"neighbours{label}"] = {
         "distance": "L2 of pixels in [0, 1] to the nearest training image",
         "mean_distance": float(distances[:, 0].mean()),

@@ -9,8 +9,8 @@ from torch import Generator, Tensor
 
 from jemkit import (
     SGLD, WRN, Backbone, BackboneSpec, Batch, ConfigError, Contrastive, DensityPart, JEMVariant,
-    NetworkPart, Objective, Options, SamplerPart, StartPart, Steps, Stream, Terms, Uniform, Views,
-    hookimpl, watched,
+    NetworkPart, Objective, Options, SamplerPart, StartPart, Steps, Stream, Terms, Uniform,
+    Views, hookimpl, watched,
 )  # fmt: skip
 
 

@@ -14,10 +14,10 @@ from jemkit import (
     Bounds, ConfigError, DataError, Distance, EnergyModel, Measure, MisfitError, Options,
     hookimpl,
 )  # fmt: skip
-from jemkit.foreign.reading import loaded
+from jemkit.training.pretrained.reading import loaded
 from jemkit.runtime.files import load_arrays, load_tensors
 from jemkit.runtime.opening import read_file
-from jemkit.vision import torchvision
+from jemkit.runtime.torchvision_compat import torchvision
 
 MOST = 2 * 2**30
 """Bytes of a file of weights; torchvision's VGG-16 has 530 million."""

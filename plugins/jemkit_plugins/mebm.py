@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from jemkit import (
-    BackboneSpec, Contrastive, DensityPart, EnergyPart, Gaussian, JEMVariant, LinearHead, StartPart,
-    Steps, Table, hookimpl,
+    BackboneSpec, Contrastive, DensityPart, EnergyPart, Gaussian, JEMVariant, LinearHead,
+    StartPart, Steps, Table, hookimpl,
 )  # fmt: skip
 
 

@@ -10,11 +10,11 @@ from jemkit import (
     Context, Dataset, Evaluator, Figure, Images, MisfitError, Options, PartOf, PixelModel,
     batches, gradient, hookimpl,
 )  # fmt: skip
-from jemkit.figures import Z
-from jemkit.histograms import histograms
-from jemkit.pictures import histograms_png
-from jemkit.runtime.ledger import tensors_hash
-from jemkit.seeds import generator
+from jemkit.metrics.figures import Z
+from jemkit.metrics.figures import histograms
+from jemkit.metrics.plots import histograms_png
+from jemkit.runtime.work_cache import tensors_hash
+from jemkit.runtime.rng import generator
 
 Made = Literal["interpolation", "uniform", "gaussian", "constant", "rotation"]
 """Sets that need no files."""

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from jemkit import (
     PGD, Best, MisfitError, ModelAttack, Options, Perturb, PixelModel, Threat, ball_of, hookimpl,
 )  # fmt: skip
-from jemkit.refined import Refined
+from jemkit.attacks.purification import Refined
 
 Pass = Callable[[Tensor, Generator], Tensor]
 """x [B, C, H, W] to logits [B, K], with noise from the generator."""

@@ -7,11 +7,11 @@ from pydantic import Field
 from torch import arange
 
 from jemkit import Context, Evaluator, Figure, Images, Options, PixelModel, hookimpl
-from jemkit.anchor import anchored
-from jemkit.cascade import Attacked, attacked
-from jemkit.indicators import examine, outputs_of
-from jemkit.indicators.plan import QUICK_SHARE
-from jemkit.robustness import robust_share
+from jemkit.attacks.pixel_model import anchored
+from jemkit.metrics.attack_runner import Attacked, attacked
+from jemkit.metrics.indicators import examine, outputs_of
+from jemkit.metrics.indicators.plan import QUICK_SHARE
+from jemkit.metrics.energy_gap import robust_share
 
 
 class Robustness(Options):

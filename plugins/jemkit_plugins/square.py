@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from jemkit import Attack, ModelAttack, Options, Perturb, PixelModel, Threat, hookimpl
-from jemkit.autoattack import QUERIES, Stage, package
+from jemkit.attacks.autoattack import QUERIES, Stage, package
 
 
 class Square(Options):

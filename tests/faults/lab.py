@@ -23,11 +23,12 @@ torch.set_num_threads(1)
 from test_resume import timeless  # noqa: E402
 from toys import linear_model, toy_recipe, toy_registry  # noqa: E402
 
-from jemkit import JemkitError, PixelModel, checkpoint, evaluate, train  # noqa: E402
-from jemkit import record as records  # noqa: E402
-from jemkit.checkpoint import differing  # noqa: E402
+from jemkit import JemkitError, PixelModel, evaluate, train  # noqa: E402
+from jemkit.metrics import record as records  # noqa: E402
+from jemkit.runtime import checkpoint  # noqa: E402
 from jemkit.runtime.disk import Patience, waiting  # noqa: E402
-from jemkit.runtime.folder import RunFolder  # noqa: E402
+from jemkit.runtime.pytree import differing  # noqa: E402
+from jemkit.runtime.run_dir import RunFolder  # noqa: E402
 from jemkit.testing import toy_task  # noqa: E402
 
 REGISTRY = toy_registry()

@@ -14,17 +14,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toys import toy_recipe, toy_registry
 
-from jemkit import DataError, JemkitError, load, recordfile, train
-from jemkit import checkpoint as checkpoints
-from jemkit.comparison import compare
-from jemkit.evaluation import judge
-from jemkit.exporting import export
-from jemkit.generation import asked, drawn
-from jemkit.recordfile import SEAL
-from jemkit.recordfile import _hash as sealed
-from jemkit.report import write
-from jemkit.settings import settings_of
-from jemkit.subjects import subject_at
+from jemkit import DataError, JemkitError, load, train
+from jemkit.config.eval_settings import settings_of
+from jemkit.evaluation.compare import compare
+from jemkit.evaluation.evaluate import judge
+from jemkit.evaluation.export import export
+from jemkit.evaluation.report import write
+from jemkit.evaluation.sample import asked, drawn
+from jemkit.evaluation.subjects import subject_at
+from jemkit.metrics import record_file
+from jemkit.metrics.record_file import SEAL
+from jemkit.metrics.record_file import _hash as sealed
+from jemkit.runtime import checkpoint as checkpoints
 
 REGISTRY = toy_registry()
 CPU = torch.device("cpu")
@@ -203,4 +204,4 @@ def test_a_record_that_no_evaluation_wrote_is_damaged(
         json.dumps(with_seal(changed(tree, at, "odd", value)))
     )
     with pytest.raises(DataError, match=r"evaluation\.json is damaged"):
-        recordfile.load(tmp_path)
+        record_file.load(tmp_path)

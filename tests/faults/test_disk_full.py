@@ -9,7 +9,7 @@ import pytest
 from cli_tools import TINY, command, environment
 from test_kills import befallen
 
-from jemkit import checkpoint
+from jemkit.runtime import checkpoint
 from jemkit.runtime.disk import used_bytes
 
 EXIT_6 = 6 << 8

@@ -12,9 +12,9 @@ import torch
 from toys import BACKBONES, objective_of, toy_recipe, toy_registry
 
 from jemkit import Diverged, Options, Terms, Trainer, hookimpl
-from jemkit.checkpoint import load, newest
-from jemkit.registry import Plugin
-from jemkit.runtime.folder import RunFolder
+from jemkit.config.registry import Plugin
+from jemkit.runtime.checkpoint import load, newest
+from jemkit.runtime.run_dir import RunFolder
 
 Fault = Literal["nan", "inf", "-inf", "energy", "explosion", "weights", "collapse", "buffer"]
 FAULTS: tuple[Fault, ...] = (

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from toys import REGISTRY
 
 from jemkit import Images, evaluate
-from jemkit import record as records
-from jemkit.figures import Figure
-from jemkit.record import Record
+from jemkit.metrics import record as records
+from jemkit.metrics.figures import Figure
+from jemkit.metrics.record_file import Record
 
 SIDE, CLASSES = 8, 3
 

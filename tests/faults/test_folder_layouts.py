@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from imagefolders import image
 
 from jemkit.errors import DataError
-from jemkit.imagefolder.layout import is_image
-from jemkit.imagefolder.listing import listing
+from jemkit.runtime.imagefolder.layout import is_image
+from jemkit.runtime.imagefolder.listing import listing
 from jemkit_plugins.folder import Folder
 
 TRAINS = ("train", "Train", "TRAIN", "training", "Training", "training_set", "trainset", "trn")

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from toys import toy_recipe, toy_registry
 
 from jemkit import DataError, JemkitError, train
-from jemkit.comparison import compare
-from jemkit.evaluation import judge
-from jemkit.exporting import export
-from jemkit.generation import asked, drawn, place, save
-from jemkit.report import write
-from jemkit.runtime.folder import RunFolder
-from jemkit.settings import settings_of
-from jemkit.subjects import subject_at
+from jemkit.config.eval_settings import settings_of
+from jemkit.evaluation.compare import compare
+from jemkit.evaluation.evaluate import judge
+from jemkit.evaluation.export import export
+from jemkit.evaluation.report import write
+from jemkit.evaluation.sample import asked, drawn, place, save
+from jemkit.evaluation.subjects import subject_at
+from jemkit.runtime.run_dir import RunFolder
 
 REGISTRY = toy_registry()
 CPU = torch.device("cpu")

@@ -13,13 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import toy_recipe, toy_registry
 
-from jemkit import JemkitError, Trainer, checkpoint, record
-from jemkit.checkpoint import FILES, MANIFEST, same
-from jemkit.evaluator import Notes
-from jemkit.figures import plain
-from jemkit.recipe import complete, resolve
-from jemkit.runtime.folder import RunFolder
-from jemkit.session import resume_from
+from jemkit import JemkitError, Trainer
+from jemkit.config.recipe import complete, resolve
+from jemkit.metrics import record
+from jemkit.metrics.evaluator import Notes
+from jemkit.metrics.figures import plain
+from jemkit.runtime import checkpoint
+from jemkit.runtime.checkpoint import FILES, MANIFEST
+from jemkit.runtime.pytree import same
+from jemkit.runtime.run_dir import RunFolder
+from jemkit.training.run import resume_from
 
 REGISTRY = toy_registry()
 JSONS = ("checkpoint/manifest.json", "checkpoint/state.json", "config.json", "evaluation.json")

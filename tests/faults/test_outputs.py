@@ -13,10 +13,10 @@ from toys import REGISTRY
 
 import jemkit
 from jemkit import Images, MisfitError
-from jemkit.indicators.outputs import probe_outputs
-from jemkit.networks import lent
-from jemkit.pixels import pixel_model
-from jemkit.record import Record
+from jemkit.attacks.pixel_model import pixel_model
+from jemkit.metrics.indicators.outputs import probe_outputs
+from jemkit.metrics.record_file import Record
+from jemkit.models.networks import lent
 
 CPU = torch.device("cpu")
 Head = Callable[[Tensor], Tensor]

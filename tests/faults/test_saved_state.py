@@ -14,14 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toys import toy_recipe, toy_registry
 
-from jemkit import DataError, JemkitError, Trainer, checkpoint
-from jemkit.checkpoint import FILES, FORMAT, MANIFEST, MODEL, TENSORS, TREE, same
-from jemkit.recipe import Resolved, complete
+from jemkit import DataError, JemkitError, Trainer
+from jemkit.config.recipe import Resolved, complete
+from jemkit.evaluation.subjects import subject_at
+from jemkit.runtime import checkpoint
+from jemkit.runtime.checkpoint import FILES, FORMAT, MANIFEST, MODEL, TENSORS, TREE
 from jemkit.runtime.files import file_hash, write_json, write_tensors
-from jemkit.runtime.folder import RunFolder
-from jemkit.runtime.trees import packed
-from jemkit.session import resume_from
-from jemkit.subjects import subject_at
+from jemkit.runtime.pytree import packed, same
+from jemkit.runtime.run_dir import RunFolder
+from jemkit.training.run import resume_from
 
 REGISTRY = toy_registry()
 CUT, END = 8, 14  # six steps an epoch: the first has ended, the second ends on the way

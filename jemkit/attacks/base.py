@@ -1,0 +1,140 @@
+"""What an attack is: threats, balls, and the protocols of attacks."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+
+from torch import Generator, Tensor, nn
+
+from jemkit.attacks.pixel_model import UNIT, PixelModel
+from jemkit.data import Bounds
+from jemkit.errors import ConfigError, MisfitError
+from jemkit.sampling.kernels import Ball
+
+AttackLoss = Callable[[Tensor], Tensor]
+"""Of x~ [B, C, H, W]; [B], and higher is worse for the classifier."""
+
+Norm = Literal["Linf", "L2", "L1"]
+
+
+class Threat(NamedTuple):
+    """How far an attack may go: a norm, and a radius in 1/255 of the pixel range."""
+
+    norm: Norm
+    radius_px: float
+
+    @property
+    def eps(self) -> float:
+        """The radius for [0, 1] images."""
+        return UNIT.px(self.radius_px)
+
+
+def radius_of(norm: Norm, given: float | None, usual_px: float, option: str) -> float:
+    """The radius that is given, else the data set's usual one, which is of the L-inf norm alone.
+
+    `option` is what a person writes to give one.
+    """
+    if given is not None:
+        return float(given)
+    if norm != "Linf":
+        usual = {"L2": "127.5, which is 0.5", "L1": "3060, which is 12"}[norm]
+        raise ConfigError(
+            f"the norm {norm} has no radius by default: give one in 1/255 of the "
+            f"pixel range; on CIFAR-10 {option} {usual}, is usual"
+        )
+    return float(usual_px)
+
+
+def check_width(threat: Threat, pixels: int, option: str) -> None:
+    """Refuse a radius wider than the whole pixel range of images with so many values."""
+    widest = 255 * {"Linf": 1.0, "L2": pixels**0.5, "L1": float(pixels)}[threat.norm]
+    if threat.radius_px > widest:
+        raise ConfigError(
+            f"{option} {threat.radius_px:g} is wider than the whole range, {widest:g} in the norm "
+            f"{threat.norm}: a radius is given in 1/255 of the pixel range, so 8 for 8/255"
+        )
+
+
+@runtime_checkable
+class InBall(Protocol):
+    """A part that moves images inside a ball: an attack, or an objective with one of its own."""
+
+    @property
+    def norm(self) -> Norm: ...
+
+    @property
+    def radius_px(self) -> float | None:
+        """None: the data set's usual one, which is L-inf."""
+        ...
+
+
+@runtime_checkable
+class ForTraining(Protocol):
+    """An attack with options that act in judging alone."""
+
+    def check_training(self) -> None:
+        """Refuse those."""
+        ...
+
+
+Perturb = Callable[[Tensor, Tensor, Generator], Tensor]
+"""x [B, C, H, W] in [0, 1], y [B] and a generator to x~, in the ball and in [0, 1]."""
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """Images near x on which a loss is high; it can train a model and judge one."""
+
+    def draw(
+        self,
+        model: nn.Module,
+        loss: AttackLoss,
+        x: Tensor,
+        rng: Generator,
+        *,
+        bounds: Bounds,
+        radius_px: float,
+    ) -> Tensor:
+        """x~ [B, C, H, W], detached; `radius_px` serves where the attack names none itself."""
+        ...
+
+
+@runtime_checkable
+class ModelAttack(Protocol):
+    """An attack on a model as a whole, in stages; each has the images that stood the one before."""
+
+    everyone: ClassVar[bool]  # whether images that are wrong already are attacked too
+
+    @property
+    def label(self) -> str:
+        """The name of its figure, such as pgd20."""
+        ...
+
+    def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
+        """Its stages by name, in order; a MisfitError where the model or threat does not fit."""
+        ...
+
+    def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
+        """Its settings, for the protocol of its figures; `standard: False`, with `why`, where
+        they are not the published ones. Options that are not the defaults need no such mark: see
+        `jemkit.attacks.departures`."""
+        ...
+
+
+def training_radius(attack: Attack, usual_px: float) -> float:
+    """The radius that an objective trains at by this attack."""
+    if not isinstance(attack, InBall):
+        return usual_px
+    return radius_of(attack.norm, attack.radius_px, usual_px, "objective.attack.radius_px")
+
+
+def nonstandard(why: Iterable[str]) -> dict[str, Any]:
+    """What a card says of settings that are not the published ones; nothing where they are."""
+    reasons = "; ".join(dict.fromkeys(why))
+    return {"standard": False, "why": reasons} if reasons else {}
+
+
+def ball_of(threat: Threat, name: str) -> Ball:
+    """The norm of a gradient attack, of which there are two."""
+    if threat.norm == "L1":
+        raise MisfitError(f"{name} knows the norms Linf and L2; for L1 take aa, apgd or square")
+    return threat.norm

@@ -1,0 +1,71 @@
+"""Whether a figure is of the standard protocol: which options of its parts are not the defaults."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from jemkit.attacks.base import Threat
+
+
+def departures(part: object, threat: Threat) -> dict[str, Any]:
+    """The options of an attack or evaluator that are neither its defaults nor told by its label.
+
+    An option that is None by default, and stands at what None means in this threat, is a default.
+    Options that a class names in `standard_at_any` leave a figure standard. One without a default
+    counts: no value of it is the standard one.
+    """
+    if not isinstance(part, BaseModel):
+        return {}
+    fields, free = type(part).model_fields, getattr(part, "standard_at_any", ())
+    implied = {**threat._asdict(), "step_px": threat.radius_px / 4}
+    found = {}
+    for name, field in fields.items():
+        value = getattr(part, name)
+        if name in free or field.exclude:
+            continue
+        if not field.is_required():
+            usual = field.get_default(call_default_factory=True)
+            meant = usual is None or name in ("norm", "radius_px")
+            if value == usual or (meant and value == implied.get(name, usual)):
+                continue
+            if _told(part, name, usual):
+                continue
+        found[name] = plain(value)
+    return found
+
+
+def with_departures(card: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """A figure's card that tells its options, which are not the standard ones."""
+    if not found:
+        return dict(card)
+    options = {**card.get("options", {}), **found}
+    why = f"options that are not the defaults: {', '.join(f'{k} {v}' for k, v in found.items())}"
+    return {**card, "options": options, "standard": False, "why": reasons([card.get("why"), why])}
+
+
+def reasons(found: Iterable[Any]) -> str:
+    """Reasons as one text, each once."""
+    return "; ".join(dict.fromkeys(str(reason) for reason in found if reason))
+
+
+def plain(value: Any) -> Any:
+    """An option as JSON has it."""
+    if isinstance(value, BaseModel):
+        return {"part": type(value).__name__, **{k: plain(v) for k, v in value}}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return str(value)
+    return value
+
+
+def _told(part: BaseModel, name: str, usual: Any) -> bool:
+    """Whether the name of its figure tells an option: pgd50 and pgd20x5 do, apgd does not."""
+    label = getattr(part, "label", None)
+    return label is not None and label != part.model_copy(update={name: usual}).label  # type: ignore[attr-defined]

@@ -1,0 +1,163 @@
+"""Attacks: chains up a loss inside a ball around x, and whatever else fools a model."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Generator, Tensor, nn
+
+from jemkit.attacks.base import AttackLoss, Perturb, Threat, ball_of
+from jemkit.attacks.pixel_model import UNIT, PixelModel
+from jemkit.data import Bounds
+from jemkit.errors import ConfigError, DataError
+from jemkit.models.energy import EnergyFn
+from jemkit.options import Options, Radius
+from jemkit.runtime.modes import eval_mode, frozen
+from jemkit.sampling.kernels import Ball, L2Descent, Projected, Sampler, SignDescent, run
+
+
+def perturbed(x: Tensor, radius: float, rng: Generator, norm: Ball = "Linf") -> Tensor:
+    """x moved to a uniformly drawn point of the ball; `radius` in tensor units."""
+    if norm == "Linf":
+        u = torch.rand(x.shape, generator=rng, device=x.device, dtype=x.dtype)
+        return x + radius * (2 * u - 1)
+    n = torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype).flatten(1)
+    share = torch.rand((len(x), 1), generator=rng, device=x.device, dtype=x.dtype)
+    direction = F.normalize(n, dim=1) * share ** (1 / n.shape[1])
+    return x + radius * direction.view_as(x)
+
+
+def drawn_start(kernel: Projected, rng: Generator) -> Tensor:
+    """Where a climb begins: a point of the ball, inside the range."""
+    return kernel.project(perturbed(kernel.centre, kernel.radius, rng, kernel.norm))
+
+
+class Best:
+    """The worst images for a model among all that were seen: wrong ones first, then by loss."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x.clone()
+        self._score: Tensor | None = None
+        self._wrong = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self._finite = torch.ones((), dtype=torch.bool, device=x.device)
+
+    def see(self, x: Tensor, loss: Tensor, wrong: Tensor) -> None:
+        """Keep each row that is worse than the one kept; loss [B], wrong [B]."""
+        loss = loss.detach()
+        score = torch.full_like(loss, -torch.inf) if self._score is None else self._score
+        better = (wrong & ~self._wrong) | ((wrong == self._wrong) & (loss > score))
+        self._x[better] = x.detach()[better]
+        self._score = torch.where(better, loss, score)
+        self._wrong = self._wrong | wrong
+        self._finite = self._finite & ~loss.isnan().any()
+
+    @property
+    def x(self) -> Tensor:
+        """The worst of each row; a DataError where a loss was NaN, which nothing is worse than."""
+        if not self._finite:
+            raise DataError("the model's loss is NaN on attacked images: it has diverged")
+        return self._x
+
+
+class PGD(Options):
+    """Projected gradient ascent (Madry et al. 2018) on any loss; sizes in 1/255 of the range.
+
+    As an attack on a model it goes up the cross-entropy, and keeps the worst image of all steps
+    and restarts; in training it gives the last one.
+    """
+
+    everyone: ClassVar[bool] = True
+
+    steps: int = Field(10, ge=0)
+    radius_px: Radius | None = None  # None: the data set's, or the evaluation's
+    step_px: float | None = Field(None, ge=0)  # None: a quarter of the radius
+    norm: Ball = "Linf"
+    restarts: int = Field(1, ge=1)
+
+    def unused(self) -> dict[str, str]:
+        return {} if self.steps else {"step_px": "where steps is 0"}
+
+    @property
+    def label(self) -> str:
+        return f"pgd{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "")
+
+    def draw(
+        self,
+        model: nn.Module,
+        loss: AttackLoss,
+        x: Tensor,
+        rng: Generator,
+        *,
+        bounds: Bounds,
+        radius_px: float,
+    ) -> Tensor:
+        self.check_training()
+        radius = radius_px if self.radius_px is None else self.radius_px
+        kernel = self.kernel(x, radius, bounds, self.norm)
+        with frozen(model), eval_mode(model):
+            return run(kernel, lambda x: -loss(x), drawn_start(kernel, rng), rng, self.steps)
+
+    def check_training(self) -> None:
+        """Refuse restarts, which act in judging alone."""
+        if self.restarts > 1:
+            raise ConfigError(
+                f"a training attack has one start: its restarts are {self.restarts}, set them to 1"
+            )
+
+    def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
+        norm = ball_of(threat, self.label)
+        self._check_threat(threat)
+
+        def perturb(x: Tensor, y: Tensor, rng: Generator) -> Tensor:
+            best = Best(x)
+
+            def energy(z: Tensor) -> Tensor:
+                logits = subject(z)
+                loss = F.cross_entropy(logits, y, reduction="none")
+                best.see(z, loss, logits.argmax(1) != y)
+                return -loss
+
+            self.climb(energy, x, threat.radius_px, norm, rng)
+            return best.x
+
+        return {self.label: perturb}
+
+    def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
+        step = threat.radius_px / 4 if self.step_px is None else self.step_px
+        return {
+            "steps": self.steps,
+            "step_px": step,
+            "restarts": self.restarts,
+            "start": "uniform in the ball",
+            "kept": "the worst of all steps",
+        }
+
+    def climb(
+        self, energy: EnergyFn, x: Tensor, radius_px: float, norm: Ball, rng: Generator
+    ) -> None:
+        """Go down an energy in the ball from every start; it sees each state, and keeps what it
+        wants."""
+        kernel = self.kernel(x, radius_px, UNIT, norm)
+        for _ in range(self.restarts):
+            end = run(kernel, energy, drawn_start(kernel, rng), rng, self.steps)
+            with torch.no_grad():
+                energy(end)
+
+    def kernel(self, x: Tensor, radius_px: float, bounds: Bounds, norm: Ball) -> Projected:
+        """Steepest ascent around x, projected; for an energy, which is a loss upside down."""
+        step = bounds.px(radius_px / 4 if self.step_px is None else self.step_px)
+        inner: Sampler = (
+            SignDescent(step_size=step) if norm == "Linf" else L2Descent(step_size=step)
+        )
+        return Projected(inner, x, bounds.px(radius_px), bounds, norm)
+
+    def _check_threat(self, threat: Threat) -> None:
+        own: dict[str, Any] = {"norm": self.norm} if "norm" in self.model_fields_set else {}
+        own |= {} if self.radius_px is None else {"radius_px": self.radius_px}
+        if any(value != threat._asdict()[name] for name, value in own.items()):
+            raise ConfigError(
+                f"pgd is set to {own}, and the evaluation to {threat._asdict()}: in an evaluation "
+                "every attack has the same norm and radius; leave pgd's own unset"
+            )

@@ -1,0 +1,257 @@
+"""A model as whatever judges it sees it: a module of [0, 1] images that returns logits."""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor, nn
+
+from jemkit.data import Bounds
+from jemkit.errors import DataError, MisfitError
+from jemkit.models.energy import EnergyModel, Scores
+from jemkit.runtime.microbatch import passed
+from jemkit.runtime.modes import eval_mode
+from jemkit.sampling.density import Density
+from jemkit.sampling.init_dists import Start
+
+UNIT = Bounds(0.0, 1.0)
+"""The range in which whatever judges a model sees images."""
+
+
+class PixelModel(nn.Module):
+    """A module of [0, 1] images that returns logits; the scaling is inside.
+
+    With a density it can be sampled. `poll` is called before every pass, so that what runs for
+    long can be stopped inside. The model gets its images in `dtype`, by default as they come;
+    scores are at least float32, and so is whatever is computed of them.
+    """
+
+    def __init__(
+        self,
+        model: EnergyModel,
+        bounds: Bounds = Bounds(),
+        density: Density | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.bounds, self.dtype = model, bounds, dtype
+        self._density = density
+        self.poll: Callable[[], None] = _nothing
+
+    def scores(self, pixels: Tensor) -> Scores:
+        """Scores of images [B, C, H, W] in [0, 1], or of bytes in 0..255."""
+        self.poll()
+        if pixels.dtype == torch.uint8:
+            pixels = pixels.float() / 255
+        return self.scored(self.bounds.from_unit(pixels))
+
+    def scored(self, x: Tensor) -> Scores:
+        """The model's scores of images in its own range, at least float32."""
+        x = x if self.dtype is None else x.to(self.dtype)
+        return Scores(*(_at_least_float32(part) for part in self.model(x)))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.scores(pixels).logits
+
+    @property
+    def has_density(self) -> bool:
+        return self._density is not None
+
+    @property
+    def density(self) -> Density:
+        if self._density is None:
+            raise MisfitError("this model is a classifier without a density: nothing to sample")
+        return self._density
+
+    def sample(
+        self,
+        n: int,
+        rng: Generator,
+        *,
+        steps: int,
+        start: Start | None = None,
+        y: Tensor | None = None,
+    ) -> Tensor:
+        """The ends of n fresh chains, [n, C, H, W] in [0, 1]; never touches the buffer."""
+        p0 = self.density.start if start is None else start
+        with self.model.register_forward_pre_hook(lambda *_: self.poll()):
+            x = self.density.sample(self.model, n, rng, steps=steps, start=p0, y=y)
+        return self.bounds.to_unit(self.bounds.clamp(x))
+
+
+class LoadedModel(PixelModel):
+    """The model that a user loads for images of their own: those of 0..255 are refused.
+
+    Whatever judges it takes the PixelModel that `pixel_model` makes of it.
+    """
+
+    def scores(self, pixels: Tensor) -> Scores:
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if not (tracing or torch.compiler.is_compiling()):
+            check_unit(pixels)
+        return super().scores(pixels)
+
+
+FAR = 10.0
+"""Beyond [0, 1] by noise, perhaps; but images of 0..255 have a larger value."""
+
+
+def check_unit(pixels: Tensor) -> None:
+    """Refuse images that are surely not in [0, 1], nor bytes."""
+    if pixels.dtype == torch.uint8 or not pixels.numel() or pixels.is_meta:
+        return
+    if not pixels.is_floating_point():
+        raise DataError(f"images of {pixels.dtype}: wanted floats in [0, 1], or uint8 in 0..255")
+    try:
+        high = float(pixels.detach().max())
+    except RuntimeError:  # inside torch.func.vmap nobody knows
+        return
+    if high > FAR:
+        raise DataError(
+            f"images with values up to {high:g}: wanted floats in [0, 1], or uint8 in 0..255; "
+            "divide pixels of 0..255 by 255"
+        )
+
+
+def _at_least_float32(scores: Tensor) -> Tensor:
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+def _nothing() -> None:
+    return None
+
+
+class Stranger(EnergyModel):
+    """Any module that maps [0, 1] images to logits, read as JEM reads a classifier (Eq. 1)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Scores:
+        logits = passed(self.module, x, self.module)
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise MisfitError(
+                f"the model gives {came} for {len(x)} images; wanted a tensor of logits, "
+                f"[{len(x)}, classes]"
+            )
+        return self.scores(logits)
+
+    def read(self, features: Tensor) -> Scores:
+        return Scores(features, -features.logsumexp(dim=1))
+
+
+def pixel_model(module: nn.Module, bounds: Bounds = UNIT) -> PixelModel:
+    """A module as it is judged: a PixelModel, an energy model or any classifier of images.
+
+    An energy model sees images in `bounds`, a classifier sees [0, 1] and does its own scaling.
+    """
+    if isinstance(module, LoadedModel):
+        density = module.density if module.has_density else None
+        return PixelModel(module.model, module.bounds, density, module.dtype)
+    if isinstance(module, PixelModel):
+        return module
+    if isinstance(module, EnergyModel):
+        return PixelModel(module, bounds)
+    return PixelModel(Stranger(module), bounds)
+
+
+def in_own_type(subject: PixelModel, pixels: Tensor) -> PixelModel:
+    """The model with images of a type that it takes: float32, else one of its weights'.
+
+    A MisfitError where it takes none; what a float32 model raises is its own affair.
+    """
+    others = _other_types(subject)
+    if type(subject) is not PixelModel or not others:
+        return subject
+    density = subject.density if subject.has_density else None
+    reason = ""
+    for dtype in [None, *others]:
+        found = PixelModel(subject.model, subject.bounds, density, dtype)
+        try:
+            with torch.no_grad():
+                found(pixels)
+        except (RuntimeError, TypeError) as error:
+            reason = reason or str(error).splitlines()[0]
+        else:
+            return subject if dtype == subject.dtype else found
+    raise MisfitError(
+        "the model takes images neither in float32 nor in the types of its weights, "
+        f"{', '.join(other_types(subject))}: "
+        f"{reason}. Convert it to one type, model.float()"
+    )
+
+
+def other_types(subject: PixelModel) -> list[str]:
+    """The types of a model's weights and buffers beside float32, by torch's names of them."""
+    return [str(dtype).removeprefix("torch.") for dtype in _other_types(subject)]
+
+
+def _other_types(subject: PixelModel) -> list[torch.dtype]:
+    weights = (*subject.model.parameters(), *subject.model.buffers())
+    floats = [t.dtype for t in weights if t.is_floating_point()]
+    return list(dict.fromkeys(dtype for dtype in floats if dtype != torch.float32))
+
+
+def check_subject(subject: PixelModel, pixels: Tensor, n_classes: int) -> None:
+    """Refuse, before any attack, a model whose output is not logits of these classes."""
+    with torch.no_grad():
+        logits = subject(pixels)
+    if logits.shape != (len(pixels), n_classes):
+        raise MisfitError(
+            f"the model gives {list(logits.shape)} for {len(pixels)} images of {n_classes} "
+            f"classes; wanted logits [{len(pixels)}, {n_classes}]"
+        )
+    if not logits.isfinite().all():
+        raise DataError("the model's logits hold NaN or inf on clean images: it has diverged")
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 of a module's names and weights."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        for part in value if isinstance(value, tuple) else (value,):  # quantised: weight and bias
+            digest.update(_raw(part))
+    return digest.hexdigest()
+
+
+def _raw(value: object) -> bytes:
+    """The bytes of a tensor; what else a module keeps, such as a type, by its text."""
+    if not isinstance(value, Tensor):
+        return repr(value).encode()
+    plain = value.detach().cpu()
+    plain = plain.dequantize() if plain.is_quantized else plain
+    return plain.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+class Anchored(PixelModel):
+    """The same model, whose gradient is 0 where there was none to take.
+
+    Without it a gradient attack ends in an error of autograd's; with it the attack stands still,
+    as it does on any other model that gives it no gradient.
+    """
+
+    def __init__(self, subject: PixelModel) -> None:
+        density = subject.density if subject.has_density else None
+        super().__init__(subject.model, subject.bounds, density, subject.dtype)
+        self.poll = subject.poll
+
+    def scores(self, pixels: Tensor) -> Scores:
+        scores = super().scores(pixels)
+        if not pixels.requires_grad:
+            return scores
+        none = 0 * pixels.flatten(1).sum(1)
+        return Scores(scores.logits + none[:, None], scores.energy + none)
+
+
+def anchored(subject: PixelModel, pixels: Tensor) -> PixelModel:
+    """The model as it is, or Anchored where no path leads from its logits to these pixels."""
+    x = pixels.detach().clone().requires_grad_()
+    with torch.enable_grad(), eval_mode(subject):  # in train mode batch norm would learn from it
+        logits = subject(x)
+        if logits.requires_grad:
+            (grad,) = torch.autograd.grad(logits.sum(), x, allow_unused=True)
+            return subject if grad is not None else Anchored(subject)
+    return Anchored(subject)

@@ -1,0 +1,152 @@
+"""Models that refine their input at test time: JEM-k (Grathwohl et al., ICLR 2020)."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Generator, Tensor
+
+from jemkit.attacks.pixel_model import PixelModel
+from jemkit.errors import MisfitError
+from jemkit.models.energy import Scores
+from jemkit.options import Options
+from jemkit.runtime.rng import generator
+from jemkit.sampling.kernels import gradient, noise_like
+
+Draw = Callable[[Tensor], Tensor]
+"""Standard normal noise of a tensor's shape."""
+
+Slope = Literal["exact", "straight_through"]
+"""How the refinement is differentiated: through every step, or as if it were the identity."""
+
+
+class Refinement(Options):
+    """k steps of SGLD down E(x) from the image, before it is classified.
+
+    Steps and noise are in model units, [-1, 1]. Defaults are JEM-10's.
+    """
+
+    steps: int = Field(10, ge=0)  # k
+    step_size: float = Field(1.0, ge=0)
+    noise: float = Field(0.01, ge=0)  # of every step
+    jitter: float = Field(0.03, ge=0)  # added once, to each copy where its chain begins
+    samples: int = Field(5, ge=1)  # copies of an image, whose logits are averaged
+    gradient: Slope = "exact"  # what an attack sees that does not choose for itself
+    seed: int = Field(0, ge=0, lt=2**32)
+
+    def unused(self) -> dict[str, str]:
+        found = {} if self.steps else dict.fromkeys(("step_size", "noise"), "where steps is 0")
+        idle = dict.fromkeys(("samples", "seed"), "where neither noise nor jitter is drawn")
+        return found if self.random else {**found, **idle}
+
+    @property
+    def random(self) -> bool:
+        """Whether anything is drawn."""
+        return self.jitter > 0 or (self.noise > 0 and self.steps > 0)
+
+    @property
+    def copies(self) -> int:
+        """How many of an image are refined: one where they would all be the same."""
+        return self.samples if self.random else 1
+
+
+class Refined(PixelModel):
+    """A model that classifies what SGLD makes of its input; logits are averaged over the copies.
+
+    E(x) is averaged too. Every image has the gradient of its own energy, in evaluation mode, so
+    it is refined alike in any batch. Noise is drawn from the seed and the image's own pixels:
+    the answer to an image repeats, in any order and any process. An attack that chooses among
+    answers, as PGD does, therefore knows the noise that it is judged by, and leaves less accuracy
+    than on fresh noise; `eot` and `bpda` draw their own, and are judged on noise unseen.
+    """
+
+    def __init__(self, subject: PixelModel, refinement: Refinement) -> None:
+        density = subject.density if subject.has_density else None
+        super().__init__(subject.model, subject.bounds, density, subject.dtype)
+        self.refinement = refinement
+
+    @property
+    def random(self) -> bool:
+        """Whether noise takes part in its answer; what its accuracy is worth, eot and bpda say."""
+        return self.refinement.random
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What the protocol of a figure says of the refinement."""
+        steps = self.refinement.steps
+        return {
+            "refinement": {**self.refinement.model_dump(), "random": self.random},
+            "standard": False,
+            "why": f"the model moves its input by {steps} steps of SGLD before it classifies it",
+        }
+
+    def scores(
+        self, pixels: Tensor, rng: Generator | None = None, slope: Slope | None = None
+    ) -> Scores:
+        """Scores of refined images; `rng` draws the noise, `slope` overrides `gradient`."""
+        copies = self.refinement.copies
+        x = self.bounds.from_unit(pixels).repeat_interleave(copies, dim=0)
+        draw = self._own_noise(pixels) if rng is None else _of(rng)
+        if (slope or self.refinement.gradient) == "exact":
+            z = self.refine(x, draw)
+        else:
+            z = self.refine(x.detach(), draw).detach() + (x - x.detach())  # adds 0, slope 1
+        self.poll()
+        logits, energy = self.scored(z)
+        rows = (len(pixels), copies)
+        return Scores(logits.view(*rows, logits.shape[1]).mean(1), energy.view(rows).mean(1))
+
+    def refine(self, x: Tensor, draw: Draw) -> Tensor:
+        """The ends of chains from x, in model units; attached to x where x asks for a gradient."""
+        options = self.refinement
+        if options.jitter:
+            x = x + options.jitter * draw(x)
+        for _ in range(options.steps):
+            self.poll()
+            x = x - options.step_size * self._slope(x)
+            if options.noise:
+                x = x + options.noise * draw(x)
+        return x
+
+    def _slope(self, x: Tensor) -> Tensor:
+        """dE/dx, row by row; where x is attached, so is the slope."""
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return gradient(lambda z: self.scored(z).energy, x)
+        (slope,) = torch.autograd.grad(self.scored(x).energy.sum(), x, create_graph=True)
+        return slope
+
+    def _own_noise(self, pixels: Tensor) -> Draw:
+        """Each image's generator follows from the seed and its pixels, whatever ran before."""
+        if not self.random:
+            return noiseless
+        cpu = torch.device("cpu")
+        rows = [row.contiguous().numpy().data for row in pixels.detach().cpu()]
+        names = [hashlib.sha256(row).hexdigest() for row in rows]
+        rngs = [generator(cpu, self.refinement.seed, name) for name in names]
+
+        def draw(x: Tensor) -> Tensor:
+            shape = (self.refinement.copies, *x.shape[1:])
+            noise = [torch.randn(shape, generator=rng, dtype=x.dtype) for rng in rngs]
+            return torch.cat(noise).to(x.device)
+
+        return draw
+
+    def extra_repr(self) -> str:
+        return str(self.refinement)
+
+
+def refined(subject: PixelModel, refinement: Refinement) -> PixelModel:
+    """The same model with its input refined; weights and density are shared."""
+    if isinstance(subject, Refined):
+        raise MisfitError("this model refines its input already: give one refinement")
+    return Refined(subject, refinement)
+
+
+def noiseless(x: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
+def _of(rng: Generator) -> Draw:
+    return lambda x: noise_like(x, rng)

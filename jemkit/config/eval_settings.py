@@ -1,0 +1,180 @@
+"""Settings of an evaluation: what its figures depend on beside the model."""
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field, ValidationError
+
+from jemkit.attacks.base import Norm, Threat, check_width, radius_of
+from jemkit.config.layers import override_layers
+from jemkit.config.messages import explain
+from jemkit.config.registry import Registry
+from jemkit.config.unused import check_given
+from jemkit.data import Images
+from jemkit.errors import ConfigError
+from jemkit.metrics.evaluator import AnyAttack, Evaluator
+from jemkit.options import Options, Radius, nearest
+from jemkit.runtime.precision import JUDGED_IN
+from jemkit.runtime.run_dir import versions
+from jemkit.runtime.work_cache import tensors_hash
+from jemkit.selection import Part, Selection
+
+ORDER = ("accuracy", "robustness", "energies", "calibration", "ood", "generation")
+"""In which evaluators run; those of other plug-ins follow."""
+
+
+RELEASED_STEP_PX = 0.5
+"""PGD's step in EB-JDAT's evaluator: its 1/255 in [-1, 1] is half of that in pixels."""
+
+
+Names = Annotated[
+    tuple[str, ...], BeforeValidator(lambda names: (names,) if isinstance(names, str) else names)
+]
+"""Parts by name; one may stand alone."""
+
+
+class Settings(Options):
+    """How a model is judged: everything that a record's figures depend on beside the model."""
+
+    attacks: Names = ()  # none: pgd and aa, in a quick look pgd alone
+    norm: Norm = "Linf"
+    eps_px: Radius | None = None  # None: the data set's, which is L-inf
+    max_images: int | None = Field(None, ge=1)  # a part of the test images; None: all
+    selection: Selection = "stratified"  # of that part, by class; first: as RobustBench takes it
+    batch_size: int = Field(250, ge=1)  # AutoAttack's; it changes what a seed finds
+    seed: int = Field(0, ge=0, lt=2**32)
+    protocol: Literal["standard", "released"] = "standard"
+    quick: bool = False
+    refine_steps: int = Field(0, ge=0)  # k of JEM-k: SGLD from the image before it is classified
+    only: Names = ()  # evaluators; none: all
+    skip: Names = ()
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)  # of an attack or evaluator
+
+
+def settings_of(values: Mapping[str, Any]) -> Settings:
+    """Settings, or a ConfigError that says which of them cannot be."""
+    try:
+        found = Settings.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(explain(error, dict.fromkeys(Settings.model_fields))) from None
+    if found.selection == "first" and not (found.quick or found.max_images):
+        raise ConfigError(
+            "selection = first chooses a part of the images, and all of them are judged: say how "
+            "many with --max-images, or leave it out"
+        )
+    return found
+
+
+def options_of(overrides: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The options of attacks and evaluators in texts such as pgd.steps=50."""
+    found: dict[str, dict[str, Any]] = {}
+    for layer in override_layers(overrides):
+        for name, options in layer.table.items():
+            if not isinstance(options, dict):
+                raise ConfigError(f"{layer.origin}: wanted NAME.OPTION=VALUE, such as pgd.steps=50")
+            found[name] = {**found.get(name, {}), **options}
+    return found
+
+
+def threat_of(settings: Settings, default_px: float, pixels: int) -> Threat:
+    """Norm and radius of every attack; the released protocol halves the default radius."""
+    if settings.protocol == "released" and settings.norm != "Linf":
+        raise ConfigError(
+            f"the released protocol is one of the norm Linf, in which its steps are set: for "
+            f"{settings.norm} leave out --protocol released"
+        )
+    usual = default_px / 2 if settings.protocol == "released" else default_px
+    radius = radius_of(settings.norm, settings.eps_px, usual, "--eps-px")
+    threat = Threat(settings.norm, radius)
+    check_width(threat, pixels, "--eps-px")
+    return threat
+
+
+def protocol_card(
+    settings: Settings,
+    threat: Threat,
+    about: Mapping[str, Any],
+    part: Part,
+    test: Images,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What holds for every figure of an evaluation of a part of the test images.
+
+    `about` is what a subject says of itself.
+    """
+    data, whole = part.images, part.text == "all"
+    judged = tensors_hash(data._asdict())
+    return {
+        "protocol": settings.protocol,
+        "standard": settings.protocol == "standard" and whole and not settings.quick,
+        "split": "test",
+        "images": len(data.y),
+        "selection": part.text,
+        "quick": settings.quick,
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+        "norm": threat.norm,
+        "radius_px": threat.radius_px,
+        "trained_radius_px": about.get("trained_radius_px"),
+        **{k: v for k, v in about.items() if k == "trained_norm"},
+        "checkpoint": about.get("sha256"),
+        "data_sha256": judged,
+        "test_sha256": judged if whole else tensors_hash(test._asdict()),
+        "versions": versions(),
+        "device": device.type,
+        "precision": JUDGED_IN,
+    }
+
+
+def attacks_of(settings: Settings, registry: Registry) -> dict[str, AnyAttack]:
+    """The attacks that are asked for, with their options."""
+    default = ("pgd",) if settings.quick else ("pgd", "aa")
+    names = dict.fromkeys(settings.attacks or default)
+    usual: dict[str, dict[str, Any]] = {"pgd": {"steps": 20}}
+    if settings.protocol == "released":
+        usual["aa"] = {"version": "released"}
+        usual["pgd"]["step_px"] = RELEASED_STEP_PX
+    options = {n: {**usual.get(n, {}), **settings.options.get(n, {})} for n in names}
+    return {name: _built(registry, "attack", name, options) for name in names}
+
+
+def evaluators_of(settings: Settings, registry: Registry) -> dict[str, Evaluator]:
+    """The evaluators that are asked for, clean accuracy first."""
+    shelf = registry["evaluator"]
+    for name in (*settings.only, *settings.skip):
+        shelf[name]
+    rest = [name for name in shelf if name not in ORDER]
+    asked = {*settings.only, "accuracy"} if settings.only else set(shelf)
+    names = [n for n in (*ORDER, *rest) if n in asked and n not in settings.skip]
+    _check_options(settings, registry, [*attacks_of(settings, registry), *names])
+    return {name: _built(registry, "evaluator", name, settings.options) for name in names}
+
+
+def _check_options(settings: Settings, registry: Registry, running: list[str]) -> None:
+    known = [*registry["attack"], *registry["evaluator"]]
+    for name in settings.options:
+        if name in known and name not in running:
+            raise ConfigError(
+                f"options of {name!r} are set, and it does not run; running are "
+                f"{', '.join(running)}"
+            )
+        if name not in known:
+            raise ConfigError(
+                f"no attack or evaluator {name!r} to set options of{nearest(name, known)}"
+            )
+
+
+def _built(
+    registry: Registry, kind: str, name: str, options: Mapping[str, Mapping[str, Any]]
+) -> Any:
+    part = registry[kind][name]
+    given = dict(options.get(name, {}))
+    try:
+        built = part.model_validate(given, context=registry.context)
+    except ValidationError as error:
+        raise ConfigError(
+            f"{kind} {name}: {explain(error, dict.fromkeys(part.model_fields))}"
+        ) from None
+    check_given(built, given, name)
+    return built

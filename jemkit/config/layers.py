@@ -1,0 +1,339 @@
+"""Layers of settings: TOML tables laid over each other, with the origin of every value."""
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
+
+from jemkit.config.optim import SGD, Adam
+from jemkit.config.registry import Registry
+from jemkit.errors import ConfigError, DataError, UnknownName
+from jemkit.options import Options, PartOf, nearest
+from jemkit.runtime.opening import JSON_LIMIT, TOML_LIMIT, read_text
+
+Table = dict[str, Any]
+PARTS = {"data": "dataset", "backbone": "backbone", "objective": "objective", "updater": "updater"}
+"""The tables that name a part, and the kind of that part."""
+
+TABLES = (*PARTS, "run", "optimizer", "schedule", "sentinel")
+"""Of a recipe."""
+DEEPEST = 40
+"""Tables inside each other; those of a recipe go four deep."""
+
+OPTIMIZERS: dict[str, type[Options]] = {"sgd": SGD, "adam": Adam, "adamw": Adam}
+
+
+class Layer(NamedTuple):
+    """One source of settings."""
+
+    origin: str
+    table: Table
+
+
+RETAIN = "retain"
+"""Beside a `use`: the options of the part before that the new one keeps, by name."""
+
+
+class Stack:
+    """Layers laid over each other.
+
+    A table whose `use` changes begins again from its defaults: it keeps no option of the part
+    before, unless the layer names it in `retain`. `lost` has what was stated and dropped so.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self.tables: Table = {}
+        self.origins: dict[str, str] = {}  # dotted key: origin
+        self.lost: list[tuple[str, str, Any]] = []  # origin, dotted key and value
+
+    def lay(self, layer: Layer) -> None:
+        for name, table in layer.table.items():
+            kind = "optimizer" if name == "optimizer" else PARTS.get(name)
+            self._lay(self.tables, name, table, layer.origin, kind, name)
+
+    def _lay(
+        self, into: Table, key: str, new: Any, origin: str, kind: str | None, path: str
+    ) -> None:
+        if not isinstance(new, dict):
+            into[key] = new
+            self._came_from(path, {"": origin})
+            return
+        target = into[key] if isinstance(into.get(key), dict) else {}
+        if kind is not None and "use" in new:
+            name, spelt = self.spelt(kind, new["use"], origin)
+            names = _retained(new, origin)
+            new = {**spelt, **{k: v for k, v in new.items() if k != RETAIN}, "use": name}
+            if target.get("use") != name:
+                target = self._swapped(kind, path, target, names, new)
+        into[key] = target
+        for name, value in new.items():
+            self._lay(target, name, value, origin, self._kind(kind, target, name), f"{path}.{name}")
+
+    def _swapped(self, kind: str, path: str, before: Table, names: list[str], new: Table) -> Table:
+        """The table of another part: its defaults, and what the layer retains of the one before."""
+        options = self._part(kind, new["use"]).model_fields
+        if unknown := [name for name in names if name not in options]:
+            raise ConfigError(
+                f"{path}.{RETAIN} names {unknown[0]!r}, which is no option of the {kind} "
+                f"{new['use']}{nearest(unknown[0], options)}"
+            )
+        kept = {name: before[name] for name in names if name in before}
+        for origin in sorted({*self.origins.values()} - {"default"}) if "use" in before else ():
+            stated = {k: v for k, v in flat(before) if self.origins.get(f"{path}.{k}") == origin}
+            self.lose(origin, kind, path, {**stated, "use": before["use"]}, {*kept, *new})
+        origins = {f".{key}": self.origins.get(f"{path}.{key}", "default") for key in kept}
+        fresh = {**self._fresh(kind, new["use"]), **kept}
+        self._came_from(path, {f".{key}": "default" for key, _ in flat(fresh)} | origins)
+        return fresh
+
+    def lose(
+        self, origin: str, kind: str, path: str, table: Table, but: Iterable[str] = ()
+    ) -> None:
+        """Remember what a layer stated of a part that another one replaces, its defaults aside."""
+        usual = dict(flat(self._fresh(kind, self.spelt(kind, table["use"], origin)[0])))
+        for key, value in flat(table):
+            if key not in ("use", *but) and not key.endswith(".use") and usual.get(key) != value:
+                self.lost.append((origin, f"{path}.{key}", value))
+
+    def _came_from(self, path: str, origins: Mapping[str, str]) -> None:
+        """Forget where the values at `path` came from, in favour of these."""
+        kept = {k: v for k, v in self.origins.items() if k != path and not inside(k, path)}
+        self.origins = kept | {f"{path}{key}": origin for key, origin in origins.items()}
+
+    def spelt(self, kind: str, use: Any, origin: str) -> tuple[str, Table]:
+        """A part's registered name, and the options in its pattern: wrn-16-2 has depth 16."""
+        if kind == "optimizer":
+            if not isinstance(use, str) or use not in OPTIMIZERS:
+                there = ", ".join(sorted(OPTIMIZERS))
+                raise UnknownName(
+                    f"no optimizer {use!r}{nearest(str(use), OPTIMIZERS)}. "
+                    f"There are: {there}{spoken(origin)}"
+                )
+            return use, {}
+        try:
+            part, named = self.registry[kind].named(str(use))
+        except ConfigError as error:
+            raise type(error)(f"{error}{spoken(origin)}") from None
+        numbers = {k: int(v) if v.isdecimal() else v for k, v in named.items()}
+        return self.registry[kind].name_of(part), numbers
+
+    def _fresh(self, kind: str, name: str) -> Table:
+        """The defaults of a newly chosen part."""
+        return {**part_defaults(self._part(kind, name), self.registry), "use": name}
+
+    def _part(self, kind: str, name: str) -> type[Options]:
+        return OPTIMIZERS[name] if kind == "optimizer" else self.registry[kind][name]
+
+    def _kind(self, kind: str | None, table: Table, name: str) -> str | None:
+        """The kind of part that a field of this table holds, if it holds one."""
+        if kind is None or kind == "optimizer":
+            return None
+        return part_kind(self.registry[kind][table["use"]], name)
+
+
+def _retained(new: Table, origin: str) -> list[str]:
+    """The options of the part before that a layer retains, by name."""
+    names = new.get(RETAIN, [])
+    if not isinstance(names, list) or "use" in names or not all(isinstance(n, str) for n in names):
+        raise ConfigError(
+            f"{RETAIN} = {names!r}: wanted a list of options of the part before{spoken(origin)}"
+        )
+    return names
+
+
+def spoken(origin: str) -> str:
+    """Where a mistake came from, for the end of a message; a default needs no word."""
+    words = {"option": "a named option", "": "", "default": ""}.get(origin, origin)
+    return f" (from {words})" if words else ""
+
+
+def part_kind(part: type[Options], name: str) -> str | None:
+    """The kind of part that a field holds, if it holds one."""
+    field = part.model_fields.get(name)
+    marks = field.metadata if field is not None else ()
+    return next((mark.kind for mark in marks if isinstance(mark, PartOf)), None)
+
+
+def part_defaults(part: type[Options], registry: Registry) -> Table:
+    """A part's default options as a table; options without a default are left out."""
+    known = {
+        name: field.get_default(call_default_factory=True, validated_data={})
+        for name, field in part.model_fields.items()
+        if not (field.is_required() or field.exclude)
+    }
+    whole = part.model_construct(**known)
+    dumped = whole.model_dump(mode="json", context=registry.context, include=set(known))
+    return {name: dumped[name] for name in known}
+
+
+def flat(tables: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted keys and values."""
+    rows: list[tuple[str, Any]] = []
+    for name, value in tables.items():
+        if isinstance(value, dict):
+            rows += flat(value, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", value))
+    return rows
+
+
+def table_at(tables: Mapping[str, Any], where: Iterable[str]) -> Mapping[str, Any]:
+    """The table at a path; an empty one where there is none."""
+    for name in where:
+        below = tables.get(name)
+        tables = below if isinstance(below, dict) else {}
+    return tables
+
+
+def inside(key: str, path: str) -> bool:
+    """Whether a dotted key lies in the table at `path`."""
+    return key.startswith(f"{path}.")
+
+
+def read_layer(source: Path | Mapping[str, Any]) -> Table:
+    """A TOML file, a run's saved config (JSON), or a table as it is."""
+    if not isinstance(source, Path):
+        try:
+            return not_too_deep(json.loads(json.dumps(source)))  # type: ignore[no-any-return]
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ConfigError(f"this table is no recipe: {error}") from None
+    try:
+        is_json = source.suffix.lower() == ".json"
+        text = read_text(source, JSON_LIMIT if is_json else TOML_LIMIT)
+        table = not_too_deep(json.loads(text) if is_json else tomllib.loads(text))
+    except FileNotFoundError:
+        raise DataError(f"{source} is missing; wanted a recipe, .toml or .json") from None
+    except DataError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{source} cannot be read as a recipe: {error}") from None
+    found = table.get("recipe", table) if isinstance(table, dict) else table
+    if not isinstance(found, dict):
+        raise DataError(f"{source} holds no table; wanted those of a recipe")
+    if found is not table and (beside := [n for n in table if _is_table_of_recipe(n, table[n])]):
+        raise DataError(
+            f"{source}: [{'], ['.join(beside)}] stands beside the table `recipe`, where nothing "
+            "reads it; put it inside `recipe`"
+        )
+    return offline(without_retired(found)) if is_json else found
+
+
+RETIRED = {"keep": "worst"}
+"""Options of parts that were removed, and the value by which a part then acts as it does now:
+`pgd.keep` until 0.2."""
+
+
+def without_retired(table: Table) -> Table:
+    """The tables of a run that an earlier version wrote, without what has no meaning any more."""
+    return {
+        name: without_retired(value) if isinstance(value, dict) else value
+        for name, value in table.items()
+        if RETIRED.get(name) != value or not isinstance(value, str)
+    }
+
+
+FETCHING = frozenset({"download", "pretrained"})
+"""Options that let a part go to the network."""
+
+BOOL = TypeAdapter(bool)
+
+
+def offline(table: Table) -> Table:
+    """The same tables with every permission to download taken back.
+
+    A run's config.json may be anybody's: only an option of the command itself may go to the
+    network.
+    """
+    return {
+        name: False if name in FETCHING and _means_true(value) else _offline(value)
+        for name, value in table.items()
+    }
+
+
+def _offline(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_offline(one) for one in value]
+    return offline(value) if isinstance(value, dict) else value
+
+
+def _means_true(value: Any) -> bool:
+    """Whether an option would take a value for true: "yes" and 1 are such values."""
+    try:
+        return BOOL.validate_python(value)
+    except ValidationError:
+        return False
+
+
+def _is_table_of_recipe(name: str, table: Any) -> bool:
+    """Whether it belongs inside `recipe`; the `data` beside it are what a run's data were."""
+    return name in TABLES and (name != "data" or not isinstance(table, dict) or "use" in table)
+
+
+def not_too_deep(tree: Any) -> Any:
+    """Parsed TOML or JSON as it is; ValueError where no recipe is so deep."""
+    level, depth = [tree], 0
+    while level:
+        depth += 1
+        if depth > DEEPEST:
+            raise ValueError(f"more than {DEEPEST} tables or lists stand inside each other")
+        lists = [list(v.values()) if isinstance(v, dict) else v for v in level]
+        level = [value for values in lists if isinstance(values, list) for value in values]
+    return tree
+
+
+def override_layers(texts: Iterable[str]) -> list[Layer]:
+    """A layer for each KEY=VALUE; those that choose a part come before those that set its options.
+
+    So `network.width=8 network.use=smallcnn` means the same in both orders.
+    """
+    ordered = sorted(texts, key=_choice_first)
+    return [Layer(f"--set {text}", _override(text)) for text in ordered]
+
+
+def _choice_first(text: str) -> tuple[bool, int]:
+    key = text.partition("=")[0].strip()
+    return not key.endswith(".use"), key.count(".") if key.endswith(".use") else 0
+
+
+def _override(text: str) -> Table:
+    """`a.b=VALUE`; VALUE is TOML, or else a plain string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text}: wanted KEY=VALUE, such as optimizer.lr=0.01")
+    try:
+        try:
+            found = tomllib.loads(f"{key} = {value}")
+        except tomllib.TOMLDecodeError:
+            found = tomllib.loads(f"{key} = {json.dumps(value, ensure_ascii=False)}")
+        return not_too_deep(found)  # type: ignore[no-any-return]
+    except (ValueError, RecursionError) as error:
+        short = text if len(text) < 200 else f"{text[:200]}..."
+        raise ConfigError(f"--set {short} is not KEY=VALUE: {error}") from None
+
+
+def choices(table: Mapping[str, Any]) -> Table:
+    """Only what chooses parts: every `use`, in its place."""
+    found: Table = {}
+    for name, value in table.items():
+        if isinstance(value, dict):
+            below = choices(value)
+            found |= {name: below} if below else {}
+        elif name == "use":
+            found[name] = value
+    return found
+
+
+def leading_comment(source: Any) -> str:
+    """The comment that a TOML file opens with, as one paragraph; empty for anything else."""
+    if not isinstance(source, Path):
+        return ""
+    words: list[str] = []
+    for line in read_text(source).splitlines():
+        if not line.startswith("#"):
+            break
+        words.append(line.lstrip("#").strip())
+    return " ".join(words)

@@ -1,0 +1,102 @@
+"""The child process that imports a plug-in of others for the first time."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from typing import TYPE_CHECKING, Any
+
+from jemkit.config.probing import END, IMPORT, NoRoom, Refused, contained, read_lines, told
+from jemkit.errors import memory_ran_out
+
+if TYPE_CHECKING:
+    from jemkit.config.registry import Registry
+
+
+def child(asked: str, descriptor: str) -> None:
+    """The child's part: a fork for each plug-in, and a line with what came of it."""
+    from jemkit.config.registry import installed
+
+    own = installed(third_party=False)
+    for name, value in json.loads(asked):
+        read, write = os.pipe()
+        pid = os.fork()
+        if not pid:
+            os.close(read)
+            return _try(EntryPoint(name, value, "jemkit"), own, write)
+        os.close(write)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        _say(int(descriptor), json.dumps([read_lines(read), code]))
+        os.close(read)
+    return None
+
+
+def _try(entry: EntryPoint, own: "Registry", descriptor: int) -> None:
+    """Import a plug-in: a line when that begins, and one with what is wrong; then the end."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    before = _state()
+    _say(descriptor, "begins")
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(IMPORT)
+    fault, lasting = "", True
+    try:
+        with contained():
+            fault = _unfit(entry.load(), entry.name, own)
+    except NoRoom:
+        lasting = False
+    except Refused:  # what it raises is told where it is used
+        pass
+    changed = [what for what, now in _state().items() if now != before[what]]
+    if changed and not fault:
+        fault = f"its import changes {', '.join(changed)} of the whole process"
+    threads = [t.name for t in threading.enumerate() if not t.daemon and t.name != "MainThread"]
+    _say(descriptor, json.dumps([fault, ", ".join(threads), lasting]))
+    signal.alarm(END)
+
+
+def _unfit(module: Any, name: str, own: "Registry") -> str:
+    """Which of a plug-in's parts cannot be described, as `jemkit config schema` does."""
+    from jemkit.config.recipe import part_schema
+    from jemkit.config.registry import Plugin, Registry, Shelf, registry_of
+
+    guest = registry_of([Plugin(name, module)])
+    offers = {
+        kind: own[kind].offers() + [o for o in guest[kind].offers() if o.name not in set(own[kind])]
+        for kind in own.shelves
+    }
+    both = Registry({kind: Shelf(kind, of_kind) for kind, of_kind in offers.items()}, {})
+    for kind in guest.shelves:
+        for offer in guest[kind].offers():
+            try:
+                json.dumps(part_schema(offer.part, both))
+            except Exception as error:
+                if memory_ran_out(error):
+                    raise
+                return f"the options of the {kind} {offer.name!r} have no schema: {told(error)}"
+    return ""
+
+
+def _state() -> dict[str, Any]:
+    """What belongs to the whole process, and no import may change."""
+    import torch
+
+    asked: dict[str, Callable[[], Any]] = {
+        "torch's default dtype": torch.get_default_dtype,
+        "torch's default device": lambda: str(torch.get_default_device()),
+        "whether torch records gradients": torch.is_grad_enabled,
+        "the working folder": os.getcwd,
+    }
+    return {what: ask() for what, ask in asked.items()}
+
+
+def _say(descriptor: int, line: str) -> None:
+    os.write(descriptor, f"{line}\n".encode())
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed closes the pipe that this reads."""
+    while os.read(0, 1):
+        pass
+    os._exit(0)

@@ -1,0 +1,286 @@
+"""Recipes: everything that determines a run, put together from layers of settings."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field, ValidationError
+
+from jemkit.backbone import BackboneSpec
+from jemkit.config.layers import (
+    PARTS,
+    Layer,
+    Stack,
+    Table,
+    choices,
+    flat,
+    leading_comment,
+    override_layers,
+    part_defaults,
+    read_layer,
+    spoken,
+)
+from jemkit.config.messages import explain
+from jemkit.config.optim import SGD, OptimizerOptions, Schedule
+from jemkit.config.registry import Registry
+from jemkit.config.unused import before_layers, check_unused
+from jemkit.data import Dataset
+from jemkit.errors import ConfigError
+from jemkit.objective import Objective, ObjectiveSpec
+from jemkit.options import Options, PartOf, nearest
+from jemkit.runtime.divergence_monitor import Sentinel
+from jemkit.runtime.precision import Layout
+from jemkit.updaters import UpdaterSpec
+
+__all__ = [
+    "Recipe", "Resolved", "Run", "about_preset", "build", "complete", "explain", "flat",
+    "part_schema", "read_layer", "resolve", "schema",
+]  # fmt: skip
+
+
+log = logging.getLogger(__name__)
+
+
+class Run(Options):
+    """How long, from which seed and on what a run is trained."""
+
+    epochs: int = Field(100, ge=1)
+    batch_size: int = Field(128, ge=1)
+    micro_batch: int = Field(0, ge=0)  # most images in one pass of the network; 0: all at once
+    recompute: bool = False  # make an update's activations anew on its way back: half the memory
+    seed: int = Field(0, ge=0, lt=2**32)
+    theta_steps: int = Field(1, ge=1)  # M_theta
+    valid_fraction: float = Field(0.1, gt=0, lt=1)
+    max_train: int | None = Field(None, ge=2)  # use this many images of the training split
+    ema_decay: float = Field(0.0, ge=0, lt=1)  # 0: no average of the weights
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    compile: bool = False
+    channels_last: Layout = "auto"
+    deterministic: bool = False
+    threads: int | None = Field(None, ge=1, le=4096)  # of the CPU; None: torch's own choice
+    eval_images: int = Field(256, ge=1)  # of validation, under PGD-10 after each epoch
+    test_images: int | None = Field(None, ge=1)  # judged at the end; None: a tenth of training
+    shard: bool = False  # under torchrun: each process holds a part of the weights
+    tensorboard: bool = False  # write TensorBoard files beside metrics.csv
+    keep: int = Field(2, ge=1)  # newest checkpoints to keep, beside the best and the sentinel's
+
+    @property
+    def layout(self) -> Layout:
+        """`channels_last` as it applies: weights in shares lie as torch has them."""
+        return "no" if self.shard else self.channels_last
+
+
+class Recipe(Options):
+    """Everything that determines a run."""
+
+    run: Run
+    data: Annotated[Dataset, PartOf("dataset")]
+    backbone: Annotated[BackboneSpec, PartOf("backbone")]
+    objective: Annotated[Objective[Any] | ObjectiveSpec, PartOf("objective")]
+    updater: Annotated[UpdaterSpec, PartOf("updater")]
+    optimizer: OptimizerOptions
+    schedule: Schedule
+    sentinel: Sentinel = Sentinel()
+
+
+class Resolved(NamedTuple):
+    """A recipe, the tables that it was made of, and where each value came from."""
+
+    recipe: Recipe
+    tables: Table
+    origins: dict[str, str]  # dotted key: origin
+
+
+DEFAULT_NAMES = {"data": "digits", "backbone": "sadajem", "objective": "ebjdat", "updater": "plain"}
+
+
+def resolve(
+    registry: Registry,
+    *,
+    preset: str | None = None,
+    config: Path | Table | None = None,
+    overrides: Iterable[str] = (),
+    named: Table | None = None,
+    base: Path | None = None,
+) -> Resolved:
+    """Merge the layers: defaults < data < backbone < objective < preset < config < --set < named.
+
+    A part that a named option chooses is chosen before --set, which may then set its options. What
+    a layer says of a part that a later one replaces is left out, and a warning names it. The saved
+    config `base` of a run comes before the preset.
+    """
+    own = [*_config(base), *_preset(registry, preset), *_config(config)]
+    own.append(Layer("option", choices(named or {})))
+    own += override_layers(overrides)
+    own.append(Layer("option", named or {}))
+    for layer in own:
+        _check_tables(layer)
+    parts = {"run": Run(), "schedule": Schedule(), "optimizer": SGD(), "sentinel": Sentinel()}
+    stack = Stack(registry)
+    stack.lay(Layer("default", {k: v.model_dump(mode="json") for k, v in parts.items()}))
+    chosen = {table: _choice(table, own) for table in PARTS}
+    names = {table: str(layer.table[table]["use"]) for table, layer in chosen.items()}
+    _check_whole(own, chosen)
+    proposed = [*chosen.values(), *_part_layers(registry, names)]
+    usual: Table = {}
+    for at, layer in enumerate([*proposed, *own]):
+        if at == len(proposed):
+            usual = before_layers(stack.tables)
+        replaced = _replaced(layer, chosen)
+        for table in replaced:
+            stack.lose(layer.origin, PARTS[table], table, layer.table[table])
+        rest = {name: table for name, table in layer.table.items() if name not in replaced}
+        stack.lay(layer._replace(table=rest))
+    _tell_lost(stack, own)
+    recipe = build(stack.tables, registry, stack.origins)
+    saved = {str(path) for path in (base, config) if _is_saved(path)}
+    said = {layer.origin for layer in own} - saved
+    check_unused(recipe, stack.tables, usual, stack.origins, said)
+    return Resolved(recipe, stack.tables, stack.origins)
+
+
+def build(tables: Table, registry: Registry, origins: Mapping[str, str] | None = None) -> Recipe:
+    """The recipe of complete tables, such as a run's saved config."""
+    try:
+        return Recipe.model_validate(tables, context=registry.context)
+    except ValidationError as error:
+        raise ConfigError(explain(error, tables, origins)) from None
+
+
+def complete(resolved: Resolved, registry: Registry) -> Resolved:
+    """The same with every default written out, so that it can be saved and fed back."""
+    tables = resolved.recipe.model_dump(mode="json", context=registry.context)
+    origins = {key: resolved.origins.get(key, "default") for key, _ in flat(tables)}
+    return Resolved(resolved.recipe, tables, origins)
+
+
+def with_run(resolved: Resolved, **options: Any) -> Resolved:
+    """The same recipe, its run by other options; the tables stay what they were made of."""
+    run = resolved.recipe.run.model_copy(update=options)
+    return resolved._replace(recipe=resolved.recipe.model_copy(update={"run": run}))
+
+
+def about_preset(registry: Registry, name: str) -> str:
+    """Which reading a preset takes and what it answers to: the comment that its file opens with."""
+    return leading_comment(_presets(registry).get(name))
+
+
+def _choice(table: str, own: list[Layer]) -> Layer:
+    """The part that the last layer with an opinion names."""
+    choice = Layer("default", {table: {"use": DEFAULT_NAMES[table]}})
+    for layer in own:
+        part = layer.table.get(table, {})
+        if "use" in part:
+            choice = Layer(layer.origin, {table: {"use": str(part["use"])}})
+    return choice
+
+
+def _check_whole(own: list[Layer], chosen: Mapping[str, Layer]) -> None:
+    """Refuse half a preset: one whose own backbone or objective a later layer replaces."""
+    for layer in own:
+        name = layer.origin.removeprefix("preset/")
+        for table in PARTS if name != layer.origin else ():
+            use, other = layer.table.get(table, {}).get("use"), chosen[table].table[table]["use"]
+            if use is not None and use != other:
+                raise ConfigError(
+                    f"the preset {name} is of the {table} {use}, and {other} is "
+                    f"chosen{spoken(chosen[table].origin)}: without its [{table}] it is no more "
+                    f"that preset. Leave out --preset {name}, or take its own {table}"
+                )
+
+
+def _replaced(layer: Layer, chosen: Mapping[str, Layer]) -> list[str]:
+    """The tables of a layer that are of another part than the one that was chosen in the end."""
+    final = {k: c.table[k]["use"] for k, c in chosen.items() if c.origin != "default"}
+    return [k for k, use in final.items() if layer.table.get(k, {}).get("use", use) != use]
+
+
+def _tell_lost(stack: Stack, own: list[Layer]) -> None:
+    """Name what of a preset, a file or an option does not hold, since its part was replaced."""
+    for origin in dict.fromkeys(layer.origin for layer in own if layer.origin != "option"):
+        lost = [f"{key} = {value!r}" for came, key, value in stack.lost if came == origin]
+        if lost:
+            log.warning(
+                "%s: left out, since another part was chosen later: %s%s",
+                origin,
+                ", ".join(lost[:5]),
+                f" and {len(lost) - 5} more" if len(lost) > 5 else "",
+            )
+
+
+def _part_layers(registry: Registry, names: Mapping[str, str]) -> list[Layer]:
+    """What the plug-ins propose for these parts."""
+    data, backbone, objective = names["data"], names["backbone"], names["objective"]
+    keys = (
+        f"data/{data}",
+        f"backbone/{backbone}",
+        f"backbone/{backbone}/{data}",
+        f"objective/{objective}",
+        f"run/{backbone}/{objective}",
+        f"objective/{objective}/{data}",
+        f"run/{backbone}/{objective}/{data}",
+    )
+    found = [Layer(k, read_layer(registry.recipes[k])) for k in keys if k in registry.recipes]
+    for layer in found:
+        _check_tables(layer)
+    return found
+
+
+def _presets(registry: Registry) -> dict[str, Any]:
+    return {
+        key.removeprefix("preset/"): source
+        for key, source in registry.recipes.items()
+        if key.startswith("preset/")
+    }
+
+
+def _preset(registry: Registry, name: str | None) -> list[Layer]:
+    if name is None:
+        return []
+    presets = _presets(registry)
+    if name not in presets:
+        there = ", ".join(sorted(presets))
+        raise ConfigError(f"no preset {name!r}{nearest(name, presets)}. There are: {there}")
+    return [Layer(f"preset/{name}", read_layer(presets[name]))]
+
+
+def _is_saved(config: Path | Table | None) -> bool:
+    """Whether settings come from the config.json of a run, which can still be judged."""
+    return isinstance(config, Path) and config.suffix.lower() == ".json"
+
+
+def _config(config: Path | Table | None) -> list[Layer]:
+    if config is None:
+        return []
+    return [Layer(str(config) if isinstance(config, Path) else "config", read_layer(config))]
+
+
+def _check_tables(layer: Layer) -> None:
+    for name, table in layer.table.items():
+        if name not in Recipe.model_fields:
+            tables = ", ".join(Recipe.model_fields)
+            raise ConfigError(
+                f"{layer.origin}: unknown table [{name}]{nearest(name, Recipe.model_fields)}. "
+                f"There are: {tables}"
+            )
+        if not isinstance(table, dict):
+            raise ConfigError(f"{layer.origin}: {name} = {table!r}; wanted a table [{name}]")
+
+
+def schema(registry: Registry) -> Table:
+    """The JSON schema of a recipe, and of every part that it can name."""
+    parts = {
+        kind: {name: part_schema(part, registry) for name, part in registry[kind].items()}
+        for kind in registry.shelves
+    }
+    return {"recipe": Recipe.model_json_schema(), "parts": parts}
+
+
+def part_schema(part: type[Options], registry: Registry) -> Table:
+    """The JSON schema of a part's options, with defaults as a recipe would write them."""
+    found = part.model_json_schema()
+    for name, default in part_defaults(part, registry).items():
+        found["properties"][name]["default"] = default
+    return found

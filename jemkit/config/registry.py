@@ -1,0 +1,322 @@
+"""Names to parts: the guarded loader of plug-ins."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import pluggy
+
+from jemkit import hookspecs
+from jemkit.config.probing import Guest, Refused, contained, lethal
+from jemkit.errors import ConfigError, UnknownName
+from jemkit.options import example, in_name, nearest, pattern
+
+T = TypeVar("T")
+
+KINDS: dict[str, str] = {
+    "network": "jemkit_networks",
+    "energy": "jemkit_energy_models",
+    "sampler": "jemkit_samplers",
+    "start": "jemkit_starts",
+    "density": "jemkit_densities",
+    "backbone": "jemkit_backbones",
+    "objective": "jemkit_objectives",
+    "updater": "jemkit_updaters",
+    "distance": "jemkit_distances",
+    "dataset": "jemkit_datasets",
+    "attack": "jemkit_attacks",
+    "evaluator": "jemkit_evaluators",
+}
+"""Every kind of part, and the hook that offers it."""
+
+NEEDS: dict[str, tuple[str, ...]] = {
+    "network": ("build",),
+    "energy": ("build",),
+    "sampler": ("step", "needs_stem"),
+    "start": ("build",),
+    "density": ("build",),
+    "backbone": ("build",),
+    "objective": ("needs_density",),
+    "updater": ("build",),
+    "distance": ("bind", "min_size"),
+    "dataset": ("load", "n_classes", "radius_px", "augmentation"),
+    "attack": (),
+    "evaluator": ("__call__",),
+}
+"""What a class of each kind must have to be taken in; the rest is for mypy and `jemkit.testing`."""
+
+
+class Offer(NamedTuple):
+    """One part as one plug-in offers it."""
+
+    kind: str
+    name: str
+    part: type[Any]
+    distribution: str
+    version: str
+
+
+class Fault(NamedTuple):
+    """A plug-in, or a part of one, that was left out, and why."""
+
+    plugin: str
+    distribution: str
+    version: str
+    reason: str
+
+
+class Shelf(Generic[T], Mapping[str, type[T]]):
+    """The parts of one kind."""
+
+    def __init__(self, kind: str, offers: list[Offer]) -> None:
+        self.kind = kind
+        self._offers: dict[str, Offer] = {}
+        for offer in offers:
+            other = self._offers.get(offer.name)
+            if other is not None:
+                raise ConfigError(
+                    f"two plug-ins offer the {kind} {offer.name!r}: "
+                    f"{other.part.__module__} of {other.distribution} and "
+                    f"{offer.part.__module__} of {offer.distribution}; uninstall one of them, "
+                    "or use --no-plugins"
+                )
+            self._offers[offer.name] = offer
+
+    def __getitem__(self, name: str) -> type[T]:
+        if name not in self._offers:
+            word, dash, values = name.partition("-")
+            hint = nearest(name, self) or nearest(word, self, dash + values)
+            there = ", ".join(pattern(self[known], known) for known in self)
+            raise UnknownName(f"no {self.kind} {name!r}{hint}. There are: {there}")
+        return self._offers[name].part
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._offers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._offers))
+
+    def __len__(self) -> int:
+        return len(self._offers)
+
+    def named(self, name: str) -> tuple[type[T], dict[str, str]]:
+        """A part, and the options in its name: `wrn-28-10` is wrn with depth 28 and width 10."""
+        word = name.partition("-")[0]
+        if name in self._offers or word not in self._offers:
+            return self[name], {}
+        part = self[word]
+        found = in_name(part, name)
+        if found is None:
+            hint = nearest(name, self._offers.keys() - {word})
+            told = f"the pattern is {pattern(part, word)}{example(part, word)}"
+            raise ConfigError(f"{name!r} does not name a {self.kind}{hint}; {told}")
+        return part, found
+
+    def name_of(self, part: type[Any]) -> str:
+        for name, offer in self._offers.items():
+            if offer.part is part:
+                return name
+        raise UnknownName(f"{part.__name__} is no registered {self.kind}")
+
+    def offers(self) -> list[Offer]:
+        return [self._offers[name] for name in self]
+
+
+@dataclass(frozen=True)
+class Registry:
+    """All parts that the installed plug-ins offer; a value."""
+
+    shelves: Mapping[str, Shelf[Any]]
+    recipes: Mapping[str, Any]
+    faults: list[Fault] = field(default_factory=list)
+    slow: list[str] = field(default_factory=list)  # plug-ins whose import takes long, and how long
+
+    def __getitem__(self, kind: str) -> Shelf[Any]:
+        return self.shelves[kind]
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """What pydantic needs to resolve the parts of a table."""
+        return {"registry": self}
+
+
+class Plugin(NamedTuple):
+    """A loaded plug-in module and where it came from."""
+
+    name: str
+    module: Any
+    distribution: str = "(local)"
+    version: str = ""
+
+
+def registry_of(plugins: list[Plugin], faults: list[Fault] | None = None) -> Registry:
+    """The registry of these plug-ins, in any order; a wrong one is left out with a fault."""
+    faults = list(faults or [])
+    offers: dict[str, list[Offer]] = {kind: [] for kind in KINDS}
+    recipes: dict[str, tuple[Any, Plugin]] = {}
+    for plugin in sorted(plugins, key=lambda p: (p.distribution, p.name)):
+        try:
+            with contained():
+                found, layers = _taken_in(plugin)
+        except Refused as error:  # whatever a plug-in raises, the others stay
+            faults.append(Fault(plugin.name, plugin.distribution, plugin.version, str(error)))
+            continue
+        for offer in found:
+            offers[offer.kind].append(offer)
+        for key, layer in layers.items():
+            if key in recipes:
+                raise ConfigError(
+                    f"two plug-ins offer the recipe {key!r}: {recipes[key][1].name} of "
+                    f"{recipes[key][1].distribution} and {plugin.name} of {plugin.distribution}; "
+                    "uninstall one of them, or use --no-plugins"
+                )
+            recipes[key] = layer, plugin
+    shelves = {kind: Shelf[Any](kind, of_kind) for kind, of_kind in offers.items()}
+    return Registry(shelves, {key: layer for key, (layer, _) in recipes.items()}, faults)
+
+
+def _taken_in(plugin: Plugin) -> tuple[list[Offer], dict[str, Any]]:
+    """All that one plug-in offers, checked; an error of any part refuses the whole of it."""
+    manager = pluggy.PluginManager("jemkit")
+    manager.add_hookspecs(hookspecs)
+    manager.register(plugin.module)
+    _check_hook_names(plugin.module)
+    manager.check_pending()
+    offers = []
+    for kind, hook in KINDS.items():
+        for name, part in _given(manager, hook, "classes").items():
+            _check_part(kind, name, part)
+            offers.append(Offer(kind, name, part, plugin.distribution, plugin.version))
+    layers = _given(manager, "jemkit_recipes", "layers")
+    for key, layer in layers.items():
+        _check_layer(key, layer)
+    return offers, layers
+
+
+def _given(manager: pluggy.PluginManager, hook: str, what: str) -> dict[Any, Any]:
+    """What a plug-in's hook gives; pluggy itself would leave out None."""
+    found: dict[Any, Any] = {}
+    for hooked in getattr(manager.hook, hook).get_hookimpls():
+        mapping = hooked.function()
+        if not isinstance(mapping, Mapping):
+            raise TypeError(f"{hook} gave {mapping!r}; wanted a mapping of names to {what}")
+        found |= mapping
+    return found
+
+
+LAYERS = ("data", "backbone", "objective", "run", "preset")
+"""What a layer may belong to; `jemkit.hookspecs` has the whole of it."""
+
+
+def _check_layer(key: Any, layer: Any) -> None:
+    if not isinstance(key, str) or key.partition("/")[0] not in LAYERS or not key.partition("/")[2]:
+        wanted = ", ".join(f"{name}/..." for name in LAYERS)
+        raise TypeError(f"a recipe layer belongs to {key!r}; wanted one of {wanted}")
+    if isinstance(layer, Path):
+        if not layer.is_file():
+            raise TypeError(f"the recipe layer {key!r} is the file {layer}, which is missing")
+        return
+    if not isinstance(layer, Mapping):
+        raise TypeError(f"the recipe layer {key!r} is {layer!r}; wanted a table or a Path")
+    for name, table in layer.items():
+        if not isinstance(name, str) or not isinstance(table, Mapping):
+            raise TypeError(
+                f"the recipe layer {key!r} has {name!r} = {table!r}; wanted tables, such as "
+                "{'run': {'epochs': 10}}"
+            )
+    try:
+        json.dumps(layer)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the recipe layer {key!r} holds what TOML cannot: {error}") from None
+
+
+def _check_hook_names(module: Any) -> None:
+    known = {*KINDS.values(), "jemkit_recipes"}
+    for name in dir(module):
+        found = getattr(module, name)
+        if not name.startswith("jemkit_") or not callable(found):
+            continue
+        if name not in known:
+            raise TypeError(f"{name} is no hook of jemkit{nearest(name, known)}")
+        if not hasattr(found, "jemkit_impl"):  # the mark that pluggy leaves
+            raise TypeError(f"{name} lacks its mark; write @hookimpl above it")
+
+
+def _check_part(kind: str, name: str, part: Any) -> None:
+    word = isinstance(name, str) and name == name.lower() and name.replace("_", "").isalnum()
+    if not word:
+        raise TypeError(f"the {kind} name {name!r} is not one lower-case word")
+    if not isinstance(part, type):
+        raise TypeError(f"the {kind} {name!r} is {part!r}; wanted a class")
+    missing = [need for need in NEEDS[kind] if not _has(part, need)]
+    if kind == "objective" and not ({"draw", "loss"} <= set(dir(part)) or hasattr(part, "build")):
+        missing.append("draw and loss, or build")
+    if kind == "attack" and not (hasattr(part, "draw") or hasattr(part, "bind")):
+        missing.append("draw, or bind")
+    if not hasattr(part, "model_fields"):
+        missing.append("options (make it a subclass of jemkit.Options)")
+    if missing:
+        raise TypeError(f"the {kind} {name!r} ({part.__qualname__}) lacks {', '.join(missing)}")
+
+
+def _has(part: type[Any], attribute: str) -> bool:
+    return hasattr(part, attribute) or attribute in getattr(part, "model_fields", {})
+
+
+def installed(*, third_party: bool = True) -> Registry:
+    """The registry of all installed plug-ins; of the built-in ones alone on demand."""
+    plugins: list[Plugin] = []
+    faults: list[Fault] = []
+    slow: list[str] = []
+    found = [Guest(entry, *_origin(entry)) for entry in _entry_points()]
+    own = [plugin for plugin in found if plugin.distribution == OURS]
+    guests = [plugin for plugin in found if plugin.distribution != OURS] if third_party else []
+    verdicts = [""] * len(own) + lethal(guests)
+    for (entry, whose, version), verdict in zip([*own, *guests], verdicts, strict=True):
+        began = time.monotonic()
+        try:
+            module = _imported(entry, verdict)
+        except Refused as error:
+            faults.append(Fault(entry.name, whose, version, str(error)))
+            continue
+        plugins.append(Plugin(entry.name, module, whose, version))
+        spent = time.monotonic() - began
+        if whose != OURS and spent > SLOW:
+            named = f"{entry.name!r} of {whose} {version}".rstrip()
+            slow.append(f"plug-in {named} took {spent:.0f} s to import")
+    registry = registry_of(plugins, faults)
+    return Registry(registry.shelves, registry.recipes, registry.faults, slow)
+
+
+OURS = "jemkit"
+SLOW = 5.0
+"""Seconds after which a plug-in's import is worth a word; each command waits for it."""
+
+
+def _imported(entry: EntryPoint, fault: str) -> Any:
+    """The module of a plug-in; Refused where it cannot be had."""
+    if fault:
+        raise Refused(f"is not imported: {fault}")
+    try:
+        with contained():
+            return entry.load()
+    except Refused as error:
+        raise Refused(f"cannot be imported: {error}") from None
+
+
+def _origin(entry: EntryPoint) -> tuple[str, str]:
+    """The distribution that offers a plug-in, and its version, as far as its metadata tell."""
+    try:
+        name, version = (entry.dist.name, entry.dist.version) if entry.dist else (None, None)
+    except Exception:  # metadata that are damaged
+        name = version = None
+    return str(name or "(unknown)"), str(version or "")
+
+
+def _entry_points() -> list[EntryPoint]:
+    """Each once, though an editable install may show its distribution twice."""
+    return sorted(set(entry_points(group="jemkit")), key=lambda e: (e.name, e.value))

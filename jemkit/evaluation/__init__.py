@@ -1,0 +1,4 @@
+"""Evaluating, comparing, sampling and exporting what was trained; the report.
+
+It may import training, and what training may. What reads finished runs goes here.
+"""

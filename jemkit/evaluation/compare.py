@@ -1,0 +1,212 @@
+"""Several runs beside each other: figures of one protocol, paired differences, seeds."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from jemkit.config.layers import flat
+from jemkit.errors import DataError
+from jemkit.evaluation.run_table import (
+    Judged,
+    Line,
+    aligned,
+    differing,
+    is_share,
+    read_runs,
+    told_apart,
+    trilemma,
+)
+from jemkit.metrics import record as records
+from jemkit.metrics.figures import Figure, finite, paired_difference
+from jemkit.runtime.rng import generator
+from jemkit.training.resuming import MAY_DIFFER
+
+
+class Difference(NamedTuple):
+    """Mean of a - b over the same images, with its 95 % interval of the paired bootstrap."""
+
+    name: str
+    mean: float
+    low: float
+    high: float
+    n: int
+    why: str = ""  # there is none
+    protocol: str = ""  # what tells it from others of its name
+
+    @property
+    def holds_zero(self) -> bool:
+        return self.low <= 0 <= self.high
+
+
+class Spread(NamedTuple):
+    """A figure over seeds: mean and standard deviation, which divides by n - 1."""
+
+    runs: list[str]
+    name: str
+    values: list[float]
+    mean: float
+    sd: float | None  # None for a single seed
+    why: str = ""  # there is none
+    settings: dict[str, Any] = {}  # those in which the groups of runs differ
+    seeds: list[Any] = []
+    protocol: str = ""  # what tells the figure from others of its name
+    share: bool = False  # whether it is shown in per cent
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that `jemkit compare` tells."""
+
+    runs: list[str]
+    lines: list[Line]
+    differences: list[Difference]
+    spreads: list[Spread]
+
+    def to_json(self) -> dict[str, Any]:
+        """A number that is not finite becomes null."""
+        lines = [
+            {
+                "name": line.column.name,
+                "title": line.column.title,
+                "figures": [f and f._asdict() for f in line.figures],
+                "missing": line.why,
+                "best": [self.runs[i] for i in line.best],
+                "differs": line.differs,
+            }
+            for line in self.lines
+        ]
+        differences = [{**d._asdict(), "holds_zero": d.holds_zero} for d in self.differences]
+        spreads = [spread._asdict() for spread in self.spreads]
+        whole = {"runs": self.runs, "lines": lines, "paired": differences, "seeds": spreads}
+        return finite(whole)  # type: ignore[no-any-return]
+
+
+def compare(
+    folders: Sequence[Path], *, names: Sequence[str] = (), seeds: bool = False
+) -> Comparison:
+    """Put runs side by side; of two also the paired differences, image by image."""
+    runs = read_runs(folders, records.load)
+    lines = trilemma(runs, names)
+    differences = paired(runs[0], runs[1]) if len(runs) == 2 else []
+    if names:
+        differences = [d for d in differences if d.name in names]
+    spreads = over_seeds(runs, [line.column.name for line in lines]) if seeds else []
+    return Comparison([run.name for run in runs], lines, differences, spreads)
+
+
+def paired(a: Judged, b: Judged, resamples: int = 10_000) -> list[Difference]:
+    """Clean accuracy and accuracy under each attack, a less b, where the images are the same."""
+    names = dict.fromkeys(figure.name for figure in a.record.figures)
+    found = []
+    for name in (name for name in names if b.figure(name) is not None):
+        rows = [(x, y) for x, y in aligned([a, b], name) if x is not None and y is not None]
+        for (x, y), words in zip(rows, told_apart([x for x, _ in rows]), strict=True):
+            pair = a.record.rows_of(x), b.record.rows_of(y)
+            if pair[0] is not None and pair[1] is not None:
+                found.append(_difference((a, x, pair[0]), (b, y, pair[1]), words, resamples))
+    return found
+
+
+def over_seeds(runs: Sequence[Judged], names: Sequence[str]) -> list[Spread]:
+    """Each figure's mean and spread over runs that differ in the seed, and in nothing else that
+    changes their outcome."""
+    groups: dict[str, list[Judged]] = {}
+    for run in runs:
+        groups.setdefault(_recipe_but_seed(run), []).append(run)
+    told = _settings([group[0] for group in groups.values()])
+    return [
+        spread
+        for group, settings in zip(groups.values(), told, strict=True)
+        for name in dict.fromkeys(names)
+        for spread in _spread(group, name, settings)
+    ]
+
+
+def _settings(firsts: Sequence[Judged]) -> list[dict[str, Any]]:
+    """Of one run of each group the settings in which the groups differ, other than the seed."""
+    recipes = [_but_seed(run) for run in firsts]
+    keys = sorted({key for recipe in recipes for key in recipe})
+    different = [k for k in keys if len({json.dumps(r.get(k)) for r in recipes}) > 1]
+    return [{key: recipe[key] for key in different if key in recipe} for recipe in recipes]
+
+
+def _spread(group: list[Judged], name: str, settings: dict[str, Any]) -> Iterator[Spread]:
+    rows = [row for row in aligned(group, name) if any(row)]
+    told = told_apart([next(f for f in row if f) for row in rows])
+    for row, words in zip(rows, told, strict=True):
+        having = [(run, figure) for run, figure in zip(group, row, strict=True) if figure]
+        names, values = [run.name for run, _ in having], [figure.value for _, figure in having]
+        seeds = [run.config.get("recipe", {}).get("run", {}).get("seed") for run, _ in having]
+        about = Spread(names, name, values, math.nan, None, "", settings, seeds, words)
+        differs = differing(group, name, row)
+        if differs:
+            yield about._replace(why="; ".join(differs))
+            continue
+        finite_all = len(values) > 1 and all(map(math.isfinite, values))
+        spread = statistics.stdev(values) if finite_all else None
+        share = is_share(having[0][1])
+        yield about._replace(mean=math.fsum(values) / len(values), sd=spread, share=share)
+
+
+def _difference(
+    one: tuple[Judged, Figure, Tensor],
+    two: tuple[Judged, Figure, Tensor],
+    words: str,
+    resamples: int,
+) -> Difference:
+    (a, figure, x), (b, other, y) = one, two
+    name = figure.name
+    why = "; ".join(differing([a, b], name, [figure, other]))
+    for run, row, of in ((a, x, figure), (b, y, other)):
+        if not _rows_of(row, of):
+            why = why or f"the rows of {run.name} are not those of its figure"
+    if why:
+        return Difference(name, math.nan, math.nan, math.nan, 0, why, words)
+    rng = generator(torch.device("cpu"), 0, "paired", name)
+    found = paired_difference(x, y, rng, resamples)
+    return Difference(name, *found, len(x), "", words)
+
+
+def _rows_of(row: Tensor, figure: Figure) -> bool:
+    """Whether a figure is the mean of these rows; another evaluation may have left either."""
+    return row.shape == (figure.n,) and abs(float(row.double().mean()) - figure.value) < 1e-6
+
+
+def _but_seed(run: Judged) -> dict[str, Any]:
+    """The settings that change a run's outcome; images are known by their hash, not by their
+    folder, where the run pins them."""
+    recipe = dict(flat(run.config.get("recipe", {})))
+    folder = recipe.get("data.dir")
+    for key in ("run.seed", *MAY_DIFFER):
+        recipe.pop(key, None)
+    if folder is not None:
+        pin = dict(flat(run.config.get("data") or {}))
+        shas = [pin.get(f"{split}.sha256") for split in ("train", "valid", "test")]
+        known = None not in shas
+        recipe["data.images" if known else "data.dir"] = shas if known else folder
+    return recipe
+
+
+def _recipe_but_seed(run: Judged) -> str:
+    recipe = _but_seed(run)
+    return json.dumps(recipe, sort_keys=True) if recipe else str(run.folder)
+
+
+def newest(runs: Path, count: int = 2) -> list[Path]:
+    """The runs of a folder that were begun last and have figures, the newest at the end."""
+    begun = [path for path in runs.glob("*/config.json") if not path.parent.is_symlink()]
+    found = [path for path in begun if (path.parent / records.JSON).exists()]
+    found.sort(key=lambda path: (path.stat().st_mtime, path.parent.name))
+    if len(found) < count:
+        raise DataError(
+            f"{runs} holds {len(found)} runs with figures, and a comparison is of {count}; name "
+            "the runs, or measure some by `jemkit evaluate`"
+        )
+    return [path.parent for path in found[-count:]]

@@ -1,0 +1,241 @@
+"""Evaluation: a model, its attacks and evaluators, and the record of all that they find."""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from jemkit.attacks.autoattack import random_state_kept
+from jemkit.attacks.pixel_model import PixelModel, check_subject, other_types
+from jemkit.attacks.purification import Refined, Refinement, refined
+from jemkit.config.eval_settings import (
+    Settings,
+    attacks_of,
+    evaluators_of,
+    protocol_card,
+    settings_of,
+    threat_of,
+)
+from jemkit.config.registry import Registry, installed
+from jemkit.data import Dataset, Images, checked
+from jemkit.evaluation.subjects import Subject, subject_of
+from jemkit.metrics import record as records
+from jemkit.metrics.attack_runner import as_model_attack
+from jemkit.metrics.evaluator import (
+    AnyAttack,
+    Context,
+    Evaluator,
+    Unmeasurable,
+    measure,
+    never,
+    no_progress,
+)
+from jemkit.metrics.figures import Figure, joined
+from jemkit.metrics.indicators.outputs import probe_outputs
+from jemkit.metrics.record_file import Record
+from jemkit.runtime.microbatch import MicroBatch, fitted
+from jemkit.runtime.modes import eval_mode
+from jemkit.runtime.precision import judging
+from jemkit.runtime.rng import generator
+from jemkit.runtime.timing import settle
+from jemkit.runtime.work_cache import WHOLE, Shard
+from jemkit.runtime.workers import met
+from jemkit.selection import Part, part_of, told_missing
+
+__all__ = ["Settings", "evaluate", "judge"]
+
+
+QUICK = 256
+"""Images of a quick look."""
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset | Images,
+    *,
+    n_classes: int | None = None,
+    registry: Registry | None = None,
+    out: Path | str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    keep_adversarial: bool = False,
+    **settings: Any,
+) -> Record:
+    """Judge any module that maps [0, 1] images to logits.
+
+    `settings` are the fields of `Settings`: attacks=("aa",), eps_px=8, norm="L2", ... With a
+    folder `out` the record is written there, with `keep_adversarial` the attacked images too, and
+    half-done work survives a kill.
+    """
+    folder = None if out is None else Path(out)
+    subject = subject_of(model, dataset, n_classes)._replace(folder=folder)
+    parts = registry or installed()
+    asked = settings_of(settings)
+    return judge(subject, asked, parts, progress=progress, keep_adversarial=keep_adversarial)
+
+
+def judge(
+    subject: Subject,
+    settings: Settings,
+    registry: Registry,
+    *,
+    shard: Shard = WHOLE,
+    progress: Callable[[str, int, int], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+    keep_adversarial: bool = False,
+) -> Record:
+    """Run the evaluators that are asked for; write the record after each, where it has a place.
+
+    Raises ConfigError or DataError before any slow work, and Preempted where `stop` says so:
+    finished batches are kept, and the same call goes on from there.
+    """
+    if subject.folder is not None:
+        records.check_place(subject.folder)
+    evaluators = evaluators_of(settings, registry)
+    attacks = attacks_of(settings, registry)
+    plain = subject.model
+    if settings.refine_steps:
+        refinement = Refinement(steps=settings.refine_steps, seed=settings.seed)
+        subject = subject._replace(model=refined(subject.model, refinement))
+    test = checked(subject.test, subject.n_classes, "the test images")
+    limit = QUICK if settings.quick else len(test.y)
+    part = part_of(test, settings.max_images or limit, settings.selection)
+    data = part.images
+    ctx = _context(subject, settings, part, test, attacks)
+    if (lacking := told_missing(data.y, subject.n_classes)) is not None:
+        ctx.notes.warnings.append(lacking)
+    ctx = replace(ctx, shard=shard, progress=progress or no_progress, stop=stop or never)
+    for name, attack in attacks.items():  # what does not fit is refused before anything slow
+        as_model_attack(attack, name).bind(subject.model, ctx.threat)
+    threads = _threads(subject)  # the same in all processes
+    own_draws = random_state_kept()  # a model may draw from torch's own
+    with judging(ctx.rng.device, threads=threads), own_draws, MicroBatch().held():
+        first = data.take(torch.arange(min(len(data.y), settings.batch_size))).to(ctx.rng.device)
+        with eval_mode(subject.model):
+            fitted(partial(check_subject, subject.model, first.unit(), subject.n_classes))
+            ctx = fitted(partial(_looked_at, plain, data, ctx))
+        return _Judgement(subject, settings, ctx, data).run(evaluators, keep_adversarial)
+
+
+def _threads(subject: Subject) -> int:
+    """As many as its run was trained with, no more than there are cores; else torch's choice."""
+    asked = subject.threads or torch.get_num_threads()
+    return min(asked, max(torch.get_num_threads(), os.cpu_count() or 1))
+
+
+def _looked_at(model: PixelModel, data: Images, ctx: Context) -> Context:
+    """Refuse a model that gives probabilities; note what else its outputs show, for every figure.
+
+    Clean accuracy does not depend on it: the largest output stays the largest.
+    """
+    ctx.progress("outputs", 0, 1)
+    found = probe_outputs(model, data, ctx.rng.device)
+    ctx.progress("outputs", 1, 1)
+    row = found.finding
+    ctx.notes.tables["outputs"] = row
+    if row["flag"]:
+        ctx.notes.warnings.append(f"outputs: {row['found']}. {row['means']}; {row['do']}")
+    why = f"the outputs are no logits: {row['found']}" if found.bounded else None
+    return replace(ctx, no_logits=why)
+
+
+class _Judgement:
+    """One evaluation on its way."""
+
+    def __init__(self, subject: Subject, settings: Settings, ctx: Context, data: Images) -> None:
+        self.subject, self.settings, self.ctx, self.data = subject, settings, ctx, data
+        self.ctx.notes.warnings.extend(subject.warnings)
+        self.figures: list[Figure] = []
+        self.left_out: dict[str, str] = {}
+        self.parts: list[records.Part] = []
+
+    def run(self, evaluators: Mapping[str, Evaluator], keep_adversarial: bool) -> Record:
+        for name, evaluator in evaluators.items():
+            try:
+                before = records.left_by(self.ctx.notes)
+                figures = self._figures(name, evaluator)
+                self.figures += figures
+                self.parts.append(records.part(name, figures, self.ctx, before))
+            except Unmeasurable as error:
+                if name in self.settings.only:
+                    raise
+                self.left_out[name] = str(error)
+            self._write()
+        if self.ctx.shard.rank == 0 and self.subject.folder and keep_adversarial:
+            records.save(self.subject.folder, self.record(), self.ctx.notes, adversarial=True)
+        if self.ctx.shard.size > 1:  # others may still read
+            met(self.ctx.poll)
+        for ledger in self.ctx.notes.ledgers:
+            ledger.remove()
+        return self.record()
+
+    def record(self) -> Record:
+        notes = self.ctx.notes
+        return records.arranged(Record(
+            self.subject.about, self.ctx.card, list(self.figures), dict(notes.tables),
+            dict(notes.rows), dict(self.left_out), list(notes.warnings), list(self.parts),
+        ))  # fmt: skip
+
+    def _figures(self, name: str, evaluator: Evaluator) -> list[Figure]:
+        rng = generator(self.ctx.rng.device, self.settings.seed, name)
+        card = {**self.ctx.card, "evaluator": name}
+        if self.ctx.no_logits and name != "accuracy":
+            card = joined(card, {"standard": False, "why": self.ctx.no_logits})
+        ctx = replace(self.ctx, rng=rng, card=card)
+        settle(rng.device)
+        began = time.monotonic()
+        figures = measure(self.subject.model, self.data, [evaluator], ctx)
+        settle(rng.device)
+        took = {"seconds": round(time.monotonic() - began, 3)}  # an attack has its own
+        figures = [f._replace(protocol={**ctx.card, **took, **f.protocol}) for f in figures]
+        if name == "accuracy":
+            self._warn_if_guessing(figures[0])
+        return figures
+
+    def _warn_if_guessing(self, clean: Figure) -> None:
+        if clean.value < 1.5 / self.subject.n_classes:
+            self.ctx.notes.warnings.append(
+                f"clean accuracy is {clean.value:.1%}, hardly more than guessing among "
+                f"{self.subject.n_classes} classes: is the preprocessing inside the model?"
+            )
+
+    def _write(self) -> None:
+        if self.subject.folder is not None and self.ctx.shard.rank == 0:
+            records.save(self.subject.folder, self.record(), self.ctx.notes)
+
+
+def _context(
+    subject: Subject,
+    settings: Settings,
+    part: Part,
+    test: Images,
+    attacks: Mapping[str, AnyAttack],
+) -> Context:
+    data = part.images
+    device = next((p.device for p in subject.model.parameters()), torch.device("cpu"))
+    threat = threat_of(settings, subject.radius_px, data.x.shape[1:].numel())
+    card = protocol_card(settings, threat, subject.about, part, test, device)
+    if subject.trained_on:
+        card |= {"standard": False, "trained_on": subject.trained_on}
+    if others := other_types(subject.model):
+        card["weight_types"] = ", ".join(others)
+    if isinstance(subject.model, Refined):
+        card |= subject.model.card
+    return Context(
+        generator(device, settings.seed),
+        threat,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        card=card,
+        code=subject.about["sha256"],
+        attacks=attacks,
+        images=subject.images,
+        others=subject.others,
+        quick=settings.quick,
+        work=None if subject.folder is None else subject.folder / records.WORK,
+    )

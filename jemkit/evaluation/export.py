@@ -1,0 +1,178 @@
+"""A run's model as a folder for others: config.json, model.safetensors and a model card."""
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Generator, Tensor
+
+from jemkit.config.recipe import Recipe, resolve
+from jemkit.config.registry import Registry, installed
+from jemkit.data import Task
+from jemkit.errors import ConfigError, DataError, JemkitError
+from jemkit.metrics import record
+from jemkit.metrics.record_file import Record
+from jemkit.runtime import checkpoint
+from jemkit.runtime.opening import read_file
+from jemkit.sampling.init_dists import MomentStart
+from jemkit.training import pinned
+from jemkit.training.build import splits_of, task_of
+from jemkit.training.model_card import figures_table, table_of
+from jemkit.training.model_files import (
+    CARD,
+    CONFIG,
+    FIGURES,
+    FORMAT,
+    SAMPLES,
+    WEIGHTS,
+    task_table,
+    verify,
+)
+from jemkit.training.model_folder import check_vacant, write_model
+from jemkit.training.restore import Which, chosen, run_folder, saved_state
+from jemkit.training.saved_state import weights_of
+
+__all__ = [
+    "CARD", "CONFIG", "FORMAT", "Exported", "export", "verify",
+]  # fmt: skip
+
+
+log = logging.getLogger(__name__)
+
+LARGEST_PICTURE = 16 * 2**20
+"""Bytes of a sample grid that goes with a model."""
+
+
+class Exported(NamedTuple):
+    """What was written, and from what."""
+
+    folder: Path
+    checkpoint: str
+    weights: str  # averaged or live
+    sha256: str  # of model.safetensors
+    figures: int  # of the run's record
+    note: str  # why the card has none
+
+
+def export(
+    run: Path,
+    *,
+    out: Path | None = None,
+    which: Which = "best",
+    registry: Registry | None = None,
+    license: str = "unknown",
+) -> Exported:
+    """Write a run's model, its weights averaged where it keeps an average.
+
+    The folder stands alone: what must be known of the data is in config.json.
+    """
+    _check_run(run)
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,40}", license):
+        raise ConfigError(f"license {license!r}: wanted an identifier such as mit or cc-by-4.0")
+    source = run_folder(run)
+    saved = chosen(source, which)
+    folder = source.path / "export" if out is None else out
+    check_vacant(folder)
+    state = saved_state(source.path, saved)
+    exported, averaged = weights_of(state, saved)
+    sha = checkpoint.verify(saved)[checkpoint.MODEL]
+    config = source.config
+    if not isinstance(config.get("recipe"), dict):
+        raise DataError(f"{source.path / CONFIG} holds no recipe; it is not a run's config")
+    config = _without_home(config)
+    weights = "averaged" if averaged else "live"
+    about = {"run": source.path.name, "checkpoint": saved.name, "sha256": sha, "weights": weights}
+    found, note = _record_of(source.path, sha, config)
+    card = _about_run(config["recipe"], about) + "\n"
+    card += figures_table(found.figures, found.protocol) if found else f"{note}\n"
+    config, hashes = pinned.for_others(config, source.path)
+    beside: dict[str, bytes | Mapping[str, Any]] = {**_samples(source.path), **hashes}
+    if found:
+        beside[FIGURES] = found.to_json()
+    task, moments = _of_data(source.path / CONFIG, registry or installed())
+    written = write_model(
+        folder, {**config, "source": about, **task}, exported, card, beside=beside,
+        moments=moments, license=license,
+    )  # fmt: skip
+    count = len(found.figures) if found else 0
+    return Exported(folder, saved.name, weights, written, count, note)
+
+
+def _check_run(run: Path) -> None:
+    if (run / checkpoint.MANIFEST).exists():
+        raise DataError(f"{run} is a checkpoint; give its run, {run.resolve().parents[1]}")
+    if (run / WEIGHTS).exists() and not (run / "checkpoints").exists():
+        raise DataError(f"{run} is an exported model already; wanted a run of `jemkit train`")
+
+
+def _record_of(run: Path, sha: str, config: Mapping[str, Any]) -> tuple[Record | None, str]:
+    """The record of these weights on the run's own test images, or why there is none."""
+    if not (run / record.JSON).exists():
+        return None, "No figure was measured yet: `jemkit evaluate` measures them."
+    data, pin = config["recipe"]["data"]["use"], config.get("data")
+    test_sha256 = pin.get("test_sha256") if isinstance(pin, dict) else None
+    found = record.of_weights(run, sha, data, test_sha256)
+    if found is None:
+        return None, (
+            "The run's record is of other weights than these, or of other images than those of "
+            f"{data}, so its figures are left out: `jemkit evaluate` measures them anew."
+        )
+    return found, ""
+
+
+def _about_run(recipe: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    network = recipe["backbone"].get("network", {})
+    shown = ", ".join(f"{key} {value}" for key, value in network.items() if key != "use")
+    return table_of(
+        [
+            ("backbone", recipe["backbone"]["use"]),
+            ("network", f"{network.get('use', '')} ({shown})"),
+            ("objective", recipe["objective"]["use"]),
+            ("data set", recipe["data"]["use"]),
+            *about.items(),
+        ]
+    )
+
+
+def _of_data(config: Path, registry: Registry) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the run's data tell, and the moments of its start; nothing where they are not at hand.
+
+    They are needed by who samples from the model, and asked for then.
+    """
+    try:
+        recipe = resolve(registry, config=config).recipe
+        splits = splits_of(recipe, pinned.read(config))
+        task = replace(task_of(recipe, splits), fill=False)
+        return {"task": task_table(task)}, _moments(recipe, task)
+    except JemkitError as error:
+        log.warning("the model does not stand alone, its data are not at hand: %s", error)
+        return {}, {}
+
+
+def _moments(recipe: Recipe, task: Task) -> dict[str, Tensor]:
+    backbone = recipe.backbone.build(task, Generator().manual_seed(0))
+    start = backbone.density.start if backbone.has_density else None
+    return start.tensors() if isinstance(start, MomentStart) else {}
+
+
+def _without_home(value: Any) -> Any:
+    """A config whose paths do not name the user: a model is given to others, ~ is anybody's."""
+    if isinstance(value, dict):
+        return {key: _without_home(inner) for key, inner in value.items()}
+    home = f"{Path.home()}{os.sep}"
+    if isinstance(value, str) and value.startswith(home) and len(home) > 2:
+        return f"~/{value.removeprefix(home)}"
+    return value
+
+
+def _samples(run: Path) -> dict[str, bytes]:
+    """The newest grid of samples that the run drew."""
+    grids = [p for p in (run / "samples").glob("*.png") if p.is_file() and not p.is_symlink()]
+    newest = max(grids, key=lambda p: (p.stat().st_mtime, p.name), default=None)
+    if newest is None or newest.stat().st_size > LARGEST_PICTURE:
+        return {}
+    return {SAMPLES: read_file(newest, LARGEST_PICTURE)}

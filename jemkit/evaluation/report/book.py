@@ -1,0 +1,121 @@
+"""What the sections of a report share: the runs, figures with their cards, charts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jemkit.config.layers import flat
+from jemkit.evaluation.report import charts
+from jemkit.evaluation.report.charts import Axes, Series
+from jemkit.evaluation.report.html import Html, join, tag
+from jemkit.evaluation.run_table import Judged, other_images, shown, shown_interval
+from jemkit.metrics.figures import Figure
+
+LAST = ("checkpoint", "device", "evaluator", "versions", "seconds", "max delta")
+"""What a card tells after all that defines the figure."""
+
+
+@dataclass
+class Book:
+    """The runs, and what the sections leave for the end of the page: cards, charts' values."""
+
+    runs: Sequence[Judged]
+    cards: list[Html] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)  # of the charts, by their ids
+
+    def number(self, figure: Figure, run: Judged, *, best: bool = False) -> Html:
+        """A figure's value; pointed at, focused or tapped it shows its protocol card."""
+        name = f"card{len(self.cards)}"
+        self.cards.append(_card(name, figure, run))
+        return tag(
+            "button", shown(figure), type="button", class_="number best" if best else "number",
+            aria_expanded="false", aria_controls=name,
+        )  # fmt: skip
+
+    def lines(self, series: Sequence[Series], axes: Axes, told: object = None) -> Html:
+        """A chart over all runs with its legend."""
+        names = {s.slot: self.run_name(s.slot) for s in series}
+        return self._lines(series, axes, names if len(self.runs) > 1 else {}, told)
+
+    def judged_lines(
+        self, series: Sequence[Series], axes: Axes, *told: object, table: str = ""
+    ) -> Html:
+        """The same of what an evaluation measured: labelled where the protocol is not standard,
+        or the runs were not judged on the same images."""
+        slots = [s.slot for s in series]
+        names = {slot: self.judged_name(slot, table) for slot in slots}
+        if len(self.runs) == 1:
+            labels = {slot: self.label(slot, table) for slot in slots}
+            names = {slot: label for slot, label in labels.items() if label is not None}
+        notes = [*told]
+        if differs := other_images([self.runs[slot] for slot in slots], table):
+            notes.append(f"Not the same images: {'; '.join(differs)}")
+        return self._lines(series, axes, names, join(*map(note, notes)))
+
+    def _lines(
+        self, series: Sequence[Series], axes: Axes, names: Mapping[int, Html], told: object
+    ) -> Html:
+        drawn, values = charts.lines(series, axes)
+        name = f"chart{len(self.values)}"
+        self.values[name] = values
+        keys = (tag("li", key) for key in names.values())
+        legend = tag("ul", *keys, class_="legend") if names else None
+        return panel(axes.title, drawn, legend, told, id=name)
+
+    def run_name(self, slot: int) -> Html:
+        return tag("span", charts.key(slot), tag("span", self.runs[slot].name), class_="run")
+
+    def judged_name(self, slot: int, table: str = "") -> Html:
+        """The run's name where figures of its record, or a table of it, stand."""
+        return join(self.run_name(slot), " ", self.label(slot, table))
+
+    def label(self, slot: int, table: str = "") -> Html | None:
+        return badge(self.runs[slot].record.card_of("tables", table))
+
+
+def badge(protocol: Mapping[str, Any]) -> Html | None:
+    """The label of a protocol that is not the standard one."""
+    if protocol.get("standard") is not False:
+        return None
+    return tag("span", "non-standard", class_="badge")
+
+
+def panel(title: object, *parts: object, **attributes: object) -> Html:
+    """A chart or picture with its title."""
+    return tag("figure", tag("figcaption", title), *parts, **attributes)
+
+
+def section(name: str, title: str, *parts: object) -> Html:
+    return tag("section", tag("h2", title), *parts, id=name)
+
+
+def note(*parts: object) -> Html:
+    return tag("p", *parts, class_="note")
+
+
+def settings(protocol: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A protocol card's entries as they are read; sizes in pixels as k/255."""
+    rows = []
+    for key, value in flat(protocol):
+        words = key.replace("_", " ").replace(".", " ")
+        told = str(value)
+        if isinstance(value, float):
+            told = f"{value:.6g}"
+        if key.split(".")[0].endswith("_px") and isinstance(value, int | float):
+            words, told = words.replace(" px", ""), f"{value:g}/255"
+        rows.append((words, {"None": "none", "True": "yes", "False": "no"}.get(told, told)))
+    return rows
+
+
+def _card(name: str, figure: Figure, run: Judged) -> Html:
+    interval = shown_interval(figure)
+    top = [("value", shown(figure)), ("images", str(figure.n))]
+    if interval:
+        top.insert(1, ("95 % interval", interval))
+    rest = [row for row in settings(figure.protocol) if row[0] != "images"]
+    rest.sort(key=lambda row: row[0].startswith(LAST))
+    rows = (join(tag("dt", key), tag("dd", value)) for key, value in (*top, *rest))
+    return tag(
+        "div", tag("p", tag("b", figure.name), f" of {run.name} ", badge(figure.protocol)),
+        tag("dl", *rows), id=name, class_="card", popover="manual", role="note",
+    )  # fmt: skip

@@ -1,0 +1,211 @@
+"""Charts as inline SVG: lines with their bands, and histograms."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jemkit.evaluation.report.html import Html, join, tag
+
+WIDTH, HEIGHT = 360.0, 236.0
+LEFT, RIGHT, TOP, BOTTOM = 52.0, 10.0, 12.0, 36.0
+MARKS = ("circle", "square", "diamond", "up", "down", "cross", "plus", "ring")
+COLOURS = len(MARKS)
+LARGEST = 1e150
+"""What is larger is no number that a chart has room for; it is a gap like NaN."""
+
+
+class Series(NamedTuple):
+    """One curve: x and y [N], perhaps with an interval; a value that is not finite is a gap."""
+
+    label: str
+    slot: int  # which colour, dash and marker
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    marked: bool = False
+
+
+class Axes(NamedTuple):
+    """What the axes are called, and what they must hold."""
+
+    title: str
+    x: str
+    y: str
+    x_range: tuple[float, float] | None = None
+    y_range: tuple[float, float] | None = None
+    diagonal: bool = False
+
+
+class _Scale(NamedTuple):
+    """From values to the drawing."""
+
+    x: Callable[[float], float]
+    y: Callable[[float], float]
+
+
+def lines(series: Sequence[Series], axes: Axes) -> tuple[Html, dict[str, Any]]:
+    """Curves in one chart, and their values for whoever points at it."""
+    xs = axes.x_range or _range([v for s in series for v in s.x])
+    ys = axes.y_range or _range([v for s in series for v in (*s.y, *s.low, *s.high)], 0.05)
+    scale = _Scale(_linear(xs, LEFT, WIDTH - RIGHT), _linear(ys, HEIGHT - BOTTOM, TOP))
+    parts = [_frame(xs, ys, scale, axes)]
+    if axes.diagonal:
+        ends = [(scale.x(v), scale.y(v)) for v in (0.0, 1.0)]
+        parts.append(tag("path", d=_path(ends), class_="diagonal"))
+    parts += [_band(s, scale) for s in series if s.low]
+    parts += [_curve(s, scale) for s in series]
+    values = {
+        "x": [LEFT, WIDTH - RIGHT, *xs],
+        "series": [
+            {"label": s.label, "slot": s.slot % COLOURS, "x": _plain(s.x), "y": _plain(s.y)}
+            for s in series
+        ],
+    }
+    return _svg(axes.title, parts), values
+
+
+def histogram(
+    edges: Sequence[float], shares: Mapping[str, Sequence[float]], slot: int, axes: Axes
+) -> Html:
+    """Outlines of several sets over the same bins: the first is filled, the next are dashed."""
+    xs = (min(edges), max(edges))
+    top = max([value for share in shares.values() for value in share] or [1.0])
+    ys = (0.0, top * 1.06 or 1.0)
+    scale = _Scale(_linear(xs, LEFT, WIDTH - RIGHT), _linear(ys, HEIGHT - BOTTOM, TOP))
+    parts = [_frame(xs, ys, scale, axes)]
+    for at, share in enumerate(shares.values()):
+        steps = [(edges[0], 0.0)]
+        for left, right, value in zip(edges, edges[1:], share, strict=False):
+            steps += [(left, value), (right, value)]
+        steps.append((edges[-1], 0.0))
+        path = _path([(scale.x(a), scale.y(b)) for a, b in steps])
+        parts.append(tag("path", d=path, class_=f"set set{at} s{slot % COLOURS}"))
+    return _svg(axes.title, parts)
+
+
+def mark(slot: int, x: float = 6.0, y: float = 6.0, r: float = 3.4) -> Html:
+    """A run's own sign."""
+    kind = MARKS[slot % COLOURS]
+    shapes = {
+        "square": f"M{-r} {-r}H{r}V{r}H{-r}Z",
+        "diamond": f"M0 {-1.3 * r}L{1.3 * r} 0L0 {1.3 * r}L{-1.3 * r} 0Z",
+        "up": f"M0 {-1.2 * r}L{1.2 * r} {r}H{-1.2 * r}Z",
+        "down": f"M0 {1.2 * r}L{1.2 * r} {-r}H{-1.2 * r}Z",
+        "cross": f"M{-r} {-r}L{r} {r}M{-r} {r}L{r} {-r}",
+        "plus": f"M{-r} 0H{r}M0 {-r}V{r}",
+    }
+    style = f"mark {kind} s{slot % COLOURS}"
+    if kind in shapes:
+        return tag("path", d=shapes[kind], class_=style, transform=f"translate({x:.1f} {y:.1f})")
+    return tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=r, class_=style)
+
+
+def key(slot: int) -> Html:
+    """A run's line and sign for a legend."""
+    line = tag("path", d="M1 6H25", class_=f"line s{slot % COLOURS}")
+    return tag(
+        "svg", line, mark(slot, 13), viewBox="0 0 26 12", class_="key", aria_hidden="true"
+    )  # fmt: skip
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers within a range: steps of 1, 2 or 5 times a power of ten."""
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * k for k in (1, 2, 5, 10) if power * k >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _svg(title: str, parts: Sequence[Html]) -> Html:
+    return tag(
+        "svg", *parts, viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}", class_="chart", role="img",
+        aria_label=title,
+    )  # fmt: skip
+
+
+def _frame(xs: tuple[float, float], ys: tuple[float, float], scale: _Scale, axes: Axes) -> Html:
+    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    parts = []
+    for value in ticks(*ys):
+        y = f"{scale.y(value):.1f}"
+        parts.append(tag("line", x1=LEFT, x2=right, y1=y, y2=y, class_="grid"))
+        parts.append(_words(_number(value), LEFT - 6, scale.y(value) + 3.5, "end"))
+    for value in ticks(*xs):
+        x = f"{scale.x(value):.1f}"
+        parts.append(tag("line", x1=x, x2=x, y1=bottom, y2=bottom + 4, class_="axis"))
+        parts.append(_words(_number(value), scale.x(value), bottom + 15, "middle"))
+    parts.append(tag("line", x1=LEFT, x2=right, y1=bottom, y2=bottom, class_="axis"))
+    parts.append(_words(axes.x, (LEFT + right) / 2, HEIGHT - 4, "middle", "label"))
+    middle = (TOP + bottom) / 2
+    turned = f"rotate(-90 10 {middle:g})"
+    parts.append(_words(axes.y, 10, middle, "middle", "label", transform=turned))
+    return tag("g", *parts)
+
+
+def _words(what: str, x: float, y: float, anchor: str, class_: str = "tick", **more: str) -> Html:
+    at = {"x": f"{x:.1f}", "y": f"{y:.1f}", "text_anchor": anchor, "class_": class_}
+    return tag("text", what, **at, **more)
+
+
+def _curve(series: Series, scale: _Scale) -> Html:
+    points = [(scale.x(a), scale.y(b)) for a, b in zip(series.x, series.y, strict=True)]
+    line = tag("path", d=_path(points), class_=f"line s{series.slot % COLOURS}")
+    if not series.marked:
+        return line
+    signs = (mark(series.slot, x, y, 3.0) for x, y in points if _there(x, y))
+    return join(line, *signs)
+
+
+def _band(series: Series, scale: _Scale) -> Html:
+    """The interval of every point; a curve of points that have none draws none there."""
+    parts = []
+    for x, low, high in zip(series.x, series.low, series.high, strict=True):
+        if _there(low, high):
+            ends = [(scale.x(x), scale.y(low)), (scale.x(x), scale.y(high))]
+            parts.append(tag("path", d=_path(ends), class_=f"bar s{series.slot % COLOURS}"))
+    return join(*parts)
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    """M and L through the points, begun anew after a gap; a point alone is a dot."""
+    told, pen = [], "M"
+    for x, y in points:
+        if not _there(x, y):
+            pen = "M"
+            continue
+        told.append(f"{pen}{x:.1f} {y:.1f}" + ("h0" if pen == "M" else ""))
+        pen = "L"
+    return "".join(told)
+
+
+def _there(*values: float) -> bool:
+    return all(abs(value) < LARGEST for value in values)
+
+
+def _linear(values: tuple[float, float], start: float, end: float) -> Callable[[float], float]:
+    low, high = values
+    return lambda value: start + (value - low) / (high - low) * (end - start)
+
+
+def _range(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
+    """What holds every finite value; never empty."""
+    good = [value for value in values if abs(value) < LARGEST]
+    low, high = (min(good), max(good)) if good else (0.0, 1.0)
+    if high - low <= 1e-12 * max(abs(low), abs(high), 1.0):
+        low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
+    extra = (high - low) * margin
+    return low - extra, high + extra
+
+
+def _number(value: float) -> str:
+    size = abs(value)
+    if 1e4 <= size < 1e7:
+        return f"{value / 1000:g}k"
+    return f"{value:g}".replace("-", "−") if size else "0"
+
+
+def _plain(values: Sequence[float]) -> list[float | None]:
+    """Five digits are more than a chart shows."""
+    return [float(f"{value:.5g}") if _there(value) else None for value in values]

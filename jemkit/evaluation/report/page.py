@@ -1,0 +1,139 @@
+"""The whole page: sections that have something to show, styles and script, in one file."""
+
+import base64
+import hashlib
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from jemkit.errors import DataError
+from jemkit.evaluation.report import gallery, plots, tables
+from jemkit.evaluation.report.book import Book, note, section
+from jemkit.evaluation.report.html import Html, coded, data, join, tag
+from jemkit.evaluation.run_table import read_runs
+from jemkit.metrics import record as records
+from jemkit.metrics.record_file import Record
+from jemkit.runtime.files import write_text
+
+SECTIONS: dict[str, tuple[Callable[[Book], Html | None], str]] = {
+    "Trilemma": (tables.overview, ""),
+    "Warnings": (tables.cautions, ""),
+    "Indicators": (tables.indicators, "failure indicators: `jemkit evaluate` with attacks"),
+    "Robustness": (plots.robustness, "curves against radius and steps: `jemkit evaluate`"),
+    "Energies": (plots.energies, "energy histograms: `jemkit evaluate --only energies`"),
+    "Calibration": (plots.calibration, "reliability: `jemkit evaluate --only calibration`"),
+    "OOD": (tables.ood, "out-of-distribution: `jemkit evaluate --only ood`"),
+    "Samples": (gallery.samples, "sample grids: `jemkit evaluate --only generation`"),
+    "Pictures": (gallery.others, ""),
+    "Training": (plots.training, "training curves: the folder has no metrics.csv"),
+    "Recipe": (tables.recipe, "recipes: the folder has no config.json"),
+    "Figures": (tables.every_figure, ""),
+}
+"""Each section with what to say where it has nothing to show."""
+
+
+def write(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the report of one or several runs, by default into the first run's folder."""
+    page = render(folders)
+    path = Path(folders[0]).resolve() / "report.html" if out is None else out
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; --out wants the HTML file to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page)
+    return path
+
+
+def render(folders: Sequence[Path]) -> str:
+    """The page as text; the same runs give the same bytes."""
+    book = Book(read_runs(folders, _read))
+    shown = {name: _shown(book, name) for name in SECTIONS}
+    missing = [
+        tag("li", coded(SECTIONS[name][1]))
+        for name, part in shown.items()
+        if part is None and SECTIONS[name][1]
+    ]
+    body = [part for part in shown.values() if part is not None]
+    if missing:
+        body.append(section("absent", "Not here", tag("ul", *missing, class_="told")))
+    links = (tag("a", name, href=f"#{_id(part)}") for name, part in shown.items() if part)
+    names = ", ".join(run.name for run in book.runs)
+    return _document(
+        f"jemkit: {names}",
+        tag("header", tag("p", "jemkit report", class_="kind"), tag("h1", names), _subjects(book)),
+        tag("nav", *links, aria_label="Sections"),
+        tag("main", *body),
+        tag("footer", *_footer(book)),
+        *book.cards,
+        tag("output", id="readout", hidden=True),
+        tag("script", data({"charts": book.values}), type="application/json", id="data"),
+    )
+
+
+def _document(title: str, *body: Html) -> str:
+    style, script = (_part(name) for name in ("parts.css", "parts.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
+    head = (
+        '<meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+    )
+    whole = join(
+        Html("<!doctype html>\n"), Html('<html lang="en"><head>'), Html(head), tag("title", title),
+        Html(f"<style>{style}</style></head><body>"), *body,
+        Html(f"<script>{script}</script></body></html>\n"),
+    )  # fmt: skip
+    return str(whole)
+
+
+def _shown(book: Book, name: str) -> Html | None:
+    """A section; a table in a form that this jemkit cannot draw is said to be so."""
+    try:
+        return SECTIONS[name][0](book)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        told = f"This part of the record cannot be drawn: {type(error).__name__}: {error}"
+        return section(name.lower(), name, note(told))
+
+
+def _read(folder: Path) -> Record:
+    """The record of a run; of one that was not judged yet an empty one that says so."""
+    if (folder / records.JSON).exists() or not (folder / "config.json").exists():
+        return records.load(folder)
+    return Record({}, {}, [], warnings=[f"not judged yet: `jemkit evaluate {folder}`"])
+
+
+def _subjects(book: Book) -> Html:
+    rows = []
+    for slot, run in enumerate(book.runs):
+        about, card = run.record.subject, run.record.protocol
+        parts = [about[key] for key in ("backbone", "objective", "data", "model") if key in about]
+        if "images" in card:
+            parts.append(f"{card['images']} {card.get('split', 'test')} images")
+        if card.get("radius_px") is not None:
+            parts.append(f"{card.get('norm')} {card['radius_px']:g}/255")
+        rows.append(
+            tag("li", book.run_name(slot), " ", " · ".join(map(str, parts)), " ", book.label(slot))
+        )
+    return tag("ul", *rows, class_="subjects")
+
+
+def _footer(book: Book) -> list[Html]:
+    told = []
+    for run in book.runs:
+        card = run.record.protocol
+        versions = ", ".join(f"{k} {v}" for k, v in dict(card.get("versions", {})).items())
+        sha = card.get("checkpoint", "not judged")
+        told.append(tag("p", f"{run.name}: {versions}; weights ", tag("code", sha)))
+    return told
+
+
+def _id(part: Html) -> str:
+    return part.split('id="', 1)[1].split('"', 1)[0]
+
+
+def _part(name: str) -> str:
+    return files("jemkit.evaluation.report").joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,188 @@
+"""The sections of a report that are charts."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jemkit.evaluation.report import charts
+from jemkit.evaluation.report.book import Book, note, panel, section
+from jemkit.evaluation.report.charts import Axes, Series
+from jemkit.evaluation.report.curves import epochs, metrics
+from jemkit.evaluation.report.html import Html, join, tag
+
+SETS = {"clean": "clean, x", "adversarial": "adversarial, x~", "generated": "generated"}
+ATTACKED = {"radius_curve": "radius, in 1/255", "steps_curve": "steps"}
+
+
+def energies(book: Book) -> Html | None:
+    """Histograms of E(x) of each run; the mean energy on the way of an attack."""
+    panels = []
+    for slot, run in enumerate(book.runs):
+        found = run.record.tables.get("energies")
+        if found:
+            panels.append(_energies(book, slot, found))
+    for name, title in (("mean", "Mean E(x) on the way"), ("joint", "Mean E(x, y) on the way")):
+        curves = [
+            _way(run.name, slot, path, name)
+            for slot, run in enumerate(book.runs)
+            if name in (path := run.record.tables.get("energy_path") or {})
+        ]
+        if curves:
+            told = ["bars hold 80 % of the images"] if any(curve.low for curve in curves) else []
+            panels.append(
+                book.judged_lines(
+                    curves, Axes(title, "step of the attack", "energy"), *told, table="energy_path"
+                )
+            )
+    return section("energies", "Energies", _panels(panels)) if panels else None
+
+
+def robustness(book: Book) -> Html | None:
+    """Accuracy against the radius, and against the steps, of an attack; one chart each."""
+    panels = []
+    for name, x in ATTACKED.items():
+        kinds: dict[tuple[str, str], list[Series]] = {}
+        counts: dict[tuple[str, str], dict[str, Any]] = {}
+        for slot, run in enumerate(book.runs):
+            found = run.record.tables.get(name)
+            if found:
+                kind = (str(found.get("attack", "?")), str(found.get("norm", "?")))
+                kinds.setdefault(kind, []).append(_points(run.name, slot, found["points"]))
+                counts.setdefault(kind, {})[run.name] = found.get("n")
+        for kind, series in kinds.items():
+            title = f"Accuracy against the {x.split(',')[0]}: {kind[0]}, {kind[1]}"
+            axes = Axes(title, x, "accuracy", None, (0.0, 1.0))
+            told = (
+                f"{_sizes(counts[kind])}: the first ones, until the indicators have enough that "
+                "are right, and not all that the figures above are of; bars are 95 % intervals"
+            )
+            panels.append(book.judged_lines(series, axes, told, table=name))
+    return section("robustness", "Robustness", _panels(panels)) if panels else None
+
+
+def calibration(book: Book) -> Html | None:
+    """Accuracy against confidence, bin by bin."""
+    series, tables = [], []
+    for slot, run in enumerate(book.runs):
+        found = run.record.tables.get("reliability")
+        if found:
+            counts = [float(n or 0) for n in found["count"]]
+            keep = [at for at, n in enumerate(counts) if n > 0]
+            x, y = _numbers(found["confidence"]), _numbers(found["accuracy"])
+            series.append(
+                Series(run.name, slot, [x[i] for i in keep], [y[i] for i in keep], marked=True)
+            )
+            tables.append((slot, found["edges"], counts))
+    if not series:
+        return None
+    unit = (0.0, 1.0)
+    axes = Axes("Reliability", "confidence", "accuracy", unit, unit, diagonal=True)
+    told = "On the dashed line confidence is accuracy."
+    panels = [book.judged_lines(series, axes, told, table="reliability")]
+    for slot, edges, counts in tables:
+        title = f"Confidences of {book.runs[slot].name}"
+        total = sum(counts) or 1.0
+        shares = {"all": [n / total for n in counts]}
+        drawn = charts.histogram(
+            _numbers(edges), shares, slot, Axes(title, "confidence", "share of images")
+        )
+        panels.append(panel(join(title, " ", book.label(slot, "reliability")), drawn))
+    return section("calibration", "Calibration", _panels(panels))
+
+
+def training(book: Book) -> Html | None:
+    """Terms, energies and gaps against the step, and the validation after each epoch."""
+    read = [metrics(run.folder) for run in book.runs]
+    panels = []
+    names = list(dict.fromkeys(name for curves in read for name in curves))
+    for name in sorted(names, key=_place):
+        series = [
+            Series(book.runs[slot].name, slot, curves[name].x, curves[name].y)
+            for slot, curves in enumerate(read)
+            if name in curves
+        ]
+        lost = [
+            f"{book.runs[slot].name}: {curves[name].lost} values are not finite"
+            for slot, curves in enumerate(read)
+            if name in curves and curves[name].lost
+        ]
+        told = note("; ".join(lost), "; the gaps in the curve") if lost else None
+        panels.append(book.lines(series, Axes(name, "step", ""), told))
+    panels = [*_validation(book), *panels]
+    return section("training", "Training", _panels(panels)) if panels else None
+
+
+def _energies(book: Book, slot: int, found: Mapping[str, Any]) -> Html:
+    """Shares, since the sets may differ in size."""
+    counts = {name: _numbers(found[name]) for name in SETS if found.get(name)}
+    shares = {
+        name: [value / (sum(values) or 1.0) for value in values] for name, values in counts.items()
+    }
+    axes = Axes(f"E(x) of {book.runs[slot].name}", "E(x)", "share of images")
+    drawn = charts.histogram(_numbers(found["edges"]), shares, slot, axes)
+    sizes = found.get("n") or {}
+    keys = (
+        tag("li", _set_key(at, slot), f" {SETS[name]}", f", {sizes[name]}" if name in sizes else "")
+        for at, name in enumerate(shares)
+    )
+    title = join(axes.title, " ", book.label(slot, "energies"))
+    return panel(title, drawn, tag("ul", *keys, class_="legend"))
+
+
+def _way(name: str, slot: int, path: Mapping[str, Any], which: str) -> Series:
+    """A mean energy at each step; the table has quantiles of E(x) alone."""
+    steps, values = _numbers(path["steps"]), _numbers(path[which])
+    if which != "mean" or "low" not in path or path.get("quantiles") != [0.1, 0.9]:
+        return Series(name, slot, steps, values, marked=True)
+    low, high = _numbers(path["low"]), _numbers(path["high"])
+    return Series(name, slot, steps, values, low, high, marked=True)
+
+
+def _set_key(at: int, slot: int) -> Html:
+    line = tag("path", d="M1 11V3H25V11", class_=f"set set{at} s{slot % charts.COLOURS}")
+    return tag("svg", line, viewBox="0 0 26 12", class_="key", aria_hidden="true")
+
+
+def _sizes(counts: Mapping[str, Any]) -> str:
+    """How many images a curve of each run was measured on."""
+    if len(set(counts.values())) == 1:
+        return f"{next(iter(counts.values()))} images"
+    return ", ".join(f"{n} images of {run}" for run, n in counts.items())
+
+
+def _points(name: str, slot: int, points: Sequence[Sequence[Any]]) -> Series:
+    x, y, low, high = (_numbers(column) for column in zip(*points, strict=True))
+    return Series(name, slot, x, y, low, high, marked=True)
+
+
+def _validation(book: Book) -> list[Html]:
+    told = [epochs(run.folder) for run in book.runs]
+    panels = []
+    for name, title in (
+        ("accuracy", "Validation accuracy"), ("pgd10", "Validation accuracy under PGD-10"),
+    ):  # fmt: skip
+        series = [
+            Series(
+                book.runs[slot].name, slot,
+                _numbers([e["step"] for e in events]), _numbers([e[name] for e in events]),
+            )
+            for slot, all_events in enumerate(told)
+            if (events := [e for e in all_events if name in e])
+        ]  # fmt: skip
+        if series:
+            axes = Axes(title, "step", "accuracy", None, (0.0, 1.0))
+            panels.append(book.lines(series, axes))
+    return panels
+
+
+def _place(name: str) -> tuple[int, str]:
+    order = ("loss", "E(", "gap", "accuracy", "gradient")
+    return next((i for i, kind in enumerate(order) if name.startswith(kind)), len(order)), name
+
+
+def _panels(panels: Sequence[Html]) -> Html:
+    return tag("div", *panels, class_="panels")
+
+
+def _numbers(values: Sequence[Any]) -> list[float]:
+    return [math.nan if value is None else float(value) for value in values]

@@ -1,0 +1,219 @@
+"""The sections of a report that are tables."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jemkit.config.layers import flat
+from jemkit.evaluation.report.book import Book, badge, note, section, settings
+from jemkit.evaluation.report.html import Html, coded, join, table, tag
+from jemkit.evaluation.run_table import Judged, Line, shown_interval, stem_of, trilemma
+from jemkit.metrics.figures import Figure
+from jemkit.metrics.record_file import beside
+
+ABOUT = {
+    "clean": "Accuracy on clean images; higher is better",
+    "aa": "Accuracy under AutoAttack; higher is better",
+    "pgd20": "Accuracy under PGD of 20 steps; higher is better",
+    "fid": "Fréchet distance of generated images to real ones; lower is better",
+    "fd": "Fréchet distance in another network's features; lower is better",
+    "gap": "Mean |E(x~) - E(x)|; lower is better, and it grows with the scale of the logits",
+    "ece": "Expected calibration error; lower is better",
+    "auroc": "In-distribution against other images; higher is better",
+}
+
+
+def overview(book: Book) -> Html:
+    """The trilemma: every run, every figure that matters, the best of each marked."""
+    lines = trilemma(book.runs)
+    head = [tag("th", _sorter("Run"), scope="col"), *(_head(line) for line in lines)]
+    rows = [
+        [book.run_name(slot), *(_figure(book, line, slot) for line in lines)]
+        for slot in range(len(book.runs))
+    ]
+    told = [
+        note(tag("b", line.column.title), " is not comparable: ", "; ".join(line.differs))
+        for line in lines
+        if line.differs
+    ]
+    about = "Tap, focus or point at a figure for the protocol that gave it."
+    if len(book.runs) > 1:
+        about += " Bold and underlined: the best of a column."
+    whole = table(head, rows, "sortable")
+    return section("trilemma", "Trilemma", whole, *told, note(about))
+
+
+def cautions(book: Book) -> Html | None:
+    """Warnings, and what was left out and why, of each run."""
+    parts = []
+    for slot, run in enumerate(book.runs):
+        told = [tag("li", coded(warning)) for warning in run.record.warnings]
+        told += [tag("li", words) for words in _measured_otherwise(run)]
+        told += [
+            tag("li", tag("b", name), " was left out: ", coded(why))
+            for name, why in sorted(run.record.left_out.items())
+        ]
+        if told:
+            parts.append(join(tag("h3", book.run_name(slot)), tag("ul", *told, class_="told")))
+    return section("warnings", "Warnings", *parts) if parts else None
+
+
+def indicators(book: Book) -> Html | None:
+    """Failure indicators: what speaks against an attack's figure."""
+    parts = []
+    for slot, run in enumerate(book.runs):
+        for stored in run.record.named("tables", "indicators"):
+            card = run.record.card_of("tables", stored)
+            words = "" if stored == "indicators" else f", {protocol_words(card)}"
+            for attack, found in sorted(run.record.tables[stored].items()):
+                name = book.judged_name(slot, stored)
+                parts.append(_verdict(name, f"{attack}{words}", found))
+    if not parts:
+        return None
+    about = note("A flag means that the attack may have failed, and the accuracy be too high.")
+    return section("indicators", "Failure indicators", about, *parts)
+
+
+def ood(book: Book) -> Html | None:
+    """How well each score tells other images from those of the data set."""
+    rows: list[list[object]] = []
+    for slot, run in enumerate(book.runs):
+        for name, scores in sorted(run.record.tables.get("ood", {}).items()):
+            for score, found in sorted(scores.items()):
+                values = [_value(found.get(key)) for key in ("auroc", "aupr", "fpr95", "n")]
+                rows.append([book.judged_name(slot, "ood"), name, score, *values])
+    if not rows:
+        return None
+    heads = ("Run", "Images", "Score", "AUROC", "AUPR", "FPR at 95 %", "n")
+    head: list[object] = [tag("th", _sorter(name), scope="col") for name in heads]
+    return section("ood", "Out-of-distribution", table(head, rows, "sortable"))
+
+
+def recipe(book: Book) -> Html | None:
+    """In what the runs' recipes differ; of one run, in what it differs from the defaults."""
+    recipes = [dict(flat(run.config.get("recipe", {}))) for run in book.runs]
+    keys = sorted({key for recipe in recipes for key in recipe})
+    if not keys:
+        return None
+    if len(book.runs) == 1:
+        origins = book.runs[0].config.get("origins", {})
+        rows = [
+            [tag("code", key), _json(recipes[0][key]), str(origins.get(key, "unknown"))]
+            for key in keys
+            if origins.get(key) != "default"
+        ]
+        whole = table(["Option", "Value", "Where it comes from"], rows)
+        return section("recipe", "Recipe, where it is not the default", whole)
+    rows = [
+        [tag("code", key), *(_json(recipe[key]) if key in recipe else "–" for recipe in recipes)]
+        for key in keys
+        if len({json.dumps(recipe.get(key, "–"), sort_keys=True) for recipe in recipes}) > 1
+    ]
+    title = "In what the recipes differ"
+    if not rows:
+        return section("recipe", title, note("In nothing: the recipes are the same."))
+    names = [book.run_name(slot) for slot in range(len(book.runs))]
+    return section("recipe", title, table(["Option", *names], rows))
+
+
+def every_figure(book: Book) -> Html:
+    """All figures with their protocols in words, as they are printed."""
+    rows: list[list[object]] = []
+    for slot, run in enumerate(book.runs):
+        for figure in run.record.figures:
+            number = join(book.number(figure, run), " ", badge(figure.protocol))
+            told = [book.run_name(slot), figure.name, _cell(number, figure.value)]
+            rows.append([*told, shown_interval(figure) or "–", figure.n, _words(figure)])
+    head: list[object] = [
+        tag("th", _sorter(name), scope="col") for name in ("Run", "Figure", "Value")
+    ]
+    whole = table([*head, "95 % interval", "n", "Protocol"], rows, "sortable")
+    summary = tag("summary", f"{len(rows)} figures and how each was measured")
+    return section("figures", "Every figure", tag("details", summary, whole))
+
+
+def _measured_otherwise(run: Judged) -> list[str]:
+    """Which tables there are of several protocols; charts show the preferred one alone."""
+    told = []
+    for name in ("radius_curve", "energies", "reliability", "ood"):
+        stored = run.record.named("tables", name)
+        if len(stored) > 1:
+            words = protocol_words(run.record.card_of("tables", stored[0]))
+            told.append(f"{name} was measured in {len(stored)} ways; shown is that of {words}")
+    stems = beside(run.folder)
+    if stems:
+        told.append(f"beside this record are those of other models or images: {', '.join(stems)}")
+    return told
+
+
+def protocol_words(card: Mapping[str, Any]) -> str:
+    """A protocol in few words: norm, radius, images, seed."""
+    radius = card.get("radius_px")
+    told = [f"{card.get('norm')} {radius:g}/255"] if isinstance(radius, int | float) else []
+    told += [f"{card[key]} {key}" if key == "images" else f"{key} {card[key]}"
+             for key in ("images", "seed") if key in card]  # fmt: skip
+    return ", ".join(told)
+
+
+def _figure(book: Book, line: Line, slot: int) -> Html:
+    figure = line.figures[slot]
+    if figure is None:
+        dash = tag("button", "–", type="button", class_="dash", title=line.why[slot],
+                   aria_label=line.why[slot])  # fmt: skip
+        return tag("td", dash)
+    number = book.number(figure, book.runs[slot], best=slot in line.best)
+    mark = tag("span", "≠", class_="differs", title="; ".join(line.differs), role="img",
+               aria_label="protocols differ")  # fmt: skip
+    interval = tag("small", shown_interval(figure)) if figure.low is not None else None
+    return _cell(
+        join(number, mark if line.differs else None, interval, badge(figure.protocol)), figure.value
+    )
+
+
+def _cell(content: Html, value: float) -> Html:
+    """A cell that sorts by its value; what is not finite goes last."""
+    return tag("td", content, data_value=repr(value) if math.isfinite(value) else None)
+
+
+def _head(line: Line) -> Html:
+    about = ABOUT.get(stem_of(line.column.name))
+    return tag("th", _sorter(line.column.title), scope="col", title=about)
+
+
+def _sorter(title: str) -> Html:
+    return tag("button", title, type="button", class_="sort")
+
+
+def _verdict(run: Html, attack: str, found: list[dict[str, Any]]) -> Html:
+    flagged = sum(bool(row.get("flag")) for row in found)
+    count = f"{flagged} of {len(found)} flagged"
+    chip = tag("span", count, class_="badge" if flagged else "fine")
+    flag = tag("span", "flag", class_="badge")
+    rows = [
+        [
+            row.get("name", ""),
+            flag if row.get("flag") else "clear",
+            *(row.get(key, "") for key in ("found", "means", "do")),
+        ]
+        for row in found
+    ]
+    whole = table(["Indicator", "", "Found", "What it means", "What to do"], rows, "wordy")
+    summary = tag("summary", run, " ", attack, " ", chip)
+    return tag("details", summary, whole, open=bool(flagged))
+
+
+def _value(value: Any) -> Html:
+    if not isinstance(value, int | float):
+        return tag("td", "–")
+    return _cell(join(f"{value:.4g}" if isinstance(value, float) else str(value)), float(value))
+
+
+def _json(value: Any) -> Html:
+    return tag("code", json.dumps(value, ensure_ascii=False))
+
+
+def _words(figure: Figure) -> Html:
+    skip = ("versions", "checkpoint", "evaluator")
+    rows = [(k, v) for k, v in settings(figure.protocol) if not k.startswith(skip)]
+    return tag("td", ", ".join(f"{key} {value}" for key, value in rows), class_="words")

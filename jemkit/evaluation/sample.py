@@ -1,0 +1,361 @@
+"""Images from a trained run: fresh chains of its density, or the states of its buffer."""
+
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+
+from jemkit.backbone import Backbone
+from jemkit.config.recipe import Run
+from jemkit.config.registry import Registry
+from jemkit.data import Task
+from jemkit.errors import ConfigError, MisfitError, Preempted, UsageError
+from jemkit.metrics.evaluator import Progress, no_progress
+from jemkit.metrics.plots import save_grid, to_bytes
+from jemkit.metrics.samples import TOGETHER, portions
+from jemkit.objective import Conditional
+from jemkit.options import nearest
+from jemkit.runtime import checkpoint
+from jemkit.runtime.files import load_tensors, write_bytes
+from jemkit.runtime.microbatch import MicroBatch
+from jemkit.runtime.opening import refuse_link
+from jemkit.runtime.precision import as_trained, device_of
+from jemkit.runtime.preemption import Polling
+from jemkit.runtime.rng import generator
+from jemkit.runtime.run_dir import versions
+from jemkit.runtime.work_cache import WHOLE, Ledger, Shard
+from jemkit.runtime.workers import met
+from jemkit.sampling.density import Buffered, Density, even_batches, together
+from jemkit.sampling.init_dists import MomentStart, Start, start_name
+from jemkit.sampling.replay_buffer import ReplayBuffer
+from jemkit.training.model_files import CONFIG, WEIGHTS, is_exported, verify
+from jemkit.training.pinned import SAMPLED
+from jemkit.training.reshard import undivided
+from jemkit.training.restore import Restored, Which, chosen, restored, run_folder, saved_state
+from jemkit.training.saved_state import weights_of
+
+STEPS = 40
+"""Of a fresh chain, where none are given."""
+
+
+class Samples(NamedTuple):
+    """Images, and all that tells how they were drawn."""
+
+    pixels: Tensor  # [N, C, H, W], float32 in [0, 1]
+    y: Tensor | None  # [N], the classes that were asked for
+    protocol: dict[str, Any]
+
+
+def sample(
+    path: Path,
+    *,
+    registry: Registry,
+    n: int = 100,
+    steps: int | None = None,
+    start: str | None = None,
+    source: Literal["chains", "buffer"] = "chains",
+    classes: list[str] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    which: Which = "best",
+    dataset: dict[str, Any] | None = None,
+) -> Samples:
+    """Draw n images from the run, or the exported model, in `path`.
+
+    `dataset` says where the training images are now, for starts that need them. With `classes`,
+    chains go down E(x, y), and the images are shared evenly among them in order.
+    """
+    return drawn(
+        asked(
+            path, registry=registry, n=n, steps=steps, start=start, source=source,
+            classes=classes, seed=seed, device=device, which=which, dataset=dataset,
+        )
+    )  # fmt: skip
+
+
+class Source(NamedTuple):
+    """A model that has a density."""
+
+    task: Task
+    table: dict[str, Any]  # [backbone] of the run's recipe
+    backbone: Backbone
+    density: Density
+    state: dict[str, Any] | None  # all that the checkpoint holds; None of an exported model
+    card: dict[str, Any]  # what tells where the model came from
+    run: Run  # whose precision and switches chains are drawn in
+    conditional: bool  # whether its chains were drawn of given classes
+    classes: tuple[str, ...] = ()  # their names in the order of the labels, where they are known
+
+
+class Asked(NamedTuple):
+    """Images that are to be drawn, with all that they depend on."""
+
+    run: Source
+    n: int
+    steps: int
+    start: Start | None  # None: the buffer's states
+    y: Tensor | None  # [N]
+    seed: int
+    device: torch.device
+    protocol: dict[str, Any]
+
+
+def asked(
+    path: Path,
+    *,
+    registry: Registry,
+    n: int,
+    steps: int | None,
+    start: str | None,
+    source: Literal["chains", "buffer"],
+    classes: list[str] | None,
+    seed: int,
+    device: str,
+    which: Which,
+    dataset: dict[str, Any] | None = None,
+) -> Asked:
+    """What `sample` draws; whatever cannot be drawn is refused here."""
+    if n < 1:
+        raise UsageError(f"{n} images: wanted 1 or more")
+    if steps is not None and steps < 0:
+        raise UsageError(f"chains of {steps} steps: wanted 0 or more")
+    if source == "buffer" and (steps is not None or start is not None):
+        raise ConfigError("steps and start belong to fresh chains; a buffer's states are kept")
+    on = device_of(device)
+    run = opened(path, registry, on, which, dataset)
+    y = _labels(classes or [], n, run, on)
+    p0: Start | None = None
+    if source == "buffer":
+        steps, how = 0, {"source": "buffer", "start": "buffer", "steps": 0}
+    else:
+        steps = STEPS if steps is None else steps
+        energy = "E(x)" if y is None else "E(x, y)"
+        name = start or run.table.get("start", {}).get("use", "the backbone's")
+        side = together(run.density, run.backbone.model, even_batches(n, TOGETHER))
+        how = {"source": "chains", "start": name, "steps": steps, "energy": energy}
+        how["together"] = side
+        p0 = run.density.start if start is None else registry["start"][start]().build(run.task, on)
+    about = {"class": None if y is None else sorted(set(y.tolist())), "images": n, "seed": seed}
+    if isinstance(p0, MomentStart) and p0.form.rank is not None:
+        how["start"] = start_name(p0)
+    protocol = {**how, **run.card, **about, "device": on.type}
+    return Asked(run, n, steps, p0, y, seed, on, protocol)
+
+
+def drawn(
+    asked: Asked,
+    *,
+    work: Path | None = None,
+    shard: Shard = WHOLE,
+    stop: Callable[[], bool] = bool,
+    progress: Progress = no_progress,
+) -> Samples:
+    """The images asked for; `progress` hears of "samples" how many are done, of how many.
+
+    With a folder `work` every finished batch of chains is kept there until the last one is: a stop
+    costs the one under way, and the processes of a group each draw their `shard` of them.
+    """
+    run = asked.run
+    if asked.start is None:
+        x = _kept(run, asked)
+    else:
+        ledger, how = Ledger(work, _about(asked), shard), run.run
+        with as_trained(
+            asked.device.type, how.precision, deterministic=how.deterministic, threads=how.threads
+        ):
+            x = _fresh(run, asked, ledger, stop, lambda done: progress("samples", done, asked.n))
+    pixels = run.task.bounds.to_unit(run.task.bounds.clamp(x)).cpu()
+    return Samples(pixels, asked.y, asked.protocol)
+
+
+def save(samples: Samples, out: Path | None = None) -> tuple[Path, Path]:
+    """Write a PNG grid and an .npz of the images; the names hold a hash of the protocol.
+
+    The .npz has `images` [N, H, W, C] in 0..255, `y` (empty where no classes were asked for), and
+    `protocol`, a JSON string.
+    """
+    text = json.dumps(samples.protocol, sort_keys=True)
+    folder = place(samples.protocol, out)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{samples.protocol['source']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    png, npz = folder / f"{stem}.png", folder / f"{stem}.npz"
+    images = to_bytes(samples.pixels).permute(0, 2, 3, 1).numpy()
+    y = np.empty(0, np.int64) if samples.y is None else samples.y.cpu().numpy()
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, images=images, y=y, protocol=np.array(text))
+    save_grid(png, samples.pixels)
+    write_bytes(npz, buffer.getvalue())
+    return png, npz
+
+
+def place(protocol: dict[str, Any], out: Path | None) -> Path:
+    """The folder that images are written to: the run's own where none is named."""
+    if out is not None:
+        return out
+    folder = Path(protocol["run"]) / "samples"
+    refuse_link(folder)
+    return folder
+
+
+def _labels(classes: list[str], n: int, run: Source, device: torch.device) -> Tensor | None:
+    """Each image's class: the classes asked for, in blocks as even as n allows."""
+    if not classes:
+        return None
+    every = range(run.task.n_classes)
+    wanted = [*every] if "all" in classes else [_label(text, run) for text in classes]
+    labels = torch.tensor(wanted, device=device)
+    return labels[torch.arange(n, device=device) * len(labels) // n]
+
+
+def _label(text: str, run: Source) -> int:
+    """A class by its number or its name."""
+    last = run.task.n_classes - 1
+    if text.isdecimal() and len(text) < 10 and int(text) <= last:
+        return int(text)
+    if text in run.classes:
+        return run.classes.index(text)
+    names = f", a class name{nearest(text, run.classes)}" if run.classes else ""
+    raise ConfigError(f"class {text!r}: wanted a number of 0..{last}{names}, or all")
+
+
+def _kept(run: Source, asked: Asked) -> Tensor:
+    """n states of the buffer; of the classes y where it is class-conditional."""
+    if run.state is None:
+        raise MisfitError("an exported model has no buffer; draw fresh chains, or from the run")
+    if not isinstance(run.density, Buffered):
+        raise MisfitError("this density keeps no buffer; draw fresh chains instead")
+    run.density.load_state_dict(undivided(run.state, run.density))
+    buffer, rng = run.density.buffer, Generator(asked.device).manual_seed(asked.seed)
+    _check_kept(buffer, run, asked)
+    return buffer.states[buffer.slots(asked.n, rng, asked.y)]
+
+
+def _check_kept(buffer: ReplayBuffer, run: Source, asked: Asked) -> None:
+    """Refuse more states than the buffer has, and classes that its chains were not drawn of."""
+    there, wanted, of = buffer.options.capacity, asked.n, "states"
+    if asked.y is not None and buffer.options.conditional:
+        if not run.conditional:
+            raise MisfitError(
+                "the buffer has a slice for each class, and the run's chains were drawn of no "
+                "class: its states are of any. Draw fresh chains of the classes instead"
+            )
+        there, wanted = there // run.task.n_classes, int(asked.y.bincount().max())
+        of = "states of one class"
+    if wanted > there:
+        raise UsageError(
+            f"{wanted} {of} from a buffer that has {there}: ask for fewer, or draw fresh chains"
+        )
+
+
+def _about(asked: Asked) -> dict[str, Any]:
+    """All that fresh chains depend on."""
+    y = None if asked.y is None else asked.y.tolist()
+    return {
+        "asked": asked.protocol, "backbone": asked.run.table, "data": asked.run.task.hash, "y": y,
+    }  # fmt: skip
+
+
+def _fresh(
+    run: Source,
+    asked: Asked,
+    ledger: Ledger,
+    stop: Callable[[], bool],
+    told: Callable[[int], None],
+) -> Tensor:
+    """The ends of n chains, each batch of them from a generator of its own."""
+    sizes, model, most = list(portions(asked.n).values()), run.backbone.model, max(1, asked.steps)
+    polling, micro = Polling(lambda: stop(), lambda: 0), MicroBatch()
+
+    def compute(i: int) -> dict[str, Tensor]:
+        rng, at = generator(asked.device, asked.seed, "sample", i), sum(sizes[:i])
+        y = None if asked.y is None else asked.y[at : at + sizes[i]]
+        drawn = partial(run.density.sample, model, sizes[i], rng, steps=asked.steps)
+        with passing(model, lambda n: told(at + sizes[i] * min(n, asked.steps) // most)):
+            return {"x": micro.fit(partial(drawn, start=asked.start, y=y), rng)}
+
+    def done(batches: int) -> None:
+        told(sum(sizes[:batches]))
+
+    try:
+        with polling.passes(model, on=True):
+            found = ledger.pieces(list(portions(asked.n)), compute, polling.between, done)
+        met(polling.between)  # others may still read
+    except Preempted:
+        raise Preempted(
+            "stopped; every finished batch is kept, and the same command goes on from there"
+        ) from None
+    ledger.remove()
+    return torch.cat([piece["x"] for piece in found])
+
+
+@contextmanager
+def passing(model: nn.Module, heard: Callable[[int], None]) -> Iterator[None]:
+    """Tell how many passes of a model a block has begun so far; a chain's step takes one."""
+    counter = itertools.count(1)
+    handle = model.register_forward_pre_hook(lambda *_: heard(next(counter)))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def opened(
+    path: Path,
+    registry: Registry,
+    device: torch.device,
+    which: Which,
+    dataset: dict[str, Any] | None = None,
+) -> Source:
+    """What stands at `path`, with averaged weights where an average was kept.
+
+    `dataset` says where the training images are now, where the start needs them.
+    """
+    if is_exported(path):
+        sha = verify(path)
+        weights = load_tensors(path / WEIGHTS)
+        found = restored(
+            path / CONFIG, weights, registry, device, dataset, advice=SAMPLED, same_data=True
+        )
+        return _source(found, None, {"run": str(path.resolve()), "sha256": sha})
+    folder = run_folder(path)
+    saved = chosen(folder, which)
+    state = saved_state(folder.path, saved)
+    weights, averaged = weights_of(state, saved)
+    found = restored(
+        folder.path / CONFIG, weights, registry, device, dataset, advice=SAMPLED, same_data=True
+    )
+    about = {
+        "run": str(folder.path),
+        "weights": "averaged" if averaged else "live",
+        "checkpoint": saved.name,
+        "sha256": checkpoint.verify(saved)[checkpoint.MODEL],
+    }
+    return _source(found, state, about)
+
+
+def _source(found: Restored, state: dict[str, Any] | None, about: dict[str, Any]) -> Source:
+    table, backbone = found.tables["backbone"], found.backbone
+    if not backbone.has_density:
+        raise MisfitError(
+            f"the model's backbone is {table['use']!r}, a classifier without a density: there is "
+            "nothing to sample from. Train jem, jempp, mebm or sadajem"
+        )
+    density = backbone.density
+    sampler = table.get("sampler", type(density.sampler).__name__)
+    run, objective = found.recipe.run, found.recipe.objective
+    conditional = isinstance(objective, Conditional) and objective.conditional
+    switches = {name: getattr(run, name) for name in ("precision", "deterministic", "threads")}
+    card = {**about, "sampler": sampler, **switches, "versions": versions()}
+    names = found.pin.table.classes if found.pin is not None else None
+    return Source(
+        found.task, table, backbone, density, state, card, run, conditional, names or ()
+    )  # fmt: skip

@@ -1,0 +1,281 @@
+"""What can be judged: a run, one of its checkpoints, an exported model, weights, any module."""
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Generator, Tensor, nn
+
+from jemkit.attacks.autoattack import random_state_kept
+from jemkit.attacks.pixel_model import PixelModel, anchored, in_own_type, pixel_model
+from jemkit.config.messages import explain
+from jemkit.config.recipe import resolve
+from jemkit.config.registry import Registry
+from jemkit.data import Dataset, Images, checked
+from jemkit.errors import ConfigError, DataError, MisfitError
+from jemkit.metrics.identity import identity_of
+from jemkit.models.energy import LogSumExpEnergy
+from jemkit.models.networks import lent
+from jemkit.runtime import checkpoint
+from jemkit.runtime.files import load_tensors
+from jemkit.runtime.labels import count_classes
+from jemkit.runtime.modes import eval_mode
+from jemkit.sampling.density import Buffered
+from jemkit.splits import Splits
+from jemkit.training.build import load_model
+from jemkit.training.model_files import WEIGHTS, is_exported, verify
+from jemkit.training.reshard import undivided
+from jemkit.training.restore import (
+    Restored,
+    Which,
+    about_checkpoint,
+    about_parts,
+    chosen,
+    is_own,
+    restored,
+    run_folder,
+    saved_state,
+)
+from jemkit.training.saved_state import weights_of
+
+log = logging.getLogger(__name__)
+
+
+class Subject(NamedTuple):
+    """A model with the images that it is judged on, and where it comes from."""
+
+    model: PixelModel
+    test: Images
+    n_classes: int
+    radius_px: float  # the data set's usual one, in the L-infinity norm
+    images: Callable[[str], Images] | None  # of "train" and "valid"
+    about: dict[str, Any]
+    folder: Path | None  # where its record belongs
+    others: Callable[[], dict[str, Images]] = dict  # the test images of data sets beside its own
+    trained_on: int = 0  # test images that it was trained or validated on
+    warnings: tuple[str, ...] = ()
+    threads: int | None = None  # of the CPU, as its recipe has them; None: torch's own choice
+
+
+def subject_at(
+    path: Path,
+    registry: Registry,
+    device: torch.device,
+    *,
+    which: Which = "best",
+    network: str | None = None,
+    dataset: dict[str, Any] | None = None,
+) -> Subject:
+    """What stands at a path; `dataset` replaces the one that it was trained on.
+
+    Weights alone, a .safetensors file, need a `network`.
+    """
+    if not path.exists():
+        raise DataError(
+            f"{path} does not exist; name a run of `jemkit train`, a checkpoint folder, an "
+            "exported model or a .safetensors file"
+        )
+    if not path.is_dir():
+        return _weights(path, registry, device, network, dataset)
+    if network is not None:
+        raise ConfigError(f"--network belongs to a file of weights; {path} says itself what it is")
+    if (path / checkpoint.MANIFEST).exists():
+        run = path.resolve().parents[1]
+        if not (run / "config.json").exists():
+            raise DataError(
+                f"{path} is a checkpoint outside its run: there is no {run / 'config.json'} to say "
+                "what it is. Give the run, or its model.safetensors with --network"
+            )
+        return _checkpoint(run, path, registry, device, dataset)
+    if is_exported(path):
+        return _exported(path, registry, device, dataset)
+    folder = run_folder(path)
+    return _checkpoint(folder.path, chosen(folder, which), registry, device, dataset)
+
+
+def subject_of(
+    module: nn.Module, dataset: Dataset | Images, n_classes: int | None = None
+) -> Subject:
+    """Any module that maps [0, 1] images to logits, on a data set or on labelled images."""
+    test = dataset.load("test") if isinstance(dataset, Dataset) else _images(dataset)
+    if not test.y.numel():
+        raise DataError("there are no images to judge the model on")
+    if n_classes is not None and n_classes < 2:
+        raise ConfigError(f"n_classes = {n_classes}: wanted 2 or more, or leave it out")
+    known = n_classes or (dataset.n_classes if isinstance(dataset, Dataset) else None)
+    test = checked(test, known or count_classes(test.y), "the test images")
+    identity, plain = identity_of(module), pixel_model(module)
+    device = next((p.device for p in plain.parameters()), torch.device("cpu"))
+    first = test.take(torch.arange(min(2, len(test.y)))).to(device).unit()
+    with eval_mode(plain), random_state_kept():
+        plain = in_own_type(plain, first)
+        classes = known or _width(plain, first)
+        model = anchored(plain, first)
+    source = "the test images" if known else f"the test images of a model of {classes} outputs"
+    test = checked(test, classes, source)
+    splits = Splits(dataset) if isinstance(dataset, Dataset) else None
+    return Subject(
+        model,
+        test,
+        classes,
+        dataset.radius_px if isinstance(dataset, Dataset) else 8.0,
+        splits.images if splits else None,  # type: ignore[arg-type]
+        {"model": type(module).__name__, "sha256": identity.sha256, **identity.card}
+        | {"trained_radius_px": None},
+        None,
+    )
+
+
+def _width(model: PixelModel, pixels: Tensor) -> int:
+    """How many classes a model tells apart, by its outputs."""
+    with torch.no_grad():
+        classes = int(model(pixels).shape[1])
+    if classes < 2:
+        raise MisfitError(
+            "the model gives one output an image, and logits have one for each class: for two "
+            "classes give [N, 2], such as torch.cat([-z, z], 1) of an output z before its sigmoid"
+        )
+    return classes
+
+
+def _images(given: Any) -> Images:
+    """Labelled images, also where they come as a pair, or as arrays."""
+    try:
+        x, y = given
+        x, y = _tensor(x), _tensor(y)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"wanted a data set, or images [N, C, H, W] with labels [N]; got "
+            f"{type(given).__name__} ({str(error).splitlines()[0]})"
+        ) from None
+    return Images(x, y)
+
+
+def _tensor(given: Any) -> Tensor:
+    """Tensors, arrays however they lie in memory, and sequences of either."""
+    if isinstance(given, Tensor):
+        return given.detach()
+    if isinstance(given, list | tuple) and given and isinstance(given[0], Tensor):
+        return torch.stack([part.detach() for part in given])
+    array = np.asarray(given)
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
+
+
+def others_of(dataset: Dataset, registry: Registry) -> Callable[[], dict[str, Images]]:
+    """The test images of other data sets whose files lie in the same folder, of the same shape."""
+
+    def read() -> dict[str, Images]:
+        found: dict[str, Images] = {}
+        unread: dict[str, list[str]] = {}
+        folder = getattr(dataset, "dir", None)
+        for name, part in registry["dataset"].items():
+            if folder is None or part is type(dataset) or "dir" not in part.model_fields:
+                continue
+            try:
+                other = part(dir=folder)
+                images = checked(other.load("test"), other.n_classes, name)
+            except (DataError, ValidationError):  # its files are not there
+                continue
+            except ConfigError as error:  # a package that reads it is missing
+                unread.setdefault(str(error), []).append(name)
+                continue
+            if images.x.shape[1:] == dataset.load("test").x.shape[1:]:
+                found[name] = images
+        for why, names in unread.items():
+            log.warning("images of %s in %s are not looked for: %s", ", ".join(names), folder, why)
+        return found
+
+    return read
+
+
+def _checkpoint(
+    run: Path,
+    path: Path,
+    registry: Registry,
+    device: torch.device,
+    dataset: dict[str, Any] | None,
+) -> Subject:
+    state = saved_state(run, path)
+    weights, averaged = weights_of(state, path)
+    found = restored(run / "config.json", weights, registry, device, dataset)
+    density = found.backbone.density if found.backbone.has_density else None
+    if isinstance(density, Buffered) and is_own(dataset):
+        with suppress(MisfitError):  # several processes may have kept parts that cannot be joined
+            density.load_state_dict(undivided(state, density))
+    about = about_checkpoint(run, path, averaged=averaged)
+    return _subject(found, about, run, registry)
+
+
+def _exported(
+    path: Path, registry: Registry, device: torch.device, dataset: dict[str, Any] | None
+) -> Subject:
+    sha = verify(path)
+    weights = load_tensors(path / WEIGHTS)
+    found = restored(path / "config.json", weights, registry, device, dataset)
+    about = {"run": path.name, "sha256": sha}
+    return _subject(found, about, path, registry)
+
+
+def _subject(found: Restored, about: dict[str, Any], folder: Path, registry: Registry) -> Subject:
+    tables, backbone = found.tables, found.backbone
+    density = backbone.density if backbone.has_density else None
+    test = found.splits.images("test")
+    trained_on, warnings = found.pin.seen(test) if found.pin else (0, [])
+    return Subject(
+        PixelModel(backbone.model, found.task.bounds, density),
+        test,
+        found.task.n_classes,
+        found.recipe.data.radius_px,
+        found.splits.images,  # type: ignore[arg-type]
+        {**about, **about_parts(tables, found.recipe, found.trained_px)},
+        folder,
+        others_of(found.recipe.data, registry),
+        trained_on,
+        tuple(warnings),
+        found.recipe.run.threads,
+    )
+
+
+def _weights(
+    path: Path,
+    registry: Registry,
+    device: torch.device,
+    network: str | None,
+    dataset: dict[str, Any] | None,
+) -> Subject:
+    if path.suffix != ".safetensors":
+        raise DataError(
+            f"{path}: wanted a run, a checkpoint folder, an exported model or a .safetensors file"
+        )
+    if network is None:
+        raise ConfigError(
+            f"{path} holds weights alone: say which network they belong to, such as "
+            "--network wrn-28-10"
+        )
+    data: Dataset = resolve(registry, named={"data": dataset} if dataset else {}).recipe.data
+    part, named = registry["network"].named(network)
+    test = data.load("test")
+    with lent(Generator(device).manual_seed(0)):
+        built = _network(part, named).build(tuple(test.x.shape[1:]))
+    model = LogSumExpEnergy(built, data.n_classes).to(device)
+    load_model(model, load_tensors(path))
+    name = registry["dataset"].name_of(type(data))
+    about = {"file": path.name, "network": network, "data": name, "trained_radius_px": None}
+    found = subject_of(PixelModel(model), data)
+    sha = checkpoint.file_hash(path)
+    folder = path.with_name(f"{path.stem}-evaluation")
+    return found._replace(about={**about, "sha256": sha}, folder=folder)
+
+
+def _network(part: type[Any], named: dict[str, str]) -> Any:
+    """A network's options, or a ConfigError that says what of its name cannot be."""
+    numbers = {k: int(v) if v.isdecimal() else v for k, v in named.items()}
+    try:
+        return part.model_validate(numbers)
+    except ValidationError as error:
+        raise ConfigError(explain(error, {}, dict.fromkeys(named, "option"))) from None

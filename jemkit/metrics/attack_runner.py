@@ -1,0 +1,281 @@
+"""The driver of attacks: stage by stage over the images still right, batch by batch on disk."""
+
+import hashlib
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from jemkit.attacks.autoattack import random_state_kept
+from jemkit.attacks.base import Attack, ModelAttack, Perturb, Threat
+from jemkit.attacks.departures import departures, with_departures
+from jemkit.attacks.pixel_model import UNIT, PixelModel, weights_hash
+from jemkit.data import Images
+from jemkit.errors import DataError, MisfitError
+from jemkit.metrics.evaluator import AnyAttack, Context, batches, no_progress
+from jemkit.metrics.figures import joined
+from jemkit.metrics.identity import identity_of
+from jemkit.runtime.microbatch import fitted
+from jemkit.runtime.timing import settle
+from jemkit.runtime.work_cache import Ledger, Piece, tensors_hash
+
+SLACK = 1e-5
+"""What rounding may add to a bound, as a share of it and in [0, 1] units of a pixel."""
+
+
+class Attacked(NamedTuple):
+    """What an attack made of a set of images."""
+
+    label: str
+    x_adv: Tensor  # [N, C, H, W] in [0, 1], on the CPU; a clean image where it was not attacked
+    right: Tensor  # [N], still right after every stage
+    stages: dict[str, float]  # accuracy after each
+    protocol: dict[str, Any]
+    passes: int = 0  # of one image through the model; a gradient counts as two
+
+
+def attacked(
+    subject: PixelModel, attack: AnyAttack, data: Images, ctx: Context, name: str = "attack"
+) -> Attacked:
+    """Run an attack over labelled images within `ctx.threat`.
+
+    Each batch begins from the seed, as AutoAttack's do, so its result depends on the seed, the
+    batch size and its images alone: batches may be read back from `ctx.work` after a kill, or
+    be computed by another process of `ctx.shard`. Subject and mode are the caller's affair:
+    call it inside `measure`.
+
+    A batch is read back for an equal model alone: equal weights, buffers, code, plain attributes,
+    `repr` and pixel range.
+    """
+    whole = as_model_attack(attack, name)
+    n_classes = _n_classes(subject, data, ctx)
+    protocol = _protocol(attack, ctx, name, whole.card(ctx.threat, n_classes))
+    ledger = ctx.ledger(_fingerprint(subject, attack, data, ctx, name))
+    course = _Course(subject, data, ctx, ledger, name, everyone=whole.everyone)
+    stages = course.run(whole.bind(subject, ctx.threat))
+    x, x_adv = data.unit().cpu(), course.x_adv
+    protocol["accuracy_after"] = stages
+    protocol["max_delta_px"] = check_bound(x, x_adv, ctx.threat, name)
+    protocol["seconds"] = round(course.seconds, 3)  # of all batches, whoever computed them
+    return Attacked(whole.label, x_adv, course.right, stages, protocol, course.passes)
+
+
+def _protocol(
+    attack: AnyAttack, ctx: Context, name: str, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The card of an attack's figure: the evaluation's, the attack's, and what is not standard."""
+    own = {"attack": name, **ctx.threat._asdict(), **settings}
+    card = {**joined(ctx.card, own), "batch_size": ctx.batch_size}
+    return with_departures(card, departures(attack, ctx.threat))
+
+
+class _Course:
+    """One attack's way over the images.
+
+    Clean predictions are a piece of the ledger like any batch, and a batch's name holds a hash of
+    which images it has: so all processes, and a run that goes on, agree on who is attacked.
+    """
+
+    def __init__(
+        self,
+        subject: PixelModel,
+        data: Images,
+        ctx: Context,
+        ledger: Ledger,
+        name: str,
+        *,
+        everyone: bool,
+    ) -> None:
+        self.subject, self.data, self.ctx, self.ledger = subject, data, ctx, ledger
+        self.name, self.everyone = name, everyone
+        self.x_adv, self.seconds, self.passes = data.unit().cpu().clone(), 0.0, 0
+        (clean,) = ledger.pieces(["clean"], self._clean, ctx.poll, no_progress)
+        self.right = clean["right"].bool()
+
+    def run(self, stages: Mapping[str, Perturb]) -> dict[str, float]:
+        accuracy = {}
+        for at, (stage, perturb) in enumerate(stages.items()):
+            everyone = self.everyone and at == 0
+            index = torch.arange(len(self.right)) if everyone else self.right.nonzero().squeeze(1)
+            self._stage(at, stage, perturb, index)
+            accuracy[stage] = int(self.right.sum()) / len(self.right)
+        return accuracy
+
+    def _stage(self, at: int, stage: str, perturb: Perturb, index: Tensor) -> None:
+        parts = torch.split(index, self.ctx.batch_size) if len(index) else ()
+
+        def compute(b: int) -> Piece:
+            before = b * self.ctx.batch_size
+            return self._batch(
+                parts[b], perturb, lambda: self.ctx.progress(stage, before, len(index))
+            )
+
+        def done(b: int) -> None:
+            self.ctx.progress(stage, min(b * self.ctx.batch_size, len(index)), len(index))
+
+        names = [f"{at}-{b:05d}-{_short_hash(part)}" for b, part in enumerate(parts)]
+        found = self.ledger.each(names, compute, self.ctx.poll, done)
+        for part, piece in zip(parts, found, strict=True):
+            self.x_adv[part] = piece["x_adv"]
+            self.right[part] &= piece["right"].bool()
+            self.seconds += float(piece["seconds"])
+            self.passes += int(piece["passes"])
+
+    def _clean(self, _: int) -> Piece:
+        with repeatable(Generator(self.ctx.rng.device).manual_seed(self.ctx.seed)):
+            found = batches(self.data, self.ctx)
+            right = [fitted(partial(self._right, x, y, "clean")) for x, y in found]
+        return {"right": torch.cat(right)}
+
+    def _batch(self, index: Tensor, perturb: Perturb, tell: Callable[[], None]) -> Piece:
+        """Attack a batch; `tell` is called at every pass, since one batch may take minutes."""
+        device = self.ctx.rng.device
+        settle(device)
+        began = time.monotonic()
+        part = self.data.take(index).to(device)
+        x, y = part.unit(), part.y
+
+        def attempt() -> tuple[Tensor, Tensor, int]:
+            rng = Generator(device).manual_seed(self.ctx.seed)
+            with repeatable(rng), counted(self.subject.model, tell) as spent:
+                x_adv = perturb(x, y, rng).detach()
+                check_bound(x, x_adv, self.ctx.threat, self.name)
+                return x_adv, self._right(x_adv, y, "attacked"), spent.passes
+
+        x_adv, right, passes = fitted(attempt)
+        settle(device)
+        seconds = torch.tensor(time.monotonic() - began, dtype=torch.float64)
+        spent = torch.tensor(passes, dtype=torch.int64)
+        return {"x_adv": x_adv.cpu(), "right": right, "seconds": seconds, "passes": spent}
+
+    def _right(self, x: Tensor, y: Tensor, which: str) -> Tensor:
+        with torch.no_grad():
+            logits = self.subject(x)
+        if not logits.isfinite().all():
+            raise DataError(f"the model's logits hold NaN or inf on {which} images")
+        right: Tensor = logits.argmax(1) == y
+        return right.to(torch.uint8).cpu()
+
+
+class Spent:
+    """Passes of one image through a model."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self.passes, self.tell = 0, tell
+
+    def hear(self, _: nn.Module, given: tuple[Any, ...]) -> None:
+        self.tell()
+        x = given[0]
+        self.passes += len(x) * (2 if torch.is_grad_enabled() and x.requires_grad else 1)
+
+
+@contextmanager
+def counted(model: nn.Module, tell: Callable[[], None] = no_progress) -> Iterator[Spent]:
+    """Count what passes through a model; one that asks for a gradient counts twice."""
+    spent = Spent(tell)
+    with model.register_forward_pre_hook(spent.hear):
+        yield spent
+
+
+@contextmanager
+def repeatable(rng: Generator) -> Iterator[None]:
+    """A model that draws from torch's global generators draws as from `rng`; they are put back."""
+    with random_state_kept():
+        if rng.device.type == "cuda":
+            torch.cuda.set_rng_state(rng.get_state(), rng.device)
+        cpu = Generator().manual_seed(rng.initial_seed())
+        torch.set_rng_state(cpu.get_state())
+        yield
+
+
+@dataclass(frozen=True)
+class AscentOnModel:
+    """An attack on any loss, sent up a model's cross-entropy."""
+
+    attack: Attack
+    label: str
+    everyone: bool = True
+
+    def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
+        def perturb(x: Tensor, y: Tensor, rng: Generator) -> Tensor:
+            def loss(z: Tensor) -> Tensor:
+                return F.cross_entropy(subject(z), y, reduction="none")
+
+            return self.attack.draw(subject, loss, x, rng, bounds=UNIT, radius_px=threat.radius_px)
+
+        return {self.label: perturb}
+
+    def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
+        return {"options": self.attack.model_dump(mode="json")}  # type: ignore[attr-defined]
+
+
+def as_model_attack(attack: AnyAttack, name: str) -> ModelAttack:
+    """What judges a model: the attack itself, or its ascent of the cross-entropy."""
+    if isinstance(attack, ModelAttack):
+        return attack
+    return AscentOnModel(attack, name)  # type: ignore[return-value]
+
+
+def check_bound(x: Tensor, x_adv: Tensor, threat: Threat, name: str) -> dict[str, float]:
+    """The largest perturbation per norm, in 1/255; a MisfitError where the ball is left."""
+    if x_adv.shape != x.shape:
+        raise MisfitError(
+            f"the attack {name} gives images {list(x_adv.shape)} for {list(x.shape)}; wanted one "
+            "for each"
+        )
+    delta = (x_adv - x).flatten(1)
+    sizes = {
+        "Linf": float(delta.abs().max()),
+        "L2": float(delta.norm(dim=1).max()),
+        "L1": float(delta.abs().sum(1).max()),
+    }
+    limit = threat.eps * (1 + SLACK) + SLACK * (1 if threat.norm != "L1" else delta.shape[1] ** 0.5)
+    if not sizes[threat.norm] <= limit:
+        raise MisfitError(
+            f"the attack {name} left its ball: the largest {threat.norm} perturbation is "
+            f"{sizes[threat.norm] * 255:.6g}/255, and the radius {threat.radius_px:g}/255. Its "
+            "figure would be wrong; report this to whoever wrote the attack"
+        )
+    if not (x_adv.min() >= 0 and x_adv.max() <= 1):
+        raise MisfitError(
+            f"the attack {name} gives pixels from {float(x_adv.min()):.4g} to "
+            f"{float(x_adv.max()):.4g}; wanted [0, 1]"
+        )
+    return {norm: round(size * 255, 6) for norm, size in sizes.items()}
+
+
+def _n_classes(subject: PixelModel, data: Images, ctx: Context) -> int:
+    part = data.take(torch.arange(1)).to(ctx.rng.device)
+    with torch.no_grad(), random_state_kept():
+        return len(subject(part.unit())[0])
+
+
+def _fingerprint(
+    subject: PixelModel, attack: AnyAttack, data: Images, ctx: Context, name: str
+) -> dict[str, Any]:
+    """All that a batch's result depends on."""
+    return {
+        "attack": name,
+        "options": attack.model_dump(mode="json"),  # type: ignore[union-attr]
+        "threat": ctx.threat._asdict(),
+        "seed": ctx.seed,
+        "batch_size": ctx.batch_size,
+        "model": weights_hash(subject),
+        "code": ctx.code or identity_of(subject).sha256,
+        "buffers": tensors_hash(dict(subject.named_buffers())),  # a state dict leaves some out
+        "subject": re.sub(r" at 0x[0-9a-f]+", "", repr(subject)),  # places in memory say nothing
+        "bounds": list(subject.bounds),
+        "images": tensors_hash(data._asdict()),
+        "device": ctx.rng.device.type,
+    }
+
+
+def _short_hash(index: Tensor) -> str:
+    return hashlib.sha256(index.contiguous().numpy().data).hexdigest()[:8]

@@ -1,0 +1,148 @@
+"""Evaluators: what can be measured of a model, and what they work with."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Generator, Tensor
+
+from jemkit.attacks.base import Attack, ModelAttack, Threat
+from jemkit.attacks.departures import departures, with_departures
+from jemkit.attacks.pixel_model import PixelModel
+from jemkit.data import Images
+from jemkit.errors import DataError, MisfitError, Preempted
+from jemkit.metrics.figures import Figure, share
+from jemkit.options import Options
+from jemkit.runtime.microbatch import fitted
+from jemkit.runtime.modes import eval_mode, frozen
+from jemkit.runtime.run_dir import versions
+from jemkit.runtime.work_cache import WHOLE, Ledger, Shard
+
+AnyAttack = Attack | ModelAttack
+
+
+class Unmeasurable(MisfitError):
+    """What an evaluator lacks: a density, other splits, a file of weights. Left out with this as
+    the reason, unless it was asked for by name."""
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What evaluators leave for the record beside figures."""
+
+    tables: dict[str, Any] = field(default_factory=dict)  # JSON, by name
+    rows: dict[str, Tensor] = field(default_factory=dict)  # one value an image, by name
+    pictures: dict[str, bytes] = field(default_factory=dict)  # PNG, by name
+    adversarial: dict[str, Tensor] = field(default_factory=dict)  # x~ by attack, [N, C, H, W]
+    warnings: list[str] = field(default_factory=list)
+    ledgers: list[Ledger] = field(default_factory=list)  # half-done work, of no use once recorded
+
+
+Progress = Callable[[str, int, int], None]
+"""Hears of long work: what, how much of it is done, of how much."""
+
+
+def no_progress(*_: Any) -> None:
+    return None
+
+
+def never() -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an evaluator works with beside its subject."""
+
+    rng: Generator  # of this evaluator alone, from the seed and its name
+    threat: Threat
+    seed: int = 0
+    batch_size: int = 250
+    card: dict[str, Any] = field(default_factory=dict)  # joins every figure's protocol
+    code: str = ""  # what the half-done work depends on beside the weights: see `identity_of`
+    attacks: Mapping[str, AnyAttack] = field(default_factory=dict)  # asked for, by name
+    images: Callable[[str], Images] | None = None  # of train, valid and test, where there are any
+    others: Callable[[], Mapping[str, Images]] = dict  # test images of data sets beside this one
+    quick: bool = False  # a first look: evaluators take a small number of images
+    no_logits: str | None = None  # why the model's outputs are none, where that was found
+    work: Path | None = None  # keeps half-done work; None keeps nothing
+    shard: Shard = WHOLE
+    progress: Progress = no_progress
+    stop: Callable[[], bool] = never
+    notes: Notes = field(default_factory=Notes)
+
+    def poll(self) -> None:
+        """Raise Preempted where a stop was asked for."""
+        if self.stop():
+            raise Preempted(
+                "stopped; every finished batch is kept, and the same command goes on from there"
+            )
+
+    def ledger(self, about: dict[str, Any]) -> Ledger:
+        """Where work that depends on `about` is kept piece by piece."""
+        found = Ledger(self.work, {**about, "versions": versions()}, self.shard)
+        self.notes.ledgers.append(found)
+        return found
+
+    def split(self, name: str) -> Images:
+        """The images of another split; Unmeasurable where there are none."""
+        if self.images is None:
+            raise Unmeasurable(f"there are no {name} images beside the test images")
+        return self.images(name)
+
+
+@runtime_checkable
+class Evaluator(Protocol):
+    """Measures a model on labelled images."""
+
+    def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]: ...
+
+
+def measure(
+    subject: PixelModel, data: Images, evaluators: Sequence[Evaluator], ctx: Context
+) -> list[Figure]:
+    """Every evaluator's figures, of the subject in evaluation mode with frozen weights."""
+    before, subject.poll = subject.poll, ctx.poll
+    try:
+        with frozen(subject), eval_mode(subject):
+            return [
+                figure._replace(protocol=with_departures(figure.protocol, found))
+                for judge in evaluators
+                for found in [departures(judge, ctx.threat)]
+                for figure in fitted(partial(judge, subject, data, ctx), ctx.rng)
+            ]
+    finally:
+        subject.poll = before
+        if ctx.work is None:
+            for ledger in ctx.notes.ledgers:
+                ledger.remove()
+
+
+def batches(data: Images, ctx: Context, what: str = "") -> Iterator[tuple[Tensor, Tensor]]:
+    """[0, 1] images and labels, batch by batch, on the generator's device."""
+    total = len(data.y)
+    for at in range(0, total, ctx.batch_size):
+        part = Images(data.x[at : at + ctx.batch_size], data.y[at : at + ctx.batch_size])
+        part = part.to(ctx.rng.device)
+        yield part.unit(), part.y
+        if what:
+            ctx.progress(what, min(at + ctx.batch_size, total), total)
+
+
+class Accuracy(Options):
+    """The share of images that are classified right, with its 95 % Wilson interval."""
+
+    def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
+        right = []
+        with torch.no_grad():
+            for x, y in batches(data, ctx, "clean accuracy"):
+                logits = subject(x)
+                if not logits.isfinite().all():  # an argmax would pass NaN off as a class
+                    raise DataError("the model's logits hold NaN or inf on clean images")
+                right.append((logits.argmax(1) == y).cpu())
+        rows = torch.cat(right)
+        ctx.notes.rows["clean"] = rows
+        return [share("clean", int(rows.sum()), len(rows), ctx.card)]

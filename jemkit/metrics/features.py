@@ -1,0 +1,170 @@
+"""Feature extractors: what networks see in images of 8 bits, for measures between sets of them."""
+
+import hashlib
+import io
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from jemkit.attacks.pixel_model import UNIT, PixelModel, weights_hash
+from jemkit.data import Bounds
+from jemkit.errors import ConfigError, DataError, JemkitError
+from jemkit.metrics.evaluator import Context
+from jemkit.runtime.extras import install
+from jemkit.runtime.files import file_hash, load_tensors
+from jemkit.runtime.microbatch import passed
+from jemkit.runtime.opening import read_file
+from jemkit.runtime.torchvision_compat import torchvision
+
+PIECE = 1000
+"""Images whose features are kept together."""
+
+INCEPTION = "inception"
+WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+"""The file of torch-fidelity's InceptionV3, which is TensorFlow's graph of 2015."""
+
+URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
+
+
+class Seen(NamedTuple):
+    """What an extractor finds in a batch."""
+
+    features: Tensor  # [B, D], float32
+    logits: Tensor | None = None  # [B, K]; where there are any, an Inception score
+
+
+class Features(NamedTuple):
+    """A network as measures see it."""
+
+    name: str  # part of a figure's name, unless it is Inception
+    extract: Callable[[Tensor], Seen]  # of uint8 images [B, C, H, W] on the network's device
+    card: dict[str, Any]  # which network, and the SHA-256 of its weights
+
+    @property
+    def is_inception(self) -> bool:
+        return self.name == INCEPTION
+
+
+def of_module(module: nn.Module, name: str, bounds: Bounds = UNIT) -> Features:
+    """The features [B, D] that a module gives of images in `bounds`, under a name of one's own."""
+    if name == INCEPTION:
+        raise ConfigError(f"{name!r} names the network of FID; call this one by another name")
+
+    def extract(images: Tensor) -> Seen:
+        x = bounds.from_unit(images.float() / 255)
+        return Seen(passed(module, x, module).flatten(1).float())
+
+    card = {
+        "extractor": type(module).__name__,
+        "sha256": weights_hash(module),
+        "range": list(bounds),
+    }
+    return Features(name, extract, card)
+
+
+def own(subject: PixelModel) -> Features | None:
+    """The features of the judged model's own network, under the name `self`; None without one."""
+    network = getattr(subject.model, "network", None)
+    return of_module(network, "self", subject.bounds) if isinstance(network, nn.Module) else None
+
+
+def seen(features: Features, images: Tensor, ctx: Context, what: str) -> Seen:
+    """What an extractor sees in uint8 images [N, C, H, W], kept on disk piece by piece."""
+    sha = hashlib.sha256(images.contiguous().numpy().data).hexdigest()
+    parts = torch.split(images, PIECE)
+
+    def compute(i: int) -> dict[str, Tensor]:
+        with torch.no_grad():
+            batches = torch.split(parts[i], ctx.batch_size)
+            found = [features.extract(batch.to(ctx.rng.device)) for batch in batches]
+        rows = torch.cat([part.features.cpu() for part in found])
+        if not rows.isfinite().all():
+            raise DataError(f"the features {features.name!r} of images hold NaN or inf")
+        logits = [part.logits.cpu() for part in found if part.logits is not None]
+        return {"features": rows, **({"logits": torch.cat(logits)} if logits else {})}
+
+    def done(pieces: int) -> None:
+        ctx.progress(what, min(pieces * PIECE, len(images)), len(images))
+
+    about = {"features": features.name, **features.card, "images": sha, "shape": list(images.shape)}
+    batches = {"batch_size": ctx.batch_size, "device": ctx.rng.device.type}
+    names = [f"{i:05d}" for i in range(len(parts))]
+    pieces = ctx.ledger({**about, **batches}).pieces(names, compute, ctx.poll, done)
+    logits = [piece["logits"] for piece in pieces if "logits" in piece]
+    rows = torch.cat([piece["features"] for piece in pieces])
+    return Seen(rows, torch.cat(logits) if logits else None)
+
+
+def inception_file(named: Path | None) -> Path:
+    """Inception's weights, named or in torch's cache; else one message with the ways out."""
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
+    path = cached if named is None else named.expanduser()
+    if path.is_file():
+        return path
+    home = str(Path.home())  # a record is given to others
+    place, cache = (str(p).replace(home, "~", 1) for p in (path, cached.parent))
+    raise DataError(
+        f"{place} is missing: FID and IS need torch-fidelity's Inception weights, which are never "
+        f"downloaded unasked. Fetch {URL} and put it in {cache}, or name it by "
+        "--set generation.inception=FILE"
+    )
+
+
+def inception(path: Path, device: torch.device) -> Features:
+    """torch-fidelity's InceptionV3 with the weights in a file; grey images as three channels."""
+    extractor = _extractor(path).to(device)
+
+    def extract(images: Tensor) -> Seen:
+        features, logits = extractor(images.expand(-1, 3, -1, -1).contiguous())
+        return Seen(features, logits)
+
+    card = {"extractor": "torch-fidelity's InceptionV3", "sha256": file_hash(path)}
+    return Features(INCEPTION, extract, card)
+
+
+def _extractor(path: Path) -> nn.Module:
+    torchvision()  # first: the package imports it on its own
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise ConfigError(
+            f"FID and IS need the package torch-fidelity ({error}): {install('metrics')}"
+        ) from error
+    # The package unpickles whatever it is given, so it is given a copy of tensors alone.
+    copy = io.BytesIO()
+    torch.save(_tensors(path), copy)
+    copy.seek(0)
+    try:
+        # Its first weights are replaced; the fork keeps their draws from moving any generator.
+        with torch.random.fork_rng(devices=[]):
+            built: nn.Module = FeatureExtractorInceptionV3(
+                INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=copy
+            )
+    except RuntimeError as error:
+        raise DataError(
+            f"{path}: these are not the weights of torch-fidelity's InceptionV3 ({error})"
+        ) from error
+    return built
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, without running anything that is in it."""
+    try:
+        if path.suffix == ".safetensors":
+            found: Any = load_tensors(path)
+        else:
+            found = torch.load(io.BytesIO(read_file(path)), map_location="cpu", weights_only=True)
+    except (JemkitError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: cannot be read as weights ({error})") from error
+    except pickle.UnpicklingError as error:
+        raise DataError(f"{path}: no weights, or more than tensors; it is not opened") from error
+    if not isinstance(found, Mapping) or not all(isinstance(w, Tensor) for w in found.values()):
+        raise DataError(f"{path}: wanted a dictionary of tensors, got {type(found).__name__}")
+    for name, tensor in found.items():
+        if not tensor.isfinite().all():
+            raise DataError(f"{path}: {name} holds NaN or inf")
+    return dict(found)

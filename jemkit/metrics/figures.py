@@ -1,0 +1,128 @@
+"""Figures: measured numbers with their intervals and the protocol that gave them."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+Z = 1.959964
+"""Of a two-sided 95 % interval."""
+
+
+class Figure(NamedTuple):
+    """One measured number, with an interval where one is defined, and how it was measured."""
+
+    name: str
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+    protocol: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """What a record knows a figure by: a hash of its name and its whole protocol.
+
+        Left out is what the measurement gave (RESULTS).
+        """
+        card = canonical(finite(without_results(self.protocol)))
+        text = json.dumps([self.name, card], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+RESULTS = frozenset({"seconds", "accuracy_after", "max_delta_px", "std", "mean_distance"})
+"""Entries of a protocol that are found and not set."""
+
+
+def without_results(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """A protocol less what the measurement gave."""
+    return {
+        key: without_results(value) if isinstance(value, Mapping) else value
+        for key, value in protocol.items()
+        if key not in RESULTS
+    }
+
+
+def finite(value: Any) -> Any:
+    """A tree as JSON has it; a number that is not finite has no JSON and becomes None."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def canonical(value: Any) -> Any:
+    """A tree in which equal numbers are written alike: 8.0 is 8."""
+    if isinstance(value, Mapping):
+        return {key: canonical(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [canonical(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def joined(card: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """A protocol with more of it; where both say why a figure is not standard, both reasons."""
+    reasons = dict.fromkeys(part["why"] for part in (card, more) if part.get("why"))
+    return {**card, **more, **({"why": "; ".join(reasons)} if reasons else {})}
+
+
+def share(name: str, right: int, n: int, protocol: dict[str, Any]) -> Figure:
+    """A share with its 95 % interval (Wilson 1927)."""
+    p = right / n
+    middle = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z / (1 + Z * Z / n) * (p * (1 - p) / n + Z * Z / (4 * n * n)) ** 0.5
+    return Figure(name, p, max(0.0, middle - half), min(1.0, middle + half), n, protocol)
+
+
+def plain(name: str, value: float, n: int, protocol: dict[str, Any]) -> Figure:
+    """A number for which no interval is defined."""
+    return Figure(name, float(value), None, None, n, protocol)
+
+
+def paired_difference(
+    a: Tensor, b: Tensor, rng: Generator, resamples: int = 10_000
+) -> tuple[float, float, float]:
+    """Mean of a - b [N] with its 95 % percentile interval of the paired bootstrap (Efron 1979)."""
+    gap = a.double() - b.double()
+    means = torch.stack(
+        [gap[torch.randint(len(gap), (len(gap),), generator=rng)].mean() for _ in range(resamples)]
+    )
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(gap.mean()), low, high
+
+
+BINS = 50
+
+
+def histograms(values: Mapping[str, Tensor], bins: int = BINS) -> dict[str, Any]:
+    """`edges`, and under each set's name its share in each bin; `n` and `mean` of every set.
+
+    A set that holds NaN or inf has no histogram: it is in `n` and `mean` alone.
+    """
+    finite = {name: v for name, v in values.items() if v.isfinite().all()}
+    edges = bin_edges(list(finite.values()), bins) if finite else torch.empty(0)
+    return {
+        "edges": edges.tolist(),
+        **{name: shares(v, edges).tolist() for name, v in finite.items()},
+        "n": {name: len(v) for name, v in values.items()},
+        "mean": {name: float(v.mean()) for name, v in values.items()},
+    }
+
+
+def bin_edges(sets: list[Tensor], bins: int = BINS) -> Tensor:
+    """bins + 1 edges over the range of all sets; a single value gets a range of 1."""
+    whole = torch.cat(sets).double()
+    low, high = float(whole.min()), float(whole.max())
+    margin = 0.0 if high > low else 0.5
+    return torch.linspace(low - margin, high + margin, bins + 1, dtype=torch.float64)
+
+
+def shares(values: Tensor, edges: Tensor) -> Tensor:
+    """The share of the values [N] in each bin (low, high]; every value is in one."""
+    index = torch.bucketize(values.double(), edges[1:-1])
+    return torch.bincount(index, minlength=len(edges) - 1).double() / len(values)

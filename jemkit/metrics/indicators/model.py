@@ -1,0 +1,146 @@
+"""Indicators of a model and a threat, whatever the attack."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from jemkit.metrics.indicators.findings import Finding, net, said, surely
+from jemkit.metrics.indicators.probes import Climbs, Probes
+
+REPEAT = 1e-4
+"""A second pass may differ by this share of the logits' spread; float32 rounds at 1e-7, and
+a network's sums on a GPU, in no fixed order, at 1e-6 to 1e-5."""
+
+COMPANY, COUPLED = 1e-3, 0.1
+"""Beside other images, a tenth of the images may change by this share of the spread."""
+
+NOTHING = 0.05
+"""Images without a gradient, or right in the whole range, that are let pass; honest models
+that were measured have none."""
+
+STEADY = 0.03
+"""By how much accuracy may rise with radius or steps; honest models: at most 3 of 128 images."""
+
+RESTARTS = 0.05
+"""What more restarts may fell; honest models: up to 6 of 128 images, in L2."""
+
+
+def of_model(probes: Probes) -> list[Finding]:
+    """Every indicator whose probes were run."""
+    found: list[Finding] = []
+    if probes.repeat is not None and probes.company is not None:
+        found += [random(probes.repeat), coupled(probes.repeat, probes.company)]
+    if probes.dead is not None and probes.saturated is not None:
+        found.append(gradients(probes, probes.dead, probes.saturated))
+    if probes.climbs is None:
+        return found
+    n, climbs = probes.n, probes.climbs
+    if climbs.box is not None:
+        found.append(box(climbs.box, n))
+    if len(climbs.radius) > 1:
+        found.append(radius(climbs, n))
+    if climbs.steps:
+        found.append(steps(climbs, n))
+    if climbs.restarts is not None:
+        found.append(restarts(climbs, climbs.restarts, n))
+    return found
+
+
+def random(repeat: float) -> Finding:
+    return Finding(
+        name="random",
+        flag=repeat > REPEAT,
+        found=f"two passes over the same images differ by {repeat:.2g} of the logits' spread",
+        means="the model answers at random: one gradient is no gradient of the answer that counts, "
+        "and an image that stood once may fall at the next try",
+        do="take the randomness out, or attack the mean over draws (EOT) and report that",
+    )
+
+
+def coupled(repeat: float, company: Tensor) -> Finding:
+    changed, n = int((company > max(COMPANY, 10 * repeat)).sum()), len(company)
+    return Finding(
+        name="batch",
+        flag=n > 1 and changed > COUPLED * n,
+        found=f"{said(changed, n)} have other logits beside other images or in another place; "
+        f"the largest change is {float(company.max()):.2g} of the spread",
+        means="an image's answer hangs on its batch, as with batch norm in train mode: attacks "
+        "that drop images on their way, and any other batch size, see another model",
+        do="judge the model with running statistics: its eval() must reach every batch norm",
+    )
+
+
+def gradients(probes: Probes, dead: Tensor, saturated: Tensor) -> Finding:
+    """Counted where PGD-20 left the image standing: a gradient that is not needed is no loss."""
+    n = probes.n
+    bad, more = dead, ""
+    if (climbs := probes.climbs) is not None:
+        margin = climbs.pgd & False if climbs.margin is None else climbs.margin
+        bad = ~climbs.pgd & (dead | (saturated & margin))
+        more = (
+            f"; of {said(int((~climbs.pgd).sum()), n)} that stand under PGD-20 on the "
+            f"cross-entropy, {int((~climbs.pgd & margin).sum())} fall to the margin's"
+        )
+    return Finding(
+        name="gradient",
+        flag=surely(int(bad.sum()), n, NOTHING),
+        found=f"{said(int(dead.sum()), n)} give the cross-entropy no gradient and on "
+        f"{int(saturated.sum())} it is exactly 0{more}",
+        means="gradients vanish: the logits saturate, or the input is rounded or cut off from "
+        "the graph, so a gradient attack does not move",
+        do="attack the margin of the logits or divide them by their scale; where rounding cuts the "
+        "graph, put the identity in its place on the way back (BPDA), and trust no such figure",
+    )
+
+
+def box(right: Tensor, n: int) -> Finding:
+    stand = int(right.sum())
+    return Finding(
+        name="unbounded",
+        flag=surely(stand, n, NOTHING),
+        found=f"{said(stand, n)} stand where PGD may set every pixel to anything",
+        means="an attack without a bound can turn an image into another one, so none can stand: "
+        "the attack does not work on this model",
+        do="mend the attack before its figure is read: loss, step, gradient",
+    )
+
+
+def radius(climbs: Climbs, n: int) -> Finding:
+    rise, text = _rise({f"{k:g}/255": v for k, v in climbs.radius.items()})
+    return Finding(
+        name="radius",
+        flag=surely(rise, n, STEADY),
+        found=f"standing of {n} by radius: {text}",
+        means="accuracy rises with the radius though the larger ball holds the smaller: the "
+        "attack finds less where there is more to find",
+        do="set the step for each radius, take more steps, or another loss",
+    )
+
+
+def steps(climbs: Climbs, n: int) -> Finding:
+    rise, text = _rise({str(k): v for k, v in climbs.steps.items()})
+    return Finding(
+        name="steps",
+        flag=surely(rise, n, STEADY),
+        found=f"standing of {n} by steps, at the last state: {text}",
+        means="accuracy rises with the steps: the ascent does not go up",
+        do="take a smaller step, keep the worst image on the way, or look at the gradient",
+    )
+
+
+def _rise(right: Mapping[str, Tensor]) -> tuple[int, str]:
+    """The largest rise from any point to a later one, and every point."""
+    rows = list(right.values())
+    rise = max((net(b, a) for i, a in enumerate(rows) for b in rows[i + 1 :]), default=0)
+    return rise, ", ".join(f"{k}: {int(v.sum())}" for k, v in right.items())
+
+
+def restarts(climbs: Climbs, wrong: Tensor, n: int) -> Finding:
+    more = int((wrong & ~climbs.pgd).sum())
+    return Finding(
+        name="restarts",
+        flag=surely(more, n, RESTARTS),
+        found=f"{climbs.n_restarts} restarts of PGD-20 fell {said(more, n)} more than one",
+        means="the way up hangs on where it begins: one start finds too little",
+        do="report the attack with restarts, as many as still help",
+    )

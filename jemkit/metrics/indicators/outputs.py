@@ -1,0 +1,251 @@
+"""What a model's outputs are: logits, or numbers that only look like them.
+
+An attack goes up the cross-entropy of the outputs. Behind a softmax, a sigmoid, a tanh or a clip
+that is flat nearly everywhere, and the model passes for robust. So every model is probed before it
+is judged: on images, on noise, and on images far outside the range, where a bounded output shows.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from jemkit.attacks.pixel_model import PixelModel, anchored
+from jemkit.data import Images
+from jemkit.errors import MisfitError
+from jemkit.metrics.indicators.findings import Finding, said, surely
+from jemkit.runtime.modes import frozen
+from jemkit.selection import stratified
+
+IMAGES, NOISE = 32, 16
+"""How many images of the test split are looked at, and how many of noise."""
+
+SCALES = (1e2, 1e4, 1e6)
+"""By how much images are blown up around grey; a float32 sigmoid is 1 above 17."""
+
+NEAR = 0.02
+"""How far probabilities may lie off: bfloat16 rounds their sums by 0.4 %."""
+
+AT_END = 1e-3
+"""What counts as at a bound, as a share of the outputs' range."""
+
+PILED, TIED, ALL = 0.5, 0.2, 0.9
+"""Rows that reach both ends; entries that are one and the same number; entries at an end where
+images are blown up. Honest logits reach each end in one or two rows of all."""
+
+DEAD = 0.25
+"""Images without a gradient that are let pass; honest models that were measured have none."""
+
+
+class Outputs(NamedTuple):
+    """What was found of the outputs."""
+
+    finding: Finding
+    bounded: bool  # whether they are not logits at all
+
+
+def probe_outputs(subject: PixelModel, data: Images, device: torch.device) -> Outputs:
+    """Judge a model's outputs; a MisfitError where they are probabilities.
+
+    Log-probabilities are logits: a constant for each image is added, which no loss sees.
+    """
+    part = data.take(stratified(data.y, IMAGES)).to(device)
+    x, y = part.unit(), part.y
+    rng = Generator(device).manual_seed(0)
+    noise = torch.rand((NOISE, *x.shape[1:]), generator=rng, device=device)
+    with torch.no_grad():
+        seen = _finite(torch.cat([subject(x), subject(noise), subject(noise.round())]).double())
+    far = _far(subject, x, rng)
+    _check_no_probabilities(seen, far)
+    reason = _named(subject, x[:2]) or _in_range(seen) or _stays(far)
+    dead, n = _without_gradient(subject, x, y)
+    return Outputs(_finding(reason, seen, dead, n), reason is not None)
+
+
+def _finding(reason: str | None, seen: Tensor, dead: int, n: int) -> Finding:
+    low, high = (float(f(seen)) for f in (torch.min, torch.max))
+    vanish = surely(dead, n, DEAD)
+    about = f"outputs from {low:.4g} to {high:.4g}; {said(dead, n)} give the loss no gradient"
+    means = "gradients vanish on images as they are: the logits are too large for the loss, or no "
+    means += "path leads from them to the pixels"
+    do = "divide the logits by their scale, or mend the path; trust no gradient attack alone"
+    if reason:
+        about = f"{reason}; {about}"
+        means = "the outputs are no logits: their bound flattens the loss, so an attack finds less "
+        means += "than there is to find"
+        do = "take the last sigmoid, tanh, clip or normalisation off and judge the logits"
+    return Finding(
+        name="outputs", flag=vanish or reason is not None, found=about, means=means, do=do
+    )
+
+
+def _finite(outputs: Tensor) -> Tensor:
+    return outputs[outputs.isfinite().all(dim=1)]
+
+
+def _in_range(z: Tensor) -> str | None:
+    """How outputs [B, K] on images and noise show that they are bounded, else None."""
+    varying = z[:, z.amax(0) > z.amin(0)]
+    if varying.shape[1] < 2 or bool((z.logsumexp(1).abs() < 1e-3).all()):  # log-probabilities
+        return None
+    both, ends = _ends(varying)
+    if both >= PILED:
+        return f"{both:.0%} of the images reach both {ends}, the ends of all outputs"
+    return _tied(varying) or _steady(z)
+
+
+def _tied(z: Tensor) -> str | None:
+    """Whether many outputs [B, K], of several classes, are the lowest or the highest of all."""
+    for end, name in ((z.min(), "lowest"), (z.max(), "highest")):
+        tied = z == end
+        share = float(tied.double().mean())
+        if share >= TIED and int(tied.any(0).sum()) >= 2:
+            return f"{share:.0%} of the outputs are exactly {float(end):.4g}, the {name} one"
+    return None
+
+
+def _steady(z: Tensor) -> str | None:
+    """Whether every row [B, K] has the same norm."""
+    size, spread = z.norm(dim=1), z.var(dim=0, correction=0).sum().sqrt()
+    if spread > 0.1 * size.mean() and size.std(correction=0) <= 1e-3 * size.mean():
+        return f"every image's outputs have the norm {float(size.mean()):.4g}"
+    return None
+
+
+def _ends(z: Tensor) -> tuple[float, str]:
+    """The share of rows [B, K] whose largest and smallest values are those of all, and both."""
+    low, high = z.min(), z.max()
+    near = AT_END * (high - low)
+    above, below = z >= high - near, z <= low + near
+    several = int(above.any(0).sum()) >= 2 and int(below.any(0).sum()) >= 2
+    share = float((above.any(1) & below.any(1)).double().mean())
+    return share if several else 0.0, f"{float(low):.4g} and {float(high):.4g}"
+
+
+def _far(subject: PixelModel, x: Tensor, rng: Generator) -> list[Tensor]:
+    """Finite outputs on images blown up around grey, at each scale; none where it takes none."""
+    noise = torch.rand((NOISE, *x.shape[1:]), generator=rng, device=x.device)
+    base = torch.cat([x[:NOISE], noise]) - 0.5
+    try:
+        with torch.no_grad():
+            found = [_finite(subject(scale * base).double()) for scale in SCALES]
+    except (RuntimeError, ValueError, AssertionError, IndexError, ArithmeticError):
+        return []  # a model may refuse what no image can be
+    return [z for z in found if len(z) >= len(base) // 2]
+
+
+def _stays(far: list[Tensor]) -> str | None:
+    """Whether outputs meet in two numbers however large the images are, else None."""
+    for z in far:
+        low, high = z.min(), z.max()
+        near = AT_END * (high - low)
+        above, below = z >= high - near, z <= low + near
+        several = int(above.any(0).sum()) >= 2 and int(below.any(0).sum()) >= 2
+        if high > low and several and float((above | below).double().mean()) >= ALL:
+            return (
+                f"whatever the image, outputs stay between {float(low):.4g} and {float(high):.4g}"
+            )
+    return None
+
+
+def _check_no_probabilities(seen: Tensor, far: list[Tensor]) -> None:
+    """Refuse rows [B, K] in [0, 1] that sum to 1, up to rounding or a little noise, on any image.
+
+    The sums must be much steadier than what they add up, or logits that happen to be small and
+    positive would pass for probabilities; equal rows say nothing.
+    """
+    sums, spread = seen.sum(dim=1), seen.std(dim=0, correction=0).norm()
+    inside = all(bool(((z >= -NEAR) & (z <= 1 + NEAR)).all()) for z in (seen, *far))
+    mean, wide = float(sums.mean()), float(sums.std(correction=0))
+    if not inside or abs(mean - 1) > NEAR or spread <= 1e-6 or wide > spread / 4:
+        return
+    raise MisfitError(
+        f"the model gives probabilities, not logits: its rows lie in [0, 1] and sum to 1 (these "
+        f"to {mean:.4g}). The cross-entropy of an attack has no slope there: take the last softmax "
+        "off, or give log-probabilities"
+    )
+
+
+def _without_gradient(subject: PixelModel, x: Tensor, y: Tensor) -> tuple[int, int]:
+    """How many of the images the cross-entropy has no gradient on, of how many."""
+    model, z = anchored(subject, x[:2]), x.clone().requires_grad_()
+    with frozen(model), torch.enable_grad():
+        (grad,) = torch.autograd.grad(F.cross_entropy(model(z), y, reduction="sum"), z)
+    size = grad.flatten(1).abs().amax(1)
+    return int((size < torch.finfo(size.dtype).tiny).sum()), len(x)
+
+
+SQUASHING = {
+    "Sigmoid", "Tanh", "Softmax", "Hardtanh", "Hardsigmoid", "Erf", "Atan", "Sin", "Cos",
+    "CosineSimilarity",
+}  # fmt: skip
+"""Steps whose results are bounded whatever goes in, by torch's names of their gradients."""
+
+KEEPING = {
+    "View", "UnsafeView", "ReshapeAlias", "ToCopy", "Clone", "Alias", "Squeeze", "Unsqueeze", "T",
+    "Transpose", "Permute", "Slice", "Select", "Index", "Expand", "Neg", "Mean", "Amax", "Amin",
+    "AvgPool2D", "MeanPool2D", "MaxPool2DWithIndices", "Mul", "Add", "Sub", "Rsub", "Cat", "Stack",
+    "Where", "Maximum", "Minimum",
+}  # fmt: skip
+"""Steps whose result is bounded where all of what goes in is; weights are constants here."""
+
+TO_DENOMINATOR = {"Expand", "ClampMin", "Clamp", "Add", "ToCopy", "Unsqueeze", "View", "Alias"}
+DENOMINATORS = {"LinalgVectorNorm", "Norm", "Abs"}
+"""What a normalisation divides by, and |z| of softsign, and what may stand between."""
+
+
+def _named(subject: PixelModel, x: Tensor) -> str | None:
+    """The bounded step that the outputs end in, by the graph of their gradient, else None."""
+    z = x.clone().requires_grad_()
+    with frozen(subject), torch.enable_grad():
+        step = _bounded(subject(z).grad_fn, 40)
+    return f"the outputs end in a bounded step, {step}" if step else None
+
+
+def _bounded(node: Any, depth: int) -> str | None:
+    """The name of what bounds a step of a graph, else None."""
+    if node is None or depth == 0:
+        return None
+    kind, parts = _kind(node), [part for part, _ in node.next_functions]
+    if kind in SQUASHING or (kind == "Clamp" and _both_sides(node)):
+        return str(kind).lower()
+    if kind == "Div":
+        if len(parts) > 1 and parts[1] is not None:
+            return "normalisation" if _divides_by_size(parts[1], 8) else None
+        return _bounded(parts[0], depth - 1)
+    if kind in ("Mm", "Addmm"):
+        return "cosine" if _cosine(node, parts) else None
+    if kind not in KEEPING:
+        return None
+    found = [_bounded(part, depth - 1) for part in parts if part is not None]
+    return found[0] if found and all(found) else None
+
+
+def _kind(node: Any) -> str:
+    return re.sub(r"Backward\d*$", "", type(node).__name__)
+
+
+def _both_sides(node: Any) -> bool:
+    return all(getattr(node, f"_saved_{side}", None) is not None for side in ("min", "max"))
+
+
+def _divides_by_size(node: Any, depth: int) -> bool:
+    if node is None or depth == 0:
+        return False
+    if _kind(node) in DENOMINATORS:
+        return True
+    parts = [part for part, _ in node.next_functions]
+    return _kind(node) in TO_DENOMINATOR and any(_divides_by_size(p, depth - 1) for p in parts)
+
+
+def _cosine(node: Any, parts: list[Any]) -> bool:
+    """Whether features of length 1 meet weights of one length."""
+    weights = getattr(node, "_saved_mat2", None)
+    features = parts[0 if _kind(node) == "Mm" else 1]
+    if weights is None or features is None or _kind(features) != "Div":
+        return False
+    lengths = weights.detach().double().norm(dim=0)
+    same = bool((lengths - lengths.mean()).abs().max() <= 1e-3 * lengths.mean())
+    return same and _bounded(features, 8) == "normalisation"

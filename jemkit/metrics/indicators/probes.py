@@ -1,0 +1,246 @@
+"""The passes that indicators judge by, run once for a model and a threat."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from jemkit.attacks.base import Threat
+from jemkit.attacks.pgd import perturbed
+from jemkit.attacks.pixel_model import UNIT, PixelModel
+from jemkit.attacks.random_search import random_search
+from jemkit.data import Images
+from jemkit.metrics.evaluator import Context, batches
+from jemkit.metrics.indicators.ascent import Ascent, ascend, cross_entropy, lost_margin, surrogate
+from jemkit.metrics.indicators.plan import (
+    BOX_STEPS,
+    PGD_STEPS,
+    STUDENT_BATCH,
+    STUDENT_STEPS,
+    Plan,
+    planned,
+)
+from jemkit.runtime.rng import generator
+from jemkit.selection import by_class, stratified
+
+QUICK_IMAGES = 32
+STUDENT_IMAGES = 1000
+BOX = Threat("Linf", 255.0)
+
+
+@dataclass(frozen=True)
+class Climbs:
+    """What gradient ascents and a surrogate do to the images, each [n]; None where not run."""
+
+    pgd: Tensor  # wrong under PGD-20 on the cross-entropy
+    margin: Tensor | None  # the same on the margin, which does not saturate
+    restarts: Tensor | None  # wrong under any of the restarts of PGD-20
+    n_restarts: int
+    radius: dict[float, Tensor]  # right, by radius_px
+    steps: dict[int, Tensor]  # right at the last state, by steps
+    box: Tensor | None  # right under PGD that may change every pixel to anything
+    transfer: Tensor | None  # wrong under what fools the surrogate
+    agreement: float  # of the surrogate with the model on the images
+
+    @property
+    def felled(self) -> Tensor:
+        """By any ascent within the radius."""
+        found = self.pgd
+        for more in (self.margin, self.restarts):
+            found = found if more is None else found | more
+        return found
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What was found on n images that the model has right; None where a probe was not run."""
+
+    index: Tensor  # [n], their places in the data
+    seen: int  # images looked through for them
+    plan: Plan
+    repeat: float | None  # largest change of a logit in a second pass, as a share of their spread
+    company: Tensor | None  # [m], the same beside other images or in another place
+    dead: Tensor | None  # [n], no gradient at x nor at a random start
+    saturated: Tensor | None  # [n], a cross-entropy of exactly 0
+    search: Tensor | None  # [n], wrong under random search
+    climbs: Climbs | None  # None in L1, where PGD has no step
+
+    @property
+    def n(self) -> int:
+        return len(self.index)
+
+
+def probe(
+    subject: PixelModel, data: Images, ctx: Context, n_images: int, budget: int | None = None
+) -> Probes | None:
+    """The probes that a budget of passes allows, on images that are right, by class; else None."""
+    n_images = min(n_images, QUICK_IMAGES) if ctx.quick else n_images
+    plan = planned(
+        min(n_images, len(data.y)),
+        quick=ctx.quick,
+        ascents=ctx.threat.norm != "L1",
+        batch_size=ctx.batch_size,
+        budget=budget,
+    )
+    index, seen = _right(subject, data, ctx, plan.images)
+    if not len(index):
+        return None
+    return _Prober(subject, data, ctx, index, seen, plan).run()
+
+
+def _right(subject: PixelModel, data: Images, ctx: Context, n: int) -> tuple[Tensor, int]:
+    """The places of n images that are right, in an order that has every class in proportion, and
+    how many were looked through."""
+    order, known = by_class(data.y), ctx.notes.rows.get("clean")
+    if known is None or len(known) != len(order):
+        known = _clean(subject, data.take(order), ctx, n, order)
+    places = known[order].nonzero().squeeze(1)[:n]
+    seen = int(places[-1]) + 1 if len(places) == n else len(order)
+    return order[places].sort().values, seen
+
+
+def _clean(subject: PixelModel, data: Images, ctx: Context, n: int, order: Tensor) -> Tensor:
+    """Which images are right, [N] by their places; of those after the n-th none."""
+    right = torch.zeros(len(order), dtype=torch.bool)
+    at = 0
+    with torch.no_grad():
+        for x, y in batches(data, ctx):
+            right[order[at : at + len(y)]] = (subject(x).argmax(1) == y).cpu()
+            at += len(y)
+            if int(right.sum()) >= n:
+                break
+    return right
+
+
+class _Prober:
+    """One course of probes, with a generator of its own from the seed."""
+
+    def __init__(
+        self, subject: PixelModel, data: Images, ctx: Context, index: Tensor, seen: int, plan: Plan
+    ) -> None:
+        device = ctx.rng.device
+        self.subject, self.data, self.ctx, self.seen = subject, data, ctx, seen
+        self.index, self.device, self.plan = index, device, plan
+        part = data.take(index).to(device)
+        self.x, self.y = part.unit(), part.y
+        self.rng: Generator = generator(device, ctx.seed, "indicators")
+        ticks = {"radius": len(plan.sizes.radii) - 1, "restarts": plan.sizes.restarts - 1}
+        self.done, self.total = 0, sum(ticks.get(name, 1) for name in plan.names)
+
+    def run(self) -> Probes:
+        runs = self.plan.names
+        repeat, company = self._logits() if "logits" in runs else (None, None)
+        dead, saturated = self._gradients() if "gradient" in runs else (None, None)
+        search = self._fools(self._search) if "search" in runs else None
+        climbs = self._climbs() if "pgd" in runs else None
+        self._tick(self.total)
+        return Probes(
+            self.index, self.seen, self.plan, repeat, company, dead, saturated, search, climbs
+        )
+
+    def _search(self, x: Tensor, y: Tensor) -> Tensor:
+        queries = self.plan.sizes.queries
+        return random_search(self.subject, x, y, self.ctx.threat, self.rng, queries)
+
+    def _logits(self) -> tuple[float, Tensor]:
+        """Of one batch twice, then with half of it replaced, then backwards."""
+        self._tick()
+        x = self.x[: self.ctx.batch_size]
+        half = (len(x) + 1) // 2
+        with torch.no_grad():
+            first, again = self.subject(x), self.subject(x)
+            beside = self.subject(torch.cat([x[:half], 1 - x[half:]]))[:half]
+            back = self.subject(x.flip(0)).flip(0)[:half]
+        scale = max(float(first.std(correction=0)), 1e-3 * float(first.abs().max()), 1e-12)
+        moved = torch.stack([(other - first[:half]).abs().amax(1) for other in (beside, back)])
+        return float((again - first).abs().max()) / scale, (moved.amax(0) / scale).cpu()
+
+    def _gradients(self) -> tuple[Tensor, Tensor]:
+        """Which images give the cross-entropy no gradient, and which saturate it."""
+        self._tick()
+        sizes, losses = [], []
+        for x, y in self._parts():
+            start = UNIT.clamp(perturbed(x, min(self.ctx.threat.eps, 0.1), self.rng))
+            for at in (x, start):
+                z = at.detach().clone().requires_grad_()
+                with torch.enable_grad():
+                    loss = cross_entropy(self.subject(z), y)
+                    (grad,) = torch.autograd.grad(loss.sum(), z)
+                sizes.append(grad.flatten(1).abs().amax(1).cpu())
+                losses.append(loss.detach().cpu())
+        size = torch.maximum(torch.cat(sizes[::2]), torch.cat(sizes[1::2]))
+        return size < torch.finfo(size.dtype).tiny, torch.cat(losses[::2]) == 0
+
+    def _climbs(self) -> Climbs:
+        threat, sizes, runs = self.ctx.threat, self.plan.sizes, self.plan.names
+        radius, pgd = {}, None
+        for share in sizes.radii if "radius" in runs else (1.0,):
+            wrong = self._ascend(Threat(threat.norm, threat.radius_px * share)).trail.any(0)
+            radius[threat.radius_px * share] = ~wrong
+            pgd = wrong if share == 1 else pgd
+        if pgd is None:
+            raise ValueError("the radii of the probes hold the threat's own")
+        restarts, steps = None, {}
+        if "restarts" in runs:
+            restarts = pgd.clone()
+            for _ in range(sizes.restarts - 1):
+                restarts |= self._ascend(threat).wrong
+        if "steps" in runs:
+            trail = self._ascend(threat, steps=max(sizes.steps)).trail
+            steps = {k: ~trail[k] for k in sizes.steps}
+        margin = self._ascend(threat, loss=lost_margin).wrong if "margin" in runs else None
+        box = self._box() if "box" in runs else None
+        transfer, agreement = self._transfer() if "transfer" in runs else (None, 0.0)
+        return Climbs(
+            pgd, margin, restarts, sizes.restarts, radius, steps, box, transfer, agreement
+        )
+
+    def _box(self) -> Tensor:
+        start = Threat("Linf", min(self.ctx.threat.radius_px, 8.0))
+        step = BOX.radius_px / 20
+        return ~self._ascend(BOX, steps=BOX_STEPS, step_px=step, start=start).wrong
+
+    def _transfer(self) -> tuple[Tensor, float]:
+        """What fools a surrogate of the model, tried on the model itself."""
+        some = self.data.take(stratified(self.data.y, STUDENT_IMAGES))
+        student = surrogate(
+            self.subject, some.to(self.device).unit(), self.ctx.threat, self.rng,
+            steps=STUDENT_STEPS, batch=min(STUDENT_BATCH, self.ctx.batch_size),
+        )  # fmt: skip
+        with torch.no_grad():
+            agreement = float((student(self.x).argmax(1) == self.y).float().mean())
+
+        def fool(x: Tensor, y: Tensor) -> Tensor:
+            return ascend(
+                student, x, y, self.ctx.threat, self.rng, steps=PGD_STEPS, loss=lost_margin
+            ).end
+
+        return self._fools(fool), agreement
+
+    def _fools(self, attack: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Which images the model has wrong after an attack."""
+        self._tick()
+        wrong = []
+        for x, y in self._parts():
+            with torch.no_grad():
+                wrong.append((self.subject(attack(x, y)).argmax(1) != y).cpu())
+        return torch.cat(wrong)
+
+    def _ascend(self, threat: Threat, steps: int = PGD_STEPS, **settings: object) -> Ascent:
+        self._tick()
+        parts = [
+            ascend(self.subject, x, y, threat, self.rng, steps=steps, **settings)  # type: ignore[arg-type]
+            for x, y in self._parts()
+        ]
+        trail = torch.cat([part.trail.cpu() for part in parts], dim=1)
+        return Ascent(trail, torch.cat([part.end.cpu() for part in parts]))
+
+    def _parts(self) -> list[tuple[Tensor, Tensor]]:
+        size = self.ctx.batch_size
+        return list(zip(torch.split(self.x, size), torch.split(self.y, size), strict=True))
+
+    def _tick(self, done: int | None = None) -> None:
+        self.ctx.poll()
+        self.done = min(self.done + 1, self.total) if done is None else done
+        self.ctx.progress("indicators", self.done, self.total)

@@ -1,0 +1,93 @@
+"""The indicators of every figure of a model, from one course of probes.
+
+After Athalye et al. (2018), Carlini et al. (2019) and Pintor et al. (2022).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from jemkit.attacks.pixel_model import PixelModel
+from jemkit.data import Images
+from jemkit.metrics.attack_runner import Attacked
+from jemkit.metrics.evaluator import Context
+from jemkit.metrics.figures import share
+from jemkit.metrics.indicators.against import aa_under_pgd, against
+from jemkit.metrics.indicators.findings import Finding
+from jemkit.metrics.indicators.model import of_model
+from jemkit.metrics.indicators.plan import FINDINGS, PGD_STEPS
+from jemkit.metrics.indicators.probes import Probes, probe
+
+
+def examine(
+    subject: PixelModel,
+    data: Images,
+    found: Mapping[str, Attacked],
+    ctx: Context,
+    n_images: int,
+    budget: int | None = None,
+) -> dict[str, list[Finding]]:
+    """Findings for every figure by its label; the curves and the plan go to the notes.
+
+    `found` has what each attack made of the data, by the attack's name. The probes run on at most
+    `n_images` that the model has right, for at most `budget` passes of one image; where it has
+    none right there is nothing to find.
+    """
+    first = outputs_of(ctx)
+    probes = probe(subject, data, ctx, n_images, budget)
+    if probes is None:
+        return {one.label: first for one in found.values()}
+    _leave_curves(probes, ctx)
+    _leave_plan(probes, budget, ctx)
+    common = [*first, *of_model(probes)]
+    verdict = {one.label: [*common, *against(probes, one)] for one in found.values()}
+    if {"pgd", "aa"} <= found.keys():
+        row = aa_under_pgd(found["pgd"], found["aa"])
+        for name in ("pgd", "aa"):
+            verdict[found[name].label].append(row)
+    return verdict
+
+
+def outputs_of(ctx: Context) -> list[Finding]:
+    """What was found of the model's outputs before it was judged, if anything was looked at."""
+    row = ctx.notes.tables.get("outputs")
+    return [] if row is None else [row]
+
+
+def _leave_plan(probes: Probes, budget: int | None, ctx: Context) -> None:
+    plan = probes.plan
+    ctx.notes.tables["indicators_plan"] = {
+        "images": probes.n,
+        "passes": plan.passes,
+        "budget": budget,
+        "left_out": [FINDINGS[name] for name in plan.left_out],
+        "how": "--indicators full, or robustness.indicators = full, runs all of them",
+    }
+
+
+def _leave_curves(probes: Probes, ctx: Context) -> None:
+    climbs = probes.climbs
+    if climbs is None:
+        return
+    curve = {"norm": ctx.threat.norm, "n": probes.seen}
+    clean = {0.0: climbs.pgd | True}
+    if len(climbs.radius) > 1:
+        ctx.notes.tables["radius_curve"] = {
+            **curve,
+            "attack": f"pgd{PGD_STEPS}",
+            "points": _points({**clean, **climbs.radius}, probes.seen),
+        }
+    if climbs.steps:
+        ctx.notes.tables["steps_curve"] = {
+            **curve,
+            "attack": "pgd, its last state",
+            "radius_px": ctx.threat.radius_px,
+            "points": _points({**clean, **climbs.steps}, probes.seen),
+        }
+
+
+def _points(right: Mapping[Any, Tensor], seen: int) -> list[list[float]]:
+    """Accuracy on all images that were looked through, with its interval, at each point."""
+    figures = {at: share("", int(rows.sum()), seen, {}) for at, rows in right.items()}
+    return [[at, f.value, f.low or 0.0, f.high or 0.0] for at, f in figures.items()]

@@ -1,0 +1,356 @@
+"""The record of an evaluation, and how another evaluation joins it.
+
+A record is of one model and one data set: of any other another record begins, and the former is
+kept as evaluation-<8 hex>.json until it is evaluated again. Inside a record a figure is known by
+its whole protocol (`Figure.key`): one of the same key is replaced, any other stands beside it.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jemkit.errors import DataError
+from jemkit.metrics.evaluator import Context, Notes
+from jemkit.metrics.figures import Figure, canonical, finite, without_results
+from jemkit.metrics.record_file import (
+    JSON,
+    PICTURES,
+    ROWS,
+    STEM,
+    Kind,
+    Part,
+    Record,
+    beside,
+    every,
+    load,
+    part_names,
+    pictures,
+    preferred,
+    settle,
+    write,
+)
+from jemkit.runtime.files import set_aside, write_bytes, write_tensors
+from jemkit.runtime.lock import locked
+from jemkit.runtime.opening import make_folder, refuse_links
+
+__all__ = [
+    "JSON", "LOCK", "PICTURES", "ROWS", "STEM", "Part", "Record", "arranged", "beside", "every",
+    "finite", "left_by", "load", "of_weights", "part", "pictures", "save",
+]  # fmt: skip
+
+log = logging.getLogger(__name__)
+WORK = ".evaluation"
+"""Half-done work of an evaluation, beside its record."""
+
+LOCK, PATIENCE = ".evaluation.lock", 60.0
+"""Held while a record is read, joined and written; the seconds that it is waited for."""
+
+ADVERSARIAL = "adversarial-"
+KINDS: tuple[Kind, ...] = ("tables", "rows")
+
+Owner = tuple[Any, Any, str | None]
+"""Whose a record is: the hash of the model, the network of weights alone, the test images."""
+
+
+def save(folder: Path, record: Record, notes: Notes, *, adversarial: bool = False) -> Path:
+    """Write a record into a folder, joined with what was measured of the same model and data.
+
+    Figures of the same protocol are replaced, and no others. The record of another model, or of
+    other data, is kept beside. Of several evaluations that write at once each joins what the one
+    before it wrote. With `adversarial` the attacked images are written too, [N, C, H, W] float32
+    in [0, 1], a file for each attack.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    check_place(folder)
+    with locked(folder / LOCK, f"writes its {JSON}", patience=PATIENCE):
+        settle(folder)
+        record = replace(record, parts=_owned(record, notes.pictures))
+        owner = _owner(record)
+        warned: list[str] = []
+        mine, stem = None, _stem(owner)
+        if (folder / f"{stem}.json").exists():
+            mine = _loaded(folder, stem, warned)
+        for other in _split(_loaded(folder, STEM, warned)):
+            if _owner(other) == owner:
+                mine = other if mine is None else _joined(other, mine)
+            else:
+                _keep(folder, other, warned)
+        if mine is None:
+            record = replace(record, pictures=_free_pictures(folder, stem))
+        notes.warnings.extend(w for w in warned if w not in notes.warnings)
+        warnings = list(dict.fromkeys([*record.warnings, *notes.warnings]))
+        whole = _joined(replace(record, warnings=warnings), mine)
+        _write_files(folder, whole, record, notes, adversarial=adversarial)
+        write(folder, whole)
+        _drop_files(folder, mine, whole)
+        for end in (".json", ".safetensors"):  # it is evaluation.json again
+            (folder / f"{stem}{end}").unlink(missing_ok=True)
+    return folder / JSON
+
+
+def left_by(notes: Notes) -> dict[Kind, dict[str, Any]]:
+    """What evaluators have left so far; `part` tells what another one adds."""
+    attacked = {f"{ADVERSARIAL}{label}": x for label, x in notes.adversarial.items()}
+    files = {**notes.pictures, **attacked}
+    return {"tables": dict(notes.tables), "rows": dict(notes.rows), "files": files}
+
+
+def part(
+    evaluator: str, figures: list[Figure], ctx: Context, before: Mapping[Kind, Mapping[str, Any]]
+) -> Part:
+    """What an evaluator left since `before`, with its figures."""
+    keys = tuple(figure.key for figure in figures)
+    found: dict[Kind, dict[str, str]] = {}
+    for kind, left in left_by(ctx.notes).items():
+        old = before[kind]
+        found[kind] = {n: n for n, value in left.items() if n not in old or old[n] is not value}
+    card = canonical(finite(without_results(ctx.card)))
+    text = json.dumps([evaluator, card, keys], default=str)
+    key = hashlib.sha256(text.encode()).hexdigest()
+    return Part(evaluator, key, keys, found["tables"], found["rows"], found["files"])
+
+
+def check_place(folder: Path) -> None:
+    """Refuse what is no folder, or whose record would be written through links to elsewhere."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise DataError(f"{there} is a file; the record wants a folder, such as --out judged")
+    pictures = (path.name for path in folder.glob(f"{PICTURES}*") if path.is_dir())
+    refuse_links(folder, (LOCK, WORK, PICTURES, *pictures))
+
+
+def arranged(record: Record) -> Record:
+    """The record with every table and row under its name in the record."""
+    return _joined(record, None)
+
+
+def of_weights(
+    folder: Path, sha256: str, data: str | None = None, test_sha256: str | None = None
+) -> Record | None:
+    """The record of these weights in a folder, if any: that of evaluation.json first.
+
+    Where `data` names a data set, only a record of its images counts; where `test_sha256` is
+    known, only one of exactly those test images. A damaged one beside evaluation.json is skipped
+    with a warning.
+    """
+    if not (folder / JSON).exists():
+        return None
+    for stem in (STEM, *beside(folder)):
+        try:
+            found = load(folder, stem)
+        except DataError as error:
+            if stem == STEM:
+                raise
+            log.warning("%s.json is skipped: %s", stem, error)
+            continue
+        if found.subject.get("sha256") == sha256 and _is_of(found, data, test_sha256):
+            return found
+    return None
+
+
+def _is_of(record: Record, data: str | None, test_sha256: str | None) -> bool:
+    """Whether a record is of a data set: by the hash of its test images where both are known."""
+    judged = record.protocol.get("test_sha256")
+    if test_sha256 is not None and judged is not None:
+        return bool(judged == test_sha256)
+    return data is None or record.subject.get("data", data) == data
+
+
+def _owner(record: Record) -> Owner:
+    """Whose figures a record has; weights alone say only with their network what they are."""
+    network = record.subject.get("network")
+    named = network if isinstance(network, str) else None
+    return record.subject.get("sha256"), named, _images(record.protocol)
+
+
+def _images(protocol: Mapping[str, Any]) -> str | None:
+    """The test images behind a protocol; before 0.2.0 known where all of them were judged."""
+    if "test_sha256" in protocol:
+        return str(protocol["test_sha256"])
+    judged = protocol.get("data_sha256")
+    if judged is None or protocol.get("selection") == "all":
+        return judged
+    return f"part {judged}"
+
+
+def _stem(owner: Owner) -> str:
+    return f"{STEM}-{hashlib.sha256(json.dumps(owner).encode()).hexdigest()[:8]}"
+
+
+def _loaded(folder: Path, stem: str, warned: list[str]) -> Record | None:
+    """A record that can be joined; a damaged one is set aside, and the new one takes its place."""
+    if not (folder / f"{stem}.json").exists():
+        return None
+    try:
+        found = load(folder, stem)
+    except DataError as error:
+        aside = set_aside(folder / f"{stem}.json")
+        warned.append(f"the record that was here is kept as {aside.name}: {error}")
+        return None
+    if found.parts:
+        return found
+    return replace(found, parts=_owned(found, pictures(folder) if stem == STEM else ()))
+
+
+def _split(record: Record | None) -> Iterator[Record]:
+    """A record by the data that its figures are of, which those before 0.2.0 mixed."""
+    if record is None:
+        return
+    main = _images(record.protocol)
+    groups: dict[str | None, list[Figure]] = {}
+    for figure in record.figures:
+        card = figure.protocol
+        judged = card.get("data_sha256")
+        anywhere = card.get("split") == "generated" or judged is None
+        anywhere |= judged == record.protocol.get("data_sha256")
+        groups.setdefault(main if anywhere else _images(card), []).append(figure)
+    if set(groups) <= {main}:
+        yield record
+        return
+    tables_of = main if main in groups else next(iter(groups))
+    for images, figures in groups.items():
+        others = {f.key for f in record.figures} - {f.key for f in figures}
+        found = _without(record, others, tables=images == tables_of)
+        card = record.protocol if images == main else figures[0].protocol
+        yield replace(found, protocol={**card, "test_sha256": images})
+
+
+def _keep(folder: Path, record: Record, warned: list[str]) -> None:
+    """Keep the record of another model or other data under a name of its own."""
+    stem = _stem(_owner(record))
+    write(folder, _joined(record, _loaded(folder, stem, warned)), stem)
+    log.warning("the record of another model, or of other images, is kept as %s.json", stem)
+
+
+def _free_pictures(folder: Path, stem: str) -> str:
+    """The folder of a new record's pictures: no other record of this place has it."""
+    taken = set()
+    for other in beside(folder):
+        try:
+            taken.add(load(folder, other).pictures)
+        except DataError:  # nobody knows: leave the usual one to it
+            taken.add(PICTURES)
+    return stem if PICTURES in taken else PICTURES
+
+
+def _owned(record: Record, files: Iterable[str]) -> list[Part]:
+    """A record's parts; all is one part where nobody kept them apart."""
+    if record.parts or not (record.figures or record.tables or record.rows):
+        return record.parts
+    keys = tuple(figure.key for figure in record.figures)
+    named = [{name: name for name in names} for names in (record.tables, record.rows, files)]
+    return [Part("", hashlib.sha256(json.dumps(keys).encode()).hexdigest(), keys, *named)]
+
+
+def _joined(new: Record, old: Record | None) -> Record:
+    """Both records' figures, those of the same protocol once, each with what belongs to it."""
+    if old is None:
+        return _arranged(new, None)
+    old = _without(old, {f.key for f in new.figures}, keys={part.key for part in new.parts})
+    measured = {figure.protocol.get("evaluator") for figure in new.figures}
+    left_out = {k: v for k, v in old.left_out.items() if k not in measured}
+    before = old.warnings if old.figures else []
+    whole = replace(
+        new,
+        left_out={**left_out, **new.left_out},
+        warnings=list(dict.fromkeys([*before, *new.warnings])),
+        pictures=old.pictures,
+    )
+    return _arranged(whole, old)
+
+
+def _without(
+    record: Record, gone: Set[str], *, keys: Set[str] = frozenset(), tables: bool = True
+) -> Record:
+    """A record less some figures and what belongs to them alone.
+
+    A part goes with the last of its figures; one that never had any, where its key is in `keys`.
+    """
+    parts, found = [], dict(record.tables)
+    for part in record.parts:
+        left = tuple(key for key in part.figures if key not in gone)
+        if not left and (part.figures or part.key in keys):
+            continue
+        names = {f.name for f in record.figures if f.key in part.figures and f.key in gone}
+        rows = {name: stored for name, stored in part.rows.items() if name not in names}
+        own = {f.name for f in record.figures if f.key in part.figures}
+        for stored in part.tables.values():  # a table may have an entry for each figure
+            if isinstance(found[stored], dict) and found[stored].keys() <= own:
+                found[stored] = {k: v for k, v in found[stored].items() if k not in names}
+        kept = part.tables if tables else {}
+        parts.append(part._replace(figures=left, rows=rows, tables=kept))
+    figures = [figure for figure in record.figures if figure.key not in gone]
+    return replace(record, figures=figures, parts=parts, tables=found)
+
+
+def _arranged(new: Record, old: Record | None) -> Record:
+    """The new record with the old one's figures, and names that no two parts share.
+
+    The plain name is that of the preferred figure's part; the others end in @ and the beginning
+    of their part's key. A file that is there keeps its name.
+    """
+    figures = [*new.figures, *(old.figures if old else ())]
+    sources = [(part, new) for part in new.parts]
+    sources += [(part, old) for part in old.parts] if old else []
+    files = {stored for part in (old.parts if old else ()) for stored in part.files.values()}
+    tables: dict[str, Any] = {}
+    rows: dict[str, Tensor] = {}
+    parts = []
+    for part, of in sources:
+        end = f"@{part.key[:8]}"
+        names: dict[Kind, dict[str, str]] = {}
+        for kind in KINDS:
+            first = {n: _first(kind, n, figures, sources) is part for n in part_names(part, kind)}
+            names[kind] = {n: n if plain else n + end for n, plain in first.items()}
+        named = Part(part.evaluator, part.key, part.figures, names["tables"], names["rows"])
+        own = {n: n + end if stored in files else stored for n, stored in part.files.items()}
+        parts.append(named._replace(files=own if of is new else part.files))
+        tables |= {names["tables"][n]: of.tables[stored] for n, stored in part.tables.items()}
+        rows |= {names["rows"][n]: of.rows[stored] for n, stored in part.rows.items()}
+    return replace(new, figures=figures, tables=tables, rows=rows, parts=parts)
+
+
+def _first(
+    kind: Kind, name: str, figures: list[Figure], sources: list[tuple[Part, Record]]
+) -> Part:
+    """The part whose table or rows have the plain name."""
+    having = [part for part, _ in sources if name in part_names(part, kind)]
+    keys = {key: part for part in reversed(having) for key in part.figures}
+    owned = [f for f in figures if f.key in keys]
+    of_name = [f for f in owned if f.name == name]
+    if not owned:
+        return having[0]
+    return keys[preferred(of_name or owned).key]
+
+
+def _write_files(
+    folder: Path, whole: Record, record: Record, notes: Notes, *, adversarial: bool
+) -> None:
+    """Pictures, and attacked images where they are wanted, under their names in the record."""
+    new = {part.key for part in record.parts}
+    names = {n: stored for p in whole.parts if p.key in new for n, stored in p.files.items()}
+    if notes.pictures or adversarial:
+        make_folder(folder / whole.pictures)
+    for name, png in notes.pictures.items():
+        write_bytes(folder / whole.pictures / f"{names.get(name, name)}.png", png)
+    for label, x_adv in notes.adversarial.items() if adversarial else ():
+        name = names.get(f"{ADVERSARIAL}{label}", f"{ADVERSARIAL}{label}")
+        right = record.rows[label].to(torch.uint8)
+        path = folder / whole.pictures / f"{name}.safetensors"
+        write_tensors(path, {"x_adv": x_adv, "right": right})
+
+
+def _drop_files(folder: Path, before: Record | None, whole: Record) -> None:
+    """Remove pictures whose figures were measured anew and left others in their place."""
+    left = {stored for part in whole.parts for stored in part.files.values()}
+    gone = {s for part in (before.parts if before else ()) for s in part.files.values()} - left
+    for stored in gone:
+        for end in (".png", ".safetensors"):
+            (folder / whole.pictures / f"{stored}{end}").unlink(missing_ok=True)

@@ -1,0 +1,302 @@
+"""A record and its files: evaluation.json and evaluation.safetensors, and how they are read."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from jemkit.errors import DataError
+from jemkit.metrics.figures import Figure, finite
+from jemkit.runtime.files import load_tensors, read_json, write_json, write_tensors
+from jemkit.runtime.work_cache import tensors_hash
+
+FORMAT, WITHOUT_PARTS, UNSEALED = 3, 2, 1
+"""Of a record; the oldest has no hashes of its own."""
+
+STEM = "evaluation"
+JSON, ROWS, PICTURES = f"{STEM}.json", f"{STEM}.safetensors", STEM
+SEAL = "sha256"
+
+FOLDER = re.compile(rf"{STEM}(-[0-9a-f]{{8}})?")
+FILE = re.compile(r"[^./\\\x00][^/\\\x00]*")
+"""Names that a record may give: of the folder of its pictures, and of a file in it."""
+
+Kind = Literal["tables", "rows", "files"]
+
+
+class Part(NamedTuple):
+    """What one evaluator left at once: its figures by their keys, and what belongs to them.
+
+    Tables, rows and files each map the evaluator's own name to the name in the record, where
+    several parts may have left a table of one name.
+    """
+
+    evaluator: str
+    key: str  # a hash of the evaluator and its protocol
+    figures: tuple[str, ...] = ()
+    tables: dict[str, str] = {}
+    rows: dict[str, str] = {}
+    files: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Record:
+    """Every figure of a model on a data set with its protocol, and what reports draw."""
+
+    subject: dict[str, Any]  # what was judged: path, SHA-256 of the weights, parts
+    protocol: dict[str, Any]  # what holds for the newest evaluation as a whole
+    figures: list[Figure]  # the newest first
+    tables: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)  # one value an image
+    left_out: dict[str, str] = field(default_factory=dict)  # evaluators, and why
+    warnings: list[str] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)  # the newest first; none of older formats
+    pictures: str = PICTURES  # the folder of its pictures
+
+    def value(self, name: str, **protocol: Any) -> float:
+        """A figure's value by its name, and by entries of its protocol: radius_px=8."""
+        return self.figure(name, **protocol).value
+
+    def figure(self, name: str, **protocol: Any) -> Figure:
+        """A figure by its name; of several the newest standard one, else the newest.
+
+        Entries of its protocol choose among them: norm="L2", radius_px=128.
+        """
+        named = [figure for figure in self.figures if figure.name == name]
+        if not named:
+            names = ", ".join(sorted({figure.name for figure in self.figures}))
+            raise DataError(f"the record has no figure {name!r}; it has {names}")
+        found = [f for f in named if all(f.protocol.get(k) == v for k, v in protocol.items())]
+        if not found:
+            told = ", ".join(f"{key} {value}" for key, value in protocol.items())
+            raise DataError(f"the record has {name!r}, but not with {told}")
+        return preferred(found)
+
+    def rows_of(self, figure: Figure) -> Tensor | None:
+        """A figure's outcomes, image by image; None where there are none."""
+        name = figure.name
+        if self.parts:
+            owner = next((p for p in self.parts if figure.key in p.figures), None)
+            name = "" if owner is None else owner.rows.get(name, "")
+        return self.rows.get(name)
+
+    def named(self, kind: Kind, name: str) -> list[str]:
+        """The names in this record of all tables, rows or files that evaluators call `name`."""
+        if not self.parts:
+            return [name] if name in getattr(self, kind, ()) else []
+        found = [part_names(part, kind)[name] for part in self.parts
+                 if name in part_names(part, kind)]  # fmt: skip
+        return sorted(found, key=lambda stored: stored != name)
+
+    def card_of(self, kind: Kind, stored: str) -> dict[str, Any]:
+        """The protocol under which a table, rows or a file came about."""
+        for part in self.parts:
+            if stored in part_names(part, kind).values():
+                owned = [f for f in self.figures if f.key in part.figures]
+                if owned:
+                    return preferred(owned).protocol
+        return self.protocol
+
+    def to_json(self) -> dict[str, Any]:
+        """A number that is not finite becomes null; `warnings` name it. Its hashes come with it."""
+        plain = {
+            "format": FORMAT,
+            "subject": finite(self.subject),
+            "protocol": finite(self.protocol),
+            "figures": [finite(figure._asdict()) for figure in self.figures],
+            "tables": finite(self.tables),
+            "left_out": self.left_out,
+            "warnings": list(dict.fromkeys([*self.warnings, *_not_finite(self.figures)])),
+            "parts": [finite(part._asdict()) for part in self.parts],
+            "pictures": self.pictures,
+        }
+        return {**plain, SEAL: {"record": _hash(plain), "rows": tensors_hash(self.rows)}}
+
+
+def preferred(figures: Sequence[Figure]) -> Figure:
+    """The first that is of the standard protocol, else the first."""
+    return next((f for f in figures if f.protocol.get("standard")), figures[0])
+
+
+def part_names(part: Part, kind: Kind) -> dict[str, str]:
+    """What a part left of a kind: the evaluator's names to those in the record."""
+    return {"tables": part.tables, "rows": part.rows, "files": part.files}[kind]
+
+
+def next_rows(stem: str) -> str:
+    """The rows until the JSON beside them is written: killed between the two, a record stays
+    whole."""
+    return f".{stem}.next.safetensors"
+
+
+def write(folder: Path, record: Record, stem: str = STEM) -> None:
+    """Write a record whole or not at all."""
+    write_tensors(folder / next_rows(stem), record.rows)
+    write_json(folder / f"{stem}.json", record.to_json())
+    os.replace(folder / next_rows(stem), folder / f"{stem}.safetensors")
+
+
+def settle(folder: Path) -> None:
+    """End what a kill broke off: the rows of the JSON that is there take their place."""
+    for pattern in (f".{STEM}*.json.*", f".{STEM}*.safetensors.*", f"{STEM}*/.*.png.*"):
+        for broken in folder.glob(pattern):
+            broken.unlink()
+    for beside in folder.glob(next_rows(f"{STEM}*")):
+        stem = beside.name.removeprefix(".").removesuffix(".next.safetensors")
+        try:
+            wanted = _sealed(folder / f"{stem}.json")[1]
+            whole = wanted is not None and tensors_hash(load_tensors(beside)) == wanted
+        except DataError:
+            whole = False
+        if whole:
+            os.replace(beside, folder / f"{stem}.safetensors")
+        else:
+            beside.unlink()
+
+
+def load(folder: Path, stem: str = STEM) -> Record:
+    """The record in a run's folder: of the model and data that were evaluated last."""
+    try:
+        return _read(folder, stem)
+    except DataError:  # another process may have been between its two files
+        return _read(folder, stem)
+
+
+def beside(folder: Path) -> list[str]:
+    """The stems of the records of other models or other data in a folder, in order."""
+    return sorted(path.stem for path in folder.glob(f"{STEM}-*.json"))
+
+
+def every(folder: Path) -> Iterator[Record]:
+    """Every record of a folder, that of evaluation.json first."""
+    yield load(folder)
+    for stem in beside(folder):
+        yield load(folder, stem)
+
+
+def _read(folder: Path, stem: str) -> Record:
+    path = folder / f"{stem}.json"
+    if not path.exists():
+        raise DataError(f"no {path.name} in {folder}; `jemkit evaluate` of a run writes it there")
+    saved, wanted = _sealed(path)
+    rows = _rows(folder, stem, wanted)
+    try:
+        figures = [_figure(figure) for figure in saved["figures"]]
+        found = Record(
+            dict(saved["subject"]), dict(saved["protocol"]), figures, dict(saved["tables"]), rows,
+            _texts(dict(saved["left_out"])), [*_texts(dict(enumerate(saved["warnings"]))).values()],
+            [_part(part) for part in saved.get("parts", ())], str(saved.get("pictures", PICTURES)),
+        )  # fmt: skip
+        return _checked(found)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise DataError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+
+
+def _figure(saved: Mapping[str, Any]) -> Figure:
+    figure = Figure(**{**saved, "value": _number(saved["value"])})
+    _texts({"name": figure.name})
+    for bound in (figure.low, figure.high):
+        if bound is not None:
+            _number(bound)
+    if type(figure.n) is not int or figure.n < 0:
+        raise TypeError(f"the figure {figure.name!r} is of {figure.n!r} images")
+    return figure._replace(protocol=dict(figure.protocol))
+
+
+def _part(saved: Mapping[str, Any]) -> Part:
+    names = {kind: _texts(dict(saved[kind])) for kind in ("tables", "rows", "files")}
+    if unfit := [n for n in names["files"].values() if not FILE.fullmatch(n)]:
+        raise ValueError(f"{unfit[0]!r} is no name of a picture")
+    figures = _texts(dict(enumerate(saved["figures"]))).values()
+    return Part(str(saved["evaluator"]), str(saved["key"]), tuple(figures), **names)
+
+
+def _texts(table: dict[Any, Any]) -> dict[Any, str]:
+    """A table whose values are text."""
+    if unfit := [value for value in table.values() if not isinstance(value, str)]:
+        raise TypeError(f"{str(unfit[0])[:40]!r} stands where a text does")
+    return table
+
+
+def _checked(record: Record) -> Record:
+    """A record whose parts have what they name, and whose pictures lie beside it."""
+    if not FOLDER.fullmatch(record.pictures):
+        raise ValueError(f"{record.pictures!r} is no folder of pictures")
+    named = [(part.tables, record.tables) for part in record.parts]
+    named += [(part.rows, record.rows) for part in record.parts]
+    for names, there in named:
+        if lost := set(names.values()) - there.keys():
+            raise ValueError(f"{min(lost)!r} is not there")
+    return record
+
+
+def _sealed(path: Path) -> tuple[dict[str, Any], str | None]:
+    """What a record's JSON holds, as it was written, and the hash of its rows; None of old ones."""
+    saved = read_json(path)
+    found = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
+    if found not in (FORMAT, WITHOUT_PARTS, UNSEALED):
+        raise DataError(
+            f"{path} has record format {found!r}; this jemkit reads "
+            f"{UNSEALED}, {WITHOUT_PARTS}, {FORMAT}"
+        )
+    seal = saved.pop(SEAL, None)
+    if seal is None and found == UNSEALED:
+        return saved, None
+    if not isinstance(seal, dict) or seal.get("record") != _hash(saved):
+        raise DataError(
+            f"{path} is damaged: its figures' SHA-256 is not the one that it holds. `jemkit "
+            "evaluate` measures them anew, and keeps this file beside the new one"
+        )
+    return saved, str(seal.get("rows"))
+
+
+def _rows(folder: Path, stem: str, wanted: str | None) -> dict[str, Tensor]:
+    """The rows that belong to a record's JSON, whose hash is `wanted`."""
+    usual = folder / f"{stem}.safetensors"
+    there = [path for path in (folder / next_rows(stem), usual) if path.exists()]
+    if wanted is None:
+        return load_tensors(usual) if usual in there else {}
+    for path in there:
+        try:
+            rows = load_tensors(path)
+        except DataError:  # half of what a kill broke off, or damaged
+            continue
+        if tensors_hash(rows) == wanted:
+            return rows
+    raise DataError(
+        f"{usual} is missing or damaged: the SHA-256 of its outcomes is not the one in "
+        f"{stem}.json. "
+        "`jemkit evaluate` measures them anew"
+    )
+
+
+def _hash(plain: Mapping[str, Any]) -> str:
+    """SHA-256 of a record's canonical JSON: keys in order, no spaces."""
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def pictures(folder: Path, record: Record | None = None) -> dict[str, Path]:
+    """The pictures beside a record, by name."""
+    where = folder / (record.pictures if record else PICTURES)
+    return {path.stem: path for path in sorted(where.glob("*.png"))}
+
+
+def _not_finite(figures: list[Figure]) -> list[str]:
+    names = [figure.name for figure in figures if not math.isfinite(figure.value)]
+    return [f"{name} is not a finite number" for name in names]
+
+
+def _number(value: object) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{str(value)[:40]!r} stands where a number does")
+    return float(value)

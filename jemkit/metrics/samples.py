@@ -1,0 +1,153 @@
+"""Samples of a model to be judged: drawn piece by piece, so that a kill costs one at most."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from jemkit.attacks.pixel_model import PixelModel, weights_hash
+from jemkit.errors import DataError
+from jemkit.metrics.evaluator import Context, Unmeasurable
+from jemkit.metrics.identity import identity_of
+from jemkit.metrics.plots import to_bytes
+from jemkit.options import Options
+from jemkit.runtime.microbatch import fitted
+from jemkit.runtime.rng import generator
+from jemkit.sampling.density import Buffered, even_batches
+from jemkit.sampling.init_dists import Start
+
+
+class Drawn(NamedTuple):
+    """Samples, and what the judged model takes them for."""
+
+    x: Tensor  # [N, C, H, W], uint8
+    y: Tensor  # [N], the predicted classes
+    confidence: Tensor  # [N], the largest softmax
+
+    def surest(self, share: float) -> "Drawn":
+        """This share of each predicted class by confidence, rounded up, in their order."""
+        kept = torch.zeros(len(self.y), dtype=torch.bool)
+        for label in torch.unique(self.y):
+            members = (self.y == label).nonzero().squeeze(1)
+            order = self.confidence[members].argsort(descending=True, stable=True)
+            kept[members[order[: math.ceil(share * len(members))]]] = True
+        return Drawn(*(field[kept] for field in self))
+
+
+def fresh(
+    subject: PixelModel, ctx: Context, n: int, about: dict[str, Any], *, steps: int, start: Start
+) -> Drawn:
+    """The ends of n chains, each batch of them from a generator of its own.
+
+    `about` holds what else they depend on: the data behind the start, and its options.
+    """
+
+    def piece(i: int, size: int) -> Tensor:
+        rng = generator(ctx.rng.device, ctx.seed, "generation", i)
+        return fitted(lambda: subject.sample(size, rng, steps=steps, start=start), rng)
+
+    how = {"source": "chains", "steps": steps, "start": plainly(start), **about}
+    return _pieces(subject, ctx, n, how, piece)
+
+
+def kept(subject: PixelModel, ctx: Context, n: int) -> Drawn:
+    """n states of the replay buffer, all of them where it has fewer."""
+    if not isinstance(subject.density, Buffered):
+        raise Unmeasurable("this density keeps no buffer; draw fresh chains instead")
+    buffer = subject.density.buffer
+    if not buffer.drawn:
+        raise Unmeasurable(
+            "the buffer that training left is not here, and its first states are no samples; "
+            "draw fresh chains instead"
+        )
+    rng = generator(torch.device("cpu"), ctx.seed, "generation", "buffer")
+    if n > len(buffer.states):
+        ctx.notes.warnings.append(
+            f"generation: {n} samples were asked for, and the buffer has {len(buffer.states)} "
+            "states: these are measured"
+        )
+    order = torch.randperm(len(buffer.states), generator=rng)[:n]
+    states = buffer.states[order.to(buffer.states.device)]
+    pixels = subject.bounds.to_unit(subject.bounds.clamp(states)).cpu()
+
+    def piece(i: int, size: int) -> Tensor:
+        at = sum(list(portions(len(pixels)).values())[:i])
+        return pixels[at : at + size]
+
+    sha = hashlib.sha256(pixels.contiguous().numpy().data).hexdigest()
+    return _pieces(subject, ctx, len(pixels), {"source": "buffer", "states": sha}, piece)
+
+
+def _pieces(
+    subject: PixelModel,
+    ctx: Context,
+    n: int,
+    about: dict[str, Any],
+    piece: Callable[[int, int], Tensor],
+) -> Drawn:
+    """Pieces of [0, 1] images, quantised and classified, each written once it is drawn."""
+    sizes = list(portions(n).values())
+
+    def compute(i: int) -> dict[str, Tensor]:
+        pixels = piece(i, sizes[i])
+        if not pixels.isfinite().all():
+            raise DataError("samples hold NaN or inf: the model's chains diverge")
+        x = to_bytes(pixels)
+        return {"x": x.cpu(), **_classified(subject, x, ctx)}
+
+    def done(pieces: int) -> None:
+        ctx.progress("samples", sum(sizes[:pieces]), n)
+
+    ledger = ctx.ledger(
+        {
+            "samples": about,
+            "seed": ctx.seed,
+            "batch_size": ctx.batch_size,
+            "model": weights_hash(subject),
+            "code": ctx.code or identity_of(subject).sha256,
+            "subject": repr(subject),
+            "bounds": list(subject.bounds),
+            "density": plainly(subject.density),
+            "device": ctx.rng.device.type,
+        }
+    )
+    found = ledger.pieces(list(portions(n)), compute, ctx.poll, done)
+    return Drawn(*(torch.cat([part[key] for part in found]) for key in Drawn._fields))
+
+
+def _classified(subject: PixelModel, x: Tensor, ctx: Context) -> dict[str, Tensor]:
+    """Kept beside the images, so that every process selects the same ones."""
+    guesses = []
+    with torch.no_grad():
+        for part in torch.split(x, ctx.batch_size):
+            logits = subject(part.to(ctx.rng.device).float() / 255)
+            guesses.append(logits.softmax(dim=1).max(dim=1))
+    return {
+        "y": torch.cat([guess.indices for guess in guesses]).cpu(),
+        "confidence": torch.cat([guess.values for guess in guesses]).cpu(),
+    }
+
+
+def plainly(part: Any, depth: int = 2) -> Any:
+    """What a part's fields say of it, in JSON; tensors are left to what they are made from."""
+    if isinstance(part, Options | str | int | float | None):
+        return repr(part)
+    if isinstance(part, tuple | list):
+        return [plainly(item, depth) for item in part]
+    fields = {} if isinstance(part, Tensor) or not depth else getattr(part, "__dict__", {})
+    return {
+        "type": type(part).__name__,
+        **{name: plainly(value, depth - 1) for name, value in fields.items()},
+    }
+
+
+TOGETHER = 500
+"""The most chains that run side by side; a batch norm that normalises by the batch sees them."""
+
+
+def portions(n: int) -> dict[str, int]:
+    """n chains in even batches of at most TOGETHER: how many, by a name for each batch."""
+    return {f"{i:05d}-{size}": size for i, size in enumerate(even_batches(n, TOGETHER))}

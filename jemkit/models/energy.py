@@ -1,0 +1,156 @@
+"""Energy models: one forward pass gives a classifier and a density (Eqs. 1, 3)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jemkit.options import Options
+from jemkit.runtime.microbatch import passed
+
+EnergyFn = Callable[[Tensor], Tensor]
+"""E: [B, ...] to [B]; lower is likelier."""
+
+
+class Scores(NamedTuple):
+    """What one forward pass says of a batch."""
+
+    logits: Tensor  # [B, K], float32
+    energy: Tensor  # [B], float32, E(x)
+
+    def joint(self, y: Tensor) -> Tensor:
+        """E(x, y) = E(x) - log p(y | x), [B]; for JEM this is -f(x)[y] (Eq. 3)."""
+        return self.energy + F.cross_entropy(self.logits, y, reduction="none")
+
+    def split(self, sizes: list[int]) -> list["Scores"]:
+        """The scores of a joint pass, stream by stream."""
+        pairs = zip(torch.split(self.logits, sizes), torch.split(self.energy, sizes), strict=True)
+        return [Scores(*pair) for pair in pairs]
+
+
+class Network(nn.Module, ABC):
+    """Images to features; `trunk(stem(x))`, so that a sampler may stop after the first layer."""
+
+    width: int  # D
+    has_stem: ClassVar[bool] = True  # False: `stem` hands x on, and PYLD has nothing to hold fixed
+    recomputes: ClassVar[bool] = False  # whether it heeds `memory.recomputes`, as `convolved` does
+
+    @abstractmethod
+    def stem(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] to the first layer's output."""
+
+    @abstractmethod
+    def trunk(self, h: Tensor) -> Tensor:
+        """The first layer's output to features [B, D]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.trunk(self.stem(x))
+
+
+class EnergyModel(nn.Module, ABC):
+    """A classifier that is also a density: a network's features, read as scores."""
+
+    network: Network
+
+    @abstractmethod
+    def read(self, features: Tensor) -> Scores:
+        """Features [B, D], float32, to scores."""
+
+    def forward(self, x: Tensor) -> Scores:
+        return self.scores(passed(self.network, x, self.network))
+
+    def scores(self, features: Tensor) -> Scores:
+        """`read` in float32, also where the network runs in bfloat16: an energy's grain there is
+        wider than the gaps that training works on."""
+        wide = torch.promote_types(features.dtype, torch.float32)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.read(features.to(wide))
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Scores: ...
+
+
+class LogSumExpEnergy(EnergyModel):
+    """JEM's reading of a classifier: E(x) = -logsumexp f(x) (Eq. 1)."""
+
+    def __init__(self, network: Network, n_classes: int) -> None:
+        super().__init__()
+        self.network = network
+        self.head = nn.Linear(network.width, n_classes)
+
+    def read(self, features: Tensor) -> Scores:
+        logits = self.head(features)
+        return Scores(logits, -logits.logsumexp(dim=1))
+
+
+class LogitEnergy(EnergyModel):
+    """Any module whose output is logits, read as JEM reads a classifier (Eq. 1)."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def read(self, features: Tensor) -> Scores:
+        return Scores(features, -features.logsumexp(dim=1))
+
+
+class LinearEnergy(EnergyModel):
+    """M-EBM's reading (Yang and Ji 2023): a linear head of its own gives -E(x)."""
+
+    def __init__(self, network: Network, n_classes: int) -> None:
+        super().__init__()
+        self.network = network
+        self.head = nn.Linear(network.width, n_classes)
+        self.energy = nn.Linear(network.width, 1)
+
+    def read(self, features: Tensor) -> Scores:
+        return Scores(self.head(features), -self.energy(features).squeeze(1))
+
+
+@dataclass(frozen=True)
+class ModelEnergy:
+    """The EnergyFn of a model: E(x), or E(x, y) where labels are given."""
+
+    model: EnergyModel
+    y: Tensor | None = None  # [B]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._of(self.model(x))
+
+    def stem(self, x: Tensor) -> Tensor:
+        network = self.model.network
+        return passed(network.stem, x, network)
+
+    def trunk(self, h: Tensor) -> Tensor:
+        """The energy from the first layer's output on."""
+        network = self.model.network
+        return self._of(self.model.scores(passed(network.trunk, h, network)))
+
+    def _of(self, scores: Scores) -> Tensor:
+        return scores.energy if self.y is None else scores.joint(self.y)
+
+
+@runtime_checkable
+class EnergyModelSpec(Protocol):
+    """How features are read; a registered part."""
+
+    def build(self, network: Network, n_classes: int) -> EnergyModel: ...
+
+
+class LogSumExp(Options):
+    """E(x) = -logsumexp f(x), JEM's energy (Eq. 1)."""
+
+    def build(self, network: Network, n_classes: int) -> EnergyModel:
+        return LogSumExpEnergy(network, n_classes)
+
+
+class LinearHead(Options):
+    """E(x) from a linear head beside the classifier's, M-EBM's energy."""
+
+    def build(self, network: Network, n_classes: int) -> EnergyModel:
+        return LinearEnergy(network, n_classes)

@@ -1,0 +1,180 @@
+"""Devices, precision and determinism: what a method never learns of."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+from jemkit.errors import ConfigError
+
+Precision = Literal["fp32", "tf32", "bf16"]
+
+JUDGED_IN: Precision = "fp32"
+"""The precision of every figure, in validation, at the end of a run and in `evaluate`, whatever a
+run trains in: `judging` sets it, and a figure's card names it."""
+
+Layout = Literal["auto", "yes", "no"]
+"""Of weights, channels last or not; `auto` is a rule of network and device."""
+
+
+def device_of(name: str) -> torch.device:
+    """auto is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device here; use cpu or auto")
+    return torch.device(name)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a device's whole memory; more than any machine has where nobody says."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on this system
+        return 2**46
+
+
+@contextmanager
+def as_trained(
+    device_type: str, precision: Precision, *, deterministic: bool, threads: int | None
+) -> Iterator[None]:
+    """Torch's switches, and autocast, as the chains of a run have them while it trains."""
+    narrow = torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16")
+    with numerics(precision=precision, deterministic=deterministic, threads=threads), narrow:
+        yield
+
+
+@contextmanager
+def judging(
+    device: torch.device, *, deterministic: bool = False, threads: int | None = None
+) -> Iterator[None]:
+    """Torch's switches as every figure is measured, also where the caller is in an autocast."""
+    whole = torch.autocast(device.type, enabled=False)
+    with numerics(precision=JUDGED_IN, deterministic=deterministic, threads=threads), whole:
+        yield
+
+
+@contextmanager
+def numerics(
+    *, precision: Precision = "fp32", deterministic: bool = False, threads: int | None = None
+) -> Iterator[None]:
+    """Torch's switches for a run, put back as they were found."""
+    strict, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    found = torch.get_num_threads()
+    with _float32(precision):
+        torch.backends.cudnn.benchmark = not deterministic
+        _be_deterministic(deterministic)
+        torch.set_num_threads(threads or found)
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = benchmark
+            _be_deterministic(strict)
+            torch.set_num_threads(found)
+
+
+Switch = tuple[str, str]
+"""Backend and operation of one of torch's `fp32_precision` switches: `torch.backends` names
+("cuda", "all") `cudnn.fp32_precision`, ("cuda", "conv") `cudnn.conv.fp32_precision`. One that is
+not set follows its backend's "all", and that follows ("generic", "all")."""
+
+GENERIC: Switch = ("generic", "all")
+BACKENDS: tuple[Switch, ...] = (("cuda", "all"), ("mkldnn", "all"))
+OPERATIONS: tuple[Switch, ...] = tuple(
+    (backend, op) for backend, _ in BACKENDS for op in ("matmul", "conv", "rnn")
+)
+
+
+def read_switch(switch: Switch) -> str:
+    """What a switch answers: its own value, or that of the one that it follows."""
+    return str(_holder(switch).fp32_precision)
+
+
+def write_switch(switch: Switch, value: str) -> None:
+    """Set a switch; "none" lets it follow."""
+    _holder(switch).fp32_precision = value
+
+
+def _holder(switch: Switch) -> Any:
+    """The part of `torch.backends` whose `fp32_precision` a switch is."""
+    backend, op = switch
+    if switch == GENERIC:
+        return torch.backends
+    if switch == ("cuda", "matmul"):
+        return torch.backends.cuda.matmul
+    whole = torch.backends.cudnn if backend == "cuda" else torch.backends.mkldnn
+    return whole if op == "all" else getattr(whole, op)
+
+
+@contextmanager
+def _float32(precision: Precision) -> Iterator[None]:
+    """How float32 is multiplied: on a GPU in tf32 where that is asked for, else in full.
+
+    What follows another switch still follows it afterwards; so an operation's switch is written
+    only where it was set. The older `float32_matmul_precision` and `cudnn.allow_tf32` are kept in
+    agreement where they were found so, since torch refuses to answer where the two differ, and a
+    model may ask. For that a GPU's convolutions, which begin as tf32 by default, are tf32 by their
+    own switch afterwards.
+    """
+    generic, older, convolution = read_switch(GENERIC), _older(), _older_convolution()
+    backends = _own(BACKENDS, (GENERIC,))
+    operations = _own(OPERATIONS, (GENERIC, *BACKENDS))
+    wanted = {"cuda": "tf32" if precision == "tf32" else "ieee", "mkldnn": "ieee"}
+    try:
+        if older is not None:  # it sets both backends' "matmul"
+            torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        if convolution is not None:
+            torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        write_switch(GENERIC, "ieee")
+        for switch in (*BACKENDS, *operations):
+            write_switch(switch, wanted[switch[0]])
+        yield
+    finally:
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
+        if convolution is not None:
+            torch.backends.cudnn.allow_tf32 = convolution
+        for switch, value in {**operations, **backends}.items():
+            write_switch(switch, value)
+        write_switch(GENERIC, generic)
+
+
+def _own(switches: tuple[Switch, ...], above: tuple[Switch, ...]) -> dict[Switch, str]:
+    """What each of them is set to itself, found by changing those above; these stay changed.
+
+    Convolutions of a GPU that follow are left out: written "none" they would lose torch's default
+    for them, which is tf32. A matmul that follows is "none".
+    """
+    seen = []
+    for value in ("ieee", "tf32"):
+        for switch in above:
+            write_switch(switch, value)
+        seen.append([read_switch(switch) for switch in switches])
+    found = {s: a if a == b else "none" for s, a, b in zip(switches, *seen, strict=True)}
+    return {s: v for s, v in found.items() if v != "none" or s[1] in ("all", "matmul")}
+
+
+def _older() -> str | None:
+    """`float32_matmul_precision`; None where the newer switches say something else."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+def _older_convolution() -> bool | None:
+    """`cudnn.allow_tf32`; None where the newer switches say something else."""
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        return None
+
+
+def _be_deterministic(on: bool) -> None:
+    """Torch's switch, left alone where it stands so: to touch it imports the whole compiler."""
+    if torch.are_deterministic_algorithms_enabled() != on:
+        torch.use_deterministic_algorithms(on)

@@ -1,0 +1,128 @@
+"""The compiled gradient: what a chain spends its time on, as one graph; noise stays outside."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from jemkit.models.energy import EnergyFn
+from jemkit.runtime.microbatch import cuts
+from jemkit.runtime.run_dir import RunFolder
+from jemkit.sampling.kernels import eager_gradient, gradients_by, slope_at
+
+Backend = Literal["inductor", "aot_eager", "eager"]
+CUDA_MODE = "reduce-overhead"
+"""torch.compile's mode on CUDA: kernels are recorded as CUDA graphs and launched as a whole."""
+
+GRAPHS = 64
+"""How many graphs may be compiled; torch's own limit counts all runs of a process together."""
+
+
+class Compilation(NamedTuple):
+    """One warm-up: for which images, and how long it took."""
+
+    shape: tuple[int, ...]
+    seconds: float
+
+
+class CompiledGradient:
+    """The gradient of any energy as one graph without a break; a break is an error.
+
+    The network's weights are inputs of the graph, so updates compile nothing anew; another shape,
+    mode or form of the energy does. On CUDA it is launched as a CUDA graph. Where this machine has
+    no compiler one warning says so, and gradients are eager from then on.
+    """
+
+    def __init__(self, backend: Backend = "inductor") -> None:
+        self.backend = backend
+        self.compilations: list[Compilation] = []
+        self.given_up = False
+        self._graphs = self._told = 0
+        self._unit: Callable[[EnergyFn, Tensor], Tensor] = torch.compile(
+            slope_at, fullgraph=True, dynamic=False, backend=self._counted
+        )
+
+    def __call__(self, energy: EnergyFn, x: Tensor) -> Tensor:
+        if self.given_up or cuts(len(x)):  # a graph knows its batch, and would hold all of it
+            return eager_gradient(energy, x)
+        began, before = time.perf_counter(), self._graphs
+        try:
+            with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=GRAPHS):
+                if x.is_cuda:  # what the last replay of a CUDA graph returned may be overwritten
+                    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+                # the leaf is made out here: not every torch traces requires_grad_() in a graph
+                found = self._unit(energy, x.detach().requires_grad_())
+                found = found.clone() if x.is_cuda else found
+        except Exception as error:
+            lacking = lacks_compiler(error)
+            if lacking is None:
+                raise
+            self.given_up = True
+            warnings.warn(f"chains run without --compile: {lacking}", stacklevel=2)
+            return eager_gradient(energy, x)
+        if self._graphs > before:
+            self.compilations.append(Compilation(tuple(x.shape), time.perf_counter() - began))
+        return found
+
+    @property
+    def warm_up(self) -> float:
+        """Seconds that compiling took so far."""
+        return sum(each.seconds for each in self.compilations)
+
+    def tell(self, folder: RunFolder, watch: Callable[[str, dict[str, Any]], None]) -> None:
+        """Say what was compiled since this was last called: graphs in all, and their seconds."""
+        if len(self.compilations) > self._told:
+            self._told = len(self.compilations)
+            what = {"graphs": self._told, "seconds": round(self.warm_up, 1)}
+            folder.event("compiled", **what)
+            watch("compiled", what)
+
+    def _counted(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        self._graphs += 1
+        if self.backend == "inductor" and any(t.is_cuda for t in inputs):
+            return as_cuda_graph(graph, inputs)
+        return torch._dynamo.lookup_backend(self.backend)(graph, inputs)
+
+
+def as_cuda_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+    """Inductor's kernels in `CUDA_MODE`, as a backend of torch.compile."""
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(graph, inputs, config_patches=list_mode_options(CUDA_MODE))
+
+
+def pays_after(warm_up: float, eager: float, compiled: float) -> float:
+    """How many gradients make up for compiling; infinite where the compiled one is no faster."""
+    return warm_up / (eager - compiled) if compiled < eager else float("inf")
+
+
+@contextmanager
+def compiled_gradients(backend: Backend = "inductor") -> Iterator[CompiledGradient]:
+    """Chains inside the block take compiled gradients; gives what was compiled and when."""
+    unit = CompiledGradient(backend)
+    with gradients_by(unit):
+        yield unit
+
+
+MISSING = {"InvalidCxxCompiler", "TritonMissing", "CppCompileError"}
+"""Errors that tell of a machine without a C++ compiler, or on a GPU without Triton."""
+
+
+def lacks_compiler(error: BaseException) -> str | None:
+    """What the machine lacks, in a line; None where the energy is at fault."""
+    for cause in _causes(error):
+        if type(cause).__name__ in MISSING:
+            return " ".join(str(cause).split()) or type(cause).__name__
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = getattr(found, "inner_exception", None) or found.__cause__ or found.__context__

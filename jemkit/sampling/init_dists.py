@@ -1,0 +1,221 @@
+"""Where chains begin: p_0."""
+
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import torch
+from pydantic import Field
+from torch import Generator, Tensor
+
+from jemkit.data import Bounds
+from jemkit.options import Options
+from jemkit.runtime.lazy import Late
+from jemkit.sampling.moments import (
+    JITTER,
+    Form,
+    check_groups,
+    expanded,
+    form_of,
+    gaussian,
+    images_hash,
+    moments_of,
+    packed,
+)
+
+if TYPE_CHECKING:
+    from jemkit.data import Task
+
+__all__ = [
+    "JITTER", "Gaussian", "GaussianStart", "Labelled", "LowRankStart", "Mixture", "MomentStart",
+    "Noise", "Start", "StartSpec", "Uniform", "gaussian", "images_hash", "moments", "start_name",
+]  # fmt: skip
+
+
+@runtime_checkable
+class Start(Protocol):
+    """A distribution that chains begin from."""
+
+    def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
+        """n images [n, C, H, W] in the model's range, of the classes y [n] where it knows any."""
+        ...
+
+
+@runtime_checkable
+class StartSpec(Protocol):
+    """A start's options; a registered part."""
+
+    def build(self, task: "Task", device: torch.device) -> Start: ...
+
+
+class Uniform(Options):
+    """Uniform pixels, JEM's start."""
+
+    def build(self, task: "Task", device: torch.device) -> Start:
+        return UniformStart(task.shape, task.bounds)
+
+
+class Noise(Options):
+    """Independent normal pixels around the middle of the range, clamped to it."""
+
+    std: float = Field(1.0, gt=0)
+
+    def build(self, task: "Task", device: torch.device) -> Start:
+        return NoiseStart(task.shape, task.bounds, self.std)
+
+
+class Gaussian(Options):
+    """One Gaussian with the mean and covariance of the training images, M-EBM's start."""
+
+    def build(self, task: "Task", device: torch.device) -> Start:
+        return MomentStart(task, classwise=False, device=device)
+
+
+class Mixture(Options):
+    """A Gaussian a class, JEM++'s informative initialisation."""
+
+    def build(self, task: "Task", device: torch.device) -> Start:
+        return MomentStart(task, classwise=True, device=device)
+
+
+class UniformStart:
+    def __init__(self, shape: tuple[int, int, int], bounds: Bounds) -> None:
+        self.shape, self.bounds = shape, bounds
+
+    def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
+        u = torch.rand((n, *self.shape), generator=rng, device=rng.device)
+        return self.bounds.from_unit(u)
+
+
+class NoiseStart:
+    def __init__(self, shape: tuple[int, int, int], bounds: Bounds, std: float) -> None:
+        self.shape, self.bounds, self.std = shape, bounds, std
+
+    def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
+        z = torch.randn((n, *self.shape), generator=rng, device=rng.device)
+        return self.bounds.clamp(sum(self.bounds) / 2 + self.std * z)
+
+
+GATHERED = 2**28
+"""Numbers of Cholesky factors that are gathered at a time: 1 GiB of float32."""
+
+
+class GaussianStart:
+    """x = m_k + L_k z, L_k the Cholesky factor of class k's covariance; clamped to the range."""
+
+    def __init__(self, means: Tensor, factors: Tensor, task: "Task") -> None:
+        self.means, self.factors = means, factors  # [K, D], [K, D, D] lower triangular
+        self.shape, self.bounds = task.shape, task.bounds
+
+    def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
+        k = len(self.means)
+        z = torch.randn((n, self.means.shape[1]), generator=rng, device=rng.device)
+        if k == 1:
+            x = self.means + z @ self.factors[0].T
+        else:
+            if y is None:
+                y = torch.randint(k, (n,), generator=rng, device=rng.device)
+            x = self._by_class(z, y) if z.device.type == "cpu" else self._gathered(z, y)
+        return self.bounds.clamp(x).view(n, *self.shape)
+
+    def _by_class(self, z: Tensor, y: Tensor) -> Tensor:
+        """One matrix product a class, so that each factor is read once; the host knows y."""
+        x = torch.empty_like(z)
+        for label in torch.unique(y).tolist():
+            rows = y == label
+            x[rows] = self.means[label] + (self.factors[label] @ z[rows].T).T
+        return x
+
+    def _gathered(self, z: Tensor, y: Tensor) -> Tensor:
+        """A batched product in pieces; on a GPU, where reading y back would stop the device."""
+        rows = max(1, GATHERED // self.factors[0].numel())
+        pieces = [
+            self.means[label] + torch.bmm(self.factors[label], part.unsqueeze(2)).squeeze(2)
+            for part, label in zip(torch.split(z, rows), torch.split(y, rows), strict=True)
+        ]
+        return torch.cat(pieces)
+
+
+class Labelled:
+    """A start that always begins with these classes."""
+
+    def __init__(self, start: Start, y: Tensor) -> None:
+        self.start, self.y = start, y
+
+    def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
+        own = self.y[torch.arange(n, device=self.y.device) % len(self.y)]  # again from the first
+        return self.start.draw(n, rng, own if y is None else y)
+
+
+class LowRankStart:
+    """x = m_k + B_k z + s_k e: the leading directions of a covariance and a diagonal; clamped."""
+
+    def __init__(self, means: Tensor, basis: Tensor, spread: Tensor, task: "Task") -> None:
+        self.means, self.basis, self.spread = means, basis, spread  # [K, D], [K, D, R], [K, D]
+        self.shape, self.bounds = task.shape, task.bounds
+
+    def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
+        k, d, rank = self.basis.shape
+        z = torch.randn((n, rank), generator=rng, device=rng.device)
+        e = torch.randn((n, d), generator=rng, device=rng.device)
+        if k == 1:
+            y = torch.zeros(n, dtype=torch.int64, device=rng.device)
+        elif y is None:
+            y = torch.randint(k, (n,), generator=rng, device=rng.device)
+        rows = max(1, GATHERED // (d * rank))
+        pieces = [
+            self.means[label]
+            + torch.bmm(self.basis[label], part.unsqueeze(2)).squeeze(2)
+            + self.spread[label] * rest
+            for part, rest, label in zip(*(torch.split(t, rows) for t in (z, e, y)), strict=True)
+        ]
+        return self.bounds.clamp(torch.cat(pieces)).view(n, *self.shape)
+
+
+class MomentStart:
+    """A start from the training images' Gaussians, which are looked for at the first draw."""
+
+    def __init__(self, task: "Task", *, classwise: bool, device: torch.device) -> None:
+        self.task, self.classwise, self.device = task, classwise, device
+        self.form: Form = form_of(task, classwise=classwise)
+        self._late = Late(lambda: _gaussians(task, classwise, device))
+        if task.fill:
+            self.check()
+
+    def check(self) -> None:
+        """Refuse what will have no Gaussian, before anything slow."""
+        check_groups(self.task, classwise=self.classwise)
+
+    def prepare(self) -> None:
+        """Look for the Gaussians now; a DataError where there are none."""
+        self._late.get()
+
+    def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
+        return self._late.get().draw(n, rng, y)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a model's own file of moments holds; reads the training images where it must."""
+        return packed(self.form, moments_of(self.task, classwise=self.classwise))
+
+
+def _gaussians(
+    task: "Task", classwise: bool, device: torch.device
+) -> "GaussianStart | LowRankStart":
+    found = {n: t.to(device) for n, t in moments_of(task, classwise=classwise).items()}
+    if "basis" in found:
+        return LowRankStart(found["means"], found["basis"], found["spread"], task)
+    return GaussianStart(found["means"], expanded(found["factors"], found["means"].shape[1]), task)
+
+
+def moments(task: "Task", *, classwise: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Means [K, D] and Cholesky factors [K, D, D], where whole covariances are kept."""
+    found = moments_of(task, classwise=classwise)
+    means = found["means"]
+    return means.to(device), expanded(found["factors"], means.shape[1]).to(device)
+
+
+def start_name(start: Start) -> str:
+    """A start as a protocol card names it: as it is registered, where its class is named so."""
+    if isinstance(start, MomentStart):
+        return str(start.form)
+    if isinstance(start, GaussianStart) and len(start.means) > 1:
+        return "mixture"
+    return type(start).__name__.removesuffix("Start").lower()

@@ -1,0 +1,308 @@
+"""Gaussians of the training images: estimated, cached, or brought by a model."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from jemkit.data import Images
+from jemkit.errors import ConfigError, DataError
+from jemkit.runtime.disk import TIGHT, free_bytes, readable
+from jemkit.runtime.files import cache_folder, file_hash, load_tensors, read_json, write_tensors
+
+if TYPE_CHECKING:
+    from jemkit.data import Task
+
+log = logging.getLogger("jemkit")
+notices = logging.getLogger("jemkit.data")
+
+Kind = Literal["gaussian", "mixture"]
+
+JITTER = 1e-4
+"""Added to a covariance's diagonal, as JEM++ does, so that few images still give a full rank."""
+
+WIDEST = 32
+"""The side of an image, in pixels, up to which a whole covariance is kept."""
+
+LARGEST = 200_000_000
+"""Bytes of a file of moments."""
+
+RANK = 256
+"""Directions of a covariance that are kept at the most, where not all are."""
+
+EXACT = 2048
+"""Rows or columns up to which the leading directions come from an eigendecomposition."""
+
+LIMIT = 2**30
+"""Bytes of all files in the cache; those used least recently go first."""
+
+MOMENTS = "moments.safetensors"
+"""The file that an exported model brings them in."""
+
+
+class Form(NamedTuple):
+    """How the covariances of a start are kept."""
+
+    kind: Kind
+    groups: int  # Gaussians
+    pixels: int  # numbers of an image
+    rank: int | None  # of the low-rank part; None: whole covariances
+
+    @property
+    def bytes(self) -> int:
+        if self.rank is None:
+            return 4 * self.groups * (self.pixels + self.pixels * (self.pixels + 1) // 2)
+        return 4 * self.groups * self.pixels * (self.rank + 2)
+
+    def __str__(self) -> str:
+        """As a card tells it."""
+        if self.rank is None:
+            return self.kind
+        return f"{self.kind} (covariances of rank {self.rank} at most, and a diagonal)"
+
+
+def form_of(task: "Task", *, classwise: bool) -> Form:
+    """Whole covariances where the images are small and the file stays so, else a low rank."""
+    kind: Kind = "mixture" if classwise else "gaussian"
+    pixels = task.shape[0] * task.shape[1] * task.shape[2]
+    whole = Form(kind, task.n_classes if classwise else 1, pixels, None)
+    if max(task.shape[1:]) <= WIDEST and whole.bytes <= LARGEST:
+        return whole
+    room = LARGEST // (4 * whole.groups * pixels) - 2
+    return whole._replace(rank=max(1, min(RANK, room)))
+
+
+def check_groups(task: "Task", *, classwise: bool) -> None:
+    """Refuse training images of which some class has none, so that it has no Gaussian."""
+    if not classwise:
+        return
+    counts = torch.bincount(task.images("train").y, minlength=task.n_classes)
+    empty = (counts == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ConfigError(
+            f"no training image of class {', '.join(map(str, empty[:5]))}, so it has no Gaussian; "
+            "use more images (run.max_train) or backbone.start.use=gaussian"
+        )
+
+
+def moments_of(task: "Task", *, classwise: bool) -> dict[str, Tensor]:
+    """Means and covariances of un-augmented training images, in the model's range.
+
+    Those that the model brings, else those that the cache keeps for these images, else estimated.
+    With whole covariances `factors` [K, D (D + 1) / 2] are the lower triangles of their Cholesky
+    factors; else `basis` [K, D, R] and `spread` [K, D] are the low rank and the deviations beside.
+    """
+    form = form_of(task, classwise=classwise)
+    brought = _brought(task, form)
+    if brought is not None:
+        return brought
+    path = _cached(task, form)
+    found = _from_cache(path, form) if path is not None else None
+    if found is None:
+        found = _estimate(task, form)
+        if path is not None:
+            _keep(path, found)
+    return found
+
+
+def brought(config: Path) -> Path | None:
+    """The file of moments that goes with a config.json, where that one lists its hash."""
+    listed = read_json(config)
+    hashes = listed.get("sha256") if isinstance(listed, dict) else None
+    wanted = hashes.get(MOMENTS) if isinstance(hashes, dict) else None
+    if wanted is None:
+        return None
+    path = config.parent / MOMENTS
+    if not path.is_file() or file_hash(path) != wanted:
+        raise DataError(f"{path} is missing or damaged: its SHA-256 is not {wanted}")
+    return path
+
+
+def packed(form: Form, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Moments under the names that a model's own file of them has."""
+    return {f"{form.kind}.{name}": tensor for name, tensor in found.items()}
+
+
+def expanded(triangles: Tensor, size: int) -> Tensor:
+    """Lower triangular matrices [K, size, size] from their triangles [K, size (size + 1) / 2]."""
+    rows, columns = torch.tril_indices(size, size, device=triangles.device)
+    shape = (len(triangles), size, size)
+    whole = torch.zeros(shape, dtype=triangles.dtype, device=triangles.device)
+    whole[:, rows, columns] = triangles
+    return whole
+
+
+def _brought(task: "Task", form: Form) -> dict[str, Tensor] | None:
+    if task.moments is None:
+        return None
+    prefix = f"{form.kind}."
+    tensors = load_tensors(task.moments)
+    found = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    if found and not _fits(found, form):
+        raise DataError(f"{task.moments} does not fit images of {list(task.shape)}")
+    return found or None
+
+
+def _cached(task: "Task", form: Form) -> Path | None:
+    """Where the cache keeps them; nowhere, where nobody knows the hash of the images."""
+    if not task.hash:
+        return None
+    about = f"{task.hash} {tuple(task.bounds)} {form} {JITTER} packed"
+    key = hashlib.sha256(about.encode()).hexdigest()
+    return cache_folder() / "moments" / f"{key[:32]}.safetensors"
+
+
+def _from_cache(path: Path, form: Form) -> dict[str, Tensor] | None:
+    if not path.is_file():
+        return None
+    try:
+        found = load_tensors(path)
+    except DataError as error:  # damaged, or gone in the meantime: estimated again
+        log.warning("%s", error)
+        return None
+    if not _fits(found, form):
+        return None
+    try:
+        os.utime(path)  # what is used last goes last
+    except OSError as error:
+        log.debug("%s: %s", path, error)
+    return found
+
+
+def _fits(found: Mapping[str, Tensor], form: Form) -> bool:
+    k, d = form.groups, form.pixels
+    shapes = {name: list(tensor.shape) for name, tensor in found.items()}
+    if form.rank is None:
+        return shapes == {"means": [k, d], "factors": [k, d * (d + 1) // 2]}
+    rank = found["basis"].shape[-1] if "basis" in found else 0
+    return shapes == {"means": [k, d], "basis": [k, d, rank], "spread": [k, d]}
+
+
+def _keep(path: Path, found: Mapping[str, Tensor]) -> None:
+    """Keep moments for the next run, where there is room; never a reason to stop."""
+    size = sum(tensor.nbytes for tensor in found.values())
+    try:
+        free = free_bytes(path.parent)
+        if size > TIGHT * free:
+            log.warning(
+                "the moments of the data are not kept: %s has %s free of the %s that they take",
+                path.parent, readable(free), readable(size),
+            )  # fmt: skip
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, found)
+        _prune(path.parent, LIMIT)
+    except OSError as error:
+        log.warning("the moments of the data could not be kept in %s: %s", path, error)
+
+
+def _prune(folder: Path, limit: int) -> None:
+    """Remove the files that were used least recently, until all of them fit."""
+    aged: list[tuple[float, int, Path]] = []
+    for path in folder.iterdir():
+        try:
+            state = path.lstat()
+        except FileNotFoundError:  # another process removed it
+            continue
+        aged.append((state.st_mtime, state.st_size, path))
+    total = sum(size for _, size, _ in aged)
+    for _, size, path in sorted(aged)[:-1]:
+        if total <= limit:
+            return
+        path.unlink(missing_ok=True)
+        total -= size
+
+
+def _estimate(task: "Task", form: Form) -> dict[str, Tensor]:
+    images = _training_images(task, form)
+    check_groups(task, classwise=form.kind == "mixture")
+    if form.bytes > 10_000_000:
+        notices.info(
+            "estimating %d Gaussian(s) of %d training images of %d numbers each",
+            form.groups, len(images.y), form.pixels,
+        )  # fmt: skip
+    x = task.bounds.from_unit(images.unit()).flatten(1)
+    mixture = form.kind == "mixture"
+    groups = [images.y == k for k in range(form.groups)] if mixture else [slice(None)]
+    if form.rank is None:
+        rows, columns = torch.tril_indices(form.pixels, form.pixels)
+        pairs = [gaussian(x[group]) for group in groups]
+        means, factors = zip(*((m, f[rows, columns]) for m, f in pairs), strict=True)
+        return {"means": torch.stack(means), "factors": torch.stack(factors)}
+    most = max(len(x[group]) for group in groups) - 1
+    rank = max(1, min(form.rank, most))
+    parts = [low_rank(x[group], rank) for group in groups]
+    names = ("means", "basis", "spread")
+    return {n: torch.stack(list(t)) for n, t in zip(names, zip(*parts, strict=True), strict=True)}
+
+
+def _training_images(task: "Task", form: Form) -> Images:
+    try:
+        return task.images("train")
+    except DataError as error:
+        raise DataError(
+            f"{error}. The start {form.kind!r} begins from Gaussians of the training images, which "
+            "neither the model's folder nor the cache holds: give --data-dir DIR where the images "
+            "are, or --start uniform"
+        ) from None
+
+
+def gaussian(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean [D] of rows [N, D], and the Cholesky factor of their covariance (divided by N)."""
+    mean = x.mean(dim=0)
+    centred = x - mean
+    covariance = (centred.T @ centred).double() / len(x)
+    covariance.diagonal().add_(JITTER)
+    return mean, torch.linalg.cholesky(covariance).float()
+
+
+def low_rank(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean [D] of rows [N, D], leading directions [D, rank], deviations [D] of the rest.
+
+    The covariance (divided by N) is basis basis^T + diag(spread^2), exact on its diagonal, and
+    exact but for JITTER where `rank` is N - 1 or more.
+    """
+    n, d = x.shape
+    mean = x.mean(dim=0)
+    centred = (x - mean) / n**0.5
+    basis = torch.zeros((d, rank))
+    leading = _directions(centred, min(rank, n, d))
+    basis[:, : leading.shape[1]] = leading
+    rest = centred.square().sum(dim=0) - basis.square().sum(dim=1)
+    return mean, basis, (rest.clamp(min=0) + JITTER).sqrt()
+
+
+def _directions(c: Tensor, rank: int) -> Tensor:
+    """The leading eigenvectors [D, rank] of c^T c, each as long as its standard deviation."""
+    n, d = c.shape
+    if n <= min(d, EXACT):
+        vectors = torch.linalg.eigh((c @ c.T).double()).eigenvectors[:, -rank:]
+        return torch.mm(c.T, vectors.float())
+    if d <= EXACT:
+        return _scaled(torch.eye(d), (c.T @ c).double(), rank)
+    # Halko, Martinsson and Tropp (2011), Algorithms 4.4 and 5.3: a random subspace, iterated
+    rng = Generator().manual_seed(0)
+    q = torch.linalg.qr(torch.randn((d, rank + 16), generator=rng)).Q
+    for _ in range(3):
+        q = torch.linalg.qr(c.T @ (c @ q)).Q
+    inside = c @ q
+    return _scaled(q, (inside.T @ inside).double(), rank)
+
+
+def _scaled(q: Tensor, covariance: Tensor, rank: int) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    lengths = values[-rank:].clamp(min=0).sqrt()
+    return torch.mm(q, (vectors[:, -rank:] * lengths).float())
+
+
+def images_hash(images: Images) -> str:
+    """SHA-256 of a set's pixels, labels and shapes."""
+    digest = hashlib.sha256(f"{list(images.x.shape)} {images.x.dtype}".encode())
+    digest.update(images.x.contiguous().numpy().tobytes())
+    digest.update(images.y.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,178 @@
+"""Proof, on a recipe of one's own, that a run that is cut and gone on with is the run that is not.
+
+A few steps of the recipe are trained whole, and again cut at several places, each time saved and
+loaded in a trainer made anew; then every tensor and value of the states is compared bit for bit.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from jemkit.config.recipe import Recipe, Resolved, resolve, with_run
+from jemkit.config.registry import Registry
+from jemkit.errors import ConfigError, Preempted, UsageError
+from jemkit.runtime import checkpoint
+from jemkit.runtime.precision import device_of
+from jemkit.runtime.pytree import differing, leaves
+from jemkit.runtime.run_dir import RunFolder
+from jemkit.training import pinned
+from jemkit.training.build import splits_of
+from jemkit.training.pinned import CONFIG
+from jemkit.training.restore import saved_state
+from jemkit.training.run import resume_from
+from jemkit.training.trainer import Trainer
+
+LOOKED_AT = 8
+"""Validation images under PGD after an epoch: enough to run what an epoch's end runs."""
+CLOCK = ("seconds", "images/s")
+"""What the clock writes; all else is compared."""
+
+
+class Cut(NamedTuple):
+    """A run that was saved after `step` steps and loaded again, compared at its end."""
+
+    step: int
+    where: str
+    differs: dict[str, str]  # part of the state: the first path of it that differs
+
+
+class Verdict(NamedTuple):
+    """What was compared, and how each cut came out."""
+
+    device: str
+    steps: int
+    steps_per_epoch: int
+    compared: dict[str, int]  # part of the state: how many tensors and values it holds
+    cuts: list[Cut]
+
+    @property
+    def exact(self) -> bool:
+        return not any(cut.differs for cut in self.cuts)
+
+
+def verify_resume(
+    resolved: Resolved,
+    folder: Path,
+    *,
+    steps: int = 6,
+    progress: Callable[[str], None] = lambda what: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Verdict:
+    """Train `steps` steps whole and cut, in `folder`; where they differ, part by part.
+
+    Fewer training images are taken, so that an epoch ends on the way. Raises ConfigError on CUDA
+    without deterministic algorithms: there two runs of one recipe differ without any cut; and
+    Preempted where `stop` says so.
+    """
+    _check(resolved.recipe, steps)
+    try:
+        return _verified(resolved, folder, steps, progress, stop)
+    except Preempted:
+        raise Preempted("stopped before all was compared; the same command begins anew") from None
+
+
+def _verified(
+    resolved: Resolved,
+    folder: Path,
+    steps: int,
+    progress: Callable[[str], None],
+    stop: Callable[[], bool],
+) -> Verdict:
+    short = _shortened(resolved, steps)
+    progress("training whole")
+    trainer = Trainer(short, RunFolder.create(folder / "whole"))
+    trainer.stop = stop
+    per_epoch = trainer.loader.steps_per_epoch
+    trainer.run(until=steps)
+    steps = trainer.step  # a data set may be too small for more
+    whole = _ended(trainer)
+    cuts = []
+    for step, where in cut_points(steps, per_epoch):
+        progress(f"training with a cut {where}")
+        found = _ended(_cut(short, folder / f"cut-{step}", step, steps, stop))
+        parts = sorted(whole.keys() | found.keys())
+        first = {p: next(differing(whole.get(p), found.get(p), p), None) for p in parts}
+        cuts.append(Cut(step, where, {part: at for part, at in first.items() if at}))
+    compared = {part: leaves(value) for part, value in sorted(whole.items())}
+    return Verdict(str(trainer.parts.device), steps, per_epoch, compared, cuts)
+
+
+def check_run(folder: Path, registry: Registry) -> None:
+    """Refuse a run whose data or config.json are not those that it began with."""
+    recipe = resolve(registry, config=folder / CONFIG).recipe
+    if newest := checkpoint.newest(folder / "checkpoints"):
+        saved_state(folder, newest)
+    splits_of(recipe, pinned.read(folder / CONFIG)).images("train")
+
+
+def cut_points(steps: int, per_epoch: int) -> list[tuple[int, str]]:
+    """Where a run of `steps` is cut: within its first epoch, at its end, within a later one."""
+    if per_epoch >= steps:
+        within = sorted({1, steps // 2, steps - 1} - {0})
+        return [(step, f"within epoch 1, after step {step}") for step in within]
+    later = per_epoch * ((steps - 1) // per_epoch) + 1
+    found = {per_epoch: f"at the end of epoch 1, after step {per_epoch}"}
+    if per_epoch > 1:
+        found[1] = "within epoch 1, after step 1"
+        if later < steps:
+            found[later] = f"within epoch {later // per_epoch + 1}, after step {later}"
+    return sorted(found.items())
+
+
+def _check(recipe: Recipe, steps: int) -> None:
+    if steps < 2:
+        raise UsageError(f"{steps} step(s) cannot be cut; take 2 or more")
+    if device_of(recipe.run.device).type == "cuda" and not recipe.run.deterministic:
+        raise ConfigError(
+            "this recipe runs on CUDA without deterministic algorithms: some kernels add in "
+            "another order each time, so that two runs differ even without a cut and nothing can "
+            "be promised of one. Take --deterministic, or --device cpu"
+        )
+
+
+def _shortened(resolved: Resolved, steps: int) -> Resolved:
+    """The recipe with epochs of half as many steps, where the data set gives more."""
+    run, splits = resolved.recipe.run, splits_of(resolved.recipe)
+    n_train, n_valid = len(splits.images("train").y), len(splits.images("valid").y)
+    wanted = (steps // 2) * min(run.batch_size, n_train)
+    n = wanted
+    while n - round(n * run.valid_fraction) < wanted or round(n * run.valid_fraction) < 1:
+        n += 1
+    changed: dict[str, Any] = {
+        "max_train": min(n, n_train + n_valid),
+        "epochs": max(2, steps),
+        "eval_images": min(run.eval_images, LOOKED_AT),
+        "tensorboard": False,
+        "keep": 2,
+    }
+    return with_run(resolved, **changed)
+
+
+def _cut(resolved: Resolved, path: Path, cut: int, steps: int, stop: Callable[[], bool]) -> Trainer:
+    """Saved after `cut` steps and gone on with, while torch's own generator stands elsewhere."""
+    first = Trainer(resolved, RunFolder.create(path))
+    first.stop = stop
+    first.run(until=cut)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.empty(8).uniform_()
+        trainer = Trainer(resolved, RunFolder(path))
+        trainer.stop = stop
+        resume_from(trainer, trainer.folder)
+        trainer.run(until=steps)
+    return trainer
+
+
+def _ended(trainer: Trainer) -> dict[str, Any]:
+    """The state at the end, the log of every step, and nothing that the clock wrote."""
+    state = {**trainer.state_dict(), "metrics": trainer.folder.metrics()}
+    found: dict[str, Any] = _timeless(state)
+    return found
+
+
+def _timeless(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {k: _timeless(v) for k, v in tree.items() if k not in CLOCK}
+    return [_timeless(v) for v in tree] if isinstance(tree, list | tuple) else tree

@@ -1,0 +1,242 @@
+"""A recipe's parts put together into a run, with every check that needs no step."""
+
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
+
+from jemkit.backbone import Backbone
+from jemkit.config.recipe import Recipe, Run
+from jemkit.data import Loader, Task, Views
+from jemkit.errors import ConfigError, DataError
+from jemkit.models.energy import EnergyModel
+from jemkit.objective import Objective, ObjectiveSpec, Remembering
+from jemkit.runtime import distributed, fsdp
+from jemkit.runtime.microbatch import MicroBatch
+from jemkit.runtime.precision import device_of, memory_of
+from jemkit.runtime.rng import generator
+from jemkit.sampling.compile import CompiledGradient
+from jemkit.sampling.moments import images_hash
+from jemkit.sampling.replay_buffer import Buffer
+from jemkit.splits import Pinned, Splits
+from jemkit.training import leader, reshard
+from jemkit.training.compatibility import check_adversary, check_parts
+from jemkit.training.objective_contexts import compiled_chains, in_bf16
+from jemkit.updaters import EMA, Stateful, Updater
+
+State = dict[str, Any]
+
+
+class Assembly(NamedTuple):
+    """Everything that a recipe determines, ready for the first step."""
+
+    device: torch.device
+    splits: Splits
+    task: Task
+    rng: Generator  # of all chains
+    backbone: Backbone
+    objective: Objective[Any]
+    optimizer: Optimizer
+    updater: Updater
+    ema: EMA | None
+    micro: MicroBatch
+    loader: Loader  # with a generator of its own, so that a sampler never moves the data
+    compiled: CompiledGradient | None = None  # what chains go by, under --compile
+    twin: EnergyModel | None = None  # under --shard, what the first process looks at alone
+
+    def state_dict(self) -> State:
+        """All that a step changes; of every process of a group, asked of the first one alone."""
+        leader.ask("state")
+        return {**self.shared_state(), **leader.gathered(self.own_state())}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take a state up; the first process of a group hands it on to the others."""
+        if state["device"] != self.device.type:
+            raise ConfigError(
+                f"the run was saved on {state['device']} and cannot go on bit for bit on "
+                f"{self.device.type}; use --device {state['device']}, or begin a new run with "
+                "--init-from"
+            )
+        self.take(leader.handed_on(state))
+
+    def own_state(self) -> State:
+        """What every process has for itself."""
+        density = self.backbone.density if self.backbone.has_density else None
+        remembered = self.objective if isinstance(self.objective, Remembering) else None
+        return {
+            "density": density.state_dict() if density else None,
+            "objective": remembered.state_dict() if remembered else None,
+            "rng": self.rng.get_state(),
+        }
+
+    def shared_state(self) -> State:
+        """What all processes have in common; each gives its part of the weights to it."""
+        return {
+            "device": self.device.type,
+            **self.weights(),
+            "optimizer": fsdp.whole(self.optimizer.state_dict(), keep=leader.leads()),
+            "updater": self.updater.state_dict() if isinstance(self.updater, Stateful) else None,
+            "loader": self.loader.state_dict(),
+            "micro_batch": self.micro.size,
+            "recompute": self.micro.recompute,
+        }
+
+    def weights(self) -> State:
+        """The model's and their average, whole at the first process."""
+        average = self.ema.average if self.ema else None
+        found = {"model": self.backbone.model.state_dict(), "ema": average}
+        return fsdp.whole(found, keep=leader.leads())  # type: ignore[no-any-return]
+
+    def take(self, state: State) -> None:
+        """Go on from a state, with this process's share of it."""
+        load_model(self.backbone.model, state["model"])
+        if self.ema is not None:
+            for name, tensor in self.ema.average.items():
+                fsdp.fill(tensor, state["ema"][name])
+        saved = {**state["optimizer"], "param_groups": self._groups(state["optimizer"])}
+        self.optimizer.load_state_dict(fsdp.dealt(saved, self.optimizer))
+        lay_like_parameters(self.optimizer)
+        if isinstance(self.updater, Stateful):
+            self.updater.load_state_dict(state["updater"])
+        self.loader.load_state_dict(state["loader"])
+        density = self.backbone.density if self.backbone.has_density else None
+        ended = self.loader.step >= self.task.total_steps
+        own = reshard.share_of(state, self.rng.get_state(), density, ended=ended)
+        if density is not None:
+            density.load_state_dict(own["density"])
+        if isinstance(self.objective, Remembering):
+            self.objective.load_state_dict(own["objective"])
+        sizes = {self.micro.size, state.get("micro_batch", 0)} - {0}
+        self.micro.size = min(sizes, default=0)
+        self.micro.recompute |= state.get("recompute", False)
+        self.rng.set_state(own["rng"])
+
+    def _groups(self, saved: State) -> list[State]:
+        """The recipe's options of the optimizer, at the rates that were saved."""
+        own = self.optimizer.state_dict()["param_groups"]
+        pairs = zip(own, saved["param_groups"], strict=True)
+        rates = ("lr", "weight_decay", "momentum")
+        return [
+            {**group, **{k: was[k] for k in rates if k in group and k in was}}
+            for group, was in pairs
+        ]
+
+
+def put_together(recipe: Recipe, pinned: Pinned | None = None, *, fill: bool = True) -> Assembly:
+    """Build and check, on no data but `pinned`, drawing no start without `fill`.
+
+    Raises ConfigError or DataError.
+    """
+    leader.ask("build")
+    run, usual = recipe.run, recipe.data.radius_px
+    check_adversary(recipe.objective, usual)  # before the data is read
+    device = device_of(run.device)
+    splits = splits_of(recipe, pinned)
+    task = replace(task_of(recipe, splits), fill=fill)
+    check_adversary(recipe.objective, usual, math.prod(task.shape))
+    buffer = getattr(recipe.backbone, "buffer", None)
+    if isinstance(buffer, Buffer):
+        buffer.check_memory(task.shape, memory_of(device))
+    rng = generator(device, run.seed, "chains")
+    backbone = recipe.backbone.build(task, rng)
+    objective = built_objective(recipe, task, rng)
+    check_parts(backbone, objective, task, run)
+    model, twin = leader.laid_out(backbone, run, task)
+    remembered = objective.parameters() if isinstance(objective, Remembering) else ()
+    parameters = [*model.parameters(), *remembered]
+    optimizer = recipe.optimizer.build(parameters, fused=fsdp.fusable(parameters))
+    unit = CompiledGradient() if run.compile else None
+    if unit is not None:
+        objective = compiled_chains(objective, unit)  # type: ignore[assignment]
+    if run.precision == "bf16":
+        objective = in_bf16(objective, device.type)  # type: ignore[assignment]
+    rng = reshard.split(backbone, rng, run.seed)
+    return Assembly(
+        device=device,
+        splits=splits,
+        task=task,
+        rng=rng,
+        backbone=backbone,
+        objective=objective,
+        optimizer=optimizer,
+        updater=leader.checked(recipe.updater.build(model, optimizer), model),
+        ema=EMA(model, run.ema_decay) if run.ema_decay else None,
+        micro=MicroBatch(run.micro_batch, recompute=run.recompute),
+        loader=_loader(run, task, backbone.views, device),
+        compiled=unit,
+        twin=twin,
+    )
+
+
+def _loader(run: Run, task: Task, views: Views, device: torch.device) -> Loader:
+    return Loader(
+        task.images("train").to(device),
+        run.batch_size,
+        generator(device, run.seed, "data"),
+        views=views,
+        bounds=task.bounds,
+        augmentation=task.augmentation,
+        shard=distributed.shard(),
+    )
+
+
+def splits_of(recipe: Recipe, pinned: Pinned | None = None) -> Splits:
+    """The splits of a recipe's data."""
+    run = recipe.run
+    return Splits(
+        recipe.data, valid_fraction=run.valid_fraction, max_train=run.max_train, pinned=pinned
+    )
+
+
+def task_of(recipe: Recipe, splits: Splits) -> Task:
+    """What the parts must know of this recipe's data and length; reads the training split."""
+    images = splits.images("train")
+    n_train = len(images.y)
+    steps = n_train // min(recipe.run.batch_size, n_train)
+    return Task(
+        shape=tuple(images.x.shape[1:]),  # type: ignore[arg-type]
+        n_classes=recipe.data.n_classes,
+        radius_px=recipe.data.radius_px,
+        n_train=n_train,
+        total_steps=steps * recipe.run.epochs,
+        images=splits.images,
+        hash=images_hash(images),
+        augmentation=recipe.data.augmentation,
+    )
+
+
+def built_objective(recipe: Recipe, task: Task, rng: Generator) -> Objective[Any]:
+    found = recipe.objective
+    return found.build(task, rng) if isinstance(found, ObjectiveSpec) else found
+
+
+def lay_like_parameters(optimizer: Optimizer) -> None:
+    """Give momenta read from a file their parameters' memory format, which fused steps ask for."""
+    for p, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == p.shape:
+                state[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+
+
+def load_model(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Weights into a model, every name and shape of both accounted for."""
+    wanted = model.state_dict()
+    wrong = [
+        f"{name}: {list(weights[name].shape)}, wanted {list(t.shape)}"
+        for name, t in wanted.items()
+        if name in weights and weights[name].shape != t.shape
+    ]
+    missing, extra = sorted(wanted.keys() - weights), sorted(weights.keys() - wanted)
+    if wrong or missing or extra:
+        raise DataError(
+            "the weights do not fit the model: "
+            + "; ".join(
+                f"{label} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+                for label, names in (("shapes", wrong), ("missing", missing), ("unknown", extra))
+                if names
+            )
+        )
+    model.load_state_dict({name: fsdp.like(weights[name], t) for name, t in wanted.items()})

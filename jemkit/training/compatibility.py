@@ -1,0 +1,125 @@
+"""Parts that do not fit each other, refused before the first step."""
+
+import logging
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+
+from jemkit.attacks.base import ForTraining, InBall, Norm, Threat, check_width, radius_of
+from jemkit.backbone import Backbone, check_stem
+from jemkit.config.registry import installed
+from jemkit.data import Task, positives
+from jemkit.errors import ConfigError, MisfitError
+from jemkit.models.distances import UsesDistances
+from jemkit.models.norms import SyncBatchNorm
+from jemkit.objective import Conditional, NamesStreams, Objective
+from jemkit.options import parts_of
+from jemkit.runtime import distributed
+from jemkit.runtime.microbatch import can_recompute
+from jemkit.runtime.modes import eval_mode
+from jemkit.sampling.density import Buffered
+
+if TYPE_CHECKING:
+    from jemkit.config.recipe import Run
+
+log = logging.getLogger(__name__)
+
+
+def check_parts(backbone: Backbone, objective: Objective[Any], task: Task, run: "Run") -> None:
+    """Refuse, before the first step, whatever of a run does not fit."""
+    check(backbone, objective)
+    check_distances(objective, task, backbone)
+    chains = positives(min(run.batch_size, task.n_train), backbone.views)
+    check_chains(objective, backbone, chains)
+    if isinstance(objective, NamesStreams):
+        backbone.check_learning(objective.streams)
+    check_graph(backbone, distributed.shard().size if run.compile else 1)
+    if run.precision == "tf32" and not next(backbone.model.parameters()).is_cuda:
+        log.warning("run.precision: tf32 is a GPU's; this run computes in fp32")
+    if run.recompute and not can_recompute(backbone.model.network):
+        raise MisfitError(
+            "run.recompute: this network does not know how to make its activations anew; leave it "
+            "out, or choose a wrn, or a run.micro_batch where no norm goes by the batch"
+        )
+
+
+def check_adversary(objective: Any, usual_px: float, pixels: int | None = None) -> None:
+    """Refuse an attack that cannot train, and a ball without a radius of its norm.
+
+    With the number of an image's values a radius wider than the pixel range is refused, too.
+    """
+    for path, part in parts_of(objective, "objective"):
+        if isinstance(part, ForTraining):
+            part.check_training()
+        if isinstance(part, InBall) and part.norm in get_args(Norm):
+            option = f"{path}.radius_px"
+            radius = radius_of(part.norm, part.radius_px, usual_px, option)
+            if pixels is not None:
+                check_width(Threat(part.norm, radius), pixels, option)
+
+
+def trained_threat(objective: Any, usual_px: float) -> Threat | None:
+    """The ball that an objective trains in; None where it moves no image."""
+    for _, part in parts_of(objective):
+        if isinstance(part, InBall) and part.norm in get_args(Norm):
+            return Threat(part.norm, usual_px if part.radius_px is None else part.radius_px)
+    return None
+
+
+def check(backbone: Backbone, objective: Objective[Any]) -> None:
+    """Refuse, before the first step, parts that do not fit each other."""
+    if objective.needs_density and not backbone.has_density:
+        raise MisfitError(
+            f"the objective {_name('objective', objective)} learns p(x), and this backbone "
+            "has no density; choose a backbone that has one, or an objective that needs none: "
+            "`jemkit plugins list` has all"
+        )
+    if backbone.has_density:
+        check_stem(backbone.density.sampler, backbone.model.network)
+
+
+def check_distances(objective: Objective[Any], task: Task, backbone: Backbone) -> None:
+    """Refuse a distance that the images are too small for, or whose weights are missing."""
+    for distance in objective.distances if isinstance(objective, UsesDistances) else ():
+        if task.shape[1] < distance.min_size:
+            raise MisfitError(
+                f"the distance {_name('distance', distance)} takes images of {distance.min_size} "
+                f"px at least; these have {task.shape[1]}. Choose another objective.distance, "
+                "such as none, l2 or logits"
+            )
+        device = next(backbone.model.parameters()).device
+        x = task.bounds.from_unit(task.images("train").take(torch.arange(1)).unit()).to(device)
+        with torch.no_grad(), eval_mode(backbone.model):
+            distance.bind(backbone.model, x, task.bounds)
+
+
+def check_chains(objective: Objective[Any], backbone: Backbone, chains: int) -> None:
+    """Refuse a buffer too small for a step, or without classes where some are asked for."""
+    if not backbone.has_density or not isinstance(backbone.density, Buffered):
+        return
+    buffer = backbone.density.buffer.options
+    if chains > buffer.capacity:
+        raise ConfigError(
+            f"each step begins {chains} chains, and the buffer holds {buffer.capacity}: raise "
+            "backbone.buffer.capacity or lower run.batch_size"
+        )
+    if isinstance(objective, Conditional) and objective.conditional and not buffer.conditional:
+        raise MisfitError(
+            "chains of given classes need a class-conditional buffer: "
+            "set backbone.buffer.conditional = true"
+        )
+
+
+def check_graph(backbone: Backbone, processes: int) -> None:
+    """Refuse to compile passes in which several processes exchange numbers."""
+    if processes > 1 and any(isinstance(m, SyncBatchNorm) for m in backbone.model.modules()):
+        raise MisfitError(
+            f"run.compile: batch norm over {processes} processes exchanges numbers amid each pass, "
+            'which cannot be part of a compiled graph; leave out --compile, or set norm = "batch"'
+        )
+
+
+def _name(kind: str, part: Any) -> str:
+    """What a recipe calls a part of jemkit's own; of any other its class."""
+    known = installed(third_party=False)[kind].items()
+    return next((repr(name) for name, own in known if own is type(part)), type(part).__name__)

@@ -1,0 +1,145 @@
+"""Checkup: what the sentinel is shown of a run, step by step and after every epoch."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from jemkit.data import Bounds, Images
+from jemkit.models.energy import EnergyModel, ModelEnergy
+from jemkit.runtime.divergence_monitor import Finding, Sentinel, Sick, Vitals
+from jemkit.runtime.microbatch import fitted
+from jemkit.runtime.modes import batch_norms, sampling_mode
+from jemkit.runtime.run_dir import RunFolder
+from jemkit.sampling.density import Buffered
+from jemkit.sampling.kernels import gradient
+from jemkit.sampling.replay_buffer import ReplayBuffer
+from jemkit.selection import stratified
+from jemkit.training.build import Assembly
+
+CHAINS = 32
+"""Chains of the buffer whose slopes are looked at after an epoch."""
+
+
+class Metered(RunFolder):
+    """A run's folder that also keeps the rows of metrics, until the sentinel has read them."""
+
+    def __init__(self, path: Path) -> None:
+        RunFolder.__init__(self, path)
+        self.rows: list[dict[str, Any]] = []
+
+    def append_metrics(self, rows: list[dict[str, Any]]) -> None:
+        RunFolder.append_metrics(self, rows)
+        self.rows += rows
+
+    def taken(self) -> list[dict[str, Any]]:
+        rows, self.rows = self.rows, []
+        return rows
+
+
+class Checkup:
+    """Raises Sick with the first finding; `vitals` is what it remembers between two looks."""
+
+    def __init__(self, options: Sentinel, parts: Assembly) -> None:
+        self.options, self.parts, self.vitals = options, parts, Vitals(options)
+        valid = parts.splits.images("valid").y
+        self._images, self._chance = len(valid), float(valid.bincount().max() / len(valid))
+        self.limit = edge_limit(parts.splits.images("train"), options.stuck)
+
+    @property
+    def buffer(self) -> ReplayBuffer | None:
+        """The replay buffer, where the objective learns by one."""
+        learns = self.parts.objective.needs_density and self.parts.backbone.has_density
+        density = self.parts.backbone.density if learns else None
+        return density.buffer if isinstance(density, Buffered) else None
+
+    def rows(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Every step's metrics, in order."""
+        for row in rows if self.options.on else ():
+            _raise(self.vitals.row(row))
+
+    def body(self, step: int, average: Mapping[str, Tensor]) -> dict[str, float]:
+        """After an epoch: weights, running statistics and buffer; sizes that may not grow."""
+        if not self.options.on:
+            return {}
+        since, model = step - self.parts.loader.steps_per_epoch, self.parts.backbone.model
+        broken = unfit(model.state_dict()) or unfit(average)
+        if broken is not None:
+            raise Sick(Finding("weights", since, f"not finite: {broken}"))
+        sizes = {}
+        variances = [n.running_var for n in batch_norms(model) if n.running_var is not None]
+        if variances:
+            largest = torch.stack([v.max() for v in variances]).max()
+            sizes["running variance of batch norm"] = float(largest)
+        if self.buffer is not None:
+            _raise(self._stuck(self.buffer, since))
+            sizes["slope of the chains' energies"] = steepness(model, self.buffer)
+        return sizes
+
+    def _stuck(self, buffer: ReplayBuffer, since: int) -> Finding | None:
+        if not buffer.states.isfinite().all():
+            return Finding("buffer", since, "not finite: states of the replay buffer")
+        share = float(sick_slots(buffer, self.parts.task.bounds, self.limit).float().mean())
+        if share <= self.options.stuck:
+            return None
+        told = f"{share:.0%} of the replay buffer's chains are stuck at the edge of the pixel range"
+        return Finding("buffer", since, told)
+
+    def epoch(self, step: int, sizes: Mapping[str, float], accuracies: list[float]) -> None:
+        """The sizes that `body` gave, and validation accuracy after every epoch so far."""
+        if not self.options.on:
+            return
+        since = step - self.parts.loader.steps_per_epoch
+        for name, size in sizes.items():
+            _raise(self.vitals.level(name, size, since))
+        since = step - self.options.collapse * self.parts.loader.steps_per_epoch
+        _raise(self.vitals.accuracy(accuracies, self._chance, self._images, max(0, since)))
+
+
+def _raise(finding: Finding | None) -> None:
+    if finding is not None:
+        raise Sick(finding)
+
+
+def edge_limit(images: Images, stuck: float) -> float:
+    """The share of a chain's pixels at the range's edge above which it is stuck there.
+
+    Counted among those that the data keeps inside: half the pixels of a digit are black.
+    """
+    unit = images.take(stratified(images.y, 1000)).unit()
+    data = float(((unit <= 0) | (unit >= 1)).float().mean())
+    return data + stuck * (1 - data)
+
+
+def unfit(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first that holds a NaN or an infinity; the device is waited for once."""
+    named = {n: t for n, t in tensors.items() if t.is_floating_point()}
+    sums = [t.detach().sum().float() for t in named.values()]
+    if not sums or torch.stack(sums).isfinite().all():
+        return None
+    return next((name for name, t in named.items() if not t.isfinite().all()), None)
+
+
+def sick_slots(buffer: ReplayBuffer, bounds: Bounds, limit: float) -> Tensor:
+    """Slots [N] with a pixel that is not finite, or with more than `limit` of them at the edge."""
+    states = buffer.states.flatten(1)
+    edge = (states <= bounds.low) | (states >= bounds.high)
+    return ~states.isfinite().all(dim=1) | (edge.float().mean(dim=1) > limit)
+
+
+def renew(buffer: ReplayBuffer, sick: Tensor, rng: Generator) -> int:
+    """Begin the chains of these slots [N] afresh; how many they are."""
+    slots = sick.nonzero().squeeze(1)
+    if len(slots):
+        y = slots * buffer.n_classes // buffer.options.capacity
+        buffer.states[slots] = buffer.start.draw(len(slots), rng, y)
+    return len(slots)
+
+
+def steepness(model: EnergyModel, buffer: ReplayBuffer) -> float:
+    """The median of |dE/dx| over some chains of the buffer; nothing is drawn or moved."""
+    with sampling_mode(model, "batch_stats"):
+        slopes = fitted(lambda: gradient(ModelEnergy(model), buffer.states[:CHAINS]))
+    return float(slopes.flatten(1).norm(dim=1).median())

@@ -1,0 +1,91 @@
+"""Metrics of a run, read from the device in bundles so that no step waits for them."""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jemkit.errors import ConfigError
+from jemkit.objective import Terms
+from jemkit.runtime.extras import install
+from jemkit.runtime.run_dir import RunFolder
+from jemkit.runtime.timing import Stopwatch
+from jemkit.updaters import Guard
+
+GATHER, PATIENCE = 20, 1.0
+"""Steps, or seconds, between two readings of the metrics from the device."""
+
+
+class Journal:
+    """Keeps every step's metrics on the device until `gather` writes them to metrics.csv.
+
+    `images/s` is of the steps between two readings, which wait for the device: a step alone does
+    not, so that on a GPU its own seconds would be those of its launch.
+    """
+
+    def __init__(
+        self, folder: RunFolder, *, tensorboard: bool = False, stopwatch: Stopwatch | None = None
+    ) -> None:
+        self.folder, self.stopwatch = folder, stopwatch or Stopwatch()
+        self.seconds = 0.0  # of all steps that were read
+        self._board = _board(folder) if tensorboard else None
+        self._gathered = time.monotonic()
+        self._rows: list[tuple[dict[str, Any], list[str], Tensor]] = []
+        self._images = 0
+
+    @property
+    def age(self) -> float:
+        """Seconds since the last reading."""
+        return time.monotonic() - self._gathered
+
+    def note(self, known: dict[str, Any], images: int, terms: Terms, guard: Guard) -> None:
+        """Keep a step: what the host knows of it, and the tensors that the device has."""
+        self._images += images
+        seen: dict[str, Tensor] = {"loss": terms.total.detach()}
+        seen |= {f"loss {name}": part.detach() for name, (_, part) in terms.parts.items()}
+        seen |= terms.watched
+        if guard.seen is not None:
+            seen["gradient norm"] = guard.seen.grad_norm
+        self._rows.append((known, list(seen), torch.stack([t.float() for t in seen.values()])))
+
+    def gather(self) -> dict[str, Any]:
+        """Write what was kept; give the newest row back, empty where nothing was kept."""
+        self._gathered = time.monotonic()
+        if not self._rows:
+            self.stopwatch.read()
+            return {}
+        values = iter(torch.cat([tensor for _, _, tensor in self._rows]).tolist())  # one reading
+        spent = self.stopwatch.read()
+        self.seconds += spent
+        rate = {"images/s": round(self._images / spent, 1)}
+        rows = [
+            with_gaps({**known, **rate, **{name: next(values) for name in names}})
+            for known, names, _ in self._rows
+        ]
+        self._rows, self._images = [], 0
+        self.folder.append_metrics(rows)
+        if self._board is not None:
+            for row in rows:
+                for name, value in row.items():
+                    self._board.add_scalar(name.replace(" ", "/"), value, row["step"])
+        return rows[-1]
+
+
+def _board(folder: RunFolder) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError(
+            f"run.tensorboard needs the package tensorboard: {install('tensorboard')}"
+        ) from None
+    return SummaryWriter(folder.path / "tensorboard")
+
+
+def with_gaps(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of metrics with the differences of its mean energies."""
+    if "E(x+)" in row and "E(x-)" in row:
+        row = {**row, "gap x+ x-": row["E(x+)"] - row["E(x-)"]}
+    if "E(x~)" in row and "E(x)" in row:
+        row = {**row, "gap x~ x": row["E(x~)"] - row["E(x)"]}
+    return row

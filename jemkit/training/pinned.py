@@ -1,0 +1,329 @@
+"""What a run pins of its data: class names, images and files; and the refusal of others."""
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from jemkit.data import Dataset, Images, NamesClasses
+from jemkit.errors import DataError
+from jemkit.runtime.files import file_hash, read_json, write_json
+from jemkit.runtime.work_cache import tensors_hash
+from jemkit.sampling.moments import images_hash
+from jemkit.splits import Part, Splits
+
+log = logging.getLogger(__name__)
+
+CONFIG, DETAILS = "config.json", "data.json"
+"""Where a run keeps its pin, and beside it a hash and a file name for each image."""
+PARTS: tuple[Part, ...] = ("train", "valid", "test")
+LISTED = 5
+"""Names that a message lists before it counts the rest."""
+AGAIN = "Put the data back as they were, or begin a new run"
+JUDGED = (
+    "Put the data back as they were, or name the data set (--dataset, --data-dir) to judge the "
+    "model on it as it is now"
+)
+CLASSES = (
+    "Put the data back as they were, or name the data set that has these classes in this order"
+)
+SAMPLED = "Put the data back as they were"
+NAMED = "Name a data set of the run's classes, in their order"
+"""What is advised, by what was to be done."""
+
+
+class SplitPin(BaseModel):
+    """A split's images as the run had them."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    images: int = Field(ge=0)
+    sha256: str  # of pixels and labels, in order
+
+
+class Table(BaseModel):
+    """The table `data` of config.json."""
+
+    model_config = ConfigDict(frozen=True)
+
+    n_classes: int = Field(ge=1)
+    classes: tuple[str, ...] | None = None  # in the order of the labels; None: unknown
+    train: SplitPin | None = None
+    valid: SplitPin | None = None
+    test: SplitPin | None = None
+    test_sha256: str | None = None  # of the test images, as the record of an evaluation has it
+    files: dict[str, str] | None = None  # SHA-256 of the data set's file names, split by split
+    details: str | None = None  # the SHA-256 of data.json
+
+
+class Details(BaseModel):
+    """A hash for each image of each split, and the names of the data set's files: data.json."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    images: dict[str, list[str]]
+    rows: dict[str, list[int]]  # where in the data set's own split each image stands
+    files: dict[str, list[str]] | None  # of its own splits
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Details":
+        for part in PARTS:
+            if len(self.images[part]) != len(self.rows[part]):
+                raise ValueError(f"{part} has as many images as rows")
+            self.names(part)
+        return self
+
+    def names(self, part: str) -> dict[str, str]:
+        """The hashes of a split's images by the names of their files."""
+        if self.files is None:
+            return {}
+        names = self.files[part if part in self.files else "train"]
+        rows = (names[row] for row in self.rows[part])
+        return dict(zip(rows, self.images[part], strict=True))
+
+
+class Pin(NamedTuple):
+    """The pin of the run or exported model in `folder`; as `Pinned`, what `Splits` asks."""
+
+    table: Table
+    folder: Path
+    advice: str = AGAIN
+
+    def check_classes(self, dataset: Dataset) -> None:
+        """Refuse a data set whose classes are not the run's, in their order."""
+        known, came = self.table.classes, class_names(dataset)
+        advice = CLASSES if self.advice == JUDGED else self.advice
+        if known is None or came is None:
+            if self.table.n_classes != dataset.n_classes:
+                raise DataError(
+                    f"the run in {self.folder} has {self.table.n_classes} classes; "
+                    f"{described(dataset)} has {dataset.n_classes}. {advice}"
+                )
+            return
+        if came != known:
+            raise DataError(
+                f"the run in {self.folder} knows {names(known, came)}; {described(dataset)} has "
+                f"{names(came, known)}{_reordered(known, came)}. {advice}"
+            )
+
+    def named(self, dataset: Dataset) -> "Pin":
+        """The same for another data set that the user names: it must have the run's classes."""
+        named = self._replace(advice=NAMED)
+        named.check_classes(dataset)
+        if self.table.classes is None or class_names(dataset) is None:
+            log.warning(
+                "the names of the classes are not known on both sides: that %s has the classes of "
+                "the run in %s, in their order, could not be checked",
+                described(dataset),
+                self.folder,
+            )
+        return named
+
+    def check_images(self, splits: Splits, split: Part, images: Images) -> None:
+        """Refuse images that are not those that the run began with, and say which differ."""
+        wanted: SplitPin | None = getattr(self.table, split)
+        if wanted is None or images_hash(images) == wanted.sha256:
+            return
+        count = len(images.y)
+        now = f"{count} images" + (f", where it had {wanted.images}" * (count != wanted.images))
+        details = self.details()
+        reasons = [] if details is None else _reasons(details, splits, split, images)
+        told = "; ".join([now, *reasons])
+        raise DataError(
+            f"the {SPLIT_NAMES[split]} images of {described(splits.dataset)} are not those that "
+            f"the run in {self.folder} began with: {told}. {self.advice}"
+        )
+
+    def details(self) -> Details | None:
+        """What data.json holds; None where it is missing or not the one that was written."""
+        path = self.folder / DETAILS
+        if self.table.details is None:
+            return None
+        try:
+            if file_hash(path) != self.table.details:
+                return None
+            return Details.model_validate(read_json(path))
+        except (DataError, LookupError, ValidationError):
+            return None
+
+    def seen(self, test: Images) -> tuple[int, list[str]]:
+        """How many of other test images the run was trained or validated on, and what to say."""
+        own = self.table.test
+        if own is None or images_hash(test) == own.sha256:
+            return 0, []
+        details = self.details()
+        if details is None:
+            told = f"{self.folder / DETAILS} is missing, damaged or of another run"
+            return 0, [f"{told}: whether the model was trained on these images cannot be told"]
+        known = {*details.images["train"], *details.images["valid"]}
+        count = sum(image in known for image in image_hashes(test))
+        if not count:
+            return 0, []
+        return count, [
+            f"{count} of the {len(test.y)} test images are training or validation images of the "
+            "run: the figures are not those of images that the model has not seen"
+        ]
+
+
+SPLIT_NAMES: dict[Part, str] = {"train": "training", "valid": "validation", "test": "test"}
+
+
+def pin(splits: Splits) -> tuple[Table, Details]:
+    """What a run keeps of its data: in config.json, and in data.json."""
+    dataset, images = splits.dataset, {part: splits.images(part) for part in PARTS}
+    found: dict[str, Any] = {
+        part: SplitPin(images=len(images[part].y), sha256=images_hash(images[part]))
+        for part in PARTS
+    }
+    own = ("train", "valid", "test") if splits.own_validation else ("train", "test")
+    files = files_of(dataset, own)
+    hashes = None if files is None else {split: _hash(names) for split, names in files.items()}
+    table = Table(
+        n_classes=dataset.n_classes, classes=class_names(dataset), files=hashes,
+        test_sha256=tensors_hash(images["test"]._asdict()), **found,
+    )  # fmt: skip
+    rows: dict[str, list[int]] = {part: splits.rows(part) for part in PARTS}
+    hashed: dict[str, list[str]] = {part: image_hashes(images[part]) for part in PARTS}
+    return table, Details(images=hashed, rows=rows, files=files)
+
+
+def write(folder: Path, table: Table, details: Details) -> dict[str, Any]:
+    """Write data.json; the table for config.json."""
+    sha = write_json(folder / DETAILS, details.model_dump())
+    return table.model_copy(update={"details": sha}).model_dump(mode="json")
+
+
+def for_others(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """A run's config.json and data.json as they go with an exported model, without file names."""
+    table = config.get("data")
+    details = None if table is None else Pin(Table.model_validate(table), folder).details()
+    if details is None:
+        return config, {}
+    kept = details.model_copy(update={"files": None}).model_dump()
+    content = json.dumps(kept, sort_keys=True).encode()
+    sha = hashlib.sha256(content).hexdigest()
+    return {**config, "data": {**config["data"], "details": sha}}, {DETAILS: content}
+
+
+def read(config: Path, advice: str = AGAIN) -> Pin | None:
+    """The pin that stands in a config.json; None, and a warning, where there is none."""
+    found = read_json(config)
+    table = found.get("data") if isinstance(found, dict) else None
+    if table is None:
+        log.warning(
+            "%s pins no data, as of a run of jemkit 0.1: whether its classes and images are still "
+            "the same could not be checked",
+            config,
+        )
+        return None
+    try:
+        return Pin(Table.model_validate(table), config.parent, advice)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("data", *first["loc"])))
+        raise DataError(f"{config} is damaged: {where}: {first['msg']}") from None
+
+
+def class_names(dataset: Dataset) -> tuple[str, ...] | None:
+    """A data set's class names in the order of the labels, where it knows them."""
+    if not isinstance(dataset, NamesClasses):
+        return None
+    return tuple(map(_text, dataset.class_names))
+
+
+def files_of(dataset: Dataset, own: Iterable[str]) -> dict[str, list[str]] | None:
+    """The names of a data set's files, in the order of its images, where it lists them."""
+    names = getattr(dataset, "files", None)
+    if not callable(names):
+        return None
+    found: dict[str, list[str]] = {}
+    for split in own:
+        with suppress(LookupError, ValueError):  # a split that the data set does not have any more
+            found[split] = [_text(name) for name in names(split)]
+    return found
+
+
+def _text(name: str) -> str:
+    """A name as any file can hold it; one that is no Unicode has its bytes spelt out."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _hash(names: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(names).encode()).hexdigest()
+
+
+def image_hashes(images: Images) -> list[str]:
+    """64 bits for each image, of its pixels as 8-bit RGB: the same whatever holds them."""
+    found: list[str] = []
+    for x in torch.split(images.x, 1000):
+        pixels = (Images(x, images.y).unit() * 255).round().to(torch.uint8)
+        rows = pixels.expand(-1, 3, -1, -1).contiguous().numpy()
+        found += [hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in rows]
+    return found
+
+
+def described(dataset: Dataset) -> str:
+    """A data set by its name and its folder."""
+    name, folder = type(dataset).__name__.lower(), getattr(dataset, "dir", None)
+    return f"the {name} data set" + (f" in {folder}" if folder is not None else "")
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few names, and how many there are."""
+    every = list(names)
+    more = f" and {len(every) - LISTED} more" if len(every) > LISTED else ""
+    return ", ".join(every[:LISTED]) + more
+
+
+def names(names: Sequence[str], others: Sequence[str]) -> str:
+    """All class names where they are few, else those that the other side has not."""
+    if len(names) <= 10:
+        return ", ".join(names)
+    own = [name for name in names if name not in set(others)]
+    return f"{len(names)} classes" + (f", among them {listed(own)}" if own else "")
+
+
+def _reordered(known: Sequence[str], came: Sequence[str]) -> str:
+    if Counter(known) != Counter(came):
+        return ""
+    at = next(i for i, name in enumerate(known) if came[i] != name)
+    return f", in another order: label {at} was {known[at]} and is {came[at]}"
+
+
+def _reasons(details: Details, splits: Splits, split: Part, images: Images) -> list[str]:
+    """In what a split differs from the one that was pinned."""
+    was, now = details.images[split], image_hashes(images)
+    gone, new = Counter(was) - Counter(now), Counter(now) - Counter(was)
+    reasons: list[str] = []
+    if gone or new:
+        reasons.append(f"{new.total()} are new and {gone.total()} gone")
+    elif was == now:
+        reasons.append("their labels or their pixels differ by less than 8 bits show")
+    else:
+        reasons.append("they are the same in another order")
+    for part in PARTS:
+        moved = new & Counter(details.images[part])
+        if part != split and moved:
+            reasons.append(f"{moved.total()} of the new ones were {SPLIT_NAMES[part]} images")
+    return _files(details, splits, split, now) + reasons
+
+
+def _files(details: Details, splits: Splits, split: Part, now: Sequence[str]) -> list[str]:
+    """Which files came, went or changed, where the data set lists any."""
+    current = None if details.files is None else files_of(splits.dataset, details.files)
+    if current is None or details.files is None:
+        return []
+    known, there = (set().union(*files.values()) for files in (details.files, current))
+    before = {name: image for part in PARTS for name, image in details.names(part).items()}
+    own = current.get(split if split in details.files else "train", [])
+    names = [own[row] for row in splits.rows(split) if row < len(own)]
+    changed = [n for n, image in zip(names, now, strict=False) if before.get(n, image) != image]
+    reasons = {"added": there - known, "removed": known - there, "changed": set(changed)}
+    return [f"{what}: {listed(sorted(found))}" for what, found in reasons.items() if found]

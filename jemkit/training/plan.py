@@ -1,0 +1,74 @@
+"""What a run would be: its recipe put together and checked, and nothing written."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from jemkit.config.recipe import Recipe, Resolved
+from jemkit.runtime import disk
+from jemkit.runtime.files import cache_folder
+from jemkit.runtime.run_dir import RunFolder
+from jemkit.sampling.density import Buffered
+from jemkit.sampling.init_dists import MomentStart, start_name
+from jemkit.training.build import Assembly, load_model, put_together
+from jemkit.training.initial_weights import doubts, initial
+from jemkit.training.run import kept_checkpoints
+
+log = logging.getLogger(__name__)
+
+
+def plan(resolved: Resolved, out: Path, *, init_from: Path | None = None) -> dict[str, Any]:
+    """Make every check that `train` makes before its first step; what was put together, by name."""
+    RunFolder.check_vacant(out)
+    parts = put_together(resolved.recipe, fill=False)
+    model = parts.backbone.model
+    if init_from is not None:
+        start = initial(init_from)
+        load_model(model, start.weights)
+        for doubt in doubts(start, resolved.recipe, parts.task.total_steps):
+            log.warning("%s", doubt)
+    names = {table: part["use"] for table, part in resolved.tables.items() if "use" in part}
+    network = resolved.tables["backbone"].get("network", {})
+    steps = parts.loader.steps_per_epoch
+    return {
+        "run": str(out),
+        "dataset": names["data"],
+        "image shape": list(parts.task.shape),
+        "training images": parts.task.n_train,
+        "backbone": names["backbone"],
+        "objective": names["objective"],
+        "updater": names["updater"],
+        "optimizer": names["optimizer"],
+        "network": network.get("use", type(model.network).__name__),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "device": str(parts.device),
+        "precision": resolved.recipe.run.precision,
+        "epochs": resolved.recipe.run.epochs,
+        "steps": parts.task.total_steps,
+        "steps per epoch": steps,
+        **_disk(parts, resolved.recipe),
+    }
+
+
+def _disk(parts: Assembly, recipe: Recipe) -> dict[str, str]:
+    """What the run is going to take on disks, and of what its start is."""
+    one = disk.state_bytes(parts.weights()) + disk.momenta_bytes(parts.optimizer)
+    found: dict[str, str] = {}
+    states = 0
+    if parts.backbone.has_density:
+        density = parts.backbone.density
+        found["start"] = start_name(density.start)
+        if isinstance(density, Buffered):
+            pixels = parts.task.shape[0] * parts.task.shape[1] * parts.task.shape[2]
+            states = 4 * density.buffer.options.capacity * pixels
+            one += states
+        if isinstance(density.start, MomentStart):
+            density.start.check()
+            size = disk.readable(density.start.form.bytes)
+            found["disk of the start"] = f"{size} at most, in {cache_folder() / 'moments'}"
+    keep = kept_checkpoints(recipe, parts.loader.steps_per_epoch)
+    steps, epochs = parts.task.total_steps, recipe.run.epochs
+    whole = disk.run_bytes(one, keep=keep, steps=steps, epochs=epochs)
+    buffer = f", {disk.readable(states)} of it the replay buffer" if states else ""
+    told = f"{disk.readable(whole)} at most: {keep + 2} checkpoints of {disk.readable(one)}{buffer}"
+    return {**found, "disk of the run": f"{told}; pictures and logs"}

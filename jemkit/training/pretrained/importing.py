@@ -1,0 +1,243 @@
+"""An authors' checkpoint to a model folder of jemkit."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from jemkit.config.layers import Table
+from jemkit.config.recipe import Resolved, complete, resolve
+from jemkit.config.registry import Registry
+from jemkit.data import Dataset, Shape
+from jemkit.errors import ConfigError, DataError
+from jemkit.models.networks import stages_for
+from jemkit.models.norms import Norm
+from jemkit.training import pinned
+from jemkit.training.model_card import table_of
+from jemkit.training.model_folder import check_vacant, write_model
+from jemkit.training.pretrained.layouts import (
+    Format,
+    Reading,
+    energy_of,
+    looks_like,
+    read_layout,
+    recognised,
+)
+from jemkit.training.pretrained.reading import Contents, read_checkpoint
+from jemkit.training.restore import load
+
+DATASETS = {10: "cifar10", 100: "cifar100"}
+"""What a published checkpoint of so many classes was trained on, where nobody says."""
+
+PARTS = {  # backbone, objective
+    "jem": ("jem", "jem"),
+    "jempp": ("jempp", "jem"),
+    "sadajem": ("sadajem", "jem"),
+    "mebm": ("mebm", "jem"),
+    "ebjdat": ("sadajem", "ebjdat"),
+    "wrn": ("classifier", "ce"),
+}
+
+
+class Imported(NamedTuple):
+    """What was made of a checkpoint."""
+
+    folder: Path
+    format: Format
+    network: str
+    backbone: str
+    dataset: str
+    energy: str  # which head E(x) comes from
+    key: str  # what the weights stand under in the file
+    source_sha256: str
+    sha256: str  # of model.safetensors
+    left_out: list[str]  # what the file holds beside the weights that count
+    notes: list[str]  # what was guessed or chosen
+
+
+class Wanted(NamedTuple):
+    """What an import is told beside the file."""
+
+    format: Format | Literal["auto"] = "auto"
+    dataset: Table | str | None = None  # a name, or the table [data]
+    norm: Norm | None = None  # where names do not tell instance norm from layer norm
+    key: str | None = None  # of several state dicts
+    sha256: str | None = None  # of this file and no other
+    overrides: tuple[str, ...] = ()  # of the recipe
+
+
+def import_checkpoint(
+    path: Path,
+    format: Format | Literal["auto"],
+    registry: Registry,
+    *,
+    dataset: Table | str | None = None,
+    norm: Norm | None = None,
+    key: str | None = None,
+    out: Path | None = None,
+    sha256: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Imported:
+    """Read the weights of a published checkpoint and write them as an exported model.
+
+    `norm` is asked for where names do not tell instance norm from layer norm, `key` where several
+    state dicts fit; with `sha256` the file must be that one. The folder is opened before it is
+    put in its place.
+    """
+    wanted = Wanted(format, dataset, norm, key, sha256, tuple(overrides))
+    folder = path.with_name(f"{path.stem}-imported") if out is None else out
+    check_vacant(folder)
+    contents = read_checkpoint(path, None if format == "auto" else format, key)
+    if sha256 is not None and contents.sha256 != sha256.lower():
+        raise DataError(f"{path} has SHA-256 {contents.sha256}; wanted {sha256}")
+    try:
+        kind = recognised(contents.weights) if format == "auto" else format
+        reading = read_layout(contents.weights, kind, norm)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    resolved, shape = _recipe(reading, kind, registry, wanted)
+    return _write(folder, contents, kind, reading, resolved, shape, wanted, registry)
+
+
+def _write(
+    folder: Path,
+    contents: Contents,
+    kind: Format,
+    reading: Reading,
+    resolved: Resolved,
+    shape: Shape,
+    wanted: Wanted,
+    registry: Registry,
+) -> Imported:
+    left_out = [*contents.beside, *reading.unused]
+    energy = energy_of(contents.weights, kind)
+    notes = _notes(contents, kind, wanted)
+    source = {
+        "file": contents.file,
+        "key": contents.key,
+        "sha256": contents.sha256,
+        "format": kind,
+        "energy": energy,
+        "left_out": left_out,
+        "notes": notes,
+    }
+    data = resolved.recipe.data
+    classes = pinned.Table(n_classes=data.n_classes, classes=pinned.class_names(data))
+    about = {
+        "recipe": resolved.tables,
+        "source": source,
+        "data": classes.model_dump(mode="json"),
+        "task": _task(resolved, shape),
+    }
+    written = write_model(
+        folder, about, reading.weights, _card(source, reading, resolved),
+        check=lambda made: load(made, registry=registry),
+    )  # fmt: skip
+    network = f"wrn-{reading.network.depth}-{reading.network.width}"
+    tables = resolved.tables
+    return Imported(
+        folder, kind, network, tables["backbone"]["use"], tables["data"]["use"], energy,
+        contents.key, contents.sha256, written, left_out, notes,
+    )  # fmt: skip
+
+
+def _task(resolved: Resolved, shape: Shape) -> Table:
+    """What a model must know of images of this shape; nothing of them is read."""
+    data = resolved.recipe.data
+    return {
+        "shape": list(shape),
+        "n_classes": data.n_classes,
+        "radius_px": data.radius_px,
+        "n_train": 0,  # nobody knows what the authors trained on
+        "total_steps": 0,
+        "hash": "",
+    }
+
+
+def _notes(contents: Contents, kind: Format, wanted: Wanted) -> list[str]:
+    """What a reader could not know: what was taken for what, and out of how many."""
+    notes = []
+    if wanted.format == "auto":
+        others = [f for f in looks_like(contents.weights) if f != kind]
+        fits = f"; its names fit {', '.join(others)} too (--format)" if others else ""
+        notes.append(f"taken for {kind} by its names and shapes{fits}")
+    if contents.averaged:
+        notes.append(
+            f"averaged weights, of {contents.key}; {contents.averaged} is left out (--key takes it)"
+        )
+    return notes
+
+
+def _recipe(
+    reading: Reading, format: Format, registry: Registry, wanted: Wanted
+) -> tuple[Resolved, Shape]:
+    """The published method's recipe around the network that the file holds, and its images."""
+    given = wanted.dataset
+    data: Table = {"use": given} if isinstance(given, str) else dict(given or {})
+    data.setdefault("use", DATASETS.get(reading.n_classes))
+    if data["use"] is None:
+        raise ConfigError(
+            f"the weights know {reading.n_classes} classes, and no data set is known for that "
+            "many: name it by --dataset"
+        )
+    backbone, objective = PARTS[format]
+    if format == "ebjdat":  # its program has three folders, one for each backbone
+        backbone = _ebjdat_backbone(reading)
+    network: Table = {"use": "wrn", **reading.network.model_dump(mode="json")}
+    named = {
+        "data": data,
+        "backbone": {"use": backbone, "network": network},
+        "objective": {"use": objective},
+    }
+    resolved = resolve(registry, named=named, overrides=wanted.overrides)
+    known = resolved.recipe.data.n_classes
+    if known != reading.n_classes:
+        raise DataError(
+            f"the weights know {reading.n_classes} classes, and {data['use']} has {known}; give "
+            "--dataset the one that they were trained on"
+        )
+    shape = _shape(reading, data["use"], resolved.recipe.data)
+    return complete(resolved, registry), shape
+
+
+def _shape(reading: Reading, name: str, data: Dataset) -> Shape:
+    """The shape of the data set's images, which the network must have been made for."""
+    shape: Shape | None = getattr(data, "shape", None)
+    if shape is None:
+        shape = tuple(data.load("test").x.shape[1:])  # type: ignore[assignment]
+    if shape is None or shape[0] != reading.channels or stages_for(shape[1]) != reading.stages:
+        made = "64 px and more" if reading.stages == 4 else "less than 64 px"
+        told = f"{shape[0]} channels and {shape[1]} px" if shape else "no shape"
+        raise DataError(
+            f"the network takes images of {reading.channels} channels and, with "
+            f"{reading.stages} stages, of {made}; those of {name} have {told}. Give --dataset the "
+            "one that it was trained on: a folder of images by --dataset folder --data-dir DIR, "
+            "where --set data.size=64 resizes them"
+        )
+    return shape
+
+
+def _ebjdat_backbone(reading: Reading) -> str:
+    if reading.yopo:
+        return "jempp"
+    return "jem" if reading.network.norm == "none" else "sadajem"
+
+
+def _card(source: dict[str, Any], reading: Reading, resolved: Resolved) -> str:
+    network = f"wrn-{reading.network.depth}-{reading.network.width}, norm {reading.network.norm}"
+    rows = [
+        ("authors' format", source["format"]),
+        ("file", source["file"]),
+        ("under the key", source["key"] or "none"),
+        ("SHA-256 of the file", source["sha256"]),
+        ("network", network),
+        ("energy", source["energy"]),
+        ("data set", resolved.tables["data"]["use"]),
+        ("left out", ", ".join(source["left_out"]) or "nothing"),
+        *(("note", note) for note in source["notes"]),
+    ]
+    return (
+        f"Published weights under jemkit's names.\n\n{table_of(rows)}\n"
+        "The recipe is the published method's as jemkit has it, not read from the file; the "
+        "weights are the authors' own. No figure was measured yet: `jemkit evaluate` measures "
+        "them.\n"
+    )

@@ -1,0 +1,278 @@
+"""The authors' names for a WideResNet with its heads, and ours for the same tensors."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from jemkit.data import Shape
+from jemkit.errors import DataError
+from jemkit.models.energy import EnergyModel, LinearHead, LogSumExp
+from jemkit.models.networks import WRN
+from jemkit.models.norms import Norm
+
+Format = Literal["jem", "jempp", "sadajem", "mebm", "ebjdat", "wrn"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+MARKER = ("layer1", "0", "conv1", "bias")
+"""Ends a name that every layout has; before it stand the names of whatever holds the network."""
+
+TOPS = {
+    "wrn": ("conv1", "layer1", "layer2", "layer3", "layer4", "bn1", "linear"),
+    "jem": ("f", "class_output", "energy_output"),
+}
+"""With what the names of a classifier, and those of a network with its heads, begin."""
+
+
+class Reading(NamedTuple):
+    """A file's weights under our names, and what their names and shapes tell."""
+
+    weights: dict[str, Tensor]  # float32, by jemkit's names
+    network: WRN
+    channels: int
+    stages: int
+    n_classes: int
+    yopo: bool  # with the aliases of JEM++'s program
+    unused: list[str]  # what the authors' own model never reads
+
+
+def looks_like(names: Iterable[str]) -> list[Format]:
+    """The formats that have such names; several, for the programs descend from each other."""
+    there = set(names)
+    if {"conv1.bias", "layer1.0.conv1.bias", "linear.weight"} <= there:
+        return ["wrn"]
+    if not {"f.conv1.bias", "f.layer1.0.conv1.bias", "class_output.weight"} <= there:
+        return []
+    mebm: list[Format] = ["mebm"] if "energy_output.weight" in there else []
+    if "f.layer_one.weight" in there:
+        return ["jempp", *mebm, "ebjdat"]
+    if "f.linear.weight" in there:  # JEM's network keeps a layer that it never calls
+        return ["jem", "jempp", *mebm, "ebjdat"]
+    return ["jempp", "sadajem", *mebm, "ebjdat"]
+
+
+def top_names(names: Iterable[str]) -> tuple[str, ...]:
+    """With what the names of such a state dict begin."""
+    return TOPS["jem" if any(name.startswith("class_output.") for name in names) else "wrn"]
+
+
+def recognised(weights: Mapping[str, Tensor]) -> Format:
+    """The format that names and shapes tell, or the likeliest of several with the same network.
+
+    A trained energy head makes it M-EBM's; see `head_moved`.
+    """
+    like = looks_like(weights)
+    if not like:
+        raise DataError(
+            f"its names are those of no format that is known: {_some(weights)}; "
+            f"wanted those of {', '.join(FORMATS)}"
+        )
+    if "mebm" in like and head_moved(weights):
+        return "mebm"
+    if like[0] == "jempp" and "sadajem" in like:
+        return "sadajem"
+    batch = "f.layer1.0.bn1.running_mean" in weights
+    return "jempp" if like[0] == "jem" and batch else like[0]
+
+
+def head_moved(weights: Mapping[str, Tensor]) -> bool:
+    """Whether an energy head has left the range that torch draws a new one from.
+
+    True shows that it was trained; False shows nothing.
+    """
+    weight = weights.get("energy_output.weight")
+    if weight is None or weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
+        return False
+    limit = 1.001 * weight.shape[1] ** -0.5  # half precision rounds
+    bias = weights.get("energy_output.bias", weight.new_zeros(1))
+    return bool(weight.abs().max() > limit) or bool(bias.numel() and bias.abs().max() > limit)
+
+
+def energy_of(weights: Mapping[str, Tensor], format: Format) -> str:
+    """Which head E(x) comes from, and what the file cannot tell of it."""
+    if "energy_output.weight" not in weights:
+        return "E(x) = -logsumexp of the class head's logits"
+    moved = head_moved(weights)
+    if format == "mebm":
+        doubt = "" if moved else (
+            "; nothing in the file shows that this head was trained: where the classifier's "
+            "logits were the energy, choose another format"
+        )  # fmt: skip
+        return f"E(x) = -energy_output(x), from the energy head{doubt}"
+    doubt = (
+        "it was trained: --format mebm reads E(x) from it"
+        if moved
+        else "where it was trained (--uncond), --format mebm reads E(x) from it"
+    )
+    return f"E(x) = -logsumexp of the class head's logits; energy_output is left out; {doubt}"
+
+
+def read_layout(weights: Mapping[str, Tensor], format: Format, norm: Norm | None = None) -> Reading:
+    """Every tensor under our name, its shape checked.
+
+    Mean pooling is taken for granted: the authors' `sum_pool`, never on by default, leaves no
+    trace in a file.
+    """
+    _check_format(weights, format)
+    _check_stages(weights, "" if format == "wrn" else "f.")
+    prefix, head = ("", "linear") if format == "wrn" else ("f.", "class_output")
+    network = _network(weights, prefix, norm)
+    stages = 4 if f"{prefix}layer4.0.conv1.weight" in weights else 3
+    channels = _size(weights, f"{prefix}conv1.weight", 4, 1)
+    n_classes = _size(weights, f"{head}.weight", 2, 0)
+    model = _meta_model(network, (channels, *2 * (64 if stages == 4 else 32,)), n_classes, format)
+    wanted = model.state_dict()
+    blocks = (network.depth - 4) // 6
+    theirs = {name: _their_name(name, prefix, head, blocks) for name in wanted}
+    aliases = {n: _alias(n, stages) for n in weights if _alias(n, stages)}
+    read = {*theirs.values()}
+    unused = [n for n in weights if re.match(r"f\.linear\.|energy_output\.", n)] if prefix else []
+    _check_names(weights, read, {*read, *aliases, *unused})
+    _check_aliases(weights, aliases)
+    _check_shapes(weights, {theirs[name]: tensor for name, tensor in wanted.items()})
+    return Reading(
+        {name: _like(weights[theirs[name]], wanted[name]) for name in wanted},
+        network,
+        channels,
+        stages,
+        n_classes,
+        bool(aliases),
+        sorted(n for n in unused if n not in read),
+    )
+
+
+def _check_format(weights: Mapping[str, Tensor], format: Format) -> None:
+    like = looks_like(weights)
+    if not like:
+        raise DataError(
+            f"its names are those of no format that is known: {_some(weights)}; wanted, for "
+            f"{format}, {'conv1' if format == 'wrn' else 'f.conv1'}.weight with a bias, "
+            f"{'linear' if format == 'wrn' else 'class_output'}.weight and so on"
+        )
+    if format not in like:
+        raise DataError(
+            f"its names are not those of {format}; they look like {' or '.join(like)}: "
+            f"give --format {like[0]}"
+        )
+
+
+def _check_stages(weights: Mapping[str, Tensor], prefix: str) -> None:
+    """Refuse stages of unlike depth before a network is built as deep as the first."""
+    blocks: dict[str, set[str]] = {}
+    for name in weights:
+        found = re.match(rf"{re.escape(prefix)}layer([1-4])\.(\d+)\.conv1\.weight$", name)
+        if found is not None:
+            blocks.setdefault(found[1], set()).add(found[2])
+    depths = {stage: len(names) for stage, names in sorted(blocks.items())}
+    if len(depths) < 3 or len(set(depths.values())) > 1:
+        told = ", ".join(f"layer{stage} has {n} blocks" for stage, n in depths.items()) or "none"
+        raise DataError(
+            f"the names do not make up a WideResNet, whose 3 or 4 stages are equally deep: {told}"
+        )
+
+
+def _network(weights: Mapping[str, Tensor], prefix: str, norm: Norm | None) -> WRN:
+    """Depth, width and norm of a WideResNet, from its first stage."""
+    blocks = 0
+    while f"{prefix}layer1.{blocks}.conv1.weight" in weights:
+        blocks += 1
+    outer = _size(weights, f"{prefix}layer1.0.conv1.weight", 4, 0)
+    if blocks == 0 or outer < 16 or outer % 16:
+        raise DataError(
+            f"{prefix}layer1 has {blocks} blocks of {outer} channels; a WideResNet's first stage "
+            "has a multiple of 16"
+        )
+    found = _norm(weights, f"{prefix}layer1.0.bn1", norm)
+    made = WRN(depth=6 * blocks + 4, width=outer // 16, norm=found)
+    return made.model_copy(update={"bn_momentum": 0.9}) if found == "batch" else made
+
+
+def _norm(weights: Mapping[str, Tensor], layer: str, told: Norm | None) -> Norm:
+    kinds = {n.removeprefix(f"{layer}.") for n in weights if n.startswith(f"{layer}.")}
+    if "loc" in kinds:
+        raise DataError("its network has ActNorm, which jemkit's wrn does not; it cannot be read")
+    if "running_mean" in kinds or not kinds:
+        return "batch" if kinds else "none"
+    if told != "instance":
+        raise DataError(
+            f"{layer} has a scale and a shift but no statistics: instance or layer norm, whose "
+            "names are the same. Give --norm instance where it is that; layer norm cannot be read"
+        )
+    return told
+
+
+def _size(weights: Mapping[str, Tensor], name: str, dimensions: int, axis: int) -> int:
+    if name not in weights:
+        raise DataError(f"the weights lack {name}")
+    shape = list(weights[name].shape)
+    if len(shape) != dimensions or not all(shape):
+        raise DataError(f"{name} is {shape}; wanted {dimensions} dimensions, none of them 0")
+    return shape[axis]
+
+
+def _meta_model(network: WRN, shape: Shape, n_classes: int, format: Format) -> EnergyModel:
+    """Names and shapes alone: no memory, no random numbers."""
+    energy = LinearHead() if format == "mebm" else LogSumExp()
+    with torch.device("meta"):
+        return energy.build(network.build(shape), n_classes)
+
+
+def _their_name(name: str, prefix: str, head: str, blocks: int) -> str:
+    if name.startswith("head."):
+        return name.replace("head", head, 1)
+    if name.startswith("energy."):
+        return name.replace("energy", "energy_output", 1)
+    name = name.removeprefix("network.")
+    if name.startswith("blocks."):
+        _, block, part, last = name.split(".")
+        stage, place = divmod(int(block), blocks)
+        part = {"norm1": "bn1", "norm2": "bn2", "shortcut": "shortcut.0"}.get(part, part)
+        return f"{prefix}layer{stage + 1}.{place}.{part}.{last}"
+    part, last = name.split(".")
+    return f"{prefix}{'conv1' if part == 'first' else 'bn1'}.{last}"
+
+
+def _alias(name: str, stages: int) -> str:
+    """The layer that a second name of JEM++'s program stands for; empty where it is a first one."""
+    if name.startswith("f.layer_one."):
+        return name.replace("layer_one", "conv1", 1)
+    found = re.match(r"f\.other_layers\.(\d)\.(.+)", name)
+    if found is None:
+        return ""
+    place = int(found[1])
+    return f"f.layer{place + 1}.{found[2]}" if place < stages else f"f.bn1.{found[2]}"
+
+
+def _check_names(weights: Mapping[str, Tensor], wanted: set[str], known: set[str]) -> None:
+    missing, unknown = sorted(wanted - set(weights)), sorted(set(weights) - known)
+    if missing or unknown:
+        lists = (("missing", missing), ("unknown", unknown))
+        told = "; ".join(f"{label}: {_some(names)}" for label, names in lists if names)
+        raise DataError(f"the names do not make up the network that they name; {told}")
+
+
+def _check_aliases(weights: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
+    for name, layer in aliases.items():
+        if layer not in weights or not torch.equal(weights[name], weights[layer]):
+            raise DataError(f"{name} is another name of {layer}, and their values differ")
+
+
+def _check_shapes(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    for name, like in wanted.items():
+        came = weights[name]
+        if came.shape != like.shape:
+            raise DataError(f"{name} is {list(came.shape)}; wanted {list(like.shape)}")
+        if came.is_floating_point() != like.is_floating_point():
+            raise DataError(f"{name} holds {came.dtype}; wanted {like.dtype}")
+        if name.endswith("running_var") and bool((came < 0).any()):
+            raise DataError(f"{name} holds a variance below 0")
+
+
+def _like(tensor: Tensor, wanted: Tensor) -> Tensor:
+    return tensor.detach().to(wanted.dtype).contiguous()
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -1,0 +1,228 @@
+"""Where in what a file holds the state dict is: found by its names, wherever it is nested."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from jemkit.errors import DataError
+from jemkit.training.pretrained.layouts import MARKER, Format, looks_like, top_names
+
+WRAPPERS = frozenset(
+    {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+)
+"""What DataParallel, torch.compile and FSDP put into a name, at whatever place."""
+
+COUNTERS = frozenset({"n_averaged"})
+"""What torch's averaged models keep beside the weights."""
+
+AVERAGED = re.compile(r"(^|[^a-z])(ema|average|averaged|avg|swa)([^a-z]|$)")
+MOST = 1_000_000
+"""Values that are looked at; a checkpoint of a WideResNet with its optimizer has some 500."""
+
+DEEPEST = 12
+"""Levels of containers; what is nested deeper holds no weights."""
+
+MOST_PARTS = 200
+"""Of a name between its dots; those of networks have some ten."""
+
+MANY = 50
+"""State dicts of one file that are compared with each other."""
+
+Path = tuple[str, ...]
+
+
+class Leaf(NamedTuple):
+    """A value of the file that is no container."""
+
+    path: Path  # its keys, split at their dots
+    home: int  # the mapping or list that holds it
+    tensor: Tensor | None
+
+
+class StateDict(NamedTuple):
+    """Weights that some layout fits, and where they stand."""
+
+    key: str  # the names in front of theirs; empty where there are none
+    weights: dict[str, Tensor]  # by the authors' names
+    beside: list[str]  # what else the file holds
+    averaged: str = ""  # the plain weights that it was preferred to
+
+
+class Candidate(NamedTuple):
+    """Weights that some layout fits, and the places of their tensors."""
+
+    key: str
+    weights: dict[str, Tensor]
+    places: set[Path]
+
+
+def state_dict_in(loaded: Any, format: Format | None = None, key: str | None = None) -> StateDict:
+    """The one state dict of a known layout in what was loaded; of several, `key` names one.
+
+    Averaged weights (EMA, SWA) are preferred to the plain ones beside them.
+    """
+    leaves = _leaves(loaded)
+    if not any(leaf.tensor is not None for leaf in leaves):
+        raise DataError(
+            f"it holds no weights: {_kinds(loaded)}; wanted a state_dict of names and tensors"
+        )
+    leaves = _unwrapped(leaves)
+    found = _candidates(leaves)
+    if format is not None:
+        found = [c for c in found if format in looks_like(c.weights)] or found
+    if key is not None:
+        found = _keyed(found, key)
+    if not found:
+        return _largest(leaves)
+    chosen, averaged = _chosen(found)
+    return StateDict(chosen.key, chosen.weights, _beside(leaves, chosen.places), averaged)
+
+
+def _leaves(loaded: Any) -> list[Leaf]:
+    """Every value that is no container, in its order; what is nested without end is refused."""
+    found: list[Leaf] = []
+    stack: list[tuple[Path, int, Any]] = [((), 0, loaded)]
+    homes = seen = 0
+    while stack:
+        path, home, value = stack.pop()
+        seen += 1
+        if len(path) > MOST_PARTS:
+            raise DataError(f"a name in it has more than {MOST_PARTS} parts; this is no checkpoint")
+        if seen > MOST:
+            raise DataError(f"it holds more than {MOST:,} values; this is no checkpoint")
+        if isinstance(value, Mapping | list | tuple) and len(path) < DEEPEST:
+            homes += 1
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            below = [((*path, *str(k).split(".")), homes, v) for k, v in items]
+            stack += reversed(below)
+        else:
+            found.append(Leaf(path, home, value if isinstance(value, Tensor) else None))
+    return found
+
+
+def _unwrapped(leaves: list[Leaf]) -> list[Leaf]:
+    """The same without the names of wrappers, as long as every tensor keeps a name of its own."""
+    bare = [leaf._replace(path=tuple(p for p in leaf.path if p not in WRAPPERS)) for leaf in leaves]
+    names = [leaf.path for leaf in bare if leaf.tensor is not None]
+    return bare if len(set(names)) == len(names) else leaves
+
+
+def _candidates(leaves: list[Leaf]) -> list[Candidate]:
+    """Every place whose names are those of a layout."""
+    homes: dict[Path, int] = {}
+    for leaf in leaves:
+        if leaf.tensor is not None and leaf.path[-len(MARKER) :] == MARKER:
+            base = leaf.path[: -len(MARKER)]
+            homes.setdefault(base, leaf.home)
+            if base and base[-1] == "f":
+                homes.setdefault(base[:-1], leaf.home)
+    names = {leaf.path for leaf in leaves}
+    for base in [b for b in homes if b and b[-1] == "f"]:  # the trunk of a model with an energy
+        if (*base[:-1], "energy_output", "weight") in names:
+            del homes[base]
+    under: dict[Path, list[Leaf]] = {base: [] for base in homes}
+    for leaf in leaves:
+        for depth in range(len(leaf.path)):
+            if leaf.path[:depth] in under:
+                under[leaf.path[:depth]].append(leaf)
+    found = {
+        base: read for base in homes if (read := _at(base, homes[base], under[base])) is not None
+    }
+    inner = {(*base, "f") for base in found}  # a JEM's trunk is no classifier of its own
+    return [state for base, state in found.items() if base not in inner]
+
+
+def _at(base: Path, home: int, under: list[Leaf]) -> Candidate | None:
+    """The weights whose names follow `base`, if they make up a layout."""
+    tops = top_names([".".join(leaf.path[len(base) :]) for leaf in under])
+    members: dict[str, Tensor] = {}
+    paths: set[Path] = set()
+    for leaf in under:
+        rest = leaf.path[len(base) :]
+        if leaf.tensor is None or (len(rest) == 1 and rest[0] in COUNTERS):
+            continue
+        if leaf.home == home or rest[0] in tops:
+            members[".".join(rest)] = leaf.tensor
+            paths.add(leaf.path)
+    if not looks_like(members):
+        return None
+    return Candidate(".".join(base), members, paths)
+
+
+def _beside(leaves: list[Leaf], members: set[Path]) -> list[str]:
+    """What stands beside these members, each by the shortest name that holds none of them."""
+    holders = {path[:depth] for path in members for depth in range(len(path))}
+    names: dict[str, None] = {}
+    for leaf in leaves:
+        if leaf.path in members:
+            continue
+        outside = (leaf.path[:d] for d in range(1, len(leaf.path)) if leaf.path[:d] not in holders)
+        names[".".join(next(outside, leaf.path))] = None
+    return sorted(names)
+
+
+def _keyed(found: list[Candidate], key: str) -> list[Candidate]:
+    wanted = ".".join(p for p in key.split(".") if p not in WRAPPERS)
+    here = [c for c in found if c.key == wanted or c.key.startswith(f"{wanted}.")]
+    if not here:
+        there = ", ".join(map(_named, found)) or "none that is known"
+        raise DataError(f"it holds no state dict under the key {key!r}. There are: {there}")
+    return here
+
+
+def _chosen(found: list[Candidate]) -> tuple[Candidate, str]:
+    """The only one; of the averaged and the plain weights the former, and the latter's name."""
+    if len(found) > MANY:
+        raise DataError(f"it holds {len(found)} state dicts that fit; choose one by --key NAME")
+    distinct: list[Candidate] = []
+    for state in found:
+        if not any(_same(state.weights, other.weights) for other in distinct):
+            distinct.append(state)
+    if len(distinct) == 1:
+        return distinct[0], ""
+    averaged = [c for c in distinct if AVERAGED.search(c.key.lower())]
+    if len(distinct) == 2 and len(averaged) == 1:
+        (plain,) = (c for c in distinct if c is not averaged[0])
+        return averaged[0], _named(plain)
+    raise DataError(
+        f"it holds {len(distinct)} state dicts that fit, and their values differ: "
+        f"{', '.join(map(_named, distinct))}. Choose one by --key NAME"
+    )
+
+
+def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        x is b[name] or (x.shape == b[name].shape and torch.equal(x, b[name]))
+        for name, x in a.items()
+    )
+
+
+def _named(state: Candidate) -> str:
+    return state.key or "the names without a key"
+
+
+def _largest(leaves: list[Leaf]) -> StateDict:
+    """Where no layout fits: the container of the most tensors, for whoever reads its names."""
+    homes: dict[int, dict[str, Tensor]] = {}
+    for leaf in leaves:
+        if leaf.tensor is not None:
+            homes.setdefault(leaf.home, {})[".".join(leaf.path)] = leaf.tensor
+    return StateDict("", max(homes.values(), key=len), [])
+
+
+def _kinds(loaded: Any) -> str:
+    """What there is in place of weights."""
+
+    def told() -> Iterator[str]:
+        if not isinstance(loaded, Mapping):
+            yield type(loaded).__name__
+            return
+        for name, value in list(loaded.items())[:3]:
+            yield f"{name!r} is {type(value).__name__}"
+        if len(loaded) > 3:
+            yield f"{len(loaded) - 3} more"
+
+    return ", ".join(told()) or "it is empty"

@@ -1,0 +1,216 @@
+"""A file of weights from a stranger, checked before anything reads it and never executed."""
+
+import hashlib
+import io
+import pickle
+import pickletools
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from jemkit.errors import DataError
+from jemkit.runtime.opening import read_file
+from jemkit.training.pretrained.layouts import Format
+from jemkit.training.pretrained.probing import state_dict_in
+
+LIMIT = 4 * 2**30
+"""Bytes of the largest file that is read; a wrn-28-10 with its buffer has 270 million."""
+
+ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".th", ".tar")
+"""Of the checkpoints that are looked for in a folder."""
+
+MAGIC = 0x1950A86A20F9469CFC6C
+"""The number that opens a file of torch.save as it was before torch 1.6."""
+
+STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+PARTS = {
+    "collections Counter",  # of a schedule's milestones
+    "collections OrderedDict",
+    "torch Size",
+    "torch device",
+    "torch._utils _rebuild_tensor",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    "torch.nn.parameter Parameter",
+    *(f"torch {name}Storage" for name in STORAGES),
+}
+"""What a pickle of weights may name. torch's own list is longer: it lets bytearray(10**12) by."""
+
+
+class Contents(NamedTuple):
+    """What a file holds."""
+
+    weights: dict[str, Tensor]  # by the authors' names
+    beside: list[str]  # what else there is, such as a replay buffer
+    sha256: str
+    file: str
+    key: str  # what the weights stand under; empty where the file holds them alone
+    averaged: str  # the plain weights beside them, where these are their average
+
+
+def read_checkpoint(path: Path, format: Format | None = None, key: str | None = None) -> Contents:
+    """The weights of a .pt, .pth or .safetensors file; a DataError where it is anything else.
+
+    They are found by their names, under whatever key and prefix; where several state dicts fit,
+    `format` and `key` choose. In a folder the one checkpoint is read.
+    """
+    path = _file(path)
+    data = _bytes(path)
+    try:
+        found = state_dict_in(loaded(data), format, key)
+        _check_weights(found.weights, len(data))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    sha = hashlib.sha256(data).hexdigest()
+    return Contents(found.weights, found.beside, sha, path.name, found.key, found.averaged)
+
+
+def _file(path: Path) -> Path:
+    """The checkpoint at a path: the file itself, or the only one in a folder."""
+    if not path.is_dir():
+        return path
+    inside = sorted(p for p in path.iterdir() if p.suffix in ENDINGS and p.is_file())
+    safe = [p for p in inside if p.suffix == ".safetensors"]
+    if len(inside) == 1 or len(safe) == 1:
+        return (safe or inside)[0]
+    names = ", ".join(p.name for p in inside[:5]) or "none"
+    raise DataError(f"{path} is a folder; wanted one checkpoint in it, it has {names}. Name one")
+
+
+def _bytes(path: Path) -> bytes:
+    if not path.is_file():
+        raise DataError(f"{path} is no file; wanted a checkpoint, .pt, .pth or .safetensors")
+    return read_file(path, LIMIT)
+
+
+def loaded(data: bytes) -> Any:
+    """What torch.save or safetensors wrote; a DataError where it is anything else, or damaged."""
+    try:
+        return _loaded(data)
+    except DataError:
+        raise
+    except pickle.UnpicklingError:  # torch's own text advises to read without its guard
+        raise DataError("its pickle is damaged or holds more than weights") from None
+    except Exception as error:  # a damaged file raises whatever it hits first
+        what = " ".join(str(error).split())[:200] or "no reason given"
+        raise DataError(f"it is damaged or no checkpoint: {type(error).__name__}: {what}") from None
+
+
+def _loaded(data: bytes) -> Any:
+    if data[:4] == b"PK\x03\x04":
+        data = _clean_zip(data)
+    elif data[:2] == b"\x80\x02":
+        _check_legacy(data)
+    elif data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data):
+        return safetensors.torch.load(data)
+    else:
+        raise DataError(_stranger(data))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _stranger(data: bytes) -> str:
+    wanted = "wanted a file of torch.save or safetensors"
+    if not data:
+        return f"the file is empty; {wanted}"
+    if data[:1] == b"\x80":
+        return f"a Python pickle that torch.save did not write, and pickles run code; {wanted}"
+    return f"not a checkpoint: it begins with {data[:8]!r}; {wanted}"
+
+
+def _clean_zip(data: bytes) -> bytes:
+    """The same entries in an archive of our own, once each is known to be harmless and intact.
+
+    torch's reader and Python's take some headers differently (torch gives uninitialised memory for
+    an entry marked as a folder): written anew, it sees what was checked.
+    """
+    clean = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(clean, "w") as anew:
+        _check_entries(archive, len(data))
+        for entry in archive.infolist():
+            content = archive.read(entry)  # checks the CRC-32
+            if PurePosixPath(entry.filename).name == "data.pkl":
+                _scan(io.BytesIO(content))
+            anew.writestr(entry.filename, content)
+    return clean.getvalue()
+
+
+def _check_entries(archive: zipfile.ZipFile, size: int) -> None:
+    """Every entry in the folder, of a name of its own, and stored as it is; one pickle of parts."""
+    entries = archive.infolist()
+    names = [entry.filename for entry in entries]
+    for name in names:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
+            raise DataError(f"the archive's entry {name!r} leaves its folder; it is not read")
+    if len(set(names)) < len(names):
+        raise DataError("the archive holds two entries of one name; it is not read")
+    last = [PurePosixPath(name).name for name in names]
+    if "constants.pkl" in last:
+        raise DataError("this is a TorchScript program; wanted weights, a state_dict")
+    declared = sum(entry.file_size for entry in entries)
+    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if packed or declared > size:
+        raise DataError(
+            f"the archive holds {declared:,} bytes in a file of {size:,}, compressed or one over "
+            "the other; torch.save stores each as it is, so this may be a zip bomb and is not read"
+        )
+    if last.count("data.pkl") != 1:
+        raise DataError("a zip archive that torch.save did not write: it has no data.pkl")
+
+
+def _check_legacy(data: bytes) -> None:
+    """The five pickles of a file before torch 1.6; the storages follow them as raw bytes."""
+    stream = io.BytesIO(data)
+    if MAGIC not in _scan(stream):
+        raise DataError(_stranger(data))
+    for _ in range(4):
+        _scan(stream)
+
+
+def _scan(stream: io.BytesIO) -> set[int]:
+    """Read a pickle's operations, running none; refuse what no weights need. Gives its integers."""
+    numbers: set[int] = set()
+    for operation, argument, _ in pickletools.genops(stream):
+        if operation.name in ("GLOBAL", "INST") and argument not in PARTS:
+            name = str(argument).replace(" ", ".")
+            raise DataError(
+                f"its pickle calls {name}, which no file of weights needs and which could run "
+                "code; nothing was executed. Ask its author for a state_dict or safetensors"
+            )
+        if operation.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
+            raise DataError(
+                f"its pickle uses {operation.name}, of a protocol that torch.save does not write "
+                "by default; nothing was executed. Save it anew as a state_dict"
+            )
+        if isinstance(argument, int):
+            numbers.add(argument)
+    return numbers
+
+
+def _check_weights(weights: Mapping[str, Tensor], size: int) -> None:
+    """Refuse tensors that the file cannot hold, or that no network computes with."""
+    for name, tensor in weights.items():
+        _check_tensor(name, tensor)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in weights.values()}
+    if sum(storage.nbytes() for storage in storages.values()) > size:
+        raise DataError(f"its tensors claim more bytes than the file's {size:,}")
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        raise DataError(f"{name} is no plain tensor in memory; wanted dense numbers")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise DataError(
+            f"{name} unfolds to {list(tensor.shape)} from {tensor.untyped_storage().nbytes():,} "
+            "bytes; wanted a number in the file for each of its elements"
+        )
+    if not tensor.isfinite().all():
+        raise DataError(f"{name} holds NaN or inf")

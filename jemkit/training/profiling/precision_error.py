@@ -1,0 +1,81 @@
+"""How exact an energy's gradient is in each precision: against float64, at the network's shapes."""
+
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from jemkit.config.recipe import Resolved
+from jemkit.errors import DataError
+from jemkit.models.energy import EnergyModel, ModelEnergy
+from jemkit.runtime.modes import sampling_mode
+from jemkit.runtime.precision import Precision, numerics
+from jemkit.runtime.run_dir import versions
+from jemkit.sampling.kernels import eager_gradient
+from jemkit.training.build import Assembly
+
+
+class Accuracy(NamedTuple):
+    """What one precision makes of dE/dx, image by image."""
+
+    precision: Precision
+    median: float  # of the images' relative errors, |g - g64| / |g64| in the L2 norm
+    worst: float
+    flipped: float  # share of all pixels whose sign is another: what steps by sign see
+    images: int
+
+
+def accuracy_of(parts: Assembly, images: int = 16) -> list[Accuracy]:
+    """Each precision of the device on the first images of a batch, against float64.
+
+    The model is a chain's: frozen, its batch norm by the batch. tf32 is a GPU's alone.
+    """
+    x = parts.loader.batch().x[:images]
+    cuda = parts.device.type == "cuda"
+    kinds: tuple[Precision, ...] = ("fp32", "tf32", "bf16") if cuda else ("fp32", "bf16")
+    exact = reference(parts.backbone.model, x)
+    return [errors(kind, _gradient(parts.backbone.model, x, kind), exact) for kind in kinds]
+
+
+def protocol(resolved: Resolved, parts: Assembly, found: list[Accuracy]) -> dict[str, Any]:
+    """What the figures were measured on, and what they are."""
+    tables, run = resolved.tables, resolved.recipe.run
+    return {
+        "images": found[0].images,
+        "selection": f"the first of {tables['data']['use']}'s first batch, with its views",
+        "model": f"{tables['backbone']['use']}, fresh, its batch norm by the batch",
+        "network": tables["backbone"].get("network", {}),
+        "error": "|g - g64| / |g64| of g = dE/dx, image by image, against float64",
+        "norm": "L2",
+        "seed": run.seed,
+        "device": str(parts.device),
+        "versions": versions(),
+    }
+
+
+def reference(model: EnergyModel, x: Tensor) -> Tensor:
+    """dE/dx [B, C, H, W] of a copy of the model in float64."""
+    return _gradient(deepcopy(model).double(), x.double(), "fp32")
+
+
+def errors(precision: Precision, found: Tensor, exact: Tensor) -> Accuracy:
+    """The errors of gradients [B, ...] against exact ones; a DataError where none can be told."""
+    size = exact.flatten(1).norm(dim=1)
+    relative = (found.double() - exact).flatten(1).norm(dim=1) / size
+    if not relative.isfinite().all():
+        raise DataError(
+            f"no relative error in {precision} for {int((~relative.isfinite()).sum())} of "
+            f"{len(relative)} images: their gradient is 0 or not finite; take another network or "
+            "other images"
+        )
+    flipped = (found.sign() != exact.sign()).double().mean()
+    return Accuracy(
+        precision, float(relative.median()), float(relative.max()), float(flipped), len(exact)
+    )
+
+
+def _gradient(model: EnergyModel, x: Tensor, precision: Precision) -> Tensor:
+    autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16")
+    with numerics(precision=precision), sampling_mode(model, "batch_stats"), autocast:
+        return eager_gradient(ModelEnergy(model), x)

@@ -1,0 +1,125 @@
+"""What each of several processes has of a run: its slots of the buffer and its own stream."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Generator, Tensor
+
+from jemkit.backbone import Backbone
+from jemkit.errors import ConfigError, MisfitError
+from jemkit.runtime import distributed
+from jemkit.runtime.rng import generator
+from jemkit.runtime.work_cache import WHOLE, Shard
+from jemkit.sampling.density import Buffered, Density
+
+log = logging.getLogger(__name__)
+
+State = dict[str, Any]
+
+
+def split(backbone: Backbone, rng: Generator, seed: int) -> Generator:
+    """Give each process its slots of the buffer, and chains a stream of their own.
+
+    The model and the whole buffer were drawn alike by all; the first process goes on with that
+    stream, as a process that is alone does.
+    """
+    me = distributed.shard()
+    if me.size == 1:
+        return rng
+    if backbone.has_density and isinstance(backbone.density, Buffered):
+        buffer = backbone.density.buffer
+        check_slots(buffer.options.capacity, backbone, me)
+        capacity = buffer.options.capacity // me.size
+        buffer.options = buffer.options.model_copy(update={"capacity": capacity})
+        buffer.states = buffer.states[me.rank :: me.size].clone()
+    return rng if me.rank == 0 else generator(rng.device, seed, "chains", me.rank)
+
+
+def check_slots(capacity: int, backbone: Backbone, me: Shard) -> None:
+    """Refuse a buffer that the processes could not share evenly, class by class."""
+    buffer = backbone.density.buffer if isinstance(backbone.density, Buffered) else None
+    shares = me.size
+    if buffer is not None and buffer.options.conditional:
+        shares *= buffer.n_classes
+    if capacity % shares:
+        raise ConfigError(
+            f"{me.size} processes cannot share a buffer of {capacity} slots evenly; set "
+            f"backbone.buffer.capacity to a multiple of {shares}"
+        )
+
+
+def share_of(state: State, rng: Tensor, density: Density | None, *, ended: bool = False) -> State:
+    """This process's own part of a saved state: bit for bit where as many processes saved it.
+
+    Among others the buffer is dealt out anew, and who was not there draws from `rng`; a run that
+    has ended draws no more, and nothing is told of it.
+    """
+    me = distributed.shard()
+    own = {name: state[name] for name in ("density", "objective", "rng")}
+    ranks = [own, *state.get("ranks", [])]
+    if len(ranks) == me.size:
+        return ranks[me.rank]  # type: ignore[no-any-return]
+    if me.rank == 0 and not ended:
+        log.warning(
+            "saved by %d process(es) and gone on with by %d: the buffer is dealt out anew, and the "
+            "run will not be bit for bit the one that it would have been",
+            len(ranks),
+            me.size,
+        )
+    share = dealt([r["density"] for r in ranks], density, me) if density else None
+    there = me.rank < len(ranks)
+    return {**own, "density": share, "rng": ranks[me.rank]["rng"] if there else rng}
+
+
+def undivided(state: State, density: Density) -> State:
+    """A saved density's state as one process has it, however many saved it."""
+    saved = [part["density"] for part in (state, *state.get("ranks", []))]
+    return saved[0] if len(saved) == 1 else dealt(saved, density, WHOLE)
+
+
+@runtime_checkable
+class Dealt(Protocol):
+    """A density whose state another number of processes can go on from.
+
+    `deals` says of each entry of its state what the processes hold of it: "slots", every N-th row
+    of a tensor; "count", a number that adds up; "alike", the same in all of them.
+    """
+
+    deals: Mapping[str, str]
+
+
+def dealt(saved: list[State], density: Density, me: Shard) -> State:
+    """This process's share of the states that len(saved) processes held."""
+    deals = density.deals if isinstance(density, Dealt) else {}
+    if any(set(deals) != set(state) for state in saved) or not {*deals.values()} <= {*DEALS}:
+        raise MisfitError(
+            f"this density's state cannot be dealt out anew: go on with {len(saved)} process(es), "
+            f"or have {type(density).__name__}.deals say of each of {', '.join(sorted(saved[0]))} "
+            f"how it is shared: {', '.join(DEALS)}"
+        )
+    try:
+        return {
+            name: DEALS[how]([state[name] for state in saved], me) for name, how in deals.items()
+        }
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise MisfitError(f"the processes' parts of a density do not fit: {error}") from None
+
+
+def _slots(parts: list[Tensor], me: Shard) -> Tensor:
+    """Every `me.size`-th row of those of which each part has every len(parts)-th."""
+    return torch.stack(parts, dim=1).flatten(0, 1)[me.rank :: me.size]
+
+
+def _count(parts: list[int], me: Shard) -> int:
+    return sum(map(int, parts)) // me.size
+
+
+def _alike(parts: list[Any], _: Shard) -> Any:
+    return parts[0]
+
+
+DEALS: dict[str, Callable[[list[Any], Shard], Any]] = {
+    "slots": _slots, "count": _count, "alike": _alike,
+}  # fmt: skip

@@ -1,0 +1,276 @@
+"""Recovery: a sick run goes back to a checkpoint that proved healthy, and on with a remedy."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from jemkit.config.recipe import Recipe
+from jemkit.data import Loader
+from jemkit.errors import DataError, Diverged, OutOfMemory
+from jemkit.runtime import checkpoint, distributed
+from jemkit.runtime.divergence_monitor import Finding, Remedy, Sentinel, Sick
+from jemkit.runtime.rng import generator
+from jemkit.runtime.run_dir import RunFolder
+from jemkit.sampling.density import Penalised, penalty_of
+from jemkit.training.build import Assembly
+from jemkit.training.health import Checkup, renew, sick_slots
+from jemkit.training.leader import renewed
+from jemkit.training.metrics_log import Journal
+from jemkit.updaters import Guard
+
+PENALTY = 0.1
+"""On the squared mean energies: what users of JEM whose runs diverge are told to try."""
+
+SPOILT = "the training images themselves are not finite, so going back would not help"
+SHOWN = 3
+"""Attempts that a message lists."""
+
+
+class Care:
+    """What was tried on a run so far, and where it may go back to; part of its checkpoints."""
+
+    def __init__(self, options: Sentinel, parts: Assembly, seed: int) -> None:
+        self.options, self.parts, self.seed = options, parts, seed
+        self.checkup = Checkup(options, parts)
+        self.tried: list[dict[str, Any]] = []  # one entry a rollback
+        learns = parts.objective.needs_density and parts.backbone.has_density
+        self.chains = parts.backbone.density if learns else None  # that the objective draws from
+        self._steps = self.chains.steps if self.chains else 0
+        self._epoch = parts.loader.steps_per_epoch
+
+    @property
+    def may_try(self) -> bool:
+        return self.options.on and len(self.tried) < self.options.tries
+
+    @property
+    def rate(self) -> float:
+        """The factor on the learning rate."""
+        return float(0.5 ** self._times("rate"))
+
+    def proven(self, folder: Path, since: int) -> Iterator[Path]:
+        """Checkpoints after which `quiet` steps, or an epoch, raised no finding; newest first.
+
+        Only ends of epochs count, since every run has those, however often it was interrupted;
+        and the very beginning.
+        """
+        for path in reversed(checkpoint.complete(folder)):
+            step = step_of(path)
+            if step == 0 or (
+                step % self._epoch == 0 and step + self.options.proof(self._epoch) <= since
+            ):
+                yield path
+
+    def prune(self, folder: Path, step: int, keep: int) -> None:
+        """Leave the newest `keep`, and all that a finding yet to come may go back to."""
+        found = checkpoint.complete(folder)
+        oldest = max(0, (step - self.options.late(self._epoch)) // self._epoch * self._epoch)
+        for path in found[:-keep]:
+            wanted = step_of(path) >= oldest and step_of(path) % self._epoch == 0
+            if not (self.options.on and wanted):
+                checkpoint.remove(path)
+        checkpoint.prune(folder, len(found))
+
+    def try_next(self, finding: Finding, step: int, back: int) -> dict[str, Any]:
+        """The next remedy, chains of another seed, and fresh ones in place of the sick."""
+        attempt = len(self.tried) + 1
+        entry: dict[str, Any] = {
+            "attempt": attempt, "of": self.options.tries, "signal": finding.signal,
+            "what": finding.told, "step": step, "since": finding.since, "to": back,
+            "remedy": self._remedy(attempt), "renewed": 0,
+        }  # fmt: skip
+        entry["renewed"] = renewed(attempt, lambda: anew(self.checkup, self.seed, attempt))
+        self.prescribe([*self.tried, entry])
+        entry["with"] = self.told()
+        return entry
+
+    def prescribe(self, tried: list[dict[str, Any]]) -> None:
+        """Put the remedies of these attempts into effect."""
+        self.tried = list(tried)
+        if self.chains is None:
+            return
+        self.chains.steps = self._steps * 2 ** self._times("steps")
+        if self._times("penalty") and isinstance(self.chains, Penalised):
+            self.chains.penalise(PENALTY)
+            self.parts.backbone.penalised = PENALTY
+
+    def told(self) -> str:
+        """What a rolled-back run goes on with."""
+        words = [f"{self.rate:g} of the learning rate"] if self._times("rate") else []
+        if self._times("steps") and self.chains is not None:
+            words.append(f"{self.chains.steps} steps a chain")
+        if self._times("penalty"):
+            words.append(f"an energy penalty of {penalty_of(self.chains) or PENALTY:g}")
+        return ", ".join(words)
+
+    def _remedy(self, attempt: int) -> Remedy:
+        """The next of the policy that changes anything, whose last serves all later tries; where
+        none does it is the rate, which always can be lowered."""
+        policy = self.options.policy
+        left = policy[min(attempt, len(policy)) - 1 :]
+        return next((remedy for remedy in left if self._changes(remedy)), "rate")
+
+    def _changes(self, remedy: Remedy) -> bool:
+        """Whether anything would be other than it is."""
+        if remedy == "rate":
+            return True
+        if remedy == "steps":
+            return self.chains is not None and self.chains.steps > 0
+        lighter = penalty_of(self.chains) < PENALTY and not self._times("penalty")
+        return isinstance(self.chains, Penalised) and lighter
+
+    def _times(self, remedy: Remedy) -> int:
+        return sum(entry["remedy"] == remedy for entry in self.tried)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tried": self.tried, "vitals": self.checkup.vitals.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.checkup.vitals.load_state_dict(state["vitals"])
+        self.prescribe(state["tried"])
+
+
+def anew(checkup: Checkup, seed: int, attempt: int) -> int:
+    """Give this process's chains another stream and begin its sick ones afresh; how many."""
+    parts, buffer, rank = checkup.parts, checkup.buffer, distributed.shard().rank
+    words = ("chains", "attempt", attempt, *([rank] if rank else []))
+    parts.rng.set_state(generator(parts.device, seed, *words).get_state())
+    if buffer is None:
+        return 0
+    return renew(buffer, sick_slots(buffer, parts.task.bounds, checkup.limit), parts.rng)
+
+
+class Recoverable(Protocol):
+    """What of a trainer goes back: where it stands, and what keeps it."""
+
+    best: dict[str, Any]
+    guard: Guard
+
+    @property
+    def seconds(self) -> float: ...
+
+    @property
+    def journal(self) -> Journal: ...
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def care(self) -> Care: ...
+
+    @property
+    def loader(self) -> Loader: ...
+
+    @property
+    def recipe(self) -> Recipe: ...
+
+    @property
+    def folder(self) -> RunFolder: ...
+
+    @property
+    def writer(self) -> checkpoint.Writer: ...
+
+    @property
+    def watch(self) -> Callable[[str, dict[str, Any]], None]: ...
+
+    def gather(self) -> object: ...
+
+    def save(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def go_back(trainer: Recoverable, error: Diverged) -> None:
+    """Take a run back to a checkpoint that proved healthy, or raise Diverged for good.
+
+    What it goes on from is saved in that checkpoint's place, and what came after it is gone; the
+    best epoch stays, whichever attempt it is of.
+    """
+    trainer.writer.wait()
+    care, folder, step = trainer.care, trainer.folder, trainer.step
+    finding = _earliest(trainer, error)
+    where, state = _readable(care.proven(folder.checkpoints, finding.since))
+    cause = None if care.options.on else "the sentinel is off"
+    if not trainer.loader.images.unit().isfinite().all():
+        cause = SPOILT
+    if state is None or where is None or cause or not care.may_try:
+        where = checkpoint.newest(folder.checkpoints) if cause else where
+        folder.event("diverged", step=step, reason=finding.told, tried=care.tried)
+        raise Diverged(diagnosis(finding, step, trainer, where, cause))
+    tried, best, seconds = care.tried, trainer.best, trainer.seconds
+    trainer.load_state_dict(state)
+    trainer.best, trainer.journal.seconds, trainer.guard = best, seconds, Guard()
+    care.prescribe(tried)
+    entry = care.try_next(finding, step, trainer.step)
+    for path in reversed(checkpoint.complete(folder.checkpoints)):
+        if path.name > where.name:  # newest first: killed in here, a run finds the same again
+            checkpoint.remove(path)
+    checkpoint.save(where, trainer.state_dict())
+    folder.drop_metrics_from(trainer.step)
+    folder.event("rollback", **entry)
+    trainer.watch("rollback", entry)
+
+
+def saved(trainer: Recoverable, error: OutOfMemory) -> NoReturn:
+    """End a run for which there is no room, once what it has done is safe."""
+    told = str(error)
+    if error.undone:
+        try:
+            trainer.save()
+        except Diverged as sick:  # its last steps were; what it goes back to is saved
+            go_back(trainer, sick)
+        told += f". Step {trainer.step} is saved; --resume goes on from it where there is more room"
+    trainer.folder.event("memory", step=trainer.step, ended=told)
+    raise OutOfMemory(told, undone=error.undone) from None
+
+
+def _earliest(trainer: Recoverable, error: Diverged) -> Finding:
+    """What metrics that nobody has read yet tell of comes before the error."""
+    try:
+        trainer.gather()
+    except Sick as earlier:
+        return earlier.finding
+    if isinstance(error, Sick):
+        return error.finding
+    told = re.sub(r"^update \d+: ", "", str(error))  # counted anew in every process
+    return Finding("update", trainer.step, told)
+
+
+def diagnosis(
+    finding: Finding, step: int, trainer: Recoverable, where: Path | None, cause: str | None
+) -> str:
+    """What was seen and since when, what was tried, and what a person may do: a short list.
+
+    The weights that the run began with are no advice: it is they that it diverged from.
+    """
+    tried, care = trainer.care.tried, trainer.care
+    head = f"diverged at step {step}: {finding.told} (since step {finding.since})"
+    lines = [f"{len(tried) - SHOWN} attempts before these: see events.jsonl"] * (len(tried) > SHOWN)
+    for entry in tried[-SHOWN:]:
+        back = f"went back from step {entry['step']} to {entry['to']}"
+        lines.append(f"attempt {entry['attempt']} {back}, on with {entry['with']}: {entry['what']}")
+    if cause != SPOILT:
+        rate = trainer.recipe.optimizer.lr * care.rate
+        lines.append(f"begin a new run with optimizer.lr below {rate:.3g}, or a longer warm-up")
+        if care.chains is not None:
+            lighter = penalty_of(care.chains) < PENALTY
+            penalty = f" or backbone.density.penalty = {PENALTY}" if lighter else ""
+            lines[-1] += f", more backbone.steps{penalty}"
+    if where is not None and step_of(where) > 0:
+        lines.append(f"--init-from {where} takes its weights, of step {step_of(where)}")
+    return "\n  - ".join([f"{head}; {cause}" if cause else head, *lines])
+
+
+def _readable(paths: Iterator[Path]) -> tuple[Path | None, dict[str, Any] | None]:
+    """The first that is not damaged, and its state."""
+    for path in paths:
+        with suppress(DataError):
+            return path, checkpoint.load(path)
+    return None, None
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

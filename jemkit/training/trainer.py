@@ -1,0 +1,307 @@
+"""Training: the flat loop around the steps of a run."""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from jemkit.config.recipe import Recipe, Resolved
+from jemkit.errors import Diverged, OutOfMemory, Preempted
+from jemkit.metrics import record as records
+from jemkit.metrics.evaluator import Notes
+from jemkit.metrics.figures import Figure
+from jemkit.metrics.plots import save_curves
+from jemkit.runtime import checkpoint, distributed
+from jemkit.runtime.precision import judging, numerics
+from jemkit.runtime.preemption import Polling
+from jemkit.runtime.run_dir import RunFolder
+from jemkit.splits import Pinned
+from jemkit.step import train_step
+from jemkit.training.build import load_model, put_together
+from jemkit.training.compatibility import trained_threat
+from jemkit.training.health import Metered
+from jemkit.training.metrics_log import GATHER, PATIENCE, Journal
+from jemkit.training.restore import about_checkpoint, about_parts
+from jemkit.training.rollback import Care, go_back, saved
+from jemkit.training.saved_state import check as check_saved
+from jemkit.training.saved_state import weights_of
+from jemkit.training.synchronisation import alone, stepping
+from jemkit.training.validation import Exam
+from jemkit.updaters import Guard
+
+__all__ = [
+    "Summary", "Trainer", "Watch", "train_step",
+]  # fmt: skip
+
+
+REDRAW = 10.0
+"""Seconds between two drawings of curves.png, which takes longer than a short epoch."""
+
+
+class Summary(NamedTuple):
+    """How a run ended."""
+
+    run: Path
+    epochs: int
+    best_epoch: int
+    seconds: float
+    figures: list[Figure]
+
+    def value(self, name: str) -> float:
+        """A figure's value by its name."""
+        return next(figure.value for figure in self.figures if figure.name == name)
+
+
+Watch = Callable[[str, dict[str, Any]], None]
+"""Told of a run's "start", "step", "epoch", "rollback", "compiled" and "end", with what to show."""
+
+
+class Trainer:
+    """A run: everything that a recipe determines, and the loop over its steps."""
+
+    def __init__(
+        self,
+        resolved: Resolved,
+        folder: RunFolder,
+        watch: Watch | None = None,
+        *,
+        pinned: Pinned | None = None,
+    ) -> None:
+        self.recipe: Recipe = resolved.recipe
+        self.tables = resolved.tables
+        self.config: dict[str, Any] | None = None  # what checkpoints keep of config.json
+        self.folder, self.watch = folder, watch or (lambda kind, what: None)
+        self.stop: Callable[[], bool] = lambda: False  # polled between steps, inside long ones
+        self.polling = Polling(lambda: self.stop(), lambda: self.guard.updates)
+        self.parts = parts = put_together(self.recipe, pinned)
+        self.task, self.splits, self.rng = parts.task, parts.splits, parts.rng
+        self.backbone, self.objective, self.loader = parts.backbone, parts.objective, parts.loader
+        self.optimizer, self.updater, self.ema = parts.optimizer, parts.updater, parts.ema
+        self.care = Care(self.recipe.sentinel, parts, self.recipe.run.seed)
+        self.metered, self.guard, self.writer = Metered(folder.path), Guard(), checkpoint.Writer()
+        self.journal = Journal(self.metered, tensorboard=self.recipe.run.tensorboard)
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {}
+        self._redrawn = 0.0
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.loader.step
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps whose metrics were read, whoever took them."""
+        return self.journal.seconds
+
+    @property
+    def total_steps(self) -> int:
+        return self.task.total_steps
+
+    @property
+    def _leaves_steps(self) -> bool:
+        """Whether a stop is heard inside a step: none of several leaves one by himself, and a
+        compiled graph has no place for it."""
+        return distributed.shard().size == 1 and not self.recipe.run.compile
+
+    def run(self, until: int | None = None) -> None:
+        """Train to the end of the recipe, or until `until` steps are done; then save."""
+        run, last = self.recipe.run, min(until or self.total_steps, self.total_steps)
+        begun: dict[str, Any] = {"step": self.step, "total": self.total_steps, "epochs": run.epochs}
+        self.watch("start", begun)
+        self.backbone.model.train()
+        if self.recipe.sentinel.on and self.step == 0:
+            self.save()  # where a run goes back to that is sick before its first epoch has ended
+        passes = self.polling.passes(self.backbone.model, on=self._leaves_steps)
+        switches = partial(numerics, deterministic=run.deterministic, threads=run.threads)
+        with switches(precision=run.precision), passes:
+            try:
+                self._recovering(last)
+            finally:
+                self.writer.wait()
+
+    def _recovering(self, last: int) -> None:
+        while True:
+            try:
+                return self._steps(last)
+            except Preempted:
+                self._preempted()
+            except Diverged as error:
+                go_back(self, error)
+            except OutOfMemory as error:
+                saved(self, error)
+
+    def _steps(self, last: int) -> None:
+        per_epoch = self.loader.steps_per_epoch
+        if self.step % per_epoch == 0 and len(self.history) < self.step // per_epoch:
+            self.end_epoch()  # a stop came into it
+        while self.step < last:
+            self.polling.between()
+            self.one_step()
+            if self.step % per_epoch == 0:
+                self.end_epoch()
+        self.save()
+
+    def one_step(self) -> None:
+        """Schedule, draw, update, log."""
+        step, run = self.step, self.recipe.run
+        self.journal.stopwatch.begin()
+        factor = self.recipe.schedule.factor(step, self.total_steps) * self.care.rate
+        self.polling.begin()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.optimizer.lr * factor
+        before = self.loader.state_dict()
+        try:
+            with stepping(self.parts):
+                batch = self.loader.batch()
+                take = partial(
+                    train_step, self.backbone, self.objective, self.updater, batch, self.rng,
+                    self.guard, run.theta_steps,
+                )  # fmt: skip
+                told = partial(self.folder.event, "memory", step=step)
+                terms = self.parts.micro.fit(take, moved=lambda: self.guard.updates, told=told)
+        except BaseException:
+            self.loader.load_state_dict(before)
+            self.journal.stopwatch.drop()
+            raise
+        if self.ema is not None:
+            self.ema.update(self.backbone.model)
+        known = {
+            "step": step,
+            "epoch": step // self.loader.steps_per_epoch + 1,
+            "lr": self.recipe.optimizer.lr * factor,
+        }
+        self.journal.note(known, self.loader.batch_size, terms, self.guard)
+        if self.step % GATHER == 0 or self.journal.age > PATIENCE:
+            self.watch("step", {**self.gather(), "step": self.step})
+
+    def end_epoch(self) -> None:
+        """Validate, draw a sample grid, keep the best, save."""
+        self.polling.begin()
+        self.guard.settle()
+        if newest := self.gather():
+            self.watch("step", {**newest, "step": self.step})
+        epoch = self.step // self.loader.steps_per_epoch
+        asked = not self._leaves_steps  # else `run` asks in every pass
+        run = self.recipe.run
+        strict = judging(self.parts.device, deterministic=run.deterministic, threads=run.threads)
+        with alone(self.parts), self.polling.passes(self.backbone.model, on=asked), strict:
+            sizes = self.care.checkup.body(self.step, self.ema.average if self.ema else {})
+            exam = self.exam(epoch)
+            with nullcontext() if self.ema is None else self.ema.applied(self.backbone.model):
+                found = exam.validate(self.recipe.run.eval_images)
+            exam.draw_grid(self.folder.samples / f"epoch-{epoch:04d}.png")
+        seen = [entry["accuracy"] for entry in [*self.history, found]]
+        self.care.checkup.epoch(self.step, sizes, seen)  # no pass follows in which a stop may come
+        entry = {"epoch": epoch, "step": self.step, **found, "seconds": round(self.seconds, 3)}
+        self.history.append(entry)
+        score = [found["pgd10"], found["accuracy"], epoch]
+        if better := not self.best or score > self.best["score"]:
+            self.best = {"epoch": epoch, "score": score}
+        self.save(anew=True, best=better)
+        self.folder.event("epoch", **entry)
+        if self.step == self.total_steps or time.monotonic() > self._redrawn + REDRAW:
+            save_curves(self.folder.path / "curves.png", self.folder.sound_metrics(), self.history)
+            self._redrawn = time.monotonic()
+        self.watch("epoch", entry)
+
+    def exam(self, epoch: int) -> Exam:
+        """How the model is looked at after an epoch, 0 for the end."""
+        seed, micro = self.recipe.run.seed, self.parts.micro
+        trained = trained_threat(self.recipe.objective, self.task.radius_px)
+        return Exam(self.backbone, self.task, self.splits, seed, epoch, micro, trained)
+
+    def finish(self) -> Summary:
+        """Judge the best epoch on the test split, at full size."""
+        return judged(self)
+
+    def save(self, *, anew: bool = False, best: bool = False) -> None:
+        """A checkpoint of this step, written behind the run; `anew` over one that is there."""
+        self.guard.settle()
+        self.gather()
+        folder, step, keep = self.folder.checkpoints, self.step, self.recipe.run.keep
+        path = folder / f"step-{step:08d}"
+        self.writer.wait()
+        if anew or not (path / checkpoint.MANIFEST).exists():
+            prune = partial(self.care.prune, folder, step, keep)
+            also = folder / "best" if best else None
+            self.writer.save(path, self.state_dict(), best=also, then=prune)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that going on depends on."""
+        told = {"history": self.history, "best": self.best, "seconds": self.seconds}
+        config = {} if self.config is None else {"config": self.config}
+        return {**self.parts.state_dict(), **told, "care": self.care.state_dict(), **config}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a saved state up; a DataError where no run of this recipe saved it."""
+        check_saved(state, self)
+        self.parts.load_state_dict(state)
+        self.history, self.best = list(state["history"]), dict(state["best"])
+        self.journal.seconds = state["seconds"]
+        if "care" in state:  # as of runs before there was a sentinel it is not
+            self.care.load_state_dict(state["care"])
+
+    def gather(self) -> dict[str, Any]:
+        """Write the metrics that are due; the sentinel reads them."""
+        newest = self.journal.gather()
+        self.care.checkup.rows(self.metered.taken())
+        if self.parts.compiled:
+            self.parts.compiled.tell(self.folder, self.watch)
+        return newest
+
+    def _preempted(self) -> NoReturn:
+        try:
+            self.save()
+        except Diverged as error:  # its last steps were sick; what it goes back to is saved
+            go_back(self, error)
+        self.folder.event("preempted", step=self.step)
+        raise Preempted(f"stopped at step {self.step}; go on with --resume")
+
+
+FEWEST = 1000
+"""Test images that are judged at least, where there are as many."""
+
+PER_IMAGE = 44
+"""Passes of one image that its judgement takes: clean accuracy, PGD-20 and the energies."""
+
+
+def images_to_judge(trainer: "Trainer") -> int:
+    """`run.test_images`, else what takes a tenth of the passes of one image that training took.
+
+    Counted are the passes forward and back of the update and of the chains, so that the number
+    depends on the recipe alone and on no clock.
+    """
+    asked = trainer.recipe.run.test_images
+    if asked is not None:
+        return asked
+    steps = trainer.backbone.density.steps if trainer.backbone.has_density else 0
+    passes = trainer.total_steps * trainer.loader.batch_size * (2 + 2 * steps)
+    return max(FEWEST, passes // (10 * PER_IMAGE))
+
+
+def judged(trainer: "Trainer") -> Summary:
+    """Load the best epoch's weights and judge them at full size."""
+    best, folder, run = trainer.best["epoch"], trainer.folder, trainer.recipe.run
+    path = folder.checkpoints / "best"
+    state = checkpoint.load(path)
+    about = about_checkpoint(folder.path.resolve(), path, averaged=bool(state["ema"]))
+    about |= about_parts(trainer.tables, trainer.recipe, trainer.task.radius_px)
+    trainer.polling.begin()
+    strict = judging(trainer.parts.device, deterministic=run.deterministic, threads=run.threads)
+    with strict, alone(trainer.parts):
+        load_model(trainer.backbone.model, weights_of(state, path)[0])
+        try:
+            with trainer.polling.passes(trainer.backbone.model, on=True):
+                found = trainer.exam(0).judge(about, images_to_judge(trainer))
+                trainer.exam(0).draw_energies(folder.path / "energies.png")
+        except Preempted:  # all that was trained is saved
+            folder.event("preempted", step=trainer.step)
+            raise Preempted("stopped while it was judged; go on with --resume") from None
+    records.save(folder.path, found, Notes())
+    summary = Summary(folder.path, run.epochs, best, trainer.seconds, found.figures)
+    folder.event("end", figures=[figure._asdict() for figure in found.figures])
+    trainer.watch("end", {"summary": summary})
+    return summary

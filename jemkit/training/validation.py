@@ -1,0 +1,143 @@
+"""How a model is looked at while it trains, and judged at the end."""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from jemkit.attacks.base import Threat
+from jemkit.attacks.pgd import PGD
+from jemkit.attacks.pixel_model import PixelModel
+from jemkit.backbone import Backbone
+from jemkit.config.eval_settings import Settings, protocol_card
+from jemkit.data import Images, Task, checked
+from jemkit.metrics import record as records
+from jemkit.metrics.attack_runner import attacked
+from jemkit.metrics.energy_gap import PGD20, Robustness, energies
+from jemkit.metrics.evaluator import Accuracy, Context, Evaluator, Notes, measure
+from jemkit.metrics.figures import Figure
+from jemkit.metrics.plots import save_energies, save_grid
+from jemkit.metrics.record_file import Record
+from jemkit.runtime.microbatch import MicroBatch, fitted
+from jemkit.runtime.modes import eval_mode, frozen
+from jemkit.runtime.rng import generator
+from jemkit.sampling.init_dists import Labelled
+from jemkit.selection import part_of
+from jemkit.splits import Splits
+
+GRID, GRID_STEPS = 100, 40
+"""Images in an epoch's sample grid, and the steps of the fresh chains that give them."""
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Looks at a backbone after an epoch, with generators of its own and never at the buffer."""
+
+    backbone: Backbone
+    task: Task
+    splits: Splits
+    seed: int
+    epoch: int
+    micro: MicroBatch = field(default_factory=MicroBatch)  # the run's: what it learns here stays
+    trained: Threat | None = None  # the ball that the objective trains in
+
+    def validate(self, n_robust: int) -> dict[str, float]:
+        """Validation accuracy, and under PGD-10 on its first `n_robust` images."""
+        valid = self.splits.images("valid")
+        part = Images(valid.x[:n_robust], valid.y[:n_robust])
+        judge = Robustness(attack=PGD(steps=10))
+        with self.micro.held():
+            (clean,) = measure(self._subject(), valid, [Accuracy()], self._context("validate"))
+            robust, *_ = measure(self._subject(), part, [judge], self._context("validate"))
+        return {"accuracy": clean.value, "pgd10": robust.value}
+
+    def draw_grid(self, path: Path) -> None:
+        """Samples of fresh chains, a row a class where the start knows classes."""
+        if not self.backbone.has_density:
+            return
+        with self.micro.held():
+            drawn = self._samples(self._generator("grid"))
+        save_grid(path, self.task.bounds.to_unit(drawn))
+
+    def draw_energies(self, path: Path) -> None:
+        """Histograms of E(x) of validation images, of PGD-20's and of samples (Figure 1)."""
+        valid, ctx, subject = (
+            self.splits.images("valid"),
+            self._context("energies"),
+            self._subject(),
+        )
+        with self.micro.held(), frozen(subject), eval_mode(subject):
+            found = attacked(subject, PGD20, valid, ctx, "pgd")
+            rows = {
+                "clean": energies(subject, valid, ctx)[0],
+                "PGD-20": energies(subject, Images(found.x_adv, valid.y), ctx)[0],
+            }
+            if self.backbone.has_density:
+                drawn = self.task.bounds.to_unit(self._samples(ctx.rng))
+                rows["samples"] = subject.scores(drawn).energy
+        norm = {"Linf": "L-inf"}.get(ctx.threat.norm, ctx.threat.norm)
+        title = (
+            f"PGD-20 at {ctx.threat.radius_px:g}/255, {norm}; fresh chains of {GRID_STEPS} steps"
+        )
+        save_energies(path, rows, title)
+
+    def judge(self, about: dict[str, Any], images: int | None = None) -> Record:
+        """Clean accuracy, PGD-20 and the energy gap on so many test images, or all, as a record.
+
+        `about` is what is judged. A figure's protocol is the one that `jemkit evaluate` gives to
+        the same measurement, which then takes its place.
+        """
+        test = checked(self.splits.images("test"), self.task.n_classes, "the test split")
+        part = part_of(test, len(test.y) if images is None else images)
+        ctx = replace(self._context("test"), seed=self.seed)
+        settings = Settings(seed=self.seed, batch_size=ctx.batch_size)
+        card = protocol_card(settings, ctx.threat, about, part, test, ctx.rng.device)
+        ctx = replace(ctx, card=card)
+        with self.micro.held():
+            clean = self._measured("accuracy", part.images, Accuracy(), ctx)
+            start = records.left_by(ctx.notes)
+            parts = [records.part("accuracy", clean, ctx, records.left_by(Notes()))]
+            robust, *gaps = self._measured("robustness", part.images, Robustness(), ctx)
+        parts.append(records.part("robustness", [robust], ctx, start))
+        gaps = [gap._replace(protocol={**gap.protocol, "evaluator": "energies"}) for gap in gaps]
+        parts.append(records.part("energies", gaps, ctx, records.left_by(ctx.notes)))
+        notes, figures = ctx.notes, [*clean, robust, *gaps]
+        return records.arranged(
+            Record(about, card, figures, notes.tables, notes.rows, {}, notes.warnings, parts)
+        )
+
+    def _measured(
+        self, name: str, data: Images, evaluator: Evaluator, ctx: Context
+    ) -> list[Figure]:
+        named = replace(ctx, card={**ctx.card, "evaluator": name})
+        return measure(self._subject(), data, [evaluator], named)
+
+    def _samples(self, rng: Generator) -> Tensor:
+        """GRID images in the model's range, in the order of their starts' classes."""
+        density = self.backbone.density
+        y = torch.arange(GRID, device=rng.device) * min(self.task.n_classes, 10) // GRID
+        start = Labelled(density.start, y)
+        drawn = partial(density.sample, self.backbone.model, GRID, rng, steps=GRID_STEPS)
+        return fitted(partial(drawn, start=start), rng)
+
+    def _subject(self) -> PixelModel:
+        return PixelModel(self.backbone.model, self.task.bounds)
+
+    def _context(self, name: str) -> Context:
+        rng = self._generator(name)
+        return Context(rng, self.threat, seed=rng.initial_seed())
+
+    @property
+    def threat(self) -> Threat:
+        """The data set's usual one; that of the training where its norm is another."""
+        if self.trained is not None and self.trained.norm != "Linf":
+            return self.trained
+        return Threat("Linf", self.task.radius_px)
+
+    def _generator(self, name: str) -> Generator:
+        """From the seed, the epoch and the name of what it is for."""
+        device = next(self.backbone.model.parameters()).device
+        return generator(device, self.seed, self.epoch, name)

@@ -1,0 +1,254 @@
+"""Updaters: how terms move the weights; and the guard that lets an update through."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from jemkit.errors import Diverged
+from jemkit.objective import Terms
+from jemkit.options import Options
+from jemkit.runtime import distributed, fsdp, tensors
+from jemkit.runtime.modes import frozen_batch_stats
+
+
+class Verdict(NamedTuple):
+    """What the guard saw of one update; tensors, so that the device is not waited for."""
+
+    update: int  # how many came before it, and it
+    finite: Tensor  # bool scalar; on the host, there once `ready` has passed
+    ready: torch.cuda.Event | None
+    grad_norm: Tensor  # scalar
+    parts: dict[str, Tensor]
+
+    def is_finite(self) -> bool:
+        """Wait for this update alone, not for what was queued after it."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return bool(self.finite)
+
+
+class Guard:
+    """Lets an update through only where loss and gradient are finite.
+
+    On a GPU the decision stays on the device, and the host reads it one update later. By then what
+    is no weight, such as running statistics and a replay buffer, has taken in what was not finite:
+    nothing may be saved that `settle` was not asked about.
+    """
+
+    def __init__(self) -> None:
+        self.seen: Verdict | None = None
+        self.updates = 0
+
+    def update(self, optimizer: Optimizer, terms: Terms) -> None:
+        """Step the optimizer, unless something is not finite."""
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norm = total_norm([g for g in grads if g is not None], terms.total)
+        losses = [terms.total.detach(), *(t.detach() for _, t in terms.parts.values())]
+        total, *parts = distributed.averages(losses)  # so that all processes judge alike
+        finite = norm.isfinite() & total.isfinite()
+        earlier, named = self.seen, dict(zip(terms.parts, parts, strict=True))
+        self.updates += 1
+        self.seen = Verdict(self.updates, *_on_the_way(finite), norm, named)
+        if self.defers(optimizer, finite):
+            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            optimizer.step()
+            self._judge(earlier)
+        else:
+            self.settle()
+            optimizer.step()
+
+    def defers(self, optimizer: Optimizer, finite: Tensor) -> bool:
+        """Whether the optimizer itself skips an update, so that the host need not know yet."""
+        return finite.is_cuda and bool(optimizer.defaults.get("fused"))
+
+    def settle(self) -> None:
+        """Raise Diverged if an update was stopped; again, as often as it is asked."""
+        self._judge(self.seen)
+
+    def _judge(self, verdict: Verdict | None) -> None:
+        if verdict is None or verdict.is_finite():
+            return
+        self.seen = verdict  # whatever came after it came after what was not finite
+        sick = [f"{name} = {float(t)}" for name, t in verdict.parts.items() if not t.isfinite()]
+        what = ", ".join(sick) or f"the gradient (norm {float(verdict.grad_norm)})"
+        raise Diverged(f"update {verdict.update}: not finite: {what}; this update was not applied")
+
+
+def _on_the_way(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy for the host that nobody waits for yet, and the event after which it is there."""
+    if not flag.is_cuda:
+        return flag, None
+    host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
+    ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    ready.record()
+    return host, ready
+
+
+@runtime_checkable
+class Updater(Protocol):
+    """Owns the optimizer; takes the terms as often as its rule needs."""
+
+    optimizer: Optimizer
+
+    def step(self, terms: Callable[[], Terms], guard: Guard) -> None: ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An updater with state beside its optimizer's; a checkpoint keeps it."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class UpdaterSpec(Protocol):
+    """An update rule's options; a registered part."""
+
+    def build(self, model: nn.Module, optimizer: Optimizer) -> Updater: ...
+
+
+class Plain(Options):
+    """One gradient, one step."""
+
+    def build(self, model: nn.Module, optimizer: Optimizer) -> Updater:
+        return PlainUpdater(optimizer)
+
+
+class SAM(Options):
+    """Sharpness-aware minimisation (Foret et al. 2021); adaptive is ASAM (Kwon et al. 2021)."""
+
+    rho: float = Field(0.05, ge=0)
+    adaptive: bool = False
+
+    def unused(self) -> dict[str, str]:
+        return {} if self.rho else {"adaptive": "where rho is 0"}
+
+    def build(self, model: nn.Module, optimizer: Optimizer) -> Updater:
+        return SAMUpdater(model, optimizer, self)
+
+
+class PlainUpdater:
+    """Plain descent on an optimizer."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def step(self, terms: Callable[[], Terms], guard: Guard) -> None:
+        guard.update(self.optimizer, backward(self.optimizer, terms))
+
+
+class SAMUpdater:
+    """The gradient is taken at the worst weights nearby; the model alone is moved there."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, options: SAM) -> None:
+        self.model, self.optimizer, self.options = model, optimizer, options
+
+    def step(self, terms: Callable[[], Terms], guard: Guard) -> None:
+        backward(self.optimizer, terms)
+        with moved_weights(self.ascent()), frozen_batch_stats(self.model):
+            found = backward(self.optimizer, terms)
+        guard.update(self.optimizer, found)
+
+    def ascent(self) -> dict[nn.Parameter, Tensor]:
+        """rho g / |g|, or rho p^2 g / | |p| g |; a gradient of 0 moves nothing."""
+        params = [p for p in self.model.parameters() if p.grad is not None]
+        grads = [p.grad.float() for p in params if p.grad is not None]
+        if not params:
+            return {}
+        sizes = [p.detach().abs() for p in params] if self.options.adaptive else None
+        scaled = grads if sizes is None else list(torch._foreach_mul(grads, sizes))
+        norm = total_norm(scaled, scaled[0])
+        shifts = scaled if sizes is None else list(torch._foreach_mul(scaled, sizes))
+        factor = torch.where(norm == 0, 0.0, self.options.rho / norm)
+        moves = torch._foreach_mul([fsdp.local(shift) for shift in shifts], factor)
+        return dict(zip(params, moves, strict=True))
+
+
+def backward(optimizer: Optimizer, terms: Callable[[], Terms]) -> Terms:
+    """Fresh gradients of the total in every `.grad`, averaged over processes: all move alike.
+
+    Those of weights in shares came averaged.
+    """
+    optimizer.zero_grad()
+    found = terms()
+    found.total.backward()  # type: ignore[no-untyped-call]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    grads = [p.grad for p in params if p.grad is not None]
+    distributed.reduce(grad for grad in grads if not fsdp.is_shared(grad))
+    return found
+
+
+def pooled(terms: Terms, model: nn.Module) -> Terms:
+    """What all processes saw in a step, averaged for the log; so are running statistics.
+
+    Without it every process would learn statistics of its own, and save none but the first's.
+    """
+    if distributed.size() == 1:
+        return terms
+    distributed.reduce(b for b in model.buffers() if b.is_floating_point())
+    parts = [part for _, part in terms.parts.values()]
+    total, *rest = distributed.averages([terms.total, *parts, *terms.watched.values()])
+    seen = iter(rest)
+    weighted = {name: (weight, next(seen)) for name, (weight, _) in terms.parts.items()}
+    return Terms(weighted, total, dict(zip(terms.watched, seen, strict=True)))
+
+
+def total_norm(of: list[Tensor], like: Tensor) -> Tensor:
+    """The L2 norm of all tensors together, a float32 scalar on their device."""
+    if not of:
+        return like.new_zeros((), dtype=torch.float32)
+    norms = torch._foreach_norm([fsdp.local(t) for t in of])
+    each = torch.stack([n.float() for n in norms])
+    return fsdp.total(each.square(), of).sqrt()
+
+
+@contextmanager
+def moved_weights(by: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Weights shifted inside the block and put back exactly, not subtracted, after it."""
+    params = [fsdp.local(p.detach()) for p in by]
+    were = tensors.cloned(params)
+    with torch.no_grad():
+        if params:
+            torch._foreach_add_(params, [fsdp.local(shift) for shift in by.values()])
+    try:
+        yield
+    finally:
+        tensors.copy(params, were)
+
+
+class EMA:
+    """An exponential moving average of a model's weights; its buffers are taken as they are."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.average = {name: t.detach().clone() for name, t in model.state_dict().items()}
+        named = model.named_parameters(remove_duplicate=False)
+        self._weights = {name for name, _ in named}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        live = {name: fsdp.local(t) for name, t in model.state_dict().items()}
+        ours = {name: fsdp.local(t) for name, t in self.average.items()}
+        if weights := [name for name in live if name in self._weights]:
+            torch._foreach_lerp_(
+                [ours[n] for n in weights], [live[n] for n in weights], 1 - self.decay
+            )
+        rest = [name for name in live if name not in self._weights]
+        tensors.copy([ours[n] for n in rest], [live[n] for n in rest])
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """The averaged weights inside the block, the live ones after it."""
+        live = {name: t.detach().clone() for name, t in model.state_dict().items()}
+        model.load_state_dict(self.average)
+        try:
+            yield
+        finally:
+            model.load_state_dict(live)
