@@ -17,7 +17,7 @@ from tools import keep
 
 from jemkit import installed
 from jemkit.attacks.base import Threat
-from jemkit.evaluation.subjects import Subject, subject_at
+from jemkit.evaluation.subjects import EvalTarget, subject_at
 from jemkit.metrics.attack_runner import attacked
 from jemkit.metrics.evaluator import Context
 from jemkit.runtime.modes import eval_mode, frozen
@@ -26,7 +26,7 @@ TARGET = 1.03
 SEED, BATCH = 0, 250
 
 
-def ours(subject: Subject, n: int) -> torch.Tensor:
+def ours(subject: EvalTarget, n: int) -> torch.Tensor:
     """The attack `aa` through jemkit's driver, with its half-done work on disk."""
     device = next(subject.model.parameters()).device
     data = subject.test.take(torch.arange(n))
@@ -38,7 +38,7 @@ def ours(subject: Subject, n: int) -> torch.Tensor:
         return attacked(subject.model, installed()["attack"]["aa"](), data, ctx, "aa").right
 
 
-def theirs(subject: Subject, n: int) -> torch.Tensor:
+def theirs(subject: EvalTarget, n: int) -> torch.Tensor:
     """pyautoattack's own driver on the same model."""
     from pyautoattack import AutoAttack
 
@@ -52,7 +52,7 @@ def theirs(subject: Subject, n: int) -> torch.Tensor:
         return y_adv == y
 
 
-def compared(subject: Subject, n: int, rounds: int) -> dict[str, Any]:
+def compared(subject: EvalTarget, n: int, rounds: int) -> dict[str, Any]:
     """Seconds of both, who is first by turns, and their ratio."""
     pair = {"jemkit": ours, "pyautoattack": theirs}
     clock: dict[str, list[float]] = {name: [] for name in pair}

@@ -19,7 +19,7 @@ from jemkit import resolve
 from jemkit.config.registry import installed
 from jemkit.runtime.precision import numerics
 from jemkit.step import train_step
-from jemkit.training.build import put_together
+from jemkit.training.build import build_run
 from jemkit.updaters import Guard
 
 PAIRS = (("classifier", "ce"), ("sadajem", "ebjdat"))
@@ -48,7 +48,7 @@ def share(given: argparse.Namespace, backbone: str, objective: str) -> dict[str,
             "run": {"batch_size": given.batch, "device": given.device},
         },
     ).recipe
-    parts, guard = put_together(recipe), Guard()
+    parts, guard = build_run(recipe), Guard()
     cuda = parts.device.type == "cuda"
     with numerics():
         batch = parts.loader.batch()

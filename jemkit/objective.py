@@ -84,7 +84,7 @@ class Conditional(Protocol):
 
 
 @runtime_checkable
-class Remembering(Protocol):
+class StatefulObjective(Protocol):
     """An objective with state of its own (a teacher, a momentum), made by `build(task, rng)`."""
 
     def after(self, backbone: "Backbone", batch: Batch, draws: Any, rng: Generator) -> None:

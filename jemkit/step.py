@@ -6,7 +6,7 @@ from torch import Generator
 
 from jemkit.backbone import Backbone
 from jemkit.data import Batch
-from jemkit.objective import Objective, Remembering, Terms
+from jemkit.objective import Objective, StatefulObjective, Terms
 from jemkit.runtime import tensors
 from jemkit.updaters import Guard, Updater, pooled
 
@@ -48,6 +48,6 @@ def train_step(
         tensors.copy(buffers, statistics)
         updater.optimizer.zero_grad()
         raise
-    if isinstance(objective, Remembering):
+    if isinstance(objective, StatefulObjective):
         objective.after(backbone, batch, draws, rng)
     return pooled(seen[0], backbone.model)

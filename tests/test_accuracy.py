@@ -16,7 +16,7 @@ from jemkit.runtime.modes import sampling_mode
 from jemkit.runtime.pytree import same
 from jemkit.sampling.kernels import eager_gradient
 from jemkit.testing import toy_batch, toy_model, toy_task
-from jemkit.training.build import put_together
+from jemkit.training.build import build_run
 from jemkit.training.profiling.precision_error import accuracy_of, errors, reference
 
 TASK = toy_task()
@@ -24,7 +24,7 @@ TASK = toy_task()
 
 @pytest.mark.parametrize("backbone", ["jem", "jempp", "mebm", "sadajem", "classifier"])
 def test_fp32_is_nearly_exact_and_bf16_is_less_so(backbone: str) -> None:
-    parts = put_together(toy_recipe(toy_registry(), backbone, "ce").recipe)
+    parts = build_run(toy_recipe(toy_registry(), backbone, "ce").recipe)
     fp32, bf16 = accuracy_of(parts, images=4)
     assert fp32.images == bf16.images == 4
     assert (fp32.precision, bf16.precision) == ("fp32", "bf16")
@@ -34,7 +34,7 @@ def test_fp32_is_nearly_exact_and_bf16_is_less_so(backbone: str) -> None:
 
 
 def test_measuring_leaves_model_and_torch_alone() -> None:
-    parts = put_together(toy_recipe(toy_registry()).recipe)
+    parts = build_run(toy_recipe(toy_registry()).recipe)
     model, state = parts.backbone.model, torch.random.get_rng_state()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     training = [module.training for module in model.modules()]

@@ -24,7 +24,7 @@ from jemkit.runtime.timing import fastest
 from jemkit.sampling.init_dists import Uniform
 from jemkit.sampling.kernels import SGLD, Boxed
 from jemkit.testing import toy_backbone, toy_batch, toy_model, toy_task
-from jemkit.training.build import put_together
+from jemkit.training.build import build_run
 from jemkit.training.profiling.flops import (  # fmt: skip
     Like,
     Operation,
@@ -157,7 +157,7 @@ def test_the_fastest_of_some_calls_counts() -> None:
 
 def test_the_floor_is_the_higher_of_the_two_and_below_the_step() -> None:
     recipe = toy_recipe(toy_registry()).recipe
-    found = floor_of(put_together(recipe), recipe, rounds=1, patience=0)
+    found = floor_of(build_run(recipe), recipe, rounds=1, patience=0)
     figures = found.figures()
     assert figures["floor_arithmetic_s"] > 0
     assert figures["floor_memory_s"] > 0
@@ -169,7 +169,7 @@ def test_the_floor_is_the_higher_of_the_two_and_below_the_step() -> None:
 
 def test_no_round_gives_the_floors_alone() -> None:
     recipe = toy_recipe(toy_registry(), "classifier", "ce").recipe
-    found = floor_of(put_together(recipe), recipe, rounds=0, patience=0)
+    found = floor_of(build_run(recipe), recipe, rounds=0, patience=0)
     assert found.taken is None
     assert found.reached is None
     assert "the step took" not in dict(rows(found))

@@ -29,7 +29,7 @@ from jemkit.metrics.attack_runner import Attacked, attacked
 from jemkit.metrics.evaluator import Context
 from jemkit.options import Options
 from jemkit.runtime.modes import eval_mode, frozen
-from jemkit.runtime.work_cache import Ledger, Piece, Shard
+from jemkit.runtime.work_cache import Piece, ResultCache, Shard
 
 THREAT = Threat("Linf", 25.5)
 
@@ -178,7 +178,7 @@ def test_two_shards_give_what_one_process_gives(tmp_path: Path) -> None:
 
 
 def test_only_the_first_shard_clears_up(tmp_path: Path) -> None:
-    ledgers = [Ledger(tmp_path, {}, Shard(rank, 2)) for rank in range(2)]
+    ledgers = [ResultCache(tmp_path, {}, Shard(rank, 2)) for rank in range(2)]
     ledgers[1].remove()
     assert ledgers[0].folder is not None
     assert ledgers[0].folder.exists()
@@ -385,7 +385,7 @@ def test_a_buffer_that_no_state_dict_shows_is_part_of_the_model(tmp_path: Path) 
 
 
 def test_a_ledger_waits_for_a_piece_and_a_stop_ends_the_wait(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, {}, Shard(1, 2))
+    ledger = ResultCache(tmp_path, {}, Shard(1, 2))
 
     def poll() -> None:
         raise Preempted("stopped")
@@ -405,24 +405,24 @@ def test_pieces_that_an_equal_evaluation_tidied_up_are_computed_by_whoever_still
         if time.monotonic() > ended:
             raise Preempted("waited in vain")
 
-    def pieces_of(ledger: Ledger) -> Iterator[Piece]:
+    def pieces_of(ledger: ResultCache) -> Iterator[Piece]:
         return ledger.each(names, lambda i: {"x": torch.tensor(i)}, poll, lambda _: None)
 
     work = tmp_path / "work"
-    late, other = Ledger(work, {}, Shard(rank, 2)), Ledger(work, {}, Shard(1 - rank, 2))
+    late, other = ResultCache(work, {}, Shard(rank, 2)), ResultCache(work, {}, Shard(1 - rank, 2))
     with ThreadPoolExecutor() as pool:
         whole = pool.submit(lambda: list(pieces_of(other)))
         mine = pieces_of(late)
         first = next(mine)
         whole.result()
-    Ledger(work, {}).remove()
+    ResultCache(work, {}).remove()
     assert [int(first["x"]), int(next(mine)["x"])] == [0, 1]
     assert not list(tmp_path.iterdir())
 
 
 def test_the_folder_of_half_done_work_goes_with_the_last_of_it(tmp_path: Path) -> None:
     work = tmp_path / "work"
-    one, other = Ledger(work, {"is": 1}), Ledger(work, {"is": 2})
+    one, other = ResultCache(work, {"is": 1}), ResultCache(work, {"is": 2})
     one.remove()
     assert other.folder is not None
     assert other.folder.exists()
@@ -432,7 +432,7 @@ def test_the_folder_of_half_done_work_goes_with_the_last_of_it(tmp_path: Path) -
 
 
 def test_a_piece_that_an_equal_evaluation_tidied_up_is_computed_again(tmp_path: Path) -> None:
-    ledger, other = (Ledger(tmp_path, {}) for _ in range(2))
+    ledger, other = (ResultCache(tmp_path, {}) for _ in range(2))
 
     def done(_: int) -> None:
         other.remove()

@@ -14,7 +14,7 @@ from jemkit.runtime.pytree import same
 from jemkit.sampling.init_dists import Uniform, UniformStart
 from jemkit.testing import toy_backbone, toy_batch, toy_task
 from jemkit.testing.law import state_of
-from jemkit.training.build import put_together
+from jemkit.training.build import build_run
 
 TASK = toy_task()
 CAPACITY = "backbone.buffer.capacity"
@@ -295,4 +295,4 @@ def test_a_buffer_that_no_memory_could_hold_is_refused_with_what_it_takes(
 ) -> None:
     recipe = toy_recipe(toy_registry(), "mebm", "ebjdat", "plain", f"{CAPACITY}={capacity}").recipe
     with pytest.raises(ConfigError, match=rf"{CAPACITY} = {capacity} takes \d+\.\d GB .*1 x 8 x 8"):
-        put_together(recipe, fill=fill)
+        build_run(recipe, fill=fill)

@@ -20,7 +20,7 @@ from toys import REGISTRY, gen
 
 from jemkit import PixelModel
 from jemkit.attacks.base import Threat
-from jemkit.attacks.pixel_model import Stranger
+from jemkit.attacks.pixel_model import AdaptedModel
 from jemkit.config.eval_settings import evaluators_of, settings_of
 from jemkit.data import Images
 from jemkit.errors import ConfigError, DataError, MisfitError, Preempted
@@ -239,7 +239,7 @@ def test_without_training_images_there_is_no_reference() -> None:
 def test_a_strangers_module_has_no_features_of_its_own() -> None:
     built = subject()
     stranger = PixelModel(
-        Stranger(nn.Sequential(nn.Flatten(), nn.Linear(64, 3))), TASK.bounds, built.density
+        AdaptedModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 3))), TASK.bounds, built.density
     )
     with pytest.raises(Unmeasurable, match="no network"):
         judged(model=stranger, features=None)

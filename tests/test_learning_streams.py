@@ -21,7 +21,7 @@ from jemkit.data import Views
 from jemkit.objective import NamesStreams
 from jemkit.runtime.modes import batch_norms
 from jemkit.testing import toy_batch, toy_task
-from jemkit.training.build import put_together
+from jemkit.training.build import build_run
 
 TASK = toy_task()
 PAIRS = sorted({(backbone, objective) for backbone, objective, _ in MATRIX})
@@ -80,7 +80,7 @@ def test_statistics_that_no_stream_would_move_are_refused_when_the_run_is_built(
     settings = [f"backbone.views.stats_from={stats}"]
     recipe = toy_recipe(toy_registry(), backbone, objective, "plain", *settings).recipe
     with pytest.raises(ConfigError, match=passed):
-        put_together(recipe)
+        build_run(recipe)
 
 
 @pytest.mark.parametrize("objective", ["jem", "ebjdat"])

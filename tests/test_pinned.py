@@ -23,7 +23,7 @@ from jemkit.data import Images
 from jemkit.evaluation.evaluate import judge
 from jemkit.evaluation.export import export
 from jemkit.evaluation.sample import sample
-from jemkit.evaluation.subjects import Subject, subject_at
+from jemkit.evaluation.subjects import EvalTarget, subject_at
 from jemkit.runtime import checkpoint
 from jemkit.runtime.files import write_json
 from jemkit.splits import Splits
@@ -125,7 +125,7 @@ def moved(run: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
     return root, out
 
 
-def judged(out: Path, dataset: dict[str, Any] | None = None) -> tuple[Subject, Any]:
+def judged(out: Path, dataset: dict[str, Any] | None = None) -> tuple[EvalTarget, Any]:
     subject = subject_at(out, REGISTRY, CPU, dataset=dataset)._replace(folder=None)
     return subject, judge(subject, settings_of({"only": ("accuracy",)}), REGISTRY)
 

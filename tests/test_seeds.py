@@ -14,8 +14,8 @@ from jemkit.config.registry import installed
 from jemkit.data import Augmentation, Images
 from jemkit.runtime.rng import generator
 from jemkit.splits import Splits, shuffled_by_class
-from jemkit.training.build import put_together
-from jemkit.training.validation import Exam
+from jemkit.training.build import build_run
+from jemkit.training.validation import Validator
 
 REGISTRY = installed(third_party=False)
 CPU = torch.device("cpu")
@@ -32,10 +32,10 @@ def test_no_two_words_share_a_stream(words: list[tuple[int, int]]) -> None:
 
 
 def test_data_and_chains_and_exams_draw_apart() -> None:
-    parts = put_together(resolve(REGISTRY, overrides=TINY).recipe)
-    fresh = put_together(resolve(REGISTRY, overrides=[*TINY, "run.seed=1"]).recipe)
+    parts = build_run(resolve(REGISTRY, overrides=TINY).recipe)
+    fresh = build_run(resolve(REGISTRY, overrides=[*TINY, "run.seed=1"]).recipe)
     exams = [
-        Exam(parts.backbone, parts.task, parts.splits, seed, epoch)._generator(name)
+        Validator(parts.backbone, parts.task, parts.splits, seed, epoch)._generator(name)
         for seed, epoch, name in itertools.product((0, 1), (1, 2), ("validate", "grid"))
     ]
     streams = [parts.loader.rng, fresh.loader.rng, generator(CPU, 0, "chains"), *exams]
@@ -91,7 +91,7 @@ def test_a_buffer_that_does_not_do_is_refused_before_the_first_step(
     settings: list[str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        put_together(resolve(REGISTRY, overrides=[*TINY, *settings]).recipe)
+        build_run(resolve(REGISTRY, overrides=[*TINY, *settings]).recipe)
 
 
 COMBINATIONS = list(

@@ -13,9 +13,9 @@ import jemkit as api
 from jemkit import ConfigError, Images
 from jemkit.config.recipe import resolve
 from jemkit.selection import missing, part_of, stratified, told_missing
-from jemkit.training.build import put_together
+from jemkit.training.build import build_run
 from jemkit.training.trainer import images_to_judge
-from jemkit.training.validation import Exam
+from jemkit.training.validation import Validator
 
 
 def images(y: torch.Tensor) -> Images:
@@ -106,8 +106,8 @@ def test_the_last_judgement_takes_a_tenth_of_the_passes_of_training_and_at_least
 def test_a_run_judges_as_many_test_images_as_its_recipe_says_by_class() -> None:
     few = ["run.epochs=1", "run.max_train=60", "run.batch_size=20", "run.eval_images=4"]
     few += ["run.test_images=30", "backbone.use=classifier", "objective.use=ce"]
-    parts = put_together(resolve(REGISTRY, overrides=few).recipe)
-    exam = Exam(parts.backbone, parts.task, parts.splits, 0, 0)
+    parts = build_run(resolve(REGISTRY, overrides=few).recipe)
+    exam = Validator(parts.backbone, parts.task, parts.splits, 0, 0)
     found = exam.judge({}, 30)
     assert {figure.n for figure in found.figures} == {30}
     assert found.protocol["selection"] == "30 of 500, stratified by class, seed 0"

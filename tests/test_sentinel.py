@@ -18,12 +18,12 @@ from toys import backbone_of, objective_of, toy_recipe, toy_registry
 from jemkit import ConfigError, Diverged, Options, Preempted, Terms, Trainer, hookimpl, train
 from jemkit.config.registry import Plugin
 from jemkit.runtime.checkpoint import complete, load, newest
-from jemkit.runtime.divergence_monitor import Drift, Finding, Sentinel, Vitals
+from jemkit.runtime.divergence_monitor import Drift, Finding, RunStatistics, Sentinel
 from jemkit.runtime.pytree import same
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.testing import toy_task
 from jemkit.training.health import edge_limit, renew, sick_slots, unfit
-from jemkit.training.rollback import Care, step_of
+from jemkit.training.rollback import RollbackPolicy, step_of
 from jemkit.training.run import resume_from
 
 EPOCH = 6  # steps
@@ -45,7 +45,7 @@ def exploding(seed: int, at: int = 100, steps: int = 200) -> list[float]:
 
 @given(name=names, value=st.sampled_from([math.nan, math.inf, -math.inf]), at=st.integers(0, 90))
 def test_whatever_is_not_finite_is_found_at_once(name: str, value: float, at: int) -> None:
-    vitals = Vitals(Sentinel())
+    vitals = RunStatistics(Sentinel())
     rows: list[dict[str, Any]] = [{"step": i, "lr": 0.1, name: float(i % 3)} for i in range(at)]
     assert not any(vitals.row(row) for row in rows)
     found = vitals.row({"step": at, "lr": 0.1, name: value})
@@ -92,7 +92,7 @@ def test_one_outlier_alone_is_not_a_sickness(seed: int, at: int, size: float) ->
 def test_a_sentinel_that_is_saved_and_loaded_finds_the_same(seed: int, cut: int) -> None:
     values, rows = exploding(seed), []
     rows = [{"step": step, "gap x+ x-": value, "E(x)": -value} for step, value in enumerate(values)]
-    whole, cut_short, later = (Vitals(Sentinel()) for _ in range(3))
+    whole, cut_short, later = (RunStatistics(Sentinel()) for _ in range(3))
     wanted = next(found for found in map(whole.row, rows) if found)
     early = [cut_short.row(row) for row in rows[:cut]]
     if any(early):
@@ -106,7 +106,7 @@ def test_a_sentinel_that_is_saved_and_loaded_finds_the_same(seed: int, cut: int)
 def test_accuracy_at_chance_is_a_collapse_only_after_it_was_clearly_above(
     classes: int, images: int
 ) -> None:
-    vitals, chance = Vitals(Sentinel()), 1 / classes
+    vitals, chance = RunStatistics(Sentinel()), 1 / classes
 
     def found(*seen: float) -> bool:
         return vitals.accuracy(seen, chance, images, 0) is not None
@@ -120,7 +120,7 @@ def test_accuracy_at_chance_is_a_collapse_only_after_it_was_clearly_above(
 
 
 def test_a_size_that_grows_a_thousandfold_is_found_and_its_usual_growth_is_not() -> None:
-    vitals = Vitals(Sentinel())
+    vitals = RunStatistics(Sentinel())
     for size in (1e-3, 1.0, 2.0, 30.0, 20.0):
         assert vitals.level("slope", size, 0) is None
     found = vitals.level("slope", 1e4, 7)
@@ -320,7 +320,7 @@ def test_every_process_hears_of_a_penalty_whatever_density_it_is_put_on(tmp_path
     trainer = begun(tmp_path / "run", "jem", "jem", "plain", 'sentinel.policy=["penalty"]')
     density = Heavy(trainer.backbone.density)
     trainer.backbone._density = density  # type: ignore[assignment]
-    care = Care(trainer.recipe.sentinel, trainer.parts, 0)
+    care = RollbackPolicy(trainer.recipe.sentinel, trainer.parts, 0)
     assert care.try_next(Finding("loss", 3, "not finite"), 3, 0)["remedy"] == "penalty"
     assert density.weights == [0.1]
     assert trainer.backbone.penalised == 0.1  # what a step's order tells the others

@@ -17,7 +17,7 @@ from jemkit.config.recipe import Resolved
 from jemkit.config.registry import Plugin
 from jemkit.evaluation.subjects import subject_at
 from jemkit.testing import toy_batch, toy_task
-from jemkit.training.build import put_together
+from jemkit.training.build import build_run
 from jemkit.training.compatibility import trained_threat
 
 TASK = toy_task()
@@ -38,7 +38,7 @@ def test_another_norm_without_a_radius_is_refused_in_the_words_of_an_evaluation(
 ) -> None:
     norm, option = IN_L2[objective]
     with pytest.raises(ConfigError) as ours:
-        put_together(recipe_of(objective, norm).recipe)
+        build_run(recipe_of(objective, norm).recipe)
     with pytest.raises(ConfigError) as theirs:
         threat_of(settings_of({"norm": "L2"}), 8, 64)
     assert str(ours.value).replace(option, "--eps-px") == str(theirs.value)
@@ -57,15 +57,15 @@ def test_in_python_it_is_refused_where_it_draws(objective: str) -> None:
 def test_a_radius_wider_than_the_range_is_refused(objective: str) -> None:
     norm, option = IN_L2[objective]
     with pytest.raises(ConfigError, match=f"{option} 2041 is wider than the whole range, 2040"):
-        put_together(recipe_of(objective, norm, f"{option}=2041").recipe)
+        build_run(recipe_of(objective, norm, f"{option}=2041").recipe)
     with pytest.raises(ConfigError, match="256 is wider than the whole range, 255"):
-        put_together(recipe_of(objective, f"{option}=256").recipe)
+        build_run(recipe_of(objective, f"{option}=256").recipe)
 
 
 @pytest.mark.parametrize("objective", sorted(IN_L2))
 def test_a_radius_that_is_given_is_the_one_that_is_trained_in(objective: str) -> None:
     norm, option = IN_L2[objective]
-    parts = put_together(recipe_of(objective, norm, f"{option}=127.5").recipe)
+    parts = build_run(recipe_of(objective, norm, f"{option}=127.5").recipe)
     parts.backbone.model.train()
     batch = parts.loader.batch()
     drawn = parts.objective.draw(parts.backbone, batch, parts.rng)
@@ -107,7 +107,7 @@ def test_the_attack_of_a_guests_objective_is_looked_at_too(
 ) -> None:
     registry = toy_registry([Plugin("guest", GuestPlugin)])
     with pytest.raises(ConfigError, match=message):
-        put_together(toy_recipe(registry, "sadajem", "guest", "plain", *settings).recipe)
+        build_run(toy_recipe(registry, "sadajem", "guest", "plain", *settings).recipe)
 
 
 @pytest.mark.parametrize("objective", ["pgdat", "trades"])
@@ -115,7 +115,7 @@ def test_restarts_which_act_in_judging_alone_are_refused_before_the_first_step(
     objective: str,
 ) -> None:
     with pytest.raises(ConfigError, match="has one start"):
-        put_together(recipe_of(objective, "objective.attack.restarts=2").recipe)
+        build_run(recipe_of(objective, "objective.attack.restarts=2").recipe)
 
 
 @given(radius=st.floats(10, 500), step=st.sampled_from(["sign", "normalised"]))

@@ -20,7 +20,7 @@ from jemkit.data import Views
 from jemkit.errors import ConfigError
 from jemkit.runtime.divergence_monitor import Sentinel
 from jemkit.sampling.replay_buffer import Buffer
-from jemkit.training.build import put_together
+from jemkit.training.build import build_run
 
 TOYS = toy_registry()
 KNOWN = {
@@ -60,7 +60,7 @@ KNOWN = {
     "attack energy": "of steps step_px restarts",
     "attack eot": "steps step_px samples",
     "attack fgsm": "random_start",
-    "attack pgd": "steps radius_px step_px norm restarts keep",
+    "attack pgd": "steps radius_px step_px norm restarts",
     "attack square": "queries restarts",
     "evaluator calibration": "bins",
     "evaluator energies": "n steps bins path_images",
@@ -103,7 +103,7 @@ def test_every_option_of_every_part_is_known_here() -> None:
 def outcome(backbone: str, objective: str, *sets: str) -> dict[str, torch.Tensor]:
     """All that two steps of a toy run leave behind."""
     recipe = toy_recipe(TOYS, backbone, objective, "plain", *sets).recipe
-    parts = put_together(recipe)
+    parts = build_run(recipe)
     parts.backbone.model.train()
     rng, guard = gen(), Guard()
     for step in range(2):

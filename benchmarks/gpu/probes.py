@@ -34,7 +34,7 @@ from jemkit.runtime.run_dir import RunFolder
 from jemkit.sampling.compile import CompiledGradient
 from jemkit.sampling.kernels import SGLD, eager_gradient, gradients_by, run
 from jemkit.testing import toy_model, toy_task
-from jemkit.training.build import Assembly, put_together
+from jemkit.training.build import RunState, build_run
 from jemkit.training.trainer import Trainer
 
 REGISTRY = installed(third_party=False)
@@ -62,7 +62,7 @@ def model_of(given: Given, **options: Any) -> EnergyModel:
     return model.to(memory_format=torch.channels_last)
 
 
-def steps(parts: Assembly, count: int) -> None:
+def steps(parts: RunState, count: int) -> None:
     """Train steps without anything around them."""
     guard = Guard()
     parts.backbone.model.train()
@@ -154,7 +154,7 @@ def no_step_waits(given: Given) -> dict[str, Any]:
         for updater in sorted(REGISTRY["updater"]):
             objective = "pgdat" if backbone == "classifier" else "ebjdat"
             chosen = {"backbone.use": backbone, "updater.use": updater, "objective.use": objective}
-            parts = put_together(recipe(given, chosen).recipe)
+            parts = build_run(recipe(given, chosen).recipe)
             guard = Guard()
             parts.backbone.model.train()
             for turn in range(3):

@@ -59,10 +59,10 @@ def floor(
     }
     registry = installed_parts(third_party=not no_plugins)
     resolved = pick.chosen(registry, options, preset=preset, config=config, overrides=overrides)
-    from jemkit.training.build import put_together
+    from jemkit.training.build import build_run
     from jemkit.training.profiling.roofline import floor_of, protocol
 
-    parts = put_together(resolved.recipe)
+    parts = build_run(resolved.recipe)
     card = protocol(resolved, parts, rounds)
     found = floor_of(parts, resolved.recipe, rounds=rounds, patience=patience)
     if as_json:
@@ -101,10 +101,10 @@ def accuracy(
     }
     registry = installed_parts(third_party=not no_plugins)
     resolved = pick.chosen(registry, options, preset=preset, config=config, overrides=overrides)
-    from jemkit.training.build import put_together
+    from jemkit.training.build import build_run
     from jemkit.training.profiling.precision_error import accuracy_of, protocol
 
-    parts = put_together(resolved.recipe)
+    parts = build_run(resolved.recipe)
     found = accuracy_of(parts, images)
     card = protocol(resolved, parts, found)
     if as_json:

@@ -12,7 +12,7 @@ from jemkit_cli.terminal import guarded, installed_parts, say_json, stopping
 if TYPE_CHECKING:
     from jemkit.config.eval_settings import Settings
     from jemkit.config.registry import Registry
-    from jemkit.evaluation.subjects import Subject
+    from jemkit.evaluation.subjects import EvalTarget
     from jemkit.metrics.record_file import Record
 
 
@@ -181,7 +181,7 @@ def _prepared(
     wanted: dict[str, Any],
     overrides: list[str],
     where: dict[str, Any],
-) -> "tuple[Subject, Settings]":
+) -> "tuple[EvalTarget, Settings]":
     """What is judged, and how; a mistake is found before anything slow."""
     from jemkit.config.eval_settings import options_of, settings_of
     from jemkit.evaluation.subjects import subject_at

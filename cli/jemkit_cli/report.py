@@ -54,10 +54,10 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:  # fmt: skip
     """Compare runs: the trilemma, and of two runs the differences image by image."""
-    from jemkit.evaluation.compare import compare as put_together
+    from jemkit.evaluation.compare import compare as build_run
     from jemkit.evaluation.compare import newest
 
-    found = put_together(runs or newest(RUNS), names=figure or (), seeds=seeds)
+    found = build_run(runs or newest(RUNS), names=figure or (), seeds=seeds)
     if as_json:
         say_json(found.to_json())
         return

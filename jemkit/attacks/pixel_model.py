@@ -121,7 +121,7 @@ def _nothing() -> None:
     return None
 
 
-class Stranger(EnergyModel):
+class AdaptedModel(EnergyModel):
     """Any module that maps [0, 1] images to logits, read as JEM reads a classifier (Eq. 1)."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -154,7 +154,7 @@ def pixel_model(module: nn.Module, bounds: Bounds = UNIT) -> PixelModel:
         return module
     if isinstance(module, EnergyModel):
         return PixelModel(module, bounds)
-    return PixelModel(Stranger(module), bounds)
+    return PixelModel(AdaptedModel(module), bounds)
 
 
 def in_own_type(subject: PixelModel, pixels: Tensor) -> PixelModel:
@@ -226,7 +226,7 @@ def _raw(value: object) -> bytes:
     return plain.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-class Anchored(PixelModel):
+class ZeroGradientModel(PixelModel):
     """The same model, whose gradient is 0 where there was none to take.
 
     Without it a gradient attack ends in an error of autograd's; with it the attack stands still,
@@ -247,11 +247,11 @@ class Anchored(PixelModel):
 
 
 def anchored(subject: PixelModel, pixels: Tensor) -> PixelModel:
-    """The model as it is, or Anchored where no path leads from its logits to these pixels."""
+    """The model as it is, or a ZeroGradientModel where no path leads from logits to pixels."""
     x = pixels.detach().clone().requires_grad_()
     with torch.enable_grad(), eval_mode(subject):  # in train mode batch norm would learn from it
         logits = subject(x)
         if logits.requires_grad:
             (grad,) = torch.autograd.grad(logits.sum(), x, allow_unused=True)
-            return subject if grad is not None else Anchored(subject)
-    return Anchored(subject)
+            return subject if grad is not None else ZeroGradientModel(subject)
+    return ZeroGradientModel(subject)

@@ -32,7 +32,7 @@ class SGD(Options):
         return self
 
     def build(self, params: Iterable[nn.Parameter], *, fused: bool) -> Optimizer:
-        return untraced(torch.optim.SGD)(
+        return without_dynamo(torch.optim.SGD)(
             params,
             lr=self.lr,
             momentum=self.momentum,
@@ -52,7 +52,7 @@ class Adam(Options):
 
     def build(self, params: Iterable[nn.Parameter], *, fused: bool) -> Optimizer:
         kind = torch.optim.AdamW if self.use == "adamw" else torch.optim.Adam
-        return untraced(kind)(
+        return without_dynamo(kind)(
             params,
             lr=self.lr,
             betas=self.betas,
@@ -61,7 +61,7 @@ class Adam(Options):
         )
 
 
-def untraced(kind: type[AnyOptimizer]) -> type[AnyOptimizer]:
+def without_dynamo(kind: type[AnyOptimizer]) -> type[AnyOptimizer]:
     """The same optimizer, put together without the guard that keeps torch.compile out of it.
 
     The guard imports the whole compiler when it is first called, a second that a run which is only

@@ -24,7 +24,7 @@ from jemkit.config.eval_settings import (
 )
 from jemkit.config.registry import Registry, installed
 from jemkit.data import Dataset, Images, checked
-from jemkit.evaluation.subjects import Subject, subject_of
+from jemkit.evaluation.subjects import EvalTarget, subject_of
 from jemkit.metrics import record as records
 from jemkit.metrics.attack_runner import as_model_attack
 from jemkit.metrics.evaluator import (
@@ -80,7 +80,7 @@ def evaluate(
 
 
 def judge(
-    subject: Subject,
+    subject: EvalTarget,
     settings: Settings,
     registry: Registry,
     *,
@@ -122,7 +122,7 @@ def judge(
         return _Judgement(subject, settings, ctx, data).run(evaluators, keep_adversarial)
 
 
-def _threads(subject: Subject) -> int:
+def _threads(subject: EvalTarget) -> int:
     """As many as its run was trained with, no more than there are cores; else torch's choice."""
     asked = subject.threads or torch.get_num_threads()
     return min(asked, max(torch.get_num_threads(), os.cpu_count() or 1))
@@ -147,7 +147,7 @@ def _looked_at(model: PixelModel, data: Images, ctx: Context) -> Context:
 class _Judgement:
     """One evaluation on its way."""
 
-    def __init__(self, subject: Subject, settings: Settings, ctx: Context, data: Images) -> None:
+    def __init__(self, subject: EvalTarget, settings: Settings, ctx: Context, data: Images) -> None:
         self.subject, self.settings, self.ctx, self.data = subject, settings, ctx, data
         self.ctx.notes.warnings.extend(subject.warnings)
         self.figures: list[Figure] = []
@@ -210,7 +210,7 @@ class _Judgement:
 
 
 def _context(
-    subject: Subject,
+    subject: EvalTarget,
     settings: Settings,
     part: Part,
     test: Images,

@@ -29,17 +29,17 @@ from jemkit.runtime.files import load_tensors, write_bytes
 from jemkit.runtime.microbatch import MicroBatch
 from jemkit.runtime.opening import refuse_link
 from jemkit.runtime.precision import as_trained, device_of
-from jemkit.runtime.preemption import Polling
+from jemkit.runtime.preemption import PreemptionCheck
 from jemkit.runtime.rng import generator
 from jemkit.runtime.run_dir import versions
-from jemkit.runtime.work_cache import WHOLE, Ledger, Shard
+from jemkit.runtime.work_cache import WHOLE, ResultCache, Shard
 from jemkit.runtime.workers import met
 from jemkit.sampling.density import Buffered, Density, even_batches, together
 from jemkit.sampling.init_dists import MomentStart, Start, start_name
 from jemkit.sampling.replay_buffer import ReplayBuffer
 from jemkit.training.model_files import CONFIG, WEIGHTS, is_exported, verify
 from jemkit.training.pinned import SAMPLED
-from jemkit.training.reshard import undivided
+from jemkit.training.reshard import gather_state
 from jemkit.training.restore import Restored, Which, chosen, restored, run_folder, saved_state
 from jemkit.training.saved_state import weights_of
 
@@ -82,7 +82,7 @@ def sample(
     )  # fmt: skip
 
 
-class Source(NamedTuple):
+class SampleSource(NamedTuple):
     """A model that has a density."""
 
     task: Task
@@ -96,10 +96,10 @@ class Source(NamedTuple):
     classes: tuple[str, ...] = ()  # their names in the order of the labels, where they are known
 
 
-class Asked(NamedTuple):
+class SampleRequest(NamedTuple):
     """Images that are to be drawn, with all that they depend on."""
 
-    run: Source
+    run: SampleSource
     n: int
     steps: int
     start: Start | None  # None: the buffer's states
@@ -122,7 +122,7 @@ def asked(
     device: str,
     which: Which,
     dataset: dict[str, Any] | None = None,
-) -> Asked:
+) -> SampleRequest:
     """What `sample` draws; whatever cannot be drawn is refused here."""
     if n < 1:
         raise UsageError(f"{n} images: wanted 1 or more")
@@ -148,11 +148,11 @@ def asked(
     if isinstance(p0, MomentStart) and p0.form.rank is not None:
         how["start"] = start_name(p0)
     protocol = {**how, **run.card, **about, "device": on.type}
-    return Asked(run, n, steps, p0, y, seed, on, protocol)
+    return SampleRequest(run, n, steps, p0, y, seed, on, protocol)
 
 
 def drawn(
-    asked: Asked,
+    asked: SampleRequest,
     *,
     work: Path | None = None,
     shard: Shard = WHOLE,
@@ -168,7 +168,7 @@ def drawn(
     if asked.start is None:
         x = _kept(run, asked)
     else:
-        ledger, how = Ledger(work, _about(asked), shard), run.run
+        ledger, how = ResultCache(work, _about(asked), shard), run.run
         with as_trained(
             asked.device.type, how.precision, deterministic=how.deterministic, threads=how.threads
         ):
@@ -206,7 +206,7 @@ def place(protocol: dict[str, Any], out: Path | None) -> Path:
     return folder
 
 
-def _labels(classes: list[str], n: int, run: Source, device: torch.device) -> Tensor | None:
+def _labels(classes: list[str], n: int, run: SampleSource, device: torch.device) -> Tensor | None:
     """Each image's class: the classes asked for, in blocks as even as n allows."""
     if not classes:
         return None
@@ -216,7 +216,7 @@ def _labels(classes: list[str], n: int, run: Source, device: torch.device) -> Te
     return labels[torch.arange(n, device=device) * len(labels) // n]
 
 
-def _label(text: str, run: Source) -> int:
+def _label(text: str, run: SampleSource) -> int:
     """A class by its number or its name."""
     last = run.task.n_classes - 1
     if text.isdecimal() and len(text) < 10 and int(text) <= last:
@@ -227,19 +227,19 @@ def _label(text: str, run: Source) -> int:
     raise ConfigError(f"class {text!r}: wanted a number of 0..{last}{names}, or all")
 
 
-def _kept(run: Source, asked: Asked) -> Tensor:
+def _kept(run: SampleSource, asked: SampleRequest) -> Tensor:
     """n states of the buffer; of the classes y where it is class-conditional."""
     if run.state is None:
         raise MisfitError("an exported model has no buffer; draw fresh chains, or from the run")
     if not isinstance(run.density, Buffered):
         raise MisfitError("this density keeps no buffer; draw fresh chains instead")
-    run.density.load_state_dict(undivided(run.state, run.density))
+    run.density.load_state_dict(gather_state(run.state, run.density))
     buffer, rng = run.density.buffer, Generator(asked.device).manual_seed(asked.seed)
     _check_kept(buffer, run, asked)
     return buffer.states[buffer.slots(asked.n, rng, asked.y)]
 
 
-def _check_kept(buffer: ReplayBuffer, run: Source, asked: Asked) -> None:
+def _check_kept(buffer: ReplayBuffer, run: SampleSource, asked: SampleRequest) -> None:
     """Refuse more states than the buffer has, and classes that its chains were not drawn of."""
     there, wanted, of = buffer.options.capacity, asked.n, "states"
     if asked.y is not None and buffer.options.conditional:
@@ -256,7 +256,7 @@ def _check_kept(buffer: ReplayBuffer, run: Source, asked: Asked) -> None:
         )
 
 
-def _about(asked: Asked) -> dict[str, Any]:
+def _about(asked: SampleRequest) -> dict[str, Any]:
     """All that fresh chains depend on."""
     y = None if asked.y is None else asked.y.tolist()
     return {
@@ -265,15 +265,15 @@ def _about(asked: Asked) -> dict[str, Any]:
 
 
 def _fresh(
-    run: Source,
-    asked: Asked,
-    ledger: Ledger,
+    run: SampleSource,
+    asked: SampleRequest,
+    ledger: ResultCache,
     stop: Callable[[], bool],
     told: Callable[[int], None],
 ) -> Tensor:
     """The ends of n chains, each batch of them from a generator of its own."""
     sizes, model, most = list(portions(asked.n).values()), run.backbone.model, max(1, asked.steps)
-    polling, micro = Polling(lambda: stop(), lambda: 0), MicroBatch()
+    polling, micro = PreemptionCheck(lambda: stop(), lambda: 0), MicroBatch()
 
     def compute(i: int) -> dict[str, Tensor]:
         rng, at = generator(asked.device, asked.seed, "sample", i), sum(sizes[:i])
@@ -314,7 +314,7 @@ def opened(
     device: torch.device,
     which: Which,
     dataset: dict[str, Any] | None = None,
-) -> Source:
+) -> SampleSource:
     """What stands at `path`, with averaged weights where an average was kept.
 
     `dataset` says where the training images are now, where the start needs them.
@@ -342,7 +342,7 @@ def opened(
     return _source(found, state, about)
 
 
-def _source(found: Restored, state: dict[str, Any] | None, about: dict[str, Any]) -> Source:
+def _source(found: Restored, state: dict[str, Any] | None, about: dict[str, Any]) -> SampleSource:
     table, backbone = found.tables["backbone"], found.backbone
     if not backbone.has_density:
         raise MisfitError(
@@ -356,6 +356,6 @@ def _source(found: Restored, state: dict[str, Any] | None, about: dict[str, Any]
     switches = {name: getattr(run, name) for name in ("precision", "deterministic", "threads")}
     card = {**about, "sampler": sampler, **switches, "versions": versions()}
     names = found.pin.table.classes if found.pin is not None else None
-    return Source(
+    return SampleSource(
         found.task, table, backbone, density, state, card, run, conditional, names or ()
     )  # fmt: skip

@@ -29,7 +29,7 @@ from jemkit.sampling.density import Buffered
 from jemkit.splits import Splits
 from jemkit.training.build import load_model
 from jemkit.training.model_files import WEIGHTS, is_exported, verify
-from jemkit.training.reshard import undivided
+from jemkit.training.reshard import gather_state
 from jemkit.training.restore import (
     Restored,
     Which,
@@ -46,7 +46,7 @@ from jemkit.training.saved_state import weights_of
 log = logging.getLogger(__name__)
 
 
-class Subject(NamedTuple):
+class EvalTarget(NamedTuple):
     """A model with the images that it is judged on, and where it comes from."""
 
     model: PixelModel
@@ -70,7 +70,7 @@ def subject_at(
     which: Which = "best",
     network: str | None = None,
     dataset: dict[str, Any] | None = None,
-) -> Subject:
+) -> EvalTarget:
     """What stands at a path; `dataset` replaces the one that it was trained on.
 
     Weights alone, a .safetensors file, need a `network`.
@@ -100,7 +100,7 @@ def subject_at(
 
 def subject_of(
     module: nn.Module, dataset: Dataset | Images, n_classes: int | None = None
-) -> Subject:
+) -> EvalTarget:
     """Any module that maps [0, 1] images to logits, on a data set or on labelled images."""
     test = dataset.load("test") if isinstance(dataset, Dataset) else _images(dataset)
     if not test.y.numel():
@@ -119,7 +119,7 @@ def subject_of(
     source = "the test images" if known else f"the test images of a model of {classes} outputs"
     test = checked(test, classes, source)
     splits = Splits(dataset) if isinstance(dataset, Dataset) else None
-    return Subject(
+    return EvalTarget(
         model,
         test,
         classes,
@@ -199,21 +199,21 @@ def _checkpoint(
     registry: Registry,
     device: torch.device,
     dataset: dict[str, Any] | None,
-) -> Subject:
+) -> EvalTarget:
     state = saved_state(run, path)
     weights, averaged = weights_of(state, path)
     found = restored(run / "config.json", weights, registry, device, dataset)
     density = found.backbone.density if found.backbone.has_density else None
     if isinstance(density, Buffered) and is_own(dataset):
         with suppress(MisfitError):  # several processes may have kept parts that cannot be joined
-            density.load_state_dict(undivided(state, density))
+            density.load_state_dict(gather_state(state, density))
     about = about_checkpoint(run, path, averaged=averaged)
     return _subject(found, about, run, registry)
 
 
 def _exported(
     path: Path, registry: Registry, device: torch.device, dataset: dict[str, Any] | None
-) -> Subject:
+) -> EvalTarget:
     sha = verify(path)
     weights = load_tensors(path / WEIGHTS)
     found = restored(path / "config.json", weights, registry, device, dataset)
@@ -221,12 +221,14 @@ def _exported(
     return _subject(found, about, path, registry)
 
 
-def _subject(found: Restored, about: dict[str, Any], folder: Path, registry: Registry) -> Subject:
+def _subject(
+    found: Restored, about: dict[str, Any], folder: Path, registry: Registry
+) -> EvalTarget:
     tables, backbone = found.tables, found.backbone
     density = backbone.density if backbone.has_density else None
     test = found.splits.images("test")
     trained_on, warnings = found.pin.seen(test) if found.pin else (0, [])
-    return Subject(
+    return EvalTarget(
         PixelModel(backbone.model, found.task.bounds, density),
         test,
         found.task.n_classes,
@@ -247,7 +249,7 @@ def _weights(
     device: torch.device,
     network: str | None,
     dataset: dict[str, Any] | None,
-) -> Subject:
+) -> EvalTarget:
     if path.suffix != ".safetensors":
         raise DataError(
             f"{path}: wanted a run, a checkpoint folder, an exported model or a .safetensors file"

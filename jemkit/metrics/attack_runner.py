@@ -24,7 +24,7 @@ from jemkit.metrics.figures import joined
 from jemkit.metrics.identity import identity_of
 from jemkit.runtime.microbatch import fitted
 from jemkit.runtime.timing import settle
-from jemkit.runtime.work_cache import Ledger, Piece, tensors_hash
+from jemkit.runtime.work_cache import Piece, ResultCache, tensors_hash
 
 SLACK = 1e-5
 """What rounding may add to a bound, as a share of it and in [0, 1] units of a pixel."""
@@ -48,7 +48,7 @@ def attacked(
 
     Each batch begins from the seed, as AutoAttack's do, so its result depends on the seed, the
     batch size and its images alone: batches may be read back from `ctx.work` after a kill, or
-    be computed by another process of `ctx.shard`. Subject and mode are the caller's affair:
+    be computed by another process of `ctx.shard`. Model and mode are the caller's affair:
     call it inside `measure`.
 
     A batch is read back for an equal model alone: equal weights, buffers, code, plain attributes,
@@ -58,7 +58,7 @@ def attacked(
     n_classes = _n_classes(subject, data, ctx)
     protocol = _protocol(attack, ctx, name, whole.card(ctx.threat, n_classes))
     ledger = ctx.ledger(_fingerprint(subject, attack, data, ctx, name))
-    course = _Course(subject, data, ctx, ledger, name, everyone=whole.everyone)
+    course = AttackRun(subject, data, ctx, ledger, name, everyone=whole.everyone)
     stages = course.run(whole.bind(subject, ctx.threat))
     x, x_adv = data.unit().cpu(), course.x_adv
     protocol["accuracy_after"] = stages
@@ -76,7 +76,7 @@ def _protocol(
     return with_departures(card, departures(attack, ctx.threat))
 
 
-class _Course:
+class AttackRun:
     """One attack's way over the images.
 
     Clean predictions are a piece of the ledger like any batch, and a batch's name holds a hash of
@@ -88,7 +88,7 @@ class _Course:
         subject: PixelModel,
         data: Images,
         ctx: Context,
-        ledger: Ledger,
+        ledger: ResultCache,
         name: str,
         *,
         everyone: bool,

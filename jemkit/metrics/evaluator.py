@@ -19,7 +19,7 @@ from jemkit.options import Options
 from jemkit.runtime.microbatch import fitted
 from jemkit.runtime.modes import eval_mode, frozen
 from jemkit.runtime.run_dir import versions
-from jemkit.runtime.work_cache import WHOLE, Ledger, Shard
+from jemkit.runtime.work_cache import WHOLE, ResultCache, Shard
 
 AnyAttack = Attack | ModelAttack
 
@@ -38,7 +38,7 @@ class Notes:
     pictures: dict[str, bytes] = field(default_factory=dict)  # PNG, by name
     adversarial: dict[str, Tensor] = field(default_factory=dict)  # x~ by attack, [N, C, H, W]
     warnings: list[str] = field(default_factory=list)
-    ledgers: list[Ledger] = field(default_factory=list)  # half-done work, of no use once recorded
+    ledgers: list[ResultCache] = field(default_factory=list)  # of no use once recorded
 
 
 Progress = Callable[[str, int, int], None]
@@ -81,9 +81,9 @@ class Context:
                 "stopped; every finished batch is kept, and the same command goes on from there"
             )
 
-    def ledger(self, about: dict[str, Any]) -> Ledger:
+    def ledger(self, about: dict[str, Any]) -> ResultCache:
         """Where work that depends on `about` is kept piece by piece."""
-        found = Ledger(self.work, {**about, "versions": versions()}, self.shard)
+        found = ResultCache(self.work, {**about, "versions": versions()}, self.shard)
         self.notes.ledgers.append(found)
         return found
 

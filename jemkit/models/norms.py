@@ -9,7 +9,7 @@ from torch.autograd.function import FunctionCtx
 
 from jemkit.runtime import distributed
 from jemkit.runtime.fsdp import is_shared
-from jemkit.runtime.microbatch import made_anew, recomputes
+from jemkit.runtime.microbatch import checkpointed, recomputes
 
 Norm = Literal["none", "batch", "sync", "instance", "group"]
 """Among several processes `batch` normalises each one's rows apart, `sync` all of them together."""
@@ -49,7 +49,7 @@ def convolved(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
 
     if not recomputes() or not conv.weight.requires_grad:
         return both(x)
-    return made_anew(both, x, norm, draws=False)
+    return checkpointed(both, x, norm, draws=False)
 
 
 def _fixed(norm: nn.BatchNorm2d) -> bool:

@@ -238,7 +238,7 @@ class Writer:
     """
 
     def __init__(self) -> None:
-        self._behind, self._snapshot = Behind(), Snapshot()
+        self._behind, self._snapshot = BackgroundWriter(), Snapshot()
 
     def save(
         self, path: Path, state: State, *, best: Path | None = None,
@@ -258,7 +258,7 @@ class Writer:
         self._behind.wait()
 
 
-class Behind:
+class BackgroundWriter:
     """One thread for one piece of work; what fails in it is raised by the next `wait`, once."""
 
     def __init__(self) -> None:

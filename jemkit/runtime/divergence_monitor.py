@@ -59,7 +59,7 @@ class Finding(NamedTuple):
     told: str
 
 
-class Sick(Diverged):
+class Unhealthy(Diverged):
     """A finding, on its way to whoever rolls back."""
 
     def __init__(self, finding: Finding) -> None:
@@ -107,7 +107,7 @@ class Drift:
         self.strays, self.since = int(strays), int(since)
 
 
-class Vitals:
+class RunStatistics:
     """What the sentinel remembers of a run; part of its checkpoints."""
 
     def __init__(self, options: Sentinel) -> None:

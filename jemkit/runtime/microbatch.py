@@ -100,7 +100,7 @@ class MicroBatch:
         slices = x.tensor_split(-(-len(x) // self.size))  # even: a product of one row rounds apart
         if not torch.is_grad_enabled():
             return torch.cat([part(piece) for piece in slices])
-        return torch.cat([made_anew(part, piece, of) for piece in slices])
+        return torch.cat([checkpointed(part, piece, of) for piece in slices])
 
     @property
     def recomputes(self) -> bool:
@@ -193,7 +193,7 @@ def can_recompute(network: nn.Module) -> bool:
     return bool(getattr(network, "recomputes", False))
 
 
-def made_anew(
+def checkpointed(
     part: Callable[[Tensor], Tensor], x: Tensor, of: nn.Module, *, draws: bool = True
 ) -> Tensor:
     """part(x), of which x alone is kept: the way back takes the pass again, in the modes of now.

@@ -12,7 +12,7 @@ PATIENCE = 2.0
 """Seconds that a step may take before it is asked inside it; shorter ones are finished."""
 
 
-class Polling:
+class PreemptionCheck:
     """Raises Preempted where `stop` says so: between steps, and in every pass of a long one."""
 
     def __init__(self, stop: Callable[[], bool], updates: Callable[[], int]) -> None:

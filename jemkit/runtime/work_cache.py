@@ -35,7 +35,7 @@ class Shard(NamedTuple):
 WHOLE = Shard()
 
 
-class Ledger:
+class ResultCache:
     """Pieces in a folder whose name is a hash of all that they depend on.
 
     Without a `work` folder they are kept in memory, and no other process can share them.

@@ -13,7 +13,7 @@ from jemkit.config.recipe import Recipe, Run
 from jemkit.data import Loader, Task, Views
 from jemkit.errors import ConfigError, DataError
 from jemkit.models.energy import EnergyModel
-from jemkit.objective import Objective, ObjectiveSpec, Remembering
+from jemkit.objective import Objective, ObjectiveSpec, StatefulObjective
 from jemkit.runtime import distributed, fsdp
 from jemkit.runtime.microbatch import MicroBatch
 from jemkit.runtime.precision import device_of, memory_of
@@ -30,7 +30,7 @@ from jemkit.updaters import EMA, Stateful, Updater
 State = dict[str, Any]
 
 
-class Assembly(NamedTuple):
+class RunState(NamedTuple):
     """Everything that a recipe determines, ready for the first step."""
 
     device: torch.device
@@ -60,12 +60,12 @@ class Assembly(NamedTuple):
                 f"{self.device.type}; use --device {state['device']}, or begin a new run with "
                 "--init-from"
             )
-        self.take(leader.handed_on(state))
+        self.take(leader.broadcast_state(state))
 
     def own_state(self) -> State:
         """What every process has for itself."""
         density = self.backbone.density if self.backbone.has_density else None
-        remembered = self.objective if isinstance(self.objective, Remembering) else None
+        remembered = self.objective if isinstance(self.objective, StatefulObjective) else None
         return {
             "density": density.state_dict() if density else None,
             "objective": remembered.state_dict() if remembered else None,
@@ -107,7 +107,7 @@ class Assembly(NamedTuple):
         own = reshard.share_of(state, self.rng.get_state(), density, ended=ended)
         if density is not None:
             density.load_state_dict(own["density"])
-        if isinstance(self.objective, Remembering):
+        if isinstance(self.objective, StatefulObjective):
             self.objective.load_state_dict(own["objective"])
         sizes = {self.micro.size, state.get("micro_batch", 0)} - {0}
         self.micro.size = min(sizes, default=0)
@@ -125,7 +125,7 @@ class Assembly(NamedTuple):
         ]
 
 
-def put_together(recipe: Recipe, pinned: Pinned | None = None, *, fill: bool = True) -> Assembly:
+def build_run(recipe: Recipe, pinned: Pinned | None = None, *, fill: bool = True) -> RunState:
     """Build and check, on no data but `pinned`, drawing no start without `fill`.
 
     Raises ConfigError or DataError.
@@ -145,7 +145,7 @@ def put_together(recipe: Recipe, pinned: Pinned | None = None, *, fill: bool = T
     objective = built_objective(recipe, task, rng)
     check_parts(backbone, objective, task, run)
     model, twin = leader.laid_out(backbone, run, task)
-    remembered = objective.parameters() if isinstance(objective, Remembering) else ()
+    remembered = objective.parameters() if isinstance(objective, StatefulObjective) else ()
     parameters = [*model.parameters(), *remembered]
     optimizer = recipe.optimizer.build(parameters, fused=fsdp.fusable(parameters))
     unit = CompiledGradient() if run.compile else None
@@ -154,7 +154,7 @@ def put_together(recipe: Recipe, pinned: Pinned | None = None, *, fill: bool = T
     if run.precision == "bf16":
         objective = in_bf16(objective, device.type)  # type: ignore[assignment]
     rng = reshard.split(backbone, rng, run.seed)
-    return Assembly(
+    return RunState(
         device=device,
         splits=splits,
         task=task,

@@ -12,8 +12,8 @@ from jemkit.runtime import distributed
 from jemkit.runtime.precision import numerics
 from jemkit.sampling.density import Penalised
 from jemkit.step import train_step
-from jemkit.training.build import put_together
-from jemkit.training.health import Checkup
+from jemkit.training.build import build_run
+from jemkit.training.health import HealthMonitor
 from jemkit.training.leader import packed, unpacked
 from jemkit.training.rollback import anew
 from jemkit.training.synchronisation import alike
@@ -46,9 +46,9 @@ class Follower:
     """The parts of a run, without a loop of their own."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.parts, self.guard = put_together(recipe), Guard()
+        self.parts, self.guard = build_run(recipe), Guard()
         self.theta_steps, self.seed = recipe.run.theta_steps, recipe.run.seed
-        self.checkup = Checkup(recipe.sentinel, self.parts)
+        self.checkup = HealthMonitor(recipe.sentinel, self.parts)
 
     def obey(self, order: dict[str, Any]) -> None:
         if order["do"] == "step":

@@ -1,4 +1,4 @@
-"""Checkup: what the sentinel is shown of a run, step by step and after every epoch."""
+"""HealthMonitor: what the sentinel is shown of a run, step by step and after every epoch."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from jemkit.data import Bounds, Images
 from jemkit.models.energy import EnergyModel, ModelEnergy
-from jemkit.runtime.divergence_monitor import Finding, Sentinel, Sick, Vitals
+from jemkit.runtime.divergence_monitor import Finding, RunStatistics, Sentinel, Unhealthy
 from jemkit.runtime.microbatch import fitted
 from jemkit.runtime.modes import batch_norms, sampling_mode
 from jemkit.runtime.run_dir import RunFolder
@@ -17,7 +17,7 @@ from jemkit.sampling.density import Buffered
 from jemkit.sampling.kernels import gradient
 from jemkit.sampling.replay_buffer import ReplayBuffer
 from jemkit.selection import stratified
-from jemkit.training.build import Assembly
+from jemkit.training.build import RunState
 
 CHAINS = 32
 """Chains of the buffer whose slopes are looked at after an epoch."""
@@ -39,11 +39,11 @@ class Metered(RunFolder):
         return rows
 
 
-class Checkup:
-    """Raises Sick with the first finding; `vitals` is what it remembers between two looks."""
+class HealthMonitor:
+    """Raises Unhealthy with the first finding; `vitals` is what it remembers between two looks."""
 
-    def __init__(self, options: Sentinel, parts: Assembly) -> None:
-        self.options, self.parts, self.vitals = options, parts, Vitals(options)
+    def __init__(self, options: Sentinel, parts: RunState) -> None:
+        self.options, self.parts, self.vitals = options, parts, RunStatistics(options)
         valid = parts.splits.images("valid").y
         self._images, self._chance = len(valid), float(valid.bincount().max() / len(valid))
         self.limit = edge_limit(parts.splits.images("train"), options.stuck)
@@ -67,7 +67,7 @@ class Checkup:
         since, model = step - self.parts.loader.steps_per_epoch, self.parts.backbone.model
         broken = unfit(model.state_dict()) or unfit(average)
         if broken is not None:
-            raise Sick(Finding("weights", since, f"not finite: {broken}"))
+            raise Unhealthy(Finding("weights", since, f"not finite: {broken}"))
         sizes = {}
         variances = [n.running_var for n in batch_norms(model) if n.running_var is not None]
         if variances:
@@ -100,7 +100,7 @@ class Checkup:
 
 def _raise(finding: Finding | None) -> None:
     if finding is not None:
-        raise Sick(finding)
+        raise Unhealthy(finding)
 
 
 def edge_limit(images: Images, stuck: float) -> float:

@@ -116,7 +116,7 @@ def gathered(own: State) -> State:
     return {**own, "ranks": [unpacked(tensors) for tensors in others]}
 
 
-def handed_on(state: State) -> State:
+def broadcast_state(state: State) -> State:
     """The same, once every other process has it too."""
     if distributed.shard().size > 1:
         distributed.tell({"do": "load"})

@@ -11,7 +11,7 @@ from torch import Generator, nn
 
 from jemkit.backbone import Backbone
 from jemkit.data import Batch
-from jemkit.objective import Objective, Remembering, Terms
+from jemkit.objective import Objective, StatefulObjective, Terms
 from jemkit.sampling.compile import CompiledGradient
 from jemkit.sampling.kernels import gradients_by
 
@@ -19,7 +19,7 @@ Around = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
-class Within:
+class ObjectiveInContext:
     """An objective whose phases run inside contexts, entered anew each time."""
 
     inner: Objective[Any]
@@ -39,29 +39,29 @@ class Within:
             return self.inner.loss(backbone, batch, draws)
 
     def after(self, backbone: Backbone, batch: Batch, draws: Any, rng: Generator) -> None:
-        if isinstance(self.inner, Remembering):
+        if isinstance(self.inner, StatefulObjective):
             self.inner.after(backbone, batch, draws, rng)
 
     def parameters(self) -> list[nn.Parameter]:
-        return self.inner.parameters() if isinstance(self.inner, Remembering) else []
+        return self.inner.parameters() if isinstance(self.inner, StatefulObjective) else []
 
     def state_dict(self) -> dict[str, Any]:
-        return self.inner.state_dict() if isinstance(self.inner, Remembering) else {}
+        return self.inner.state_dict() if isinstance(self.inner, StatefulObjective) else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if isinstance(self.inner, Remembering):
+        if isinstance(self.inner, StatefulObjective):
             self.inner.load_state_dict(state)
 
 
-def compiled_chains(objective: Objective[Any], unit: CompiledGradient) -> Within:
+def compiled_chains(objective: Objective[Any], unit: CompiledGradient) -> ObjectiveInContext:
     """An objective whose chains take compiled gradients; its loss stays as it is."""
-    return Within(objective, partial(gradients_by, unit))
+    return ObjectiveInContext(objective, partial(gradients_by, unit))
 
 
-def in_bf16(objective: Objective[Any], device_type: str) -> Within:
+def in_bf16(objective: Objective[Any], device_type: str) -> ObjectiveInContext:
     """An objective whose passes run in bfloat16; energies and losses stay float32.
 
     Autocast is entered anew for every pass, since it keeps casts of weights that SAM moves.
     """
     autocast = partial(torch.autocast, device_type, torch.bfloat16)
-    return Within(objective, autocast, autocast)
+    return ObjectiveInContext(objective, autocast, autocast)

@@ -10,7 +10,7 @@ from jemkit.runtime.files import cache_folder
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.sampling.density import Buffered
 from jemkit.sampling.init_dists import MomentStart, start_name
-from jemkit.training.build import Assembly, load_model, put_together
+from jemkit.training.build import RunState, build_run, load_model
 from jemkit.training.initial_weights import doubts, initial
 from jemkit.training.run import kept_checkpoints
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 def plan(resolved: Resolved, out: Path, *, init_from: Path | None = None) -> dict[str, Any]:
     """Make every check that `train` makes before its first step; what was put together, by name."""
     RunFolder.check_vacant(out)
-    parts = put_together(resolved.recipe, fill=False)
+    parts = build_run(resolved.recipe, fill=False)
     model = parts.backbone.model
     if init_from is not None:
         start = initial(init_from)
@@ -50,7 +50,7 @@ def plan(resolved: Resolved, out: Path, *, init_from: Path | None = None) -> dic
     }
 
 
-def _disk(parts: Assembly, recipe: Recipe) -> dict[str, str]:
+def _disk(parts: RunState, recipe: Recipe) -> dict[str, str]:
     """What the run is going to take on disks, and of what its start is."""
     one = disk.state_bytes(parts.weights()) + disk.momenta_bytes(parts.optimizer)
     found: dict[str, str] = {}

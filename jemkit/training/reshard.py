@@ -73,7 +73,7 @@ def share_of(state: State, rng: Tensor, density: Density | None, *, ended: bool 
     return {**own, "density": share, "rng": ranks[me.rank]["rng"] if there else rng}
 
 
-def undivided(state: State, density: Density) -> State:
+def gather_state(state: State, density: Density) -> State:
     """A saved density's state as one process has it, however many saved it."""
     saved = [part["density"] for part in (state, *state.get("ranks", []))]
     return saved[0] if len(saved) == 1 else dealt(saved, density, WHOLE)

@@ -10,12 +10,12 @@ from jemkit.config.recipe import Recipe
 from jemkit.data import Loader
 from jemkit.errors import DataError, Diverged, OutOfMemory
 from jemkit.runtime import checkpoint, distributed
-from jemkit.runtime.divergence_monitor import Finding, Remedy, Sentinel, Sick
+from jemkit.runtime.divergence_monitor import Finding, Remedy, Sentinel, Unhealthy
 from jemkit.runtime.rng import generator
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.sampling.density import Penalised, penalty_of
-from jemkit.training.build import Assembly
-from jemkit.training.health import Checkup, renew, sick_slots
+from jemkit.training.build import RunState
+from jemkit.training.health import HealthMonitor, renew, sick_slots
 from jemkit.training.leader import renewed
 from jemkit.training.metrics_log import Journal
 from jemkit.updaters import Guard
@@ -28,12 +28,12 @@ SHOWN = 3
 """Attempts that a message lists."""
 
 
-class Care:
+class RollbackPolicy:
     """What was tried on a run so far, and where it may go back to; part of its checkpoints."""
 
-    def __init__(self, options: Sentinel, parts: Assembly, seed: int) -> None:
+    def __init__(self, options: Sentinel, parts: RunState, seed: int) -> None:
         self.options, self.parts, self.seed = options, parts, seed
-        self.checkup = Checkup(options, parts)
+        self.checkup = HealthMonitor(options, parts)
         self.tried: list[dict[str, Any]] = []  # one entry a rollback
         learns = parts.objective.needs_density and parts.backbone.has_density
         self.chains = parts.backbone.density if learns else None  # that the objective draws from
@@ -81,11 +81,11 @@ class Care:
             "remedy": self._remedy(attempt), "renewed": 0,
         }  # fmt: skip
         entry["renewed"] = renewed(attempt, lambda: anew(self.checkup, self.seed, attempt))
-        self.prescribe([*self.tried, entry])
+        self.apply_remedies([*self.tried, entry])
         entry["with"] = self.told()
         return entry
 
-    def prescribe(self, tried: list[dict[str, Any]]) -> None:
+    def apply_remedies(self, tried: list[dict[str, Any]]) -> None:
         """Put the remedies of these attempts into effect."""
         self.tried = list(tried)
         if self.chains is None:
@@ -128,10 +128,10 @@ class Care:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.checkup.vitals.load_state_dict(state["vitals"])
-        self.prescribe(state["tried"])
+        self.apply_remedies(state["tried"])
 
 
-def anew(checkup: Checkup, seed: int, attempt: int) -> int:
+def anew(checkup: HealthMonitor, seed: int, attempt: int) -> int:
     """Give this process's chains another stream and begin its sick ones afresh; how many."""
     parts, buffer, rank = checkup.parts, checkup.buffer, distributed.shard().rank
     words = ("chains", "attempt", attempt, *([rank] if rank else []))
@@ -157,7 +157,7 @@ class Recoverable(Protocol):
     def step(self) -> int: ...
 
     @property
-    def care(self) -> Care: ...
+    def care(self) -> RollbackPolicy: ...
 
     @property
     def loader(self) -> Loader: ...
@@ -183,7 +183,7 @@ class Recoverable(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def go_back(trainer: Recoverable, error: Diverged) -> None:
+def roll_back(trainer: Recoverable, error: Diverged) -> None:
     """Take a run back to a checkpoint that proved healthy, or raise Diverged for good.
 
     What it goes on from is saved in that checkpoint's place, and what came after it is gone; the
@@ -203,7 +203,7 @@ def go_back(trainer: Recoverable, error: Diverged) -> None:
     tried, best, seconds = care.tried, trainer.best, trainer.seconds
     trainer.load_state_dict(state)
     trainer.best, trainer.journal.seconds, trainer.guard = best, seconds, Guard()
-    care.prescribe(tried)
+    care.apply_remedies(tried)
     entry = care.try_next(finding, step, trainer.step)
     for path in reversed(checkpoint.complete(folder.checkpoints)):
         if path.name > where.name:  # newest first: killed in here, a run finds the same again
@@ -221,7 +221,7 @@ def saved(trainer: Recoverable, error: OutOfMemory) -> NoReturn:
         try:
             trainer.save()
         except Diverged as sick:  # its last steps were; what it goes back to is saved
-            go_back(trainer, sick)
+            roll_back(trainer, sick)
         told += f". Step {trainer.step} is saved; --resume goes on from it where there is more room"
     trainer.folder.event("memory", step=trainer.step, ended=told)
     raise OutOfMemory(told, undone=error.undone) from None
@@ -231,9 +231,9 @@ def _earliest(trainer: Recoverable, error: Diverged) -> Finding:
     """What metrics that nobody has read yet tell of comes before the error."""
     try:
         trainer.gather()
-    except Sick as earlier:
+    except Unhealthy as earlier:
         return earlier.finding
-    if isinstance(error, Sick):
+    if isinstance(error, Unhealthy):
         return error.finding
     told = re.sub(r"^update \d+: ", "", str(error))  # counted anew in every process
     return Finding("update", trainer.step, told)

@@ -60,14 +60,14 @@ class Attempt(Part):
     told: str = Field(alias="with")
 
 
-class Vitals(Part):
+class RunStatistics(Part):
     drifts: Tensors
     levels: dict[str, list[float]]
 
 
-class Care(Part):
+class RollbackPolicy(Part):
     tried: list[Attempt]
-    vitals: Vitals
+    vitals: RunStatistics
 
 
 class Group(Part):
@@ -105,7 +105,7 @@ class Weights(Part):
     ranks: list[Own] = []
 
 
-class RunState(Own, Weights):
+class SavedRun(Own, Weights):
     device: str
     optimizer: OptimizerState
     updater: dict[str, Any] | None
@@ -115,7 +115,7 @@ class RunState(Own, Weights):
     history: list[Epoch]
     best: Best | Annotated[dict[str, Any], Field(max_length=0)]
     seconds: Annotated[float, Field(ge=0)]
-    care: Care | None = None
+    care: RollbackPolicy | None = None
 
 
 def weights_of(state: Mapping[str, Any], path: Path) -> tuple[Tensors, bool]:
@@ -154,7 +154,7 @@ class Resumable(Protocol):
 
 def check(state: Mapping[str, Any], trainer: Resumable) -> None:
     """Refuse a state that this run cannot have saved, by the place where it is wrong."""
-    found = _validated(RunState, state)
+    found = _validated(SavedRun, state)
     for where, value in _numbers(state, ""):
         if abs(value) >= LARGEST:
             raise _wrong(where, f"{str(value)[:40]} is larger than any count")
@@ -212,7 +212,7 @@ def _check_position(found: Position, trainer: Resumable) -> None:
         raise _wrong("loader/order", f"it is no order of {n} images")
 
 
-def _check_epochs(found: RunState, trainer: Resumable) -> None:
+def _check_epochs(found: SavedRun, trainer: Resumable) -> None:
     """Every epoch that has ended is in the history; the last one may have been broken off."""
     step, per_epoch = found.loader.step, trainer.loader.steps_per_epoch
     ended, begun_anew = divmod(step, per_epoch)
@@ -227,7 +227,7 @@ def _check_epochs(found: RunState, trainer: Resumable) -> None:
         raise _wrong("best", "a complete run has a best epoch")
 
 
-def _check_care(found: Care, trainer: Resumable) -> None:
+def _check_care(found: RollbackPolicy, trainer: Resumable) -> None:
     options = trainer.recipe.sentinel
     if len(found.tried) > options.tries:
         raise _wrong("care/tried", f"{len(found.tried)} attempts of {options.tries}")

@@ -11,11 +11,11 @@ from jemkit.runtime import distributed, fsdp
 from jemkit.training.leader import INSIDE_STEP, ask
 
 if TYPE_CHECKING:
-    from jemkit.training.build import Assembly
+    from jemkit.training.build import RunState
 
 
 @contextmanager
-def stepping(parts: "Assembly") -> Iterator[None]:
+def stepping(parts: "RunState") -> Iterator[None]:
     """The leader's step, which the others are told to take with it."""
     if distributed.shard().size == 1:
         yield
@@ -37,7 +37,7 @@ def stepping(parts: "Assembly") -> Iterator[None]:
 
 
 @contextmanager
-def alone(parts: "Assembly") -> Iterator[None]:
+def alone(parts: "RunState") -> Iterator[None]:
     """A block in which the leader looks at the model while the others wait.
 
     Where weights lie in shares they are gathered once, and the block sees a whole copy of model
@@ -63,14 +63,14 @@ def alone(parts: "Assembly") -> Iterator[None]:
         twin.to("cpu")
 
 
-def alike(parts: "Assembly") -> None:
+def alike(parts: "RunState") -> None:
     """Before the first step: the leader's weights, whatever it was told to begin with."""
     if parts.loader.step == 0:
         weights = parts.backbone.model.state_dict().values()
         distributed.broadcast(t for t in weights if not fsdp.is_shared(t))
 
 
-def begin_with(parts: "Assembly", weights: dict[str, Tensor]) -> None:
+def begin_with(parts: "RunState", weights: dict[str, Tensor]) -> None:
     """Give every process its part of weights that the leader alone has read, where it has one.
 
     Whole ones it hands on before the first step.

@@ -15,20 +15,20 @@ from jemkit.metrics.figures import Figure
 from jemkit.metrics.plots import save_curves
 from jemkit.runtime import checkpoint, distributed
 from jemkit.runtime.precision import judging, numerics
-from jemkit.runtime.preemption import Polling
+from jemkit.runtime.preemption import PreemptionCheck
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.splits import Pinned
 from jemkit.step import train_step
-from jemkit.training.build import load_model, put_together
+from jemkit.training.build import build_run, load_model
 from jemkit.training.compatibility import trained_threat
 from jemkit.training.health import Metered
 from jemkit.training.metrics_log import GATHER, PATIENCE, Journal
 from jemkit.training.restore import about_checkpoint, about_parts
-from jemkit.training.rollback import Care, go_back, saved
+from jemkit.training.rollback import RollbackPolicy, roll_back, saved
 from jemkit.training.saved_state import check as check_saved
 from jemkit.training.saved_state import weights_of
 from jemkit.training.synchronisation import alone, stepping
-from jemkit.training.validation import Exam
+from jemkit.training.validation import Validator
 from jemkit.updaters import Guard
 
 __all__ = [
@@ -74,12 +74,12 @@ class Trainer:
         self.config: dict[str, Any] | None = None  # what checkpoints keep of config.json
         self.folder, self.watch = folder, watch or (lambda kind, what: None)
         self.stop: Callable[[], bool] = lambda: False  # polled between steps, inside long ones
-        self.polling = Polling(lambda: self.stop(), lambda: self.guard.updates)
-        self.parts = parts = put_together(self.recipe, pinned)
+        self.polling = PreemptionCheck(lambda: self.stop(), lambda: self.guard.updates)
+        self.parts = parts = build_run(self.recipe, pinned)
         self.task, self.splits, self.rng = parts.task, parts.splits, parts.rng
         self.backbone, self.objective, self.loader = parts.backbone, parts.objective, parts.loader
         self.optimizer, self.updater, self.ema = parts.optimizer, parts.updater, parts.ema
-        self.care = Care(self.recipe.sentinel, parts, self.recipe.run.seed)
+        self.care = RollbackPolicy(self.recipe.sentinel, parts, self.recipe.run.seed)
         self.metered, self.guard, self.writer = Metered(folder.path), Guard(), checkpoint.Writer()
         self.journal = Journal(self.metered, tensorboard=self.recipe.run.tensorboard)
         self.history: list[dict[str, Any]] = []
@@ -129,7 +129,7 @@ class Trainer:
             except Preempted:
                 self._preempted()
             except Diverged as error:
-                go_back(self, error)
+                roll_back(self, error)
             except OutOfMemory as error:
                 saved(self, error)
 
@@ -207,11 +207,11 @@ class Trainer:
             self._redrawn = time.monotonic()
         self.watch("epoch", entry)
 
-    def exam(self, epoch: int) -> Exam:
+    def exam(self, epoch: int) -> Validator:
         """How the model is looked at after an epoch, 0 for the end."""
         seed, micro = self.recipe.run.seed, self.parts.micro
         trained = trained_threat(self.recipe.objective, self.task.radius_px)
-        return Exam(self.backbone, self.task, self.splits, seed, epoch, micro, trained)
+        return Validator(self.backbone, self.task, self.splits, seed, epoch, micro, trained)
 
     def finish(self) -> Summary:
         """Judge the best epoch on the test split, at full size."""
@@ -256,7 +256,7 @@ class Trainer:
         try:
             self.save()
         except Diverged as error:  # its last steps were sick; what it goes back to is saved
-            go_back(self, error)
+            roll_back(self, error)
         self.folder.event("preempted", step=self.step)
         raise Preempted(f"stopped at step {self.step}; go on with --resume")
 

@@ -33,7 +33,7 @@ GRID, GRID_STEPS = 100, 40
 
 
 @dataclass(frozen=True)
-class Exam:
+class Validator:
     """Looks at a backbone after an epoch, with generators of its own and never at the buffer."""
 
     backbone: Backbone

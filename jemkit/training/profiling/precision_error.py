@@ -13,7 +13,7 @@ from jemkit.runtime.modes import sampling_mode
 from jemkit.runtime.precision import Precision, numerics
 from jemkit.runtime.run_dir import versions
 from jemkit.sampling.kernels import eager_gradient
-from jemkit.training.build import Assembly
+from jemkit.training.build import RunState
 
 
 class Accuracy(NamedTuple):
@@ -26,7 +26,7 @@ class Accuracy(NamedTuple):
     images: int
 
 
-def accuracy_of(parts: Assembly, images: int = 16) -> list[Accuracy]:
+def accuracy_of(parts: RunState, images: int = 16) -> list[Accuracy]:
     """Each precision of the device on the first images of a batch, against float64.
 
     The model is a chain's: frozen, its batch norm by the batch. tf32 is a GPU's alone.
@@ -38,7 +38,7 @@ def accuracy_of(parts: Assembly, images: int = 16) -> list[Accuracy]:
     return [errors(kind, _gradient(parts.backbone.model, x, kind), exact) for kind in kinds]
 
 
-def protocol(resolved: Resolved, parts: Assembly, found: list[Accuracy]) -> dict[str, Any]:
+def protocol(resolved: Resolved, parts: RunState, found: list[Accuracy]) -> dict[str, Any]:
     """What the figures were measured on, and what they are."""
     tables, run = resolved.tables, resolved.recipe.run
     return {

@@ -8,13 +8,13 @@ from jemkit.runtime.precision import numerics
 from jemkit.runtime.run_dir import versions
 from jemkit.runtime.timing import PATIENCE
 from jemkit.step import train_step
-from jemkit.training.build import Assembly
+from jemkit.training.build import RunState
 from jemkit.training.profiling.flops import Passes, StepWork, flops, passes, step_work, traffic
 from jemkit.training.profiling.machine import Machine, measured, seconds, typical
 from jemkit.updaters import Guard
 
 
-def protocol(resolved: Resolved, parts: Assembly, rounds: int) -> dict[str, Any]:
+def protocol(resolved: Resolved, parts: RunState, rounds: int) -> dict[str, Any]:
     """What a floor was measured on."""
     tables, run = resolved.tables, resolved.recipe.run
     return {
@@ -78,7 +78,7 @@ class Floor(NamedTuple):
 
 
 def floor_of(
-    parts: Assembly, recipe: Recipe, *, rounds: int = 3, patience: float = PATIENCE
+    parts: RunState, recipe: Recipe, *, rounds: int = 3, patience: float = PATIENCE
 ) -> Floor:
     """Count a step of fresh parts, measure the machine at its shapes, run `rounds` steps."""
     run = recipe.run
@@ -120,7 +120,7 @@ def _giga(value: float, unit: str) -> str:
     return f"{value / 1e9:.3g} G{unit}"
 
 
-def _step_time(parts: Assembly, recipe: Recipe, batch: Batch, rounds: int) -> float:
+def _step_time(parts: RunState, recipe: Recipe, batch: Batch, rounds: int) -> float:
     guard = Guard()
 
     def one() -> None:
