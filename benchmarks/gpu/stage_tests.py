@@ -10,7 +10,9 @@ from stage import KIT, Given
 
 def measure(given: Given, record: Record) -> None:
     chosen = (
-        ["tests/test_energy.py", "tests/test_cuda.py"] if given.toy else ["-m", "cuda", "tests"]
+        ["tests/models/test_energy.py", "tests/gpu/test_cuda.py"]
+        if given.toy
+        else ["-m", "cuda", "tests"]
     )
     shared = ["-n", "4", "--dist", "loadfile"] if find_spec("xdist") and not given.toy else []
     report = ["-rfEs", "--tb=short", "-p", "no:cacheprovider"]

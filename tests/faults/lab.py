@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 torch.set_num_threads(1)
 
-from test_resume import timeless  # noqa: E402
+from states import timeless  # noqa: E402
 from toys import linear_model, toy_recipe, toy_registry  # noqa: E402
 
 from jemkit import JemkitError, PixelModel, evaluate, train  # noqa: E402

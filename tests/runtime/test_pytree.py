@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_checkpoint import tensors
+from states import tensors
 
 from jemkit.runtime import checkpoint
 from jemkit.runtime.files import DTYPES, load_tensors, write_tensors

@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from groups import TASK, batch_of, part_of, squared
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import every_rank
 from strategies import normal, seeds
 from torch import Tensor, nn
 from torch.optim import SGD
-from toys import backbone_of, gen, objective_of, toy_task, updater_of
+from toys import backbone_of, gen, objective_of, updater_of
 
-from jemkit import Backbone, Batch, ConfigError, Diverged, Guard, MisfitError, Plain, Terms
+from jemkit import ConfigError, Diverged, Guard, MisfitError, Plain, Terms
 from jemkit.data import Augmentation, Bounds, Loader, Views
 from jemkit.models.networks import SmallCNN
 from jemkit.models.norms import SyncBatchNorm
@@ -22,11 +23,9 @@ from jemkit.runtime import distributed
 from jemkit.runtime.modes import frozen_batch_stats, sampling_mode
 from jemkit.runtime.pytree import same
 from jemkit.runtime.work_cache import WHOLE, Shard
-from jemkit.testing import toy_batch
 from jemkit.training.leader import packed, unpacked
 from jemkit.training.reshard import dealt
 
-TASK = toy_task()
 UPDATERS = ("plain", "sam", "awp")
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "ebjdat": {"w1": 0.5, "w2": 0.5},
@@ -34,26 +33,6 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "jem": {},
 }
 UPDATES = 20
-
-
-def part_of(tensors: Any, me: Shard) -> Any:
-    """A named tuple's rows of one process; what is None or a number stays."""
-    rows = slice(me.rank, None, me.size)
-    return type(tensors)(*(t[rows] if isinstance(t, Tensor) else t for t in tensors))
-
-
-def batch_of(step: int) -> Batch:
-    """Eight other images a step."""
-    whole = toy_batch(TASK, 24)
-    index = torch.randperm(24, generator=gen(step))[:8]
-    return Batch(whole.x[index], whole.y[index], whole.x_pos[index], index, step)
-
-
-def squared(backbone: Backbone) -> Backbone:
-    """The same with a penalty on squared mean energies, which no average of gradients gives."""
-    density: Any = backbone.density
-    density.options = density.options.model_copy(update={"penalty": 0.3})
-    return backbone
 
 
 def updated(updater: str, objective: str, me: Shard) -> dict[str, Tensor]:

@@ -1,9 +1,8 @@
 """What a step costs does not grow with the length of its chains, and chains pay for no more."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
+from states import nodes
 from torch import Tensor, nn
 from toys import backbone_of, gen, objective_of
 
@@ -13,21 +12,6 @@ from jemkit.testing import toy_batch, toy_model, toy_task
 
 TASK = toy_task()
 BATCH = toy_batch(TASK)
-
-
-def nodes(total: Tensor) -> int:
-    """How many nodes a backward pass would visit."""
-
-    def walk(found: set[object], node: object) -> Iterator[object]:
-        if node is None or node in found:
-            return
-        found.add(node)
-        for child, _ in node.next_functions:
-            yield from walk(found, child)
-
-    found: set[object] = set()
-    list(walk(found, total.grad_fn))
-    return len(found)
 
 
 @pytest.mark.parametrize("name", ["jem", "jempp", "mebm", "sadajem"])

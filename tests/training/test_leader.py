@@ -2,21 +2,19 @@
 
 import json
 import shutil
-from collections import defaultdict
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
+from groups import DIGITS, EPOCH, REGISTRY, SICK, STEPS, different, end_of, recipe, run
 from ranks import every_rank, torchrun
-from toys import objective_of, toy_recipe, toy_registry
+from toys import toy_recipe
 
-from jemkit import ConfigError, Diverged, Options, Preempted, Terms, Trainer, hookimpl, train
+from jemkit import ConfigError, Diverged, Preempted, Trainer, train
 from jemkit.attacks.base import Threat
-from jemkit.config.registry import Plugin
 from jemkit.evaluation.sample import sample
 from jemkit.evaluation.subjects import subject_at
 from jemkit.metrics.evaluator import Context
@@ -28,63 +26,6 @@ from jemkit.runtime.rng import generator
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.training.follower import follow
 from jemkit.training.leader import leading
-
-SEEN: dict[str, list[int]] = defaultdict(list)
-"""The steps that each run's objective was asked for in this process, in order."""
-
-
-class Faulty(Options):
-    """An objective whose loss is not finite at step SICK, the first time that it comes there.
-
-    Before that, `harmed`, it pushes the second process's chains to the edge of the pixel range.
-    """
-
-    needs_density: ClassVar[bool] = True
-    inner: ClassVar[Any] = objective_of("ebjdat")
-
-    name: str
-    harmed: bool = False
-
-    def draw(self, backbone: Any, batch: Any, rng: torch.Generator) -> Any:
-        SEEN[self.name].append(batch.step)
-        if self.harmed and batch.step == EPOCH - 1 and distributed.shard().rank == 1:
-            backbone.density.buffer.states.sign_()
-        return self.inner.draw(backbone, batch, rng)
-
-    def loss(self, backbone: Any, batch: Any, draws: Any) -> Terms:
-        terms = self.inner.loss(backbone, batch, draws)
-        if batch.step == SICK and SEEN[self.name].count(SICK) == 1:
-            return terms._replace(total=terms.total * torch.nan)
-        return terms
-
-
-class Guest:
-    @staticmethod
-    @hookimpl
-    def jemkit_objectives() -> dict[str, Any]:
-        return {"faulty": Faulty}
-
-
-REGISTRY = toy_registry([Plugin("guest", Guest)])
-STEPS, EPOCH, SICK = 12, 6, 13
-
-
-def recipe(*overrides: str) -> Any:
-    """Two epochs of six steps; batch norm, a penalty on squared means, SAM."""
-    options = ("run.batch_size=8", "run.max_train=54", "backbone.density.penalty=0.1", *overrides)
-    return toy_recipe(REGISTRY, "sadajem", "ebjdat", "sam", *options)
-
-
-def run(
-    out: str, *, until: int = STEPS, resume: bool = False, overrides: tuple[str, ...] = ()
-) -> None:
-    """Train to the end, or until a stop before step `until`."""
-    steps = iter(range(1000))
-    stop: Callable[[], bool] | None = None if until == STEPS else lambda: next(steps) >= until
-    try:
-        train(recipe(*overrides), Path(out), registry=REGISTRY, resume=resume, stop=stop)
-    except Preempted:
-        assert until < STEPS
 
 
 def whole_runs(name: str) -> dict[str, list[str]]:
@@ -209,16 +150,6 @@ def test_a_rolled_back_run_of_two_processes_repeats_bit_for_bit(sick: Path) -> N
     assert [at for at in found if "seconds" not in at and "/objective/name" not in at] == []
 
 
-def end_of(run: Path) -> dict[str, Any]:
-    return load(run / "checkpoints" / f"step-{STEPS:08d}")
-
-
-def different(one: Path, other: Path) -> list[str]:
-    """Where two runs' ends differ but for what a clock told."""
-    found = differing(end_of(one), end_of(other))
-    return [at for at in found if "seconds" not in at]
-
-
 def test_a_run_of_two_processes_repeats_bit_for_bit(folder: Path) -> None:
     assert different(folder / "a", folder / "b") == []
     losses = [[row["loss"] for row in RunFolder(folder / n).metrics()] for n in ("a", "b")]
@@ -314,13 +245,6 @@ def refused(name: str) -> list[str]:
         except ConfigError as error:
             told += [start] if start in str(error) else [str(error)]
     return told
-
-
-DIGITS = (
-    "train", "--dataset", "digits", "--epochs", "2", "--batch-size", "32", "--device", "cpu",
-    "--set", "run.max_train=320", "--set", "backbone.buffer.capacity=200",
-    "--set", "backbone.steps=2", "--set", "run.eval_images=16",
-)  # fmt: skip
 
 
 def test_torchrun_trains_with_one_writer_and_one_voice(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from jemkit import Images
 
-SHARED = Path(__file__).parents[1].parent / "shared" / "data"
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
 
 class Normalised(nn.Module):

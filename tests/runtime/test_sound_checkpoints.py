@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from test_checkpoint import state
+from states import state
 
 from jemkit import DataError
 from jemkit.runtime import checkpoint

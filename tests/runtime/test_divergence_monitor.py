@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from states import timeless
 from strategies import normal, seeds
-from test_resume import timeless
 from toys import backbone_of, objective_of, toy_recipe, toy_registry
 
 from jemkit import ConfigError, Diverged, Options, Preempted, Terms, Trainer, hookimpl, train

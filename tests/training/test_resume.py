@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from states import timeless
 from toys import BACKBONES, MATRIX, toy_recipe, toy_registry
 
 from jemkit import Trainer
@@ -22,7 +23,7 @@ CHILD = """
 import json, sys
 from pathlib import Path
 import torch
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(':')
 torch.set_num_threads(1)
 from test_resume import go_on
 for names, folder, end in json.load(sys.stdin):
@@ -44,12 +45,6 @@ def go_on(names: list[str], path: Path) -> Trainer:
     return trainer
 
 
-def timeless(state: dict[str, Any]) -> dict[str, Any]:
-    """A state without what the clock wrote."""
-    history = [{k: v for k, v in e.items() if k != "seconds"} for e in state["history"]]
-    return {**state, "seconds": 0, "history": history}
-
-
 def loaded(path: Path, step: int) -> dict[str, Any]:
     return timeless(checkpoint.load(path / "checkpoints" / f"step-{step:08d}"))
 
@@ -57,7 +52,7 @@ def loaded(path: Path, step: int) -> dict[str, Any]:
 def in_a_new_process(cases: list[tuple[list[str], Path]], end: int) -> None:
     work = json.dumps([(names, str(path), end) for names, path in cases])
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(Path(__file__).parent)],
+        [sys.executable, "-c", CHILD, ":".join(sys.path)],
         input=work, text=True, capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ import pytest
 from jemkit.errors import ConfigError
 from jemkit.runtime import torchvision_compat
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(script: str) -> None:

@@ -10,10 +10,10 @@ HERE = root() / "tests"
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in HERE.rglob("*.py")}
 CLOCKS = {"time.monotonic", "time.perf_counter", "time.time", "time.process_time"}
 MAY_READ_A_CLOCK = {
-    "waiting.py",  # the one that waits
-    "browser.py",  # the same, for a page
+    "support/waiting.py",  # the one that waits
+    "support/browser.py",  # the same, for a page
     "faults/lab.py",  # kills after some share of the time, where every outcome is right
-    "test_cascade.py",  # the same net as waiting's, inside of what is polled
+    "metrics/test_attack_runner.py",  # the same net as waiting's, inside of what is polled
 }
 
 

@@ -186,7 +186,7 @@ def test_a_hint_names_an_extra_as_jemkit_was_installed(about: str | None, wanted
 
 
 def test_every_hint_of_an_extra_goes_by_one_function() -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     for package in ("jemkit", "plugins", "cli"):
         for path in (root / package).rglob("*.py"):
             if path.name != "extras.py":

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cli_tools import SHORT, Outcome, process
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "plugin"
 PROJECT = """
 [build-system]

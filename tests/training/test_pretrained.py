@@ -31,7 +31,7 @@ from jemkit.training.pretrained import FORMATS, Format, import_checkpoint, read_
 from jemkit.training.pretrained.layouts import looks_like, read_layout
 from jemkit_cli.foreign import import_model
 
-PUBLISHED = Path(__file__).parents[1].parent / "shared" / "data" / "checkpoints"
+PUBLISHED = Path(__file__).parents[2].parent / "shared" / "data" / "checkpoints"
 
 
 LAYOUTS: list[tuple[Format, dict[str, Any]]] = [

@@ -28,7 +28,7 @@ from jemkit_plugins.datasets import CIFAR10, CIFAR100, SVHN, Digits, jemkit_data
 from jemkit_plugins.folder import Folder
 from jemkit_plugins.folder import jemkit_datasets as jemkit_folders
 
-SHARED = Path(__file__).parents[1].parent / "shared" / "data" / "cifar10"
+SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "cifar10"
 
 few = settings(deadline=None, max_examples=10)
 

@@ -9,31 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import normal, seeds
-from toys import gen
+from states import state, tensors
 
 from jemkit import DataError
 from jemkit.runtime import checkpoint
 from jemkit.runtime.checkpoint import FILES, MANIFEST, MODEL
 from jemkit.runtime.pytree import same
-from jemkit.testing import toy_model, toy_task
-
-TASK = toy_task()
-
-
-def state(seed: int = 0) -> dict[str, object]:
-    model = toy_model(TASK, seed=seed)
-    optimizer = torch.optim.Adam(model.parameters())
-    model(normal(seed, 3, *TASK.shape)).energy.mean().backward()
-    optimizer.step()
-    return {
-        "model": {n: t.detach().clone() for n, t in model.state_dict().items()},
-        "optimizer": optimizer.state_dict(),
-        "rng": gen(seed).get_state(),
-        "history": [{"epoch": 1, "accuracy": 0.1 + 0.2}],
-        "nothing": None,
-        "flags": (True, 2, "three", -0.0, 1e-300),
-    }
 
 
 @pytest.fixture
@@ -47,12 +28,6 @@ def test_a_state_comes_back_bit_for_bit(saved: Path) -> None:
     assert sorted(p.name for p in saved.iterdir()) == sorted([*FILES, MANIFEST])
 
 
-tensors = st.builds(
-    lambda seed, shape, dtype: normal(seed, *shape, scale=100).to(dtype),
-    seeds,
-    st.lists(st.integers(0, 3), max_size=3),
-    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8]),
-)
 leaves = (
     st.none()
     | st.booleans()

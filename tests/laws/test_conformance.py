@@ -18,7 +18,7 @@ KINDS = {
     "attack": testing.check_attack,
     "evaluator": testing.check_evaluator,
 }
-REFINED = {"bpda"}  # needs a model that refines its input: test_refined.py
+REFINED = {"bpda"}  # needs a model that refines its input: test_purification.py
 CASES = [(kind, name) for kind in KINDS for name in sorted(set(REGISTRY[kind]) - REFINED)]
 ELSEWHERE = {"lpips"}  # needs weights: test_lpips.py
 ADAPTERS = {"torchvision", "timm"}  # need a model's name

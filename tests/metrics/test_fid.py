@@ -29,7 +29,7 @@ from jemkit.metrics.plots import to_bytes
 from jemkit.models.networks import lent
 from jemkit.runtime.torchvision_compat import torchvision
 
-DATA = Path(__file__).parents[1].parent / "shared" / "data"
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
 RESNET = DATA / "checkpoints" / "resnet20-12fca82f.th"
 
 

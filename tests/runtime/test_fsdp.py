@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from groups import DIGITS, batch_of, different, end_of, part_of, recipe, run, squared
 from hypothesis import given
 from ranks import every_rank, torchrun
 from safetensors.torch import save_file
 from strategies import normal, seeds
-from test_distributed import batch_of, part_of, squared
-from test_team import DIGITS, different, end_of, recipe, run
 from torch import Tensor, nn
 from toys import backbone_of, gen, objective_of, toy_registry, updater_of
 

@@ -20,7 +20,7 @@ from jemkit.models.distances import Distance
 from jemkit.runtime.torchvision_compat import torchvision
 from jemkit_plugins.lpips import LPIPS, jemkit_distances, network
 
-SHARED = Path(__file__).parents[1].parent / "shared" / "data" / "lpips"
+SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "lpips"
 MODELS = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
 INSIDE = Bounds(-1, 1)
 CPU = torch.device("cpu")

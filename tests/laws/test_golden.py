@@ -14,7 +14,7 @@ from jemkit.runtime import checkpoint
 from jemkit.runtime.pytree import differing
 from jemkit.runtime.run_dir import RunFolder
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def listing(tree: Any, at: str = "") -> dict[str, Any]:

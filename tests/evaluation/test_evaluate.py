@@ -269,11 +269,11 @@ MANY = 8
 
 def test_evaluations_that_write_at_once_lose_no_figure(tmp_path: Path) -> None:
     code = (
-        "import sys, torch; from pathlib import Path; sys.path.insert(0, sys.argv[1]);"
-        "from test_evaluation import MANY, written; print(flush=True); input();"
+        "import sys, torch; from pathlib import Path; sys.path[:0] = sys.argv[1].split(':');"
+        "from test_evaluate import MANY, written; print(flush=True); input();"
         "[written(Path(sys.argv[2]), f'{sys.argv[3]}{i}') for i in range(MANY)]"
     )
-    given = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)]
+    given = [sys.executable, "-c", code, ":".join(sys.path), str(tmp_path)]
     running = [
         subprocess.Popen([*given, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for name in "ab"

@@ -11,7 +11,7 @@ from jemkit.config.recipe import resolve
 from jemkit.config.registry import installed
 from jemkit.testing import check_evaluator, check_objective, check_sampler
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 README = (ROOT / "README.md").read_text()
 

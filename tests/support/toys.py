@@ -218,4 +218,4 @@ def toy_recipe(
 
 
 def root() -> Path:
-    return Path(__file__).parents[1]
+    return Path(__file__).parents[2]
