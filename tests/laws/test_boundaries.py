@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,26 @@ PACKAGES = {
 OWNER = {path: package for package, at in PACKAGES.items() for path in at.rglob("*.py")}
 FILES = sorted(OWNER)
 OURS = set(PACKAGES)
-each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(root())))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+
+def over(files: list[Path]) -> Callable[[Callable[[Path], None]], Callable[[], None]]:
+    """A rule on one file as one test over all of them, which lists the offenders."""
+
+    def one_test(rule: Callable[[Path], None]) -> Callable[[], None]:
+        def test() -> None:
+            offenders: dict[str, str] = {}
+            for path in files:
+                try:
+                    rule(path)
+                except AssertionError as error:
+                    offenders[path.relative_to(root()).as_posix()] = str(error)
+            assert offenders == {}
+
+        test.__name__, test.__doc__ = rule.__name__, rule.__doc__
+        return test
+
+    return one_test
 
 
 def imports(tree: ast.AST) -> set[str]:
@@ -72,23 +91,23 @@ ALLOWED = {
 }
 
 
-@each_file
+@over(FILES)
 def test_a_package_imports_only_what_it_may(path: Path) -> None:
     assert tops(imports(TREES[path])) & OURS <= ALLOWED[OWNER[path]]
 
 
-@each_file
+@over(FILES)
 def test_imports_are_absolute(path: Path) -> None:
     levels = {n.level for n in ast.walk(TREES[path]) if isinstance(n, ast.ImportFrom)}
     assert levels <= {0}
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if OWNER[p] == "jemkit_cli"], ids=str)
+@over([p for p in FILES if OWNER[p] == "jemkit_cli"])
 def test_the_command_line_imports_the_library_inside_its_functions(path: Path) -> None:
     assert not tops(at_import(TREES[path])) & {"jemkit", "torch", "jemkit_plugins"}
 
 
-@each_file
+@over(FILES)
 def test_torchvision_comes_in_by_one_door(path: Path) -> None:
     if path != PACKAGES["jemkit"] / "runtime" / "torchvision_compat.py":
         assert "torchvision" not in tops(imports(TREES[path]))
@@ -97,12 +116,12 @@ def test_torchvision_comes_in_by_one_door(path: Path) -> None:
 SLOW = {"torchvision", "lpips", "matplotlib", "sklearn", "timm", "pyautoattack", "torch_fidelity"}
 
 
-@each_file
+@over(FILES)
 def test_what_one_part_needs_is_imported_where_it_is_used(path: Path) -> None:
     assert not tops(at_import(TREES[path])) & SLOW
 
 
-@each_file
+@over(FILES)
 def test_nobody_unpickles(path: Path) -> None:
     assert not tops(imports(TREES[path])) & {"dill", "cloudpickle", "joblib", "shelve"}
     names = {name_of(n) for n in ast.walk(TREES[path]) if isinstance(n, ast.Attribute)}
@@ -129,7 +148,7 @@ GLOBAL = (
 )
 
 
-@each_file
+@over(FILES)
 def test_nobody_draws_from_random_state_of_the_process(path: Path) -> None:
     assert not calls(path, *GLOBAL)
     assert not tops(imports(TREES[path])) & {"random"}
@@ -164,7 +183,7 @@ OPENED_ELSEWHERE = {
 }
 
 
-@each_file
+@over(FILES)
 def test_files_are_opened_by_one_module_which_takes_no_fifo_and_writes_through_no_link(
     path: Path,
 ) -> None:
@@ -190,12 +209,12 @@ def called(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-@each_file
+@over(FILES)
 def test_no_mistake_of_a_user_is_an_assertion(path: Path) -> None:
     assert not [n for n in ast.walk(TREES[path]) if isinstance(n, ast.Assert)]
 
 
-@each_file
+@over(FILES)
 def test_only_an_updater_calls_backward(path: Path) -> None:
     methods = {
         n.func.attr
@@ -205,7 +224,7 @@ def test_only_an_updater_calls_backward(path: Path) -> None:
     assert path.name == "updaters.py" or "backward" not in methods
 
 
-@each_file
+@over(FILES)
 def test_modes_change_only_through_their_context_managers(path: Path) -> None:
     """`model.train()` at the start of a run is the one exception."""
     allowed = {"modes.py": {"train", "eval"}, "trainer.py": {"train"}}.get(path.name, set())
@@ -221,7 +240,7 @@ def test_modes_change_only_through_their_context_managers(path: Path) -> None:
             assert node.func.attr in allowed, ast.unparse(node)
 
 
-@each_file
+@over(FILES)
 def test_no_bare_pixel_fraction_stands_in_the_code(path: Path) -> None:
     for node in ast.walk(TREES[path]):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
@@ -229,14 +248,14 @@ def test_no_bare_pixel_fraction_stands_in_the_code(path: Path) -> None:
             assert len(numbers) < 2 or numbers[1] != 255, ast.unparse(node)
 
 
-@each_file
+@over(FILES)
 def test_a_file_has_one_subject_and_at_most_400_lines(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 400
     assert path.name == "__init__.py" or ast.get_docstring(TREES[path])
 
 
-@each_file
+@over(FILES)
 def test_a_function_fits_on_a_screen(path: Path) -> None:
     for node in ast.walk(TREES[path]):
         if isinstance(node, ast.FunctionDef):
@@ -244,10 +263,18 @@ def test_a_function_fits_on_a_screen(path: Path) -> None:
             assert last - first <= 45, node.name
 
 
-@each_file
+@over(FILES)
 def test_nothing_is_left_for_later_without_an_issue(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"\b(TODO|FIXME|XXX)\b(?!.*#\d+)", text)
+
+
+def test_a_rule_names_every_file_that_breaks_it() -> None:
+    def rule(path: Path) -> None:
+        assert path.name != "errors.py", "its name"
+
+    with pytest.raises(AssertionError, match=r"jemkit/errors.py.*its name"):
+        over(FILES)(rule)()
 
 
 def test_every_package_is_typed_and_its_folder_is_none() -> None:
