@@ -115,7 +115,7 @@ def jemkit(given: argparse.Namespace, *variants: str) -> Callable[[], Any]:
     micro = MicroBatch(recompute="anew" in variants)
 
     def step() -> None:
-        with micro.held():
+        with micro.active():
             train_step(backbone, objective, updater, batch, rng, guard)
 
     return step

@@ -17,7 +17,7 @@ from jemkit.models.energy import (
     Network,
     Scores,
 )
-from jemkit.models.networks import WRN, Adapted, NetworkSpec, lent
+from jemkit.models.networks import WRN, Adapted, NetworkSpec, seeded_init
 from jemkit.options import Options, PartOf
 from jemkit.runtime.modes import batch_norms, frozen_batch_stats
 from jemkit.sampling.density import Contrastive, Density, DensitySpec
@@ -164,7 +164,7 @@ def assemble(
     steps: int = 0,
 ) -> Backbone:
     """Put a backbone together from its parts; without `density` it is a classifier."""
-    with lent(rng):
+    with seeded_init(rng):
         model = energy.build(network.build(task.shape), task.n_classes)
     model = model.to(rng.device)
     drawn = None

@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 from jemkit.data import Bounds
 from jemkit.errors import DataError, MisfitError
 from jemkit.models.energy import EnergyModel, Scores
-from jemkit.runtime.microbatch import passed
+from jemkit.runtime.microbatch import microbatched
 from jemkit.runtime.modes import eval_mode
 from jemkit.sampling.density import Density
 from jemkit.sampling.init_dists import Start
@@ -129,7 +129,7 @@ class AdaptedModel(EnergyModel):
         self.module = module
 
     def forward(self, x: Tensor) -> Scores:
-        logits = passed(self.module, x, self.module)
+        logits = microbatched(self.module, x, self.module)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise MisfitError(

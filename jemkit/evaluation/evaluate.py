@@ -39,7 +39,7 @@ from jemkit.metrics.evaluator import (
 from jemkit.metrics.figures import Figure, joined
 from jemkit.metrics.indicators.outputs import probe_outputs
 from jemkit.metrics.record_file import Record
-from jemkit.runtime.microbatch import MicroBatch, fitted
+from jemkit.runtime.microbatch import MicroBatch, retry_on_oom
 from jemkit.runtime.modes import eval_mode
 from jemkit.runtime.precision import judging
 from jemkit.runtime.rng import generator
@@ -114,11 +114,11 @@ def judge(
         as_model_attack(attack, name).bind(subject.model, ctx.threat)
     threads = _threads(subject)  # the same in all processes
     own_draws = random_state_kept()  # a model may draw from torch's own
-    with judging(ctx.rng.device, threads=threads), own_draws, MicroBatch().held():
+    with judging(ctx.rng.device, threads=threads), own_draws, MicroBatch().active():
         first = data.take(torch.arange(min(len(data.y), settings.batch_size))).to(ctx.rng.device)
         with eval_mode(subject.model):
-            fitted(partial(check_subject, subject.model, first.unit(), subject.n_classes))
-            ctx = fitted(partial(_looked_at, plain, data, ctx))
+            retry_on_oom(partial(check_subject, subject.model, first.unit(), subject.n_classes))
+            ctx = retry_on_oom(partial(_looked_at, plain, data, ctx))
         return _Judgement(subject, settings, ctx, data).run(evaluators, keep_adversarial)
 
 

@@ -20,7 +20,7 @@ from jemkit.data import Dataset, Images, checked
 from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.metrics.identity import identity_of
 from jemkit.models.energy import LogSumExpEnergy
-from jemkit.models.networks import lent
+from jemkit.models.networks import seeded_init
 from jemkit.runtime import checkpoint
 from jemkit.runtime.files import load_tensors
 from jemkit.runtime.labels import count_classes
@@ -262,7 +262,7 @@ def _weights(
     data: Dataset = resolve(registry, named={"data": dataset} if dataset else {}).recipe.data
     part, named = registry["network"].named(network)
     test = data.load("test")
-    with lent(Generator(device).manual_seed(0)):
+    with seeded_init(Generator(device).manual_seed(0)):
         built = _network(part, named).build(tuple(test.x.shape[1:]))
     model = LogSumExpEnergy(built, data.n_classes).to(device)
     load_model(model, load_tensors(path))

@@ -22,7 +22,7 @@ from jemkit.errors import DataError, MisfitError
 from jemkit.metrics.evaluator import AnyAttack, Context, batches, no_progress
 from jemkit.metrics.figures import joined
 from jemkit.metrics.identity import identity_of
-from jemkit.runtime.microbatch import fitted
+from jemkit.runtime.microbatch import retry_on_oom
 from jemkit.runtime.timing import settle
 from jemkit.runtime.work_cache import Piece, ResultCache, tensors_hash
 
@@ -131,7 +131,7 @@ class AttackRun:
     def _clean(self, _: int) -> Piece:
         with repeatable(Generator(self.ctx.rng.device).manual_seed(self.ctx.seed)):
             found = batches(self.data, self.ctx)
-            right = [fitted(partial(self._right, x, y, "clean")) for x, y in found]
+            right = [retry_on_oom(partial(self._right, x, y, "clean")) for x, y in found]
         return {"right": torch.cat(right)}
 
     def _batch(self, index: Tensor, perturb: Perturb, tell: Callable[[], None]) -> Piece:
@@ -149,7 +149,7 @@ class AttackRun:
                 check_bound(x, x_adv, self.ctx.threat, self.name)
                 return x_adv, self._right(x_adv, y, "attacked"), spent.passes
 
-        x_adv, right, passes = fitted(attempt)
+        x_adv, right, passes = retry_on_oom(attempt)
         settle(device)
         seconds = torch.tensor(time.monotonic() - began, dtype=torch.float64)
         spent = torch.tensor(passes, dtype=torch.int64)

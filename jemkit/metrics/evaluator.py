@@ -16,7 +16,7 @@ from jemkit.data import Images
 from jemkit.errors import DataError, MisfitError, Preempted
 from jemkit.metrics.figures import Figure, share
 from jemkit.options import Options
-from jemkit.runtime.microbatch import fitted
+from jemkit.runtime.microbatch import retry_on_oom
 from jemkit.runtime.modes import eval_mode, frozen
 from jemkit.runtime.run_dir import versions
 from jemkit.runtime.work_cache import WHOLE, ResultCache, Shard
@@ -112,7 +112,7 @@ def measure(
                 figure._replace(protocol=with_departures(figure.protocol, found))
                 for judge in evaluators
                 for found in [departures(judge, ctx.threat)]
-                for figure in fitted(partial(judge, subject, data, ctx), ctx.rng)
+                for figure in retry_on_oom(partial(judge, subject, data, ctx), ctx.rng)
             ]
     finally:
         subject.poll = before

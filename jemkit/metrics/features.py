@@ -16,7 +16,7 @@ from jemkit.errors import ConfigError, DataError, JemkitError
 from jemkit.metrics.evaluator import Context
 from jemkit.runtime.extras import install
 from jemkit.runtime.files import file_hash, load_tensors
-from jemkit.runtime.microbatch import passed
+from jemkit.runtime.microbatch import microbatched
 from jemkit.runtime.opening import read_file
 from jemkit.runtime.torchvision_compat import torchvision
 
@@ -56,7 +56,7 @@ def of_module(module: nn.Module, name: str, bounds: Bounds = UNIT) -> Features:
 
     def extract(images: Tensor) -> Seen:
         x = bounds.from_unit(images.float() / 255)
-        return Seen(passed(module, x, module).flatten(1).float())
+        return Seen(microbatched(module, x, module).flatten(1).float())
 
     card = {
         "extractor": type(module).__name__,

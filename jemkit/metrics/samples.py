@@ -14,7 +14,7 @@ from jemkit.metrics.evaluator import Context, Unmeasurable
 from jemkit.metrics.identity import identity_of
 from jemkit.metrics.plots import to_bytes
 from jemkit.options import Options
-from jemkit.runtime.microbatch import fitted
+from jemkit.runtime.microbatch import retry_on_oom
 from jemkit.runtime.rng import generator
 from jemkit.sampling.density import Buffered, even_batches
 from jemkit.sampling.init_dists import Start
@@ -27,7 +27,7 @@ class Drawn(NamedTuple):
     y: Tensor  # [N], the predicted classes
     confidence: Tensor  # [N], the largest softmax
 
-    def surest(self, share: float) -> "Drawn":
+    def most_confident(self, share: float) -> "Drawn":
         """This share of each predicted class by confidence, rounded up, in their order."""
         kept = torch.zeros(len(self.y), dtype=torch.bool)
         for label in torch.unique(self.y):
@@ -47,9 +47,9 @@ def fresh(
 
     def piece(i: int, size: int) -> Tensor:
         rng = generator(ctx.rng.device, ctx.seed, "generation", i)
-        return fitted(lambda: subject.sample(size, rng, steps=steps, start=start), rng)
+        return retry_on_oom(lambda: subject.sample(size, rng, steps=steps, start=start), rng)
 
-    how = {"source": "chains", "steps": steps, "start": plainly(start), **about}
+    how = {"source": "chains", "steps": steps, "start": describe(start), **about}
     return _pieces(subject, ctx, n, how, piece)
 
 
@@ -110,7 +110,7 @@ def _pieces(
             "code": ctx.code or identity_of(subject).sha256,
             "subject": repr(subject),
             "bounds": list(subject.bounds),
-            "density": plainly(subject.density),
+            "density": describe(subject.density),
             "device": ctx.rng.device.type,
         }
     )
@@ -131,16 +131,16 @@ def _classified(subject: PixelModel, x: Tensor, ctx: Context) -> dict[str, Tenso
     }
 
 
-def plainly(part: Any, depth: int = 2) -> Any:
+def describe(part: Any, depth: int = 2) -> Any:
     """What a part's fields say of it, in JSON; tensors are left to what they are made from."""
     if isinstance(part, Options | str | int | float | None):
         return repr(part)
     if isinstance(part, tuple | list):
-        return [plainly(item, depth) for item in part]
+        return [describe(item, depth) for item in part]
     fields = {} if isinstance(part, Tensor) or not depth else getattr(part, "__dict__", {})
     return {
         "type": type(part).__name__,
-        **{name: plainly(value, depth - 1) for name, value in fields.items()},
+        **{name: describe(value, depth - 1) for name, value in fields.items()},
     }
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jemkit.options import Options
-from jemkit.runtime.microbatch import passed
+from jemkit.runtime.microbatch import microbatched
 
 EnergyFn = Callable[[Tensor], Tensor]
 """E: [B, ...] to [B]; lower is likelier."""
@@ -61,7 +61,7 @@ class EnergyModel(nn.Module, ABC):
         """Features [B, D], float32, to scores."""
 
     def forward(self, x: Tensor) -> Scores:
-        return self.scores(passed(self.network, x, self.network))
+        return self.scores(microbatched(self.network, x, self.network))
 
     def scores(self, features: Tensor) -> Scores:
         """`read` in float32, also where the network runs in bfloat16: an energy's grain there is
@@ -124,12 +124,12 @@ class ModelEnergy:
 
     def stem(self, x: Tensor) -> Tensor:
         network = self.model.network
-        return passed(network.stem, x, network)
+        return microbatched(network.stem, x, network)
 
     def trunk(self, h: Tensor) -> Tensor:
         """The energy from the first layer's output on."""
         network = self.model.network
-        return self._of(self.model.scores(passed(network.trunk, h, network)))
+        return self._of(self.model.scores(microbatched(network.trunk, h, network)))
 
     def _of(self, scores: Scores) -> Tensor:
         return scores.energy if self.y is None else scores.joint(self.y)

@@ -23,12 +23,12 @@ class NetworkSpec(Protocol):
     """A network's options; a registered part."""
 
     def build(self, shape: Shape) -> Network:
-        """Make the network, its weights drawn from torch's generator: call it inside `lent`."""
+        """Make the network, its weights drawn from torch's generator: call it in `seeded_init`."""
         ...
 
 
 @contextmanager
-def lent(rng: Generator) -> Iterator[None]:
+def seeded_init(rng: Generator) -> Iterator[None]:
     """Let torch's initialisers, which know no other, draw from `rng`; its own generator rests."""
     donor = rng
     if rng.device.type != "cpu":

@@ -115,7 +115,7 @@ def fill(t: Tensor, full: Tensor) -> None:
     local(t).copy_(local(like(full, t)))
 
 
-def dealt(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+def reshard_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """An optimizer's saved state with this process's part of every momentum."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if not any(is_shared(p) for p in params):

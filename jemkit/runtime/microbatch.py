@@ -42,7 +42,7 @@ class MicroBatch:
         self._hosted = False  # whether the one under way keeps everything in the host's memory
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def active(self) -> Iterator[None]:
         """Every pass inside the block keeps to it."""
         token = _HELD.set(self)
         try:
@@ -67,7 +67,7 @@ class MicroBatch:
         state, before = rng.get_state() if rng else None, moved()
         while True:
             self._most, self._whole, self._able = 0, False, False
-            with self.held():
+            with self.active():
                 try:
                     return work()
                 except (RuntimeError, MemoryError) as error:
@@ -86,7 +86,7 @@ class MicroBatch:
         self._most = max(self._most, n)
         return 0 < self.size < n
 
-    def passed(self, part: Callable[[Tensor], Tensor], x: Tensor, of: nn.Module) -> Tensor:
+    def microbatched(self, part: Callable[[Tensor], Tensor], x: Tensor, of: nn.Module) -> Tensor:
         """part(x), [B, ...] for x [B, ...], slice by slice; `of` is the module whose part it is."""
         cut = self.cuts(len(x))
         tied = any(m.training or m.running_mean is None for m in batch_norms(of))
@@ -215,12 +215,12 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
 
 
-def passed(part: Callable[[Tensor], Tensor], x: Tensor, of: nn.Module) -> Tensor:
+def microbatched(part: Callable[[Tensor], Tensor], x: Tensor, of: nn.Module) -> Tensor:
     """A network's pass or a part of one, by the micro-batch in force."""
     if torch.compiler.is_compiling():
         return part(x)
     micro = _HELD.get()
-    return part(x) if micro is None else micro.passed(part, x, of)
+    return part(x) if micro is None else micro.microbatched(part, x, of)
 
 
 def cuts(n: int) -> bool:
@@ -237,6 +237,6 @@ def recomputes() -> bool:
     return micro is not None and micro.recomputes
 
 
-def fitted(work: Callable[[], T], rng: Generator | None = None) -> T:
+def retry_on_oom(work: Callable[[], T], rng: Generator | None = None) -> T:
     """Work that can be done again, by the micro-batch in force or by one of its own."""
     return (_HELD.get() or MicroBatch()).fit(work, rng)

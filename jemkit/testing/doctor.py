@@ -18,7 +18,7 @@ from jemkit.attacks.pixel_model import PixelModel
 from jemkit.config.registry import Registry
 from jemkit.errors import JemkitError
 from jemkit.models.energy import LogSumExpEnergy
-from jemkit.models.networks import SmallCNN, lent
+from jemkit.models.networks import SmallCNN, seeded_init
 from jemkit.runtime.extras import install
 from jemkit.runtime.files import cache_folder
 from jemkit.runtime.torchvision_compat import torchvision
@@ -185,7 +185,7 @@ def self_test(device: torch.device) -> Check:
 
 
 def _subject(device: torch.device) -> PixelModel:
-    with lent(torch.Generator().manual_seed(0)):
+    with seeded_init(torch.Generator().manual_seed(0)):
         model = LogSumExpEnergy(SmallCNN(channels=4).build((1, 8, 8)), 10)
     return PixelModel(model.to(device))
 

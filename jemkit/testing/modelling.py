@@ -4,7 +4,7 @@ import torch
 
 from jemkit.backbone import Backbone, BackboneSpec
 from jemkit.models.energy import EnergyModelSpec, Scores
-from jemkit.models.networks import NetworkSpec, SmallCNN, lent
+from jemkit.models.networks import NetworkSpec, SmallCNN, seeded_init
 from jemkit.runtime.modes import eval_mode
 from jemkit.runtime.pytree import same
 from jemkit.testing.law import (
@@ -23,12 +23,12 @@ def check_network(spec: NetworkSpec, channels: int = 1) -> None:
     task = toy_task(channels=channels)
     x = toy_batch(task, 4).x
     random = torch.get_rng_state()
-    with lent(generator()):
+    with seeded_init(generator()):
         network = spec.build(task.shape)
-    with lent(generator()):
+    with seeded_init(generator()):
         again = spec.build(task.shape)
     own = torch.equal(random, torch.get_rng_state())
-    require(own, spec, "draws its weights inside `lent`, and nothing elsewhere")
+    require(own, spec, "draws its weights inside `seeded_init`, and nothing elsewhere")
     require_kind(network, torch.nn.Module, spec, "builds a network")
     law = "one generator gives the same weights"
     require(same(network.state_dict(), again.state_dict()), spec, law)

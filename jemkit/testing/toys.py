@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 from jemkit.backbone import Backbone
 from jemkit.data import Augmentation, Batch, Bounds, Images, Task, Views
 from jemkit.models.energy import EnergyModel, EnergyModelSpec, LogSumExp
-from jemkit.models.networks import NetworkSpec, SmallCNN, lent
+from jemkit.models.networks import NetworkSpec, SmallCNN, seeded_init
 from jemkit.sampling.density import Contrastive, DensitySpec
 from jemkit.sampling.init_dists import StartSpec, Uniform
 from jemkit.sampling.kernels import SGLD, Sampler
@@ -65,7 +65,7 @@ def toy_model(
 ) -> EnergyModel:
     """A small convolutional network with batch norm, unless another is named."""
     network = SmallCNN(channels=2, norm="batch") if network is None else network
-    with lent(Generator().manual_seed(seed)):
+    with seeded_init(Generator().manual_seed(seed)):
         built = network.build(task.shape)
         return (LogSumExp() if energy is None else energy).build(built, task.n_classes)
 

@@ -97,7 +97,7 @@ class RunState(NamedTuple):
             for name, tensor in self.ema.average.items():
                 fsdp.fill(tensor, state["ema"][name])
         saved = {**state["optimizer"], "param_groups": self._groups(state["optimizer"])}
-        self.optimizer.load_state_dict(fsdp.dealt(saved, self.optimizer))
+        self.optimizer.load_state_dict(fsdp.reshard_state(saved, self.optimizer))
         lay_like_parameters(self.optimizer)
         if isinstance(self.updater, Stateful):
             self.updater.load_state_dict(state["updater"])

@@ -16,7 +16,7 @@ from jemkit.training.build import build_run
 from jemkit.training.health import HealthMonitor
 from jemkit.training.leader import packed, unpacked
 from jemkit.training.rollback import anew
-from jemkit.training.synchronisation import alike
+from jemkit.training.synchronisation import broadcast_weights
 from jemkit.training.trainer import Summary
 from jemkit.updaters import Guard
 
@@ -77,7 +77,7 @@ class Follower:
             density.penalise(order["penalty"])
         before = parts.loader.state_dict()
         with distributed.together():
-            alike(parts)
+            broadcast_weights(parts)
             batch = parts.loader.batch()
             try:
                 take = partial(

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from jemkit.data import Bounds, Images
 from jemkit.models.energy import EnergyModel, ModelEnergy
 from jemkit.runtime.divergence_monitor import Finding, RunStatistics, Sentinel, Unhealthy
-from jemkit.runtime.microbatch import fitted
+from jemkit.runtime.microbatch import retry_on_oom
 from jemkit.runtime.modes import batch_norms, sampling_mode
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.sampling.density import Buffered
@@ -141,5 +141,5 @@ def renew(buffer: ReplayBuffer, sick: Tensor, rng: Generator) -> int:
 def steepness(model: EnergyModel, buffer: ReplayBuffer) -> float:
     """The median of |dE/dx| over some chains of the buffer; nothing is drawn or moved."""
     with sampling_mode(model, "batch_stats"):
-        slopes = fitted(lambda: gradient(ModelEnergy(model), buffer.states[:CHAINS]))
+        slopes = retry_on_oom(lambda: gradient(ModelEnergy(model), buffer.states[:CHAINS]))
     return float(slopes.flatten(1).norm(dim=1).median())

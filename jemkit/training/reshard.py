@@ -68,7 +68,7 @@ def share_of(state: State, rng: Tensor, density: Density | None, *, ended: bool 
             len(ranks),
             me.size,
         )
-    share = dealt([r["density"] for r in ranks], density, me) if density else None
+    share = reshard_state([r["density"] for r in ranks], density, me) if density else None
     there = me.rank < len(ranks)
     return {**own, "density": share, "rng": ranks[me.rank]["rng"] if there else rng}
 
@@ -76,7 +76,7 @@ def share_of(state: State, rng: Tensor, density: Density | None, *, ended: bool 
 def gather_state(state: State, density: Density) -> State:
     """A saved density's state as one process has it, however many saved it."""
     saved = [part["density"] for part in (state, *state.get("ranks", []))]
-    return saved[0] if len(saved) == 1 else dealt(saved, density, WHOLE)
+    return saved[0] if len(saved) == 1 else reshard_state(saved, density, WHOLE)
 
 
 @runtime_checkable
@@ -90,7 +90,7 @@ class Dealt(Protocol):
     deals: Mapping[str, str]
 
 
-def dealt(saved: list[State], density: Density, me: Shard) -> State:
+def reshard_state(saved: list[State], density: Density, me: Shard) -> State:
     """This process's share of the states that len(saved) processes held."""
     deals = density.deals if isinstance(density, Dealt) else {}
     if any(set(deals) != set(state) for state in saved) or not {*deals.values()} <= {*DEALS}:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def stepping(parts: "RunState") -> Iterator[None]:
+def synchronised_step(parts: "RunState") -> Iterator[None]:
     """The leader's step, which the others are told to take with it."""
     if distributed.shard().size == 1:
         yield
@@ -27,7 +27,7 @@ def stepping(parts: "RunState") -> Iterator[None]:
     distributed.tell({"do": "step", "lr": rate, "steps": steps, "penalty": penalty})
     INSIDE_STEP.set(True)
     with distributed.together():
-        alike(parts)
+        broadcast_weights(parts)
         try:
             yield
         except Diverged:  # all processes found the same
@@ -63,7 +63,7 @@ def alone(parts: "RunState") -> Iterator[None]:
         twin.to("cpu")
 
 
-def alike(parts: "RunState") -> None:
+def broadcast_weights(parts: "RunState") -> None:
     """Before the first step: the leader's weights, whatever it was told to begin with."""
     if parts.loader.step == 0:
         weights = parts.backbone.model.state_dict().values()

@@ -27,7 +27,7 @@ from jemkit.training.restore import about_checkpoint, about_parts
 from jemkit.training.rollback import RollbackPolicy, roll_back, saved
 from jemkit.training.saved_state import check as check_saved
 from jemkit.training.saved_state import weights_of
-from jemkit.training.synchronisation import alone, stepping
+from jemkit.training.synchronisation import alone, synchronised_step
 from jemkit.training.validation import Validator
 from jemkit.updaters import Guard
 
@@ -154,7 +154,7 @@ class Trainer:
             group["lr"] = self.recipe.optimizer.lr * factor
         before = self.loader.state_dict()
         try:
-            with stepping(self.parts):
+            with synchronised_step(self.parts):
                 batch = self.loader.batch()
                 take = partial(
                     train_step, self.backbone, self.objective, self.updater, batch, self.rng,

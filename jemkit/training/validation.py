@@ -21,7 +21,7 @@ from jemkit.metrics.evaluator import Accuracy, Context, Evaluator, Notes, measur
 from jemkit.metrics.figures import Figure
 from jemkit.metrics.plots import save_energies, save_grid
 from jemkit.metrics.record_file import Record
-from jemkit.runtime.microbatch import MicroBatch, fitted
+from jemkit.runtime.microbatch import MicroBatch, retry_on_oom
 from jemkit.runtime.modes import eval_mode, frozen
 from jemkit.runtime.rng import generator
 from jemkit.sampling.init_dists import Labelled
@@ -49,7 +49,7 @@ class Validator:
         valid = self.splits.images("valid")
         part = Images(valid.x[:n_robust], valid.y[:n_robust])
         judge = Robustness(attack=PGD(steps=10))
-        with self.micro.held():
+        with self.micro.active():
             (clean,) = measure(self._subject(), valid, [Accuracy()], self._context("validate"))
             robust, *_ = measure(self._subject(), part, [judge], self._context("validate"))
         return {"accuracy": clean.value, "pgd10": robust.value}
@@ -58,7 +58,7 @@ class Validator:
         """Samples of fresh chains, a row a class where the start knows classes."""
         if not self.backbone.has_density:
             return
-        with self.micro.held():
+        with self.micro.active():
             drawn = self._samples(self._generator("grid"))
         save_grid(path, self.task.bounds.to_unit(drawn))
 
@@ -69,7 +69,7 @@ class Validator:
             self._context("energies"),
             self._subject(),
         )
-        with self.micro.held(), frozen(subject), eval_mode(subject):
+        with self.micro.active(), frozen(subject), eval_mode(subject):
             found = attacked(subject, PGD20, valid, ctx, "pgd")
             rows = {
                 "clean": energies(subject, valid, ctx)[0],
@@ -96,7 +96,7 @@ class Validator:
         settings = Settings(seed=self.seed, batch_size=ctx.batch_size)
         card = protocol_card(settings, ctx.threat, about, part, test, ctx.rng.device)
         ctx = replace(ctx, card=card)
-        with self.micro.held():
+        with self.micro.active():
             clean = self._measured("accuracy", part.images, Accuracy(), ctx)
             start = records.left_by(ctx.notes)
             parts = [records.part("accuracy", clean, ctx, records.left_by(Notes()))]
@@ -121,7 +121,7 @@ class Validator:
         y = torch.arange(GRID, device=rng.device) * min(self.task.n_classes, 10) // GRID
         start = Labelled(density.start, y)
         drawn = partial(density.sample, self.backbone.model, GRID, rng, steps=GRID_STEPS)
-        return fitted(partial(drawn, start=start), rng)
+        return retry_on_oom(partial(drawn, start=start), rng)
 
     def _subject(self) -> PixelModel:
         return PixelModel(self.backbone.model, self.task.bounds)

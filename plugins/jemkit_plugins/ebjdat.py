@@ -103,11 +103,11 @@ class EBJDAT(Options):
         bounds, radius = backbone.bounds, self._radius(backbone)
         start = radius if self.start_px is None else self.start_px
         with frozen(backbone.model), eval_mode(backbone.model):
-            energy = self.downhill(backbone, batch)
+            energy = self.inner_energy(backbone, batch)
             x = bounds.clamp(perturbed(batch.x, bounds.px(start), rng, self.norm))
             return run(self.kernel(backbone, batch.x), energy, x, rng, self.adv_steps)
 
-    def downhill(self, backbone: Backbone, batch: Batch) -> EnergyFn:
+    def inner_energy(self, backbone: Backbone, batch: Batch) -> EnergyFn:
         """What the chain descends: lambda d(x, .) - E(., y), Eq. 12."""
         far = [d.bind(backbone.model, batch.x, backbone.bounds) for d in self.distances]
         up = -1.0 if self.direction == "raise" else 1.0
@@ -153,7 +153,7 @@ class EBJDAT(Options):
                 clean = scores["x"].energy
             else:  # of the whole batch, since `apart` need not be linear in it
                 clean = distributed.mean(scores["x_pos"].energy)
-            terms["p(x~|x)"] = (self.w2, self.apart(scores["x_adv"].energy - clean))
+            terms["p(x~|x)"] = (self.w2, self.h2(scores["x_adv"].energy - clean))
         if self.w3:  # line 17
             terms["p(y|x~)"] = (self.w3, F.cross_entropy(scores["x_adv"].logits, batch.y))
         if self.clean_weight:
@@ -182,7 +182,7 @@ class EBJDAT(Options):
         }
         return {stream: x for stream, x in images.items() if x is not None}
 
-    def apart(self, gap: Tensor) -> Tensor:
+    def h2(self, gap: Tensor) -> Tensor:
         """h2 of the one-to-one gaps E(x~) - E(x), [B]."""
         if self.outer == "align":
             return gap.mean()

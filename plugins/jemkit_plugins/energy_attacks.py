@@ -37,14 +37,14 @@ class EnergyAttack(Options):
         def perturb(x: Tensor, y: Tensor, rng: Generator) -> Tensor:
             best, alike = Best(x), torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
-            def downhill(z: Tensor) -> Tensor:
+            def inner_energy(z: Tensor) -> Tensor:
                 scores = subject.scores(z)
                 energy = scores.energy if self.of == "x" else scores.joint(y)
                 best.see(z, energy, alike)
                 return -energy
 
             pgd = PGD(steps=self.steps, step_px=self.step_px, restarts=self.restarts)
-            pgd.climb(downhill, x, threat.radius_px, norm, rng)
+            pgd.climb(inner_energy, x, threat.radius_px, norm, rng)
             return best.x
 
         return {self.label: perturb}
@@ -96,7 +96,7 @@ class Detector(Options):
             with torch.no_grad():
                 limit = self.limits(subject.scores(x).energy)
 
-            def downhill(z: Tensor) -> Tensor:
+            def inner_energy(z: Tensor) -> Tensor:
                 scores = subject.scores(z)
                 loss = F.cross_entropy(scores.logits, y, reduction="none")
                 wrong, seen = scores.logits.argmax(1) != y, ~(scores.energy <= limit)
@@ -105,7 +105,7 @@ class Detector(Options):
                 return torch.where(wrong & seen, scores.energy, -loss)
 
             pgd = PGD(steps=self.steps, step_px=self.step_px, restarts=self.restarts)
-            pgd.climb(downhill, x, threat.radius_px, norm, rng)
+            pgd.climb(inner_energy, x, threat.radius_px, norm, rng)
             return best.x
 
         return {self.label: perturb}

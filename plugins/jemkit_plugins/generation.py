@@ -88,7 +88,7 @@ class Generation(Options):
                 f"{list(reference.x.shape[1:])}; judge the model on the data set it is trained on"
             )
         label = "" if self.selection == "none" else f"-{self.selection}"
-        x = drawn.surest(KEPT).x if self.selection == "top90" else drawn.x
+        x = drawn.most_confident(KEPT).x if self.selection == "top90" else drawn.x
         if len(x) < ENOUGH:
             ctx.notes.warnings.append(
                 f"generation is measured on {len(x)} samples, under {ENOUGH:,}: its distances are "

@@ -16,7 +16,7 @@ from jemkit import Images, MisfitError
 from jemkit.attacks.pixel_model import pixel_model
 from jemkit.metrics.indicators.outputs import probe_outputs
 from jemkit.metrics.record_file import Record
-from jemkit.models.networks import lent
+from jemkit.models.networks import seeded_init
 
 CPU = torch.device("cpu")
 Head = Callable[[Tensor], Tensor]
@@ -43,7 +43,7 @@ def images(classes: int) -> Images:
 @cache
 def body(classes: int, steps: int, seed: int = 0) -> nn.Module:
     """A small network after so many steps of training; 0 is at its initialisation."""
-    with lent(Generator().manual_seed(seed)):
+    with seeded_init(Generator().manual_seed(seed)):
         model = nn.Sequential(
             nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128, classes)
         )
@@ -140,7 +140,7 @@ class Cosine(nn.Module):
 
     def __init__(self, scale: float) -> None:
         super().__init__()
-        with lent(Generator().manual_seed(0)):
+        with seeded_init(Generator().manual_seed(0)):
             self.features = nn.Sequential(nn.Flatten(), nn.Linear(192, 16))
             self.weight = nn.Parameter(torch.randn(10, 16, generator=Generator().manual_seed(0)))
         self.scale = scale

@@ -253,7 +253,7 @@ def test_batch_norm_may_keep_its_activations_on_the_host() -> None:
     found = []
     for size in (0, 2):
         backbone = on_gpu("sadajem")
-        with MicroBatch(size).held():
+        with MicroBatch(size).active():
             train_step(
                 backbone, objective_of("ebjdat"), fused(backbone), batch(), generator(1), Guard()
             )
@@ -268,7 +268,7 @@ def test_a_pass_in_slices_takes_less_of_the_device() -> None:
     for size in (0, 32):
         model.zero_grad()
         torch.cuda.reset_peak_memory_stats()
-        with MicroBatch(size).held():
+        with MicroBatch(size).active():
             model(x).energy.mean().backward()
         peaks.append(torch.cuda.max_memory_allocated())
         grads.append(next(model.parameters()).grad.clone())
@@ -281,7 +281,7 @@ def test_activations_are_made_anew_in_the_thread_where_torch_goes_back(size: int
     x, grads = torch.rand((16, *TASK.shape), device="cuda", generator=generator()), []
     for anew in (False, True):
         model = toy_model(TASK, WRN(depth=10, width=1, norm="none")).cuda()
-        with MicroBatch(size, recompute=anew).held():
+        with MicroBatch(size, recompute=anew).active():
             model(x).energy.mean().backward()
         grads.append(next(model.parameters()).grad)
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)

@@ -26,7 +26,7 @@ from jemkit.metrics.fid import (
     precision_recall,
 )
 from jemkit.metrics.plots import to_bytes
-from jemkit.models.networks import lent
+from jemkit.models.networks import seeded_init
 from jemkit.runtime.torchvision_compat import torchvision
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -222,7 +222,7 @@ class ResNet20(nn.Module):
 
 
 def random_network() -> nn.Module:
-    with lent(gen()):
+    with seeded_init(gen()):
         net = nn.Sequential(
             nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.AdaptiveAvgPool2d(1)
         )

@@ -10,7 +10,7 @@ from toys import gen, linear_model
 
 from jemkit import Backbone, LogSumExpEnergy, ModelEnergy, Scores
 from jemkit.models.energy import LinearEnergy, LogitEnergy
-from jemkit.models.networks import Adapted, lent
+from jemkit.models.networks import Adapted, seeded_init
 from jemkit.testing import toy_model, toy_task
 
 
@@ -102,7 +102,7 @@ def test_energies_are_float32_and_exact_where_the_passes_run_in_bfloat16() -> No
 
 @given(f=logits(), seed=seeds)
 def test_the_energy_head_of_mebm_is_apart_from_its_logits(f: Tensor, seed: int) -> None:
-    with lent(torch.Generator().manual_seed(seed)):
+    with seeded_init(torch.Generator().manual_seed(seed)):
         model = LinearEnergy(Adapted(nn.Identity(), f.shape[1]), 3)
     scores = model.read(f)
     assert scores.energy.shape == (len(f),)

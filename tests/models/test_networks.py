@@ -8,13 +8,13 @@ from strategies import normal
 from torch import Tensor, nn
 from toys import gen
 
-from jemkit.models.networks import MLP, WRN, SmallCNN, lent
+from jemkit.models.networks import MLP, WRN, SmallCNN, seeded_init
 from jemkit.models.norms import Norm, norm_layer
 from jemkit.runtime.modes import eval_mode, frozen
 
 
 def built(spec: WRN | SmallCNN | MLP, *shape: int) -> nn.Module:
-    with lent(gen()):
+    with seeded_init(gen()):
         return spec.build(shape)
 
 
@@ -111,9 +111,9 @@ def test_a_norm_is_what_it_is_called(norm: str, kind: type[nn.Module]) -> None:
 def test_lending_a_generator_moves_it_and_leaves_torchs_own_alone(seed: int) -> None:
     own, rng = torch.get_rng_state(), gen(seed)
     before = rng.get_state()
-    with lent(rng):
+    with seeded_init(rng):
         one = nn.Linear(3, 3)
-    with lent(rng):
+    with seeded_init(rng):
         other = nn.Linear(3, 3)
     assert torch.equal(torch.get_rng_state(), own)
     assert not torch.equal(rng.get_state(), before)

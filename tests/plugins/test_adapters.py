@@ -8,7 +8,7 @@ import torch
 from torch import Generator, nn
 
 from jemkit import Adapted, Backbone, Batch, ConfigError, MisfitError, check
-from jemkit.models.networks import lent
+from jemkit.models.networks import seeded_init
 from jemkit.runtime import torchvision_compat
 from jemkit.runtime.modes import eval_mode
 from jemkit.sampling.kernels import PYLD
@@ -20,7 +20,7 @@ SHAPE = (3, 32, 32)
 
 
 def test_a_torchvision_model_becomes_features_of_its_own_width() -> None:
-    with lent(Generator().manual_seed(0)):
+    with seeded_init(Generator().manual_seed(0)):
         network = Torchvision(model="resnet18").build(SHAPE)
     assert network.width == 512
     assert network(torch.zeros(2, *SHAPE)).shape == (2, 512)
@@ -44,7 +44,7 @@ FITTING = {  # whose builders want an option, or whose last layer is none of the
 
 @pytest.mark.parametrize("name", FITTING)
 def test_every_family_gives_features_in_both_modes(name: str) -> None:
-    with lent(Generator().manual_seed(0)):
+    with seeded_init(Generator().manual_seed(0)):
         network = Torchvision(model=name).build(SHAPE)
     assert network.width == FITTING[name]
     x = torch.rand(2, *SHAPE, generator=Generator().manual_seed(1))
@@ -62,9 +62,9 @@ def test_a_network_for_larger_images_is_refused_before_a_run(name: str) -> None:
 
 def test_a_look_at_the_features_draws_nothing_and_learns_nothing() -> None:
     rng, other = Generator().manual_seed(0), Generator().manual_seed(0)
-    with lent(rng):
+    with seeded_init(rng):
         network = Torchvision(model="resnet18").build(SHAPE)
-    with lent(other):
+    with seeded_init(other):
         bare = torchvision_compat.torchvision().models.resnet18(weights=None)
     assert torch.equal(rng.get_state(), other.get_state())
     assert network.training
@@ -132,7 +132,7 @@ def test_a_width_that_timm_tells_wrong_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def plain(**settings: object) -> tuple[nn.Module, Backbone]:
-    with lent(Generator().manual_seed(0)):
+    with seeded_init(Generator().manual_seed(0)):
         net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 3))
     backbone = Backbone.of_module(
         net,

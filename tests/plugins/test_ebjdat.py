@@ -50,7 +50,7 @@ def loss_of(model: EnergyModel, x: Tensor, y: Tensor) -> float:
 
 def states(objective: EBJDAT, backbone: Backbone, batch: Batch) -> list[Tensor]:
     """Every state of the chain, begun at x itself."""
-    energy, kernel = objective.downhill(backbone, batch), objective.kernel(backbone, batch.x)
+    energy, kernel = objective.inner_energy(backbone, batch), objective.kernel(backbone, batch.x)
     return [batch.x, *chain(kernel, energy, batch.x, gen(), objective.adv_steps)]
 
 
@@ -277,7 +277,7 @@ class TestLoss:
             "hinge": torch.stack([max(g - margin, torch.tensor(0.0)) for g in gap]).mean(),
         }
         for outer in OUTER:
-            found = objective_of("ebjdat", outer=outer, margin=margin).apart(gap)
+            found = objective_of("ebjdat", outer=outer, margin=margin).h2(gap)
             torch.testing.assert_close(found, forms[outer])
 
     @pytest.mark.parametrize(("outer", "sign"), [("align", 1), ("contrastive", -1)])

@@ -31,7 +31,7 @@ from jemkit.metrics.fid import Moments, frechet
 from jemkit.metrics.figures import Figure
 from jemkit.metrics.plots import to_bytes
 from jemkit.metrics.samples import Drawn, fresh
-from jemkit.models.networks import lent
+from jemkit.models.networks import seeded_init
 from jemkit.runtime.torchvision_compat import torchvision
 from jemkit.runtime.work_cache import Shard
 from jemkit.sampling.density import Density
@@ -200,7 +200,7 @@ def test_the_surest_nine_tenths_of_each_class_are_kept_in_their_order(
     seed: int, n: int, n_classes: int
 ) -> None:
     y, confidence = labels(seed, n, n_classes), uniform(seed + 1, n, low=0)
-    kept = Drawn(torch.arange(n), y, confidence).surest(0.9)
+    kept = Drawn(torch.arange(n), y, confidence).most_confident(0.9)
     assert torch.equal(kept.x, kept.x.sort().values)
     for label in y.unique():
         inside = y == label
@@ -429,7 +429,7 @@ def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     nothing = io.BytesIO()
     torch.save({}, nothing)
     nothing.seek(0)
-    with lent(gen()):
+    with seeded_init(gen()):
         built = Empty("any", ["2048"], feature_extractor_weights_path=nothing)
     path = tmp_path_factory.mktemp("inception") / "random.pth"
     torch.save(built.state_dict(), path)
@@ -439,7 +439,7 @@ def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_inceptions_features_are_torch_fidelitys_own(inception_weights: Path) -> None:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    with lent(gen(1)):
+    with seeded_init(gen(1)):
         package = FeatureExtractorInceptionV3(
             "x", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(inception_weights)
         )

@@ -24,7 +24,7 @@ from jemkit.runtime.modes import frozen_batch_stats, sampling_mode
 from jemkit.runtime.pytree import same
 from jemkit.runtime.work_cache import WHOLE, Shard
 from jemkit.training.leader import packed, unpacked
-from jemkit.training.reshard import dealt
+from jemkit.training.reshard import reshard_state
 
 UPDATERS = ("plain", "sam", "awp")
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -93,8 +93,8 @@ def test_the_processes_batches_together_are_one_processs_batch(
     for _ in range(4):  # into a second epoch
         whole, *parts = (loader.batch() for loader in loaders)
         for name in ("x", "y", "x_pos", "index"):
-            dealt = torch.stack([getattr(part, name) for part in parts], dim=1).flatten(0, 1)
-            assert torch.equal(dealt, getattr(whole, name)), name
+            joined = torch.stack([getattr(part, name) for part in parts], dim=1).flatten(0, 1)
+            assert torch.equal(joined, getattr(whole, name)), name
         for part in parts:  # x_pos is a view of the first of a process's own images
             assert len(part.x_pos) == share * len(part.x)
     assert len({loader.rng.get_state().numpy().tobytes() for loader in loaders}) == 1
@@ -120,7 +120,7 @@ def test_a_buffer_dealt_out_anew_holds_the_same_slots_in_the_same_order(
     whole = normal(seed, 8, 1, 2, 2)
     saved = [{"states": whole[rank::before], "drawn": 8} for rank in range(before)]
     density = backbone_of("jem").density
-    parts = [dealt(saved, density, Shard(rank, after)) for rank in range(after)]
+    parts = [reshard_state(saved, density, Shard(rank, after)) for rank in range(after)]
     again = torch.stack([part["states"] for part in parts], dim=1).flatten(0, 1)
     assert torch.equal(again, whole)
     assert sum(part["drawn"] for part in parts) == 8 * before
@@ -131,7 +131,7 @@ def test_a_density_says_itself_how_its_state_is_dealt(before: int, after: int, s
     stranger: Any = SimpleNamespace(deals={"momenta": "slots", "begun": "count", "scale": "alike"})
     whole = normal(seed, 8, 3)
     saved = [{"momenta": whole[r::before], "begun": 4, "scale": 2.5} for r in range(before)]
-    parts = [dealt(saved, stranger, Shard(rank, after)) for rank in range(after)]
+    parts = [reshard_state(saved, stranger, Shard(rank, after)) for rank in range(after)]
     assert all(torch.equal(parts[r]["momenta"], whole[r::after]) for r in range(after))
     assert [part["begun"] for part in parts] == [4 * before // after] * after
     assert [part["scale"] for part in parts] == [2.5] * after
@@ -144,7 +144,7 @@ def test_a_density_that_does_not_say_how_its_state_is_dealt_is_refused(deals: An
     stranger: Any = SimpleNamespace(**({} if deals is None else {"deals": deals}))
     saved = [{"momenta": normal(0, 4), "t": 1}] * 2
     with pytest.raises(MisfitError, match=r"dealt out anew: go on with 2 process.*momenta, t"):
-        dealt(saved, stranger, Shard(0, 1))
+        reshard_state(saved, stranger, Shard(0, 1))
 
 
 def test_a_state_survives_being_packed() -> None:
@@ -275,8 +275,8 @@ def test_synchronised_batch_norm_is_one_processs_batch_norm_on_the_whole_batch()
     whole, parts = normed(nn.BatchNorm2d(3, momentum=0.3), images_of_norm()), every_rank(synced)
     close = {"rtol": 1e-5, "atol": 1e-5}
     for name in ("y", "x", "running"):
-        dealt = torch.stack([part[name] for part in parts], dim=1).flatten(0, 1)
-        torch.testing.assert_close(dealt, whole[name], **close)
+        joined = torch.stack([part[name] for part in parts], dim=1).flatten(0, 1)
+        torch.testing.assert_close(joined, whole[name], **close)
     for name in ("weight", "bias"):
         torch.testing.assert_close(
             sum(part[name] for part in parts), whole[name], rtol=1e-4, atol=1e-4

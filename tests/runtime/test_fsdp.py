@@ -59,7 +59,7 @@ def updated(case: str, network: str, *, shard: bool, **memory: Any) -> dict[str,
     rng, guard, norms = gen(distributed.shard().rank), Guard(), []
     for step in range(UPDATES):
         batch = part_of(batch_of(step), distributed.shard())
-        with MicroBatch(**memory).held():
+        with MicroBatch(**memory).active():
             draws = objective.draw(backbone, batch, rng)
             moved.step(lambda b=batch, d=draws: objective.loss(backbone, b, d), guard)
         average.update(backbone.model)

@@ -40,7 +40,7 @@ from jemkit.models.networks import SmallCNN
 from jemkit.models.norms import Norm
 from jemkit.runtime import distributed
 from jemkit.runtime.checkpoint import load
-from jemkit.runtime.microbatch import MicroBatch, fitted, out_of_memory
+from jemkit.runtime.microbatch import MicroBatch, out_of_memory, retry_on_oom
 from jemkit.runtime.modes import eval_mode, frozen, frozen_batch_stats
 from jemkit.runtime.pytree import same
 from jemkit.runtime.run_dir import RunFolder
@@ -78,7 +78,7 @@ def test_a_chain_in_slices_is_the_whole_chain(
         if isinstance(sampler, SignDescent):
             model, x = model.double(), x.double()  # no sign turns where a slope is almost 0
         whole = run(sampler, ModelEnergy(model, y), x, rngs[0], 3)
-        with MicroBatch(size).held():
+        with MicroBatch(size).active():
             sliced = run(sampler, ModelEnergy(model, y), x, rngs[1], 3)
     assert close(sliced, whole)
     assert torch.equal(rngs[0].get_state(), rngs[1].get_state())
@@ -93,7 +93,7 @@ def test_on_one_thread_of_a_cpu_a_chain_in_slices_of_several_images_is_the_same_
     torch.set_num_threads(1)
     with frozen(model), eval_mode(model):
         whole = run(SGLD(), ModelEnergy(model), BATCH.x, gen(1), 3)
-        with MicroBatch(size).held():
+        with MicroBatch(size).active():
             sliced = run(SGLD(), ModelEnergy(model), BATCH.x, gen(1), 3)
     torch.set_num_threads(threads)
     assert torch.equal(sliced, whole)
@@ -107,7 +107,7 @@ def test_the_draws_of_an_objective_are_those_of_the_whole_batch(size: int, name:
         backbone.model.double()
         backbone.density.buffer.states = backbone.density.buffer.states.double()
         batch = BATCH._replace(x=BATCH.x.double(), x_pos=BATCH.x_pos.double())
-        with MicroBatch(most).held():
+        with MicroBatch(most).active():
             drawn = objective_of(name).draw(backbone, batch, rng)
         tensors = [drawn] if isinstance(drawn, Tensor) else [t for t in drawn if t is not None]
         found.append([*tensors, backbone.density.buffer.states, rng.get_state().double()])
@@ -120,7 +120,7 @@ def updated(size: int, objective: str, updater: str, norm: Norm, **options: Any)
     backbone = backbone_of("jem", network=network, density=Contrastive(penalty=0.3))
     chosen = objective_of(objective, **options)
     moved, guard, rng = updater_of(updater, backbone.model), Guard(), gen(1)
-    with MicroBatch(size).held():
+    with MicroBatch(size).active():
         for _ in range(2):
             train_step(backbone, chosen, moved, BATCH, rng, guard)
     return backbone.model.state_dict()
@@ -145,7 +145,7 @@ def test_slices_run_in_the_precision_of_the_whole() -> None:
     for size in (0, 2):
         backbone = backbone_of("jem", network=SmallCNN(channels=2, norm="group"))
         objective, updater = in_bf16(objective_of("jem"), "cpu"), updater_of("sam", backbone.model)
-        with MicroBatch(size).held():
+        with MicroBatch(size).active():
             terms = train_step(backbone, objective, updater, BATCH, gen(1), Guard())
         found.append((backbone.model.state_dict(), terms.total))
     assert torch.allclose(found[0][1], found[1][1], atol=TINY)  # in float32 it is 1e-3 off
@@ -166,7 +166,7 @@ def test_a_slope_that_is_differentiated_again_is_exact(seed: int, size: int) -> 
     slopes = []
     for most in (0, size):
         x = uniform(seed, B, *TASK.shape, low=0).double().requires_grad_()
-        with MicroBatch(most).held():
+        with MicroBatch(most).active():
             slopes.append(torch.autograd.grad(model(x)[:, 0].sum(), x)[0])
     assert close(*slopes)
 
@@ -179,7 +179,7 @@ def kept(size: int) -> int:
         held[0] += t.numel() * t.element_size()
         return t
 
-    with MicroBatch(size).held(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with MicroBatch(size).active(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(BATCH.x).energy.mean()
     return held[0]
 
@@ -193,7 +193,7 @@ def test_a_graph_in_slices_holds_no_activations() -> None:
 def test_no_pass_has_more_images_than_the_micro_batch(name: str, size: int) -> None:
     backbone = backbone_of(name, network=SmallCNN(channels=2, norm="none"))
     room = backbone.model.network = Room(backbone.model.network, size)
-    with MicroBatch(size).held():
+    with MicroBatch(size).active():
         draws = objective_of("ebjdat").draw(backbone, BATCH, gen())
         objective_of("ebjdat").loss(backbone, BATCH, draws).total.backward()
     assert 0 < room.largest <= size
@@ -201,7 +201,7 @@ def test_no_pass_has_more_images_than_the_micro_batch(name: str, size: int) -> N
 
 def test_a_compiled_gradient_is_eager_where_it_would_be_cut() -> None:
     model, unit = rowwise(), CompiledGradient("eager")
-    with frozen(model), eval_mode(model), MicroBatch(2).held():
+    with frozen(model), eval_mode(model), MicroBatch(2).active():
         unit(ModelEnergy(model), BATCH.x)
         assert not unit.compilations
         unit(ModelEnergy(model), BATCH.x[:2])
@@ -217,7 +217,7 @@ def test_what_allocators_say_is_known_and_nothing_else_is() -> None:
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not out_of_memory(RuntimeError("shapes do not fit"))
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        fitted(partial(failing, RuntimeError("shapes do not fit")))
+        retry_on_oom(partial(failing, RuntimeError("shapes do not fit")))
 
 
 def failing(error: Exception) -> None:
@@ -345,7 +345,7 @@ def test_an_update_that_has_begun_is_not_taken_again() -> None:
 def in_a_group() -> dict[str, str]:
     with distributed.together():
         try:
-            fitted(partial(failing, torch.OutOfMemoryError("CUDA out of memory")))
+            retry_on_oom(partial(failing, torch.OutOfMemoryError("CUDA out of memory")))
         except OutOfMemory as error:
             return {"told": str(error), "undone": str(error.undone)}
     return {}
@@ -428,7 +428,7 @@ def test_a_slice_is_computed_again_in_the_modes_that_it_had(inside: Any) -> None
         model = toy_model(TASK, SmallCNN(channels=2, norm="batch")).eval()
         if inside is eval_mode:
             model.train()
-        with MicroBatch(size).held(), inside(model):
+        with MicroBatch(size).active(), inside(model):
             energy = model(BATCH.x).energy.mean()
         energy.backward()
         slopes.append([p.grad for p in model.parameters()])
@@ -469,7 +469,7 @@ def test_a_loss_is_logged_as_if_it_were_whole() -> None:
     draws = objective_of("ebjdat").draw(backbone, BATCH, gen())
     terms: list[Terms] = []
     for size in (0, 4):
-        with MicroBatch(size).held():
+        with MicroBatch(size).active():
             terms.append(objective_of("ebjdat").loss(backbone, BATCH, draws))
     assert terms[0].watched.keys() == terms[1].watched.keys()
     assert all(close(terms[0].watched[name], terms[1].watched[name]) for name in terms[0].watched)
@@ -479,5 +479,5 @@ def test_an_attack_in_slices_is_the_whole_attack() -> None:
     model = rowwise("none").double()
     attack = partial(PGD(steps=4).draw, model, lambda x: model(x).energy, BATCH.x.double())
     whole = attack(gen(), bounds=TASK.bounds, radius_px=8)
-    with MicroBatch(4).held():
+    with MicroBatch(4).active():
         assert close(attack(gen(), bounds=TASK.bounds, radius_px=8), whole)

@@ -40,7 +40,7 @@ def updated(objective: str, updater: str, *, anew: bool) -> dict[str, Tensor]:
     """A model's state after two steps."""
     backbone = backbone_of("sadajem", network=WRN(depth=10, width=1))
     moved, rng = updater_of(updater, backbone.model), gen(1)
-    with MicroBatch(recompute=anew).held():
+    with MicroBatch(recompute=anew).active():
         for _ in range(2):
             train_step(backbone, objective_of(objective), moved, BATCH, rng, Guard())
     return backbone.model.state_dict()
@@ -60,7 +60,7 @@ def test_slopes_are_the_same_bit_for_bit_however_often_they_are_asked_for(
     x, found = uniform(seed, 5, *TASK.shape), []
     for anew in (False, True):
         model = wide(norm, seed)
-        with MicroBatch(recompute=anew).held():
+        with MicroBatch(recompute=anew).active():
             total = model(x).energy.square().mean()
         leaves = list(model.parameters())
         slopes = [
@@ -74,7 +74,7 @@ def test_slopes_are_the_same_bit_for_bit_however_often_they_are_asked_for(
 def slopes_by_a_thread(norm: Norm, x: Tensor, *, size: int = 0, anew: bool = True) -> list[Any]:
     """As on a GPU, where the way back runs in a thread of torch's own."""
     model = wide(norm)
-    with MicroBatch(size, recompute=anew).held(), ThreadPoolExecutor(1) as thread:
+    with MicroBatch(size, recompute=anew).active(), ThreadPoolExecutor(1) as thread:
         total = model(x).energy.square().mean()
         thread.submit(total.backward).result()
     return [p.grad for p in model.parameters()]
@@ -97,7 +97,7 @@ def alive(*, anew: bool) -> int:
     for name, module in model.named_modules():
         if name.endswith(("conv1", "conv2")):
             module.register_forward_pre_hook(remember)
-    with MicroBatch(recompute=anew).held():
+    with MicroBatch(recompute=anew).active():
         total = model(BATCH.x).energy.mean()
     assert len(seen) == 6
     count = sum(one() is not None for one in seen)
@@ -119,7 +119,7 @@ def test_a_convolution_is_not_repeated() -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(count)
-    with MicroBatch(recompute=True).held():
+    with MicroBatch(recompute=True).active():
         total = model(BATCH.x).energy.mean()
     before = passes[0]
     total.backward()
@@ -162,7 +162,7 @@ class Hungry(nn.Module):
 def test_memory_that_runs_out_has_activations_made_anew_before_anything_else() -> None:
     network, x, micro, told = Hungry(enough=True), torch.ones(8, 1, 2, 2), MicroBatch(), []
     found = micro.fit(
-        lambda: micro.passed(network, x, network), told=lambda **what: told.append(what)
+        lambda: micro.microbatched(network, x, network), told=lambda **what: told.append(what)
     )
     assert found.shape == x.shape
     assert (micro.size, micro.recompute) == (0, True)
@@ -170,14 +170,14 @@ def test_memory_that_runs_out_has_activations_made_anew_before_anything_else() -
     with frozen(network):  # a chain's pass, in which no weight asks for a gradient
         other = MicroBatch()
         with pytest.raises(OutOfMemory, match="cannot be cut"):
-            other.fit(lambda: other.passed(network, x, network))
+            other.fit(lambda: other.microbatched(network, x, network))
         assert not other.recompute
 
 
 def test_memory_for_which_that_is_not_enough_ends_it() -> None:
     network, x, micro = Hungry(enough=False), torch.ones(8, 1, 2, 2), MicroBatch()
     with pytest.raises(OutOfMemory, match="cannot be cut"):
-        micro.fit(lambda: micro.passed(network, x, network))
+        micro.fit(lambda: micro.microbatched(network, x, network))
     assert (micro.size, micro.recompute) == (4, True)
 
 
@@ -199,20 +199,20 @@ def test_a_pass_that_was_not_too_large_yet_is_halved_before_it_is_given_up() -> 
     """A GPU then has it wait in the host's memory."""
     network, x, micro = Busy(), torch.ones(8, 1, 2, 2), MicroBatch(16)
     with frozen(network):
-        micro.fit(lambda: micro.passed(network, x, network))
+        micro.fit(lambda: micro.microbatched(network, x, network))
     assert (micro.size, micro.recompute) == (4, False)
 
 
 def test_a_pass_that_keeps_nothing_is_halved_at_once() -> None:
     network, x, micro = Busy().eval(), torch.ones(8, 1, 2, 2), MicroBatch()
     with torch.no_grad():
-        micro.fit(lambda: micro.passed(network, x, network))
+        micro.fit(lambda: micro.microbatched(network, x, network))
     assert (micro.size, micro.recompute) == (4, False)
 
 
 def test_a_single_image_has_its_activations_made_anew() -> None:
     network, x, micro = Hungry(enough=True), torch.ones(1, 1, 2, 2), MicroBatch()
-    micro.fit(lambda: micro.passed(network, x, network))
+    micro.fit(lambda: micro.microbatched(network, x, network))
     assert (micro.size, micro.recompute) == (0, True)
     with pytest.raises(OutOfMemory, match="so that smaller passes would not help"):
         MicroBatch().fit(lambda: network(x))
@@ -223,7 +223,7 @@ def test_whoever_cannot_begin_again_is_told_what_helps() -> None:
 
     def work(micro: MicroBatch) -> Tensor:
         done.append(1)
-        return micro.passed(network, x, network)
+        return micro.microbatched(network, x, network)
 
     for recompute, told in ((False, r"--set run\.recompute=true"), (True, r"run\.micro_batch=4")):
         micro = MicroBatch(recompute=recompute)
@@ -259,7 +259,7 @@ def in_processes() -> bool:
         network = WRN(depth=10, width=1, norm="sync")
         backbone = backbone_of("sadajem", network=network)
         moved = updater_of("sam", backbone.model)
-        with MicroBatch(recompute=anew).held():
+        with MicroBatch(recompute=anew).active():
             train_step(backbone, objective_of("ebjdat"), moved, BATCH, gen(1), Guard())
         found.append(backbone.model.state_dict())
     return same(*found)

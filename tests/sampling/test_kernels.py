@@ -11,7 +11,7 @@ from torch import Tensor
 from toys import gen, linear_model
 
 from jemkit import PYLD, SGLD, Bounds, MisfitError, ModelEnergy, SignDescent, chain, gradient, run
-from jemkit.models.networks import MLP, SmallCNN, lent
+from jemkit.models.networks import MLP, SmallCNN, seeded_init
 from jemkit.sampling.kernels import Boxed, L2Descent, Projected
 from jemkit.testing import toy_model, toy_task
 
@@ -263,8 +263,8 @@ def test_the_energy_of_a_linear_model_falls_along_minus_its_expected_weights(see
 
 
 def test_weights_are_drawn_from_the_generator_that_is_lent() -> None:
-    with lent(gen(3)):
+    with seeded_init(gen(3)):
         one = MLP(hidden=4).build((1, 2, 2))
-    with lent(gen(3)):
+    with seeded_init(gen(3)):
         other = MLP(hidden=4).build((1, 2, 2))
     assert torch.equal(one.first.weight, other.first.weight)

@@ -10,7 +10,7 @@ from strategies import uniform
 from torch import Tensor, nn
 from toys import gen
 
-from jemkit.models.networks import lent
+from jemkit.models.networks import seeded_init
 
 
 def normed(norm: str, channels: int) -> nn.Module:
@@ -108,7 +108,7 @@ class Plain(Trunk):
 
 
 def made(kind: Callable[..., nn.Module] = Authors, seed: int = 0, **options: Any) -> nn.Module:
-    with lent(gen(seed)):
+    with seeded_init(gen(seed)):
         return kind(**options).eval()
 
 

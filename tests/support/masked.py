@@ -6,7 +6,7 @@ from torch import Generator, Tensor, nn
 
 from jemkit import PGD, Images
 from jemkit.attacks.pixel_model import UNIT
-from jemkit.models.networks import NetworkSpec, SmallCNN, lent
+from jemkit.models.networks import NetworkSpec, SmallCNN, seeded_init
 
 RADIUS_PX = 25.5
 CNN = SmallCNN()
@@ -17,7 +17,7 @@ class Net(nn.Module):
 
     def __init__(self, spec: NetworkSpec, rng: Generator) -> None:
         super().__init__()
-        with lent(rng):
+        with seeded_init(rng):
             self.network = spec.build((1, 8, 8))
             self.head = nn.Linear(self.network.width, 10)
 
@@ -53,7 +53,7 @@ def trained(
 def linear(images: Images, seed: int, epochs: int = 60) -> nn.Module:
     """Softmax regression."""
     rng = Generator().manual_seed(seed)
-    with lent(rng):
+    with seeded_init(rng):
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(epochs):

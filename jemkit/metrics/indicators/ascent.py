@@ -11,7 +11,7 @@ from jemkit.attacks.base import Threat, ball_of
 from jemkit.attacks.pgd import PGD, perturbed
 from jemkit.attacks.pixel_model import UNIT
 from jemkit.attacks.random_search import margin
-from jemkit.models.networks import MLP, lent
+from jemkit.models.networks import MLP, seeded_init
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Logits [B, K] and labels [B] to [B]; higher is worse."""
@@ -74,7 +74,7 @@ def surrogate(
     """A perceptron that learns the model's answers on noised images (Papernot et al. 2017)."""
     with torch.no_grad():
         n_classes = model(images[:1]).shape[1]
-    with lent(rng):
+    with seeded_init(rng):
         network = MLP(hidden=256, layers=2).build(tuple(images.shape[1:]))  # type: ignore[arg-type]
         student = nn.Sequential(network, nn.Linear(network.width, n_classes)).to(images.device)
     weights = list(student.parameters())
