@@ -3,3 +3,19 @@
 It may import config, and what config may. What a run does until its end goes here; readers of
 others' weights go to pretrained/, the cost of a step to profiling/.
 """
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jemkit.training.trainer import Summary, Trainer, Watch
+
+__all__ = ["Summary", "Trainer", "Watch"]
+
+
+def __getattr__(name: str) -> object:
+    """Names of `__all__`, whose module imports most of the others."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from jemkit.training import trainer
+
+    return getattr(trainer, name)

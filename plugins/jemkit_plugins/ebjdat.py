@@ -151,7 +151,7 @@ class EBJDAT(Options):
         if self.w2:  # line 16, the outer problem of Eq. 11
             if self.pair == "same":
                 clean = scores["x"].energy
-            else:  # of the whole batch, since `apart` need not be linear in it
+            else:  # of the whole batch, since `h2` need not be linear in it
                 clean = distributed.mean(scores["x_pos"].energy)
             terms["p(x~|x)"] = (self.w2, self.h2(scores["x_adv"].energy - clean))
         if self.w3:  # line 17
