@@ -59,7 +59,7 @@ class DataError(JemkitError, ValueError):
 
 NO_MEMORY = (
     "allocate memory", "not enough memory", "out of memory", "bad_alloc", "ALLOC_FAILED",
-    "could not create a primitive",
+    "could not create a primitive", "unable to find an engine",
 )  # fmt: skip
 """How torch's allocators and the libraries under it say that there is no room."""
 NO_ROOM = (*NO_MEMORY, "start new thread", "failed to map segment")

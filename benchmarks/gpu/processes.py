@@ -34,14 +34,20 @@ def python(*arguments: str | Path) -> list[str]:
 
 
 def run(
-    command: Sequence[str], limit: float, *, cwd: Path | None = None, grace: float = 0.0
+    command: Sequence[str],
+    limit: float,
+    *,
+    cwd: Path | None = None,
+    grace: float = 0.0,
+    log: Path | None = None,
 ) -> Outcome:
     """Run a command for at most `limit` seconds; then it and all that it started are killed.
 
-    With `grace` it is first asked to end by SIGTERM, and has that many seconds more.
+    With `grace` it is first asked to end by SIGTERM, and has that many seconds more. `log` is where
+    its whole output is kept.
     """
     began = time.monotonic()
-    with tempfile.TemporaryFile() as output:
+    with tempfile.TemporaryFile() if log is None else log.open("w+b") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             cwd=cwd, start_new_session=True,
@@ -73,6 +79,24 @@ def _wait(process: subprocess.Popen[bytes], limit: float, grace: float) -> int |
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its descendants, those in sessions of their own too."""
+    for pid in [*descendants(process.pid), process.pid]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process started, and those that these started, by /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                children.setdefault(int(fields[1]), []).append(int(entry.name))
+    found = list(children.get(pid, []))
+    for child in found:
+        found += children.get(child, [])
+    return found

@@ -58,4 +58,4 @@ class Record:
     def write(self) -> None:
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(self.content, indent=1) + "\n")
-        part.replace(self.path)
+        part.replace(self.path)  # whole or not at all

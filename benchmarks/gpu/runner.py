@@ -11,7 +11,6 @@ fails costs the next nothing. The exit code is 1 where a stage failed, 2 where n
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +31,10 @@ class Stage(NamedTuple):
     name: str
     limit: float
     rehearsed: float  # the same in a rehearsal
+
+
+class InstallError(Exception):
+    """What keeps the packed wheels from being installed."""
 
 
 STAGES = (
@@ -57,7 +60,11 @@ def main() -> int:
         os.environ["OMP_NUM_THREADS"] = "1"
     asked.out.mkdir(parents=True, exist_ok=True)
     asked.work.mkdir(parents=True, exist_ok=True)
-    install(asked.work / "site")
+    try:
+        install(asked.work / "site")
+    except InstallError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     unpack([KIT / "cifar10", *asked.images], asked.work / "packed")
     failed = 0
     for stage in STAGES:
@@ -98,7 +105,10 @@ def _problem(asked: argparse.Namespace) -> str:
     if missing := [str(path) for path in asked.images if not path.is_dir()]:
         return f"--images {missing[0]} is no folder; give the one that pack wrote beside the kit"
     seen = "import torch; raise SystemExit(0 if torch.cuda.is_available() else 3)"
-    code = 0 if asked.rehearse else subprocess.run([sys.executable, "-c", seen]).returncode
+    command = [sys.executable, "-c", seen]
+    code = 0 if asked.rehearse else processes.run(command, 90).code
+    if code is None:
+        return "torch did not answer within 90 s whether there is a CUDA device"
     if code == 3:
         return "torch sees no CUDA device here; use --rehearse for a rehearsal on the CPU"
     return f"{sys.executable} cannot import torch" if code else ""
@@ -112,9 +122,12 @@ def install(site: Path) -> None:
         shutil.rmtree(site, ignore_errors=True)
         options = ["-q", "--no-index", "--no-deps", "--no-compile", "--disable-pip-version-check"]
         command = [sys.executable, "-m", "pip", "install", *options, "--target", str(site)]
-        subprocess.run([*command, *map(str, wheels)], check=True)
+        done = processes.run([*command, *map(str, wheels)], 120)
+        if not done.passed:
+            raise InstallError(f"the wheels cannot be installed: {done.output[-1000:]}")
         marker.write_text(named)
-    os.environ["PYTHONPATH"] = str(site)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{site}{os.pathsep}{before}" if before else str(site)
 
 
 def unpack(sources: list[Path], target: Path) -> None:
@@ -142,6 +155,9 @@ def run_stage(asked: argparse.Namespace, name: str, limit: float) -> bool:
     record.add(status=done.status, seconds=done.seconds)
     if not done.passed:
         record.add(error=done.output)
+    kept = asked.work / "records"  # where a later call, whose OUT is another, finds it
+    kept.mkdir(exist_ok=True)
+    shutil.copyfile(path, kept / path.name)
     print(f"{name:12} {done.status:8} {done.seconds:6.1f} s", flush=True)
     if not done.passed:
         print("    " + "\n    ".join(done.output.strip().splitlines()[-12:]), flush=True)

@@ -2,10 +2,11 @@
 
 import argparse
 import importlib
+import json
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from records import Record, about_machine
 
@@ -40,12 +41,20 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--seconds", type=float, required=True)
     found.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     found.add_argument("--toy", action="store_true")
+    found.add_argument("--result", type=Path, help="where a child of a stage writes its result")
     return found
 
 
 def given_of(options: argparse.Namespace) -> Given:
     ends = time.monotonic() + options.seconds
     return Given(options.device, options.toy, options.out, options.work, ends)
+
+
+def say(result: dict[str, Any], path: Path) -> None:
+    """Write what a child of a stage measured, whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result))
+    part.replace(path)
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
 """Is everything there: the packed jemkit, all of its parts, the device, a compiler."""
 
 import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 from records import Record
@@ -18,7 +20,9 @@ def measure(given: Given, record: Record) -> None:
     parts = {
         kind: sorted(registry[kind]) for kind in ("backbone", "objective", "updater", "attack")
     }
-    record.add(parts=parts, compiler=shutil.which("c++") or shutil.which("g++"))
+    compilers = {name: shutil.which(name) for name in ("c++", "g++", "gcc", "clang")}
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    record.add(parts=parts, compilers=compilers, python_headers=headers.exists())
     if registry.faults:
         raise RuntimeError(f"plug-ins that do not load: {registry.faults}")
     if not all(parts.values()):

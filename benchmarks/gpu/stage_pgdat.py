@@ -1,12 +1,12 @@
-"""PGD-AT, the rival without a density, for as many epochs as the stage `training` had."""
+"""PGD-AT, the baseline without a density, for as many epochs as the stage `training` had."""
 
 from records import Record
 from stage import Given
 from stage_training import train_and_judge
 
-RIVAL = ("--backbone", "classifier", "--objective", "pgdat")
+BASELINE = ("--backbone", "classifier", "--objective", "pgdat")
 
 
 def measure(given: Given, record: Record) -> None:
-    before = Record.read(given.out / "training.json")
-    train_and_judge(given, record, RIVAL, before.get("epochs"))
+    before = Record.read(given.work / "records" / "training.json")
+    train_and_judge(given, record, BASELINE, before.get("epochs"))

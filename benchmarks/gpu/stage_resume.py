@@ -29,4 +29,5 @@ def measure(given: Given, record: Record) -> None:
     done = processes.run(command, given.left - 2)
     if not done.passed:
         raise RuntimeError(f"verify-resume {done.status}:\n{done.output[-2000:]}")
-    record.add(verdict=json.loads(done.output.splitlines()[-1]))
+    lines = [line for line in done.output.splitlines() if line.startswith("{")]
+    record.add(verdict=json.loads(lines[-1]))

@@ -9,14 +9,14 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import processes
 import torch
 from records import Record
-from stage import Given, given_of, parser
+from stage import Given, given_of, parser, say
 
 from jemkit.runtime.precision import numerics
 from jemkit.runtime.timing import fastest, settle
@@ -34,7 +34,7 @@ CONTESTANTS = (
 )  # fmt: skip
 REHEARSED = (("wrn-28-10", "fp32"), ("wrn-28-10", "released"))
 PROFILED = ("wrn-28-10", "fp32"), ("wrn-28-10", "bf16+compile")
-LIMIT = 75.0
+LIMIT = 90.0
 """Seconds of one contestant, of which compiling wrn-28-10 takes the most."""
 
 
@@ -58,8 +58,8 @@ def step_of(setting: argparse.Namespace, variant: str) -> Callable[[], Any]:
     return steps.jemkit(setting, "cl", *kinds)
 
 
-def contest(given: Given, network: str, variant: str) -> dict[str, Any]:
-    """Seconds and memory of a step; the first one, which compiles, is told apart."""
+def contest(given: Given, network: str, variant: str) -> Iterator[dict[str, Any]]:
+    """Seconds and memory of a step, the first one, which compiles, by itself; then its profile."""
     device, chosen = torch.device(given.device), setting(network, given)
     step = step_of(chosen, variant)
     with numerics(precision="tf32" if variant == "tf32" else "fp32"):
@@ -77,9 +77,9 @@ def contest(given: Given, network: str, variant: str) -> dict[str, Any]:
         }
         if device.type == "cuda":
             found["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+        yield found
         if (network, variant) in PROFILED:
-            found["profile"] = profile(step, device)
-    return found
+            yield found | {"profile": profile(step, device)}
 
 
 def _seconds(step: Callable[[], Any], device: torch.device) -> float:
@@ -119,10 +119,10 @@ def rates(given: Given) -> dict[str, float]:
 
 
 def work_of(given: Given, network: str) -> float:
-    """FLOP of jemkit's step of a network, counted."""
+    """FLOP of jemkit's step of a network, counted; they are the same on any device."""
     import steps
 
-    chosen = setting(network, given)
+    chosen = steps.changed(setting(network, given), device="cpu")
     backbone, batch = steps.built(chosen)
     spec = Plain() if chosen.updater == "plain" else SAM()
     return float(flops(step_work(backbone, steps.objective_of(chosen), spec, batch).whole))
@@ -138,20 +138,22 @@ def measure(given: Given, record: Record) -> None:
         if given.left < 15:
             record.add(**{name: {"status": "not reached"}})
             continue
+        result = given.work / "step-result.json"
+        result.unlink(missing_ok=True)
         command = processes.python(Path(__file__), network, variant, *given.arguments())
-        done = processes.run(command, min(LIMIT, given.left - 2))
+        done = processes.run([*command, "--result", str(result)], min(LIMIT, given.left - 2))
         found: dict[str, Any] = {"status": done.status}
-        if done.passed:
+        if result.exists():
             work[network] = work.get(network) or work_of(given, network)
-            found |= json.loads(done.output.splitlines()[-1])
+            found |= json.loads(result.read_text())
             found |= forecast(found["step_s"], work[network], device["product_bf16"], given)
-        else:
+        if not done.passed:
             found["output"] = done.output[-2000:]
         record.add(**{name: found})
     record.add(**against_released(record.content))
-    failed = [
-        f"{n} {v}" for n, v in contestants if record.content[f"{n} {v}"]["status"] == "failed"
-    ]
+    names = [f"{network} {variant}" for network, variant in contestants]
+    bad = ("failed", "timeout")
+    failed = [name for name in names if record.content[name]["status"] in bad]
     if failed:
         raise RuntimeError(f"steps that failed: {', '.join(failed)}")
 
@@ -181,7 +183,8 @@ def main() -> None:
     options.add_argument("network")
     options.add_argument("variant")
     asked = options.parse_args()
-    print(json.dumps(contest(given_of(asked), asked.network, asked.variant)))
+    for result in contest(given_of(asked), asked.network, asked.variant):
+        say(result, asked.result) if asked.result else print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ runs out all the same it is asked to stop, which saves it, and the best epoch is
 """
 
 import json
+import math
 import shutil
 import zipfile
 from pathlib import Path
@@ -17,6 +18,12 @@ from stage import Given
 
 RESERVE = 110.0
 """Seconds that judging, sampling and exporting are given."""
+
+GRACE = 20.0
+"""Seconds in which a run that is asked to stop saves itself."""
+
+CAPS = {"aa": 60.0, "pgd": 60.0}
+"""Seconds of one evaluation, so that the next ones have their turn."""
 
 START, VALIDATION = 15.0, 2.0  # seconds: imports and data, and what follows each epoch
 MOST = 15 * 2**20  # bytes of the zip that comes back
@@ -35,15 +42,17 @@ def train_and_judge(
 ) -> None:
     """Train `method` for `epochs`, or as many as fit, and judge its best epoch."""
     data, count = dataset(given)
-    ends = given.left - (30.0 if given.toy else RESERVE)
+    ends = given.left - (40.0 if given.toy else RESERVE + GRACE)
     step = _step_seconds(given, record)
+    if not given.toy and ends < START + epoch_seconds(count, step):
+        raise RuntimeError(f"{given.left:.0f} s are too little for one epoch and its evaluation")
     epochs = 1 if given.toy else epochs or epochs_in(ends, count, step)
     run = given.work / record.content["stage"] / "run"
     shutil.rmtree(run.parent, ignore_errors=True)
     chosen = [*method, *recipe(given, data), "--epochs", str(epochs)]
     command = _jemkit("train", *chosen, "--out", str(run), "--quiet")
     record.add(data=data, images=count, epochs=epochs, command=_as_typed(command))
-    trained = processes.run(command, max(ends, 20.0), grace=20.0)
+    trained = processes.run(command, ends, grace=GRACE)
     record.add(
         training={"status": trained.status, "seconds": trained.seconds, "code": trained.code}
     )
@@ -51,12 +60,12 @@ def train_and_judge(
         raise RuntimeError(f"training {trained.status}:\n{trained.output[-2000:]}")
     wanted = judgements(given, run, generates="classifier" not in method)
     for name, arguments in wanted.items():
-        record.add(**{name: _done(given, arguments)})
+        record.add(**{name: _done(given, arguments, CAPS.get(name, math.inf))})
     path = given.out / f"{record.content['stage']}.zip"
     record.add(figures=figures(run), zipped=bring_back(run, path))
-    failed = [name for name in wanted if record.content[name]["status"] == "failed"]
+    failed = [name for name in wanted if record.content[name]["status"] != "passed"]
     if failed:
-        raise RuntimeError(f"commands that failed: {', '.join(failed)}")
+        raise RuntimeError(f"commands that failed or ran out of time: {', '.join(failed)}")
 
 
 def dataset(given: Given) -> tuple[list[str], int]:
@@ -103,6 +112,7 @@ def judgements(given: Given, run: Path, *, generates: bool) -> dict[str, list[st
     everything = ["--max-images", few] if given.toy else []
     generated = ["--only", "generation", "--set", f"generation.n={50 if given.toy else 10_000}"]
     found = {
+        "export": ["export", str(run), "--out", str(run.parent / "export")],
         "pgd": [*evaluate, "--attack", "pgd", "--only", "robustness", "--only", "energies",
                 *everything, "--batch-size", "500"],
         "sample": ["sample", str(run), "-n", "100", "--device", given.device],
@@ -111,7 +121,6 @@ def judgements(given: Given, run: Path, *, generates: bool) -> dict[str, list[st
         "generation": [*evaluate, *generated],
         "bpda": [*evaluate, "--attack", "bpda", "--refine-steps", "2", "--only", "robustness",
                  "--max-images", "50"],
-        "export": ["export", str(run), "--out", str(run.parent / "export")],
     }  # fmt: skip
     of_densities = ("sample", "generation", "bpda")
     return {k: v for k, v in found.items() if generates or k not in of_densities}
@@ -144,23 +153,27 @@ def bring_back(run: Path, path: Path) -> dict[str, int]:
 
 def _step_seconds(given: Given, record: Record) -> float:
     """Of a step in bf16, as the stage `step` found it."""
-    before = Record.read(given.out / "step.json").get("wrn-16-4 bf16", {})
+    before = Record.read(given.work / "records" / "step.json").get("wrn-16-4 bf16", {})
     found = float(before.get("step_s", ASSUMED))
     record.add(assumed_step_s=found)
     return found
 
 
+def epoch_seconds(count: int, step: float) -> float:
+    """Of an epoch of `count` images in batches of 128, a tenth of them for validation."""
+    return 0.9 * count // 128 * step * 1.1 + VALIDATION
+
+
 def epochs_in(seconds: float, count: int, step: float) -> int:
-    """Epochs of `count` images, a tenth of them for validation, that fit; one at the least."""
-    per_epoch = 0.9 * count // 128 * step * 1.1 + VALIDATION
-    return max(1, int((seconds - START) / per_epoch))
+    """Epochs that fit; one at the least."""
+    return max(1, int((seconds - START) / epoch_seconds(count, step)))
 
 
-def _done(given: Given, arguments: list[str]) -> dict[str, Any]:
+def _done(given: Given, arguments: list[str], limit: float) -> dict[str, Any]:
     if given.left < 8:
         return {"status": "not reached"}
     command = _jemkit(*arguments)
-    done = processes.run(command, given.left - 3)
+    done = processes.run(command, min(limit, given.left - 3))
     found: dict[str, Any] = {"status": done.status, "seconds": done.seconds}
     found["command"] = _as_typed(command)
     return found if done.passed else found | {"output": done.output[-2000:]}

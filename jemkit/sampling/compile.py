@@ -109,14 +109,16 @@ def compiled_gradients(backend: Backend = "inductor") -> Iterator[CompiledGradie
         yield unit
 
 
-MISSING = {"InvalidCxxCompiler", "TritonMissing", "CppCompileError"}
-"""Errors that tell of a machine without a C++ compiler, or on a GPU without Triton."""
+MISSING = {"InvalidCxxCompiler", "TritonMissing", "CppCompileError", "CalledProcessError"}
+"""Errors of a machine without a C++ compiler, or on a GPU without Triton or a C compiler."""
+
+NO_C_COMPILER = "Failed to find C compiler"  # Triton's RuntimeError
 
 
 def lacks_compiler(error: BaseException) -> str | None:
     """What the machine lacks, in a line; None where the energy is at fault."""
     for cause in _causes(error):
-        if type(cause).__name__ in MISSING:
+        if type(cause).__name__ in MISSING or NO_C_COMPILER in str(cause):
             return " ".join(str(cause).split()) or type(cause).__name__
     return None
 

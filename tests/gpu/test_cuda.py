@@ -218,7 +218,7 @@ def test_a_compiled_gradient_is_the_eager_one_as_images_and_weights_move(backend
     """Of inductor a CUDA graph, which reads its inputs anew and keeps nothing of the last call."""
     backbone, unit, data = on_gpu("jem"), CompiledGradient(backend), batch()
     kept: list[tuple[Tensor, Tensor]] = []
-    with sampling_mode(backbone.model, "batch_stats"):
+    with numerics(), sampling_mode(backbone.model, "batch_stats"):
         for turn in range(5):
             x, energy = data.x.roll(turn, 0), ModelEnergy(backbone.model, data.y)
             kept.append((unit(energy, x), eager_gradient(energy, x)))

@@ -25,6 +25,7 @@ import processes
 import runner
 import stage_probes
 import stage_step
+import stage_tests
 import stage_training
 from records import Record
 from stage import Given
@@ -136,12 +137,13 @@ def test_missing_batches_are_named(tmp_path: Path) -> None:
         packing._batches(tmp_path)
 
 
-def test_a_command_ends_at_its_limit_with_all_that_it_started(tmp_path: Path) -> None:
+@pytest.mark.parametrize("apart", [False, True])  # a session of its own, as probes have
+def test_a_command_ends_at_its_limit_with_all_that_it_started(tmp_path: Path, apart: bool) -> None:
     mark = tmp_path / "pid"
     child = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     code = (
         "import subprocess, sys; print('began', flush=True); "
-        f"subprocess.run([sys.executable, '-c', {child!r}])"
+        f"subprocess.run([sys.executable, '-c', {child!r}], start_new_session={apart})"
     )
     done = processes.run([sys.executable, "-c", code], 3.0)
     assert (done.status, done.code) == ("timeout", None)
@@ -242,8 +244,8 @@ def test_without_a_wheel_or_a_device_nothing_begins(
     assert started(monkeypatch, "--rehearse", "--out", tmp_path / "out") == 2
     assert "make a kit by benchmarks/gpu/pack" in capsys.readouterr().err
     (kit / "wheels" / "jemkit-1-py3-none-any.whl").touch()
-    done = subprocess.CompletedProcess([], 3)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    done = processes.Outcome("failed", 1.0, "", 3)
+    monkeypatch.setattr(processes, "run", lambda *_, **__: done)
     assert started(monkeypatch, "--out", tmp_path / "out") == 2
     assert "torch sees no CUDA device here; use --rehearse" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -315,3 +317,23 @@ def test_labels_of_the_packed_header_are_compressed_with_it(tmp_path: Path) -> N
     images.squeeze(tmp_path / "data_batch_1", tmp_path)
     around = json.loads(lzma.decompress((tmp_path / "data_batch_1.xz").read_bytes()))
     assert images._labels(around) == [4, 5, 6]
+
+
+def test_a_late_line_on_standard_error_spoils_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(command: list[str], _: float) -> processes.Outcome:
+        path = Path(command[command.index("--result") + 1])
+        path.write_text(json.dumps({"combinations": 3}))
+        return processes.Outcome("passed", 1.0, '{"combinations": 3}\nresource_tracker: late\n', 0)
+
+    monkeypatch.setattr(processes, "run", late)
+    where = Given("cpu", True, tmp_path, tmp_path, float("inf"))
+    record = Record(tmp_path / "probes.json")
+    stage_probes.measure(where, record)
+    assert set(record.content) == set(stage_probes.NAMES)
+    assert all(each["found"] == {"combinations": 3} for each in record.content.values())
+
+
+def test_the_files_with_cuda_tests_are_found() -> None:
+    assert "tests/gpu/test_cuda.py" in stage_tests.marked(root() / "tests")

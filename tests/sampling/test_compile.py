@@ -1,6 +1,7 @@
 """Compiled gradients: the same numbers in one graph, compiled once, eager where they cannot be."""
 
 import warnings
+from subprocess import CalledProcessError
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from jemkit.sampling.compile import (
     CompiledGradient,
     as_cuda_graph,
     compiled_gradients,
+    lacks_compiler,
     pays_after,
 )
 from jemkit.sampling.kernels import eager_gradient, gradient, slope_at
@@ -145,3 +147,20 @@ def test_what_cuda_compiles_by_is_torchs_own_mode_with_graphs() -> None:
         energy = ModelEnergy(model)
         found = unit(energy, BATCH.x.detach().requires_grad_())
         torch.testing.assert_close(found, eager_gradient(energy, BATCH.x), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable"),
+        CalledProcessError(1, ["gcc", "-shared", "launcher.c"]),
+    ],
+    ids=["none", "without headers"],
+)
+def test_a_gpu_machine_without_a_c_compiler_is_told_from_a_fault_of_the_energy(
+    error: Exception,
+) -> None:
+    wrapped = RuntimeError("backend failed")
+    wrapped.__cause__ = error
+    assert lacks_compiler(wrapped)
+    assert lacks_compiler(RuntimeError("a fault of the energy")) is None
