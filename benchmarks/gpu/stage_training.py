@@ -120,7 +120,7 @@ def judgements(given: Given, run: Path, *, generates: bool) -> dict[str, list[st
                "--max-images", few, "--batch-size", "500"],
         "generation": [*evaluate, *generated],
         "bpda": [*evaluate, "--attack", "bpda", "--refine-steps", "2", "--only", "robustness",
-                 "--max-images", "50"],
+                 "--indicators", "off", "--max-images", "50"],
     }  # fmt: skip
     of_densities = ("sample", "generation", "bpda")
     return {k: v for k, v in found.items() if generates or k not in of_densities}
