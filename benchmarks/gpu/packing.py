@@ -131,7 +131,7 @@ def version_of(name: str) -> str:
 
 
 def without(wheel: Path, folder: str) -> None:
-    """Write a wheel anew without one folder, and without its lines in RECORD."""
+    """Rewrite a wheel without one folder and its lines in RECORD."""
     with tempfile.TemporaryDirectory() as place:
         smaller = Path(place) / wheel.name
         with (

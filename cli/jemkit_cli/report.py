@@ -53,7 +53,7 @@ def compare(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:  # fmt: skip
-    """Compare runs: the trilemma, and of two runs the differences image by image."""
+    """Compare runs: their figures, and of two runs the differences image by image."""
     from jemkit.evaluation.compare import compare as build_run
     from jemkit.evaluation.compare import newest
 

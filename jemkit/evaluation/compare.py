@@ -17,11 +17,11 @@ from jemkit.evaluation.run_table import (
     Judged,
     Line,
     aligned,
+    comparison,
     differing,
     is_share,
     read_runs,
     told_apart,
-    trilemma,
 )
 from jemkit.metrics import record as records
 from jemkit.metrics.figures import Figure, finite, paired_difference
@@ -93,7 +93,7 @@ def compare(
 ) -> Comparison:
     """Put runs side by side; of two also the paired differences, image by image."""
     runs = read_runs(folders, records.load)
-    lines = trilemma(runs, names)
+    lines = comparison(runs, names)
     differences = paired(runs[0], runs[1]) if len(runs) == 2 else []
     if names:
         differences = [d for d in differences if d.name in names]

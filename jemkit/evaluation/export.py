@@ -119,7 +119,7 @@ def _record_of(run: Path, sha: str, config: Mapping[str, Any]) -> tuple[Record |
     if found is None:
         return None, (
             "The run's record is of other weights than these, or of other images than those of "
-            f"{data}, so its figures are left out: `jemkit evaluate` measures them anew."
+            f"{data}, so its figures are left out: `jemkit evaluate` measures them again."
         )
     return found, ""
 

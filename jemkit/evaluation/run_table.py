@@ -1,4 +1,4 @@
-"""The trilemma of several runs: accuracy, robustness and generation, with how they compare."""
+"""The figures of several runs: accuracy, robustness and generation, with how they compare."""
 
 import json
 import math
@@ -52,7 +52,7 @@ class Judged(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A figure of the trilemma: accuracy, robustness, generation."""
+    """A figure of the comparison: accuracy, robustness, generation."""
 
     name: str
     title: str
@@ -115,7 +115,7 @@ def read_runs(folders: Sequence[Path], read: Callable[[Path], Record]) -> list[J
     ]
 
 
-def trilemma(runs: Sequence[Judged], names: Sequence[str] = ()) -> list[Line]:
+def comparison(runs: Sequence[Judged], names: Sequence[str] = ()) -> list[Line]:
     """The figures that matter of a JEM, or those that are named, of every run."""
     return [line for column in _columns(runs, names) for line in _lines(column, runs)]
 
@@ -265,7 +265,7 @@ def _columns(runs: Sequence[Judged], names: Sequence[str]) -> list[Column]:
 
 
 def _column(name: str) -> Column:
-    """The column of a figure; one that the trilemma does not know has no best."""
+    """The column of a figure; one that the comparison does not know has no best."""
     known = next((c for c in COLUMNS if c.name == name), None)
     if known is not None:
         return known

@@ -273,7 +273,7 @@ def _rows(folder: Path, stem: str, wanted: str | None) -> dict[str, Tensor]:
     raise DataError(
         f"{usual} is missing or damaged: the SHA-256 of its outcomes is not the one in "
         f"{stem}.json. "
-        "`jemkit evaluate` measures them anew"
+        "`jemkit evaluate` measures them again"
     )
 
 

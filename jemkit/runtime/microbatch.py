@@ -104,7 +104,7 @@ class MicroBatch:
 
     @property
     def recomputes(self) -> bool:
-        """Whether the pass under way should make its activations anew."""
+        """Whether the pass under way should recompute its activations."""
         return self.recompute and not self._hosted
 
     @property
@@ -128,8 +128,7 @@ class MicroBatch:
     def _keep_less(self, reason: str) -> dict[str, Any]:
         self.recompute = True
         log.warning(
-            "out of memory with %d images in a pass (%s); going on with activations that are made "
-            "anew on the way back",
+            "out of memory with %d images in a pass (%s); going on with activation checkpointing",
             self._images,
             reason,
         )
@@ -230,7 +229,7 @@ def cuts(n: int) -> bool:
 
 
 def recomputes() -> bool:
-    """Whether the pass under way should keep little and make its activations anew."""
+    """Whether the pass under way should keep little and recompute its activations."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     micro = _HELD.get()

@@ -117,7 +117,7 @@ RENAMED = {
     "Subject": "EvalTarget", "Source": "SampleSource", "Asked": "SampleRequest",
     "Anchored": "ZeroGradientModel", "Stranger": "AdaptedModel", "Nothing": "NoDistance",
     "Remembering": "StatefulObjective", "Within": "ObjectiveInContext", "lent": "seeded_init",
-    "fitted": "retry_on_oom", "passed": "microbatched",
+    "fitted": "retry_on_oom", "passed": "microbatched", "trilemma": "comparison",
 }  # fmt: skip
 """Names that are other names now."""
 

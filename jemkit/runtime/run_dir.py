@@ -118,7 +118,7 @@ class RunFolder:
                 self._set_aside(name, f"{self.path / name} is damaged: {fault}")
 
     def _set_aside(self, name: str, fault: str) -> None:
-        message = f"{fault}; it is kept as {set_aside(self.path / name).name}, and begun anew"
+        message = f"{fault}; it is kept as {set_aside(self.path / name).name}, and started again"
         log.warning("%s", message)
         self.event("damaged", message=message)
 

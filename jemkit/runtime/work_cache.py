@@ -128,7 +128,7 @@ class ResultCache:
                 return None
             path.unlink(missing_ok=True)
             raise DataError(
-                f"{path} was damaged and is removed; the same command computes it anew"
+                f"{path} was damaged and is removed; the same command computes it again"
             ) from None
         return piece
 

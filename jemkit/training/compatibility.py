@@ -38,7 +38,7 @@ def check_parts(backbone: Backbone, objective: Objective[Any], task: Task, run: 
         log.warning("run.precision: tf32 is a GPU's; this run computes in fp32")
     if run.recompute and not can_recompute(backbone.model.network):
         raise MisfitError(
-            "run.recompute: this network does not know how to make its activations anew; leave it "
+            "run.recompute: this network does not know how to recompute its activations; leave it "
             "out, or choose a wrn, or a run.micro_batch where no norm goes by the batch"
         )
 

@@ -53,7 +53,7 @@ def check_slots(capacity: int, backbone: Backbone, me: Shard) -> None:
 def share_of(state: State, rng: Tensor, density: Density | None, *, ended: bool = False) -> State:
     """This process's own part of a saved state: bit for bit where as many processes saved it.
 
-    Among others the buffer is dealt out anew, and who was not there draws from `rng`; a run that
+    Among others the buffer is redistributed, and who was not there draws from `rng`; a run that
     has ended draws no more, and nothing is told of it.
     """
     me = distributed.shard()
@@ -63,7 +63,7 @@ def share_of(state: State, rng: Tensor, density: Density | None, *, ended: bool 
         return ranks[me.rank]  # type: ignore[no-any-return]
     if me.rank == 0 and not ended:
         log.warning(
-            "saved by %d process(es) and gone on with by %d: the buffer is dealt out anew, and the "
+            "saved by %d process(es) and gone on with by %d: the buffer is redistributed, and the "
             "run will not be bit for bit the one that it would have been",
             len(ranks),
             me.size,
@@ -95,7 +95,7 @@ def reshard_state(saved: list[State], density: Density, me: Shard) -> State:
     deals = density.deals if isinstance(density, Dealt) else {}
     if any(set(deals) != set(state) for state in saved) or not {*deals.values()} <= {*DEALS}:
         raise MisfitError(
-            f"this density's state cannot be dealt out anew: go on with {len(saved)} process(es), "
+            f"this density's state cannot be redistributed: go on with {len(saved)} process(es), "
             f"or have {type(density).__name__}.deals say of each of {', '.join(sorted(saved[0]))} "
             f"how it is shared: {', '.join(DEALS)}"
         )

@@ -17,11 +17,11 @@ from jemkit.evaluation.compare import compare, newest, over_seeds, paired
 from jemkit.evaluation.run_table import (
     Judged,
     Line,
+    comparison,
     differing,
     read_runs,
     shown,
     shown_interval,
-    trilemma,
 )
 from jemkit.metrics import record as records
 from jemkit.metrics.figures import plain
@@ -34,12 +34,12 @@ def judged(name: str, found: Record, seed: int = 0, **recipe: object) -> Judged:
 
 
 def line(runs: list[Judged], name: str) -> Line:
-    return next(found for found in trilemma(runs) if found.column.name == name)
+    return next(found for found in comparison(runs) if found.column.name == name)
 
 
 def test_the_best_run_of_a_column_is_the_highest_accuracy_and_the_lowest_gap() -> None:
     runs = [judged("a", full_record()), judged("b", full_record(1.0))]
-    best = {found.column.name: found.best for found in trilemma(runs)}
+    best = {found.column.name: found.best for found in comparison(runs)}
     assert best == {
         "clean": [0], "aa": [1], "pgd20": [], "fid": [1], "gap_mean": [0], "ece": [0],
         "auroc/noise": [0],
@@ -47,12 +47,12 @@ def test_the_best_run_of_a_column_is_the_highest_accuracy_and_the_lowest_gap() -
 
 
 def test_a_single_run_is_not_the_best_of_anything() -> None:
-    assert not [found for found in trilemma([judged("a", full_record())]) if found.best]
+    assert not [found for found in comparison([judged("a", full_record())]) if found.best]
 
 
 def test_a_missing_figure_says_how_to_measure_it_or_why_it_was_left_out() -> None:
     found = Record({}, {}, [], left_out={"ood": "one image set"})
-    lines = {x.column.name: x.why[0] for x in trilemma([judged("a", found)])}
+    lines = {x.column.name: x.why[0] for x in comparison([judged("a", found)])}
     assert "one image set" in lines["auroc"]
     assert "jemkit evaluate RUN --attack aa" in lines["aa"]
 
@@ -73,7 +73,7 @@ def both(*radii: float, **more: object) -> Record:
 def test_figures_of_one_name_stand_beside_those_of_their_own_protocol() -> None:
     """Of a at 8 and 4, b at 4 and 8 and c at 2: each radius has a line, 2 says that it differs."""
     runs = [judged("a", both(8.0, 4.0)), judged("b", both(4.0, 8.0)), judged("c", both(2.0))]
-    lines = [line for line in trilemma(runs) if line.column.name == "pgd20"]
+    lines = [line for line in comparison(runs) if line.column.name == "pgd20"]
     shown = {
         line.column.title: [f and f.protocol["radius_px"] for f in line.figures] for line in lines
     }
@@ -91,7 +91,7 @@ def test_figures_of_one_name_stand_beside_those_of_their_own_protocol() -> None:
 def test_a_line_of_a_single_run_says_what_tells_its_figures_apart() -> None:
     found = both(8.0, 4.0)
     found.figures.extend(both(8.0, norm="L2", images=50).figures)
-    titles = [line.column.title for line in trilemma([judged("a", found)])]
+    titles = [line.column.title for line in comparison([judged("a", found)])]
     assert [t for t in titles if "PGD" in t] == [
         "PGD-20, Linf 4/255, 200 images", "PGD-20, Linf 8/255, 200 images",
         "PGD-20, L2 8/255, 50 images",

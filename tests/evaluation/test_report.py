@@ -88,7 +88,7 @@ def test_the_page_refers_to_nothing_outside_itself(runs: list[Path]) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["trilemma", "warnings", "indicators", "robustness", "energies", "calibration", "ood",
+    ["comparison", "warnings", "indicators", "robustness", "energies", "calibration", "ood",
      "pictures", "others", "training", "recipe", "figures"],
 )  # fmt: skip
 def test_whole_runs_have_every_section(runs: list[Path], name: str) -> None:
@@ -155,7 +155,7 @@ def test_figures_off_the_standard_protocol_are_labelled_wherever_they_stand(
 ) -> None:
     page = render([whole_run(tmp_path / "a", standard=False)])
     sections = dict(re.findall(r'<section id="(\w+)">(.*?)</section>', page, re.DOTALL))
-    for name in ("trilemma", "indicators", "robustness", "energies", "calibration", "ood",
+    for name in ("comparison", "indicators", "robustness", "energies", "calibration", "ood",
                  "figures"):  # fmt: skip
         assert "non-standard" in sections[name], name
     assert "non-standard" not in sections["training"]
@@ -371,17 +371,19 @@ def test_every_picture_shows(page: Browser) -> None:
 
 @needs_chromium
 def test_a_click_on_its_head_sorts_a_column_and_missing_figures_stay_last(page: Browser) -> None:
-    names = "[...document.querySelectorAll('#trilemma tbody th')].map((e) => e.textContent)"
-    heads = page.run("[...document.querySelectorAll('#trilemma thead th')].map((e) => e.innerText)")
+    names = "[...document.querySelectorAll('#comparison tbody th')].map((e) => e.textContent)"
+    heads = page.run(
+        "[...document.querySelectorAll('#comparison thead th')].map((e) => e.innerText)"
+    )
     at = next(i for i, head in enumerate(heads, 1) if head == "AA")
-    column = f"#trilemma thead th:nth-child({at})"
+    column = f"#comparison thead th:nth-child({at})"
     assert page.run(names) == ["ebjdat", "trades", "quick"]
     page.click(f"{column} .sort")
     assert page.run(names) == ["trades", "ebjdat", "quick"]
     page.click(f"{column} .sort")
     assert page.run(names) == ["ebjdat", "trades", "quick"]
     assert page.run(f"document.querySelector('{column}').getAttribute('aria-sort')") == "ascending"
-    page.click("#trilemma thead th:first-child .sort")
+    page.click("#comparison thead th:first-child .sort")
     assert page.run(names) == ["ebjdat", "quick", "trades"]
 
 
@@ -408,7 +410,7 @@ def test_dark_is_dark_and_its_words_are_light(page: Browser) -> None:
 @needs_chromium
 def test_a_card_opens_on_a_tap_and_closes_on_the_next(page: Browser) -> None:
     page.size(375, 800, phone=True)
-    page.tap("#trilemma .number")
+    page.tap("#comparison .number")
     opened = page.run(OPEN)
     assert len(opened) == 1
     assert "clean of ebjdat" in opened[0]
@@ -416,14 +418,14 @@ def test_a_card_opens_on_a_tap_and_closes_on_the_next(page: Browser) -> None:
     box = "document.querySelector('.card:popover-open').getBoundingClientRect()"
     assert page.run(f"{box}.left") >= 0
     assert page.run(f"{box}.right") <= 375
-    page.tap("#trilemma h2")
+    page.tap("#comparison h2")
     assert page.run(OPEN) == []
 
 
 @needs_chromium
 def test_a_card_opens_on_the_keyboards_focus_and_closes_on_escape(page: Browser) -> None:
-    page.run("document.querySelector('#trilemma .sort').focus()")
-    heads = len(page.run("[...document.querySelectorAll('#trilemma .sort')].map(String)"))
+    page.run("document.querySelector('#comparison .sort').focus()")
+    heads = len(page.run("[...document.querySelectorAll('#comparison .sort')].map(String)"))
     for _ in range(heads + 1):  # a table wider than the page is a stop of its own
         if not page.run(OPEN):
             page.press("Tab")
@@ -436,8 +438,8 @@ def test_a_card_opens_on_the_keyboards_focus_and_closes_on_escape(page: Browser)
 def test_a_card_follows_its_figure_when_focus_or_hand_scrolls_the_page(page: Browser) -> None:
     page.size(1200, 300)
     page.run("scrollTo(0, document.body.scrollHeight)")
-    page.run("document.querySelector('#trilemma .sort').focus({preventScroll: true})")
-    heads = page.run("document.querySelectorAll('#trilemma .sort').length")
+    page.run("document.querySelector('#comparison .sort').focus({preventScroll: true})")
+    heads = page.run("document.querySelectorAll('#comparison .sort').length")
     for _ in range(heads + 1):
         if not page.run(OPEN):
             page.press("Tab")
@@ -453,7 +455,7 @@ def test_a_card_follows_its_figure_when_focus_or_hand_scrolls_the_page(page: Bro
 
 @needs_chromium
 def test_a_card_opens_under_the_mouse(page: Browser) -> None:
-    x, y = page.middle("#trilemma .number")
+    x, y = page.middle("#comparison .number")
     page.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
     assert "clean of ebjdat" in page.run(OPEN)[0]
 

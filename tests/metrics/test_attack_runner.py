@@ -330,7 +330,7 @@ def test_a_damaged_piece_is_refused_and_computed_anew_the_next_time(
         "foreign": pieces_in(tmp_path)[0].read_bytes()[:-1],
     }[how]
     piece.write_bytes(damaged)
-    with pytest.raises(DataError, match=rf"{piece.name} was damaged and is removed.*anew"):
+    with pytest.raises(DataError, match=rf"{piece.name} was damaged and is removed.*again"):
         run(work=tmp_path)
     CALLS.clear()
     same(run(work=tmp_path), whole)

@@ -213,6 +213,7 @@ def test_what_allocators_say_is_known_and_nothing_else_is() -> None:
         torch.empty(2**58)
     assert out_of_memory(found.value)
     assert out_of_memory(RuntimeError("could not create a primitive"))  # oneDNN, seen at a limit
+    assert out_of_memory(RuntimeError("GET was unable to find an engine to execute this"))  # cuDNN
     assert out_of_memory(MemoryError())
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not out_of_memory(RuntimeError("shapes do not fit"))

@@ -169,7 +169,7 @@ def _band(series: Series, scale: _Scale) -> Html:
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:
-    """M and L through the points, begun anew after a gap; a point alone is a dot."""
+    """M and L through the points, started again after a gap; a point alone is a dot."""
     told, pen = [], "M"
     for x, y in points:
         if not _there(x, y):

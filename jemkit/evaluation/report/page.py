@@ -16,7 +16,7 @@ from jemkit.metrics.record_file import Record
 from jemkit.runtime.files import write_text
 
 SECTIONS: dict[str, tuple[Callable[[Book], Html | None], str]] = {
-    "Trilemma": (tables.overview, ""),
+    "Comparison": (tables.overview, ""),
     "Warnings": (tables.cautions, ""),
     "Indicators": (tables.indicators, "failure indicators: `jemkit evaluate` with attacks"),
     "Robustness": (plots.robustness, "curves against radius and steps: `jemkit evaluate`"),

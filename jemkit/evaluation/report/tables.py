@@ -8,7 +8,7 @@ from typing import Any
 from jemkit.config.layers import flat
 from jemkit.evaluation.report.book import Book, badge, note, section, settings
 from jemkit.evaluation.report.html import Html, coded, join, table, tag
-from jemkit.evaluation.run_table import Judged, Line, shown_interval, stem_of, trilemma
+from jemkit.evaluation.run_table import Judged, Line, comparison, shown_interval, stem_of
 from jemkit.metrics.figures import Figure
 from jemkit.metrics.record_file import beside
 
@@ -25,8 +25,8 @@ ABOUT = {
 
 
 def overview(book: Book) -> Html:
-    """The trilemma: every run, every figure that matters, the best of each marked."""
-    lines = trilemma(book.runs)
+    """The comparison: every run, every figure that matters, the best of each marked."""
+    lines = comparison(book.runs)
     head = [tag("th", _sorter("Run"), scope="col"), *(_head(line) for line in lines)]
     rows = [
         [book.run_name(slot), *(_figure(book, line, slot) for line in lines)]
@@ -41,7 +41,7 @@ def overview(book: Book) -> Html:
     if len(book.runs) > 1:
         about += " Bold and underlined: the best of a column."
     whole = table(head, rows, "sortable")
-    return section("trilemma", "Trilemma", whole, *told, note(about))
+    return section("comparison", "Comparison", whole, *told, note(about))
 
 
 def cautions(book: Book) -> Html | None:
