@@ -73,25 +73,36 @@ def steps(parts: RunState, count: int) -> None:
 
 
 def _compiled(given: Given, backend: Any) -> dict[str, Any]:
-    unit, model = CompiledGradient(backend), model_of(given)
+    """Compiled gradients beside eager ones, by the norm of their difference.
+
+    Single pixels say nothing: where rounding moves an activation across the kink of LeakyReLU, its
+    slope changes by a factor of five.
+    """
+    unit, model, error = CompiledGradient(backend), model_of(given), 0.0
     x = torch.rand((8, *TASK.shape), device=given.device)
     with sampling_mode(model, "batch_stats"):
         energy = ModelEnergy(model)
         for turn in range(4):  # the first calls warm up, the next ones record a CUDA graph
             z = x.roll(turn, 0)
             found, wanted = unit(energy, z), eager_gradient(energy, z)
-            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+            error = max(error, float((found - wanted).norm() / wanted.norm()))
             with torch.no_grad():
                 for p in model.parameters():  # an update, which a recorded graph must see
                     p.mul_(0.9)
         with gradients_by(unit):
             rng = Generator(given.device).manual_seed(0)
             end = run(SGLD(), energy, x, rng, 5)
+    if not error < 0.02:
+        raise RuntimeError(f"compiled gradients are off by {error:.1%} of the eager ones' norm")
     if not end.isfinite().all():
         raise RuntimeError("a compiled chain ends where numbers are not finite")
     if unit.given_up:
         raise RuntimeError("gradients were not compiled: no compiler was found")
-    return {"seconds_of_compiling": round(unit.warm_up, 1), "graphs": len(unit.compilations)}
+    return {
+        "seconds_of_compiling": round(unit.warm_up, 1),
+        "graphs": len(unit.compilations),
+        "relative_error": error,
+    }
 
 
 def compiled_eager(given: Given) -> dict[str, Any]:

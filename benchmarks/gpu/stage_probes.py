@@ -45,4 +45,10 @@ def measure(given: Given, record: Record) -> None:
             record.add(**{started[each]: each.result()})
     failed = [name for name in NAMES if record.content[name]["status"] != "passed"]
     if failed:
-        raise RuntimeError(f"probes that did not pass: {', '.join(failed)}")
+        reasons = "\n".join(f"  {name}: {_reason(record.content[name])}" for name in failed)
+        raise RuntimeError(f"probes that did not pass:\n{reasons}")
+
+
+def _reason(found: dict[str, Any]) -> str:
+    """The last lines of what a failed probe printed, or its status."""
+    return " | ".join(found.get("output", "").strip().splitlines()[-3:]) or found["status"]
