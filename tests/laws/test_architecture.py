@@ -154,11 +154,11 @@ def test_every_step_of_training_enters_the_files_of_the_page(
     _, steps = trained
     assert len(steps) > 1
     for traced in steps:
-        check_way(traced, "The way of a batch")
+        check_way(traced, "The path of a batch")
 
 
 def test_an_attacked_batch_enters_the_files_of_the_page(attacked: list[str]) -> None:
-    check_way(attacked, "The way of an image")
+    check_way(attacked, "The path of an image")
 
 
 def rule() -> list[list[str]]:
