@@ -4,35 +4,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jemkit_cli import selection as pick
-from jemkit_cli.terminal import guarded, installed_parts, say, say_json, show_table
+from jemkit_cli.selection import LAYERS, RecipeOptions
+from jemkit_cli.terminal import say, say_json, show_table, takes
 
 if TYPE_CHECKING:
     from jemkit.training.profiling.roofline import Floor
+
+MODEL = (
+    "backbone",
+    "dataset",
+    "network",
+    "data_dir",
+    "download",
+    "device",
+    "channels_last",
+    *LAYERS,
+)
 
 app = typer.Typer(no_args_is_help=True, help="What a training step costs, and what it must cost.")
 
 
 @app.command()
-@guarded
+@takes(
+    RecipeOptions, *MODEL, "objective", "sampler", "updater", "batch_size", "precision", "compile"
+)
 def floor(
-    backbone: pick.Backbone = None,
-    objective: pick.Objective = None,
-    dataset: pick.Dataset = None,
-    network: pick.Network = None,
-    sampler: pick.Sampler = None,
-    updater: pick.Updater = None,
-    data_dir: pick.DataDir = None,
-    download: pick.Download = None,
-    batch_size: pick.BatchSize = None,
-    device: pick.Device = None,
-    precision: pick.Precision = None,
-    channels_last: pick.ChannelsLast = None,
-    compile: pick.Compile = None,
-    preset: pick.Preset = None,
-    config: pick.Config = None,
-    overrides: pick.Set = None,
-    no_plugins: pick.NoPlugins = False,
+    recipe: RecipeOptions,
     rounds: Annotated[
         int, typer.Option(min=0, help="Steps to time; 0 prints the floors alone.")
     ] = 3,
@@ -42,23 +39,7 @@ def floor(
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:
     """Count the arithmetic of one step, time it operation by operation, and the step beside it."""
-    options: dict[str, Any] = {
-        "backbone": backbone,
-        "objective": objective,
-        "dataset": dataset,
-        "network": network,
-        "sampler": sampler,
-        "updater": updater,
-        "data_dir": data_dir,
-        "download": download,
-        "batch_size": batch_size,
-        "device": device,
-        "precision": precision,
-        "channels_last": channels_last,
-        "compile": compile,
-    }
-    registry = installed_parts(third_party=not no_plugins)
-    resolved = pick.chosen(registry, options, preset=preset, config=config, overrides=overrides)
+    resolved = recipe.resolve(recipe.registry())
     from jemkit.training.build import build_run
     from jemkit.training.profiling.roofline import floor_of, protocol
 
@@ -73,34 +54,14 @@ def floor(
 
 
 @app.command()
-@guarded
+@takes(RecipeOptions, *MODEL)
 def accuracy(
-    backbone: pick.Backbone = None,
-    dataset: pick.Dataset = None,
-    network: pick.Network = None,
-    data_dir: pick.DataDir = None,
-    download: pick.Download = None,
-    device: pick.Device = None,
-    channels_last: pick.ChannelsLast = None,
-    preset: pick.Preset = None,
-    config: pick.Config = None,
-    overrides: pick.Set = None,
-    no_plugins: pick.NoPlugins = False,
+    recipe: RecipeOptions,
     images: Annotated[int, typer.Option(min=1, help="Images to take gradients at.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:
     """Compare a fresh model's energy gradients in each precision with float64."""
-    options: dict[str, Any] = {
-        "backbone": backbone,
-        "dataset": dataset,
-        "network": network,
-        "data_dir": data_dir,
-        "download": download,
-        "device": device,
-        "channels_last": channels_last,
-    }
-    registry = installed_parts(third_party=not no_plugins)
-    resolved = pick.chosen(registry, options, preset=preset, config=config, overrides=overrides)
+    resolved = recipe.resolve(recipe.registry())
     from jemkit.training.build import build_run
     from jemkit.training.profiling.precision_error import accuracy_of, protocol
 

@@ -5,36 +5,16 @@ from typing import Annotated, Any
 
 import typer
 
-from jemkit_cli import selection as pick
-from jemkit_cli.terminal import guarded, installed_parts, say, say_json
+from jemkit_cli.selection import RecipeOptions
+from jemkit_cli.terminal import say, say_json, takes
 
 app = typer.Typer(no_args_is_help=True, help="Recipes: resolved, with origins, and their schema.")
 
 
 @app.command()
-@guarded
+@takes(RecipeOptions)
 def show(
-    backbone: pick.Backbone = None,
-    objective: pick.Objective = None,
-    dataset: pick.Dataset = None,
-    network: pick.Network = None,
-    sampler: pick.Sampler = None,
-    updater: pick.Updater = None,
-    data_dir: pick.DataDir = None,
-    download: pick.Download = None,
-    epochs: pick.Epochs = None,
-    batch_size: pick.BatchSize = None,
-    seed: pick.Seed = None,
-    device: pick.Device = None,
-    precision: pick.Precision = None,
-    compile: pick.Compile = None,
-    channels_last: pick.ChannelsLast = None,
-    deterministic: pick.Deterministic = None,
-    shard: pick.Shard = None,
-    preset: pick.Preset = None,
-    config: pick.Config = None,
-    overrides: pick.Set = None,
-    no_plugins: pick.NoPlugins = False,
+    recipe: RecipeOptions,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object: recipe and origins.")
     ] = False,
@@ -43,27 +23,7 @@ def show(
 
     Both forms, saved to a .toml or .json file, can be fed back by --config.
     """
-    options: dict[str, Any] = {
-        "backbone": backbone,
-        "objective": objective,
-        "dataset": dataset,
-        "network": network,
-        "sampler": sampler,
-        "updater": updater,
-        "data_dir": data_dir,
-        "download": download,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "seed": seed,
-        "device": device,
-        "precision": precision,
-        "compile": compile,
-        "channels_last": channels_last,
-        "deterministic": deterministic,
-        "shard": shard,
-    }
-    registry = installed_parts(third_party=not no_plugins)
-    resolved = pick.chosen(registry, options, preset=preset, config=config, overrides=overrides)
+    resolved = recipe.resolve(recipe.registry())
     if as_json:
         say_json({"recipe": resolved.tables, "origins": resolved.origins}, indent=1)
         return
@@ -74,10 +34,10 @@ def show(
 
 
 @app.command()
-@guarded
-def schema(no_plugins: pick.NoPlugins = False) -> None:
+@takes(RecipeOptions, "no_plugins")
+def schema(recipe: RecipeOptions) -> None:
     """Print the JSON schema of a recipe and of every part."""
-    registry = installed_parts(third_party=not no_plugins)
+    registry = recipe.registry()
     from jemkit.config.recipe import schema as of
 
     say_json(of(registry), indent=1)

@@ -5,14 +5,12 @@ from typing import Annotated
 
 import typer
 
-from jemkit_cli.terminal import guarded, say, say_json
+from jemkit_cli.terminal import NoPlugins, guarded, say, say_json
 
 
 @guarded
 def doctor(
-    no_plugins: Annotated[
-        bool, typer.Option("--no-plugins", help="Only the parts that come with jemkit.")
-    ] = False,
+    no_plugins: NoPlugins = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One line of JSON: whether all is well, every check.")
     ] = False,

@@ -7,7 +7,7 @@ import typer
 
 from jemkit_cli.progress import tracking
 from jemkit_cli.results import show_record
-from jemkit_cli.terminal import guarded, installed_parts, say_json, stopping
+from jemkit_cli.terminal import NoPlugins, guarded, installed_parts, say_json, stopping
 
 if TYPE_CHECKING:
     from jemkit.config.eval_settings import Settings
@@ -108,9 +108,7 @@ def evaluate(
     save_adversarial: Annotated[
         bool, typer.Option("--save-adversarial", help="Keep the attacked images.")
     ] = False,
-    no_plugins: Annotated[
-        bool, typer.Option("--no-plugins", help="Only the parts that come with jemkit.")
-    ] = False,
+    no_plugins: NoPlugins = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the record as one line of JSON.")
     ] = False,

@@ -5,11 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from jemkit_cli.terminal import guarded, installed_parts, say, say_json
+from jemkit_cli.terminal import NoPlugins, guarded, installed_parts, say, say_json
 
-NoPlugins = Annotated[
-    bool, typer.Option("--no-plugins", help="Only the parts that come with jemkit.")
-]
 Json = Annotated[bool, typer.Option("--json", help="One line of JSON: what was written.")]
 
 

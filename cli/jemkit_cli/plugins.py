@@ -5,16 +5,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jemkit_cli.terminal import guarded, installed_parts, say, say_json, show_table
+from jemkit_cli.terminal import NoPlugins, guarded, installed_parts, say, say_json, show_table
 
 if TYPE_CHECKING:
     from jemkit.config.registry import Offer, Registry
 
 app = typer.Typer(no_args_is_help=True, help="Parts and the plug-ins that offer them.")
 Json = Annotated[bool, typer.Option("--json", help="A JSON array of objects.")]
-NoPlugins = Annotated[
-    bool, typer.Option("--no-plugins", help="Only the parts that come with jemkit.")
-]
 
 
 @app.command("list")

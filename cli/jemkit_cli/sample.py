@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from jemkit_cli.progress import tracking
-from jemkit_cli.terminal import guarded, installed_parts, say, say_json, stopping
+from jemkit_cli.terminal import NoPlugins, guarded, installed_parts, say, say_json, stopping
 
 if TYPE_CHECKING:
     from jemkit.evaluation.sample import Samples
@@ -59,9 +59,7 @@ def sample(
         Path | None,
         typer.Option(help="Folder to write to; the run's samples/ by default.", show_default=False),
     ] = None,
-    no_plugins: Annotated[
-        bool, typer.Option("--no-plugins", help="Only the parts that come with jemkit.")
-    ] = False,
+    no_plugins: NoPlugins = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One line of JSON: the files and the protocol.")
     ] = False,

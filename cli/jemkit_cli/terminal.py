@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import wraps
+from inspect import Parameter, Signature, signature
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
     from jemkit.config.registry import Registry
 
+NoPlugins = Annotated[
+    bool, typer.Option("--no-plugins", help="Only the parts that come with jemkit.")
+]
 P = ParamSpec("P")
 USAGE, STOPPED, DATA, INTERRUPTED = 2, 5, 6, process.INTERRUPTED
 
@@ -51,6 +55,33 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             fail(message, code)
 
     return run
+
+
+def takes(
+    options: Callable[..., object], *names: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a guarded command of a function whose first argument is made by `options`.
+
+    The command has the parameters of `options`, or those that are named, and then the function's
+    other ones.
+    """
+    known = signature(options).parameters
+    shared = [known[name] for name in known if name in (names or known)]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        _, *own = signature(command).parameters.values()
+
+        @guarded
+        @wraps(command)
+        def run(**given: Any) -> None:
+            command(options(**{one.name: given.pop(one.name) for one in shared}), **given)
+
+        parameters = [one.replace(kind=Parameter.KEYWORD_ONLY) for one in (*shared, *own)]
+        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        return run
+
+    return decorate
 
 
 class _Notices(logging.Handler):

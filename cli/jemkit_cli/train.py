@@ -3,23 +3,14 @@
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jemkit_cli import selection as pick
 from jemkit_cli.progress import watching
 from jemkit_cli.results import record, show
-from jemkit_cli.terminal import (
-    USAGE,
-    fail,
-    guarded,
-    installed_parts,
-    say,
-    say_json,
-    show_table,
-    stopping,
-)
+from jemkit_cli.selection import RecipeOptions
+from jemkit_cli.terminal import USAGE, fail, say, say_json, show_table, stopping, takes
 
 if TYPE_CHECKING:
     from jemkit.config.recipe import Resolved
@@ -29,29 +20,9 @@ if TYPE_CHECKING:
 RUNS = Path("runs")
 
 
-@guarded
+@takes(RecipeOptions)
 def train(
-    backbone: pick.Backbone = None,
-    objective: pick.Objective = None,
-    dataset: pick.Dataset = None,
-    network: pick.Network = None,
-    sampler: pick.Sampler = None,
-    updater: pick.Updater = None,
-    data_dir: pick.DataDir = None,
-    download: pick.Download = None,
-    epochs: pick.Epochs = None,
-    batch_size: pick.BatchSize = None,
-    seed: pick.Seed = None,
-    device: pick.Device = None,
-    precision: pick.Precision = None,
-    compile: pick.Compile = None,
-    channels_last: pick.ChannelsLast = None,
-    deterministic: pick.Deterministic = None,
-    shard: pick.Shard = None,
-    preset: pick.Preset = None,
-    config: pick.Config = None,
-    overrides: pick.Set = None,
-    no_plugins: pick.NoPlugins = False,
+    recipe: RecipeOptions,
     out: Annotated[
         Path | None,
         typer.Option(help="The run's folder; a new one in runs/ by default.", show_default=False),
@@ -80,40 +51,20 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", help="Show the results alone.")] = False,
 ) -> None:
     """Train any backbone with any objective, and judge the best epoch on the test split."""
-    options: dict[str, Any] = {
-        "backbone": backbone,
-        "objective": objective,
-        "dataset": dataset,
-        "network": network,
-        "sampler": sampler,
-        "updater": updater,
-        "data_dir": data_dir,
-        "download": download,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "seed": seed,
-        "precision": precision,
-        "compile": compile,
-        "channels_last": channels_last,
-        "deterministic": deterministic,
-        "device": device,
-        "shard": shard,
-    }
     if resume and dry_run:
         fail(
             "--resume goes on with a run that was checked when it began; leave out --dry-run", USAGE
         )
     silent = quiet or as_json
-    registry = installed_parts(third_party=not no_plugins)
-    layers: dict[str, Any] = {"preset": preset, "config": config, "overrides": overrides}
+    registry = recipe.registry()
     if resume:
         out = (out or RUNS / "latest").resolve()
-        resolved = _saved(registry, out, options, layers)
+        resolved = _saved(registry, out, recipe)
     else:
-        resolved = pick.chosen(registry, options, **layers)
+        resolved = recipe.resolve(registry)
         out = out or _new_run(resolved)
-    if preset is not None and not silent and not resume:
-        _introduce(registry, preset)
+        if recipe.preset is not None and not silent:
+            _introduce(registry, recipe.preset)
     if dry_run:
         _show_plan(resolved, out, init_from, as_json)
         return
@@ -126,15 +77,13 @@ def train(
         show(summary)
 
 
-def _saved(
-    registry: "Registry", out: Path, options: dict[str, Any], layers: dict[str, Any]
-) -> "Resolved":
+def _saved(registry: "Registry", out: Path, recipe: RecipeOptions) -> "Resolved":
     """The recipe of the run in `out`, with the options that were given again."""
     from jemkit.runtime.run_dir import RunFolder
     from jemkit.training.resuming import asked_again
 
     RunFolder.open(out)
-    return asked_again(registry, out, named=pick.named(options), **layers)
+    return asked_again(registry, out, **recipe.layers())
 
 
 def _new_run(resolved: "Resolved") -> Path:

@@ -5,24 +5,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jemkit_cli import selection as pick
-from jemkit_cli.terminal import guarded, installed_parts, say, say_json, show_table, stopping
+from jemkit_cli.selection import RecipeOptions
+from jemkit_cli.terminal import say, say_json, show_table, stopping, takes
 
 if TYPE_CHECKING:
     from jemkit.testing.resume import Verdict
 
 
-@guarded
+@takes(RecipeOptions, "data_dir", "device", "deterministic", "overrides", "no_plugins")
 def verify_resume(
+    recipe: RecipeOptions,
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run, a config.json or a TOML recipe.")
     ],
     steps: Annotated[int, typer.Option(help="How many steps to train, whole and cut.")] = 6,
-    data_dir: pick.DataDir = None,
-    device: pick.Device = None,
-    deterministic: pick.Deterministic = None,
-    overrides: pick.Set = None,
-    no_plugins: pick.NoPlugins = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One line of JSON: whether it is exact, every cut.")
     ] = False,
@@ -38,19 +34,15 @@ def verify_resume(
     from jemkit.testing.resume import check_run
     from jemkit.testing.resume import verify_resume as verify
 
-    config = RunFolder.open(run).path / "config.json" if run.is_dir() else run
-    registry = installed_parts(third_party=not no_plugins)
-    if (
-        run.is_dir()
-        and data_dir is None
-        and not any(o.startswith("data.") for o in overrides or ())
-    ):
+    recipe.config = RunFolder.open(run).path / "config.json" if run.is_dir() else run
+    registry = recipe.registry()
+    own_data = not any(option.startswith("data.") for option in recipe.overrides or ())
+    if run.is_dir() and recipe.data_dir is None and own_data:
         check_run(run.resolve(), registry)
-    options = {"data_dir": data_dir, "device": device, "deterministic": deterministic}
-    recipe = pick.chosen(registry, options, preset=None, config=config, overrides=overrides)
+    resolved = recipe.resolve(registry)
     told = (lambda _: None) if as_json else say
     with stopping() as stop, tempfile.TemporaryDirectory(prefix="jemkit-verify-") as folder:
-        verdict = verify(recipe, Path(folder), steps=steps, progress=told, stop=stop)
+        verdict = verify(resolved, Path(folder), steps=steps, progress=told, stop=stop)
     if as_json:
         cuts = [cut._asdict() for cut in verdict.cuts]
         say_json({"exact": verdict.exact, **verdict._asdict(), "cuts": cuts})
