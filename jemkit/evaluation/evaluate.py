@@ -37,7 +37,7 @@ from jemkit.metrics.evaluator import (
     no_progress,
 )
 from jemkit.metrics.figures import Figure, joined
-from jemkit.metrics.indicators.outputs import probe_outputs
+from jemkit.metrics.outputs import probe_outputs
 from jemkit.metrics.record_file import Record
 from jemkit.runtime.microbatch import MicroBatch, retry_on_oom
 from jemkit.runtime.modes import eval_mode

@@ -21,7 +21,6 @@ from jemkit.data import Task
 from jemkit.errors import ConfigError, MisfitError, Preempted, UsageError
 from jemkit.metrics.evaluator import Progress, no_progress
 from jemkit.metrics.plots import save_grid, to_bytes
-from jemkit.metrics.samples import TOGETHER, portions
 from jemkit.objective import Conditional
 from jemkit.options import nearest
 from jemkit.runtime import checkpoint
@@ -34,7 +33,7 @@ from jemkit.runtime.rng import generator
 from jemkit.runtime.run_dir import versions
 from jemkit.runtime.work_cache import WHOLE, ResultCache, Shard
 from jemkit.runtime.workers import met
-from jemkit.sampling.density import Buffered, Density, even_batches, together
+from jemkit.sampling.density import TOGETHER, Buffered, Density, even_batches, portions, together
 from jemkit.sampling.init_dists import MomentStart, Start, start_name
 from jemkit.sampling.replay_buffer import ReplayBuffer
 from jemkit.training.model_files import CONFIG, WEIGHTS, is_exported, verify

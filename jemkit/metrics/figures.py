@@ -73,10 +73,15 @@ def joined(card: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 def share(name: str, right: int, n: int, protocol: dict[str, Any]) -> Figure:
     """A share with its 95 % interval (Wilson 1927)."""
-    p = right / n
-    middle = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
-    half = Z / (1 + Z * Z / n) * (p * (1 - p) / n + Z * Z / (4 * n * n)) ** 0.5
-    return Figure(name, p, max(0.0, middle - half), min(1.0, middle + half), n, protocol)
+    return Figure(name, right / n, *wilson(right, n, Z), n, protocol)
+
+
+def wilson(count: int, n: int, z: float) -> tuple[float, float]:
+    """The bounds of a share, z standard deviations away."""
+    p = count / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def plain(name: str, value: float, n: int, protocol: dict[str, Any]) -> Figure:

@@ -37,20 +37,20 @@ MOVED: dict[str, tuple[str, ...]] = {
     "exported": ("training.model_files",),
     "exporting": ("evaluation.export", "training.model_folder", "training.restore"),
     "extras": ("runtime.extras",),
-    "features": ("metrics.features",),
-    "fidelity": ("metrics.fid",),
+    "features": ("jemkit_plugins.generation.features",),
+    "fidelity": ("jemkit_plugins.generation.fid",),
     "figures": ("metrics.figures",),
     "fitting": ("training.compatibility",),
     "follower": ("training.follower",),
     "foreign": ("training.pretrained",),
-    "generation": ("evaluation.sample", "metrics.samples"),
+    "generation": ("evaluation.sample", "jemkit_plugins.generation.samples"),
     "histograms": ("metrics.figures",),
     "identity": ("metrics.identity",),
     "imagefolder": ("runtime.imagefolder",),
     "imagefolder.layout": ("runtime.imagefolder.layout",),
     "imagefolder.listing": ("runtime.imagefolder.listing",),
     "imagefolder.pixels": ("runtime.imagefolder.pixels",),
-    "indicators": ("metrics.indicators",),
+    "indicators": ("jemkit_plugins.indicators", "metrics.outputs"),
     "initial": ("training.initial_weights",),
     "labels": ("runtime.labels",),
     "late": ("runtime.lazy",),
@@ -89,7 +89,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "runtime.sharing": ("runtime.workers",),
     "runtime.syncnorm": ("models.norms",),
     "runtime.trees": ("runtime.pytree",),
-    "samples": ("metrics.samples",),
+    "samples": ("jemkit_plugins.generation.samples", "sampling.density"),
     "saved": ("training.saved_state",),
     "schedule": ("config.optim",),
     "scripted": ("metrics.scripted",),
@@ -107,7 +107,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "verify": ("testing.resume",),
     "vision": ("runtime.torchvision_compat",),
 }
-"""Old modules and where their names are now, without the leading "jemkit."."""
+"""Old modules and where their names are now, both without a leading "jemkit."."""
 
 RENAMED = {
     "Assembly": "RunState", "put_together": "build_run", "Exam": "Validator",
@@ -120,6 +120,12 @@ RENAMED = {
     "fitted": "retry_on_oom", "passed": "microbatched", "trilemma": "comparison",
 }  # fmt: skip
 """Names that are other names now."""
+
+
+def homes_of(old: str) -> list[str]:
+    """The modules that hold an old one's names now; some are plug-ins."""
+    plugins = "jemkit_plugins."
+    return [home if home.startswith(plugins) else f"jemkit.{home}" for home in MOVED[old]]
 
 
 class OldNames:
@@ -137,7 +143,7 @@ class OldNames:
         return None  # the usual one
 
     def exec_module(self, module: ModuleType) -> None:
-        homes = [f"jemkit.{home}" for home in MOVED[module.__name__.removeprefix("jemkit.")]]
+        homes = homes_of(module.__name__.removeprefix("jemkit."))
         warnings.warn(
             f"{module.__name__} is {' and '.join(homes)} since jemkit 0.2; the old name goes with "
             "0.3",

@@ -26,10 +26,10 @@ from jemkit.evaluation.export import export
 from jemkit.evaluation.sample import asked, drawn, sample
 from jemkit.evaluation.subjects import subject_at
 from jemkit.metrics import record as records
-from jemkit.metrics.samples import TOGETHER
 from jemkit.runtime import checkpoint
 from jemkit.runtime.extras import install
 from jemkit.runtime.files import load_tensors, read_json, write_json
+from jemkit.sampling.density import TOGETHER
 from jemkit.sampling.moments import MOMENTS
 from jemkit.training import restore
 from jemkit.training.model_files import CARD, CONFIG, WEIGHTS, verify

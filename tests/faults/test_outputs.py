@@ -14,7 +14,7 @@ from toys import REGISTRY
 import jemkit
 from jemkit import Images, MisfitError
 from jemkit.attacks.pixel_model import pixel_model
-from jemkit.metrics.indicators.outputs import probe_outputs
+from jemkit.metrics.outputs import probe_outputs
 from jemkit.metrics.record_file import Record
 from jemkit.models.networks import seeded_init
 

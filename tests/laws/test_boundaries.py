@@ -16,6 +16,7 @@ PACKAGES = {
 OWNER = {path: package for package, at in PACKAGES.items() for path in at.rglob("*.py")}
 FILES = sorted(OWNER)
 OURS = set(PACKAGES)
+PROJECT = (root() / "pyproject.toml").read_text()
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 
@@ -86,7 +87,7 @@ def name_of(node: ast.AST) -> str:
 
 ALLOWED = {
     "jemkit": {"jemkit"},
-    "jemkit_plugins": {"jemkit"},
+    "jemkit_plugins": {"jemkit", "jemkit_plugins"},
     "jemkit_cli": {"jemkit", "jemkit_cli"},
 }
 
@@ -94,6 +95,19 @@ ALLOWED = {
 @over(FILES)
 def test_a_package_imports_only_what_it_may(path: Path) -> None:
     assert tops(imports(TREES[path])) & OURS <= ALLOWED[OWNER[path]]
+
+
+@over([p for p in FILES if OWNER[p] == "jemkit_plugins"])
+def test_a_plug_in_imports_of_plug_ins_its_own_folder_or_one_that_offers_no_part(
+    path: Path,
+) -> None:
+    home = PACKAGES["jemkit_plugins"]
+    for name in imports(TREES[path]):
+        top, _, rest = name.partition(".")
+        if top == "jemkit_plugins":
+            folder = home / rest.split(".")[0]
+            assert folder.is_dir(), name
+            assert folder in path.parents or f'"jemkit_plugins.{folder.name}"' not in PROJECT, name
 
 
 @over(FILES)
@@ -298,9 +312,10 @@ def test_importing_the_library_loads_no_plug_in_and_nothing_slow() -> None:
 
 
 def test_every_module_of_plug_ins_is_an_entry_point_or_helps_one() -> None:
-    text = (root() / "pyproject.toml").read_text()
-    for path in PACKAGES["jemkit_plugins"].glob("*.py"):
+    home = PACKAGES["jemkit_plugins"]
+    for path in home.rglob("*.py"):
         tree = TREES[path]
         hooks = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name[:7] == "jemkit_"]
         if hooks:
-            assert f'"jemkit_plugins.{path.stem}"' in text
+            plugin = path.relative_to(home).with_suffix("").parts[0]
+            assert f'"jemkit_plugins.{plugin}"' in PROJECT

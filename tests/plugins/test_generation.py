@@ -25,12 +25,8 @@ from jemkit.config.eval_settings import evaluators_of, settings_of
 from jemkit.data import Images
 from jemkit.errors import ConfigError, DataError, MisfitError, Preempted
 from jemkit.metrics.evaluator import Context, Unmeasurable, measure
-from jemkit.metrics.features import WEIGHTS as INCEPTION_FILE
-from jemkit.metrics.features import Features, Seen, inception, inception_file, of_module, own
-from jemkit.metrics.fid import Moments, frechet
 from jemkit.metrics.figures import Figure
 from jemkit.metrics.plots import to_bytes
-from jemkit.metrics.samples import Drawn, fresh
 from jemkit.models.networks import seeded_init
 from jemkit.runtime.torchvision_compat import torchvision
 from jemkit.runtime.work_cache import Shard
@@ -39,6 +35,17 @@ from jemkit.sampling.init_dists import UniformStart
 from jemkit.testing import toy_model, toy_task
 from jemkit.testing.toys import toy_backbone
 from jemkit_plugins.generation import Generation
+from jemkit_plugins.generation.features import WEIGHTS as INCEPTION_FILE
+from jemkit_plugins.generation.features import (
+    Features,
+    Seen,
+    inception,
+    inception_file,
+    of_module,
+    own,
+)
+from jemkit_plugins.generation.fid import Moments, frechet
+from jemkit_plugins.generation.samples import Drawn, fresh
 
 TASK = toy_task(n_train=40)
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from jemkit.attacks.base import ModelAttack, Threat
 from jemkit.attacks.pgd import PGD
 from jemkit.attacks.pixel_model import pixel_model
 from jemkit.metrics.evaluator import Context, measure
-from jemkit.metrics.indicators.plan import ASCENTS, ORDER, planned
+from jemkit_plugins.indicators.plan import ASCENTS, ORDER, planned
 
 ROBUSTNESS = REGISTRY["evaluator"]["robustness"]
 DIGITS = REGISTRY["dataset"]["digits"]()

@@ -12,9 +12,9 @@ from cli_tools import SHORT, Outcome, jemkit
 from ranks import every_rank, torchrun
 
 from jemkit import ConfigError
-from jemkit.metrics.samples import TOGETHER
 from jemkit.runtime import distributed
 from jemkit.runtime.workers import begun, met
+from jemkit.sampling.density import TOGETHER
 
 PGD = ("--attack", "pgd", "--only", "robustness", "--set", "robustness.indicators=false")
 

@@ -17,9 +17,8 @@ from jemkit.attacks.pixel_model import PixelModel
 from jemkit.errors import UsageError
 from jemkit.evaluation.sample import sample
 from jemkit.metrics.evaluator import Context
-from jemkit.metrics.samples import TOGETHER, portions
 from jemkit.models.networks import SmallCNN
-from jemkit.sampling.density import LEAST, even_batches, together
+from jemkit.sampling.density import LEAST, TOGETHER, even_batches, portions, together
 from jemkit.sampling.init_dists import Labelled, Mixture, Start, UniformStart
 from jemkit.testing import toy_model, toy_task
 from jemkit.testing.toys import toy_backbone

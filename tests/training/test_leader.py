@@ -18,7 +18,6 @@ from jemkit.attacks.base import Threat
 from jemkit.evaluation.sample import sample
 from jemkit.evaluation.subjects import subject_at
 from jemkit.metrics.evaluator import Context
-from jemkit.metrics.samples import kept
 from jemkit.runtime import distributed
 from jemkit.runtime.checkpoint import load, newest
 from jemkit.runtime.pytree import differing
@@ -26,6 +25,7 @@ from jemkit.runtime.rng import generator
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.training.follower import follow
 from jemkit.training.leader import leading
+from jemkit_plugins.generation.samples import kept
 
 
 def whole_runs(name: str) -> dict[str, list[str]]:

@@ -6,7 +6,7 @@ is judged: on images, on noise, and on images far outside the range, where a bou
 """
 
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from jemkit.attacks.pixel_model import PixelModel, anchored
 from jemkit.data import Images
 from jemkit.errors import MisfitError
-from jemkit.metrics.indicators.findings import Finding, said, surely
+from jemkit.metrics.figures import wilson
 from jemkit.runtime.modes import frozen
 from jemkit.selection import stratified
 
@@ -37,6 +37,35 @@ images are blown up. Honest logits reach each end in one or two rows of all."""
 
 DEAD = 0.25
 """Images without a gradient that are let pass; honest models that were measured have none."""
+
+
+Z = 3.29
+"""Of a one-sided 99.95 % bound: some ten indicators a figure then err in one of 200 at most,
+and only where the share stands at its tolerance already."""
+
+
+class Finding(TypedDict):
+    """One sign that an accuracy under attack is higher than the truth: a failure indicator."""
+
+    name: str
+    flag: bool
+    found: str  # a sentence with its numbers
+    means: str  # what a flag would mean
+    do: str  # what to do about it
+
+
+def at_least(count: int, n: int) -> float:
+    """The lower bound of a share (Wilson 1927)."""
+    return wilson(count, n, Z)[0] if n and count > 0 else 0.0
+
+
+def surely(count: int, n: int, tolerance: float) -> bool:
+    """Whether a share is above what honest models show, chance allowed for."""
+    return at_least(count, n) > tolerance
+
+
+def said(count: int, n: int) -> str:
+    return f"{count} of {n} images ({count / n:.1%})"
 
 
 class Outputs(NamedTuple):

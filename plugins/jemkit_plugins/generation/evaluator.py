@@ -13,17 +13,19 @@ from jemkit import (
     ConfigError, Context, DataError, Evaluator, Figure, Images, MisfitError, Options, PartOf,
     PixelModel, Start, StartSpec, Task, Unmeasurable, hookimpl,
 )  # fmt: skip
-from jemkit.metrics import fid, plots  # fmt: skip
-from jemkit.sampling.density import together
-from jemkit.metrics.features import PIECE, Features, Seen, inception, inception_file, own, seen
-from jemkit.metrics.figures import plain
 from jemkit.evaluation.sample import STEPS
-from jemkit.metrics.samples import portions
+from jemkit.metrics import plots
+from jemkit.metrics.figures import plain
 from jemkit.metrics.plots import to_bytes
-from jemkit.metrics.samples import Drawn, fresh, kept
 from jemkit.runtime.rng import generator
+from jemkit.sampling.density import portions, together
 from jemkit.sampling.init_dists import MomentStart, start_name
 from jemkit.sampling.moments import images_hash
+from jemkit_plugins.generation import fid
+from jemkit_plugins.generation.features import (
+    PIECE, Features, Seen, inception, inception_file, own, seen,
+)  # fmt: skip
+from jemkit_plugins.generation.samples import Drawn, fresh, kept
 
 CPU = torch.device("cpu")
 ENOUGH = 2048

@@ -14,8 +14,11 @@ from strategies import normal, seeds
 from torch import Tensor, nn
 from toys import gen
 
-from jemkit.metrics.features import Seen, of_module
-from jemkit.metrics.fid import (
+from jemkit.metrics.plots import to_bytes
+from jemkit.models.networks import seeded_init
+from jemkit.runtime.torchvision_compat import torchvision
+from jemkit_plugins.generation.features import Seen, of_module
+from jemkit_plugins.generation.fid import (
     Moments,
     frechet,
     inception_score,
@@ -25,9 +28,6 @@ from jemkit.metrics.fid import (
     nearest_rows,
     precision_recall,
 )
-from jemkit.metrics.plots import to_bytes
-from jemkit.models.networks import seeded_init
-from jemkit.runtime.torchvision_compat import torchvision
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 RESNET = DATA / "checkpoints" / "resnet20-12fca82f.th"

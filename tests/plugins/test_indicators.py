@@ -28,12 +28,13 @@ from jemkit.attacks.pixel_model import PixelModel, anchored, pixel_model
 from jemkit.attacks.random_search import margin, random_search
 from jemkit.metrics.attack_runner import Attacked, attacked
 from jemkit.metrics.evaluator import Context
-from jemkit.metrics.indicators import Finding, at_least, examine, surely
-from jemkit.metrics.indicators.against import aa_under_pgd
+from jemkit.metrics.outputs import Finding, at_least, surely
 from jemkit.models.networks import MLP
 from jemkit.runtime.modes import eval_mode, frozen
 from jemkit.runtime.pytree import same
 from jemkit.testing.law import state_of
+from jemkit_plugins.indicators import examine
+from jemkit_plugins.indicators.findings import aa_under_pgd
 
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
 WHITE_BOX = {"gradient", "unbounded"}

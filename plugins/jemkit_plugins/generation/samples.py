@@ -16,7 +16,7 @@ from jemkit.metrics.plots import to_bytes
 from jemkit.options import Options
 from jemkit.runtime.microbatch import retry_on_oom
 from jemkit.runtime.rng import generator
-from jemkit.sampling.density import Buffered, even_batches
+from jemkit.sampling.density import Buffered, portions
 from jemkit.sampling.init_dists import Start
 
 
@@ -142,12 +142,3 @@ def describe(part: Any, depth: int = 2) -> Any:
         "type": type(part).__name__,
         **{name: describe(value, depth - 1) for name, value in fields.items()},
     }
-
-
-TOGETHER = 500
-"""The most chains that run side by side; a batch norm that normalises by the batch sees them."""
-
-
-def portions(n: int) -> dict[str, int]:
-    """n chains in even batches of at most TOGETHER: how many, by a name for each batch."""
-    return {f"{i:05d}-{size}": size for i, size in enumerate(even_batches(n, TOGETHER))}

@@ -13,11 +13,10 @@ from jemkit.data import Images
 from jemkit.metrics.attack_runner import Attacked
 from jemkit.metrics.evaluator import Context
 from jemkit.metrics.figures import share
-from jemkit.metrics.indicators.against import aa_under_pgd, against
-from jemkit.metrics.indicators.findings import Finding
-from jemkit.metrics.indicators.model import of_model
-from jemkit.metrics.indicators.plan import FINDINGS, PGD_STEPS
-from jemkit.metrics.indicators.probes import Probes, probe
+from jemkit.metrics.outputs import Finding
+from jemkit_plugins.indicators.findings import aa_under_pgd, against, of_model
+from jemkit_plugins.indicators.plan import FINDINGS, PGD_STEPS
+from jemkit_plugins.indicators.probes import Probes, probe
 
 
 def examine(

@@ -12,8 +12,8 @@ from jemkit.attacks.pixel_model import UNIT, PixelModel
 from jemkit.attacks.random_search import random_search
 from jemkit.data import Images
 from jemkit.metrics.evaluator import Context, batches
-from jemkit.metrics.indicators.ascent import Ascent, ascend, cross_entropy, lost_margin, surrogate
-from jemkit.metrics.indicators.plan import (
+from jemkit_plugins.indicators.ascent import Ascent, ascend, cross_entropy, lost_margin, surrogate
+from jemkit_plugins.indicators.plan import (
     BOX_STEPS,
     PGD_STEPS,
     STUDENT_BATCH,
