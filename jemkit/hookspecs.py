@@ -1,7 +1,7 @@
-"""The hooks through which a plug-in offers parts to jemkit: the whole contract, one for each kind.
+"""The hooks through which a plug-in registers parts, one for each kind.
 
-A hook returns a mapping of names to classes. Names are one lower-case word. Hooks find parts; none
-is called while training.
+A hook returns a mapping of names to classes; a name is one lower-case word. Hooks only register
+parts; none is called during training.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ def jemkit_networks() -> Mapping[str, type[NetworkSpec]]:
 
 @hookspec
 def jemkit_energy_models() -> Mapping[str, type[EnergyModelSpec]]:
-    """Readings of features as energies, by name."""
+    """Energy models: features to scores, by name."""
     return {}
 
 
@@ -47,13 +47,13 @@ def jemkit_samplers() -> Mapping[str, type[Sampler]]:
 
 @hookspec
 def jemkit_starts() -> Mapping[str, type[StartSpec]]:
-    """Distributions that chains begin from, by name."""
+    """Initial distributions of chains, by name."""
     return {}
 
 
 @hookspec
 def jemkit_densities() -> Mapping[str, type[DensitySpec]]:
-    """Ways to draw and learn p(x), by name."""
+    """Densities: how p(x) is sampled and learnt, by name."""
     return {}
 
 
@@ -95,16 +95,16 @@ def jemkit_attacks() -> Mapping[str, type[Attack] | type[ModelAttack]]:
 
 @hookspec
 def jemkit_evaluators() -> Mapping[str, type[Evaluator]]:
-    """What can be measured of a model, by name."""
+    """Evaluators, by name."""
     return {}
 
 
 @hookspec
 def jemkit_recipes() -> Mapping[str, Path | Mapping[str, Any]]:
-    """Recipe layers, TOML files or tables, by what they belong to.
+    """Recipe layers, TOML files or tables, by what they apply to.
 
-    `data/NAME`, `backbone/NAME`, `objective/NAME` go under a run that has that part,
-    `backbone/NAME/DATA` and `objective/NAME/DATA` under that pair, `run/BACKBONE/OBJECTIVE/DATA`
-    under these three, `preset/NAME` under `--preset NAME`.
+    `data/NAME`, `backbone/NAME` and `objective/NAME` apply to a run that has that part,
+    `backbone/NAME/DATA` and `objective/NAME/DATA` to a pair, `run/BACKBONE/OBJECTIVE/DATA` to all
+    three, `preset/NAME` to `--preset NAME`.
     """
     return {}

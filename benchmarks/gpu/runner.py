@@ -103,7 +103,7 @@ def _problem(asked: argparse.Namespace) -> str:
     if not any((KIT / "wheels").glob("jemkit-*.whl")):
         return f"{KIT / 'wheels'} has no wheel of jemkit; make a kit by benchmarks/gpu/pack"
     if missing := [str(path) for path in asked.images if not path.is_dir()]:
-        return f"--images {missing[0]} is no folder; give the one that pack wrote beside the kit"
+        return f"--images {missing[0]} is not a folder; give the one that pack wrote beside the kit"
     seen = "import torch; raise SystemExit(0 if torch.cuda.is_available() else 3)"
     command = [sys.executable, "-c", seen]
     code = 0 if asked.rehearse else processes.run(command, 90).code

@@ -290,7 +290,7 @@ def _fresh(
         met(polling.between)  # others may still read
     except Preempted:
         raise Preempted(
-            "stopped; every finished batch is kept, and the same command goes on from there"
+            "stopped; finished batches are saved, and the same command continues"
         ) from None
     ledger.remove()
     return torch.cat([piece["x"] for piece in found])

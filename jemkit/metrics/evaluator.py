@@ -78,7 +78,7 @@ class Context:
         """Raise Preempted where a stop was asked for."""
         if self.stop():
             raise Preempted(
-                "stopped; every finished batch is kept, and the same command goes on from there"
+                "stopped; finished batches are saved, and the same command continues"
             )
 
     def ledger(self, about: dict[str, Any]) -> ResultCache:

@@ -1,4 +1,4 @@
-"""Devices, files, processes, memory: knows torch, and no method.
+"""Devices, files, processes, memory: uses torch, and knows no method.
 
-It may import errors and options. What serves a run whatever its method goes here.
+It may import errors and options. Code that serves any run, whatever its method, goes here.
 """

@@ -1,4 +1,4 @@
-"""The sentinel: by which signs a run counts as sick, read from what training measures anyway."""
+"""The sentinel: signs of an unhealthy run, computed from the metrics of training."""
 
 import math
 import statistics
@@ -16,25 +16,33 @@ Remedy = Literal["rate", "steps", "penalty"]
 
 
 class Sentinel(Options):
-    """When a run counts as sick, and what is tried against it: the table [sentinel] of a recipe.
+    """When a run counts as unhealthy, and which remedies are tried: the table [sentinel].
 
-    Every threshold stands far outside of what healthy runs do. In 41 of digits no mean energy or
-    gap was 26 nats from its median of 200 steps, while learning took each of them, in its first
-    hundred steps, beyond 20 spreads: energies are logarithms of densities, so nats have a meaning
-    of their own. Two that diverged passed 1e4 within three steps of their last usual one.
+    Every threshold is far outside the range of healthy runs. In 41 runs on digits no mean energy or
+    gap was 26 nats from the median of its last 200 steps, while in the first hundred steps learning
+    took each of them beyond 20 spreads. Energies are logarithms of densities, so nats are an
+    absolute scale. Two runs that diverged passed 1e4 within three steps of their last normal one.
     """
 
     on: bool = True
-    tries: int = Field(3, ge=0)  # times that a run may be rolled back
-    policy: tuple[Remedy, ...] = Field(("rate", "rate", "steps"), min_length=1)  # try by try
+    tries: int = Field(3, ge=0)  # number of rollbacks before the run ends
+    policy: tuple[Remedy, ...] = Field(
+        ("rate", "rate", "steps"), min_length=1
+    )  # one remedy per attempt
     quiet: int = Field(100, ge=1)  # steps that prove a checkpoint healthy; an epoch at most
-    window: int = Field(200, ge=20)  # steps that a median and a spread are taken over
+    window: int = Field(200, ge=20)  # steps for the median and the spread
     far: float = Field(20.0, gt=0)  # spreads from the median
-    nats: float = Field(100.0, ge=0)  # and so far at least: below, it may be learning
-    patience: int = Field(3, ge=1)  # steps in a row out there; one alone is an outlier
-    steep: float = Field(1e3, gt=1)  # times the median of earlier epochs: slopes, batch variances
-    stuck: float = Field(0.5, gt=0, lt=1)  # share at the range's edge, of pixels and of slots
-    collapse: int = Field(2, ge=1)  # epochs in a row at chance; one may be a hiccup of batch norm
+    nats: float = Field(100.0, ge=0)  # and at least so many nats: below, it may be learning
+    patience: int = Field(3, ge=1)  # consecutive steps outside; a single one is an outlier
+    steep: float = Field(
+        1e3, gt=1
+    )  # times the median of earlier epochs: gradient norms, batch variances
+    stuck: float = Field(
+        0.5, gt=0, lt=1
+    )  # share of pixels, and of slots, at the boundary of the range
+    collapse: int = Field(
+        2, ge=1
+    )  # consecutive epochs at chance; a single one may be due to batch norm
 
     def unused(self) -> dict[str, str]:
         rest = set(type(self).model_fields) - {"on"}
@@ -43,24 +51,24 @@ class Sentinel(Options):
         return {} if self.tries else {"policy": "where tries is 0"}
 
     def proof(self, per_epoch: int) -> int:
-        """Steps that prove a checkpoint healthy: `quiet` of them, or an epoch."""
+        """Steps after which a checkpoint counts as healthy: `quiet` of them, or an epoch."""
         return min(self.quiet, per_epoch)
 
     def late(self, per_epoch: int) -> int:
-        """After how many steps a finding may still take a run back to a checkpoint."""
+        """The number of steps within which a finding may still roll a run back to a checkpoint."""
         return self.patience + (self.collapse - 1) * per_epoch + self.proof(per_epoch)
 
 
 class Finding(NamedTuple):
-    """A sign of sickness."""
+    """A sign of an unhealthy run."""
 
     signal: str
-    since: int  # the first step that it may have come from
+    since: int  # the first step that may have caused it
     told: str
 
 
 class Unhealthy(Diverged):
-    """A finding, on its way to whoever rolls back."""
+    """A finding, raised to trigger a rollback."""
 
     def __init__(self, finding: Finding) -> None:
         super().__init__(finding.told)
@@ -68,12 +76,14 @@ class Unhealthy(Diverged):
 
 
 LEAST, EVERY = 20, 10
-"""Steps before a spread is trusted, and between two estimates of it: by the step's number, not by
-when metrics are gathered, so that a run finds the same however often it is interrupted."""
+"""Steps before a spread is trusted, and between two estimates of it.
+
+The step number decides, not when metrics are read, so that interruptions change nothing.
+"""
 
 
 class Drift:
-    """One signal against its own past, by a median and a spread that outliers do not move.
+    """One signal compared with its past, by a median and a spread that are robust to outliers.
 
     Losses and energies of JEMs cross zero, so nothing is relative to a mean: the rule is the same
     for a signal plus a constant and, with `nats` 0, for a signal times one.
@@ -86,12 +96,12 @@ class Drift:
         self.strays, self.since = 0, 0
 
     def reads(self, step: int, value: float) -> bool:
-        """Take a finite value in; whether it is the last of `patience` strays in a row."""
+        """Add a finite value; whether it is the last of `patience` consecutive outliers."""
         asked = self.options
         if len(self.values) >= LEAST and (step % EVERY == 0 or math.isnan(self.middle)):
             self.middle = statistics.median(self.values)
             off = statistics.median([abs(v - self.middle) for v in self.values])
-            self.spread = 1.4826 * off  # a normal's standard deviation
+            self.spread = 1.4826 * off  # the standard deviation of a normal distribution
         strays = abs(value - self.middle) > max(asked.far * self.spread, asked.nats)
         self.since = step if strays and not self.strays else self.since
         self.strays = self.strays + 1 if strays else 0
@@ -108,7 +118,7 @@ class Drift:
 
 
 class RunStatistics:
-    """What the sentinel remembers of a run; part of its checkpoints."""
+    """The sentinel's statistics of a run; part of its checkpoints."""
 
     def __init__(self, options: Sentinel) -> None:
         self.options = options
@@ -116,7 +126,8 @@ class RunStatistics:
         self.levels: dict[str, list[float]] = {}  # of earlier epochs
 
     def row(self, row: Mapping[str, Any]) -> Finding | None:
-        """A step's metrics: anything not finite, and energies and gaps that run away."""
+        """Check a step's metrics: values that are not finite, and energies and gaps that run
+        away."""
         step = int(row["step"])
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -127,14 +138,14 @@ class RunStatistics:
             drift = self.drifts.setdefault(name, Drift(self.options))
             if drift.reads(step, value):
                 told = (
-                    f"{name} ran away: {value:.4g} at step {step}, where {drift.middle:.4g} give "
-                    f"or take {drift.spread:.2g} was usual"
+                    f"{name} diverged: {value:.4g} at step {step}, where {drift.middle:.4g} +- "
+                    f"{drift.spread:.2g} was usual"
                 )
                 return Finding(name, drift.since, told)
         return None
 
     def level(self, name: str, value: float, since: int) -> Finding | None:
-        """A size that an epoch ended with, against those of earlier epochs."""
+        """Compare a statistic at the end of an epoch with its values in earlier epochs."""
         if not math.isfinite(value):
             return Finding(name, since, f"not finite: {name} = {value}")
         earlier = self.levels.get(name, [])
@@ -148,16 +159,17 @@ class RunStatistics:
     def accuracy(
         self, seen: Sequence[float], chance: float, images: int, since: int
     ) -> Finding | None:
-        """The silent collapse: held-out accuracy at chance after it was clearly above.
+        """Silent collapse: validation accuracy at chance after it was clearly above.
 
-        `seen` has every epoch's; both bounds are in standard deviations of a guess's accuracy.
+        `seen` has the accuracies of all epochs; both bounds are in standard deviations of the
+        accuracy of guessing.
         """
         noise = math.sqrt(chance * (1 - chance) / images)
         latest, earlier = seen[-self.options.collapse :], seen[: -self.options.collapse]
         if not earlier or max(earlier) <= chance + 6 * noise or max(latest) > chance + noise:
             return None
         told = (
-            f"validation accuracy fell to chance: {seen[-1]:.1%}, where it had been "
+            f"validation accuracy fell to chance: {seen[-1]:.1%}, after "
             f"{max(earlier):.1%} and guessing gives {chance:.1%}"
         )
         return Finding("accuracy", since, told)

@@ -1,4 +1,4 @@
-"""The commit that a run was started from, asked of git without running what its config names."""
+"""The commit at the start of a run, read from git without executing anything in its config."""
 
 import os
 import subprocess
@@ -11,19 +11,19 @@ NOTHING = {
     "status.renames": "false",
     "safe.bareRepository": "explicit",
 }
-"""Settings under which git starts no program: the folder's own config may come from anybody."""
+"""Options under which git starts no program: the folder's config may be untrusted."""
 
 ENVIRONMENT = {"GIT_OPTIONAL_LOCKS": "0", "GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1"}
-"""Nothing is written, and no object of a partial clone is fetched."""
+"""Writes nothing, and fetches no object of a partial clone."""
 
 RUNS = (".clean", ".smudge", ".process")
-"""What a filter driver may run while `git status` compares files."""
+"""The filter commands that `git status` may execute to compare files."""
 
 
 def git_state() -> dict[str, Any] | None:
-    """The commit of the folder that the run was started in, and whether it had changes.
+    """The commit of the folder in which the run was started, and whether it had changes.
 
-    `dirty` is None where that would take a filter program, which is not run, or git fails.
+    `dirty` is None if that would execute a filter, or if git fails.
     """
     try:
         head = _git({}, "rev-parse", "--verify", "HEAD")
@@ -45,16 +45,16 @@ def _dirty() -> bool | None:
     filters = {n: "" for n in names if n.startswith("filter.") and n.lower().endswith(RUNS)}
     required = {f"{n.rpartition('.')[0]}.required": "false" for n in filters}
     changed = _git({**filters, **required}, "status", "--porcelain", "--ignore-submodules=all")
-    if changed is None or (changed and filters):  # a file may differ as its filter left it
+    if changed is None or (changed and filters):  # a file may differ only by its filter
         return None
     return bool(changed)
 
 
 def _git(settings: dict[str, str], *arguments: str) -> bytes | None:
-    """What git prints, None where it fails."""
+    """The output of git, None if it fails."""
     given = {**NOTHING, **settings}
     own = os.environ.get("GIT_CONFIG_COUNT", "")
-    first = int(own) if own.isdecimal() else 0  # after what the user's environment gives git
+    first = int(own) if own.isdecimal() else 0  # after the user's environment variables for git
     passed = {**ENVIRONMENT, "GIT_CONFIG_COUNT": str(first + len(given))}
     for at, (key, value) in enumerate(given.items(), first):
         passed |= {f"GIT_CONFIG_KEY_{at}": key, f"GIT_CONFIG_VALUE_{at}": value}

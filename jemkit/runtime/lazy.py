@@ -1,4 +1,4 @@
-"""Values that are made when they are first asked for."""
+"""Values that are created when they are first used."""
 
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -7,7 +7,8 @@ T = TypeVar("T")
 
 
 class Late(Generic[T]):
-    """A value, or what makes it; without fields, so that no description of a part depends on it."""
+    """A value, or the function that creates it; without fields, so that it is in no description of
+    a part."""
 
     __slots__ = ("_made", "_make")
 

@@ -1,4 +1,4 @@
-"""One writer in a folder at a time: a lock that ends with the process that holds it."""
+"""One writer per folder at a time: a lock that is released when its process ends."""
 
 import errno
 import fcntl
@@ -19,22 +19,21 @@ from jemkit.runtime.opening import is_shared, opened_in_place, read_text
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
-"""The lock file of a run's folder. It stays when the run ends: what counts is who holds it."""
+"""The lock file of a run's folder. It stays when the run ends; only a process holds the lock."""
 SIGNED = b'{"pid"'
-"""What a lock file begins with once somebody has held it."""
+"""How a lock file begins once it has been held."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 AGAIN = 0.02
-"""Seconds until a lock that is waited for is asked for again."""
+"""Seconds between two attempts to take a lock."""
 
 
 @contextmanager
 def locked(path: Path, what: str, *, patience: float = 0.0) -> Iterator[None]:
-    """Hold the lock file `path` inside the block; refuse where another process holds it.
+    """Hold the lock file `path` inside the block; raise if another process holds it.
 
-    With `patience`, so many seconds are waited before that.
-
-    `what` says, to whoever is refused, what its holder does: "trains in runs/a". The kernel lets go
-    of the lock however the process ends, so that no stale one is ever in the way.
+    It is first waited for, up to `patience` seconds. `what` says what the holder does, for the
+    error message of others: "trains in runs/a". The kernel releases the lock however the process
+    ends, so no stale lock remains.
     """
     with opened_in_place(path) as file:
         try:
@@ -44,7 +43,10 @@ def locked(path: Path, what: str, *, patience: float = 0.0) -> Iterator[None]:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise OSError(error.errno, error.strerror, str(path)) from None
-            log.warning("%s cannot be locked on this file system; start no second run", path.parent)
+            log.warning(
+                "%s cannot be locked on this file system; do not start a second run in this folder",
+                path.parent,
+            )
         _sign(file, path, what)
         yield
 
@@ -60,9 +62,9 @@ def _take(file: FileIO, until: float) -> None:
 
 
 def _sign(file: FileIO, path: Path, what: str) -> None:
-    """Write who holds the lock; it is held even where the disk is too full to say so.
+    """Write who holds the lock; the lock is held even if the disk is too full to write this.
 
-    A file that is not a lock's alone, by its content or another name, is left as it is.
+    A file that is not only a lock file, by its content or a second name, is left unchanged.
     """
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     about = {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "what": what}

@@ -65,7 +65,7 @@ def _text(content: bytes) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"it is no text in UTF-8 ({error})") from None
+        raise DataError(f"it is not text in UTF-8 ({error})") from None
 
 
 def fault_of(path: Path, read: Callable[[bytes], object]) -> str:

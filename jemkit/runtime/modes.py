@@ -1,4 +1,4 @@
-"""Scoped switches of a model's modes; each restores what it found, module by module."""
+"""Context managers for a model's modes; each restores the previous modes, module by module."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -8,20 +8,23 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 BatchNormMode = Literal["batch_stats", "running_stats", "released"]
-"""How batch norm behaves while sampling: by the batch with its running statistics untouched, by
-the running statistics, or in plain train mode as the released codes have it."""
+"""How batch norm behaves while sampling.
+
+By batch statistics without updating the running ones, by the running statistics, or in plain train
+mode as in the released code.
+"""
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluate: running statistics, no dropout."""
+    """Eval mode: running statistics, no dropout."""
     with _training(model, on=False):
         yield
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Ask no gradient of any parameter, so that a chain keeps no graph for them."""
+    """Let no parameter require a gradient, so that a chain keeps no graph for them."""
     asked = [p for p in model.parameters() if p.requires_grad]
     for p in asked:
         p.requires_grad_(False)
@@ -34,7 +37,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen_batch_stats(model: nn.Module) -> Iterator[None]:
-    """Keep running statistics still; in train mode batch norm still normalises by the batch."""
+    """Do not update running statistics; in train mode batch norm still normalises by the batch."""
     norms = [m for m in batch_norms(model) if m.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
@@ -47,7 +50,7 @@ def frozen_batch_stats(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def sampling_mode(model: nn.Module, batch_norm: BatchNormMode) -> Iterator[None]:
-    """The model as a chain sees it: frozen weights, no dropout, batch norm as asked for."""
+    """The model as a chain uses it: frozen weights, no dropout, batch norm as requested."""
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
         if batch_norm == "released":
@@ -62,11 +65,10 @@ def sampling_mode(model: nn.Module, batch_norm: BatchNormMode) -> Iterator[None]
 
 
 class SameModes:
-    """A block, entered as often as one likes, in which a model's modes are those of now.
+    """A block, entered any number of times, in which a model has its present modes.
 
-    It is for a pass that is taken again: what the first one taught batch norm it does not teach
-    twice. Buffers are exchanged for copies and not written back, since other passes may need them
-    as they are.
+    It is for a recomputed pass, which must not update batch norm a second time. Buffers are
+    replaced by copies and not written back, since other passes may need them unchanged.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -92,7 +94,7 @@ _Mode = tuple[nn.Module, bool, bool]
 
 
 def _modes(modules: list[nn.Module]) -> list[_Mode]:
-    """Of each module: whether it trains, and whether it tracks statistics."""
+    """For each module: whether it trains, and whether it tracks statistics."""
     return [(m, m.training, isinstance(m, _BatchNorm) and m.track_running_stats) for m in modules]
 
 
@@ -104,7 +106,7 @@ def _set_modes(modes: list[_Mode]) -> None:
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    """The modules that normalise by statistics of the batch."""
+    """The modules that normalise by batch statistics."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm)]
 
 

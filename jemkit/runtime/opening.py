@@ -1,4 +1,4 @@
-"""Opening files: the one module that does. Regular files alone, and written through no link."""
+"""Opens files, the only module that does: regular files only, and never written through a link."""
 
 import os
 import stat
@@ -11,7 +11,7 @@ from jemkit.errors import DataError
 
 MIB = 2**20
 JSON_LIMIT, TOML_LIMIT, LOG_LIMIT = 64 * MIB, MIB, 1024 * MIB
-"""The most bytes that are read of such a file: what is larger is none of jemkit's."""
+"""The size in bytes above which such a file is not read: jemkit writes none as large."""
 
 MARKS = (
     (b"\xef\xbb\xbf", "utf-8-sig"),
@@ -20,7 +20,7 @@ MARKS = (
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
 )
-"""Byte order marks, which editors on Windows and PowerShell begin a file with."""
+"""Byte order marks, which editors on Windows and PowerShell write."""
 
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -30,16 +30,18 @@ KINDS = {
     stat.S_IFBLK: "a device",
 }
 QUICKLY = os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-"""No open waits for whoever writes to a FIFO."""
+"""Opening a FIFO does not block."""
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[BufferedReader]:
-    """A regular file to read, perhaps through links; a DataError where it is something else.
+    """Open a regular file, or a link to one, for reading; DataError if it is something else.
 
-    OSError, with the file's name, where it is missing or may not be read.
+    OSError, with the file's name, if it is missing or may not be read.
     """
-    _check_kind(os.stat(path), path)  # before it is opened: some devices act when they are
+    _check_kind(
+        os.stat(path), path
+    )  # checked before opening: some devices act when they are opened
     with os.fdopen(os.open(path, os.O_RDONLY | QUICKLY), "rb") as file:
         _check_kind(os.fstat(file.fileno()), path)
         yield file
@@ -47,51 +49,52 @@ def opened(path: Path) -> Iterator[BufferedReader]:
 
 @contextmanager
 def opened_in_place(path: Path, *, create: bool = True) -> Iterator[FileIO]:
-    """A regular file to read, cut and append to, made where it is missing; never through a link."""
+    """Open a regular file to read, truncate and append to, created if missing; never through a
+    link."""
     refuse_link(path)
     flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | (os.O_CREAT if create else 0) | QUICKLY
-    # without a buffer, which would write its rest when it is closed
+    # unbuffered, since a buffer would be written when it is closed
     with os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0) as file:
         _check_kind(os.fstat(file.fileno()), path)
         yield file
 
 
 def is_shared(file: FileIO) -> bool:
-    """Whether an open file has other names, which would change with it."""
+    """Whether an open file has other names (hard links), which would change with it."""
     return os.fstat(file.fileno()).st_nlink > 1
 
 
 def read_file(path: Path, limit: int | None = None) -> bytes:
-    """What a regular file holds; a DataError where it has more than `limit` bytes."""
+    """The contents of a regular file; DataError if it has more than `limit` bytes."""
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         if limit is not None and size > limit:
-            raise DataError(f"{path} has {size:,} bytes; wanted {limit:,} at most")
+            raise DataError(f"{path} has {size:,} bytes; expected {limit:,} at most")
         return file.read()
 
 
 def read_text(path: Path, limit: int = TOML_LIMIT) -> str:
-    """The text of a file, in UTF-8 or by its byte order mark, which is no part of it."""
+    """The text of a file, in UTF-8 or the encoding of its byte order mark, without that mark."""
     return decoded(read_file(path, limit))
 
 
 def decoded(content: bytes) -> str:
-    """Bytes as text; ValueError where they are none."""
+    """Bytes as text; ValueError if they are not text."""
     coding = next((name for mark, name in MARKS if content.startswith(mark)), "utf-8")
     try:
         return content.decode(coding)
     except UnicodeDecodeError as error:
-        raise ValueError(f"it is no text in UTF-8 ({error}); save it as UTF-8") from None
+        raise ValueError(f"it is not text in UTF-8 ({error}); save it as UTF-8") from None
 
 
 def make_folder(path: Path) -> None:
-    """A folder inside a run, made where it is missing; refused where it is a link."""
+    """A folder inside a run, created if missing; an error if it is a link."""
     refuse_link(path)
     path.mkdir(parents=True, exist_ok=True)
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:
-    """Refuse a run of which one of these files or folders is a link, before anything is written.
+    """Reject a run of which one of these files or folders is a link, before anything is written.
 
     The run's own folder, and folders above it, may be links.
     """
@@ -102,7 +105,7 @@ def refuse_links(folder: Path, names: Iterable[str]) -> None:
 def refuse_link(path: Path) -> None:
     if path.is_symlink():
         raise DataError(
-            f"{path} is a link, and what is written to a run stays inside it. Put a file or folder "
+            f"{path} is a link, but a run must not write outside its folder. Put a file or folder "
             "in its place; a run's whole folder may be a link"
         )
 
@@ -110,4 +113,4 @@ def refuse_link(path: Path) -> None:
 def _check_kind(found: os.stat_result, path: Path) -> None:
     if not stat.S_ISREG(found.st_mode):
         kind = KINDS.get(stat.S_IFMT(found.st_mode), "something else")
-        raise DataError(f"{path} is {kind}, no regular file; it is not read")
+        raise DataError(f"{path} is {kind}, not a regular file; it is not read")

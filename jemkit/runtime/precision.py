@@ -1,4 +1,4 @@
-"""Devices, precision and determinism: what a method never learns of."""
+"""Devices, precision and determinism, which methods need not know."""
 
 import os
 from collections.abc import Iterator
@@ -12,24 +12,26 @@ from jemkit.errors import ConfigError
 Precision = Literal["fp32", "tf32", "bf16"]
 
 JUDGED_IN: Precision = "fp32"
-"""The precision of every figure, in validation, at the end of a run and in `evaluate`, whatever a
-run trains in: `judging` sets it, and a figure's card names it."""
+"""The precision of every figure: in validation, in the final evaluation and in `evaluate`.
+
+It does not depend on the precision of training: `judging` sets it, and the protocol contains it.
+"""
 
 Layout = Literal["auto", "yes", "no"]
-"""Of weights, channels last or not; `auto` is a rule of network and device."""
+"""Memory format of weights; `auto` is a fixed rule of network and device."""
 
 
 def device_of(name: str) -> torch.device:
-    """auto is CUDA where there is one."""
+    """auto is CUDA if available."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no CUDA device here; use cpu or auto")
+        raise ConfigError("--device cuda: torch finds no CUDA device; use cpu or auto")
     return torch.device(name)
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of a device's whole memory; more than any machine has where nobody says."""
+    """Bytes of a device's memory; a huge number if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     try:
@@ -42,7 +44,7 @@ def memory_of(device: torch.device) -> int:
 def as_trained(
     device_type: str, precision: Precision, *, deterministic: bool, threads: int | None
 ) -> Iterator[None]:
-    """Torch's switches, and autocast, as the chains of a run have them while it trains."""
+    """Torch's settings, and autocast, for the chains of a run while it trains."""
     narrow = torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16")
     with numerics(precision=precision, deterministic=deterministic, threads=threads), narrow:
         yield
@@ -52,7 +54,7 @@ def as_trained(
 def judging(
     device: torch.device, *, deterministic: bool = False, threads: int | None = None
 ) -> Iterator[None]:
-    """Torch's switches as every figure is measured, also where the caller is in an autocast."""
+    """Torch's settings for every figure, also inside a caller's autocast."""
     whole = torch.autocast(device.type, enabled=False)
     with numerics(precision=JUDGED_IN, deterministic=deterministic, threads=threads), whole:
         yield
@@ -62,7 +64,7 @@ def judging(
 def numerics(
     *, precision: Precision = "fp32", deterministic: bool = False, threads: int | None = None
 ) -> Iterator[None]:
-    """Torch's switches for a run, put back as they were found."""
+    """Torch's settings for a run, restored afterwards."""
     strict, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     found = torch.get_num_threads()
     with _float32(precision):
@@ -78,9 +80,11 @@ def numerics(
 
 
 Switch = tuple[str, str]
-"""Backend and operation of one of torch's `fp32_precision` switches: `torch.backends` names
-("cuda", "all") `cudnn.fp32_precision`, ("cuda", "conv") `cudnn.conv.fp32_precision`. One that is
-not set follows its backend's "all", and that follows ("generic", "all")."""
+"""Backend and operation of one of torch's `fp32_precision` settings in `torch.backends`.
+
+("cuda", "all") is `cudnn.fp32_precision`, ("cuda", "conv") is `cudnn.conv.fp32_precision`. An unset
+one follows its backend's "all", and that follows ("generic", "all").
+"""
 
 GENERIC: Switch = ("generic", "all")
 BACKENDS: tuple[Switch, ...] = (("cuda", "all"), ("mkldnn", "all"))
@@ -90,12 +94,12 @@ OPERATIONS: tuple[Switch, ...] = tuple(
 
 
 def read_switch(switch: Switch) -> str:
-    """What a switch answers: its own value, or that of the one that it follows."""
+    """The value of a setting: its own, or that of the one that it follows."""
     return str(_holder(switch).fp32_precision)
 
 
 def write_switch(switch: Switch, value: str) -> None:
-    """Set a switch; "none" lets it follow."""
+    """Set one of these; "none" lets it follow."""
     _holder(switch).fp32_precision = value
 
 
@@ -112,20 +116,19 @@ def _holder(switch: Switch) -> Any:
 
 @contextmanager
 def _float32(precision: Precision) -> Iterator[None]:
-    """How float32 is multiplied: on a GPU in tf32 where that is asked for, else in full.
+    """Set how float32 is multiplied: in tf32 on a GPU if requested, else in full.
 
-    What follows another switch still follows it afterwards; so an operation's switch is written
-    only where it was set. The older `float32_matmul_precision` and `cudnn.allow_tf32` are kept in
-    agreement where they were found so, since torch refuses to answer where the two differ, and a
-    model may ask. For that a GPU's convolutions, which begin as tf32 by default, are tf32 by their
-    own switch afterwards.
+    A setting that follows another one still does so afterwards, since an operation's setting is
+    written only if it was set. The older `float32_matmul_precision` and `cudnn.allow_tf32` are kept
+    consistent if they were, since torch raises when the two differ, and a model may read them. For
+    that, a GPU's convolutions, which are tf32 by default, are set to tf32 explicitly afterwards.
     """
     generic, older, convolution = read_switch(GENERIC), _older(), _older_convolution()
     backends = _own(BACKENDS, (GENERIC,))
     operations = _own(OPERATIONS, (GENERIC, *BACKENDS))
     wanted = {"cuda": "tf32" if precision == "tf32" else "ieee", "mkldnn": "ieee"}
     try:
-        if older is not None:  # it sets both backends' "matmul"
+        if older is not None:  # it sets "matmul" of both backends
             torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         if convolution is not None:
             torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -144,10 +147,10 @@ def _float32(precision: Precision) -> Iterator[None]:
 
 
 def _own(switches: tuple[Switch, ...], above: tuple[Switch, ...]) -> dict[Switch, str]:
-    """What each of them is set to itself, found by changing those above; these stay changed.
+    """The settings that are set themselves, found by changing those above; these stay changed.
 
-    Convolutions of a GPU that follow are left out: written "none" they would lose torch's default
-    for them, which is tf32. A matmul that follows is "none".
+    Convolutions of a GPU that follow are left out: with "none" they would lose torch's default,
+    which is tf32. A matmul that follows is "none".
     """
     seen = []
     for value in ("ieee", "tf32"):
@@ -159,7 +162,7 @@ def _own(switches: tuple[Switch, ...], above: tuple[Switch, ...]) -> dict[Switch
 
 
 def _older() -> str | None:
-    """`float32_matmul_precision`; None where the newer switches say something else."""
+    """`float32_matmul_precision`; None if the newer settings contradict it."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -167,7 +170,7 @@ def _older() -> str | None:
 
 
 def _older_convolution() -> bool | None:
-    """`cudnn.allow_tf32`; None where the newer switches say something else."""
+    """`cudnn.allow_tf32`; None if the newer settings contradict it."""
     try:
         return torch.backends.cudnn.allow_tf32
     except RuntimeError:
@@ -175,6 +178,6 @@ def _older_convolution() -> bool | None:
 
 
 def _be_deterministic(on: bool) -> None:
-    """Torch's switch, left alone where it stands so: to touch it imports the whole compiler."""
+    """Set torch's flag only if it differs: setting it imports the whole compiler."""
     if torch.are_deterministic_algorithms_enabled() != on:
         torch.use_deterministic_algorithms(on)

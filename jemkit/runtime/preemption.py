@@ -1,4 +1,4 @@
-"""Asking, inside a long step, whether to stop."""
+"""Checking inside a long step whether to stop."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,11 +9,11 @@ from torch import nn
 from jemkit.errors import Preempted
 
 PATIENCE = 2.0
-"""Seconds that a step may take before it is asked inside it; shorter ones are finished."""
+"""Seconds after which a step checks for a stop; shorter steps are completed."""
 
 
 class PreemptionCheck:
-    """Raises Preempted where `stop` says so: between steps, and in every pass of a long one."""
+    """Raises Preempted if `stop()` is true: between steps, and in every pass of a long step."""
 
     def __init__(self, stop: Callable[[], bool], updates: Callable[[], int]) -> None:
         self.stop, self.updates = stop, updates
@@ -21,26 +21,27 @@ class PreemptionCheck:
         self._asked, self._before = 0.0, 0
 
     def between(self) -> None:
-        """Ask where nothing is under way."""
+        """Check between steps."""
         self._asked = time.monotonic()
         if self.stop():
             raise Preempted
 
     def begin(self) -> None:
-        """Something begins that may be dropped, until an update has moved the weights."""
+        """Begin work that may be dropped until an update has moved the weights."""
         self._before = self.updates()
 
     def inside(self) -> None:
-        """Ask in the midst of it."""
+        """Check inside a step."""
         late = time.monotonic() >= self._asked + self.patience
         if late and self.updates() == self._before:
             self.between()
 
     @contextmanager
     def passes(self, model: nn.Module, *, on: bool) -> Iterator[None]:
-        """Ask in every pass of the model, so that chains, attacks and exams are not waited for.
+        """Check in every pass of the model, so that chains, attacks and validation can be
+        interrupted.
 
-        And of its first layer, since PYLD's steps pass through that alone.
+        Passes of its first layer are checked too, since PYLD's steps use that layer alone.
         """
         first = next(m for m in model.modules() if not any(m.children()))
         asked = (model, first) if on else ()

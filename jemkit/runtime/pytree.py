@@ -10,7 +10,7 @@ from jemkit.errors import DataError
 
 
 def packed(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """A tree as JSON; its tensors go to `tensors` under their path."""
+    """A tree as JSON; its tensors are added to `tensors` under their paths."""
     if isinstance(value, Tensor):
         tensors[key] = value
         return {"tensor": key}
@@ -21,14 +21,14 @@ def packed(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
         return {"list": [packed(v, f"{key}/{i}", tensors) for i, v in enumerate(value)]}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"a checkpoint cannot hold {type(value).__name__} (at {key})")
+    raise TypeError(f"a checkpoint cannot contain {type(value).__name__} (at {key})")
 
 
 def unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The tree that `packed` made JSON of."""
+    """The tree from the JSON that `packed` returned."""
     if not isinstance(value, dict):
         if isinstance(value, list):
-            raise DataError("it holds a list where jemkit writes none")
+            raise DataError("it contains a list, which jemkit never writes")
         return value
     if "tensor" in value:
         return tensors[value["tensor"]]
@@ -38,21 +38,21 @@ def unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 class Snapshot:
-    """A copy of a state in the host's memory, which the next copy of the same shapes reuses.
+    """A copy of a state in host memory, whose memory is reused by the next copy of the same shapes.
 
-    Memory that is reused is there already: writing to fresh memory takes several times as long.
+    Writing to newly allocated memory takes several times as long.
     """
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
 
     def of(self, tree: Any) -> Any:
-        """The tree with every tensor copied; the copy before it is overwritten."""
+        """The tree with every tensor copied; the previous copy is overwritten."""
         used: dict[str, Tensor] = {}
         copy = self._copied(tree, "", used)
         self._kept = used
         if any(t.is_pinned() for t in used.values()):
-            torch.cuda.synchronize()  # the copies were only asked for
+            torch.cuda.synchronize()  # the copies are asynchronous
         return copy
 
     def _copied(self, value: Any, key: str, used: dict[str, Tensor]) -> Any:
@@ -77,7 +77,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def differing(a: Any, b: Any, at: str = "") -> Iterator[str]:
-    """Where two states differ, path by path; a value that only one of them has is such a place."""
+    """The paths at which two states differ, including values that only one of them has."""
     if isinstance(a, dict) and isinstance(b, dict):
         yield from (f"{at}/{k}" for k in [*a, *b] if k not in a or k not in b)
         for k in a:
@@ -93,7 +93,7 @@ def differing(a: Any, b: Any, at: str = "") -> Iterator[str]:
 
 
 def leaves(tree: Any) -> int:
-    """How many tensors and plain values a tree holds."""
+    """The number of tensors and plain values in a tree."""
     if isinstance(tree, dict):
         return sum(map(leaves, tree.values()))
     return sum(map(leaves, tree)) if isinstance(tree, list | tuple) else 1
@@ -103,7 +103,7 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
     if isinstance(a, float) and isinstance(b, float):
-        return a.hex() == b.hex()  # NaN is itself, and -0.0 is not 0.0
+        return a.hex() == b.hex()  # NaN equals itself, and -0.0 differs from 0.0
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
 
 

@@ -1,4 +1,4 @@
-"""Many tensors at once: one kernel on a GPU for all of a kind, where each had one of its own."""
+"""Many tensors at once, with one kernel on a GPU for all tensors of a type."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def cloned(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """A copy of each, which shares no memory with it."""
+    """Copies of the tensors, in their own memory."""
     found = [torch.empty_like(t) for t in tensors]
     copy(found, tensors)
     return found
@@ -16,7 +16,7 @@ def cloned(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def copy(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Write each value into its tensor; torch copies those of one device and type together."""
+    """Copy each value into its tensor; torch groups them by device and type."""
     kinds: dict[object, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
     for target, value in zip(into, values, strict=True):
         ours, theirs = kinds[target.device, target.dtype, value.device, value.dtype]

@@ -1,4 +1,4 @@
-"""The one door to torchvision, whose compiled operators may not load beside this torch."""
+"""Imports torchvision, whose compiled operators may not load with this torch."""
 
 import logging
 from functools import cache
@@ -37,13 +37,14 @@ def torchvision() -> ModuleType:
         return import_module("torchvision")
     except (ImportError, RuntimeError) as error:
         raise ConfigError(
-            f"torchvision {version('torchvision')} does not load beside torch {torch.__version__} "
-            f"({error}); install the two versions that belong together"
+            f"torchvision {version('torchvision')} cannot be imported with torch "
+            f"{torch.__version__} "
+            f"({error}); install matching versions"
         ) from error
 
 
 def _load_operators(package: Path) -> None:
-    """Load the compiled operators where they fit this torch; the real ones always come first."""
+    """Load the compiled operators if they fit this torch; the real ones take precedence."""
     finder = FileFinder(str(package), (ExtensionFileLoader, EXTENSION_SUFFIXES))
     library = finder.find_spec("_C")
     if library is None or library.origin is None:
@@ -56,8 +57,8 @@ def _load_operators(package: Path) -> None:
 
 @cache
 def _declare_missing() -> Library | None:
-    """Declare, without a kernel, the operators that nobody has; cached, for they live as long as
-    the library object does."""
+    """Declare missing operators without a kernel; cached, since they last as long as the library
+    object."""
     missing = [name for name in OPERATORS if getattr(torch.ops.torchvision, name, None) is None]
     if not missing:
         return None
@@ -65,8 +66,8 @@ def _declare_missing() -> Library | None:
     for name in missing:
         library.define(OPERATORS[name])  # type: ignore[no-untyped-call]
     logging.getLogger("jemkit").info(
-        "torchvision's compiled operators do not load beside torch %s; data sets and models "
-        "need none of them, so %s are declared without a kernel",
+        "torchvision's compiled operators do not load with torch %s; data sets and models do not "
+        "need them, so %s are declared without a kernel",
         torch.__version__,
         " and ".join(missing),
     )

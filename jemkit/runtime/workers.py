@@ -1,6 +1,6 @@
-"""Processes that torchrun started, each with its share of one evaluation or one drawing.
+"""Processes started by torchrun that share one evaluation or one sampling.
 
-What they compute they share through a ledger on disk; here they only begin and end together.
+They exchange results through the work cache on disk; here they only start and end together.
 """
 
 import time
@@ -14,20 +14,20 @@ from jemkit.runtime.work_cache import Shard
 
 T = TypeVar("T")
 GRACE = 5.0
-"""Seconds in which torchrun, where one process has ended, stops the others."""
+"""Seconds within which torchrun stops the other processes after one has ended."""
 
 
 @contextmanager
 def joined(device: str) -> Iterator[Shard]:
-    """Meet the others, each on a device of its own; this process's share of the work."""
+    """Join the other processes, each on its own device; returns the share of this process."""
     with distributed.group(device):
         yield distributed.shard()
 
 
 def begun(prepare: Callable[[], T]) -> T | None:
-    """What `prepare` gives, in every process; where it fails the first one alone says why.
+    """The result of `prepare` in every process; if it fails, rank 0 alone reports it.
 
-    The first one tries before the others do, and None is what they get where it has failed.
+    Rank 0 runs it first; if it fails there, the others get None.
     """
     me = distributed.shard()
     if me.size == 1:
@@ -47,11 +47,11 @@ def _heard() -> bool:
     try:
         return bool(distributed.heard()["do"] == "begin")
     except RuntimeError as error:
-        raise JemkitError(f"the first process of the group is gone: {error}") from None
+        raise JemkitError(f"rank 0 was lost: {error}") from None
 
 
 def met(poll: Callable[[], None] = lambda: None) -> None:
-    """Wait until every process is here; `poll` is asked where one of them never comes."""
+    """Wait until every process arrives; `poll` is called while waiting."""
     if distributed.shard().size == 1:
         return
     try:
@@ -62,6 +62,6 @@ def met(poll: Callable[[], None] = lambda: None) -> None:
             poll()
             time.sleep(0.05)
         raise JemkitError(
-            f"another process of the group is gone: {error}; what is finished is kept, and the "
-            "same command goes on from there"
+            f"another process was lost: {error}; finished work is saved, and the same command "
+            f"continues"
         ) from None

@@ -96,4 +96,4 @@ def _heard() -> dict[str, Any]:
     try:
         return distributed.heard()
     except RuntimeError as error:
-        raise JemkitError(f"the first process of the group is gone: {error}") from None
+        raise JemkitError(f"rank 0 was lost: {error}") from None

@@ -47,7 +47,7 @@ def losses_told() -> Iterator[None]:
         if distributed.shard().size == 1 or not lost:
             raise
         raise JemkitError(
-            f"another process of the group is gone ({text.splitlines()[0]}). Every checkpoint is "
+            f"another process was lost ({text.splitlines()[0]}). Every checkpoint is "
             "kept: the same command with --resume goes on, torchrun --max-restarts by itself"
         ) from None
 

@@ -190,7 +190,7 @@ def _flaw(files: Published) -> str:
     """What is wrong with the first file that is missing or changed; empty where none is."""
     for path, published in files.items():
         if path.exists() and not path.is_file():
-            raise DataError(f"{path} is no regular file; put the original there")
+            raise DataError(f"{path} is not a regular file; put the original there")
         if not path.is_file():
             return f"{path} is missing; give --data-dir DIR where it is, or --download"
         if path.stat().st_size > LARGEST:

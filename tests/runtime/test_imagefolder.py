@@ -99,7 +99,7 @@ class TestSplits:
             (("train", "test", "val", "valid"), "val, valid are each valid"),
             (("test",), "test without train"),
             (("test", "valid"), "without train"),
-            (("dataset/train", "dataset/test"), r"one level deeper: --data-dir .*dataset"),
+            (("dataset/train", "dataset/test"), r"one level deeper: pass --data-dir .*dataset"),
             (("a/train", "a/test", "b/train", "b/test"), r"a holds test, train"),
             (("fold1", "fold2"), "each of fold1, fold2 holds cat, dog"),
             (("one", "two", "three"), "Name splits train and test"),
@@ -138,21 +138,21 @@ class TestSplits:
 
     def test_splits_inside_classes_are_refused(self, tmp_path: Path) -> None:
         split_folder(tmp_path, ("cat", "dog"), ("train", "test"))
-        with pytest.raises(DataError, match=r"cat holds test, train: wanted train and"):
+        with pytest.raises(DataError, match=r"cat holds test, train: expected train and"):
             Folder(dir=tmp_path).load("train")
 
     def test_classes_that_differ_in_case_are_named(self, tmp_path: Path) -> None:
         split_folder(tmp_path / "a", ("train",), ("Cat", "dog"))
         split_folder(tmp_path / "a", ("test",), ("cat", "dog"))
-        with pytest.raises(DataError, match=r"only train has Cat; only test has cat.*but for case"):
+        with pytest.raises(DataError, match=r"only train has Cat; only test has cat.*except for case"):
             Folder(dir=tmp_path / "a").load("train")
         root = split_folder(tmp_path / "b", ("",), ("Cat", "cat", "dog"), n=5)
-        with pytest.raises(DataError, match="Cat and cat differ in case"):
+        with pytest.raises(DataError, match="Cat and cat differ only in case"):
             Folder(dir=root).load("train")
 
     def test_a_class_that_also_lies_beside_the_splits_is_refused(self, tmp_path: Path) -> None:
         image(split_folder(tmp_path) / "cat" / "0.png")
-        with pytest.raises(DataError, match="cat lies both in train and beside it"):
+        with pytest.raises(DataError, match="cat is both inside train and next to it"):
             Folder(dir=tmp_path).load("train")
 
     def test_a_folder_without_images_beside_classes_is_refused(self, tmp_path: Path) -> None:
@@ -196,9 +196,9 @@ class TestLeftOut:
         os.mkfifo(cat / "fifo.png")
         line = said(caplog, tmp_path)
         assert line.count("\n") == 0
-        for part in (".txt 2", ".heic 1", "without an ending 1", "broken links 1",
+        for part in (".txt 2", ".heic 1", "without an extension 1", "broken links 1",
                      "or to one that is read already 1", "further names of one file 1",
-                     "no regular files 1", "in no class folder 1",
+                     "not regular files 1", "in no class folder 1",
                      "beside the class folders 1"):  # fmt: skip
             assert part in line
         assert "2 classes (cat, dog), 4 images to train on, 4 to test" in line
@@ -229,7 +229,7 @@ class TestLeftOut:
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         root = split_folder(tmp_path, classes=("1", "2", "10"))
-        assert "labels follow the names as text" in said(caplog, root)
+        assert "labels follow the names in text order" in said(caplog, root)
         assert Folder(dir=root).class_names == ("1", "10", "2")
 
     def test_a_folder_that_is_plain_is_told_once_in_a_process(
@@ -273,7 +273,7 @@ class TestLinks:
             os.link(first, second)
         else:
             second.symlink_to(first)
-        with pytest.raises(DataError, match=r"are one file, in two classes or splits") as error:
+        with pytest.raises(DataError, match=r"are the same file, in two classes or splits") as error:
             Folder(dir=tmp_path).load("train")
         assert str(first) in str(error.value)
         assert str(second) in str(error.value)
@@ -317,13 +317,13 @@ class TestSpecialFiles:
 
     def test_one_that_comes_in_place_of_an_image_is_refused(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "x.png")
-        with pytest.raises(DataError, match="no regular file"), opened(str(tmp_path / "x.png")):
+        with pytest.raises(DataError, match="not a regular file"), opened(str(tmp_path / "x.png")):
             pass
 
     def test_a_data_folder_that_is_none_is_refused(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "data")
         for path in (tmp_path / "data", Path("/dev/zero")):
-            with pytest.raises(DataError, match="is no folder"):
+            with pytest.raises(DataError, match="is not a folder"):
                 Folder(dir=path).load("train")
 
 
@@ -373,8 +373,8 @@ class TestPixels:
         frames = [Image.new("L", (8, 8), value) for value in (0, 200)]
         frames[0].save(cat / "moving.gif", save_all=True, append_images=frames[1:])
         line = said(caplog, tmp_path)
-        assert "1 with transparency, laid on white" in line
-        assert "1 of several frames, of which the first is read" in line
+        assert "1 with transparency, blended with white" in line
+        assert "1 with several frames, of which the first is read" in line
         x = Folder(dir=tmp_path).load("train").x
         assert (x[3] == 0).all()
 

@@ -99,7 +99,7 @@ def test_a_stop_ends_all_processes_and_the_same_command_goes_on(run: Path, tmp_p
     assert ends(stopped) == {5}
     told = re.findall(r"(?m)^process \d of 2: stopped; .*$", stopped.err)
     assert told
-    assert all("same command goes on from there" in line for line in told)
+    assert all("same command continues" in line for line in told)
     assert pieces("a", 3)(tmp_path)
     again, whole = (jemkit(*asked, str(tmp_path / out)) for out in "ab")
     assert figures(again) == figures(whole)
@@ -132,7 +132,7 @@ def test_a_drawing_that_is_stopped_goes_on_from_its_finished_batches(
     assert ends(stopped) == {5}, stopped.err
     told = re.findall(r"(?m)^process \d of 2: stopped; .*$", stopped.err)
     assert told
-    assert all("same command goes on from there" in line for line in told)
+    assert all("same command continues" in line for line in told)
     again, whole = jemkit(*asked, str(tmp_path / "a")), jemkit(*asked, str(tmp_path / "b"))
     assert np.array_equal(images(again, tmp_path), images(whole, tmp_path))
 

@@ -279,7 +279,7 @@ def test_a_lost_process_costs_the_steps_since_the_last_checkpoint(tmp_path: Path
         cwd=tmp_path, options=("--max-restarts=1",), kill=lost,
     )  # fmt: skip
     assert began.returncode == 0, began.stderr
-    assert "error: another process of the group is gone" in began.stderr
+    assert "error: another process was lost" in began.stderr
     assert "jemkit_cli" not in began.stderr  # no trace of ours; torchrun may print its own
     events = [json.loads(line)["event"] for line in (tmp_path / "lost" / "events.jsonl").open()]
     assert events.count("start") == events.count("resume") == 1

@@ -1,1 +1,1 @@
-"""Folders of image files: how they are ordered, what lies in them, and their pixels."""
+"""Folders of image files: their layout, their files, and their pixels."""

@@ -1,4 +1,4 @@
-"""Which folders of a directory hold the classes, and which the splits."""
+"""Which folders of a directory are classes, and which are splits."""
 
 import os
 import re
@@ -16,7 +16,7 @@ WORDS: dict[str, Role] = {
     **dict.fromkeys(("val", "valid", "validation", "validate", "validating", "dev"), "valid"),
     **dict.fromkeys(("test", "testing", "tst", "eval", "evaluation", "holdout"), "test"),
 }
-"""What people call their splits."""
+"""Usual names of splits."""
 
 FILLERS = frozenset(
     (
@@ -25,7 +25,7 @@ FILLERS = frozenset(
         "seg", "final", "clean", "cropped", "resized", "part", "subset",
     )
 )  # fmt: skip
-"""Words that stand beside a split's name and change nothing."""
+"""Words in a split's folder name that do not change its meaning."""
 
 HIDDEN = frozenset(
     name.casefold()
@@ -35,7 +35,7 @@ HIDDEN = frozenset(
         "ehthumbs.db", "desktop.ini", "Icon\r",
     )
 )  # fmt: skip
-"""Files and folders that systems leave behind; names that begin with a dot are hidden, too."""
+"""Files and folders that operating systems create; names that begin with a dot are hidden, too."""
 
 ENDINGS = frozenset(
     f".{ending}"
@@ -44,16 +44,16 @@ ENDINGS = frozenset(
         "avif", "avifs", "ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "jpx", "tga", "pcx",
     )
 )  # fmt: skip
-"""Endings of the images that are read, in any case."""
+"""File extensions that are read, in any case."""
 
 
 class Layout(NamedTuple):
-    """Where the classes of a data set lie."""
+    """The layout of a data set: where its classes are."""
 
     root: Path
     classes: list[str]
-    splits: dict[Role, Path]  # no test: it is set apart, from `train`
-    note: str  # what was decided and would not be expected
+    splits: dict[Role, Path]  # no test: a part of `train` is held out
+    note: str  # decisions that a user might not expect
 
 
 def hidden(name: str) -> bool:
@@ -65,13 +65,13 @@ def is_image(name: str) -> bool:
 
 
 def shown(name: object) -> str:
-    """A name or path as a line of text shows it."""
+    """A name or path as printable text."""
     text = str(name)
     return text if text.isprintable() else ascii(text)
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:
-    """Names in a row, the middle of a long row left out."""
+    """A list of names as text, shortened in the middle if long."""
     each = [shown(name) for name in names]
     if len(each) > most:
         each = [*each[: most - 2], "...", each[-1]]
@@ -79,7 +79,7 @@ def listed(names: Iterable[str], most: int = 8) -> str:
 
 
 def role_of(name: str) -> Role | None:
-    """The split that a folder's name tells: `Train`, `test_set`, `seg_test`, `X_train`."""
+    """The split that a folder's name means: `Train`, `test_set`, `seg_test`, `X_train`."""
     words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_A-Za-z]+", name)
     roles: list[Role] = []
     for word in (word.lower() for word in words):
@@ -93,7 +93,7 @@ def role_of(name: str) -> Role | None:
 
 
 def folders(path: Path) -> list[str]:
-    """The visible folders inside one, but for links to it or to a folder above it."""
+    """The visible folders in a folder, without links to it or to a folder above it."""
     above = {path.resolve(), *path.resolve().parents}
     return sorted(
         entry.name
@@ -109,7 +109,7 @@ def _leads_up(entry: "os.DirEntry[str]", above: set[Path]) -> bool:
 def is_folder(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads round in a circle
+    except OSError:  # a circular link
         return False
 
 
@@ -122,7 +122,7 @@ def scanned(path: Path) -> "list[os.DirEntry[str]]":
 
 
 def holds_images(path: Path) -> bool:
-    """Whether images lie in a folder itself."""
+    """Whether images are directly in a folder."""
     return any(
         is_image(entry.name) and not hidden(entry.name) and not is_folder(entry)
         for entry in scanned(path)
@@ -130,9 +130,9 @@ def holds_images(path: Path) -> bool:
 
 
 def layout(root: Path) -> Layout:
-    """How a data set's folder is ordered; refuses what can be read in two ways."""
+    """The layout of a data set's folder; ambiguous layouts are rejected."""
     if not root.is_dir():
-        what = "is no folder" if root.exists() else "does not exist"
+        what = "is not a folder" if root.exists() else "does not exist"
         raise DataError(f"{shown(root)}: {what}; {WANTED}, got 0; {WHERE}")
     names = folders(root)
     roles = {name: role for name in names if (role := role_of(name)) is not None}
@@ -146,18 +146,18 @@ def layout(root: Path) -> Layout:
     return Layout(root, names, {"train": root}, "")
 
 
-WANTED = "wanted two class folders or more, in it or in its train and test"
-WHERE = "give --data-dir DIR where they are"
+WANTED = "expected two or more class folders, in it or in its train and test"
+WHERE = "pass --data-dir DIR with their location"
 
 
 def _hint(root: Path, names: list[str]) -> str:
     if len(names) == 1 and len(folders(root / names[0])) > 1:
-        return f"they seem to be one level deeper: --data-dir {shown(root / names[0])}"
+        return f"they seem to be one level deeper: pass --data-dir {shown(root / names[0])}"
     return WHERE
 
 
 def _inner(path: Path) -> Path:
-    """`train/train` is `train`: what some archives unpack to."""
+    """The split inside a folder of the same name: some archives unpack to `train/train`."""
     inside = folders(path)
     while len(inside) == 1 and role_of(inside[0]) == role_of(path.name) and not holds_images(path):
         path = path / inside[0]
@@ -166,7 +166,7 @@ def _inner(path: Path) -> Path:
 
 
 def _check_flat_splits(root: Path, roles: dict[str, Role], n_folders: int) -> None:
-    """Refuse images right inside splits; but a class among others may be called train or valid."""
+    """Reject images directly inside splits; among other classes, train or valid may be a class."""
     flat = sorted(roles)
     if not any(holds_images(root / name) for name in flat):
         return
@@ -174,29 +174,29 @@ def _check_flat_splits(root: Path, roles: dict[str, Role], n_folders: int) -> No
         return
     raise DataError(
         f"{shown(root)}: {listed(flat)} hold{'s' if len(flat) == 1 else ''} no class folders: if "
-        "these are splits, sort their images into a folder a class; if one is a class of its own, "
-        "rename it, such as to class-NAME"
+        f"these are splits, sort their images into one folder per class; if one of them is a "
+        f"class, rename it, for example to class-NAME"
     )
 
 
 def _check_classes(root: Path, names: list[str]) -> None:
-    """Refuse what looks like splits of unknown names, or like splits inside classes."""
+    """Reject folders that look like splits of unknown names, or like splits inside classes."""
     inside = {name: folders(root / name) for name in names}
     for name, below in inside.items():
         roles = {role_of(folder) for folder in below} - {None}
         if len(roles) > 1:
             raise DataError(
-                f"{shown(root / name)} holds {listed(below)}: wanted train and test outside the "
-                f"classes, as in train/{shown(name)}; or give --data-dir {shown(root / name)} "
-                "where that is a data set of its own"
+                f"{shown(root / name)} holds {listed(below)}: expected train and test outside "
+                f"the classes, as in train/{shown(name)}; or give --data-dir {shown(root / name)} "
+                "if that is a separate data set"
             )
     shared = set.intersection(*map(set, inside.values()))
     if len(shared) > 1 and not any(holds_images(root / name) for name in names):
         raise DataError(
             f"{shown(root)}: each of {listed(names)} holds {listed(sorted(shared))}: they may be "
             "splits or parts of one data set, or classes. Name splits train and test; give "
-            f"--data-dir {shown(root / names[0])} for one of them alone; put the images of a class "
-            "right into its folder"
+            f"--data-dir {shown(root / names[0])} for one of them alone; put the images of a "
+            f"class directly into its folder"
         )
     _check_case(root, names)
 
@@ -207,8 +207,8 @@ def _check_case(root: Path, names: list[str]) -> None:
         other = alike.setdefault(_plain(name), name)
         if other != name:
             raise DataError(
-                f"{shown(root)}: the class folders {shown(other)} and {shown(name)} differ in case "
-                "or in how their letters are stored: join them, or rename one"
+                f"{shown(root)}: the class folders {shown(other)} and {shown(name)} differ only "
+                f"in case or in their Unicode form: merge them, or rename one"
             )
 
 
@@ -222,16 +222,19 @@ def _of_splits(root: Path, names: list[str], roles: dict[str, Role], nested: lis
         by_role.setdefault(role, []).append(name)
     for role, several in by_role.items():
         if len(several) > 1:
-            _refuse(root, f"{listed(several)} are each {role}: join them, or move all but one away")
+            _refuse(
+                root, f"{listed(several)} all mean {role}: merge them, or move all but one away"
+            )
     beside = [name for name in names if name not in roles and _holds_any(root / name)]
     unsorted = [name for name in roles if name not in nested]
     train, test, valid = (by_role.get(role, [""])[0] for role in ("train", "test", "valid"))
     if unsorted:
         _refuse(
             root,
-            f"{listed(unsorted)} hold{'s' if len(unsorted) == 1 else ''} no class folders, and so "
-            f"no labels, unlike {listed(nested)}: sort the images into a folder a class, or move "
-            f"it away{f'; --data-dir {shown(root / train)} sets test images apart' * bool(train)}",
+            f"{listed(unsorted)} contain{'s' if len(unsorted) == 1 else ''} no class folders, "
+            f"and so no labels, unlike {listed(nested)}: sort the images into one folder per "
+            f"class, or move it "
+            f"away{f'; --data-dir {shown(root / train)} holds out test images' * bool(train)}",
         )
     if not train:
         _refuse(root, f"{listed(nested)} without train: {WANTED}")
@@ -239,8 +242,8 @@ def _of_splits(root: Path, names: list[str], roles: dict[str, Role], nested: lis
         more = f", and {listed(beside)} beside it may be classes: then rename train" * bool(beside)
         _refuse(
             root,
-            f"{shown(train)} has no test folder beside it{more}. Give "
-            f"--data-dir {shown(root / train)}: a fifth of its images is set apart for testing",
+            f"{shown(train)} has no test folder next to it{more}. Pass --data-dir "
+            f"{shown(root / train)}: a fifth of its images is then held out for testing",
         )
     splits: dict[Role, Path] = {"train": _inner(root / train)}
     note = "" if test else f"{shown(valid)} is the test split, since there is no test folder"
@@ -251,7 +254,7 @@ def _of_splits(root: Path, names: list[str], roles: dict[str, Role], nested: lis
 
 
 def _holds_any(path: Path) -> bool:
-    """Whether images lie anywhere below a folder."""
+    """Whether there are images anywhere below a folder."""
     queue = [path]
     while queue:
         at = queue.pop()
@@ -275,15 +278,15 @@ def _common(root: Path, splits: dict[Role, Path], beside: set[str]) -> list[str]
         only = {"train": set(classes) - set(names), role: set(names) - set(classes)}
         told = "; ".join(f"only {k} has {listed(sorted(v))}" for k, v in only.items() if v)
         near = {_plain(n) for n in only["train"]} & {_plain(n) for n in only[role]}
-        hint = f" (the same but for case or for how letters are stored: {listed(sorted(near))})"
+        hint = f" (the same except for case or Unicode form: {listed(sorted(near))})"
         _refuse(
             root,
-            f"train and {role} want the same class folders, but {told}{hint if near else ''}",
+            f"train and {role} must have the same class folders, but {told}{hint if near else ''}",
         )
     if len(classes) < 2:
         _refuse(root, f"{WANTED}, got {len(classes)}; {WHERE}")
     if both := sorted(beside & set(classes)):
-        _refuse(root, f"{listed(both)} lies both in train and beside it: which is the class?")
+        _refuse(root, f"{listed(both)} is both inside train and next to it; keep one")
     for path in splits.values():
         _check_classes(path, classes)
     return classes

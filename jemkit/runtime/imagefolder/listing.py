@@ -1,4 +1,4 @@
-"""Every file below a directory: the images of each split and class, and what is left out."""
+"""Every file below a directory: the images of each split and class, and the ignored files."""
 
 import os
 import stat
@@ -21,25 +21,25 @@ from jemkit.runtime.imagefolder.layout import (
 
 Sample = tuple[str, int]  # an image file and its label
 Group = tuple[Role, int]  # a split's folder and a class
-Identity = tuple[int, int] | str  # of a file, whatever names it has
+Identity = tuple[int, int] | str  # identity of a file, whatever its name
 
 HIDDEN, UNSORTED, BESIDE = "hidden", "in no class folder", "beside the class folders"
 BROKEN, LOOP = "broken links", "links to a folder above or to one that is read already"
-AGAIN, SPECIAL = "further names of one file", "no regular files"
+AGAIN, SPECIAL = "further names of one file", "not regular files"
 THUMBNAILS = frozenset(("thumbs", "thumbnails", "_thumbs", "_thumbnails"))
 
 
 class Listing(NamedTuple):
-    """What lies below a directory; every file is an image of one split, or left out."""
+    """The files below a directory; each is an image of one split, or ignored."""
 
     layout: Layout
     images: dict[Role, list[Sample]]
-    left_out: Counter[str]  # how many, by why
+    left_out: Counter[str]  # number of files by reason
     nested: int  # images in a folder inside a class
 
 
 def listing(root: Path) -> Listing:
-    """Look at every file once; no file is opened."""
+    """List every file once; no file is opened."""
     ordered = layout(root)
     walk = _Walk(ordered)
     walk.run()
@@ -60,15 +60,15 @@ class _Folder(NamedTuple):
     """A folder to look at."""
 
     path: str
-    group: Group | None  # None: above the classes, or beside them
+    group: Group | None  # None: above or beside the class folders
     real: Path
-    jumps: tuple[Path, ...] = ()  # where links were followed, down to this one
+    jumps: tuple[Path, ...] = ()  # folders on the path here that were reached by links
     deep: bool = False  # inside a class folder
-    why: str = ""  # all below it is left out
+    why: str = ""  # everything below is ignored
 
 
 class _Walk:
-    """Real files come before links, so that what is left out as a second name is the link."""
+    """Real files come before links, so that a second name of a file is ignored, not the file."""
 
     def __init__(self, ordered: Layout) -> None:
         self.groups: dict[str, Group] = {
@@ -126,7 +126,7 @@ class _Walk:
         except DataError:
             if not folder.why:
                 raise
-            self.left_out[folder.why] += 1  # a folder that nobody may read, such as lost+found
+            self.left_out[folder.why] += 1  # a folder without read permission, such as lost+found
             return []
 
     def _below(self, folder: _Folder, entry: "os.DirEntry[str]", why: str) -> _Folder:
@@ -153,7 +153,7 @@ class _Walk:
             self.left_out[SPECIAL] += 1
 
     def _enter(self, folder: _Folder, entry: "os.DirEntry[str]") -> None:
-        """Follow a link to a folder, where it does not lead back to one on the way."""
+        """Follow a link to a folder, unless it leads back to a folder on the path."""
         below, real = self._below(folder, entry, ""), Path(os.path.realpath(entry.path))
         way = (*folder.jumps, folder.real)
         read = below.group is not None and (below.group, real) in self._visited
@@ -165,7 +165,7 @@ class _Walk:
     def _take(self, folder: _Folder, entry: "os.DirEntry[str]", same: Identity) -> None:
         if not is_image(entry.name):
             ending = os.path.splitext(entry.name)[1].lower()
-            self.left_out[shown(ending) if ending else "without an ending"] += 1
+            self.left_out[shown(ending) if ending else "without an extension"] += 1
         elif folder.group is None:
             self.left_out[UNSORTED] += 1
         elif same not in self._owner:
@@ -176,13 +176,13 @@ class _Walk:
             self.left_out[AGAIN] += 1
         else:
             raise DataError(
-                f"{shown(self._owner[same][1])} and {shown(entry.path)} are one file, in two "
-                "classes or splits: remove one of them, or the link"
+                f"{shown(self._owner[same][1])} and {shown(entry.path)} are the same file, in "
+                f"two classes or splits: remove one of them, or the link"
             )
 
 
 def sentences(found: Listing) -> Iterator[str]:
-    """What was decided and what was left out, in words."""
+    """The decisions about the folder and the ignored files, as text."""
     if found.layout.note:
         yield found.layout.note
     if found.nested:
@@ -191,7 +191,7 @@ def sentences(found: Listing) -> Iterator[str]:
     if all(name.isascii() and name.isdigit() for name in classes):
         numbers = sorted(classes, key=int)
         if numbers != classes:
-            yield "labels follow the names as text: 10 comes before 2"
+            yield "labels follow the names in text order: 10 comes before 2"
     if found.left_out:
         counts = ", ".join(f"{why} {n}" for why, n in found.left_out.most_common())
-        yield f"left out: {counts}"
+        yield f"ignored: {counts}"

@@ -1,4 +1,4 @@
-"""Image files as pixels, each as a viewer shows it."""
+"""Image files to pixels, as an image viewer displays them."""
 
 import warnings
 from collections import Counter
@@ -22,21 +22,21 @@ FORMATS = (
     "PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "TIFF", "WEBP", "AVIF", "PPM", "JPEG2000", "TGA",
     "PCX",
 )  # fmt: skip
-"""What is decoded, whatever a file's ending says; none of these starts another program."""
+"""Formats that are decoded, whatever the extension; none of these starts another program."""
 
 SIXTEEN = 65535
-"""White in 16 bits of grey."""
+"""White in 16-bit greyscale."""
 
 
 class Survey(NamedTuple):
-    """What the headers of all images tell."""
+    """The contents of all images' headers."""
 
     grey: bool  # all of them
-    remarks: list[str]  # how some of them are read
+    remarks: list[str]  # how some of them are read, as text
 
 
 def survey(paths: Iterable[str], size: int | None) -> Survey:
-    """Read every header; refuses images that do not fit together."""
+    """Read every header; images that do not fit together are rejected."""
     grey, first, remarks = True, ("", (0, 0)), Counter[str]()
     for path in paths:
         with opened(path) as image:
@@ -47,8 +47,8 @@ def survey(paths: Iterable[str], size: int | None) -> Survey:
         if size is None:
             _check_size(path, px, first)
         grey = grey and mode.startswith(("L", "F", "I")) and mode not in ("LA", "La", "LAB")
-        remarks["of several frames, of which the first is read"] += bool(frames)
-        remarks["with transparency, laid on white"] += clear
+        remarks["with several frames, of which the first is read"] += bool(frames)
+        remarks["with transparency, blended with white"] += clear
     return Survey(grey, [f"{n} {remark}" for remark, n in remarks.items() if n])
 
 
@@ -56,12 +56,14 @@ def _check_size(path: str, px: tuple[int, int], first: tuple[str, tuple[int, int
     if px != first[1] or px[0] != px[1]:
         raise DataError(
             f"{shown(path)} is {px[0]} x {px[1]} px, {shown(first[0])} is {first[1][0]} x "
-            f"{first[1][1]}; wanted squares of one size: --set data.size=32 resizes all to 32 x 32"
+            f"{first[1][1]}; expected squares of one size: --set data.size=32 resizes all to 32 "
+            f"x 32"
         )
     if not SIZES[0] <= px[0] <= SIZES[1]:
         raise DataError(
             f"{shown(path)} is {px[0]} x {px[1]} px; jemkit's networks take {SIZES[0]} to "
-            f"{SIZES[1]} px: --set data.size={SIZES[0] if px[0] < SIZES[0] else SIZES[1]} resizes"
+            f"{SIZES[1]} px: --set data.size={SIZES[0] if px[0] < SIZES[0] else SIZES[1]} "
+            f"resizes them"
         )
 
 
@@ -87,8 +89,8 @@ def _transparent(image: Image.Image) -> bool:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """The image on a white page, so that colours nobody can see are no data."""
-    if image.mode[0] == "I":  # one grey value stands for transparent
+    """The image on white, so that invisible colours are not part of the data."""
+    if image.mode[0] == "I":  # one grey value means transparent
         clear = np.asarray(image) == image.info["transparency"]
         return Image.fromarray(np.where(clear, SIXTEEN, np.asarray(image)).astype(np.uint16))
     layers = image.convert("RGBA")
@@ -97,16 +99,16 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _unit(image: Image.Image, path: str) -> Image.Image:
-    """Float pixels as they are, 16 bits of grey divided by white; both in [0, 1]."""
+    """Float pixels as they are, 16-bit greyscale divided by its maximum; both in [0, 1]."""
     values = np.asarray(image, dtype=np.float32)
     if image.mode == "F":
-        if not (values.min() >= 0 and values.max() <= 1):  # NaN passes neither
+        if not (values.min() >= 0 and values.max() <= 1):  # NaN fails both
             raise DataError(f"{shown(path)}: float pixels outside [0, 1], NaN or inf")
         return image
     if image.mode == "I" and image.format not in (None, "PPM", "PNG"):
         raise DataError(
-            f"{shown(path)}: pixels of 32 bits, whose white nobody knows; wanted 8 or 16 bits, or "
-            "floats in [0, 1]"
+            f"{shown(path)}: 32-bit pixels, whose range is unknown; expected 8 or 16 bits, or "
+            f"floats in [0, 1]"
         )
     if not (values.min() >= 0 and values.max() <= SIXTEEN):
         raise DataError(f"{shown(path)}: grey values outside 0..{SIXTEEN}")
@@ -121,7 +123,7 @@ def _centre(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def opened(path: str) -> Iterator[Image.Image]:
-    """An image file, decoded in the block; whatever a decoder raises is a DataError."""
+    """Decode an image file in the block; whatever a decoder raises becomes a DataError."""
     with _file(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -135,13 +137,13 @@ def opened(path: str) -> Iterator[Image.Image]:
                 f"{shown(path)}: cannot be read as an image: too many pixels ({error}); resize it "
                 "first, or move it away"
             ) from None
-        except Exception as error:  # decoders of damaged files raise anything
+        except Exception as error:  # decoders raise many types of errors on damaged files
             raise DataError(f"{shown(path)}: cannot be read as an image ({error})") from error
 
 
 @contextmanager
 def _file(path: str) -> Iterator[BufferedReader]:
-    """A regular file, open to be read."""
+    """A regular file, opened for reading."""
     with ExitStack() as stack:
         try:
             file = stack.enter_context(regular_file(Path(path)))
@@ -151,6 +153,6 @@ def _file(path: str) -> Iterator[BufferedReader]:
 
 
 def _formats() -> list[str]:
-    """Those of `FORMATS` that this Pillow has."""
+    """The members of `FORMATS` that this Pillow supports."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
