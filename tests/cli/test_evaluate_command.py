@@ -184,7 +184,7 @@ def test_a_termination_ends_soon_with_its_own_code_and_loses_nothing(
     started.send_signal(signal.SIGTERM)
     _, err = started.communicate()
     assert started.returncode == 5, err
-    assert "same command goes on" in err
+    assert "same command continues" in err
     kept = len(list(pieces.glob("*/*.safetensors")))
     assert kept >= 2
     again = process("evaluate", str(run), *slow, "--json", cwd=tmp_path)

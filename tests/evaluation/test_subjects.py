@@ -263,7 +263,7 @@ def test_a_model_that_hardly_beats_guessing_is_warned_about() -> None:
 def test_a_pass_polls_whether_to_stop() -> None:
     subject = subject_of(Sees(), DATA)
     asked = settings_of(ONLY)
-    with pytest.raises(api.Preempted, match="same command goes on"):
+    with pytest.raises(api.Preempted, match="same command continues"):
         judge(subject, asked, REGISTRY, stop=lambda: True)
     assert isinstance(asked, Settings)
     check_subject(subject.model, DATA.unit(), 3)  # the poll is taken off again

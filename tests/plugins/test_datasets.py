@@ -563,7 +563,7 @@ class TestFolder:
         root = tmp_path / "pictures"
         if make:
             (root / "cat").mkdir(parents=True)
-        with pytest.raises(DataError, match=rf"pictures: .*got {int(make)}; give --data-dir"):
+        with pytest.raises(DataError, match=rf"pictures: .*got {int(make)}; pass --data-dir"):
             Folder(dir=root).load("train")
 
     def test_images_too_small_for_the_networks_are_refused(self, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ class TestSplits:
         self, tmp_path: Path, names: tuple[str, ...]
     ) -> None:
         root = split_folder(tmp_path, ("",), names, n=5)
-        with pytest.raises(DataError, match=r"no class folders.*if one is a class.*rename it"):
+        with pytest.raises(DataError, match=r"no class folders.*if one of them is a class.*rename"):
             Folder(dir=root).load("train")
 
     def test_a_test_split_without_labels_is_refused_with_the_way_out(self, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ class TestSplits:
     def test_classes_that_differ_in_case_are_named(self, tmp_path: Path) -> None:
         split_folder(tmp_path / "a", ("train",), ("Cat", "dog"))
         split_folder(tmp_path / "a", ("test",), ("cat", "dog"))
-        with pytest.raises(DataError, match=r"only train has Cat; only test has cat.*except for case"):
+        with pytest.raises(DataError, match=r"only train has Cat; only test has cat.*except for"):
             Folder(dir=tmp_path / "a").load("train")
         root = split_folder(tmp_path / "b", ("",), ("Cat", "cat", "dog"), n=5)
         with pytest.raises(DataError, match="Cat and cat differ only in case"):
@@ -180,7 +180,7 @@ class TestLeftOut:
     ) -> None:
         image(split_folder(tmp_path) / "train" / "cat" / name)
         assert counts(tmp_path) == {"train": 4, "test": 4}
-        assert "left out: hidden 1" in said(caplog, _moved(tmp_path))
+        assert "ignored: hidden 1" in said(caplog, _moved(tmp_path))
 
     def test_all_that_is_left_out_is_counted_by_why(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -273,7 +273,7 @@ class TestLinks:
             os.link(first, second)
         else:
             second.symlink_to(first)
-        with pytest.raises(DataError, match=r"are the same file, in two classes or splits") as error:
+        with pytest.raises(DataError, match="are the same file, in two classes or") as error:
             Folder(dir=tmp_path).load("train")
         assert str(first) in str(error.value)
         assert str(second) in str(error.value)
@@ -281,7 +281,7 @@ class TestLinks:
     def test_a_split_that_is_another_one_is_refused(self, tmp_path: Path) -> None:
         split_folder(tmp_path, ("train",))
         (tmp_path / "test").symlink_to("train")
-        with pytest.raises(DataError, match="one file, in two"):
+        with pytest.raises(DataError, match="are the same file, in two"):
             Folder(dir=tmp_path).load("train")
 
     def test_a_web_of_links_is_walked_once(self, tmp_path: Path) -> None:
@@ -420,6 +420,6 @@ def test_a_command_shows_what_it_found(tmp_path: Path) -> None:
                str(root), "--backbone", "classifier", "--objective", "ce", "--network", "mlp",
                "--dry-run", "--out", str(tmp_path / "run")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stderr.count("60 images to train on, 60 to test; left out: hidden 1") == 1
+    assert done.stderr.count("60 images to train on, 60 to test; ignored: hidden 1") == 1
     assert not (tmp_path / "run").exists()
     assert torch.is_tensor(Folder(dir=root).load("train").x)

@@ -74,7 +74,7 @@ def test_a_file_larger_than_any_of_its_kind_is_not_read(tmp_path: Path) -> None:
     for name in ("x.json", "x.toml"):
         with (tmp_path / name).open("wb") as file:
             file.truncate(2**40)
-        with pytest.raises(DataError, match=r"1,099,511,627,776 bytes; wanted .* at most"):
+        with pytest.raises(DataError, match=r"1,099,511,627,776 bytes; expected .* at most"):
             read_layer(tmp_path / name)
     with pytest.raises(DataError, match="at most"):
         read_json(tmp_path / "x.json")
