@@ -87,7 +87,7 @@ def main(run: Path, n: int | None, rounds: int) -> None:
         keep("autoattack", found)
     else:
         print(json.dumps(found, indent=1))
-    print(f"jemkit takes {found['ratio']:.3f} of pyautoattack's time; wanted at most {TARGET}")
+    print(f"jemkit takes {found['ratio']:.3f} of pyautoattack's time; expected at most {TARGET}")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def checked(images: Images, n_classes: int, source: str) -> Images:
     try:
         x, y = (torch.as_tensor(part) for part in images)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"{source}: wanted images and labels as tensors ({error})") from None
+        raise DataError(f"{source}: expected images and labels as tensors ({error})") from None
     _check_shape(x, len(y) if y.ndim else 1, source)
     y = class_indices(y, n_classes, source)
     return Images(_floats(x, source) if x.is_floating_point() else _bytes(x, source), y)
@@ -114,7 +114,7 @@ def checked(images: Images, n_classes: int, source: str) -> Images:
 
 def _check_shape(x: Tensor, n_labels: int, source: str) -> None:
     if x.layout != torch.strided:
-        raise DataError(f"{source}: wanted dense images, got {x.layout}: x.to_dense()")
+        raise DataError(f"{source}: expected dense images, got {x.layout}: x.to_dense()")
     if x.is_meta:
         raise DataError(f"{source}: the images are on the device meta, and so have no pixels")
     if x.ndim != 4 or len(x) != n_labels or not len(x):
@@ -123,14 +123,14 @@ def _check_shape(x: Tensor, n_labels: int, source: str) -> None:
             3: "; grey images want x.unsqueeze(1)",
         }.get(x.ndim, "")
         raise DataError(
-            f"{source}: wanted images [N, C, H, W] with one label each, "
+            f"{source}: expected images [N, C, H, W] with one label each, "
             f"got images {list(x.shape)} and {n_labels} labels{hint}"
         )
     if x.shape[1] not in (1, 3) or x.shape[2] != x.shape[3]:
         last = x.shape[3] in (1, 3) and x.shape[1] == x.shape[2]
         hint = "; the channels come last: x.permute(0, 3, 1, 2) puts them first" if last else ""
         raise DataError(
-            f"{source}: wanted square images of 1 or 3 channels, got {list(x.shape[1:])}{hint}"
+            f"{source}: expected square images of 1 or 3 channels, got {list(x.shape[1:])}{hint}"
         )
     if not SIZES[0] <= x.shape[2] <= SIZES[1]:
         raise DataError(
@@ -142,7 +142,7 @@ def _check_shape(x: Tensor, n_labels: int, source: str) -> None:
 def _bytes(x: Tensor, source: str) -> Tensor:
     """Pixels in 0..255; those of any type of whole numbers are taken, where they lie there."""
     if x.is_complex():
-        raise DataError(f"{source}: pixels of type {x.dtype}; wanted uint8 or floats in [0, 1]")
+        raise DataError(f"{source}: pixels of type {x.dtype}; expected uint8 or floats in [0, 1]")
     if x.dtype == torch.bool:
         return x.float()
     if x.dtype != torch.uint8:
@@ -150,7 +150,7 @@ def _bytes(x: Tensor, source: str) -> Tensor:
         if wide.min() < 0 or wide.max() > 255:
             raise DataError(
                 f"{source}: {x.dtype} pixels run from {int(wide.min())} to {int(wide.max())}; "
-                "wanted 0..255, or floats in [0, 1]"
+                "expected 0..255, or floats in [0, 1]"
             )
         x = wide.to(torch.uint8)
     if x.max() == 1:
@@ -178,7 +178,7 @@ def _floats(x: Tensor, source: str) -> Tensor:
         elif low >= -1 and high <= 1:
             hint = ": (x + 1) / 2, if black is -1"
         raise DataError(
-            f"{source}: float pixels run from {low:.3g} to {high:.3g}; wanted [0, 1]{hint}"
+            f"{source}: float pixels run from {low:.3g} to {high:.3g}; expected [0, 1]{hint}"
         )
     return x
 

@@ -4,7 +4,7 @@ import errno
 
 
 class JemkitError(Exception):
-    """What came, what was wanted and what to do, in one message; no traceback is shown for it."""
+    """What came, what was expected and what to do, in one message; no traceback is shown for it."""
 
     exit_code = 1
 
@@ -52,7 +52,7 @@ class OutOfMemory(JemkitError):
 
 
 class DataError(JemkitError, ValueError):
-    """A file or folder that is missing, damaged or not what is wanted there."""
+    """A file or folder that is missing, damaged or not what is expected there."""
 
     exit_code = 6
 

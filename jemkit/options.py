@@ -146,7 +146,7 @@ class PartOf:
         if not _serves(value, source):
             came = type(value).__name__
             raise PydanticCustomError(
-                "part", "wanted a {kind}, got {came}", {"kind": self.kind, "came": came}
+                "part", "expected a {kind}, got {came}", {"kind": self.kind, "came": came}
             )
         return value
 

@@ -80,7 +80,9 @@ def _block(content: bytes, source: Path) -> tuple[int, int]:
         if size and size % IMAGE == 0 and at + 5 + size <= len(content):
             return at + 5, size // IMAGE
         at = content.find(BLOCK, at + 1)
-    raise ValueError(f"{source} holds no block of 32 x 32 images; wanted is a CIFAR-10 batch file")
+    raise ValueError(
+        f"{source} holds no block of 32 x 32 images; expected is a CIFAR-10 batch file"
+    )
 
 
 def _grid(block: NDArray[np.uint8]) -> Image.Image:

@@ -106,7 +106,7 @@ def recipe(given: Given, data: list[str]) -> list[str]:
 
 
 def judgements(given: Given, run: Path, *, generates: bool) -> dict[str, list[str]]:
-    """The commands that judge the best epoch; the most wanted figures first."""
+    """The commands that judge the best epoch; the most expected figures first."""
     evaluate = ["evaluate", str(run), "--device", given.device]
     few = "50" if given.toy else "1000"
     everything = ["--max-images", few] if given.toy else []

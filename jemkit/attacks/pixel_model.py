@@ -101,14 +101,14 @@ def check_unit(pixels: Tensor) -> None:
     if pixels.dtype == torch.uint8 or not pixels.numel() or pixels.is_meta:
         return
     if not pixels.is_floating_point():
-        raise DataError(f"images of {pixels.dtype}: wanted floats in [0, 1], or uint8 in 0..255")
+        raise DataError(f"images of {pixels.dtype}: expected floats in [0, 1], or uint8 in 0..255")
     try:
         high = float(pixels.detach().max())
     except RuntimeError:  # inside torch.func.vmap nobody knows
         return
     if high > FAR:
         raise DataError(
-            f"images with values up to {high:g}: wanted floats in [0, 1], or uint8 in 0..255; "
+            f"images with values up to {high:g}: expected floats in [0, 1], or uint8 in 0..255; "
             "divide pixels of 0..255 by 255"
         )
 
@@ -133,7 +133,7 @@ class AdaptedModel(EnergyModel):
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise MisfitError(
-                f"the model gives {came} for {len(x)} images; wanted a tensor of logits, "
+                f"the model gives {came} for {len(x)} images; expected a tensor of logits, "
                 f"[{len(x)}, classes]"
             )
         return self.scores(logits)
@@ -201,7 +201,7 @@ def check_subject(subject: PixelModel, pixels: Tensor, n_classes: int) -> None:
     if logits.shape != (len(pixels), n_classes):
         raise MisfitError(
             f"the model gives {list(logits.shape)} for {len(pixels)} images of {n_classes} "
-            f"classes; wanted logits [{len(pixels)}, {n_classes}]"
+            f"classes; expected logits [{len(pixels)}, {n_classes}]"
         )
     if not logits.isfinite().all():
         raise DataError("the model's logits hold NaN or inf on clean images: it has diverged")

@@ -72,7 +72,9 @@ def options_of(overrides: Iterable[str]) -> dict[str, dict[str, Any]]:
     for layer in override_layers(overrides):
         for name, options in layer.table.items():
             if not isinstance(options, dict):
-                raise ConfigError(f"{layer.origin}: wanted NAME.OPTION=VALUE, such as pgd.steps=50")
+                raise ConfigError(
+                    f"{layer.origin}: expected NAME.OPTION=VALUE, such as pgd.steps=50"
+                )
             found[name] = {**found.get(name, {}), **options}
     return found
 

@@ -140,7 +140,7 @@ def _retained(new: Table, origin: str) -> list[str]:
     names = new.get(RETAIN, [])
     if not isinstance(names, list) or "use" in names or not all(isinstance(n, str) for n in names):
         raise ConfigError(
-            f"{RETAIN} = {names!r}: wanted a list of options of the part before{spoken(origin)}"
+            f"{RETAIN} = {names!r}: expected a list of options of the part before{spoken(origin)}"
         )
     return names
 
@@ -206,14 +206,14 @@ def read_layer(source: Path | Mapping[str, Any]) -> Table:
         text = read_text(source, JSON_LIMIT if is_json else TOML_LIMIT)
         table = not_too_deep(json.loads(text) if is_json else tomllib.loads(text))
     except FileNotFoundError:
-        raise DataError(f"{source} is missing; wanted a recipe, .toml or .json") from None
+        raise DataError(f"{source} is missing; expected a recipe, .toml or .json") from None
     except DataError:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{source} cannot be read as a recipe: {error}") from None
     found = table.get("recipe", table) if isinstance(table, dict) else table
     if not isinstance(found, dict):
-        raise DataError(f"{source} holds no table; wanted those of a recipe")
+        raise DataError(f"{source} holds no table; expected those of a recipe")
     if found is not table and (beside := [n for n in table if _is_table_of_recipe(n, table[n])]):
         raise DataError(
             f"{source}: [{'], ['.join(beside)}] stands beside the table `recipe`, where nothing "
@@ -303,7 +303,7 @@ def _override(text: str) -> Table:
     """`a.b=VALUE`; VALUE is TOML, or else a plain string."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"--set {text}: wanted KEY=VALUE, such as optimizer.lr=0.01")
+        raise ConfigError(f"--set {text}: expected KEY=VALUE, such as optimizer.lr=0.01")
     try:
         try:
             found = tomllib.loads(f"{key} = {value}")

@@ -266,7 +266,7 @@ def _check_tables(layer: Layer) -> None:
                 f"There are: {tables}"
             )
         if not isinstance(table, dict):
-            raise ConfigError(f"{layer.origin}: {name} = {table!r}; wanted a table [{name}]")
+            raise ConfigError(f"{layer.origin}: {name} = {table!r}; expected a table [{name}]")
 
 
 def schema(registry: Registry) -> Table:

@@ -203,7 +203,7 @@ def _given(manager: pluggy.PluginManager, hook: str, what: str) -> dict[Any, Any
     for hooked in getattr(manager.hook, hook).get_hookimpls():
         mapping = hooked.function()
         if not isinstance(mapping, Mapping):
-            raise TypeError(f"{hook} gave {mapping!r}; wanted a mapping of names to {what}")
+            raise TypeError(f"{hook} gave {mapping!r}; expected a mapping of names to {what}")
         found |= mapping
     return found
 
@@ -215,17 +215,17 @@ LAYERS = ("data", "backbone", "objective", "run", "preset")
 def _check_layer(key: Any, layer: Any) -> None:
     if not isinstance(key, str) or key.partition("/")[0] not in LAYERS or not key.partition("/")[2]:
         wanted = ", ".join(f"{name}/..." for name in LAYERS)
-        raise TypeError(f"a recipe layer belongs to {key!r}; wanted one of {wanted}")
+        raise TypeError(f"a recipe layer belongs to {key!r}; expected one of {wanted}")
     if isinstance(layer, Path):
         if not layer.is_file():
             raise TypeError(f"the recipe layer {key!r} is the file {layer}, which is missing")
         return
     if not isinstance(layer, Mapping):
-        raise TypeError(f"the recipe layer {key!r} is {layer!r}; wanted a table or a Path")
+        raise TypeError(f"the recipe layer {key!r} is {layer!r}; expected a table or a Path")
     for name, table in layer.items():
         if not isinstance(name, str) or not isinstance(table, Mapping):
             raise TypeError(
-                f"the recipe layer {key!r} has {name!r} = {table!r}; wanted tables, such as "
+                f"the recipe layer {key!r} has {name!r} = {table!r}; expected tables, such as "
                 "{'run': {'epochs': 10}}"
             )
     try:
@@ -251,7 +251,7 @@ def _check_part(kind: str, name: str, part: Any) -> None:
     if not word:
         raise TypeError(f"the {kind} name {name!r} is not one lower-case word")
     if not isinstance(part, type):
-        raise TypeError(f"the {kind} {name!r} is {part!r}; wanted a class")
+        raise TypeError(f"the {kind} {name!r} is {part!r}; expected a class")
     missing = [need for need in NEEDS[kind] if not _has(part, need)]
     if kind == "objective" and not ({"draw", "loss"} <= set(dir(part)) or hasattr(part, "build")):
         missing.append("draw and loss, or build")

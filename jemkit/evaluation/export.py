@@ -72,7 +72,7 @@ def export(
     """
     _check_run(run)
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,40}", license):
-        raise ConfigError(f"license {license!r}: wanted an identifier such as mit or cc-by-4.0")
+        raise ConfigError(f"license {license!r}: expected an identifier such as mit or cc-by-4.0")
     source = run_folder(run)
     saved = chosen(source, which)
     folder = source.path / "export" if out is None else out
@@ -106,7 +106,7 @@ def _check_run(run: Path) -> None:
     if (run / checkpoint.MANIFEST).exists():
         raise DataError(f"{run} is a checkpoint; give its run, {run.resolve().parents[1]}")
     if (run / WEIGHTS).exists() and not (run / "checkpoints").exists():
-        raise DataError(f"{run} is an exported model already; wanted a run of `jemkit train`")
+        raise DataError(f"{run} is an exported model already; expected a run of `jemkit train`")
 
 
 def _record_of(run: Path, sha: str, config: Mapping[str, Any]) -> tuple[Record | None, str]:

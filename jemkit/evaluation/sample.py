@@ -124,9 +124,9 @@ def asked(
 ) -> SampleRequest:
     """What `sample` draws; whatever cannot be drawn is refused here."""
     if n < 1:
-        raise UsageError(f"{n} images: wanted 1 or more")
+        raise UsageError(f"{n} images: expected 1 or more")
     if steps is not None and steps < 0:
-        raise UsageError(f"chains of {steps} steps: wanted 0 or more")
+        raise UsageError(f"chains of {steps} steps: expected 0 or more")
     if source == "buffer" and (steps is not None or start is not None):
         raise ConfigError("steps and start belong to fresh chains; a buffer's states are kept")
     on = device_of(device)
@@ -223,7 +223,7 @@ def _label(text: str, run: SampleSource) -> int:
     if text in run.classes:
         return run.classes.index(text)
     names = f", a class name{nearest(text, run.classes)}" if run.classes else ""
-    raise ConfigError(f"class {text!r}: wanted a number of 0..{last}{names}, or all")
+    raise ConfigError(f"class {text!r}: expected a number of 0..{last}{names}, or all")
 
 
 def _kept(run: SampleSource, asked: SampleRequest) -> Tensor:

@@ -106,7 +106,7 @@ def subject_of(
     if not test.y.numel():
         raise DataError("there are no images to judge the model on")
     if n_classes is not None and n_classes < 2:
-        raise ConfigError(f"n_classes = {n_classes}: wanted 2 or more, or leave it out")
+        raise ConfigError(f"n_classes = {n_classes}: expected 2 or more, or leave it out")
     known = n_classes or (dataset.n_classes if isinstance(dataset, Dataset) else None)
     test = checked(test, known or count_classes(test.y), "the test images")
     identity, plain = identity_of(module), pixel_model(module)
@@ -150,7 +150,7 @@ def _images(given: Any) -> Images:
         x, y = _tensor(x), _tensor(y)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"wanted a data set, or images [N, C, H, W] with labels [N]; got "
+            f"expected a data set, or images [N, C, H, W] with labels [N]; got "
             f"{type(given).__name__} ({str(error).splitlines()[0]})"
         ) from None
     return Images(x, y)
@@ -252,7 +252,7 @@ def _weights(
 ) -> EvalTarget:
     if path.suffix != ".safetensors":
         raise DataError(
-            f"{path}: wanted a run, a checkpoint folder, an exported model or a .safetensors file"
+            f"{path}: expected a run, a checkpoint folder, an exported model or a .safetensors file"
         )
     if network is None:
         raise ConfigError(

@@ -227,7 +227,7 @@ def check_bound(x: Tensor, x_adv: Tensor, threat: Threat, name: str) -> dict[str
     """The largest perturbation per norm, in 1/255; a MisfitError where the ball is left."""
     if x_adv.shape != x.shape:
         raise MisfitError(
-            f"the attack {name} gives images {list(x_adv.shape)} for {list(x.shape)}; wanted one "
+            f"the attack {name} gives images {list(x_adv.shape)} for {list(x.shape)}; expected one "
             "for each"
         )
     delta = (x_adv - x).flatten(1)
@@ -246,7 +246,7 @@ def check_bound(x: Tensor, x_adv: Tensor, threat: Threat, name: str) -> dict[str
     if not (x_adv.min() >= 0 and x_adv.max() <= 1):
         raise MisfitError(
             f"the attack {name} gives pixels from {float(x_adv.min()):.4g} to "
-            f"{float(x_adv.max()):.4g}; wanted [0, 1]"
+            f"{float(x_adv.max()):.4g}; expected [0, 1]"
         )
     return {norm: round(size * 255, 6) for norm, size in sizes.items()}
 

@@ -77,9 +77,7 @@ class Context:
     def poll(self) -> None:
         """Raise Preempted where a stop was asked for."""
         if self.stop():
-            raise Preempted(
-                "stopped; finished batches are saved, and the same command continues"
-            )
+            raise Preempted("stopped; finished batches are saved, and the same command continues")
 
     def ledger(self, about: dict[str, Any]) -> ResultCache:
         """Where work that depends on `about` is kept piece by piece."""

@@ -199,7 +199,7 @@ class Adapted(Network):
 
 
 def check_features(network: Network, shape: Shape) -> None:
-    """Pass two images of this shape, in train and in eval mode: wanted are features [2, width].
+    """Pass two images of this shape, in train and in eval mode: expected are features [2, width].
 
     Nothing is computed, drawn or learnt: weights and images stand on the meta device.
     """
@@ -211,4 +211,6 @@ def check_features(network: Network, shape: Shape) -> None:
             features = functional_call(network, bare, (x,))
         came = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
         if came != [2, network.width]:
-            raise MisfitError(f"it gives {came} for 2 images; wanted features [2, {network.width}]")
+            raise MisfitError(
+                f"it gives {came} for 2 images; expected features [2, {network.width}]"
+            )

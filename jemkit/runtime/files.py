@@ -223,7 +223,7 @@ def check_header(path: Path, most: int = MOST_BYTES) -> None:
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
-            raise DataError(f"{path} has {size:,} bytes; wanted {most:,} at most")
+            raise DataError(f"{path} has {size:,} bytes; expected {most:,} at most")
         (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
         if not 2 <= length <= min(size - 8, MOST_HEADER):
             raise ValueError(f"its header claims {length:,} bytes of {size:,}")
@@ -246,7 +246,7 @@ def load_arrays(path: Path, most: int = MOST_BYTES) -> dict[str, Tensor]:
             entries = archive.infolist()
             whole = sum(entry.file_size for entry in entries)
             if max(whole, os.fstat(file.fileno()).st_size) > most:
-                raise DataError(f"{path} unfolds to {whole:,} bytes; wanted {most:,} at most")
+                raise DataError(f"{path} unfolds to {whole:,} bytes; expected {most:,} at most")
             for entry in entries:
                 _check_array(archive, entry)
         with np.load(io.BytesIO(read_file(path, most)), allow_pickle=False) as arrays:

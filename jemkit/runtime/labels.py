@@ -11,13 +11,13 @@ MOST = 2**31
 def class_indices(y: Tensor, n_classes: int, source: str) -> Tensor:
     """Labels [N] int64 in 0..n_classes - 1, or a DataError that says what of them cannot be."""
     if y.is_complex():
-        raise DataError(f"{source}: labels of type {y.dtype}; wanted whole numbers")
+        raise DataError(f"{source}: labels of type {y.dtype}; expected whole numbers")
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     elif y.ndim == 2:
         y = _from_one_hot(y, n_classes, source)
     if y.ndim != 1:
-        raise DataError(f"{source}: labels of shape {list(y.shape)}; wanted [N], one an image")
+        raise DataError(f"{source}: labels of shape {list(y.shape)}; expected [N], one an image")
     if y.is_floating_point():
         _check_whole(y, source)
     indices = (y.double().clamp(-MOST, MOST) if y.is_floating_point() else y).detach().long()
@@ -37,7 +37,7 @@ def count_classes(y: Tensor) -> int:
 def _from_one_hot(y: Tensor, n_classes: int, source: str) -> Tensor:
     if y.shape[1] != n_classes:
         raise DataError(
-            f"{source}: labels of shape {list(y.shape)}; wanted [N], or one-hot rows "
+            f"{source}: labels of shape {list(y.shape)}; expected [N], or one-hot rows "
             f"[N, {n_classes}] of {n_classes} classes"
         )
     rows = y.double()
@@ -46,7 +46,7 @@ def _from_one_hot(y: Tensor, n_classes: int, source: str) -> Tensor:
         first = int(wrong.nonzero()[0])
         raise DataError(
             f"{source}: row {first} of the labels {list(y.shape)} is not one-hot; soft labels, and "
-            "several labels an image, have no meaning here: wanted one class each, such as "
+            "several labels an image, have no meaning here: expected one class each, such as "
             "y.argmax(dim=1)"
         )
     return rows.argmax(dim=1)
@@ -60,7 +60,7 @@ def _check_whole(y: Tensor, source: str) -> None:
         first = int(wrong.nonzero()[0])
         raise DataError(
             f"{source}: the label of image {first} is {float(values[first]):.6g}, no whole number; "
-            "wanted the index of a class"
+            "expected the index of a class"
         )
 
 

@@ -169,7 +169,7 @@ class ContrastiveDensity:
         if not isinstance(states, Tensor):
             raise MisfitError(f"a buffer's states are a tensor, not a {type(states).__name__}")
         if type(drawn) is not int or drawn < 0:
-            raise MisfitError(f"a buffer that {drawn!r} chains were begun from; wanted a count")
+            raise MisfitError(f"a buffer that {drawn!r} chains were begun from; expected a count")
         self.buffer.load(states)
         self.buffer.drawn = drawn
 

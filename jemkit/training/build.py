@@ -225,7 +225,7 @@ def load_model(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Weights into a model, every name and shape of both accounted for."""
     wanted = model.state_dict()
     wrong = [
-        f"{name}: {list(weights[name].shape)}, wanted {list(t.shape)}"
+        f"{name}: {list(weights[name].shape)}, expected {list(t.shape)}"
         for name, t in wanted.items()
         if name in weights and weights[name].shape != t.shape
     ]

@@ -187,7 +187,7 @@ def _check_optimizer(found: OptimizerState, trainer: Resumable) -> None:
         if index >= len(params):
             raise _wrong(where, f"there are {len(params)} parameters")
         if tensors and names is not None and set(tensors) != names:
-            raise _wrong(where, f"it holds {sorted(tensors)}, wanted {sorted(names)}")
+            raise _wrong(where, f"it holds {sorted(tensors)}, expected {sorted(names)}")
         for name, tensor in tensors.items():
             if name == "step":
                 _same_kind(f"{where}/step", tensor, torch.zeros((), dtype=torch.float32))
@@ -207,7 +207,7 @@ def _check_position(found: Position, trainer: Resumable) -> None:
     _same_kind("loader/rng", found.rng, loader.rng.get_state())
     n = len(loader.images.y) if found.step else 0
     if found.order.dtype != torch.int64 or found.order.shape != (n,):
-        raise _wrong("loader/order", f"it is {_looks(found.order)}, wanted {n} whole numbers")
+        raise _wrong("loader/order", f"it is {_looks(found.order)}, expected {n} whole numbers")
     if not torch.equal(found.order.cpu().sort().values, torch.arange(n)):
         raise _wrong("loader/order", f"it is no order of {n} images")
 
@@ -271,7 +271,7 @@ def _same_tensors(where: str, found: Tensors, wanted: Mapping[str, Tensor]) -> N
 
 def _same_kind(where: str, found: Tensor, wanted: Tensor) -> None:
     if found.dtype != wanted.dtype or found.shape != wanted.shape:
-        raise _wrong(where, f"it is {_looks(found)}, wanted {_looks(wanted)}")
+        raise _wrong(where, f"it is {_looks(found)}, expected {_looks(wanted)}")
 
 
 def _looks(t: Tensor) -> str:

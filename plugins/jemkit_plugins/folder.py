@@ -96,9 +96,9 @@ def _parts(found: Listing) -> dict[Literal["train", "valid", "test"], list[Sampl
     label, fewest = Counter(label for _, label in samples).most_common()[-1]
     if fewest < 5:
         raise DataError(
-            f"{shown(found.layout.root)}: {shown(classes[label])} has {fewest} images, wanted 5 of "
-            "each class to set a fifth apart for testing; add images, or sort them into train and "
-            "test folders"
+            f"{shown(found.layout.root)}: {shown(classes[label])} has {fewest} images, expected 5 "
+            "or more of each class to hold out a fifth for testing; add images, or sort them into "
+            "train and test folders"
         )
     parts = stratified_parts(torch.tensor([label for _, label in samples]), test_size=0.2)
     return {

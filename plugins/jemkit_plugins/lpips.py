@@ -96,10 +96,10 @@ def network(spec: LPIPS, device: torch.device, dtype: torch.dtype) -> Perceptual
 def _fits(x: Tensor) -> None:
     channels, height, width = x.shape[1:]
     if channels not in (1, 3):
-        raise MisfitError(f"lpips wanted grey or colour images, got {channels} channels")
+        raise MisfitError(f"lpips needs grey or colour images, got {channels} channels")
     if min(height, width) < LPIPS.min_size:
         raise MisfitError(
-            f"lpips wanted images of at least {LPIPS.min_size} px, got {height} x {width}; "
+            f"lpips needs images of at least {LPIPS.min_size} px, got {height} x {width}; "
             "use the distance `none`, `l2` or `logits`"
         )
 
@@ -131,7 +131,7 @@ def _trunk_weights(spec: LPIPS) -> tuple[str, dict[str, Tensor]]:
     if spec.weights is not None:
         path = spec.weights.expanduser()
         if not path.is_file():
-            raise DataError(f"{path}: missing; wanted the weights of LPIPS's {spec.net} trunk")
+            raise DataError(f"{path}: missing; expected the weights of LPIPS's {spec.net} trunk")
         return str(path), _read(path)
     enum = getattr(torchvision().models, TRUNKS[spec.net]).IMAGENET1K_V1
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(enum.url).name
@@ -164,12 +164,12 @@ def _read(path: Path) -> dict[str, Tensor]:
                 return _state_dict(loaded(read_file(path, MOST)))
     except (DataError, OSError, ValueError, TypeError) as error:
         raise DataError(f"{path}: cannot be read as weights ({error})") from error
-    raise DataError(f"{path}: wanted a .pth, .safetensors or .npz file of weights")
+    raise DataError(f"{path}: expected a .pth, .safetensors or .npz file of weights")
 
 
 def _state_dict(loaded: Any) -> dict[str, Tensor]:
     if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise TypeError(f"wanted a dictionary of tensors, got {type(loaded).__name__}")
+        raise TypeError(f"expected a dictionary of tensors, got {type(loaded).__name__}")
     return dict(loaded)
 
 
@@ -179,7 +179,7 @@ def _fill(package: nn.Module, spec: LPIPS, weights: dict[str, Tensor], source: s
     if not any(name.startswith("lin") for name in weights):
         slots = {name: slot for name, slot in slots.items() if not name.startswith("lin")}
     given = {name: w for name, w in weights.items() if not name.startswith("classifier.")}
-    wanted = f"wanted torchvision's names for the {spec.net} trunk"
+    wanted = f"expected torchvision's names for the {spec.net} trunk"
     if missing := [name for name in slots if name not in given]:
         raise DataError(f"{source}: {wanted}, missing {_some(missing)}")
     if unknown := [name for name in given if name not in slots]:
@@ -187,7 +187,7 @@ def _fill(package: nn.Module, spec: LPIPS, weights: dict[str, Tensor], source: s
     for name, slot in slots.items():
         if given[name].shape != slot.shape:
             came, shape = list(given[name].shape), list(slot.shape)
-            raise DataError(f"{source}: {name} is {came}, the {spec.net} trunk wanted {shape}")
+            raise DataError(f"{source}: {name} is {came}, the {spec.net} trunk expects {shape}")
         if not given[name].isfinite().all():
             raise DataError(f"{source}: {name} holds NaN or inf")
         with torch.no_grad():

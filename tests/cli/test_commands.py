@@ -207,7 +207,7 @@ class TestRefusals:
             ("--set=backbone.stps=5", "backbone.stps: no such option (did you mean 'steps'?)"),
             ("--set=backbon.steps=5", "unknown table [backbon] (did you mean 'backbone'?)"),
             ("--set=run.epochs=x", "run.epochs: Input should be a valid integer"),
-            ("--set=epochs", "wanted KEY=VALUE"),
+            ("--set=epochs", "expected KEY=VALUE"),
             ("--epochs=0", "run.epochs: Input should be greater than or equal to 1; got 0"),
             ("--data-dir=x", "data.dir: no such option"),
             ("--preset=papper", "did you mean 'paper'?"),
@@ -366,13 +366,13 @@ class TestSample:
 
     def test_what_cannot_be_sampled_is_refused(self, trained: tuple[Path, Outcome]) -> None:
         run = str(trained[0] / "runs" / "latest")
-        assert "'10': wanted a number of 0..9" in one_line(jemkit("sample", run, "--class=10"), 3)
-        assert "'x': wanted a number" in one_line(jemkit("sample", run, "--class=x"), 3)
+        assert "'10': expected a number of 0..9" in one_line(jemkit("sample", run, "--class=10"), 3)
+        assert "'x': expected a number" in one_line(jemkit("sample", run, "--class=x"), 3)
         for label in ("\u00b2", "9" * 5000):  # a digit that is no number, a number without end
             done = jemkit("sample", run, f"--class={label}")
-            assert "wanted a number" in one_line(done, 3)
-        assert "0 images: wanted 1 or more" in one_line(jemkit("sample", run, "--n=0"), 2)
-        assert "-1 steps: wanted 0 or more" in one_line(jemkit("sample", run, "--steps=-1"), 2)
+            assert "expected a number" in one_line(done, 3)
+        assert "0 images: expected 1 or more" in one_line(jemkit("sample", run, "--n=0"), 2)
+        assert "-1 steps: expected 0 or more" in one_line(jemkit("sample", run, "--steps=-1"), 2)
         unknown = jemkit("sample", run, "--start=unifrm")
         assert "did you mean 'uniform'?" in one_line(unknown, 3)
         assert jemkit("train", *CLASSIFIER, "--out=plain", "--json").code == 0

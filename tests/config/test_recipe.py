@@ -197,9 +197,9 @@ class TestMistakes:
             ("optimizer.use=adm", r"no optimizer 'adm' \(did you mean 'adam'\?\)"),
             ("objective={w1=0, w2=0, w3=0, w_clean=0}", r"objective: .*nothing to learn"),
             ("rnu.epochs=1", r"--set rnu.epochs=1: unknown table \[rnu\] \(did you mean 'run'\?\)"),
-            ("run=5", r"wanted a table \[run\]"),
-            ("run.epochs", r"wanted KEY=VALUE"),
-            ("=5", r"wanted KEY=VALUE"),
+            ("run=5", r"expected a table \[run\]"),
+            ("run.epochs", r"expected KEY=VALUE"),
+            ("=5", r"expected KEY=VALUE"),
             ("run..epochs=5", r"is not KEY=VALUE"),
             ("run.epochs=true", r"run.epochs: Input should be a number, not true or false"),
             ("schedule.at=[true]", r"schedule.at: Input should be a number, not true or false"),
@@ -273,7 +273,7 @@ class TestMistakes:
 
     def test_a_recipe_whose_table_is_none_is_a_mistake_in_it(self, tmp_path: Path) -> None:
         (tmp_path / "a.toml").write_text("data = 'digits'")
-        with pytest.raises(ConfigError, match=r"a.toml.*wanted a table \[data\]"):
+        with pytest.raises(ConfigError, match=r"a.toml.*expected a table \[data\]"):
             resolve(INSTALLED, config=tmp_path / "a.toml")
 
     def test_a_file_that_is_missing_is_named(self, tmp_path: Path) -> None:
@@ -351,9 +351,9 @@ class TestWhatASwapLeavesBehind:
         ("names", "message"),
         [
             (["weight_decya"], r"names 'weight_decya', which is no option.*did you mean 'weight_d"),
-            ([["lr"]], "wanted a list of options"),
-            ([1], "wanted a list of options"),
-            ("lr", "wanted a list of options"),
+            ([["lr"]], "expected a list of options"),
+            ([1], "expected a list of options"),
+            ("lr", "expected a list of options"),
         ],
     )
     def test_what_cannot_be_retained_is_named(self, names: Any, message: str) -> None:

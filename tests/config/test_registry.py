@@ -114,8 +114,8 @@ WRONG = {
     Misspelt: "jemkit_sampler is no hook of jemkit (did you mean 'jemkit_samplers'?)",
     Unmarked: "jemkit_samplers lacks its mark; write @hookimpl above it",
     Unlike: "the sampler 'bad' (Flat) lacks step, needs_stem",
-    AnInstance: "wanted a class",
-    AList: "wanted a mapping of names to classes",
+    AnInstance: "expected a class",
+    AList: "expected a mapping of names to classes",
     ALoudName: "the sampler name 'Still-Life' is not one lower-case word",
     WithoutOptions: "lacks options",
 }

@@ -73,7 +73,7 @@ def test_options_of_attacks_and_evaluators_are_named_with_their_part() -> None:
     assert found == {"pgd": {"steps": 7, "restarts": 2}, "robustness": {"indicators": False}}
     attacks = attacks_of(settings_of({"attacks": ("pgd",), "options": found}), REGISTRY)
     assert attacks["pgd"].label == "pgd7x2"
-    with pytest.raises(ConfigError, match="wanted NAME"):
+    with pytest.raises(ConfigError, match="expected NAME"):
         options_of(["steps=7"])
 
 

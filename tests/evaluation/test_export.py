@@ -437,7 +437,7 @@ def test_a_class_is_sampled_by_its_name_where_the_run_knows_any(
         assert torch.equal(named.pixels, numbered.pixels)
         assert named.y is not None
         assert named.y.tolist() == [1, 1, 0, 0]
-        with pytest.raises(ConfigError, match=r"'cot': wanted .* name \(did you mean 'cat'\?\)"):
+        with pytest.raises(ConfigError, match=r"'cot': expected .* name \(did you mean 'cat'\?\)"):
             sample(path, registry=parts, n=4, steps=1, classes=["cot"])
 
 
@@ -462,9 +462,9 @@ def test_images_of_bytes_as_floats_are_refused_by_a_loaded_model_and_not_while_i
     x = images.unit()
     with torch.no_grad():
         for wrong in (255 * x, (255 * x).half(), (255 * x).long()):
-            with pytest.raises(DataError, match=r"wanted floats in \[0, 1\], or uint8 in 0..255"):
+            with pytest.raises(DataError, match=r"expected floats in \[0, 1\], or uint8 in 0..255"):
                 model(wrong)
-            with pytest.raises(DataError, match="wanted floats in"):
+            with pytest.raises(DataError, match="expected floats in"):
                 model.scores(wrong)
         whole = (255 * x).round().to(torch.uint8)
         assert torch.allclose(model(whole), model(whole.float() / 255))

@@ -153,7 +153,7 @@ def test_a_model_that_gives_no_logits_is_refused(
 
 
 @pytest.mark.parametrize(("x", "y", "message"), [
-    (torch.full((3, 1, 8, 8), 1.5), [0, 1, 2], r"from 1.5 to 1.5; wanted \[0, 1\]"),
+    (torch.full((3, 1, 8, 8), 1.5), [0, 1, 2], r"from 1.5 to 1.5; expected \[0, 1\]"),
     (torch.rand(3, 1, 8, 8), [0, 1, 3], "label 3 is outside"),
     (torch.rand(3, 1, 8, 8), [1, 2, 3], "label 3 is outside 0..2; .*begin at 1: subtract 1"),
     (torch.rand(3, 1, 8, 8), [-1, 0, 1], "label -1 is outside"),
@@ -205,7 +205,7 @@ def test_an_output_that_is_no_table_of_logits_is_refused(
         def forward(self, x: Tensor) -> Tensor:
             return output(super().forward(x))  # type: ignore[return-value]
 
-    with pytest.raises(MisfitError, match="wanted a tensor of logits"):
+    with pytest.raises(MisfitError, match="expected a tensor of logits"):
         api.evaluate(Wraps(), DATA, n_classes=3, registry=REGISTRY, **ONLY)
 
 
@@ -278,7 +278,7 @@ def test_images_may_come_as_a_pair_and_as_arrays() -> None:
         for given in (DATA, pair, arrays)
     ]
     assert found[0] == found[1] == found[2]
-    with pytest.raises(DataError, match="wanted a data set, or images"):
+    with pytest.raises(DataError, match="expected a data set, or images"):
         api.evaluate(model, 3, registry=REGISTRY, **ONLY)
 
 
@@ -290,7 +290,7 @@ def test_a_model_says_itself_how_many_classes_it_knows() -> None:
     with pytest.raises(MisfitError, match="one output an image"):
         api.evaluate(nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), few, registry=REGISTRY, **ONLY)
     for n in (1, 0, -1):
-        with pytest.raises(ConfigError, match=f"n_classes = {n}: wanted 2 or more"):
+        with pytest.raises(ConfigError, match=f"n_classes = {n}: expected 2 or more"):
             api.evaluate(Sees(), few, n_classes=n, registry=REGISTRY, **ONLY)
 
 

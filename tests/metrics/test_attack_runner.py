@@ -284,7 +284,7 @@ def right_of(grey: float, n: int) -> Tensor:
 
 def test_pixels_outside_the_range_are_an_error() -> None:
     white = Images(torch.ones(4, 1, 8, 8), right_of(1.0, 4))
-    with pytest.raises(MisfitError, match=r"pixels from 1\.05 to 1\.05; wanted \[0, 1\]"):
+    with pytest.raises(MisfitError, match=r"pixels from 1\.05 to 1\.05; expected \[0, 1\]"):
         run(attack=Noisy(share=0, push=0.05), data=white)
 
 

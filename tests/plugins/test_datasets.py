@@ -459,7 +459,7 @@ class TestFolder:
                     put(Path(root) / f"class{label}" / f"{i}.png", noise(i, 8, 8))
             data = Folder(dir=Path(root))
             if min(counts) < 5:
-                with pytest.raises(DataError, match=r"class\d has 4 images, wanted 5"):
+                with pytest.raises(DataError, match=r"class\d has 4 images, expected 5"):
                     data.load("test")
             else:
                 parts = data.load("train").y, data.load("test").y

@@ -310,7 +310,7 @@ def broken(weights: dict[str, Tensor], how: str) -> dict[str, Tensor]:
     ("how", "message"),
     [
         ("missing", r"missing features\.3\.weight"),
-        ("shape", r"features\.3\.weight is \[192, 64, 3, 3\], .* wanted \[192, 64, 5, 5\]"),
+        ("shape", r"features\.3\.weight is \[192, 64, 3, 3\], .* expects \[192, 64, 5, 5\]"),
         ("nan", r"features\.3\.weight holds NaN"),
         ("unknown", r"features\.12\.weight"),
     ],

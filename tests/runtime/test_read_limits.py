@@ -61,10 +61,10 @@ def test_a_file_beyond_the_limit_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     with path.open("wb") as file:
         file.truncate(65 * 2**30)  # sparse: it takes no room on the disk
-    with pytest.raises(DataError, match=r"69,793,218,560 bytes; wanted 68,719,476,736 at most"):
+    with pytest.raises(DataError, match=r"69,793,218,560 bytes; expected 68,719,476,736 at most"):
         load_tensors(path)
     write_tensors(path, {"a": torch.zeros(100)})
-    with pytest.raises(DataError, match="wanted 100 at most"):
+    with pytest.raises(DataError, match="expected 100 at most"):
         load_tensors(path, 100)
     assert load_tensors(path)["a"].shape == (100,)
 
@@ -112,7 +112,7 @@ def test_an_archive_that_unfolds_is_refused_unread(tmp_path: Path) -> None:
     content = array("(25000000,)", data=bytes(100_000_000))
     path = zipped(tmp_path / "a.npz", zipfile.ZIP_DEFLATED, a=content)
     assert path.stat().st_size < 1_000_000
-    with pytest.raises(DataError, match=r"unfolds to 100,000,0\d\d bytes; wanted 50,000,000"):
+    with pytest.raises(DataError, match=r"unfolds to 100,000,0\d\d bytes; expected 50,000,000"):
         load_arrays(path, 50_000_000)
     assert load_arrays(path)["a"].shape == (25_000_000,)
 

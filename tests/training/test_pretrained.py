@@ -312,7 +312,7 @@ def test_what_is_no_checkpoint_is_named(content: bytes, told: str, tmp_path: Pat
 def test_what_is_no_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is no file"):
         read_checkpoint(tmp_path / "nowhere.pt")
-    with pytest.raises(DataError, match="is a folder; wanted one checkpoint in it, it has none"):
+    with pytest.raises(DataError, match="is a folder; expected one checkpoint in it, it has none"):
         read_checkpoint(tmp_path)
 
 

@@ -88,7 +88,7 @@ def import_checkpoint(
     check_vacant(folder)
     contents = read_checkpoint(path, None if format == "auto" else format, key)
     if sha256 is not None and contents.sha256 != sha256.lower():
-        raise DataError(f"{path} has SHA-256 {contents.sha256}; wanted {sha256}")
+        raise DataError(f"{path} has SHA-256 {contents.sha256}; expected {sha256}")
     try:
         kind = recognised(contents.weights) if format == "auto" else format
         reading = read_layout(contents.weights, kind, norm)

@@ -66,7 +66,7 @@ def recognised(weights: Mapping[str, Tensor]) -> Format:
     if not like:
         raise DataError(
             f"its names are those of no format that is known: {_some(weights)}; "
-            f"wanted those of {', '.join(FORMATS)}"
+            f"expected those of {', '.join(FORMATS)}"
         )
     if "mebm" in like and head_moved(weights):
         return "mebm"
@@ -146,7 +146,7 @@ def _check_format(weights: Mapping[str, Tensor], format: Format) -> None:
     like = looks_like(weights)
     if not like:
         raise DataError(
-            f"its names are those of no format that is known: {_some(weights)}; wanted, for "
+            f"its names are those of no format that is known: {_some(weights)}; expected, for "
             f"{format}, {'conv1' if format == 'wrn' else 'f.conv1'}.weight with a bias, "
             f"{'linear' if format == 'wrn' else 'class_output'}.weight and so on"
         )
@@ -207,7 +207,7 @@ def _size(weights: Mapping[str, Tensor], name: str, dimensions: int, axis: int) 
         raise DataError(f"the weights lack {name}")
     shape = list(weights[name].shape)
     if len(shape) != dimensions or not all(shape):
-        raise DataError(f"{name} is {shape}; wanted {dimensions} dimensions, none of them 0")
+        raise DataError(f"{name} is {shape}; expected {dimensions} dimensions, none of them 0")
     return shape[axis]
 
 
@@ -262,9 +262,9 @@ def _check_shapes(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -
     for name, like in wanted.items():
         came = weights[name]
         if came.shape != like.shape:
-            raise DataError(f"{name} is {list(came.shape)}; wanted {list(like.shape)}")
+            raise DataError(f"{name} is {list(came.shape)}; expected {list(like.shape)}")
         if came.is_floating_point() != like.is_floating_point():
-            raise DataError(f"{name} holds {came.dtype}; wanted {like.dtype}")
+            raise DataError(f"{name} holds {came.dtype}; expected {like.dtype}")
         if name.endswith("running_var") and bool((came < 0).any()):
             raise DataError(f"{name} holds a variance below 0")
 

@@ -67,7 +67,7 @@ def state_dict_in(loaded: Any, format: Format | None = None, key: str | None = N
     leaves = _leaves(loaded)
     if not any(leaf.tensor is not None for leaf in leaves):
         raise DataError(
-            f"it holds no weights: {_kinds(loaded)}; wanted a state_dict of names and tensors"
+            f"it holds no weights: {_kinds(loaded)}; expected a state_dict of names and tensors"
         )
     leaves = _unwrapped(leaves)
     found = _candidates(leaves)

@@ -80,12 +80,12 @@ def _file(path: Path) -> Path:
     if len(inside) == 1 or len(safe) == 1:
         return (safe or inside)[0]
     names = ", ".join(p.name for p in inside[:5]) or "none"
-    raise DataError(f"{path} is a folder; wanted one checkpoint in it, it has {names}. Name one")
+    raise DataError(f"{path} is a folder; expected one checkpoint in it, it has {names}. Name one")
 
 
 def _bytes(path: Path) -> bytes:
     if not path.is_file():
-        raise DataError(f"{path} is no file; wanted a checkpoint, .pt, .pth or .safetensors")
+        raise DataError(f"{path} is no file; expected a checkpoint, .pt, .pth or .safetensors")
     return read_file(path, LIMIT)
 
 
@@ -117,7 +117,7 @@ def _loaded(data: bytes) -> Any:
 
 
 def _stranger(data: bytes) -> str:
-    wanted = "wanted a file of torch.save or safetensors"
+    wanted = "expected a file of torch.save or safetensors"
     if not data:
         return f"the file is empty; {wanted}"
     if data[:1] == b"\x80":
@@ -154,7 +154,7 @@ def _check_entries(archive: zipfile.ZipFile, size: int) -> None:
         raise DataError("the archive holds two entries of one name; it is not read")
     last = [PurePosixPath(name).name for name in names]
     if "constants.pkl" in last:
-        raise DataError("this is a TorchScript program; wanted weights, a state_dict")
+        raise DataError("this is a TorchScript program; expected weights, a state_dict")
     declared = sum(entry.file_size for entry in entries)
     packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     if packed or declared > size:
@@ -206,11 +206,11 @@ def _check_weights(weights: Mapping[str, Tensor], size: int) -> None:
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        raise DataError(f"{name} is no plain tensor in memory; wanted dense numbers")
+        raise DataError(f"{name} is no plain tensor in memory; expected dense numbers")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise DataError(
             f"{name} unfolds to {list(tensor.shape)} from {tensor.untyped_storage().nbytes():,} "
-            "bytes; wanted a number in the file for each of its elements"
+            "bytes; expected a number in the file for each of its elements"
         )
     if not tensor.isfinite().all():
         raise DataError(f"{name} holds NaN or inf")

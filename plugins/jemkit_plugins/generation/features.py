@@ -163,7 +163,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise DataError(f"{path}: no weights, or more than tensors; it is not opened") from error
     if not isinstance(found, Mapping) or not all(isinstance(w, Tensor) for w in found.values()):
-        raise DataError(f"{path}: wanted a dictionary of tensors, got {type(found).__name__}")
+        raise DataError(f"{path}: expected a dictionary of tensors, got {type(found).__name__}")
     for name, tensor in found.items():
         if not tensor.isfinite().all():
             raise DataError(f"{path}: {name} holds NaN or inf")

@@ -47,7 +47,7 @@ class Moments(NamedTuple):
     def covariance(self) -> Tensor:
         """[D, D], divided by N - 1."""
         if self.n < 2:
-            raise ValueError(f"{self.n} row(s) of features have no covariance; wanted 2 or more")
+            raise ValueError(f"{self.n} row(s) of features have no covariance; expected 2 or more")
         return self.scatter / (self.n - 1)
 
 
