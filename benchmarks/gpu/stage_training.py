@@ -139,7 +139,7 @@ def bring_back(run: Path, path: Path) -> dict[str, int]:
     """Zip weights, record, logs and pictures; what would not fit is left out."""
     wanted = [run.parent / "export" / "model.safetensors", run / "evaluation.json"]
     wanted += [run.parent / "export" / name for name in ("config.json", "README.md")]
-    wanted += [run / name for name in ("config.json", "metrics.csv", "events.jsonl", "curves.png")]
+    wanted += [run / name for name in ("config.json", "metrics.csv", "events.jsonl", "curves.svg")]
     wanted += sorted((run / "samples").glob("*.png"))[-2:]
     sizes: dict[str, int] = {}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, NoReturn
 
 from jemkit.config.recipe import Recipe, Resolved
 from jemkit.errors import Diverged, OutOfMemory, Preempted
+from jemkit.metrics import curves
 from jemkit.metrics import record as records
 from jemkit.metrics.evaluator import Notes
 from jemkit.metrics.figures import Figure
-from jemkit.metrics.plots import save_curves
 from jemkit.runtime import checkpoint, distributed
 from jemkit.runtime.precision import judging, numerics
 from jemkit.runtime.preemption import PreemptionCheck
@@ -37,7 +37,7 @@ __all__ = [
 
 
 REDRAW = 10.0
-"""Seconds between two drawings of curves.png, which takes longer than a short epoch."""
+"""Seconds between two drawings of curves.svg, which takes longer than a short epoch."""
 
 
 class Summary(NamedTuple):
@@ -203,7 +203,7 @@ class Trainer:
         self.save(anew=True, best=better)
         self.folder.event("epoch", **entry)
         if self.step == self.total_steps or time.monotonic() > self._redrawn + REDRAW:
-            save_curves(self.folder.path / "curves.png", self.folder.sound_metrics(), self.history)
+            curves.save(self.folder.path)
             self._redrawn = time.monotonic()
         self.watch("epoch", entry)
 
@@ -296,7 +296,7 @@ def judged(trainer: "Trainer") -> Summary:
         try:
             with trainer.polling.passes(trainer.backbone.model, on=True):
                 found = trainer.exam(0).judge(about, images_to_judge(trainer))
-                trainer.exam(0).draw_energies(folder.path / "energies.png")
+                trainer.exam(0).draw_energies(folder.path / "energies.svg")
         except Preempted:  # all that was trained is saved
             folder.event("preempted", step=trainer.step)
             raise Preempted("stopped while it was judged; go on with --resume") from None

@@ -14,13 +14,15 @@ from jemkit.attacks.pixel_model import PixelModel
 from jemkit.backbone import Backbone
 from jemkit.config.eval_settings import Settings, protocol_card
 from jemkit.data import Images, Task, checked
+from jemkit.metrics import charts
 from jemkit.metrics import record as records
 from jemkit.metrics.attack_runner import attacked
 from jemkit.metrics.energy_gap import PGD20, Robustness, energies
 from jemkit.metrics.evaluator import Accuracy, Context, Evaluator, Notes, measure
-from jemkit.metrics.figures import Figure
-from jemkit.metrics.plots import save_energies, save_grid
+from jemkit.metrics.figures import Figure, histograms
+from jemkit.metrics.plots import save_grid
 from jemkit.metrics.record_file import Record
+from jemkit.runtime.files import write_text
 from jemkit.runtime.microbatch import MicroBatch, retry_on_oom
 from jemkit.runtime.modes import eval_mode, frozen
 from jemkit.runtime.rng import generator
@@ -64,11 +66,8 @@ class Validator:
 
     def draw_energies(self, path: Path) -> None:
         """Histograms of E(x) of validation images, of PGD-20's and of samples (Figure 1)."""
-        valid, ctx, subject = (
-            self.splits.images("valid"),
-            self._context("energies"),
-            self._subject(),
-        )
+        valid, ctx = self.splits.images("valid"), self._context("energies")
+        subject = self._subject()
         with self.micro.active(), frozen(subject), eval_mode(subject):
             found = attacked(subject, PGD20, valid, ctx, "pgd")
             rows = {
@@ -79,10 +78,11 @@ class Validator:
                 drawn = self.task.bounds.to_unit(self._samples(ctx.rng))
                 rows["samples"] = subject.scores(drawn).energy
         norm = {"Linf": "L-inf"}.get(ctx.threat.norm, ctx.threat.norm)
-        title = (
-            f"PGD-20 at {ctx.threat.radius_px:g}/255, {norm}; fresh chains of {GRID_STEPS} steps"
-        )
-        save_energies(path, rows, title)
+        title = f"PGD-20 at {ctx.threat.radius_px:g}/255, {norm}; chains of {GRID_STEPS} steps"
+        table = histograms({name: energy.cpu().flatten() for name, energy in rows.items()})
+        axes = charts.Axes(title, "E(x)", "share of images")
+        chart, legend = charts.histograms(table, dict(zip(rows, rows, strict=True)), 0, axes)
+        write_text(path, charts.picture([charts.Panel(title, chart, legend)]))
 
     def judge(self, about: dict[str, Any], images: int | None = None) -> Record:
         """Clean accuracy, PGD-20 and the energy gap on so many test images, or all, as a record.

@@ -14,7 +14,6 @@ from jemkit import (
     hookimpl,
 )  # fmt: skip
 from jemkit.metrics.figures import plain
-from jemkit.metrics.plots import reliability_png
 
 COLDEST, HOTTEST = 0.01, 100.0
 """Between which a temperature is looked for."""
@@ -35,8 +34,6 @@ class Calibration(Options):
         logits, y = _outputs(subject, data, ctx, "calibration")
         table = reliability(logits, y, self.bins)
         ctx.notes.tables["reliability"] = table.to_json()
-        title = f"ECE {table.ece:.4f}, {self.bins} bins"
-        ctx.notes.pictures["reliability"] = reliability_png(table.to_json(), title)
         card = {**ctx.card, "bins": self.bins, "widths": "equal, each without its lower edge"}
         values = {"ece": table.ece, "nll": nll(logits, y), "brier": brier(logits, y)}
         figures = [plain(name, value, len(y), card) for name, value in values.items()]

@@ -19,7 +19,6 @@ from jemkit.sampling.density import together
 from jemkit.metrics.figures import plain
 from jemkit.metrics.figures import BINS, bin_edges, histograms, shares
 from jemkit.metrics.identity import identity_of
-from jemkit.metrics.plots import curves_png, histograms_png, scatter_png
 from jemkit.attacks.pixel_model import UNIT, weights_hash
 from jemkit.metrics.energy_gap import PGD20, energies, energy_gaps
 from jemkit.runtime.rng import generator
@@ -184,17 +183,6 @@ def _note(sets: Mapping[str, _Set], bins: int, ctx: Context) -> None:
     marginal = histograms({name: part.energy for name, part in sets.items()}, bins)
     joint = histograms({name: part.joint for name, part in sets.items()}, bins)
     ctx.notes.tables["energies"] = {**marginal, "joint": joint}
-    about = f"PGD-20 at {ctx.threat.radius_px:g}/255, {ctx.threat.norm}"
-    ctx.notes.pictures["energies"] = histograms_png({f"E(x); {about}": marginal, "E(x, y)": joint})
-    points = ctx.notes.tables["energy_confidence"]
-    title = f"energy against confidence, {len(points)} clean images"
-    ctx.notes.pictures["energy_confidence"] = scatter_png(points, title)
-    if "energy_path" in ctx.notes.tables:
-        path = ctx.notes.tables["energy_path"]
-        lines = {"E(x)": path["mean"], "E(x, y)": path["joint"]}
-        band = (path["low"], path["high"])
-        picture = curves_png(path["steps"], lines, band, f"mean energy along {about}")
-        ctx.notes.pictures["energy_path"] = picture
 
 
 def _distances(sets: Mapping[str, _Set], bins: int, ctx: Context) -> list[Figure]:

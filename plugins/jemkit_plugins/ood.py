@@ -12,7 +12,6 @@ from jemkit import (
 )  # fmt: skip
 from jemkit.metrics.figures import Z
 from jemkit.metrics.figures import histograms
-from jemkit.metrics.plots import histograms_png
 from jemkit.runtime.work_cache import tensors_hash
 from jemkit.runtime.rng import generator
 
@@ -60,7 +59,7 @@ class OOD(Options):
             figures += [f for s, d in found.items() for f in _figures(name, s, d, card)]
             energies[name] = -outside["logp"]
         ctx.notes.tables["ood"] = table
-        ctx.notes.pictures["ood"] = histograms_png({"E(x)": histograms(energies)})
+        ctx.notes.tables["ood_energies"] = histograms(energies)
         return figures
 
     def _sets(self, x: Tensor, ctx: Context) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:

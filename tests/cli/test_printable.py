@@ -9,7 +9,7 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jemkit.evaluation.report.html import tag
+from jemkit.runtime.html import tag
 from jemkit_cli.printable import at_home, printable
 from jemkit_cli.progress import tracking
 from jemkit_cli.terminal import fail, say, show_notices, show_table

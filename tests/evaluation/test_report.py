@@ -13,16 +13,17 @@ import typer
 from browser import Browser, browser, chromium
 from hypothesis import example, given
 from hypothesis import strategies as st
-from report_runs import RECIPE, N, bare_run, card, full_record, metrics, record, whole_run
+from report_runs import RECIPE, N, bare_run, card, full_record, metrics, png, record, whole_run
 from typer.testing import CliRunner
 
 from jemkit.errors import DataError
-from jemkit.evaluation.report import charts, render, write
-from jemkit.evaluation.report.curves import POINTS, epochs
-from jemkit.evaluation.report.curves import metrics as curves
-from jemkit.evaluation.report.html import data, tag, text
+from jemkit.evaluation.report import render, write
+from jemkit.metrics import charts
+from jemkit.metrics.curves import POINTS, epochs
+from jemkit.metrics.curves import metrics as curves
 from jemkit.metrics.figures import plain
 from jemkit.metrics.record_file import Record
+from jemkit.runtime.html import data, tag, text
 from jemkit_cli.report import compare as compare_command
 from jemkit_cli.report import report as report_command
 
@@ -105,7 +106,26 @@ def test_a_picture_stands_under_the_heading_of_what_it_shows_and_says_so(runs: l
     assert of_samples[0] == "During training, after epoch 10"
     assert "Samples that the evaluation drew (surest)" in of_samples
     assert len(of_samples) == 4
-    assert others == ["mine", "E(x) of the test images and of images from elsewhere"]
+    assert others == ["mine"]
+
+
+def test_energies_have_histograms_confidences_and_those_of_other_images(runs: list[Path]) -> None:
+    page = render(runs[:1])
+    for title in ("E(x) of ebjdat", "E(x, y) of ebjdat", "Energy against confidence: ebjdat",
+                  "E(x) of test and other images: ebjdat"):  # fmt: skip
+        assert f"<figcaption>{title}" in page
+    assert f"clean, x, {N} images, mean -9" in page
+    assert "right, 84" in page
+    assert "wrong, 15" in page
+
+
+def test_a_picture_that_0_1_left_is_shown_where_its_table_cannot_be_drawn(tmp_path: Path) -> None:
+    found = full_record()
+    del found.tables["ood_energies"]
+    folder = bare_run(tmp_path / "a", found)
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "ood.png").write_bytes(png())
+    assert "E(x) of the test images and of images from elsewhere" in render([folder])
 
 
 def test_curves_of_other_numbers_of_images_say_whose_they_are(tmp_path: Path) -> None:
@@ -365,7 +385,7 @@ def test_it_opens_without_an_error_and_asks_for_nothing(page: Browser) -> None:
 @needs_chromium
 def test_every_picture_shows(page: Browser) -> None:
     widths = page.run("[...document.images].map((e) => e.naturalWidth)")
-    assert len(widths) == 12
+    assert len(widths) == 10
     assert min(widths) > 0
 
 

@@ -73,7 +73,7 @@ COMMANDS: dict[str, Callable[[Path], Any]] = {
 LINKS = (
     ".lock", ".evaluation.lock", "events.jsonl", "metrics.csv", "evaluation", "samples",
     "checkpoints", "evaluation.json", "evaluation.safetensors", ".evaluation", "export", "latest",
-    "config.json", "curves.png", "energies.png", "report.html", "samples/.drawing",
+    "config.json", "curves.svg", "energies.svg", "report.html", "samples/.drawing",
     ".evaluation.next.safetensors", "evaluation/energies.png", "checkpoints/best", "tensorboard",
 )  # fmt: skip
 

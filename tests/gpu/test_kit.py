@@ -305,10 +305,10 @@ def test_what_comes_back_keeps_to_its_size(tmp_path: Path, monkeypatch: pytest.M
     (run / "samples").mkdir(parents=True)
     (run / "evaluation.json").write_bytes(b"x" * 400)
     (run / "metrics.csv").write_bytes(b"x" * 400)
-    (run / "curves.png").write_bytes(b"x" * 100)
+    (run / "curves.svg").write_bytes(b"x" * 100)
     monkeypatch.setattr(stage_training, "MOST", 600)
     kept = stage_training.bring_back(run, tmp_path / "back.zip")
-    assert kept == {"run-evaluation.json": 400, "run-curves.png": 100}
+    assert kept == {"run-evaluation.json": 400, "run-curves.svg": 100}
     assert zipfile.ZipFile(tmp_path / "back.zip").namelist() == list(kept)
 
 

@@ -190,6 +190,7 @@ OPENED_ELSEWHERE = {
     ("extras.py", "distribution.read_text"),  # of this package's own metadata
     ("files.py", "archive.open"),  # inside an archive that is open
     ("page.py", "files.joinpath.read_text"),  # of this package's own resources
+    ("charts.py", "files.joinpath.read_text"),
     ("pixels.py", "os.open"),  # which takes regular files alone
     ("pixels.py", "Image.open"),
     ("datasets.py", "np.loadtxt"),  # scikit-learn's own file

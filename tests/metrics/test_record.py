@@ -17,10 +17,12 @@ from jemkit.attacks.base import ModelAttack, Threat
 from jemkit.attacks.departures import departures
 from jemkit.attacks.pgd import PGD
 from jemkit.metrics import record as records
-from jemkit.metrics.figures import share
+from jemkit.metrics.evaluator import Context
+from jemkit.metrics.figures import Figure, share
 from jemkit.metrics.record_file import Record
 from jemkit.options import Options, not_a_fraction
 from jemkit.testing import toy_task
+from jemkit_plugins.calibration import Calibration
 
 DATA = toy_task().images("valid")
 THREAT = Threat("Linf", 8.0)
@@ -110,6 +112,20 @@ def test_a_file_where_the_record_wants_a_folder_is_refused(tmp_path: Path, below
         measured(tmp_path / "file" / below)
 
 
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibration leaves a picture of its table."""
+    call = Calibration.__call__
+
+    def draw(part: Calibration, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
+        found = call(part, subject, data, ctx)
+        ctx.notes.pictures["reliability"] = json.dumps(ctx.notes.tables["reliability"]).encode()
+        return found
+
+    monkeypatch.setattr(Calibration, "__call__", draw)
+
+
+@pytest.mark.usefixtures("drawn")
 def test_each_figure_keeps_its_rows_and_tables(tmp_path: Path) -> None:
     asked = {"only": ("robustness", "calibration")}
     seen = [measured(tmp_path, **asked, **more) for more in (
@@ -128,6 +144,7 @@ def test_each_figure_keeps_its_rows_and_tables(tmp_path: Path) -> None:
     assert sorted(pictures) == sorted(found.named("files", "reliability"))
 
 
+@pytest.mark.usefixtures("drawn")
 def test_each_figure_keeps_its_pictures_while_other_models_are_measured(tmp_path: Path) -> None:
     def picture(stored: str, record: Record) -> bytes:
         return (tmp_path / record.pictures / f"{stored}.png").read_bytes()

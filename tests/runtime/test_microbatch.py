@@ -405,7 +405,7 @@ def test_an_exam_keeps_to_the_micro_batch(tmp_path: Path) -> None:
     exam, network = trainer.exam(1), trainer.backbone.model.network
     exam.validate(6)
     exam.draw_grid(tmp_path / "grid.png")
-    exam.draw_energies(tmp_path / "energies.png")
+    exam.draw_energies(tmp_path / "energies.svg")
     exam.judge({})
     assert network.largest == 2
 

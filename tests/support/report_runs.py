@@ -84,6 +84,13 @@ def tables(shift: float) -> dict[str, Any]:
         "energies": {
             "edges": edges.tolist(), "clean": bumps(-9), "adversarial": bumps(-8 + shift),
             "generated": bumps(-10 + shift), "n": {"clean": N, "adversarial": N, "generated": 100},
+            "mean": {"clean": -9.0, "adversarial": -8 + shift, "generated": -10 + shift},
+            "joint": {"edges": edges.tolist(), "clean": bumps(-8), "adversarial": bumps(-6)},
+        },
+        "energy_confidence": [[-14 + i / 9, 0.2 + i / 130, float(i % 7 > 0)] for i in range(99)],
+        "ood_energies": {
+            "edges": edges.tolist(), "test": bumps(-9), "noise": bumps(-5), "textures": bumps(-7),
+            "n": {"test": N, "noise": N, "textures": N, "broken": N},
         },
         "energy_path": {
             "steps": list(range(0, 21, 4)), "mean": [-9 + 0.1 * i + shift for i in range(6)],

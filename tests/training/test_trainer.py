@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -282,13 +283,15 @@ def test_a_run_leaves_its_config_metrics_events_curves_samples_and_checkpoints(
 ) -> None:
     out, summary = finished
     names = {p.name for p in out.iterdir()}
-    wanted = {"config.json", "metrics.csv", "events.jsonl", "curves.png", "samples", "checkpoints"}
+    wanted = {"config.json", "metrics.csv", "events.jsonl", "curves.svg", "samples", "checkpoints"}
     assert wanted <= names
     assert sorted(p.name for p in (out / "samples").iterdir()) == [
         "epoch-0001.png", "epoch-0002.png",
     ]  # fmt: skip
-    for picture in [out / "curves.png", *(out / "samples").iterdir()]:
+    for picture in (out / "samples").iterdir():
         assert picture.read_bytes().startswith(b"\x89PNG")
+    for picture in (out / "curves.svg", out / "energies.svg"):
+        assert ElementTree.parse(picture).getroot().tag.endswith("svg")
     assert {p.name for p in (out / "checkpoints").iterdir()} >= {"best", "step-00000012"}
     assert (out.parent / "latest").resolve() == out.resolve()
     assert summary.run == out

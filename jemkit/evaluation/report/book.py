@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jemkit.config.layers import flat
-from jemkit.evaluation.report import charts
-from jemkit.evaluation.report.charts import Axes, Series
-from jemkit.evaluation.report.html import Html, join, tag
 from jemkit.evaluation.run_table import Judged, other_images, shown, shown_interval
+from jemkit.metrics import charts
+from jemkit.metrics.charts import Axes, Series
 from jemkit.metrics.figures import Figure
+from jemkit.runtime.html import Html, join, tag
 
 LAST = ("checkpoint", "device", "evaluator", "versions", "seconds", "max delta")
 """What a card tells after all that defines the figure."""
@@ -35,7 +35,7 @@ class Book:
     def lines(self, series: Sequence[Series], axes: Axes, told: object = None) -> Html:
         """A chart over all runs with its legend."""
         names = {s.slot: self.run_name(s.slot) for s in series}
-        return self._lines(series, axes, names if len(self.runs) > 1 else {}, told)
+        return self.chart(series, axes, names if len(self.runs) > 1 else {}, told)
 
     def judged_lines(
         self, series: Sequence[Series], axes: Axes, *told: object, table: str = ""
@@ -50,11 +50,12 @@ class Book:
         notes = [*told]
         if differs := other_images([self.runs[slot] for slot in slots], table):
             notes.append(f"Not the same images: {'; '.join(differs)}")
-        return self._lines(series, axes, names, join(*map(note, notes)))
+        return self.chart(series, axes, names, join(*map(note, notes)))
 
-    def _lines(
+    def chart(
         self, series: Sequence[Series], axes: Axes, names: Mapping[int, Html], told: object
     ) -> Html:
+        """A chart with the names of its curves, and what else is to be said of it."""
         drawn, values = charts.lines(series, axes)
         name = f"chart{len(self.values)}"
         self.values[name] = values
@@ -63,7 +64,10 @@ class Book:
         return panel(axes.title, drawn, legend, told, id=name)
 
     def run_name(self, slot: int) -> Html:
-        return tag("span", charts.key(slot), tag("span", self.runs[slot].name), class_="run")
+        return self.key(slot, self.runs[slot].name)
+
+    def key(self, slot: int, name: str) -> Html:
+        return tag("span", charts.key(slot), tag("span", name), class_="run")
 
     def judged_name(self, slot: int, table: str = "") -> Html:
         """The run's name where figures of its record, or a table of it, stand."""

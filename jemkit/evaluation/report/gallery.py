@@ -6,17 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jemkit.evaluation.report.book import Book, note, panel, section
-from jemkit.evaluation.report.html import Html, tag
 from jemkit.evaluation.report.tables import protocol_words
 from jemkit.evaluation.run_table import Judged
 from jemkit.metrics import record as records
+from jemkit.runtime.html import Html, tag
 from jemkit.runtime.opening import MIB, read_file
 
 LARGEST = 64 * MIB
 """Of a picture, in bytes."""
 PNG = b"\x89PNG\r\n\x1a\n"
-DRAWN = ("energies", "energy_path", "reliability")
-"""Pictures of tables that this page draws itself."""
+DRAWN = {
+    "energies": "energies", "energy_path": "energy_path", "reliability": "reliability",
+    "energy_confidence": "energy_confidence", "ood": "ood_energies",
+}  # fmt: skip
+"""Pictures that jemkit 0.1 left, with the tables that this page draws itself in their place."""
 
 CAPTIONS = {
     "samples": "Samples that the evaluation drew",
@@ -56,7 +59,7 @@ def _beside(run: Judged, *, of_samples: bool) -> dict[str, Path]:
     return {
         _caption(name, run): path
         for name, path in records.pictures(run.folder, run.record).items()
-        if (name not in DRAWN or name not in run.record.tables)
+        if (DRAWN.get(name) not in run.record.tables)
         and name.startswith(("samples", "neighbours")) == of_samples
     }
 

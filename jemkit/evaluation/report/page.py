@@ -9,11 +9,12 @@ from pathlib import Path
 from jemkit.errors import DataError
 from jemkit.evaluation.report import gallery, plots, tables
 from jemkit.evaluation.report.book import Book, note, section
-from jemkit.evaluation.report.html import Html, coded, data, join, tag
 from jemkit.evaluation.run_table import read_runs
+from jemkit.metrics import charts
 from jemkit.metrics import record as records
 from jemkit.metrics.record_file import Record
 from jemkit.runtime.files import write_text
+from jemkit.runtime.html import Html, coded, data, join, tag
 
 SECTIONS: dict[str, tuple[Callable[[Book], Html | None], str]] = {
     "Comparison": (tables.overview, ""),
@@ -70,7 +71,7 @@ def render(folders: Sequence[Path]) -> str:
 
 
 def _document(title: str, *body: Html) -> str:
-    style, script = (_part(name) for name in ("parts.css", "parts.js"))
+    style, script = charts.style() + _part("parts.css"), _part("parts.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; "

@@ -2,25 +2,30 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
-from jemkit.evaluation.report import charts
 from jemkit.evaluation.report.book import Book, note, panel, section
-from jemkit.evaluation.report.charts import Axes, Series
-from jemkit.evaluation.report.curves import epochs, metrics
-from jemkit.evaluation.report.html import Html, join, tag
+from jemkit.metrics import charts
+from jemkit.metrics.charts import Axes, Series
+from jemkit.metrics.curves import epochs, metrics
+from jemkit.runtime.html import Html, join, tag
 
 SETS = {"clean": "clean, x", "adversarial": "adversarial, x~", "generated": "generated"}
 ATTACKED = {"radius_curve": "radius, in 1/255", "steps_curve": "steps"}
 
 
 def energies(book: Book) -> Html | None:
-    """Histograms of E(x) of each run; the mean energy on the way of an attack."""
+    """Histograms of the energies of each run, against confidence, and on the way of an attack."""
     panels = []
     for slot, run in enumerate(book.runs):
         found = run.record.tables.get("energies")
         if found:
-            panels.append(_energies(book, slot, found))
+            panels.append(_energies(book, slot, found, "E(x)"))
+        if found and "joint" in found:
+            panels.append(_energies(book, slot, found["joint"], "E(x, y)"))
+        if points := run.record.tables.get("energy_confidence"):
+            panels.append(_confidence(book, slot, points))
     for name, title in (("mean", "Mean E(x) on the way"), ("joint", "Mean E(x, y) on the way")):
         curves = [
             _way(run.name, slot, path, name)
@@ -90,6 +95,21 @@ def calibration(book: Book) -> Html | None:
     return section("calibration", "Calibration", _panels(panels))
 
 
+def ood(book: Book) -> Html | None:
+    """Energies of other images beside those of the test images, a chart a run."""
+    panels = []
+    for slot, run in enumerate(book.runs):
+        if found := run.record.tables.get("ood_energies"):
+            edges = _numbers(found["edges"])
+            middles = [(low + high) / 2 for low, high in pairwise(edges)]
+            sets = sorted((name for name in found["n"] if name in found), key=_test_first)
+            series = [Series(name, at, middles, found[name]) for at, name in enumerate(sets)]
+            names = {at: book.key(at, name) for at, name in enumerate(sets)}
+            axes = Axes(f"E(x) of test and other images: {run.name}", "E(x)", "share of images")
+            panels.append(book.chart(series, axes, names, book.label(slot, "ood_energies")))
+    return _panels(panels) if panels else None
+
+
 def training(book: Book) -> Html | None:
     """Terms, energies and gaps against the step, and the validation after each epoch."""
     read = [metrics(run.folder) for run in book.runs]
@@ -112,21 +132,27 @@ def training(book: Book) -> Html | None:
     return section("training", "Training", _panels(panels)) if panels else None
 
 
-def _energies(book: Book, slot: int, found: Mapping[str, Any]) -> Html:
-    """Shares, since the sets may differ in size."""
-    counts = {name: _numbers(found[name]) for name in SETS if found.get(name)}
-    shares = {
-        name: [value / (sum(values) or 1.0) for value in values] for name, values in counts.items()
-    }
-    axes = Axes(f"E(x) of {book.runs[slot].name}", "E(x)", "share of images")
-    drawn = charts.histogram(_numbers(found["edges"]), shares, slot, axes)
-    sizes = found.get("n") or {}
-    keys = (
-        tag("li", _set_key(at, slot), f" {SETS[name]}", f", {sizes[name]}" if name in sizes else "")
-        for at, name in enumerate(shares)
-    )
+def _energies(book: Book, slot: int, found: Mapping[str, Any], which: str) -> Html:
+    axes = Axes(f"{which} of {book.runs[slot].name}", which, "share of images")
+    drawn, legend = charts.histograms(found, SETS, slot, axes)
+    keys = (tag("li", sign, " ", words) for sign, words in legend)
     title = join(axes.title, " ", book.label(slot, "energies"))
     return panel(title, drawn, tag("ul", *keys, class_="legend"))
+
+
+def _confidence(book: Book, slot: int, points: Sequence[Sequence[float]]) -> Html:
+    """Energy against confidence, image by image."""
+    groups = [[(float(x), float(y)) for x, y, right in points if right == is_right]
+              for is_right in (1.0, 0.0)]  # fmt: skip
+    axes = Axes("Energy against confidence", "E(x)", "largest p(y | x)", None, (0.0, 1.0))
+    keys = (
+        tag("li", charts.dots_key(slot, at), f" {name}, {len(group)}")
+        for at, (name, group) in enumerate(zip(("right", "wrong"), groups, strict=True))
+    )
+    title = join(f"{axes.title}: {book.runs[slot].name} ", book.label(slot, "energy_confidence"))
+    return panel(
+        title, charts.scatter(groups[0], groups[1], slot, axes), tag("ul", *keys, class_="legend")
+    )
 
 
 def _way(name: str, slot: int, path: Mapping[str, Any], which: str) -> Series:
@@ -136,11 +162,6 @@ def _way(name: str, slot: int, path: Mapping[str, Any], which: str) -> Series:
         return Series(name, slot, steps, values, marked=True)
     low, high = _numbers(path["low"]), _numbers(path["high"])
     return Series(name, slot, steps, values, low, high, marked=True)
-
-
-def _set_key(at: int, slot: int) -> Html:
-    line = tag("path", d="M1 11V3H25V11", class_=f"set set{at} s{slot % charts.COLOURS}")
-    return tag("svg", line, viewBox="0 0 26 12", class_="key", aria_hidden="true")
 
 
 def _sizes(counts: Mapping[str, Any]) -> str:
@@ -178,6 +199,10 @@ def _validation(book: Book) -> list[Html]:
 def _place(name: str) -> tuple[int, str]:
     order = ("loss", "E(", "gap", "accuracy", "gradient")
     return next((i for i, kind in enumerate(order) if name.startswith(kind)), len(order)), name
+
+
+def _test_first(name: str) -> tuple[bool, str]:
+    return name != "test", name
 
 
 def _panels(panels: Sequence[Html]) -> Html:

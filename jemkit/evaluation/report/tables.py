@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from jemkit.config.layers import flat
+from jemkit.evaluation.report import plots
 from jemkit.evaluation.report.book import Book, badge, note, section, settings
-from jemkit.evaluation.report.html import Html, coded, join, table, tag
 from jemkit.evaluation.run_table import Judged, Line, comparison, shown_interval, stem_of
 from jemkit.metrics.figures import Figure
 from jemkit.metrics.record_file import beside
+from jemkit.runtime.html import Html, coded, join, table, tag
 
 ABOUT = {
     "clean": "Accuracy on clean images; higher is better",
@@ -87,7 +88,7 @@ def ood(book: Book) -> Html | None:
         return None
     heads = ("Run", "Images", "Score", "AUROC", "AUPR", "FPR at 95 %", "n")
     head: list[object] = [tag("th", _sorter(name), scope="col") for name in heads]
-    return section("ood", "Out-of-distribution", table(head, rows, "sortable"))
+    return section("ood", "Out-of-distribution", table(head, rows, "sortable"), plots.ood(book))
 
 
 def recipe(book: Book) -> Html | None:

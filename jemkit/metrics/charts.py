@@ -1,10 +1,11 @@
-"""Charts as inline SVG: lines with their bands, and histograms."""
+"""Charts as SVG: lines with their bands, histograms, scatter plots; inline, or as a file."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
 from typing import Any, NamedTuple
 
-from jemkit.evaluation.report.html import Html, join, tag
+from jemkit.runtime.html import Html, join, tag
 
 WIDTH, HEIGHT = 360.0, 236.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 10.0, 12.0, 36.0
@@ -12,6 +13,7 @@ MARKS = ("circle", "square", "diamond", "up", "down", "cross", "plus", "ring")
 COLOURS = len(MARKS)
 LARGEST = 1e150
 """What is larger is no number that a chart has room for; it is a gap like NaN."""
+Pair = tuple[float, float]
 
 
 class Series(NamedTuple):
@@ -32,9 +34,17 @@ class Axes(NamedTuple):
     title: str
     x: str
     y: str
-    x_range: tuple[float, float] | None = None
-    y_range: tuple[float, float] | None = None
+    x_range: Pair | None = None
+    y_range: Pair | None = None
     diagonal: bool = False
+
+
+class Panel(NamedTuple):
+    """A chart of a file, with its title and its legend."""
+
+    title: str
+    chart: Html
+    legend: Sequence[tuple[Html, str]] = ()
 
 
 class _Scale(NamedTuple):
@@ -48,8 +58,8 @@ def lines(series: Sequence[Series], axes: Axes) -> tuple[Html, dict[str, Any]]:
     """Curves in one chart, and their values for whoever points at it."""
     xs = axes.x_range or _range([v for s in series for v in s.x])
     ys = axes.y_range or _range([v for s in series for v in (*s.y, *s.low, *s.high)], 0.05)
-    scale = _Scale(_linear(xs, LEFT, WIDTH - RIGHT), _linear(ys, HEIGHT - BOTTOM, TOP))
-    parts = [_frame(xs, ys, scale, axes)]
+    scale, frame = _scaled(xs, ys, axes)
+    parts = [frame]
     if axes.diagonal:
         ends = [(scale.x(v), scale.y(v)) for v in (0.0, 1.0)]
         parts.append(tag("path", d=_path(ends), class_="diagonal"))
@@ -65,15 +75,31 @@ def lines(series: Sequence[Series], axes: Axes) -> tuple[Html, dict[str, Any]]:
     return _svg(axes.title, parts), values
 
 
+def histograms(
+    table: Mapping[str, Any], names: Mapping[str, str], slot: int, axes: Axes
+) -> tuple[Html, list[tuple[Html, str]]]:
+    """The named sets of a table of `jemkit.metrics.figures.histograms`, and their legend."""
+    found = [name for name in names if table.get(name)]
+    shares = {name: [v / (sum(table[name]) or 1.0) for v in table[name]] for name in found}
+    legend = []
+    for at, name in enumerate(found):
+        words = [names[name]]
+        if name in table.get("n", {}):
+            words.append(f"{table['n'][name]} images")
+        if name in table.get("mean", {}):
+            words.append(f"mean {table['mean'][name]:.3g}")
+        legend.append((set_key(at, slot), ", ".join(words)))
+    return histogram(table["edges"], shares, slot, axes), legend
+
+
 def histogram(
     edges: Sequence[float], shares: Mapping[str, Sequence[float]], slot: int, axes: Axes
 ) -> Html:
     """Outlines of several sets over the same bins: the first is filled, the next are dashed."""
-    xs = (min(edges), max(edges))
+    edges = edges or (0.0, 1.0)
     top = max([value for share in shares.values() for value in share] or [1.0])
-    ys = (0.0, top * 1.06 or 1.0)
-    scale = _Scale(_linear(xs, LEFT, WIDTH - RIGHT), _linear(ys, HEIGHT - BOTTOM, TOP))
-    parts = [_frame(xs, ys, scale, axes)]
+    scale, frame = _scaled((min(edges), max(edges)), (0.0, top * 1.06 or 1.0), axes)
+    parts = [frame]
     for at, share in enumerate(shares.values()):
         steps = [(edges[0], 0.0)]
         for left, right, value in zip(edges, edges[1:], share, strict=False):
@@ -82,6 +108,56 @@ def histogram(
         path = _path([(scale.x(a), scale.y(b)) for a, b in steps])
         parts.append(tag("path", d=path, class_=f"set set{at} s{slot % COLOURS}"))
     return _svg(axes.title, parts)
+
+
+def scatter(right: Sequence[Pair], wrong: Sequence[Pair], slot: int, axes: Axes) -> Html:
+    """Points (x, y) in two groups: round ones, and square ones in the next colour."""
+    xs = axes.x_range or _range([x for x, _ in (*right, *wrong)], 0.03)
+    ys = axes.y_range or _range([y for _, y in (*right, *wrong)], 0.03)
+    scale, frame = _scaled(xs, ys, axes)
+    dots = [_dots([(scale.x(x), scale.y(y)) for x, y in group], slot, at)
+            for at, group in enumerate((right, wrong))]  # fmt: skip
+    return _svg(axes.title, [frame, *dots])
+
+
+def _dots(points: Sequence[Pair], slot: int, at: int) -> Html:
+    path = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in points if _there(x, y))
+    return tag("path", d=path, class_=f"dots{' wrong' * at} s{(slot + at) % COLOURS}")
+
+
+def dots_key(slot: int, at: int) -> Html:
+    """A point of a scatter plot's group for a legend."""
+    return _key(_dots([(13, 6)], slot, at))
+
+
+def picture(panels: Sequence[Panel], columns: int = 2) -> str:
+    """A file: charts side by side, each under its title and over its legend."""
+    rows = max(len(panel.legend) for panel in panels)
+    width, height = WIDTH + 24, HEIGHT + 52 + 16 * rows
+    parts = []
+    for at, panel in enumerate(panels):
+        keys = (
+            tag("g", sign, _words(name, 32, 10, "start"),
+                transform=f"translate({LEFT} {HEIGHT + 38 + 16 * row})")
+            for row, (sign, name) in enumerate(panel.legend)
+        )  # fmt: skip
+        title = _words(panel.title, 8, 20, "start", "title")
+        chart = tag("g", panel.chart, transform="translate(0 30)")
+        x, y = at % columns * width + 8, at // columns * height
+        parts.append(tag("g", title, chart, *keys, transform=f"translate({x:g} {y:g})"))
+    size = min(columns, len(panels)) * width, -(-len(panels) // columns) * height
+    whole = tag(
+        "svg", tag("style", Html(style())),
+        tag("rect", width="100%", height="100%", class_="paper"), *parts,
+        xmlns="http://www.w3.org/2000/svg", width=f"{size[0]:g}", height=f"{size[1]:g}",
+        viewBox=f"0 0 {size[0]:g} {size[1]:g}", class_="chart", font_family="system-ui, sans-serif",
+    )  # fmt: skip
+    return f"{whole}\n"
+
+
+def style() -> str:
+    """The colours and strokes of charts, for light and dark."""
+    return files("jemkit.metrics").joinpath("charts.css").read_text(encoding="utf-8")
 
 
 def mark(slot: int, x: float = 6.0, y: float = 6.0, r: float = 3.4) -> Html:
@@ -103,9 +179,17 @@ def mark(slot: int, x: float = 6.0, y: float = 6.0, r: float = 3.4) -> Html:
 
 def key(slot: int) -> Html:
     """A run's line and sign for a legend."""
-    line = tag("path", d="M1 6H25", class_=f"line s{slot % COLOURS}")
+    return _key(tag("path", d="M1 6H25", class_=f"line s{slot % COLOURS}"), mark(slot, 13))
+
+
+def set_key(at: int, slot: int) -> Html:
+    """The outline of a histogram's set for a legend."""
+    return _key(tag("path", d="M1 11V3H25V11", class_=f"set set{at} s{slot % COLOURS}"))
+
+
+def _key(*parts: Html) -> Html:
     return tag(
-        "svg", line, mark(slot, 13), viewBox="0 0 26 12", class_="key", aria_hidden="true"
+        "svg", *parts, viewBox="0 0 26 12", width=26, height=12, class_="key", aria_hidden="true"
     )  # fmt: skip
 
 
@@ -120,12 +204,18 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 def _svg(title: str, parts: Sequence[Html]) -> Html:
     return tag(
-        "svg", *parts, viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}", class_="chart", role="img",
-        aria_label=title,
+        "svg", *parts, viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}", width=f"{WIDTH:g}",
+        height=f"{HEIGHT:g}", class_="chart", role="img", aria_label=title,
     )  # fmt: skip
 
 
-def _frame(xs: tuple[float, float], ys: tuple[float, float], scale: _Scale, axes: Axes) -> Html:
+def _scaled(xs: Pair, ys: Pair, axes: Axes) -> tuple[_Scale, Html]:
+    """The scale of a chart over these ranges, and its frame."""
+    scale = _Scale(_linear(xs, LEFT, WIDTH - RIGHT), _linear(ys, HEIGHT - BOTTOM, TOP))
+    return scale, _frame(xs, ys, scale, axes)
+
+
+def _frame(xs: Pair, ys: Pair, scale: _Scale, axes: Axes) -> Html:
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     parts = []
     for value in ticks(*ys):
@@ -168,7 +258,7 @@ def _band(series: Series, scale: _Scale) -> Html:
     return join(*parts)
 
 
-def _path(points: Sequence[tuple[float, float]]) -> str:
+def _path(points: Sequence[Pair]) -> str:
     """M and L through the points, started again after a gap; a point alone is a dot."""
     told, pen = [], "M"
     for x, y in points:
@@ -184,12 +274,12 @@ def _there(*values: float) -> bool:
     return all(abs(value) < LARGEST for value in values)
 
 
-def _linear(values: tuple[float, float], start: float, end: float) -> Callable[[float], float]:
+def _linear(values: Pair, start: float, end: float) -> Callable[[float], float]:
     low, high = values
     return lambda value: start + (value - low) / (high - low) * (end - start)
 
 
-def _range(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
+def _range(values: Sequence[float], margin: float = 0.0) -> Pair:
     """What holds every finite value; never empty."""
     good = [value for value in values if abs(value) < LARGEST]
     low, high = (min(good), max(good)) if good else (0.0, 1.0)

@@ -1,15 +1,27 @@
-"""A run's metrics and events, thinned out to what a chart can show."""
+"""Curves of a run: its metrics and events, thinned out to what a chart can show."""
 
 import csv
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jemkit.metrics.charts import Axes, Panel, Series, key, lines, picture
+from jemkit.runtime.files import write_text
 from jemkit.runtime.opening import LOG_LIMIT, read_file
 
 POINTS = 400
 KINDS = ("loss", "E(", "gap", "gradient norm", "accuracy")
+
+
+LEGEND = {
+    "gap x+ x-": "E(x+) - E(x-)",
+    "gap x~ x": "E(x~) - E(x)",
+    "loss": "weighted sum",
+    "pgd10": "accuracy under PGD-10",
+}
+"""Columns of metrics.csv that a picture calls by another name."""
 
 
 class Curve(NamedTuple):
@@ -49,6 +61,40 @@ def epochs(folder: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue  # a line cut off by a kill
     return [found[step] for step in sorted(found)]
+
+
+def save(folder: Path) -> None:
+    """Losses, energies, gaps and accuracies of a run against the step, as curves.svg."""
+    found, judged = metrics(folder), epochs(folder)
+    panels = [
+        _panel(title, {name: (c.x, c.y) for name, c in found.items() if name.startswith(start)})
+        for title, start in (("terms", "loss"), ("mean energies", "E("), ("energy gaps", "gap"))
+    ]
+    accuracies = {
+        f"{LEGEND.get(name, name)}, validation": (
+            [float(event["step"]) for event in judged if name in event],
+            [float(event[name]) for event in judged if name in event],
+        )
+        for name in ("accuracy", "pgd10")
+    }
+    panels.append(_panel("accuracy", accuracies, (0.0, 1.0), marked=True))
+    write_text(folder / "curves.svg", picture(panels))
+
+
+def _panel(
+    title: str,
+    curves: Mapping[str, tuple[list[float], list[float]]],
+    y_range: tuple[float, float] | None = None,
+    *,
+    marked: bool = False,
+) -> Panel:
+    names = [LEGEND.get(name, name) for name in curves]
+    series = [
+        Series(name, at, x, y, marked=marked)
+        for at, (name, (x, y)) in enumerate(zip(names, curves.values(), strict=True))
+    ]
+    drawn, _ = lines(series, Axes(title, "step", "", None, y_range))
+    return Panel(title, drawn, [(key(one.slot), one.label) for one in series])
 
 
 def _text(path: Path) -> str:
