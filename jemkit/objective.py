@@ -4,11 +4,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from jemkit.attacks.base import Attack, AttackLoss, training_radius
 from jemkit.data import Batch, Stream
 from jemkit.errors import ConfigError
 from jemkit.models.energy import Scores
+from jemkit.runtime.modes import eval_mode
 
 if TYPE_CHECKING:
     from jemkit.backbone import Backbone
@@ -23,6 +26,29 @@ def watched(scores: Mapping[Stream, Scores], y: Tensor) -> dict[str, Tensor]:
         if stream in scores:
             seen[name] = (scores[stream].logits.argmax(1) == y).float().mean()
     return seen
+
+
+def adversary(
+    attack: Attack, backbone: "Backbone", loss: AttackLoss, x: Tensor, rng: Generator
+) -> Tensor:
+    """Images near x on which a loss is high, by an attack in the backbone's range and radius."""
+    radius = training_radius(attack, backbone.radius_px)
+    return attack.draw(backbone.model, loss, x, rng, bounds=backbone.bounds, radius_px=radius)
+
+
+def kl_adversary(attack: Attack, backbone: "Backbone", x: Tensor, rng: Generator) -> Tensor:
+    """Images near x whose prediction differs most from that of x, by KL divergence in eval mode."""
+    model = backbone.model
+    with eval_mode(model), torch.no_grad():
+        clean = model(x).logits
+    return adversary(attack, backbone, lambda z: divergence(clean, model(z).logits), x, rng)
+
+
+def divergence(clean: Tensor, adv: Tensor) -> Tensor:
+    """KL(p(. | x) || p(. | x~)) of each row, [B], from logits."""
+    return F.kl_div(
+        adv.log_softmax(1), clean.log_softmax(1), reduction="none", log_target=True
+    ).sum(1)
 
 
 class Terms(NamedTuple):

@@ -71,7 +71,15 @@ from jemkit.models.energy import (
     Scores,
 )
 from jemkit.models.networks import MLP, WRN, Adapted, NetworkSpec, SmallCNN
-from jemkit.objective import Objective, Terms, watched
+from jemkit.objective import (
+    Objective,
+    ObjectiveSpec,
+    Terms,
+    adversary,
+    divergence,
+    kl_adversary,
+    watched,
+)
 from jemkit.options import Options, PartOf, Radius
 from jemkit.runtime.modes import eval_mode, frozen, frozen_batch_stats
 from jemkit.sampling.density import Contrastive, Density, DensitySpec
@@ -153,6 +161,7 @@ __all__ = [
     "NoDistance",
     "Norm",
     "Objective",
+    "ObjectiveSpec",
     "Options",
     "OutOfMemory",
     "PartOf",
@@ -190,6 +199,7 @@ __all__ = [
     "Updater",
     "UpdaterSpec",
     "Views",
+    "adversary",
     "assemble",
     "backward",
     "ball_of",
@@ -197,6 +207,7 @@ __all__ = [
     "chain",
     "check",
     "checked",
+    "divergence",
     "eval_mode",
     "evaluate",
     "frozen",
@@ -204,6 +215,7 @@ __all__ = [
     "gradient",
     "hookimpl",
     "installed",
+    "kl_adversary",
     "load",
     "moved_weights",
     "nonstandard",

@@ -1,7 +1,7 @@
 """Attacks: chains up a loss inside a ball around x, and whatever else fools a model."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,22 @@ from jemkit.errors import ConfigError, DataError
 from jemkit.models.energy import EnergyFn
 from jemkit.options import Options, Radius
 from jemkit.runtime.modes import eval_mode, frozen
-from jemkit.sampling.kernels import Ball, L2Descent, Projected, Sampler, SignDescent, run
+from jemkit.sampling.kernels import (
+    Ball,
+    L2Descent,
+    Projected,
+    Sampler,
+    SignDescent,
+    noise_like,
+    run,
+)
+
+STARTS = {
+    "uniform": "uniform in the ball",
+    "gaussian": "x plus Gaussian noise of 0.001, as TRADES's code has it",
+}
+NOISE_PX = 0.255
+"""The standard deviation of a Gaussian start, 0.001 of the pixel range."""
 
 
 def perturbed(x: Tensor, radius: float, rng: Generator, norm: Ball = "Linf") -> Tensor:
@@ -27,11 +42,6 @@ def perturbed(x: Tensor, radius: float, rng: Generator, norm: Ball = "Linf") -> 
     share = torch.rand((len(x), 1), generator=rng, device=x.device, dtype=x.dtype)
     direction = F.normalize(n, dim=1) * share ** (1 / n.shape[1])
     return x + radius * direction.view_as(x)
-
-
-def drawn_start(kernel: Projected, rng: Generator) -> Tensor:
-    """Where a climb begins: a point of the ball, inside the range."""
-    return kernel.project(perturbed(kernel.centre, kernel.radius, rng, kernel.norm))
 
 
 class Best:
@@ -75,6 +85,7 @@ class PGD(Options):
     step_px: float | None = Field(None, ge=0)  # None: a quarter of the radius
     norm: Ball = "Linf"
     restarts: int = Field(1, ge=1)
+    start: Literal["uniform", "gaussian"] = "uniform"
 
     def unused(self) -> dict[str, str]:
         return {} if self.steps else {"step_px": "where steps is 0"}
@@ -97,7 +108,15 @@ class PGD(Options):
         radius = radius_px if self.radius_px is None else self.radius_px
         kernel = self.kernel(x, radius, bounds, self.norm)
         with frozen(model), eval_mode(model):
-            return run(kernel, lambda x: -loss(x), drawn_start(kernel, rng), rng, self.steps)
+            start = self.begin(kernel, rng)
+            return run(kernel, lambda x: -loss(x), start, rng, self.steps)
+
+    def begin(self, kernel: Projected, rng: Generator) -> Tensor:
+        """Where a climb begins: a point of the ball, inside the range."""
+        x = kernel.centre
+        if self.start == "gaussian":
+            return kernel.project(x + kernel.bounds.px(NOISE_PX) * noise_like(x, rng))
+        return kernel.project(perturbed(x, kernel.radius, rng, kernel.norm))
 
     def check_training(self) -> None:
         """Refuse restarts, which act in judging alone."""
@@ -130,7 +149,7 @@ class PGD(Options):
             "steps": self.steps,
             "step_px": step,
             "restarts": self.restarts,
-            "start": "uniform in the ball",
+            "start": STARTS[self.start],
             "kept": "the worst of all steps",
         }
 
@@ -141,7 +160,7 @@ class PGD(Options):
         wants."""
         kernel = self.kernel(x, radius_px, UNIT, norm)
         for _ in range(self.restarts):
-            end = run(kernel, energy, drawn_start(kernel, rng), rng, self.steps)
+            end = run(kernel, energy, self.begin(kernel, rng), rng, self.steps)
             with torch.no_grad():
                 energy(end)
 

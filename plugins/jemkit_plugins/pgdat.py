@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from jemkit import (
-    PGD, Attack, Backbone, Batch, Objective, Options, PartOf, Stream, Terms, hookimpl,
-    training_radius, watched,
+    PGD, Attack, Backbone, Batch, Objective, Options, PartOf, Stream, Terms, adversary,
+    hookimpl, watched,
 )  # fmt: skip
 
 
@@ -29,14 +29,7 @@ class PGDAT(Options):
         def loss(x: Tensor) -> Tensor:
             return F.cross_entropy(model(x).logits, y, reduction="none")
 
-        return self.attack.draw(
-            model,
-            loss,
-            batch.x,
-            rng,
-            bounds=backbone.bounds,
-            radius_px=training_radius(self.attack, backbone.radius_px),
-        )
+        return adversary(self.attack, backbone, loss, batch.x, rng)
 
     def loss(self, backbone: Backbone, batch: Batch, x_adv: Tensor) -> Terms:
         scores = backbone.scores({"x_adv": x_adv})

@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor
 
 from jemkit import (
-    PGD, Attack, Backbone, Batch, Objective, Options, PartOf, Stream, Terms, eval_mode, hookimpl,
-    training_radius, watched,
+    PGD, Attack, Backbone, Batch, Objective, Options, PartOf, Stream, Terms, divergence, hookimpl,
+    kl_adversary, watched,
 )  # fmt: skip
 
 
@@ -32,17 +31,7 @@ class TRADES(Options):
     def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> Tensor | None:
         if not self.beta:
             return None
-        model = backbone.model
-        with eval_mode(model), torch.no_grad():
-            clean = model(batch.x).logits
-        return self.attack.draw(
-            model,
-            lambda x: divergence(clean, model(x).logits),
-            batch.x,
-            rng,
-            bounds=backbone.bounds,
-            radius_px=training_radius(self.attack, backbone.radius_px),
-        )
+        return kl_adversary(self.attack, backbone, batch.x, rng)
 
     def loss(self, backbone: Backbone, batch: Batch, x_adv: Tensor | None) -> Terms:
         scores = backbone.scores(
@@ -53,13 +42,6 @@ class TRADES(Options):
         if x_adv is not None:
             terms["KL"] = (self.beta, divergence(clean, scores["x_adv"].logits).mean())
         return Terms.weighted(terms, watched(scores, batch.y))
-
-
-def divergence(clean: Tensor, adv: Tensor) -> Tensor:
-    """KL(p(. | x) || p(. | x~)) of each row, [B], from logits."""
-    return F.kl_div(
-        adv.log_softmax(1), clean.log_softmax(1), reduction="none", log_target=True
-    ).sum(1)
 
 
 @hookimpl

@@ -25,6 +25,7 @@ from jemkit.training.build import build_run
 TOYS = toy_registry()
 KNOWN = {
     "network mlp": "hidden layers",
+    "network resnet": "depth width strides norm",
     "network smallcnn": "channels norm",
     "network timm": "model",
     "network torchvision": "model",
@@ -42,9 +43,14 @@ KNOWN = {
     "backbone sadajem": "network energy density sampler start buffer steps views",
     "objective ebjdat": "w1 w2 w3 w_clean adv_steps radius_px start_px step_px step_size step norm "
     "projection inner direction outer margin pair distance distance_weight",
+    "objective jeat": "w_px attack",
     "objective jem": "w_px w_pyx negatives",
+    "objective mart": "beta attack",
     "objective pgdat": "attack",
+    "objective score": "beta c smoothing attack",
+    "objective tdat": "weight gamma_min relaxation radius_px variant",
     "objective trades": "beta attack",
+    "objective weat": "of beta attack",
     "updater awp": "gamma",
     "updater sam": "rho adaptive",
     "distance lpips": "net weights download",
@@ -60,7 +66,7 @@ KNOWN = {
     "attack energy": "of steps step_px restarts",
     "attack eot": "steps step_px samples",
     "attack fgsm": "random_start",
-    "attack pgd": "steps radius_px step_px norm restarts",
+    "attack pgd": "steps radius_px step_px norm restarts start",
     "attack square": "queries restarts",
     "evaluator calibration": "bins",
     "evaluator energies": "n steps bins path_images",
@@ -157,6 +163,8 @@ ACTS: list[tuple[tuple[str, str, str], list[str], str]] = [
     (J, ["backbone.buffer.conditional=true"], "objective.negatives=conditional"),
     (J, ["backbone.network.use=mlp"], "backbone.network.hidden=8"),
     (J, ["backbone.network.use=mlp"], "backbone.network.layers=1"),
+    *[(J, ["backbone.network.use=resnet-18", "backbone.network.width=2"], f"backbone.network.{o}")
+      for o in ("width=3", "depth=34", "strides=[1, 1, 2, 2]", "norm=group")],
     (J, ["backbone.network.use=wrn-10-1"], "backbone.network.width=2"),
     (J, ["backbone.network.use=wrn-10-1"], "backbone.network.depth=16"),
     (J, ["backbone.network.use=wrn-10-1", "backbone.network.norm=batch"],
@@ -169,7 +177,16 @@ ACTS: list[tuple[tuple[str, str, str], list[str], str]] = [
     (("classifier", "trades", ""), [], "objective.beta=1"),
     *[(("classifier", name, ""), [], f"objective.attack.{s}")
       for name in ("pgdat", "trades")
-      for s in ("steps=1", "radius_px=5", "step_px=1")],
+      for s in ("steps=1", "radius_px=5", "step_px=1", "start=gaussian")],
+    *[(("classifier", name, ""), [], f"objective.{option}") for name, option in (
+        ("mart", "beta=1"), ("mart", "attack.start=uniform"), ("weat", "beta=1"),
+        ("weat", "of=natural"), ("weat", "attack.steps=1"), ("score", "beta=1"),
+        ("score", "c=0.1"), ("score", "smoothing=0.1"), ("score", "attack.steps=1"),
+        ("tdat", "weight=0.1"), ("tdat", "relaxation=0.1"), ("tdat", "radius_px=5"),
+        ("tdat", "variant=paper"), ("tdat", "gamma_min=0.99"),
+    )],
+    (("jem", "jeat", ""), [], "objective.w_px=0.5"),
+    (("jem", "jeat", ""), [], "objective.attack.steps=1"),
     (("classifier", "pgdat", ""), ["objective.attack.radius_px=90"], "objective.attack.norm=L2"),
 ]  # fmt: skip
 """A pair of parts, settings that an option needs beside it, and the option."""
@@ -199,6 +216,10 @@ IDLE: list[tuple[list[str], str, str]] = [
      "objective.radius_px=9", "without projection"),
     (["objective.use=jem", "objective.w_px=0"], "objective.negatives=conditional", "w_px is 0"),
     (["objective.use=trades", "objective.beta=0"], "objective.attack.steps=3", "beta is 0"),
+    (["objective.use=score", "objective.beta=0"], "objective.c=1", "beta is 0"),
+    (["objective.use=weat", "objective.beta=0", "objective.of=natural"],
+     "objective.attack.steps=3", "where beta is 0 and of"),
+    (["objective.use=tdat", "objective.gamma_min=1"], "objective.relaxation=2", "gamma_min is 1"),
     ([], "backbone.density.penalty_on=positives", "where penalty is 0"),
     (["backbone.sampler.step_size=0"], "backbone.sampler.clip=3", "step_size is 0"),
     (["backbone.network.norm=group"], 'backbone.views.stats_from=["x"]', "without batch norm"),

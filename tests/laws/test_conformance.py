@@ -36,7 +36,9 @@ def test_every_registered_distance_keeps_the_laws_of_its_kind(name: str) -> None
 
 @pytest.mark.parametrize("name", sorted(set(REGISTRY["network"]) - ADAPTERS))
 def test_every_registered_network_keeps_the_laws_of_its_kind(name: str) -> None:
-    small = {"wrn": {"depth": 10, "width": 1}, "mlp": {"hidden": 16}}.get(name, {})
+    small = {"wrn": {"depth": 10, "width": 1}, "mlp": {"hidden": 16}, "resnet": {"width": 4}}.get(
+        name, {}
+    )
     testing.check_network(REGISTRY["network"][name](**small))
 
 

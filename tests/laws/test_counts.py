@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-from toys import backbone_of, gen, objective_of, updater_of
+from toys import REGISTRY, backbone_of, gen, objective_of, updater_of
 
 from jemkit import PGD, PYLD, SGLD, Guard, ModelEnergy, SignDescent, run, train_step
 from jemkit.data import Augmentation, Images, Loader, Views
@@ -58,13 +58,18 @@ def wanted(objective: str, norm: str) -> tuple[Count, Count]:
         "jem": (negatives, update(norm, B, P, P)),
         "pgdat": (adversaries, update(norm, B)),
         "trades": (adversaries + Count(1, B), update(norm, B, B)),
+        "mart": (adversaries, update(norm, B, B)),
+        "weat": (adversaries + Count(1, B), update(norm, B, B)),
+        "score": (adversaries + Count(1, B), update(norm, B, B)),
+        "tdat": (Count(1, B), update(norm, B, B)),  # one step, not M_adv
+        "jeat": (negatives + adversaries, update(norm, B, P)),
         "ebjdat": (negatives + adversaries, update(norm, B, P, P, B)),
     }
     return table[objective]
 
 
 def options(objective: str) -> dict[str, Any]:
-    known = objective_of(objective).__class__.model_fields
+    known = REGISTRY["objective"][objective].model_fields
     given: dict[str, Any] = {"adv_steps": M_ADV, "attack": PGD(steps=M_ADV)}
     return {name: value for name, value in given.items() if name in known}
 
@@ -82,7 +87,7 @@ BUILT = [
     for b in ("classifier", "jem", "jempp", "mebm", "sadajem")
     for o in ("ce", "pgdat", "trades", "jem", "ebjdat")
     if b != "classifier" or o not in ("jem", "ebjdat")
-]
+] + [("sadajem", "jeat"), *(("classifier", o) for o in ("mart", "weat", "score", "tdat"))]
 
 
 @pytest.mark.parametrize(("backbone", "objective"), BUILT)

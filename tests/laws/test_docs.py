@@ -61,10 +61,25 @@ def test_every_preset_in_readme_and_readings_resolves() -> None:
     named = set(re.findall(r"`([\w-]+)`", row))
     shipped = {key.split("/")[1] for key in registry.recipes if key.startswith("preset/")}
     assert named == shipped
-    readings = (ROOT / "docs" / "readings.md").read_text()
-    assert named == set(re.findall(r"^\| `([\w-]+)` \|", readings, re.M))
+    pages = [(ROOT / "docs" / page).read_text() for page in ("readings.md", "rivals.md")]
+    tables = "".join(page.partition("\n## Presets\n")[2] for page in pages)
+    assert named == set(re.findall(r"^\| `([\w-]+)` \|", tables, re.M))
     for preset in named:
         assert resolve(registry, preset=preset).recipe.objective is not None
+
+
+def test_the_table_of_rivals_names_plug_ins_and_presets_that_exist() -> None:
+    registry = installed(third_party=False)
+    page = (ROOT / "docs" / "rivals.md").read_text()
+    table = page.partition("| system |")[2].partition("\n\n")[0]
+    rows = [re.split(r"(?<!\\)\|", row)[1:-1] for row in table.splitlines()[2:]]
+    assert len(rows) > 15
+    for row in rows:
+        assert len(row) == 7, row[0]
+        parts, presets = (set(re.findall(r"`([\w-]+)`", cell)) for cell in row[2:4])
+        assert parts <= {*registry["objective"], *registry["updater"]}, row[0]
+        assert {f"preset/{name}" for name in presets} <= set(registry.recipes), row[0]
+    assert "vart" not in registry["objective"]
 
 
 def test_every_option_that_readings_names_exists() -> None:

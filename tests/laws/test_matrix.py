@@ -3,7 +3,17 @@ nothing, losses that may be taken again."""
 
 import pytest
 import torch
-from toys import MATRIX, MISFITS, UPDATERS, backbone_of, gen, objective_of, updater_of
+from toys import (
+    BACKBONES,
+    MATRIX,
+    MISFITS,
+    OBJECTIVES,
+    UPDATERS,
+    backbone_of,
+    gen,
+    objective_of,
+    updater_of,
+)
 
 from jemkit import Backbone, Guard, MisfitError, check, train_step
 from jemkit.runtime.pytree import same
@@ -72,6 +82,7 @@ def test_misfits_are_refused_with_what_would_fit(backbone: str, objective: str) 
 
 
 def test_the_matrix_is_whole() -> None:
-    assert len(MATRIX) + len(MISFITS) * len(UPDATERS) == 5 * 5 * 3
+    pairs = len(BACKBONES) * len(OBJECTIVES)
+    assert len(MATRIX) + len(MISFITS) * len(UPDATERS) == pairs * len(UPDATERS)
     assert {b for b, _ in MISFITS} == {"classifier"}
-    assert {o for _, o in MISFITS} == {"jem", "ebjdat"}
+    assert {o for _, o in MISFITS} == {"jem", "jeat", "ebjdat"}

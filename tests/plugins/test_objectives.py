@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds, uniform, weights
 from torch import Tensor, nn
-from toys import backbone_of, gen, linear_model, objective_of
+from toys import OBJECTIVES, backbone_of, gen, linear_model, objective_of
 
 from jemkit import Backbone, Batch, Buffer, ConfigError, MisfitError, Terms
 from jemkit.testing import toy_backbone, toy_batch, toy_task
@@ -208,7 +208,7 @@ def test_nothing_hard_codes_the_number_of_classes(k: int) -> None:
     task = toy_task(n_classes=k, n_train=2 * k)
     backbone = backbone_of("sadajem", task)
     batch = toy_batch(task, 6)
-    for name in ("ebjdat", "jem", "pgdat", "trades", "ce"):
-        objective = objective_of(name)
+    for name in OBJECTIVES:
+        objective = objective_of(name, task)
         terms = objective.loss(backbone, batch, objective.draw(backbone, batch, gen()))
         assert terms.total.isfinite()

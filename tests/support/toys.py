@@ -16,6 +16,7 @@ from jemkit import (
     LogSumExpEnergy,
     Network,
     Objective,
+    ObjectiveSpec,
     Options,
     Task,
     Updater,
@@ -63,8 +64,10 @@ def backbone_of(name: str, task: Task | None = None, seed: int = 0, **options: A
     return built
 
 
-def objective_of(name: str, **options: Any) -> Objective[Any]:
-    found: Objective[Any] = tiny("objective", name, **options)
+def objective_of(name: str, task: Task | None = None, **options: Any) -> Objective[Any]:
+    found: Objective[Any] | ObjectiveSpec = tiny("objective", name, **options)
+    if isinstance(found, ObjectiveSpec):
+        return found.build(toy_task() if task is None else task, gen())
     return found
 
 
