@@ -12,6 +12,7 @@ from jemkit.models.networks import MLP, WRN, NetworkSpec, SmallCNN
 from jemkit.sampling.density import Contrastive, DensitySpec
 from jemkit.sampling.init_dists import Gaussian, Mixture, Noise, StartSpec, Uniform
 from jemkit.sampling.kernels import PYLD, SGLD, L2Descent, Sampler, SignDescent
+from jemkit.sampling.stateful_kernels import MALA, SGLDMomentum
 from jemkit.updaters import SAM, Plain, UpdaterSpec
 
 
@@ -27,7 +28,10 @@ def jemkit_energy_models() -> Mapping[str, type[EnergyModelSpec]]:
 
 @hookimpl
 def jemkit_samplers() -> Mapping[str, type[Sampler]]:
-    return {"sgld": SGLD, "pyld": PYLD, "sign": SignDescent, "l2": L2Descent}
+    return {
+        "sgld": SGLD, "sgld_momentum": SGLDMomentum, "mala": MALA, "pyld": PYLD,
+        "sign": SignDescent, "l2": L2Descent,
+    }  # fmt: skip
 
 
 @hookimpl

@@ -89,15 +89,19 @@ from jemkit.sampling.kernels import (
     SGLD,
     Ball,
     Boxed,
+    KernelState,
     L2Descent,
     Projected,
     Sampler,
     SignDescent,
+    StatefulKernel,
     chain,
     gradient,
+    noise_like,
     run,
 )
 from jemkit.sampling.replay_buffer import Buffer, ReplayBuffer
+from jemkit.sampling.stateful_kernels import MALA, SGLDMomentum
 from jemkit.splits import Splits
 from jemkit.step import train_step
 from jemkit.training.compatibility import check
@@ -107,6 +111,7 @@ from jemkit.training.trainer import Trainer
 from jemkit.updaters import SAM, Guard, Plain, Updater, UpdaterSpec, backward, moved_weights
 
 __all__ = [
+    "MALA",
     "MLP",
     "PGD",
     "PYLD",
@@ -145,6 +150,7 @@ __all__ = [
     "Images",
     "JEMVariant",
     "JemkitError",
+    "KernelState",
     "L2Descent",
     "LinearHead",
     "Loader",
@@ -175,6 +181,7 @@ __all__ = [
     "Record",
     "Registry",
     "ReplayBuffer",
+    "SGLDMomentum",
     "Sampler",
     "SamplerPart",
     "Scores",
@@ -186,6 +193,7 @@ __all__ = [
     "Start",
     "StartPart",
     "StartSpec",
+    "StatefulKernel",
     "Steps",
     "Stream",
     "Table",
@@ -218,6 +226,7 @@ __all__ = [
     "kl_adversary",
     "load",
     "moved_weights",
+    "noise_like",
     "nonstandard",
     "perturbed",
     "radius_of",

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import torch
 from torch import Generator
 
 from jemkit.backbone import Backbone
 from jemkit.data import Batch
 from jemkit.objective import Objective, StatefulObjective, Terms
 from jemkit.runtime import tensors
+from jemkit.sampling.reports import reports
 from jemkit.updaters import Guard, Updater, pooled
 
 
@@ -32,7 +34,8 @@ def train_step(
         backbone.density.mark()
     seen: list[Terms] = []
     try:
-        draws = objective.draw(backbone, batch, rng)
+        with reports() as reported:
+            draws = objective.draw(backbone, batch, rng)
 
         def terms() -> Terms:
             seen.append(objective.loss(backbone, batch, draws))
@@ -50,4 +53,5 @@ def train_step(
         raise
     if isinstance(objective, StatefulObjective):
         objective.after(backbone, batch, draws, rng)
-    return pooled(seen[0], backbone.model)
+    means = {name: torch.stack(values).mean() for name, values in reported.items()}
+    return pooled(seen[0]._replace(watched={**seen[0].watched, **means}), backbone.model)

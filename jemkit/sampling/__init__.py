@@ -9,10 +9,12 @@ from jemkit.sampling.kernels import (
     Ball,
     Boxed,
     Gradient,
+    KernelState,
     L2Descent,
     Projected,
     Sampler,
     SignDescent,
+    StatefulKernel,
     chain,
     eager_gradient,
     gradient,
@@ -20,8 +22,11 @@ from jemkit.sampling.kernels import (
     last,
     run,
 )  # fmt: skip
+from jemkit.sampling.reports import reports
+from jemkit.sampling.stateful_kernels import MALA, SGLDMomentum
 
 __all__ = [
-    "PYLD", "SGLD", "Ball", "Boxed", "Gradient", "L2Descent", "Projected", "Sampler", "SignDescent",
-    "chain", "eager_gradient", "gradient", "gradients_by", "last", "run",
+    "MALA", "PYLD", "SGLD", "Ball", "Boxed", "Gradient", "KernelState", "L2Descent", "Projected",
+    "SGLDMomentum", "Sampler", "SignDescent", "StatefulKernel", "chain",
+    "eager_gradient", "gradient", "gradients_by", "last", "reports", "run",
 ]  # fmt: skip

@@ -1,10 +1,10 @@
 """Markov chains over an energy function: transition kernels, and the loop around them (Eq. 10)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -14,13 +14,14 @@ from jemkit.data import Bounds
 from jemkit.errors import MisfitError
 from jemkit.models.energy import EnergyFn, ModelEnergy
 from jemkit.options import Options
+from jemkit.sampling.reports import report
 
 Ball = Literal["Linf", "L2"]
 
 
 @runtime_checkable
-class Sampler(Protocol):
-    """A transition kernel: pure in `x` and in what `rng` draws."""
+class StatelessKernel(Protocol):
+    """A transition kernel without memory: pure in `x` and in what `rng` draws."""
 
     @property
     def needs_stem(self) -> bool:
@@ -30,6 +31,50 @@ class Sampler(Protocol):
     def step(self, energy: EnergyFn, x: Tensor, rng: Generator) -> Tensor:
         """One transition of every row of x, [B, ...]."""
         ...
+
+
+class KernelState(Protocol):
+    """A named tuple of tensors whose first field is x [B, ...]; it lives as long as one chain."""
+
+    @property
+    def x(self) -> Tensor: ...
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+    def _replace(self, *, x: Tensor) -> Self: ...
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """A kernel's state that says more of its step: by name, a number for each row or for all."""
+
+    @property
+    def info(self) -> Mapping[str, Tensor]: ...
+
+
+S = TypeVar("S", bound=Tensor | KernelState)
+
+
+@runtime_checkable
+class StatefulKernel(Protocol[S]):
+    """A transition kernel with memory, such as a momentum: pure in its state."""
+
+    @property
+    def needs_stem(self) -> bool:
+        """Whether the energy must offer `stem` and `trunk`."""
+        ...
+
+    def init(self, x: Tensor, rng: Generator) -> S:
+        """The state that a chain from x [B, ...] begins with."""
+        ...
+
+    def step(self, energy: EnergyFn, state: S, rng: Generator) -> S:
+        """One transition of every row; the wrappers below may have moved `state.x` before it."""
+        ...
+
+
+Sampler = StatelessKernel | StatefulKernel[Any]
+"""A transition kernel."""
 
 
 Gradient = Callable[[EnergyFn, Tensor], Tensor]
@@ -66,12 +111,15 @@ def gradients_by(unit: Gradient) -> Iterator[None]:
 
 
 def chain(
-    sampler: Sampler, energy: EnergyFn, x: Tensor, rng: Generator, steps: int
+    sampler: Sampler, energy: EnergyFn, x: Tensor, rng: Generator, steps: int, name: str = "sampler"
 ) -> Iterator[Tensor]:
-    """x_1, ..., x_steps, each detached."""
+    """x_1, ..., x_steps, each detached; what the kernel reports is collected under `name`."""
+    state = begin(sampler, x, rng)
     for _ in range(steps):
-        x = sampler.step(energy, x, rng).detach()
-        yield x
+        state = _detached(sampler.step(energy, state, rng))
+        if not isinstance(state, Tensor) and isinstance(state, Reporting):
+            report(state.info, name)
+        yield state if isinstance(state, Tensor) else state.x
 
 
 def last(states: Iterator[Tensor], x: Tensor) -> Tensor:
@@ -81,9 +129,28 @@ def last(states: Iterator[Tensor], x: Tensor) -> Tensor:
     return x.detach()
 
 
-def run(sampler: Sampler, energy: EnergyFn, x: Tensor, rng: Generator, steps: int) -> Tensor:
-    """The last state of a chain; no steps give x back."""
-    return last(chain(sampler, energy, x, rng, steps), x)
+def run(
+    sampler: Sampler, energy: EnergyFn, x: Tensor, rng: Generator, steps: int, name: str = "sampler"
+) -> Tensor:
+    """The last x of a chain; no steps give x back."""
+    return last(chain(sampler, energy, x, rng, steps, name), x)
+
+
+def begin(sampler: Sampler, x: Tensor, rng: Generator) -> Any:
+    """The state that a chain from x begins with: x itself where the kernel has no memory."""
+    return sampler.init(x, rng) if isinstance(sampler, StatefulKernel) else x
+
+
+def _detached(state: Tensor | KernelState) -> Tensor | KernelState:
+    if isinstance(state, Tensor):
+        return state.detach()
+    tensors = {k: v.detach() for k, v in state._asdict().items() if isinstance(v, Tensor)}
+    return state._replace(**tensors)
+
+
+def _moved(state: Any, by: Callable[[Tensor], Tensor]) -> Any:
+    """A kernel's state with another x."""
+    return by(state) if isinstance(state, Tensor) else state._replace(x=by(state.x))
 
 
 def noise_like(x: Tensor, rng: Generator) -> Tensor:
@@ -169,7 +236,7 @@ class L2Descent(Options):
 
     def step(self, energy: EnergyFn, x: Tensor, rng: Generator) -> Tensor:
         slope = gradient(energy, x)
-        norm = _rows(slope.flatten(1).norm(dim=1), slope)
+        norm = rowwise(slope.flatten(1).norm(dim=1), slope)
         return x - self.step_size * torch.where(norm > 0, slope / norm, 0 * slope)
 
 
@@ -184,8 +251,11 @@ class Boxed:
     def needs_stem(self) -> bool:
         return self.inner.needs_stem
 
-    def step(self, energy: EnergyFn, x: Tensor, rng: Generator) -> Tensor:
-        return self.bounds.clamp(self.inner.step(energy, x, rng))
+    def init(self, x: Tensor, rng: Generator) -> Any:
+        return begin(self.inner, x, rng)
+
+    def step(self, energy: EnergyFn, state: Any, rng: Generator) -> Any:
+        return _moved(self.inner.step(energy, state, rng), self.bounds.clamp)
 
 
 @dataclass(frozen=True)
@@ -202,19 +272,22 @@ class Projected:
     def needs_stem(self) -> bool:
         return self.inner.needs_stem
 
-    def step(self, energy: EnergyFn, x: Tensor, rng: Generator) -> Tensor:
-        return self.project(self.inner.step(energy, x, rng))
+    def init(self, x: Tensor, rng: Generator) -> Any:
+        return begin(self.inner, x, rng)
+
+    def step(self, energy: EnergyFn, state: Any, rng: Generator) -> Any:
+        return _moved(self.inner.step(energy, state, rng), self.project)
 
     def project(self, x: Tensor) -> Tensor:
         delta = x - self.centre
         if self.norm == "Linf":
             delta = delta.clamp(-self.radius, self.radius)
         else:
-            norm = _rows(delta.flatten(1).norm(dim=1), delta)
+            norm = rowwise(delta.flatten(1).norm(dim=1), delta)
             delta = torch.where(norm > self.radius, delta * (self.radius / norm), delta)
         return self.bounds.clamp(self.centre + delta)
 
 
-def _rows(value: Tensor, like: Tensor) -> Tensor:
+def rowwise(value: Tensor, like: Tensor) -> Tensor:
     """One value a row, [B], shaped to multiply `like`."""
     return value.view(-1, *[1] * (like.ndim - 1))

@@ -1,44 +1,83 @@
 """Laws of what draws: samplers, starts, densities."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from jemkit.models.energy import ModelEnergy
 from jemkit.runtime.modes import eval_mode
 from jemkit.runtime.pytree import same
 from jemkit.sampling.density import DensitySpec
 from jemkit.sampling.init_dists import StartSpec, Uniform
-from jemkit.sampling.kernels import Sampler, chain, last, run
+from jemkit.sampling.kernels import Reporting, Sampler, begin, chain, last
 from jemkit.testing.law import generator, require, require_tensor, told, unchanged, untouched
 from jemkit.testing.toys import toy_backbone, toy_batch, toy_model, toy_task
 
 
 def check_sampler(sampler: Sampler) -> None:
-    """The laws of a transition kernel."""
+    """The laws of a transition kernel, with a state or without."""
     task = toy_task()
     model, x = toy_model(task), toy_batch(task).x
     energy = ModelEnergy(model)
     require(isinstance(sampler.needs_stem, bool), sampler, "says whether it needs a stem")
+
+    def after(x: Tensor, steps: int) -> Any:
+        rng = generator()
+        state = begin(sampler, x, rng)
+        for _ in range(steps):
+            state = sampler.step(energy, state, rng)
+        return state
+
     with eval_mode(model):
         with unchanged(sampler, "the images that it is given", x), untouched(model, sampler):
-            state = sampler.step(energy, x, generator())
-        require_tensor(state, sampler, "the state after a step", shape=tuple(x.shape))
-        again = sampler.step(energy, x, generator())
-        law = "one state and one generator give one next state"
-        require(torch.equal(state, again), sampler, law)
+            state = begin(sampler, x, generator())
+            _check_state(sampler, state, x, "the state that `init` gives")
+        given = [t for t in _tensors(state).values() if t is not x]
+        images = unchanged(sampler, "the images that it is given", x)
+        alone = unchanged(sampler, "the state that it is given", *given)
+        with images, alone, untouched(model, sampler):
+            moved = sampler.step(energy, state, generator())
+        _check_state(sampler, moved, x, "the state after a step")
+        law = f"a step gives a state as `init` does; it gave {told(moved)}"
+        require(type(moved) is type(state), sampler, law)
+        again = sampler.step(energy, state, generator())
+        require(same(again, moved), sampler, "one state and one generator give one next state")
         other = torch.cat([x[:-1], -x[-1:]])
-        moved = sampler.step(energy, other, generator())
+        ours, theirs = (_tensors(after(images, 2))["x"][:-1] for images in (x, other))
         law = "moves each row by itself: another row's image changes nothing"
-        require(torch.allclose(moved[:-1], state[:-1], atol=1e-6), sampler, law)
-        rng = generator()
-        middle = run(sampler, energy, x, rng, 2)
-        split = run(sampler, energy, middle, rng, 3)
-        whole = run(sampler, energy, x, generator(), 5)
-        law = "a chain of 2 steps and then 3 is one of 5"
-        require(torch.equal(split, whole), sampler, law)
+        require(torch.allclose(ours, theirs, atol=1e-6), sampler, law)
         states = list(chain(sampler, energy, x, generator(), 3))
         require(len(states) == 3, sampler, "a chain has as many states as steps")
+        law = "remembers nothing but its state: two chains from one generator are one"
+        require(torch.equal(states[-1], _tensors(after(x, 3))["x"]), sampler, law)
         detached = not any(s.requires_grad for s in [*states, last(iter(states), x)])
         require(detached, sampler, "what leaves a chain carries no graph")
+
+
+def _check_state(sampler: Sampler, state: Any, x: Tensor, what: str) -> None:
+    """x itself of a kernel without memory, else a named tuple that begins with x."""
+    if isinstance(state, tuple):
+        law = f"{what} is a named tuple whose first field is x"
+        require(getattr(state, "_fields", ())[:1] == ("x",), sampler, law)
+    found = _tensors(state)
+    require_tensor(found.get("x"), sampler, what, shape=tuple(x.shape))
+    for name, value in found.items():
+        sound = not value.requires_grad and bool(value.isfinite().all())
+        law = f"{what} holds finite tensors that carry no graph, {name} too"
+        require(sound, sampler, law)
+    for name, value in (state.info if isinstance(state, Reporting) else {}).items():
+        number = isinstance(value, Tensor) and tuple(value.shape) in [(len(x),), ()]
+        law = f"{what} reports {name} as a number for each row, or one for all"
+        require(number, sampler, f"{law}; it gave {told(value)}")
+
+
+def _tensors(state: Any) -> dict[str, Any]:
+    """A state's tensors, by name; the state itself where it is no tuple."""
+    if not hasattr(state, "_asdict"):
+        return {"x": state}
+    fields = {**state._asdict(), **(state.info if isinstance(state, Reporting) else {})}
+    return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
 
 
 def check_start(spec: StartSpec) -> None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from jemkit import (
-    PGD, ModelAttack, Options, Perturb, PixelModel, Threat, ball_of, hookimpl, perturbed,
+    PGD, ModelAttack, Options, Perturb, PixelModel, Threat, ball_of, hookimpl, perturbed, run,
 )  # fmt: skip
 from jemkit.attacks.pixel_model import UNIT
 
@@ -34,7 +34,7 @@ class FGSM(Options):
             start = x
             if self.random_start:
                 start = kernel.project(perturbed(x, threat.eps, rng, norm))
-            return kernel.step(energy, start, rng)
+            return run(kernel, energy, start, rng, steps=1)
 
         return {self.label: perturb}
 

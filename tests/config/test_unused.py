@@ -31,8 +31,10 @@ KNOWN = {
     "network torchvision": "model",
     "network wrn": "depth width norm bn_momentum",
     "sampler l2": "step_size",
+    "sampler mala": "step_size temperature",
     "sampler pyld": "inner_steps step_size clip",
     "sampler sgld": "step_size noise clip",
+    "sampler sgld_momentum": "step_size momentum noise clip",
     "sampler sign": "step_size",
     "start noise": "std",
     "density contrastive": "batch_norm box penalty penalty_on",
@@ -159,6 +161,10 @@ ACTS: list[tuple[tuple[str, str, str], list[str], str]] = [
     (J, ["backbone.sampler.use=pyld"], "backbone.sampler.clip=0.0001"),
     (J, ["backbone.sampler.use=sign"], "backbone.sampler.step_size=0.5"),
     (J, ["backbone.sampler.use=l2"], "backbone.sampler.step_size=0.5"),
+    *[(J, ["backbone.sampler.use=sgld_momentum"], f"backbone.sampler.{s}")
+      for s in ("step_size=0.5", "momentum=0.1", "noise=0.1", "clip=0.0001")],
+    *[(J, ["backbone.sampler.use=mala"], f"backbone.sampler.{s}")
+      for s in ("step_size=0.5", "temperature=0.1")],
     (J, ["backbone.start.use=noise"], "backbone.start.std=0.1"),
     (J, ["backbone.buffer.conditional=true"], "objective.negatives=conditional"),
     (J, ["backbone.network.use=mlp"], "backbone.network.hidden=8"),

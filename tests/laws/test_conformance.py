@@ -1,6 +1,6 @@
 """Every registered part keeps the laws of its kind, and the laws find a part that breaks them."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -117,6 +117,34 @@ class Kernel(Options):
 
     def step(self, energy: Any, x: Tensor, rng: Generator) -> Any:
         return self.gives(energy, x)
+
+
+class Pair(NamedTuple):
+    """A kernel's state."""
+
+    x: Tensor
+    velocity: Tensor
+    info: dict[str, Tensor]
+
+
+class Rolling(Kernel):
+    """A sampler with a momentum, whose step gives what a test wants of it."""
+
+    begins: Any = lambda x: Pair(x, torch.zeros_like(x), {})
+
+    def init(self, x: Tensor, rng: Generator) -> Any:
+        return self.begins(x)
+
+
+def hoarding_step() -> Any:
+    """One that remembers its steps beside its state."""
+    seen: list[int] = []
+
+    def step(_: Any, state: Pair) -> Pair:
+        seen.append(1)
+        return state._replace(x=state.x + len(seen))
+
+    return step
 
 
 def attached_step(energy: Any, x: Tensor) -> Tensor:
@@ -251,6 +279,24 @@ BROKEN = [
     (testing.check_sampler, Kernel(gives=lambda e, x: x[:1]), r"shape .*it gave a tensor \[1, 1"),
     (testing.check_sampler, Kernel(gives=lambda e, x: x.double()), "float32; .* of float64"),
     (testing.check_sampler, Kernel(gives=lambda e, x: x * float("nan")), "is finite"),
+    (testing.check_sampler, Rolling(gives=nothing, begins=lambda x: (x,)), "a named tuple whose"),
+    (testing.check_sampler, Rolling(gives=lambda e, s: s.x), "a state as `init` does; .* a tensor"),
+    (
+        testing.check_sampler,
+        Rolling(gives=lambda e, s: s._replace(velocity=s.x.log())),
+        "finite tensors .*, velocity too",
+    ),
+    (
+        testing.check_sampler,
+        Rolling(gives=lambda e, s: s._replace(info={"pace": s.x})),
+        r"pace as a number for each row, .*; it gave a tensor \[6, 1",
+    ),
+    (
+        testing.check_sampler,
+        Rolling(gives=lambda e, s: s._replace(velocity=s.velocity.add_(1))),
+        "leaves the state that it is given",
+    ),
+    (testing.check_sampler, Rolling(gives=hoarding_step()), "give one next state"),
     (testing.check_objective, Wasteful(), "alone"),
     (testing.check_objective, Loss(gives=backward_loss), "`.grad`, which only an updater fills"),
     (testing.check_objective, Loss(gives=nothing), "gives Terms.*it gave None"),

@@ -13,7 +13,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from toys import REGISTRY, backbone_of, gen, objective_of, updater_of
 
-from jemkit import PGD, PYLD, SGLD, Guard, ModelEnergy, SignDescent, run, train_step
+from jemkit import (
+    MALA,
+    PGD,
+    PYLD,
+    SGLD,
+    Guard,
+    ModelEnergy,
+    SGLDMomentum,
+    SignDescent,
+    run,
+    train_step,
+)  # fmt: skip
 from jemkit.data import Augmentation, Images, Loader, Views
 from jemkit.models.networks import SmallCNN
 from jemkit.runtime.modes import frozen
@@ -210,7 +221,8 @@ def test_a_batch_takes_as_many_operations_however_many_images_it_has(views: View
 
 KERNELS: list[Sampler] = [
     SGLD(), SGLD(noise=0.0, clip=1.0), PYLD(), SignDescent(), L2Descent(),
-    Boxed(SGLD(), TASK.bounds),
+    SGLDMomentum(), MALA(step_size=0.1, temperature=1.0),
+    Boxed(SGLD(), TASK.bounds), Boxed(SGLDMomentum(), TASK.bounds),
     Projected(SignDescent(), BATCH.x, 0.1, TASK.bounds),
     Projected(L2Descent(), BATCH.x, 0.1, TASK.bounds, "L2"),
 ]  # fmt: skip

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Generator
 
+from jemkit import run
 from jemkit.config.recipe import resolve
 from jemkit.config.registry import installed
+from jemkit.sampling.reports import reports
 from jemkit.testing import check_evaluator, check_objective, check_sampler
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +107,17 @@ def test_the_guides_objective_and_sampler_keep_the_laws() -> None:
     check_sampler(scope["NoisySign"]())
 
 
+def test_the_guides_sampler_with_a_state_keeps_the_laws_and_reports() -> None:
+    guide = (ROOT / "docs" / "write-a-plugin.md").read_text()
+    (code,) = re.findall(r"```python no-state\n(.*?)```", guide, re.S)
+    scope: dict[str, Any] = {}
+    exec(IMPORTS + code, scope)
+    check_sampler(scope["HeavyBall"]())
+    with reports() as seen:
+        run(scope["HeavyBall"](), lambda x: 3 * x.sum(1), torch.zeros(2, 4), Generator(), 2)
+    assert [float(value) for value in seen["sampler/gradient"]] == [6, 6]
+
+
 def test_the_guides_evaluator_keeps_the_laws() -> None:
     guide = (ROOT / "docs" / "write-a-plugin.md").read_text()
     (code,) = re.findall(r"```python no-evaluator\n(.*?)```", guide, re.S)
@@ -119,16 +134,15 @@ def test_the_page_on_evaluation_names_every_attack_and_evaluator() -> None:
 
 
 IMPORTS = """
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor
-from jemkit import Backbone, Batch, Context, Figure, Images, Options, PixelModel, Terms
-from jemkit.models.energy import EnergyFn
-from jemkit.metrics.evaluator import batches
-from jemkit.objective import watched
-from jemkit.sampling.kernels import gradient, noise_like
+from jemkit import (
+    Backbone, Batch, Context, EnergyFn, Figure, Images, Options, PixelModel, Terms, batches,
+    gradient, noise_like, watched,
+)
 """
 
 

@@ -19,7 +19,7 @@ from toys import (
     updater_of,
 )
 
-from jemkit import Backbone, Batch, Guard, Trainer, train_step
+from jemkit import MALA, Backbone, Batch, Guard, Trainer, train_step
 from jemkit.attacks.base import Threat
 from jemkit.attacks.pixel_model import PixelModel
 from jemkit.data import Images
@@ -136,6 +136,15 @@ def test_chains_stay_on_their_device_and_wait_for_nothing(sampler: str, start: s
         made = [density.draw(model, 40, rng()), density.draw(model, 4, rng(), y)]
         made.append(density.sample(model, 4, rng(), steps=2, start=density.start, y=y))
     assert all(isinstance(x, Far) for x in made)
+    assert not mode.waits
+
+
+def test_what_a_kernel_reports_stays_on_its_device() -> None:
+    backbone, objective = far_backbone("jem", sampler=MALA()), objective_of("jem")
+    updater = updater_of("plain", backbone.model)
+    with elsewhere() as mode:
+        terms = train_step(backbone, objective, updater, far_batch(), rng(), Unread())
+    assert isinstance(terms.watched["sampler/acceptance"], Far)
     assert not mode.waits
 
 

@@ -6,7 +6,7 @@ from states import nodes
 from torch import Tensor, nn
 from toys import backbone_of, gen, objective_of
 
-from jemkit import PGD, SGLD, ModelEnergy, SignDescent, run
+from jemkit import MALA, PGD, SGLD, ModelEnergy, SGLDMomentum, SignDescent, run
 from jemkit.sampling.kernels import L2Descent
 from jemkit.testing import toy_batch, toy_model, toy_task
 
@@ -33,12 +33,19 @@ def counted(model: nn.Module) -> list[int]:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
-@pytest.mark.parametrize("sampler", [SGLD(), SignDescent(), L2Descent()])
+@pytest.mark.parametrize("sampler", [SGLD(), SGLDMomentum(), SignDescent(), L2Descent()])
 def test_a_chain_of_m_steps_makes_m_forward_passes(steps: int, sampler: SGLD) -> None:
     model = toy_model(TASK).eval()
     seen = counted(model)
     run(sampler, ModelEnergy(model), BATCH.x, gen(), steps)
     assert seen == [len(BATCH.x)] * steps
+
+
+def test_a_step_of_mala_makes_two_passes_for_each_of_both_ends() -> None:
+    model = toy_model(TASK).eval()
+    seen = counted(model)
+    run(MALA(), ModelEnergy(model), BATCH.x, gen(), 3)
+    assert seen == [len(BATCH.x)] * 3 * 4
 
 
 @pytest.mark.parametrize("steps", [0, 3])

@@ -26,7 +26,20 @@ from toys import (
 )
 
 import jemkit as api
-from jemkit import PGD, PYLD, SGLD, Guard, ModelEnergy, SignDescent, Terms, Trainer, run, train_step
+from jemkit import (
+    MALA,
+    PGD,
+    PYLD,
+    SGLD,
+    Guard,
+    ModelEnergy,
+    SGLDMomentum,
+    SignDescent,
+    Terms,
+    Trainer,
+    run,
+    train_step,
+)  # fmt: skip
 from jemkit.attacks.base import Threat
 from jemkit.attacks.pixel_model import PixelModel, pixel_model
 from jemkit.attacks.purification import Refined, Refinement
@@ -66,7 +79,13 @@ def close(ours: Tensor, theirs: Tensor) -> bool:
     return torch.allclose(ours, theirs, rtol=TINY, atol=TINY)
 
 
-@given(seeds, sizes, st.sampled_from([SGLD(), PYLD(), SignDescent(), L2Descent()]),
+CHAINED = [
+    SGLD(), SGLDMomentum(), MALA(step_size=0.1, temperature=1.0), PYLD(), SignDescent(),
+    L2Descent(),
+]  # fmt: skip
+
+
+@given(seeds, sizes, st.sampled_from(CHAINED),
        st.sampled_from(["none", "batch", "group", "instance"]))  # fmt: skip
 def test_a_chain_in_slices_is_the_whole_chain(
     seed: int, size: int, sampler: Sampler, norm: Norm

@@ -129,6 +129,15 @@ def test_a_runs_seconds_are_those_of_its_rows(tmp_path: Path) -> None:
     assert epochs[-1] == pytest.approx(trainer.seconds, abs=1e-3)
 
 
+def test_what_the_sampler_reports_is_a_column_of_the_log(tmp_path: Path) -> None:
+    recipe = toy_recipe(toy_registry(), "jem", "jem", "plain", "backbone.sampler.use=mala")
+    Trainer(recipe, RunFolder.create(tmp_path / "run")).run()
+    rows = RunFolder(tmp_path / "run").metrics()
+    rates = [float(row["sampler/acceptance"]) for row in rows]
+    assert all(0 <= rate <= 1 for rate in rates)
+    assert len(set(rates)) > 1
+
+
 def test_settling_waits_for_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)

@@ -64,6 +64,8 @@ OTHERS = [
     ["jempp", "ebjdat", "awp", "run.precision=bf16"],
     ["mebm", "ebjdat", "plain", "backbone.buffer.conditional=true"],
     ["jem", "ebjdat", "plain", "backbone.density.batch_norm=released"],
+    ["jem", "jem", "plain", "backbone.sampler.use=sgld_momentum"],
+    ["sadajem", "ebjdat", "plain", "backbone.sampler.use=mala"],
 ]
 
 
