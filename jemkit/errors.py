@@ -1,10 +1,11 @@
-"""The errors a person can cause, each with the exit code that the command line gives it."""
+"""The errors that a user can cause, each with its exit code."""
 
 import errno
 
 
 class JemkitError(Exception):
-    """What came, what was expected and what to do, in one message; no traceback is shown for it."""
+    """One message that says what was given, what was expected and what to do; shown without a
+    traceback."""
 
     exit_code = 1
 
@@ -16,17 +17,17 @@ class ConfigError(JemkitError, ValueError):
 
 
 class UsageError(ConfigError):
-    """A value that no run could take."""
+    """A value that is never valid."""
 
     exit_code = 2
 
 
 class UnknownName(ConfigError, LookupError):
-    """A name that no plug-in offers."""
+    """A name that no plug-in registers."""
 
 
 class MisfitError(ConfigError, TypeError):
-    """Parts that do not fit each other."""
+    """Parts that do not fit together."""
 
 
 class Diverged(JemkitError):
@@ -36,23 +37,23 @@ class Diverged(JemkitError):
 
 
 class Preempted(JemkitError):
-    """A stop that was asked for; the run is saved."""
+    """A requested stop; the run is saved."""
 
     exit_code = 5
 
 
 class OutOfMemory(JemkitError):
-    """Memory that ran out where no smaller pass would help, or nobody may take one."""
+    """An OOM that smaller passes would not prevent, or that cannot be retried."""
 
     exit_code = 7
 
     def __init__(self, message: str, *, undone: bool = True) -> None:
         super().__init__(message)
-        self.undone = undone  # whether all is as before what failed
+        self.undone = undone  # whether the state is that before the failure
 
 
 class DataError(JemkitError, ValueError):
-    """A file or folder that is missing, damaged or not what is expected there."""
+    """A file or folder that is missing, damaged or not of the expected kind."""
 
     exit_code = 6
 
@@ -61,13 +62,13 @@ NO_MEMORY = (
     "allocate memory", "not enough memory", "out of memory", "bad_alloc", "ALLOC_FAILED",
     "could not create a primitive", "unable to find an engine",
 )  # fmt: skip
-"""How torch's allocators and the libraries under it say that there is no room."""
+"""How torch's allocators, and libraries that it uses, report an OOM."""
 NO_ROOM = (*NO_MEMORY, "start new thread", "failed to map segment")
 """The same outside of a network's passes, where threads start and libraries are loaded."""
 
 
 def memory_ran_out(error: BaseException) -> str:
-    """In one line what says that memory ran out, of an error or of what led to it; else empty."""
+    """One line that says that memory ran out, from an error or its causes; else empty."""
     seen: list[BaseException] = []
     now: BaseException | None = error
     while now is not None and now not in seen:

@@ -213,7 +213,7 @@ BAD = {
     r"x\.unsqueeze\(1\)": Images(GOOD.x[:, 0], GOOD.y),
     "reshape": Images(GOOD.x.flatten(1), GOOD.y),
     r"x\.permute\(0, 3, 1, 2\)": Images(GOOD.x.permute(0, 2, 3, 1), GOOD.y),
-    r"label of image 1 is 0\.5, no whole number": Images(GOOD.x, torch.tensor([0, 0.5, 1, 2])),
+    r"label of image 1 is 0\.5, not a whole number": Images(GOOD.x, torch.tensor([0, 0.5, 1, 2])),
     "label of image 3 is nan": Images(GOOD.x, torch.tensor([0, 1, 2, float("nan")])),
     "label of image 0 is inf": Images(GOOD.x, torch.tensor([float("inf"), 1, 2, 0])),
     "begin at 1: subtract 1": Images(GOOD.x, torch.tensor([1, 2, 3, 1])),

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder of safetensors and JSON, with a manifest of hashes written last."""
+"""Checkpoints: a folder of safetensors and JSON, whose manifest of hashes is written last."""
 
 import os
 import shutil
@@ -36,19 +36,17 @@ MODEL, TENSORS = "model.safetensors", "state.safetensors"
 TREE, MANIFEST = "state.json", "manifest.json"
 FILES = (MODEL, TENSORS, TREE)
 State = dict[str, Any]
-EARLIER = (
-    "--resume goes on from an earlier one by itself, sample and evaluate with --checkpoint last"
-)
+EARLIER = "--resume uses an earlier one automatically, sample and evaluate with --checkpoint last"
 MIGRATIONS: dict[int, Callable[[State], State]] = {}
-"""What makes a state of an older format one of the next."""
+"""Functions that convert a state from one format to the next."""
 
 
 def save(path: Path, state: State, *, best: Path | None = None) -> str:
-    """Write `state` as the folder `path`, whole or not at all; give back the model's SHA-256.
+    """Write `state` as the folder `path`, whole or not at all; returns the SHA-256 of the model.
 
     `state["model"]` is a state dict; the rest may be any tree of dicts, lists, tensors and plain
-    values, keys of dicts being strings or integers. `best` gets the same files, and gets them
-    first: a run never goes on from a checkpoint that says of itself to be the best and is not kept.
+    values, with strings or integers as keys. `best` gets the same files, and gets them first: a run
+    must never resume from a checkpoint that claims to be the best but was not saved as the best.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     work = until_room(path, lambda: _work(path))
@@ -75,7 +73,7 @@ def _work(path: Path) -> Path:
 
 
 def _twin(work: Path, path: Path) -> None:
-    """The same files once more as the folder `path`, by links where the disk has them."""
+    """Store the same files as the folder `path`, by hard links if the disk supports them."""
     twin = _work(path)
     try:
         for name in (*FILES, MANIFEST):
@@ -92,9 +90,9 @@ def _twin(work: Path, path: Path) -> None:
 
 
 def _put(work: Path, path: Path) -> None:
-    """Rename `work` to `path`; what stood there is deleted last, or put back on an error.
+    """Rename `work` to `path`; the previous folder is deleted last, or restored on an error.
 
-    A kill between the two renames leaves it under its other name, from where `recover` takes it.
+    After a kill between the two renames it is under its other name, where `recover` finds it.
     """
     aside = work.with_name(f"{work.name}.old")
     if path.exists():
@@ -110,7 +108,8 @@ def _put(work: Path, path: Path) -> None:
 
 
 def load(path: Path) -> State:
-    """The state that `save` wrote; a DataError where a file is missing, damaged or not ours."""
+    """The state that `save` wrote; DataError if a file is missing, damaged or not a
+    checkpoint's."""
     verify(path)
     saved = read_json(path / TREE)
     tensors, model = load_tensors(path / TENSORS), load_tensors(path / MODEL)
@@ -121,14 +120,14 @@ def load(path: Path) -> State:
             state = MIGRATIONS[older](state)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise DataError(
-            f"{path / TREE} is no state of a run: {type(error).__name__}: {error}"
+            f"{path / TREE} is not a state of a run: {type(error).__name__}: {error}"
         ) from None
     return state
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """The model's weights: of a checkpoint folder, of a run's newest one, of an exported or
-    imported model, or a safetensors file."""
+    """The weights of a checkpoint folder, of a run's newest checkpoint, of an exported or imported
+    model, or of a safetensors file."""
     if path.exists() and not path.is_dir():
         return load_tensors(path)
     folder = path if (path / MANIFEST).exists() else newest(path / "checkpoints")
@@ -137,21 +136,23 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         return load_tensors(folder / MODEL)
     if not (path / MODEL).is_file():
         raise DataError(
-            f"{path} is no checkpoint, no run with checkpoints, no exported or imported model and "
-            "no safetensors file"
+            f"{path} is not a checkpoint, a run with checkpoints, an exported or imported model "
+            f"or a safetensors file"
         )
     config = read_json(path / "config.json")
     hashes = config.get("sha256") if isinstance(config, dict) else None
     wanted = hashes.get(MODEL) if isinstance(hashes, dict) else None
     if file_hash(path / MODEL) != wanted:
-        raise DataError(f"{path / MODEL} is damaged: its SHA-256 is not {wanted}, of config.json")
+        raise DataError(
+            f"{path / MODEL} is damaged: its SHA-256 is not the {wanted} of config.json"
+        )
     return load_tensors(path / MODEL)
 
 
 def verify(path: Path) -> dict[str, str]:
-    """Check every file against the manifest; give the hashes back."""
+    """Check every file against the manifest; returns the hashes."""
     if not path.is_dir():
-        raise DataError(f"{path} is no checkpoint folder: it is missing or a single file")
+        raise DataError(f"{path} is not a checkpoint folder: it is missing or a single file")
     manifest = read_json(path / MANIFEST)
     hashes = manifest.get("sha256") if isinstance(manifest, dict) else None
     if not isinstance(hashes, dict) or set(hashes) != set(FILES):
@@ -177,31 +178,31 @@ def newest(folder: Path) -> Path | None:
 
 
 class Sound(NamedTuple):
-    """The newest checkpoint that can be read, and what stands before it that cannot."""
+    """The newest readable checkpoint, and the newer ones that cannot be read."""
 
     path: Path
     state: State
-    damaged: dict[Path, DataError]  # newer ones, and why
+    damaged: dict[Path, DataError]  # newer ones, with the reason
 
 
 def sound(folder: Path) -> Sound:
-    """Read the newest checkpoint that verifies; a DataError where none does."""
+    """Read the newest checkpoint that verifies; DataError if there is none."""
     damaged: dict[Path, DataError] = {}
     for path in reversed(complete(folder)):
         try:
             return Sound(path, load(path), damaged)
         except DataError as error:
-            if memory_ran_out(error):  # the file may be sound
+            if memory_ran_out(error):  # the file may be intact
                 raise
             damaged[path] = error
     if damaged:
         reasons = "; ".join(map(str, damaged.values()))
         raise DataError(f"no checkpoint in {folder} can be read: {reasons}")
-    raise DataError(f"{folder.parent} holds no complete checkpoint to resume from")
+    raise DataError(f"{folder.parent} contains no complete checkpoint to resume from")
 
 
 def recover(folder: Path) -> None:
-    """Put back what a kill between two renames left under another name."""
+    """Restore what a kill between two renames left under another name."""
     for aside in sorted(folder.glob(".*.old")):
         path = folder / aside.name[1:].split(".")[0]
         if not path.exists() and (aside / MANIFEST).exists():
@@ -209,7 +210,7 @@ def recover(folder: Path) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Leave the newest `keep` checkpoints; clear what interrupted writes left behind."""
+    """Keep the newest `keep` checkpoints; remove leftovers of interrupted writes."""
     recover(folder)
     for old in complete(folder)[:-keep]:
         remove(old)
@@ -218,7 +219,7 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; killed half-way, what is left of it does not pass for a damaged one."""
+    """Delete a checkpoint; if killed half-way, the rest is not mistaken for a damaged one."""
     gone = path.with_name(f".{path.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(path, gone)
@@ -231,10 +232,10 @@ def complete(folder: Path) -> list[Path]:
 
 
 class Writer:
-    """Writes checkpoints behind a run's back, one at a time and in order.
+    """Writes checkpoints in a background thread, one at a time and in order.
 
-    `save` copies the state to the host and returns; a thread writes the files, and what fails there
-    is raised by the next `save` or `wait`. Call `wait` last.
+    `save` copies the state to the host and returns. A thread writes the files; its errors are
+    raised by the next `save` or `wait`. Call `wait` last.
     """
 
     def __init__(self) -> None:
@@ -244,29 +245,29 @@ class Writer:
         self, path: Path, state: State, *, best: Path | None = None,
         then: Callable[[], object] = bool,
     ) -> None:  # fmt: skip
-        """As `checkpoint.save`, once the one before is written; `then` is called after it."""
+        """As `checkpoint.save`, after the previous one is written; `then` is called after it."""
         self.wait()
         copied = self._snapshot.of(state)
         self._behind.start(lambda: (save(path, copied, best=best), then()))
 
     def ready(self, state: State) -> None:
-        """Take the memory that copies of such a state need, so that no step waits for it."""
+        """Allocate the memory for copies of such a state, so that no step has to."""
         self._snapshot.of(state)
 
     def wait(self) -> None:
-        """Return when all is written; raise what went wrong."""
+        """Wait until everything is written; raises any error of the thread."""
         self._behind.wait()
 
 
 class BackgroundWriter:
-    """One thread for one piece of work; what fails in it is raised by the next `wait`, once."""
+    """One thread for one task; its error is raised by the next `wait`, once."""
 
     def __init__(self) -> None:
         self._thread: Thread | None = None
         self._failed: BaseException | None = None
 
     def start(self, work: Callable[[], object]) -> None:
-        """Begin `work`; what was begun before it must be done: `wait` first."""
+        """Start `work`; the previous work must be finished: call `wait` first."""
 
         def run() -> None:
             try:
@@ -274,12 +275,12 @@ class BackgroundWriter:
             except BaseException as error:
                 self._failed = error
 
-        # No daemon, so that an interpreter that ends waits for it; with this thread's context.
+        # Not a daemon, so that the interpreter waits for it at exit; with this thread's context.
         self._thread = Thread(target=copy_context().run, args=(run,), name="behind")
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when the work is done; raise what went wrong."""
+        """Wait until the work is done; raises its error, if any."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -1,4 +1,4 @@
-"""Room on a disk: forecast before a run begins; a full one makes it wait, not end."""
+"""Disk space: estimated before a run begins; if the disk is full, the run waits."""
 
 import errno
 import logging
@@ -22,15 +22,15 @@ log = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 TIGHT = 0.8
-"""A share of the free room; a run that needs more of it is told so."""
+"""The share of the free space above which a run's size causes a warning."""
 ROW, PICTURE = 1024, 256 * 1024
-"""Bytes, with much to spare, of one step's metrics and of one epoch's pictures."""
+"""Bytes of one step's metrics and of one epoch's pictures, generously estimated."""
 LEAF = 64
-"""Bytes of JSON, about, for one value or tensor's name in a state."""
+"""Approximate bytes of JSON for one value or tensor name in a state."""
 
 
 def state_bytes(tree: Any) -> int:
-    """What a state takes on disk: its tensors, and about what its JSON does."""
+    """The size of a state on disk: its tensors, and approximately its JSON."""
     if isinstance(tree, Tensor):
         return tree.numel() * tree.element_size() + LEAF
     if isinstance(tree, dict):
@@ -41,7 +41,7 @@ def state_bytes(tree: Any) -> int:
 
 
 def momenta_bytes(optimizer: Optimizer) -> int:
-    """What an optimizer that has not stepped yet is going to remember."""
+    """The state that an optimizer will have after its first step."""
     if optimizer.state:
         return 0
     total = 0
@@ -52,21 +52,22 @@ def momenta_bytes(optimizer: Optimizer) -> int:
 
 
 def run_bytes(checkpoint: int, *, keep: int, steps: int, epochs: int) -> int:
-    """What a run takes: `keep` checkpoints, the best and the one being written; its log, pictures.
+    """The size of a run: `keep` checkpoints, the best and the one being written, its log and
+    pictures.
 
-    Pictures are one file an epoch.
+    Each epoch writes one picture.
     """
     return checkpoint * (keep + 2) + steps * ROW + epochs * PICTURE
 
 
 def free_bytes(folder: Path) -> int:
-    """The room on the disk of a folder, which need not exist yet."""
+    """The free space on the disk of a folder, which need not exist yet."""
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     return shutil.disk_usage(there).free
 
 
 def used_bytes(folder: Path) -> int:
-    """What the files below a folder take; one that stands under two names is counted once."""
+    """The size of the files below a folder; a file with two names is counted once."""
     found = [p.lstat() for p in folder.rglob("*") if p.is_file()]
     return sum({stat.st_ino: stat.st_size for stat in found}.values())
 
@@ -74,12 +75,12 @@ def used_bytes(folder: Path) -> int:
 def check_room(
     folder: Path, needed: int, *, free: Callable[[Path], int] = free_bytes
 ) -> str | None:
-    """Refuse a run that cannot fit; a warning where it fits but little is left."""
+    """Reject a run that does not fit; warn if it fits but little space is left."""
     there = free(folder)
     if needed > there:
         raise DataError(
-            f"{folder} needs {readable(needed)} and its disk has {readable(there)} free: make "
-            "room, choose another --out, or lower run.keep or backbone.buffer.capacity"
+            f"{folder} needs {readable(needed)} but its disk has {readable(there)} free: free "
+            f"some space, choose another --out, or lower run.keep or backbone.buffer.capacity"
         )
     if needed > TIGHT * there:
         return f"{folder} needs {readable(needed)} of the {readable(there)} that its disk has free"
@@ -87,13 +88,13 @@ def check_room(
 
 
 def readable(size: int) -> str:
-    """Bytes as a person reads them."""
+    """Bytes in a readable unit."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 @dataclass(frozen=True)
 class Patience:
-    """What to do while a disk is full: say so once, look again, give up when a stop is asked."""
+    """What to do while a disk is full: warn once, check again, give up if a stop was requested."""
 
     stop: Callable[[], bool]
     tell: Callable[[str], None] = log.warning
@@ -102,11 +103,12 @@ class Patience:
 
     def wait(self, path: Path, waited: int) -> None:
         if not waited:
-            self.tell(f"the disk of {path} is full: waiting until there is room, or for a stop")
+            self.tell(f"the disk of {path} is full: waiting for free space, or for a stop signal")
         if self.stop():
             raise DataError(
-                f"the disk of {path} is full and a stop was asked for: this file is not written; "
-                "what was saved before it is whole. Make room, then go on with --resume"
+                f"the disk of {path} is full and a stop was requested: this file is not written; "
+                f"everything saved before it is intact. Free some space, then continue with "
+                f"--resume"
             )
         self.sleep(self.every)
 
@@ -116,7 +118,7 @@ _patience: ContextVar[Patience | None] = ContextVar("patience", default=None)
 
 @contextmanager
 def waiting(patience: Patience) -> Iterator[None]:
-    """Inside the block a write that finds its disk full waits for room; outside it raises."""
+    """Inside the block a write to a full disk waits for space; outside it raises."""
     token = _patience.set(patience)
     try:
         yield
@@ -125,9 +127,9 @@ def waiting(patience: Patience) -> Iterator[None]:
 
 
 def until_room(path: Path, write: Callable[[], T]) -> T:
-    """What `write` gives back; begun again, where the disk was full, as often as it takes.
+    """The result of `write`, which is repeated as often as the disk was full.
 
-    It must leave nothing behind when it fails.
+    It must leave nothing behind if it fails.
     """
     waited = 0
     while True:
@@ -141,5 +143,5 @@ def until_room(path: Path, write: Callable[[], T]) -> T:
             waited += 1
         else:
             if waited and (patience := _patience.get()) is not None:
-                patience.tell(f"there is room again: {path.name} is written")
+                patience.tell(f"there is free space again: {path.name} is written")
             return done

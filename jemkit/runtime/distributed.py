@@ -1,7 +1,7 @@
-"""Many processes as one: what they average, agree on and tell each other (torch.distributed).
+"""Collectives between processes: averages, agreement, broadcasts (torch.distributed).
 
 Every function is the identity outside of `together`, and costs nothing there. Averages are over
-processes, which all hold equally many rows.
+processes, which all have the same number of rows.
 """
 
 import json
@@ -22,10 +22,10 @@ from jemkit.errors import ConfigError
 from jemkit.runtime.work_cache import WHOLE, Shard
 
 BUCKET = 25_000_000
-"""Numbers in one all_reduce: 100 MB of float32."""
+"""Number of values in one all_reduce: 100 MB of float32."""
 
 STEP, WAIT = timedelta(minutes=30), timedelta(days=2)
-"""How long a collective may last; and how long an order is waited for, while one process judges."""
+"""Timeout of a collective; a decision is waited for as long, while one process evaluates."""
 
 _together: ContextVar[bool] = ContextVar("together", default=False)
 _host: ContextVar[dist.ProcessGroup | None] = ContextVar("host", default=None)  # gloo, for orders
@@ -35,9 +35,9 @@ _host: ContextVar[dist.ProcessGroup | None] = ContextVar("host", default=None)  
 def group(
     device: str = "cpu", *, init: str = "env://", shard: Shard | None = None
 ) -> Iterator[None]:
-    """Join the processes that torchrun started; nccl carries CUDA tensors, gloo all others.
+    """Join the processes that torchrun started; nccl for CUDA tensors, gloo for all others.
 
-    A process that is alone stays as it is. `init` and `shard` serve who starts processes by hand.
+    A single process is unchanged. `init` and `shard` are for processes that are started by hand.
     """
     me = shard or Shard(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     if me.size == 1:
@@ -48,7 +48,7 @@ def group(
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(_own_gpu())
     store, *_ = next(dist.rendezvous(init, me.rank, me.size, timeout=STEP))  # type: ignore[attr-defined]
-    life = f"{_restarts()}/{me.size}"  # the store may still know ports of processes that were lost
+    life = f"{_restarts()}/{me.size}"  # the store may still know ports of lost processes
     store = dist.PrefixStore(life, store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.size, timeout=STEP)
     token = _host.set(dist.new_group(backend="gloo", timeout=WAIT))
@@ -63,19 +63,19 @@ def _own_gpu() -> int:
     local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local >= there:
         raise ConfigError(
-            f"process {local} of this machine has no GPU of its own, torch sees {there}: start "
-            f"torchrun with --nproc-per-node {there}, or take --device cpu"
+            f"process {local} of this machine has no GPU of its own, torch finds {there}: start "
+            f"torchrun with --nproc-per-node {there}, or use --device cpu"
         )
     return local
 
 
 def shard() -> Shard:
-    """This process's rank, and how many there are."""
+    """The rank of this process, and the number of processes."""
     return WHOLE if _host.get() is None else Shard(dist.get_rank(), dist.get_world_size())
 
 
 def restarted() -> bool:
-    """Whether torchrun started the processes again, since one of them was lost."""
+    """Whether torchrun restarted the processes after one was lost."""
     return _restarts() > 0
 
 
@@ -85,7 +85,7 @@ def _restarts() -> int:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """A block that all processes run at once. Outside of it each computes for itself."""
+    """A block that all processes run together. Outside of it each computes on its own."""
     token = _together.set(True)
     try:
         yield
@@ -94,12 +94,12 @@ def together() -> Iterator[None]:
 
 
 def size() -> int:
-    """How many processes run this very block."""
+    """The number of processes that run this block."""
     return shard().size if _together.get() else 1
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over processes; so is its gradient, of the sum of all processes' losses."""
+    """The sum over processes, differentiable: the gradient is that of the sum of all losses."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
@@ -117,26 +117,26 @@ def _total(x: Tensor) -> Tensor:
 
 
 def average(x: Tensor) -> Tensor:
-    """The processes' average, differentiable.
+    """The average over processes, differentiable.
 
-    With gradients that are averaged in turn, the weights get the slope that one process with all
-    rows would find.
+    With gradients that are averaged afterwards, the weights get the gradient that one process with
+    all rows would compute.
     """
     n = size()
     return x if n == 1 else _total(x) / n
 
 
 def mean(x: Tensor) -> Tensor:
-    """The mean of a whole batch of which each process holds a share [b, ...]; differentiable.
+    """The mean of a whole batch of which each process has a part [b, ...]; differentiable.
 
-    For whatever is not linear in a batch mean, such as its square: averaging gradients is exact
-    for all else.
+    It is for anything that is not linear in a batch mean, such as its square; for all else
+    averaging gradients is exact.
     """
     return average(x.mean())
 
 
 def averages(values: Sequence[Tensor]) -> list[Tensor]:
-    """Every scalar's average, by one collective; not finite where any process's is not."""
+    """The average of every scalar, in one collective; not finite if any process's is not."""
     n = size()
     if n == 1 or not values:
         return list(values)
@@ -147,7 +147,7 @@ def averages(values: Sequence[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def reduce(tensors: Iterable[Tensor]) -> None:
-    """Average tensors in place: one all_reduce a bucket of them, all under way at once."""
+    """Average tensors in place: one all_reduce per bucket, all of them asynchronous."""
     n = size()
     if n == 1:
         return
@@ -165,7 +165,7 @@ def reduce(tensors: Iterable[Tensor]) -> None:
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one type, up to BUCKET numbers."""
+    """Consecutive tensors of one type, up to BUCKET values."""
     bucket: list[Tensor] = []
     for t in tensors:
         full = sum(b.numel() for b in bucket) + t.numel() > BUCKET
@@ -178,7 +178,7 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Every process's tensors become the first one's."""
+    """Broadcast rank 0's tensors into every process's."""
     if size() > 1:
         for t in tensors:
             flat = t.detach().contiguous()
@@ -187,17 +187,17 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 
 def tell(order: dict[str, Any]) -> None:
-    """The first process says what all do next."""
+    """Broadcast a decision of rank 0."""
     _send(json.dumps(order).encode())
 
 
 def heard() -> dict[str, Any]:
-    """What the first process says; waits for it."""
+    """Receive a decision of rank 0; blocks until it arrives."""
     return json.loads(_receive())  # type: ignore[no-any-return]
 
 
 def share(tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """The first process's tensors, on the host of every process; the others give None."""
+    """Rank 0's tensors, in the host memory of every process; the others pass None."""
     if tensors is not None:
         _send(safetensors.torch.save(_plain(tensors)))
         return tensors
@@ -205,7 +205,7 @@ def share(tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
 
 
 def gather(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Every process's tensors at the first one, in order of rank; nothing at the others."""
+    """Every process's tensors at rank 0, in order of rank; nothing on the others."""
     me, host = shard(), _host.get()
     own = _bytes(safetensors.torch.save(_plain(tensors)))
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(me.size)]

@@ -1,4 +1,4 @@
-"""How an optional dependency is installed beside this jemkit, for the hints of errors."""
+"""The command that installs an optional dependency, for the hints of error messages."""
 
 import json
 from importlib.metadata import PackageNotFoundError, distribution
@@ -6,12 +6,12 @@ from urllib.parse import unquote, urlparse
 
 
 def install(extra: str) -> str:
-    """The command that installs an extra, as this jemkit was installed."""
+    """The command that installs an extra in the way this jemkit was installed."""
     return command(extra, _direct_url())
 
 
 def command(extra: str, direct_url: str | None) -> str:
-    """The same for what an installer wrote to direct_url.json: a checkout, or nothing."""
+    """The same, given the contents of direct_url.json: a checkout, or nothing."""
     try:
         about = json.loads(direct_url or "{}")
         url, folder = str(about.get("url", "")), about.get("dir_info")

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read without running anything in them."""
+"""Files that are written whole or not at all, and read without executing anything in them."""
 
 import hashlib
 import io
@@ -35,15 +35,15 @@ from jemkit.runtime.opening import (
 
 Piece = bytes | memoryview
 MOST_BYTES = 64 * 2**30
-"""Of a file of tensors; a checkpoint of the largest network of torchvision has some 10 GiB."""
+"""Limit for a tensor file; a checkpoint of torchvision's largest network has about 10 GiB."""
 
 UNREADABLE = (
     OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
 )  # fmt: skip
-"""What a damaged safetensors file raises."""
+"""The errors that a damaged safetensors file raises."""
 
 MOST_HEADER = 100_000_000
-"""Bytes of a safetensors file's header, the format's own limit."""
+"""Limit for the header of a safetensors file, as in the format."""
 
 DTYPES = {
     torch.float64: "F64",
@@ -57,9 +57,9 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""What a safetensors file calls each type; all of them, and no other, does jemkit keep."""
+"""The dtypes of safetensors files; jemkit writes exactly these."""
 UMASK = os.umask(0)
-os.umask(UMASK)  # read once: asking sets it, for every thread, and sets it back
+os.umask(UMASK)  # read once: os.umask can only be read by setting it, for every thread
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -67,9 +67,10 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_pieces(path: Path, pieces: Sequence[Piece]) -> str:
-    """Write through a temporary file beside `path`, fsynced, then renamed over it; its SHA-256.
+    """Write to a temporary file next to `path`, fsync, then rename; returns the SHA-256.
 
-    The hash is of what was meant to be written, so it also tells a disk that kept something else.
+    The hash is that of the data to be written, so it also detects a disk that stored something
+    else.
     """
     return until_room(path, lambda: _written(path, pieces))
 
@@ -90,7 +91,7 @@ def _written(path: Path, pieces: Sequence[Piece]) -> str:
     except BaseException as error:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):  # which may name no file, or one that nobody knows
+        if isinstance(error, OSError):  # which may be missing or unknown
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     sync_folder(path.parent)
@@ -98,9 +99,10 @@ def _written(path: Path, pieces: Sequence[Piece]) -> str:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Add to the end of a file: all of `text`, or none of it where there is no room.
+    """Append to a file: all of `text`, or nothing if the disk is full.
 
-    A link is refused. A file of several names is copied first, so that this one alone changes.
+    A link is rejected. A file with several names (hard links) is copied first, so that only this
+    one changes.
     """
 
     def added() -> None:
@@ -120,7 +122,7 @@ def append_text(path: Path, text: str) -> None:
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cut what stands after a text file's last line end: the half that a kill left of a line."""
+    """Cut a text file after its last newline: a kill may have left half a line."""
     if not path.exists():
         return
     content = read_file(path, LOG_LIMIT)
@@ -143,9 +145,11 @@ def write_json(path: Path, value: Any) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """A safetensors file, written from the tensors' own memory; its SHA-256."""
+    """Write a safetensors file directly from the tensors' memory; returns its SHA-256."""
     flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    order = sorted(flat, key=lambda name: (-flat[name].element_size(), name))  # keeps all aligned
+    order = sorted(
+        flat, key=lambda name: (-flat[name].element_size(), name)
+    )  # keeps everything aligned
     header: dict[str, Any] = {}
     at = 0
     for name in order:
@@ -165,7 +169,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 def _dtype(tensor: Tensor, name: str) -> str:
     if tensor.dtype not in DTYPES:
-        raise TypeError(f"a safetensors file cannot hold {tensor.dtype} (at {name})")
+        raise TypeError(f"a safetensors file cannot store {tensor.dtype} (at {name})")
     return DTYPES[tensor.dtype]
 
 
@@ -181,7 +185,7 @@ def read_json(path: Path) -> Any:
 
 
 def set_aside(path: Path) -> Path:
-    """Take what is damaged out of the way of the next of its name; nothing is deleted."""
+    """Rename a damaged file to make room for a new one; nothing is deleted."""
     taken = {p.name for p in path.parent.iterdir()}
     stem, end = path.stem, path.suffix
     names = (f"damaged-{stem}{f'-{i}' if i else ''}{end}" for i in range(len(taken) + 1))
@@ -200,9 +204,9 @@ def file_hash(path: Path) -> str:
 
 
 def load_tensors(path: Path, most: int = MOST_BYTES) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, in memory of their own; nothing in it is executed.
+    """The tensors of a safetensors file, in their own memory; nothing in it is executed.
 
-    `most` bytes of it are read, and only where its header accounts for each of them.
+    At most `most` bytes are read, and only if the header accounts for each of them.
     """
     try:
         check_header(path, most)
@@ -212,41 +216,40 @@ def load_tensors(path: Path, most: int = MOST_BYTES) -> dict[str, Tensor]:
     except DataError:
         raise
     except UNREADABLE as error:
-        raise DataError(f"{path} is not a safetensors file, or a damaged one: {error}") from None
+        raise DataError(f"{path} is not a safetensors file, or is damaged: {error}") from None
 
 
 def check_header(path: Path, most: int = MOST_BYTES) -> None:
-    """Refuse a safetensors file whose header claims other bytes than the file has.
-
-    Read are the header's few bytes alone.
-    """
+    """Reject a safetensors file whose header does not match its size; only the header is read."""
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise DataError(f"{path} has {size:,} bytes; expected {most:,} at most")
         (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
         if not 2 <= length <= min(size - 8, MOST_HEADER):
-            raise ValueError(f"its header claims {length:,} bytes of {size:,}")
+            raise ValueError(f"its header declares {length:,} bytes of {size:,}")
         header = json.loads(file.read(length))
     ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
     if max(ends, default=0) != size - 8 - length:
         raise ValueError(
-            f"its header claims {max(ends, default=0):,} bytes of tensors, and there are "
+            f"its header declares {max(ends, default=0):,} bytes of tensors, but there are "
             f"{size - 8 - length:,}"
         )
 
 
 def load_arrays(path: Path, most: int = MOST_BYTES) -> dict[str, Tensor]:
-    """The arrays of an .npz file; nothing in it is executed, and no array unfolds.
+    """The arrays of an .npz file; nothing in it is executed, and it is not a zip bomb.
 
-    Memory is taken once the entries' sizes and the arrays' headers have been found to agree.
+    Memory is allocated only after the sizes of the entries match the headers of the arrays.
     """
     try:
         with opened(path) as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             whole = sum(entry.file_size for entry in entries)
             if max(whole, os.fstat(file.fileno()).st_size) > most:
-                raise DataError(f"{path} unfolds to {whole:,} bytes; expected {most:,} at most")
+                raise DataError(
+                    f"{path} decompresses to {whole:,} bytes; expected {most:,} at most"
+                )
             for entry in entries:
                 _check_array(archive, entry)
         with np.load(io.BytesIO(read_file(path, most)), allow_pickle=False) as arrays:
@@ -266,11 +269,11 @@ def load_arrays(path: Path, most: int = MOST_BYTES) -> dict[str, Tensor]:
         RuntimeError,
         tokenize.TokenError,
     ) as error:
-        raise DataError(f"{path} is not an .npz file, or a damaged one: {error}") from None
+        raise DataError(f"{path} is not an .npz file, or is damaged: {error}") from None
 
 
 def _check_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
-    """Refuse an entry that claims another number of bytes than its array's header."""
+    """Reject an entry whose size differs from what its array's header declares."""
     with archive.open(entry) as file:
         version = np.lib.format.read_magic(file)
         readers = {
@@ -283,12 +286,12 @@ def _check_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
         claimed, held = dtype.itemsize * math.prod(shape), entry.file_size - file.tell()
     if dtype.hasobject or claimed != held:
         raise ValueError(
-            f"{entry.filename} claims {list(shape)} of {dtype}, {claimed:,} bytes, in {held:,}"
+            f"{entry.filename} declares {list(shape)} of {dtype}, {claimed:,} bytes, in {held:,}"
         )
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
+    """Make a rename in `folder` durable across a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -297,7 +300,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """$JEMKIT_CACHE, else the user's cache."""
+    """$JEMKIT_CACHE, else the user's cache folder."""
     named = os.environ.get("JEMKIT_CACHE")
     if named:
         return expanded(Path(named))

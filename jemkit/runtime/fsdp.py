@@ -1,8 +1,10 @@
-"""Weights in shares: each of several processes keeps a part of them (torch's FSDP2, fully_shard).
+"""FSDP-sharded weights: each process stores a part of them (torch's FSDP2, fully_shard).
 
-A block's weights are gathered for each of its passes and let go after it, in a chain as in an
-update; gradients come back averaged, to each process those of its own part. So gradients, momenta
-and averages lie in shares too. Every function is the identity on tensors that nobody shares.
+The weights of a block are gathered for each of its passes and freed afterwards, in a chain as in an
+update. Gradients are averaged, and each process gets those of its own shard. So gradients, momentum
+buffers and averages are sharded too.
+
+Every function is the identity on tensors that are not sharded.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,9 +25,10 @@ LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def shard(model: nn.Module, x: Tensor) -> None:
-    """Leave this process its part of the weights; all of a group call it at once, with any x.
+    """Shard the weights, so that this process keeps its part; all processes call it at once, with
+    any x.
 
-    The model may still be entered by a part of it, as PYLD's steps do.
+    A part of the model may still be called on its own, as PYLD's steps do.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -34,11 +37,12 @@ def shard(model: nn.Module, x: Tensor) -> None:
     for unit in dict.fromkeys([*units(model), model]):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     with torch.no_grad(), eval_mode(model):
-        model(x)  # torch takes the module that is called first for the whole
+        model(x)  # torch takes the module that is called first as the root
 
 
 def units(module: nn.Module, *, listed: bool = False) -> Iterator[nn.Module]:
-    """What is gathered at once, inner ones first: a list's blocks, and all else by layers."""
+    """What is gathered at once, inner modules first: the blocks of a list, and all else by
+    layer."""
     inside = isinstance(module, LISTS)
     if listed and not inside:
         yield from [module] if any(True for _ in module.parameters()) else []
@@ -50,40 +54,40 @@ def units(module: nn.Module, *, listed: bool = False) -> Iterator[nn.Module]:
 
 
 def check(model: nn.Module, network: nn.Module, *, by_stem: bool) -> None:
-    """Refuse a network whose weights cannot be gathered block by block."""
+    """Reject a network whose weights cannot be gathered block by block."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     twice = sorted(set(names) - {name for name, _ in model.named_parameters()})
     if twice:
         raise MisfitError(
-            f"run.shard: {twice[0]} is the weight of two layers, and each gathers its own; leave "
-            "run.shard out"
+            f"run.shard: {twice[0]} is the weight of two layers, but each layer gathers its own "
+            f"weights; omit run.shard"
         )
     own = [name for name, _ in network.named_parameters(recurse=False)]
     if by_stem and own:
         raise MisfitError(
-            f"run.shard: the network itself holds {own[0]}, which a sampler that passes through "
-            "its first layer alone would not gather; hold it in a layer, or choose another "
-            "sampler, such as sgld"
+            f"run.shard: the network itself has the weight {own[0]}, which is not gathered by a "
+            f"sampler that evaluates only the first layer; move it into a layer, or choose "
+            f"another sampler, such as sgld"
         )
 
 
 def check_options(*, compiled: bool, channels_last: str) -> None:
-    """Refuse what torch cannot do with weights in shares."""
+    """Reject what torch cannot do with sharded weights."""
     if compiled:
         raise ConfigError(
-            "run.shard: weights that are gathered for each pass cannot be part of a compiled "
-            "graph; leave out one of run.shard and run.compile"
+            "run.shard: FSDP-sharded weights cannot be part of a compiled graph; omit run.shard "
+            "or run.compile"
         )
     if channels_last == "yes":
         raise ConfigError(
-            "run.shard: weights in shares are laid out as torch has them; set run.channels_last "
+            "run.shard: FSDP-sharded weights are contiguous; set run.channels_last "
             'to "auto" or "no"'
         )
 
 
 def is_shared(t: Tensor) -> "TypeGuard[DTensor]":
-    """Whether other processes hold the rest of it."""
-    if type(t) in (Tensor, nn.Parameter):  # DTensor takes a second to import
+    """Whether a tensor is sharded."""
+    if type(t) in (Tensor, nn.Parameter):  # importing DTensor takes a second
         return False
     from torch.distributed.tensor import DTensor
 
@@ -91,17 +95,18 @@ def is_shared(t: Tensor) -> "TypeGuard[DTensor]":
 
 
 def fusable(parameters: Sequence[Tensor]) -> bool:
-    """Whether an optimizer's one kernel for all of them takes them: on a GPU, and nobody shares."""
+    """Whether an optimizer can use its fused kernel: on a GPU, with weights that are not
+    sharded."""
     return parameters[0].is_cuda and not is_shared(parameters[0])
 
 
 def local(t: Tensor) -> Tensor:
-    """This process's part, which shares its memory; perhaps of no rows."""
+    """This process's shard, which shares its memory; it may have no rows."""
     return t.to_local() if is_shared(t) else t
 
 
 def like(full: Tensor, t: Tensor) -> Tensor:
-    """This process's part of a whole tensor, laid out as t is."""
+    """This process's part of a whole tensor, sharded as t is."""
     if not is_shared(t):
         return full
     from torch.distributed.tensor import distribute_tensor
@@ -111,12 +116,12 @@ def like(full: Tensor, t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(t: Tensor, full: Tensor) -> None:
-    """Write a whole tensor into t, or this process's part of it."""
+    """Copy a whole tensor into t, or this process's part of it into its shard."""
     local(t).copy_(local(like(full, t)))
 
 
 def reshard_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """An optimizer's saved state with this process's part of every momentum."""
+    """An optimizer's saved state with this process's part of every momentum buffer."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if not any(is_shared(p) for p in params):
         return state
@@ -133,9 +138,9 @@ def _momentum(value: Any, p: Tensor) -> Any:
 
 
 def whole(tree: Any, *, keep: bool = True) -> Any:
-    """A state with every tensor whole; shared ones on the host. All processes call it at once.
+    """A state with every tensor whole; sharded ones on the host. All processes call it at once.
 
-    Who does not `keep` it takes part, and gets what it has in common with the others.
+    A process with `keep` False takes part, but keeps only what is not sharded.
     """
     if isinstance(tree, dict):
         return {k: whole(v, keep=keep) for k, v in tree.items()}
@@ -148,7 +153,7 @@ def whole(tree: Any, *, keep: bool = True) -> Any:
 
 
 def total(values: Tensor, of: Sequence[Tensor]) -> Tensor:
-    """The sum of values [N], one a tensor of `of`, over all that hold a part of it."""
+    """The sum of values [N], one per tensor of `of`, over all processes that have a part of it."""
     parts = list(zip(values.unbind(), of, strict=True))
     shared = [value for value, t in parts if is_shared(t)]
     if not shared:

@@ -1,15 +1,15 @@
-"""Labels as people keep them: whole numbers in any type, columns, one-hot rows."""
+"""Labels in their usual forms: whole numbers of any type, columns, one-hot rows."""
 
 from torch import Tensor
 
 from jemkit.errors import DataError
 
 MOST = 2**31
-"""Above every number of classes; a float beyond what int64 holds has no index."""
+"""Larger than any number of classes; floats above the range of int64 cannot be indices."""
 
 
 def class_indices(y: Tensor, n_classes: int, source: str) -> Tensor:
-    """Labels [N] int64 in 0..n_classes - 1, or a DataError that says what of them cannot be."""
+    """Labels [N] int64 in 0..n_classes - 1, or a DataError that says what is wrong."""
     if y.is_complex():
         raise DataError(f"{source}: labels of type {y.dtype}; expected whole numbers")
     if y.ndim == 2 and y.shape[1] == 1:
@@ -17,7 +17,7 @@ def class_indices(y: Tensor, n_classes: int, source: str) -> Tensor:
     elif y.ndim == 2:
         y = _from_one_hot(y, n_classes, source)
     if y.ndim != 1:
-        raise DataError(f"{source}: labels of shape {list(y.shape)}; expected [N], one an image")
+        raise DataError(f"{source}: labels of shape {list(y.shape)}; expected [N], one per image")
     if y.is_floating_point():
         _check_whole(y, source)
     indices = (y.double().clamp(-MOST, MOST) if y.is_floating_point() else y).detach().long()
@@ -26,11 +26,12 @@ def class_indices(y: Tensor, n_classes: int, source: str) -> Tensor:
 
 
 def count_classes(y: Tensor) -> int:
-    """How many classes labels tell of: the columns of one-hot rows, or the largest and one."""
+    """The number of classes according to the labels: columns of one-hot rows, or the largest label
+    plus one."""
     if y.ndim == 2 and y.shape[1] > 1:
         return y.shape[1]
     if y.is_complex() or not y.numel() or (y.is_floating_point() and not y.isfinite().all()):
-        return 1  # `class_indices` says what is wrong with them
+        return 1  # `class_indices` reports what is wrong
     return min(MOST, max(1, int(y.max() if y.is_floating_point() else y.long().max()) + 1))
 
 
@@ -45,8 +46,8 @@ def _from_one_hot(y: Tensor, n_classes: int, source: str) -> Tensor:
     if wrong.any():
         first = int(wrong.nonzero()[0])
         raise DataError(
-            f"{source}: row {first} of the labels {list(y.shape)} is not one-hot; soft labels, and "
-            "several labels an image, have no meaning here: expected one class each, such as "
+            f"{source}: row {first} of the labels {list(y.shape)} is not one-hot; soft labels, "
+            f"and several labels per image, are not supported: expected one class each, such as "
             "y.argmax(dim=1)"
         )
     return rows.argmax(dim=1)
@@ -54,12 +55,13 @@ def _from_one_hot(y: Tensor, n_classes: int, source: str) -> Tensor:
 
 def _check_whole(y: Tensor, source: str) -> None:
     values = y.detach().double()
-    wrong = ~(values == values.round())  # NaN equals nothing
+    wrong = ~(values == values.round())  # NaN differs from everything
     wrong |= ~values.isfinite()
     if wrong.any():
         first = int(wrong.nonzero()[0])
         raise DataError(
-            f"{source}: the label of image {first} is {float(values[first]):.6g}, no whole number; "
+            f"{source}: the label of image {first} is {float(values[first]):.6g}, not a whole "
+            f"number; "
             "expected the index of a class"
         )
 
@@ -72,7 +74,7 @@ def _check_range(y: Tensor, n_classes: int, source: str) -> None:
     if int(y.min()) == 1 and int(y.max()) == n_classes:
         hint = "; they seem to begin at 1: subtract 1"
     elif int(y.min()) == -1:
-        hint = "; leave out images of the label -1, which mostly means that nobody knows it"
+        hint = "; omit images with the label -1, which usually means unknown"
     elif not bool((y < 0).any()):
-        hint = "; give n_classes as it is, or number the classes from 0 without gaps"
+        hint = "; pass the right n_classes, or number the classes from 0 without gaps"
     raise DataError(f"{source}: label {int(y[outside][0])} is outside 0..{n_classes - 1}{hint}")

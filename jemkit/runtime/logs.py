@@ -1,4 +1,4 @@
-"""A run's logs, metrics.csv and events.jsonl: checked before a run goes on with them."""
+"""A run's logs, metrics.csv and events.jsonl, which are checked before a run resumes."""
 
 import csv
 import io
@@ -17,17 +17,19 @@ Row = dict[str, str]
 def metric_rows(content: bytes) -> list[Row]:
     """The rows of metrics.csv, or a DataError that says where it is damaged.
 
-    A column step has whole numbers that grow, and every row as many cells as the header.
+    The column step has increasing whole numbers, and every row has as many cells as the header.
     """
     reader = csv.reader(io.StringIO(_text(content), newline=""), strict=True)
     rows: list[Row] = []
     try:
         header = next(reader, [])
         if "step" not in header or len(set(header)) != len(header):
-            raise DataError("its first line is no header with a column step")
+            raise DataError("its first line is not a header with a column step")
         for cells in reader:
             if len(cells) != len(header):
-                raise DataError(f"line {reader.line_num} has {len(cells)} of {len(header)} cells")
+                raise DataError(
+                    f"line {reader.line_num} has {len(cells)} cells instead of {len(header)}"
+                )
             rows.append(dict(zip(header, cells, strict=True)))
     except csv.Error as error:
         raise DataError(f"line {reader.line_num}: {error}") from None
@@ -39,7 +41,7 @@ def _check_steps(steps: list[str]) -> None:
     before = -1
     for number, step in enumerate(steps, 1):
         if not (step.isascii() and step.isdecimal() and len(step) < 19):
-            raise DataError(f"row {number} has the step {step[:40]!r}, no whole number")
+            raise DataError(f"row {number} has the step {step[:40]!r}, not a whole number")
         if int(step) <= before:
             raise DataError(f"row {number} has step {step} after step {before}")
         before = int(step)
@@ -54,14 +56,14 @@ def event_lines(content: bytes) -> list[dict[str, Any]]:
             if not isinstance(event["event"], str):
                 raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise DataError(f"line {number} is no event") from None
+            raise DataError(f"line {number} is not an event") from None
         found.append(event)
     return found
 
 
 def _text(content: bytes) -> str:
     if b"\0" in content:
-        raise DataError("it holds NUL bytes")
+        raise DataError("it contains NUL bytes")
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -69,7 +71,7 @@ def _text(content: bytes) -> str:
 
 
 def fault_of(path: Path, read: Callable[[bytes], object]) -> str:
-    """What is wrong with a log, "" where nothing is; the half of a line that a kill left is cut."""
+    """What is wrong with a log, "" if nothing is; half a line left by a kill is cut off."""
     try:
         content = read_file(path, LOG_LIMIT)
         whole = content[: content.rfind(b"\n") + 1]
@@ -85,7 +87,7 @@ def fault_of(path: Path, read: Callable[[bytes], object]) -> str:
 
 
 def columns(path: Path) -> list[str]:
-    """The columns of a metrics.csv, read from its first line; none where that is no header."""
+    """The columns of a metrics.csv, from its first line; none if that is not a header."""
     try:
         with opened(path) as file:
             found = next(csv.reader([_text(file.readline(LOG_LIMIT))], strict=True), [])

@@ -1,6 +1,6 @@
-"""Modules as jemkit 0.1 named them: imports find them where they are now, with a warning.
+"""Module names of jemkit 0.1: imports of them find the new modules, with a warning.
 
-An old module looks names up in those that hold them now. It goes with version 0.3.
+An old module looks names up in the modules that now define them. Removed in version 0.3.
 """
 
 import sys
@@ -129,14 +129,14 @@ def homes_of(old: str) -> list[str]:
 
 
 class OldNames:
-    """Imports `jemkit.OLD` as a module that looks its names up."""
+    """A module `jemkit.OLD` that looks its names up in the new modules."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         top, _, name = fullname.partition(".")
         known = top == "jemkit" and name in MOVED
-        # what a loader needs it has; to inherit that would import much of the standard library
+        # what a loader needs; inheriting them would import much of the standard library
         return ModuleSpec(fullname, self, is_package=True) if known else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> None:
@@ -162,6 +162,6 @@ class OldNames:
 
 
 def install() -> None:
-    """Have old names found, once all other ways to find a module have been tried."""
+    """Register the finder of old names, after all other finders."""
     if not any(isinstance(finder, OldNames) for finder in sys.meta_path):
         sys.meta_path.append(OldNames())

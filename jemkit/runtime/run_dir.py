@@ -1,4 +1,4 @@
-"""A run's folder: its config, events, metrics, checkpoints and pictures."""
+"""A run's folder: config, events, metrics, checkpoints and pictures."""
 
 import csv
 import importlib.metadata
@@ -25,11 +25,11 @@ log = logging.getLogger(__name__)
 
 
 LOGS = METRICS, EVENTS = "metrics.csv", "events.jsonl"
-"""What a run appends to."""
+"""The logs to which a run appends."""
 
 
 class RunFolder:
-    """Where a run keeps everything; made new, or opened to go on."""
+    """The folder of a run; created, or opened to resume."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -47,29 +47,29 @@ class RunFolder:
 
     @staticmethod
     def check_vacant(path: Path) -> None:
-        """Refuse a path that a new run cannot have."""
+        """Reject a path that a new run cannot have."""
         if path.name == "latest":
             raise ConfigError(
                 f"{path} is the link to the newest run beside it; choose another --out"
             )
         if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
             raise ConfigError(
-                f"{path} exists already; go on with it by --resume, or choose another --out"
+                f"{path} already exists; continue it with --resume, or choose another --out"
             )
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
         if not (path / "config.json").exists():
             raise DataError(
-                f"{path} is no run that could be resumed: it has no config.json; "
-                "`jemkit train` begins one"
+                f"{path} is not a run that can be resumed: it has no config.json; `jemkit train` "
+                f"starts one"
             )
         cls.check_links(path)
         return cls(path)
 
     @staticmethod
     def check_links(path: Path) -> None:
-        """Refuse a run that would be written through links to files elsewhere."""
+        """Reject a run that would be written through links to files elsewhere."""
         refuse_links(path, (LOCK, *LOGS, "checkpoints", "samples", "tensorboard"))
 
     @property
@@ -86,7 +86,7 @@ class RunFolder:
         append_text(self.path / EVENTS, line + "\n")
 
     def append_metrics(self, rows: list[dict[str, Any]]) -> None:
-        """Append rows to metrics.csv; a column that is new is empty in the rows before."""
+        """Append rows to metrics.csv; a new column is empty in earlier rows."""
         path = self.path / METRICS
         before = logs.columns(path)
         columns = list(dict.fromkeys([*before, *(name for row in rows for name in row)]))
@@ -104,7 +104,8 @@ class RunFolder:
             raise DataError(f"{path} is damaged: {error}") from None
 
     def sound_metrics(self) -> list[dict[str, str]]:
-        """The same, where a damaged file is set aside: it is a log, and a run goes on without."""
+        """The rows of metrics.csv; a damaged file is renamed, since a run can continue without its
+        log."""
         try:
             return self.metrics()
         except DataError as error:
@@ -112,18 +113,20 @@ class RunFolder:
             return []
 
     def mend_logs(self) -> None:
-        """Cut the half of a line that a kill left of a log; set a damaged log aside."""
+        """Cut half a line that a kill left at the end of a log; rename a damaged log."""
         for name, read in ((EVENTS, logs.event_lines), (METRICS, logs.metric_rows)):
             if fault := logs.fault_of(self.path / name, read):
                 self._set_aside(name, f"{self.path / name} is damaged: {fault}")
 
     def _set_aside(self, name: str, fault: str) -> None:
-        message = f"{fault}; it is kept as {set_aside(self.path / name).name}, and started again"
+        message = (
+            f"{fault}; it is kept as {set_aside(self.path / name).name}, and a new one is started"
+        )
         log.warning("%s", message)
         self.event("damaged", message=message)
 
     def drop_metrics_from(self, step: int) -> None:
-        """Forget rows that a resumed run will write again."""
+        """Drop rows that a resumed run will write again."""
         rows = self.sound_metrics()
         kept = [row for row in rows if int(row["step"]) < step]
         if len(kept) == len(rows):
@@ -131,18 +134,18 @@ class RunFolder:
         write_text(self.path / METRICS, _csv(list(rows[0]), kept))
 
     def link_latest(self, folder: Path) -> None:
-        """Point `latest` in `folder` to the run."""
+        """Let the link `latest` in `folder` point to the run."""
         folder.mkdir(parents=True, exist_ok=True)
         link, fresh = folder / "latest", folder / f".latest.{os.getpid()}"
         if link.exists() and not link.is_symlink():
-            return  # somebody's own file of that name
+            return  # a user's own file of that name
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(os.path.relpath(self.path.resolve(), folder.resolve()))
         os.replace(fresh, link)
 
 
 def versions() -> dict[str, str]:
-    """What a figure depends on."""
+    """Versions on which a figure depends."""
     return {
         "jemkit": importlib.metadata.version("jemkit"),
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""Time that includes the device's work: a GPU's host goes on before the work is done."""
+"""Times that include the work of the device: a GPU's host returns before the work is done."""
 
 import time
 from collections.abc import Callable
@@ -11,16 +11,16 @@ Clock = Callable[[], float]
 
 
 def settle(device: torch.device) -> None:
-    """Return when the device has done all that it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Stopwatch:
-    """Seconds of steps, read where the host waits for the device anyway.
+    """Seconds of steps, read when the host synchronises with the device anyway.
 
-    On a GPU the host may be ahead, so the seconds of a single step are those of its launch. Those
-    from the first of some steps to the reading after the last of them are exact.
+    On a GPU the host may be ahead, so the seconds of a single step are those of its launch. The
+    time from the first of several steps to the reading after the last is exact.
     """
 
     def __init__(self, clock: Clock = time.perf_counter) -> None:
@@ -35,19 +35,19 @@ class Stopwatch:
             self._first = self._newest
 
     def drop(self) -> None:
-        """The step that began last failed: it is no part of what is read."""
+        """The last step failed: leave it out of the reading."""
         if self._first is not None:
             self._first += self._clock() - self._newest
 
     def read(self) -> float:
-        """Seconds since the last reading, of steps alone; call it once the device is done."""
+        """Seconds of steps since the last reading; call it after synchronising with the device."""
         first, self._first = self._first, None
         return 0.0 if first is None else self._clock() - first
 
 
 PATIENCE = 0.2
-"""Seconds that an operation is repeated for; the fastest time counts, since nothing but other
-work makes one slower."""
+"""Seconds for which an operation is repeated; the fastest time counts, since other work can only
+make one slower."""
 
 
 def fastest(
@@ -56,7 +56,7 @@ def fastest(
     patience: float = PATIENCE,
     clock: Clock = time.perf_counter,
 ) -> float:
-    """Seconds of the fastest of some calls, three at the least, after one to warm up."""
+    """Seconds of the fastest of several calls, at least three, after one warm-up call."""
     call()
     found: list[float] = []
     began = time.perf_counter()
@@ -68,7 +68,7 @@ def fastest(
 def elapsed(
     call: Callable[[], Any], device: torch.device, clock: Clock = time.perf_counter
 ) -> float:
-    """Seconds of one call, until the device has done it."""
+    """Seconds of one call, including the device's work."""
     settle(device)
     began = clock()
     call()

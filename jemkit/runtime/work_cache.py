@@ -1,4 +1,5 @@
-"""Half-done work: named pieces of tensors on disk, so that a killed run repeats one at most."""
+"""Cached parts of unfinished work: tensors on disk, so that a killed run repeats at most one
+part."""
 
 import hashlib
 import json
@@ -19,11 +20,11 @@ from jemkit.runtime.opening import make_folder, refuse_link
 Piece = dict[str, Tensor]
 
 SEAL = "sha256"
-"""A piece's own hash among its tensors: safetensors would not notice a flipped bit."""
+"""A part's own hash among its tensors, since safetensors would not detect a flipped bit."""
 
 
 class Shard(NamedTuple):
-    """Which part of the pieces a process computes."""
+    """Which parts a process computes."""
 
     rank: int = 0
     size: int = 1
@@ -36,9 +37,9 @@ WHOLE = Shard()
 
 
 class ResultCache:
-    """Pieces in a folder whose name is a hash of all that they depend on.
+    """Parts in a folder whose name is a hash of everything they depend on.
 
-    Without a `work` folder they are kept in memory, and no other process can share them.
+    Without a `work` folder they are kept in memory, and other processes cannot read them.
     """
 
     def __init__(self, work: Path | None, about: dict[str, Any], shard: Shard = WHOLE) -> None:
@@ -60,9 +61,9 @@ class ResultCache:
         poll: Callable[[], None],
         done: Callable[[int], None],
     ) -> list[Piece]:
-        """Every piece, in order: read, computed here, or waited for where another process has it.
+        """Every part, in order: read, computed here, or waited for if another process computes it.
 
-        `compute(i)` gives piece i; `done(n)` hears how many are complete.
+        `compute(i)` returns part i; `done(n)` is called with the number of complete parts.
         """
         return list(self.each(names, compute, poll, done))
 
@@ -73,7 +74,7 @@ class ResultCache:
         poll: Callable[[], None],
         done: Callable[[int], None],
     ) -> Iterator[Piece]:
-        """`pieces` one by one, so that memory holds a single one of them."""
+        """`pieces` one by one, so that only one of them is in memory."""
         for i, name in enumerate(names):
             if self.shard.owns(i) and not self._has(name):
                 poll()
@@ -83,7 +84,9 @@ class ResultCache:
             while (piece := self._read(name)) is None:
                 poll()
                 if self.folder is not None and not self.folder.exists():
-                    piece = compute(i)  # whoever did the same work at once has ended and tidied up
+                    piece = compute(
+                        i
+                    )  # another process that did the same work has finished and removed it
                     break
                 if self.shard.owns(i):
                     self._write(name, compute(i))
@@ -92,14 +95,12 @@ class ResultCache:
             yield piece
 
     def remove(self) -> None:
-        """Forget every piece; the first process alone does, since others may still read.
-
-        `work` goes with the last of its ledgers.
-        """
+        """Delete every part; only rank 0 does, since others may still read. `work` is deleted with
+        its last folder."""
         self._kept.clear()
         if self.folder is not None and self.shard.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
-            with suppress(OSError):  # other work is under way beside it
+            with suppress(OSError):  # other work is in progress there
                 self.folder.parent.rmdir()
 
     def _has(self, name: str) -> bool:
@@ -113,7 +114,7 @@ class ResultCache:
             write_tensors(_path(self.folder, name), {**piece, SEAL: _seal(piece)})
 
     def _read(self, name: str) -> Piece | None:
-        """A piece, or None as long as it is not there."""
+        """A part, or None if it is not there yet."""
         if self.folder is None:
             return self._kept.get(name)
         path = _path(self.folder, name)
@@ -122,7 +123,7 @@ class ResultCache:
         try:
             piece = load_tensors(path)
             if not torch.equal(piece.pop(SEAL, torch.empty(0)), _seal(piece)):
-                raise DataError("it does not hold what was written")
+                raise DataError("it does not contain what was written")
         except DataError:
             if not path.exists():
                 return None
@@ -134,7 +135,7 @@ class ResultCache:
 
 
 def _make(folder: Path) -> None:
-    """A folder in its `work`, which whoever ends at that moment may be removing."""
+    """Create a folder in `work`, which another process may be removing at this moment."""
     refuse_link(folder.parent)
     try:
         make_folder(folder)

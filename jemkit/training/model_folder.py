@@ -94,7 +94,7 @@ def check_vacant(folder: Path) -> None:
     """Refuse a folder that an export cannot have."""
     refuse_link(folder)
     if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
-        raise ConfigError(f"{folder} exists already and is not empty; choose another --out")
+        raise ConfigError(f"{folder} already exists and is not empty; choose another --out")
     if folder.absolute() == Path.cwd():
         raise ConfigError(
             f"{folder} is the folder that this command runs in, and the model's folder is put in "

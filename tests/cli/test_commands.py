@@ -88,7 +88,7 @@ class TestTrain:
         Path("here").mkdir()
         Path("here/thesis.tex").write_text("precious")
         done = jemkit("train", *SHORT, "--out=here")
-        assert "here exists already" in one_line(done, 3)
+        assert "here already exists" in one_line(done, 3)
         assert [p.name for p in Path("here").iterdir()] == ["thesis.tex"]
 
     def test_the_link_to_the_newest_run_is_no_place_for_a_run(self) -> None:

@@ -224,5 +224,5 @@ def test_a_manifest_that_vouches_for_a_state_of_no_run_changes_nothing(saved: Pa
         manifest = json.loads((saved / MANIFEST).read_text())
         manifest["sha256"]["state.json"] = checkpoint.file_hash(saved / "state.json")
         (saved / MANIFEST).write_text(json.dumps(manifest))
-        with pytest.raises(DataError, match="no state of a run"):
+        with pytest.raises(DataError, match="not a state of a run"):
             checkpoint.load(saved)

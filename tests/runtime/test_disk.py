@@ -47,7 +47,7 @@ def test_a_write_waits_until_there_is_room_and_says_so_once() -> None:
     assert slept == [patience.every] * 3
     assert len(told) == 2
     assert "full: waiting" in told[0]
-    assert "there is room again: b is written" in told[1]
+    assert "there is free space again: b is written" in told[1]
 
 
 def test_a_stop_ends_the_wait_with_what_is_kept_and_what_to_do() -> None:
@@ -76,7 +76,7 @@ def test_a_run_is_refused_where_it_cannot_fit_and_warned_where_it_is_tight(tmp_p
     assert "79.0 MB of the 80.0 MB" in str(
         disk.check_room(tmp_path, 79_000_000, free=lambda _: 80_000_000)
     )
-    with pytest.raises(DataError, match=r"needs 1\.2 GB and its disk has 80\.0 MB free"):
+    with pytest.raises(DataError, match=r"needs 1\.2 GB but its disk has 80\.0 MB free"):
         disk.check_room(tmp_path, 1_200_000_000, free=lambda _: 80_000_000)
     assert disk.free_bytes(tmp_path / "not" / "there") == disk.free_bytes(tmp_path)
 
@@ -149,7 +149,7 @@ def test_a_run_in_a_folder_that_another_trains_in_is_refused(tmp_path: Path) -> 
         if kind == "start":
             with pytest.raises(ConfigError, match=r"in use: process \d+ on .* has trained in"):
                 train(toy_recipe(REGISTRY), out, registry=REGISTRY, resume=True)
-            with pytest.raises(ConfigError, match="exists already"):
+            with pytest.raises(ConfigError, match="already exists"):
                 train(toy_recipe(REGISTRY), out, registry=REGISTRY)
             seen.append(kind)
 
@@ -162,14 +162,14 @@ def test_what_a_kill_left_of_a_run_that_had_not_begun_is_begun_again(tmp_path: P
     (out / "checkpoints" / ".step-00000000.abc").mkdir(parents=True)
     (out / "checkpoints" / "step-00000000").mkdir()
     (out / ".config.json.abc").touch()
-    with pytest.raises(ConfigError, match="exists already"):  # whose folder it is nobody knows
+    with pytest.raises(ConfigError, match="already exists"):  # whose folder it is nobody knows
         train(toy_recipe(REGISTRY), out, registry=REGISTRY)
     with locked(out / LOCK, "tries"), pytest.raises(ConfigError, match="in use"):
         train(toy_recipe(REGISTRY), out, registry=REGISTRY)
     train(toy_recipe(REGISTRY), out, registry=REGISTRY)
     assert not list(out.glob(".config*"))
     (out / "config.json").unlink()
-    with pytest.raises(ConfigError, match="exists already"):  # its checkpoints are a run's
+    with pytest.raises(ConfigError, match="already exists"):  # its checkpoints are a run's
         train(toy_recipe(REGISTRY), out, registry=REGISTRY)
 
 

@@ -391,7 +391,7 @@ def test_a_shared_run_that_diverges_ends_in_every_process(runs: Runs) -> None:
 
 def test_what_weights_in_shares_cannot_do_is_refused_before_the_first_step(runs: Runs) -> None:
     (compiled, laid_out), follower = (rank["refused"] for rank in runs.told)
-    assert "leave out one of run.shard and run.compile" in compiled
+    assert "omit run.shard or run.compile" in compiled
     assert 'set run.channels_last to "auto" or "no"' in laid_out
     assert follower == []
     assert not (runs.folder / "refused").exists()

@@ -345,7 +345,7 @@ def test_batch_norm_that_does_not_fit_as_a_whole_says_so(tmp_path: Path) -> None
     trainer = Trainer(
         recipe("backbone.network.images=4", norm="batch"), RunFolder.create(tmp_path / "a")
     )
-    with pytest.raises(OutOfMemory, match="batch norm takes its statistics over all of them"):
+    with pytest.raises(OutOfMemory, match="batch norm computes its statistics over all of them"):
         trainer.run()
 
 

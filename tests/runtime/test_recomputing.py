@@ -214,7 +214,7 @@ def test_a_single_image_has_its_activations_made_anew() -> None:
     network, x, micro = Hungry(enough=True), torch.ones(1, 1, 2, 2), MicroBatch()
     micro.fit(lambda: micro.microbatched(network, x, network))
     assert (micro.size, micro.recompute) == (0, True)
-    with pytest.raises(OutOfMemory, match="so that smaller passes would not help"):
+    with pytest.raises(OutOfMemory, match="and smaller passes would not help"):
         MicroBatch().fit(lambda: network(x))
 
 

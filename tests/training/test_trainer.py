@@ -339,13 +339,13 @@ def test_a_folder_that_holds_a_run_is_refused_before_anything_is_written(
 ) -> None:
     out, _ = finished
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
-    with pytest.raises(ConfigError, match=r"exists already.*--resume"):
+    with pytest.raises(ConfigError, match=r"already exists.*--resume"):
         train(toy_recipe(REGISTRY), out, registry=REGISTRY)
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
 
 def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no run that could be resumed"):
+    with pytest.raises(DataError, match="not a run that can be resumed"):
         train(toy_recipe(REGISTRY), tmp_path, registry=REGISTRY, resume=True)
 
 
