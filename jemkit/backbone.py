@@ -38,7 +38,7 @@ class Backbone:
         bounds: Bounds = Bounds(),
         radius_px: float = 8.0,
     ) -> None:
-        self.model, self._density = model, density
+        self.model, self.density_or_none = model, density
         self.views = Views() if views is None else views
         self.bounds, self.radius_px = bounds, radius_px
         self._separate = bool(batch_norms(model))
@@ -74,13 +74,13 @@ class Backbone:
 
     @property
     def has_density(self) -> bool:
-        return self._density is not None
+        return self.density_or_none is not None
 
     @property
     def density(self) -> Density:
-        if self._density is None:
+        if self.density_or_none is None:
             raise MisfitError("this backbone is a classifier only: it has no density to draw from")
-        return self._density
+        return self.density_or_none
 
     def scores(self, streams: dict[Stream, Tensor]) -> dict[Stream, Scores]:
         """Every stream's scores, for an update.

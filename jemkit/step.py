@@ -30,8 +30,9 @@ def train_step(
     before = rng.get_state()
     buffers = list(backbone.model.buffers())
     statistics = tensors.cloned(buffers)
-    if backbone.has_density:
-        backbone.density.mark()
+    density = backbone.density_or_none
+    if density is not None:
+        density.mark()
     seen: list[Terms] = []
     try:
         with reports() as reported:
@@ -45,8 +46,8 @@ def train_step(
         for _ in range(theta_steps):
             updater.step(terms, guard)
     except BaseException:
-        if backbone.has_density:
-            backbone.density.rollback()
+        if density is not None:
+            density.rollback()
         rng.set_state(before)
         tensors.copy(buffers, statistics)
         updater.optimizer.zero_grad()

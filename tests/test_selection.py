@@ -87,9 +87,10 @@ class Ran(NamedTuple):
 
 def ran(total_steps: int, chain: int | None = None, asked: int | None = None) -> int:
     """Test images that a run judges at its end."""
-    density = SimpleNamespace(has_density=chain is not None, density=SimpleNamespace(steps=chain))
+    density = None if chain is None else SimpleNamespace(steps=chain)
+    backbone = SimpleNamespace(density_or_none=density)
     recipe = SimpleNamespace(run=SimpleNamespace(test_images=asked))
-    trainer = Ran(recipe, density, SimpleNamespace(batch_size=100), total_steps)
+    trainer = Ran(recipe, backbone, SimpleNamespace(batch_size=100), total_steps)
     return images_to_judge(trainer)  # type: ignore[arg-type]
 
 

@@ -1,5 +1,5 @@
 """Attack protocols, PGD, AutoAttack, random search, purification, and PixelModel.
 
-They may import what sampling may, and sampling. An attack of the core goes here; others are
-plug-ins.
+May import: errors, options, runtime, data, models and sampling.
+A new file: an attack that other parts of the library run; every other attack is a plug-in.
 """

@@ -35,7 +35,7 @@ class PixelModel(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.bounds, self.dtype = model, bounds, dtype
-        self._density = density
+        self.density_or_none = density
         self.poll: Callable[[], None] = _nothing
 
     def scores(self, pixels: Tensor) -> Scores:
@@ -55,13 +55,13 @@ class PixelModel(nn.Module):
 
     @property
     def has_density(self) -> bool:
-        return self._density is not None
+        return self.density_or_none is not None
 
     @property
     def density(self) -> Density:
-        if self._density is None:
+        if self.density_or_none is None:
             raise MisfitError("this model is a classifier without a density: nothing to sample")
-        return self._density
+        return self.density_or_none
 
     def sample(
         self,
@@ -148,8 +148,7 @@ def pixel_model(module: nn.Module, bounds: Bounds = UNIT) -> PixelModel:
     An energy model sees images in `bounds`, a classifier sees [0, 1] and does its own scaling.
     """
     if isinstance(module, LoadedModel):
-        density = module.density if module.has_density else None
-        return PixelModel(module.model, module.bounds, density, module.dtype)
+        return PixelModel(module.model, module.bounds, module.density_or_none, module.dtype)
     if isinstance(module, PixelModel):
         return module
     if isinstance(module, EnergyModel):
@@ -165,10 +164,9 @@ def in_own_type(subject: PixelModel, pixels: Tensor) -> PixelModel:
     others = _other_types(subject)
     if type(subject) is not PixelModel or not others:
         return subject
-    density = subject.density if subject.has_density else None
     reason = ""
     for dtype in [None, *others]:
-        found = PixelModel(subject.model, subject.bounds, density, dtype)
+        found = PixelModel(subject.model, subject.bounds, subject.density_or_none, dtype)
         try:
             with torch.no_grad():
                 found(pixels)
@@ -234,8 +232,7 @@ class ZeroGradientModel(PixelModel):
     """
 
     def __init__(self, subject: PixelModel) -> None:
-        density = subject.density if subject.has_density else None
-        super().__init__(subject.model, subject.bounds, density, subject.dtype)
+        super().__init__(subject.model, subject.bounds, subject.density_or_none, subject.dtype)
         self.poll = subject.poll
 
     def scores(self, pixels: Tensor) -> Scores:

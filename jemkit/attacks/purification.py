@@ -63,8 +63,7 @@ class Refined(PixelModel):
     """
 
     def __init__(self, subject: PixelModel, refinement: Refinement) -> None:
-        density = subject.density if subject.has_density else None
-        super().__init__(subject.model, subject.bounds, density, subject.dtype)
+        super().__init__(subject.model, subject.bounds, subject.density_or_none, subject.dtype)
         self.refinement = refinement
 
     @property

@@ -1,4 +1,5 @@
 """The registry of parts, layers of settings, recipes, optimizers and schedules.
 
-They may import metrics and hookspecs, and what these may. What reads or checks settings goes here.
+May import: metrics and hookspecs, and what these import.
+A new file: what reads or checks settings.
 """

@@ -1,6 +1,7 @@
 """Evaluating, comparing, sampling and exporting what was trained; the report.
 
-It may import training, and what training may. What reads finished runs goes here.
+May import: training, and what training may import.
+A new file: what reads finished runs.
 """
 
 from jemkit.evaluation.evaluate import evaluate, judge

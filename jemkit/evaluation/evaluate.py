@@ -48,9 +48,6 @@ from jemkit.runtime.work_cache import WHOLE, Shard
 from jemkit.runtime.workers import met
 from jemkit.selection import Part, part_of, told_missing
 
-__all__ = ["Settings", "evaluate", "judge"]
-
-
 QUICK = 256
 """Images of a quick look."""
 

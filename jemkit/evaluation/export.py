@@ -23,23 +23,15 @@ from jemkit.training import pinned
 from jemkit.training.build import splits_of, task_of
 from jemkit.training.model_card import figures_table, table_of
 from jemkit.training.model_files import (
-    CARD,
     CONFIG,
     FIGURES,
-    FORMAT,
     SAMPLES,
     WEIGHTS,
     task_table,
-    verify,
 )
 from jemkit.training.model_folder import check_vacant, write_model
 from jemkit.training.restore import Which, chosen, run_folder, saved_state
 from jemkit.training.saved_state import weights_of
-
-__all__ = [
-    "CARD", "CONFIG", "FORMAT", "Exported", "export", "verify",
-]  # fmt: skip
-
 
 log = logging.getLogger(__name__)
 

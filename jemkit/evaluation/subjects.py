@@ -203,7 +203,7 @@ def _checkpoint(
     state = saved_state(run, path)
     weights, averaged = weights_of(state, path)
     found = restored(run / "config.json", weights, registry, device, dataset)
-    density = found.backbone.density if found.backbone.has_density else None
+    density = found.backbone.density_or_none
     if isinstance(density, Buffered) and is_own(dataset):
         with suppress(MisfitError):  # several processes may have kept parts that cannot be joined
             density.load_state_dict(gather_state(state, density))
@@ -225,7 +225,7 @@ def _subject(
     found: Restored, about: dict[str, Any], folder: Path, registry: Registry
 ) -> EvalTarget:
     tables, backbone = found.tables, found.backbone
-    density = backbone.density if backbone.has_density else None
+    density = backbone.density_or_none
     test = found.splits.images("test")
     trained_on, warnings = found.pin.seen(test) if found.pin else (0, [])
     return EvalTarget(

@@ -1,5 +1,5 @@
-"""Evaluators, figures with their intervals, the attack runner, records, plots.
+"""Evaluators, figures with their intervals, the attack runner, records, charts.
 
-They may import the core below them: data to step. What measures a model goes here; a measure
-that one plug-in has alone goes to that plug-in.
+May import: the core below it: data to step.
+A new file: what measures a model; a measure that one plug-in has alone goes to that plug-in.
 """

@@ -1,5 +1,5 @@
 """Networks, norms, energies and distances.
 
-They may import errors, options, runtime and data. A module with weights, or what reads its
-outputs, goes here.
+May import: errors, options, runtime and data.
+A new file: a module with weights, or what reads its outputs.
 """

@@ -1,4 +1,5 @@
-"""Devices, files, processes, memory: uses torch, and knows no method.
+"""Devices, files, processes, memory: knows torch, and no method.
 
-It may import errors and options. Code that serves any run, whatever its method, goes here.
+May import: errors and options.
+A new file: what serves a run whatever its method.
 """

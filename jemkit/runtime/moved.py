@@ -35,7 +35,12 @@ MOVED: dict[str, tuple[str, ...]] = {
     "evaluator": ("metrics.evaluator",),
     "exam": ("training.validation",),
     "exported": ("training.model_files",),
-    "exporting": ("evaluation.export", "training.model_folder", "training.restore"),
+    "exporting": (
+        "evaluation.export",
+        "training.model_files",
+        "training.model_folder",
+        "training.restore",
+    ),
     "extras": ("runtime.extras",),
     "features": ("jemkit_plugins.generation.features",),
     "fidelity": ("jemkit_plugins.generation.fid",),

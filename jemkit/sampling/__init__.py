@@ -1,6 +1,7 @@
 """Kernels, initial distributions, the replay buffer and the density that chains draw from.
 
-They may import what models may, and models. A part of a Markov chain goes here.
+May import: errors, options, runtime, data and models.
+A new file: a part of a Markov chain that several methods use.
 """
 
 from jemkit.sampling.kernels import (

@@ -5,6 +5,9 @@
 
 Each raises ConformanceError with the law that was broken. All run on the CPU, on toys of 8 x 8
 pixels, in about a second, and need no test framework.
+
+May import: evaluation, and what evaluation may import.
+A new file: a law that parts of a kind keep, or a check of an installation or a run.
 """
 
 from jemkit.testing.drawing import check_density, check_sampler, check_start

@@ -1,7 +1,7 @@
 """Building a run, the trainer, validation, health, rollback, checkpoints of runs.
 
-It may import config, and what config may. What a run does until its end goes here; readers of
-others' weights go to pretrained/, the cost of a step to profiling/.
+May import: config, and what config may import.
+A new file: what a run does until its end.
 """
 
 from typing import TYPE_CHECKING

@@ -64,7 +64,7 @@ class RunState(NamedTuple):
 
     def own_state(self) -> State:
         """What every process has for itself."""
-        density = self.backbone.density if self.backbone.has_density else None
+        density = self.backbone.density_or_none
         remembered = self.objective if isinstance(self.objective, StatefulObjective) else None
         return {
             "density": density.state_dict() if density else None,
@@ -102,7 +102,7 @@ class RunState(NamedTuple):
         if isinstance(self.updater, Stateful):
             self.updater.load_state_dict(state["updater"])
         self.loader.load_state_dict(state["loader"])
-        density = self.backbone.density if self.backbone.has_density else None
+        density = self.backbone.density_or_none
         ended = self.loader.step >= self.task.total_steps
         own = reshard.share_of(state, self.rng.get_state(), density, ended=ended)
         if density is not None:

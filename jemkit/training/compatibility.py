@@ -95,9 +95,10 @@ def check_distances(objective: Objective[Any], task: Task, backbone: Backbone) -
 
 def check_chains(objective: Objective[Any], backbone: Backbone, chains: int) -> None:
     """Refuse a buffer too small for a step, or without classes where some are asked for."""
-    if not backbone.has_density or not isinstance(backbone.density, Buffered):
+    density = backbone.density_or_none
+    if not isinstance(density, Buffered):
         return
-    buffer = backbone.density.buffer.options
+    buffer = density.buffer.options
     if chains > buffer.capacity:
         raise ConfigError(
             f"each step begins {chains} chains, and the buffer holds {buffer.capacity}: raise "

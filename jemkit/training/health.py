@@ -51,8 +51,8 @@ class HealthMonitor:
     @property
     def buffer(self) -> ReplayBuffer | None:
         """The replay buffer, where the objective learns by one."""
-        learns = self.parts.objective.needs_density and self.parts.backbone.has_density
-        density = self.parts.backbone.density if learns else None
+        learns = self.parts.objective.needs_density
+        density = self.parts.backbone.density_or_none if learns else None
         return density.buffer if isinstance(density, Buffered) else None
 
     def rows(self, rows: Iterable[dict[str, Any]]) -> None:

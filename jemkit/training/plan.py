@@ -55,8 +55,8 @@ def _disk(parts: RunState, recipe: Recipe) -> dict[str, str]:
     one = disk.state_bytes(parts.weights()) + disk.momenta_bytes(parts.optimizer)
     found: dict[str, str] = {}
     states = 0
-    if parts.backbone.has_density:
-        density = parts.backbone.density
+    density = parts.backbone.density_or_none
+    if density is not None:
         found["start"] = start_name(density.start)
         if isinstance(density, Buffered):
             pixels = parts.task.shape[0] * parts.task.shape[1] * parts.task.shape[2]

@@ -28,8 +28,9 @@ def split(backbone: Backbone, rng: Generator, seed: int) -> Generator:
     me = distributed.shard()
     if me.size == 1:
         return rng
-    if backbone.has_density and isinstance(backbone.density, Buffered):
-        buffer = backbone.density.buffer
+    density = backbone.density_or_none
+    if isinstance(density, Buffered):
+        buffer = density.buffer
         check_slots(buffer.options.capacity, backbone, me)
         capacity = buffer.options.capacity // me.size
         buffer.options = buffer.options.model_copy(update={"capacity": capacity})

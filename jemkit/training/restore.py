@@ -204,6 +204,6 @@ def load(
         )
     on = torch.device(device)
     found = restored(path / CONFIG, weights, registry or installed(), on)
-    density = found.backbone.density if found.backbone.has_density else None
+    density = found.backbone.density_or_none
     pixels = LoadedModel(found.backbone.model, found.task.bounds, density)
     return pixels.eval()

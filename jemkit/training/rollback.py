@@ -35,8 +35,8 @@ class RollbackPolicy:
         self.options, self.parts, self.seed = options, parts, seed
         self.checkup = HealthMonitor(options, parts)
         self.tried: list[dict[str, Any]] = []  # one entry a rollback
-        learns = parts.objective.needs_density and parts.backbone.has_density
-        self.chains = parts.backbone.density if learns else None  # that the objective draws from
+        learns = parts.objective.needs_density
+        self.chains = parts.backbone.density_or_none if learns else None  # that it draws from
         self._steps = self.chains.steps if self.chains else 0
         self._epoch = parts.loader.steps_per_epoch
 

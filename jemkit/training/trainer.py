@@ -277,7 +277,8 @@ def images_to_judge(trainer: "Trainer") -> int:
     asked = trainer.recipe.run.test_images
     if asked is not None:
         return asked
-    steps = trainer.backbone.density.steps if trainer.backbone.has_density else 0
+    density = trainer.backbone.density_or_none
+    steps = density.steps if density else 0
     passes = trainer.total_steps * trainer.loader.batch_size * (2 + 2 * steps)
     return max(FEWEST, passes // (10 * PER_IMAGE))
 

@@ -20,7 +20,6 @@ from jemkit.attacks.pixel_model import pixel_model
 from jemkit.config.eval_settings import settings_of
 from jemkit.config.registry import Registry
 from jemkit.errors import ConfigError, DataError, MisfitError
-from jemkit.evaluation import export as exporting
 from jemkit.evaluation.evaluate import judge
 from jemkit.evaluation.export import export
 from jemkit.evaluation.sample import asked, drawn, sample
@@ -32,7 +31,7 @@ from jemkit.runtime.files import load_tensors, read_json, write_json
 from jemkit.sampling.density import TOGETHER
 from jemkit.sampling.moments import MOMENTS
 from jemkit.training import restore
-from jemkit.training.model_files import CARD, CONFIG, WEIGHTS, verify
+from jemkit.training.model_files import CARD, CONFIG, FORMAT, WEIGHTS, verify
 from jemkit.training.model_folder import push, write_model
 from jemkit.training.plan import plan
 from jemkit.training.restore import load
@@ -122,7 +121,7 @@ def test_the_last_checkpoint_is_exported_where_it_is_asked_for(
 def test_the_config_says_what_it_is(averaged: Path, tmp_path: Path) -> None:
     found = export(averaged, out=tmp_path / "model")
     config = read_json(found.folder / CONFIG)
-    assert config["format"] == exporting.FORMAT
+    assert config["format"] == FORMAT
     assert config["jemkit"]
     assert config["recipe"] == read_json(averaged / CONFIG)["recipe"]
     assert config["sha256"] == {WEIGHTS: checkpoint.file_hash(found.folder / WEIGHTS)}

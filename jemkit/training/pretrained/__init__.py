@@ -1,4 +1,8 @@
-"""Checkpoints of the methods' authors, read without running anything in them."""
+"""Checkpoints of the methods' authors, read without running anything in them.
+
+May import: config, and what config may import.
+A new file: a reader of others' weights.
+"""
 
 from jemkit.training.pretrained.importing import Imported, import_checkpoint
 from jemkit.training.pretrained.layouts import FORMATS, Format

@@ -176,16 +176,17 @@ def step_work(
 ) -> StepWork:
     """A step's arithmetic, counted while one is computed; buffer and statistics are kept."""
     rng = Generator(batch.x.device).manual_seed(0)
-    if backbone.has_density:
-        backbone.density.mark()
+    density = backbone.density_or_none
+    if density is not None:
+        density.mark()
     try:
         with counted() as draw:
             draws = objective.draw(backbone, batch, rng)
         with counted() as update, frozen_batch_stats(backbone.model):
             _gradients(backbone.model, objective.loss(backbone, batch, draws).total)
     finally:
-        if backbone.has_density:
-            backbone.density.rollback()
+        if density is not None:
+            density.rollback()
     return StepWork(draw, update, theta_steps * takings(updater))
 
 
