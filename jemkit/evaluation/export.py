@@ -30,8 +30,7 @@ from jemkit.training.model_files import (
     task_table,
 )
 from jemkit.training.model_folder import check_vacant, write_model
-from jemkit.training.restore import Which, chosen, run_folder, saved_state
-from jemkit.training.saved_state import weights_of
+from jemkit.training.restore import Which, open_model, run_folder
 
 log = logging.getLogger(__name__)
 
@@ -66,19 +65,11 @@ def export(
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,40}", license):
         raise ConfigError(f"license {license!r}: expected an identifier such as mit or cc-by-4.0")
     source = run_folder(run)
-    saved = chosen(source, which)
     folder = source.path / "export" if out is None else out
     check_vacant(folder)
-    state = saved_state(source.path, saved)
-    exported, averaged = weights_of(state, saved)
-    sha = checkpoint.verify(saved)[checkpoint.MODEL]
-    config = source.config
-    if not isinstance(config.get("recipe"), dict):
-        raise DataError(f"{source.path / CONFIG} holds no recipe; it is not a run's config")
-    config = _without_home(config)
-    weights = "averaged" if averaged else "live"
-    about = {"run": source.path.name, "checkpoint": saved.name, "sha256": sha, "weights": weights}
-    found, note = _record_of(source.path, sha, config)
+    opened = open_model(run, which)
+    about, config = opened.about, _without_home(source.config)
+    found, note = _record_of(source.path, about["sha256"], config)
     card = _about_run(config["recipe"], about) + "\n"
     card += figures_table(found.figures, found.protocol) if found else f"{note}\n"
     config, hashes = pinned.for_others(config, source.path)
@@ -87,11 +78,11 @@ def export(
         beside[FIGURES] = found.to_json()
     task, moments = _of_data(source.path / CONFIG, registry or installed())
     written = write_model(
-        folder, {**config, "source": about, **task}, exported, card, beside=beside,
+        folder, {**config, "source": about, **task}, opened.weights, card, beside=beside,
         moments=moments, license=license,
     )  # fmt: skip
     count = len(found.figures) if found else 0
-    return Exported(folder, saved.name, weights, written, count, note)
+    return Exported(folder, about["checkpoint"], about["weights"], written, count, note)
 
 
 def _check_run(run: Path) -> None:

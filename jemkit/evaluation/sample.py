@@ -23,8 +23,7 @@ from jemkit.metrics.evaluator import Progress, no_progress
 from jemkit.metrics.plots import save_grid, to_bytes
 from jemkit.objective import Conditional
 from jemkit.options import nearest
-from jemkit.runtime import checkpoint
-from jemkit.runtime.files import load_tensors, write_bytes
+from jemkit.runtime.files import write_bytes
 from jemkit.runtime.microbatch import MicroBatch
 from jemkit.runtime.opening import refuse_link
 from jemkit.runtime.precision import as_trained, device_of
@@ -36,11 +35,9 @@ from jemkit.runtime.workers import met
 from jemkit.sampling.density import TOGETHER, Buffered, Density, even_batches, portions, together
 from jemkit.sampling.init_dists import MomentStart, Start, start_name
 from jemkit.sampling.replay_buffer import ReplayBuffer
-from jemkit.training.model_files import CONFIG, WEIGHTS, is_exported, verify
 from jemkit.training.pinned import SAMPLED
 from jemkit.training.reshard import gather_state
-from jemkit.training.restore import Restored, Which, chosen, restored, run_folder, saved_state
-from jemkit.training.saved_state import weights_of
+from jemkit.training.restore import Which, open_model, restored
 
 STEPS = 40
 """Of a fresh chain, where none are given."""
@@ -318,30 +315,8 @@ def opened(
 
     `dataset` says where the training images are now, where the start needs them.
     """
-    if is_exported(path):
-        sha = verify(path)
-        weights = load_tensors(path / WEIGHTS)
-        found = restored(
-            path / CONFIG, weights, registry, device, dataset, advice=SAMPLED, same_data=True
-        )
-        return _source(found, None, {"run": str(path.resolve()), "sha256": sha})
-    folder = run_folder(path)
-    saved = chosen(folder, which)
-    state = saved_state(folder.path, saved)
-    weights, averaged = weights_of(state, saved)
-    found = restored(
-        folder.path / CONFIG, weights, registry, device, dataset, advice=SAMPLED, same_data=True
-    )
-    about = {
-        "run": str(folder.path),
-        "weights": "averaged" if averaged else "live",
-        "checkpoint": saved.name,
-        "sha256": checkpoint.verify(saved)[checkpoint.MODEL],
-    }
-    return _source(found, state, about)
-
-
-def _source(found: Restored, state: dict[str, Any] | None, about: dict[str, Any]) -> SampleSource:
+    model = open_model(path, which)
+    found = restored(model, registry, device, dataset, advice=SAMPLED, same_data=True)
     table, backbone = found.tables["backbone"], found.backbone
     if not backbone.has_density:
         raise MisfitError(
@@ -353,8 +328,9 @@ def _source(found: Restored, state: dict[str, Any] | None, about: dict[str, Any]
     run, objective = found.recipe.run, found.recipe.objective
     conditional = isinstance(objective, Conditional) and objective.conditional
     switches = {name: getattr(run, name) for name in ("precision", "deterministic", "threads")}
-    card = {**about, "sampler": sampler, **switches, "versions": versions()}
+    where = {**model.about, "run": str(model.folder.resolve())}
+    card = {**where, "sampler": sampler, **switches, "versions": versions()}
     names = found.pin.table.classes if found.pin is not None else None
     return SampleSource(
-        found.task, table, backbone, density, state, card, run, conditional, names or ()
+        found.task, table, backbone, density, model.state, card, run, conditional, names or ()
     )  # fmt: skip

@@ -28,20 +28,8 @@ from jemkit.runtime.modes import eval_mode
 from jemkit.sampling.density import Buffered
 from jemkit.splits import Splits
 from jemkit.training.build import load_model
-from jemkit.training.model_files import WEIGHTS, is_exported, verify
 from jemkit.training.reshard import gather_state
-from jemkit.training.restore import (
-    Restored,
-    Which,
-    about_checkpoint,
-    about_parts,
-    chosen,
-    is_own,
-    restored,
-    run_folder,
-    saved_state,
-)
-from jemkit.training.saved_state import weights_of
+from jemkit.training.restore import Which, about_parts, is_own, open_model, restored
 
 log = logging.getLogger(__name__)
 
@@ -84,18 +72,27 @@ def subject_at(
         return _weights(path, registry, device, network, dataset)
     if network is not None:
         raise ConfigError(f"--network belongs to a file of weights; {path} says itself what it is")
-    if (path / checkpoint.MANIFEST).exists():
-        run = path.resolve().parents[1]
-        if not (run / "config.json").exists():
-            raise DataError(
-                f"{path} is a checkpoint outside its run: there is no {run / 'config.json'} to say "
-                "what it is. Give the run, or its model.safetensors with --network"
-            )
-        return _checkpoint(run, path, registry, device, dataset)
-    if is_exported(path):
-        return _exported(path, registry, device, dataset)
-    folder = run_folder(path)
-    return _checkpoint(folder.path, chosen(folder, which), registry, device, dataset)
+    opened = open_model(path, which)
+    found = restored(opened, registry, device, dataset)
+    backbone, test = found.backbone, found.splits.images("test")
+    density, own = backbone.density_or_none, is_own(dataset)
+    if isinstance(density, Buffered) and own and opened.state is not None:
+        with suppress(MisfitError):  # several processes may have kept parts that cannot be joined
+            density.load_state_dict(gather_state(opened.state, density))
+    trained_on, warnings = found.pin.seen(test) if found.pin else (0, [])
+    return EvalTarget(
+        PixelModel(backbone.model, found.task.bounds, density),
+        test,
+        found.task.n_classes,
+        found.recipe.data.radius_px,
+        found.splits.images,  # type: ignore[arg-type]
+        {**opened.about, **about_parts(found.tables, found.recipe, found.trained_px)},
+        opened.folder,
+        others_of(found.recipe.data, registry),
+        trained_on,
+        tuple(warnings),
+        found.recipe.run.threads,
+    )
 
 
 def subject_of(
@@ -191,56 +188,6 @@ def others_of(dataset: Dataset, registry: Registry) -> Callable[[], dict[str, Im
         return found
 
     return read
-
-
-def _checkpoint(
-    run: Path,
-    path: Path,
-    registry: Registry,
-    device: torch.device,
-    dataset: dict[str, Any] | None,
-) -> EvalTarget:
-    state = saved_state(run, path)
-    weights, averaged = weights_of(state, path)
-    found = restored(run / "config.json", weights, registry, device, dataset)
-    density = found.backbone.density_or_none
-    if isinstance(density, Buffered) and is_own(dataset):
-        with suppress(MisfitError):  # several processes may have kept parts that cannot be joined
-            density.load_state_dict(gather_state(state, density))
-    about = about_checkpoint(run, path, averaged=averaged)
-    return _subject(found, about, run, registry)
-
-
-def _exported(
-    path: Path, registry: Registry, device: torch.device, dataset: dict[str, Any] | None
-) -> EvalTarget:
-    sha = verify(path)
-    weights = load_tensors(path / WEIGHTS)
-    found = restored(path / "config.json", weights, registry, device, dataset)
-    about = {"run": path.name, "sha256": sha}
-    return _subject(found, about, path, registry)
-
-
-def _subject(
-    found: Restored, about: dict[str, Any], folder: Path, registry: Registry
-) -> EvalTarget:
-    tables, backbone = found.tables, found.backbone
-    density = backbone.density_or_none
-    test = found.splits.images("test")
-    trained_on, warnings = found.pin.seen(test) if found.pin else (0, [])
-    return EvalTarget(
-        PixelModel(backbone.model, found.task.bounds, density),
-        test,
-        found.task.n_classes,
-        found.recipe.data.radius_px,
-        found.splits.images,  # type: ignore[arg-type]
-        {**about, **about_parts(tables, found.recipe, found.trained_px)},
-        folder,
-        others_of(found.recipe.data, registry),
-        trained_on,
-        tuple(warnings),
-        found.recipe.run.threads,
-    )
 
 
 def _weights(

@@ -31,6 +31,52 @@ from jemkit.training.saved_state import weights_of
 Which = Literal["best", "last"]
 
 
+class Opened(NamedTuple):
+    """The weights of a run, of one of its checkpoints or of an exported model, all checked."""
+
+    folder: Path  # the run's or the exported model's, which has the config.json
+    weights: dict[str, torch.Tensor]  # averaged ones where the run keeps an average
+    about: dict[str, Any]  # what a record says of them
+    state: checkpoint.State | None = None  # all that the checkpoint holds
+
+
+def open_model(path: Path, which: Which = "best") -> Opened:
+    """Open a run at one of its checkpoints, a checkpoint, or an exported or imported model."""
+    if is_exported(path):
+        sha = verify(path)
+        return Opened(path, load_tensors(path / WEIGHTS), {"run": path.name, "sha256": sha})
+    if (path / checkpoint.MANIFEST).exists():
+        run = path.resolve().parents[1]
+        if not (run / CONFIG).exists():
+            raise DataError(
+                f"{path} is a checkpoint outside its run: there is no {run / CONFIG} to say what "
+                "it is. Give the run, or its model.safetensors with --network"
+            )
+    else:
+        folder = run_folder(path)
+        run, path = folder.path, chosen(folder, which)
+    state = saved_state(run, path)
+    weights, averaged = weights_of(state, path)
+    return Opened(run, dict(weights), about_checkpoint(run, path, averaged=averaged), state)
+
+
+def saved_state(run: Path, path: Path) -> checkpoint.State:
+    """What a run's checkpoint holds, where config.json is the one that it was saved with."""
+    state = checkpoint.load(path)
+    check_config(run / CONFIG, state, path)
+    return state
+
+
+def about_checkpoint(run: Path, path: Path, *, averaged: bool) -> dict[str, Any]:
+    """What a record says of the weights of a checkpoint."""
+    return {
+        "run": run.name,
+        "checkpoint": path.name,
+        "sha256": checkpoint.verify(path)[checkpoint.MODEL],
+        "weights": "averaged" if averaged else "live",
+    }
+
+
 class Restored(NamedTuple):
     """A recipe's parts with the weights of a checkpoint."""
 
@@ -44,8 +90,7 @@ class Restored(NamedTuple):
 
 
 def restored(
-    config: Path,
-    weights: dict[str, torch.Tensor],
+    opened: Opened,
     registry: Registry,
     device: torch.device,
     dataset: dict[str, Any] | None = None,
@@ -53,11 +98,12 @@ def restored(
     advice: str = JUDGED,
     same_data: bool = False,
 ) -> Restored:
-    """The backbone of a run's config.json, with these weights and its own data as they were.
+    """The backbone of what was opened, with its weights, and its own data as they were.
 
     A `dataset` that is named instead must have the classes of the run's; with `same_data`, its
     images too.
     """
+    config = opened.folder / CONFIG
     resolved = resolve(registry, config=config, named={"data": dataset} if dataset else {})
     recipe = resolved.recipe
     run, pin = recipe.run, read(config, advice)
@@ -72,7 +118,7 @@ def restored(
         task = _own_start(task, config, registry, own)
     task = replace(task, fill=False, moments=brought(config))  # nothing is drawn to open a model
     backbone = recipe.backbone.build(task, generator(device, run.seed, "chains"))
-    load_model(backbone.model, weights)
+    load_model(backbone.model, opened.weights)
     if saved is not None:
         _check_shape(backbone, saved, config)
     laid_out(backbone.model, run.layout, device)  # as it was trained, to the last bit
@@ -121,26 +167,9 @@ def _check_shape(backbone: Backbone, task: Task, config: Path) -> None:
         ) from None
 
 
-def saved_state(run: Path, path: Path) -> checkpoint.State:
-    """What a run's checkpoint holds, where config.json is the one that it was saved with."""
-    state = checkpoint.load(path)
-    check_config(run / CONFIG, state, path)
-    return state
-
-
 def is_own(dataset: dict[str, Any] | None) -> bool:
     """Whether the data set is the run's own, perhaps in another folder."""
     return not dataset or "use" not in dataset
-
-
-def about_checkpoint(run: Path, path: Path, *, averaged: bool) -> dict[str, Any]:
-    """What a record says of the weights of a checkpoint."""
-    return {
-        "run": run.name,
-        "checkpoint": path.name,
-        "sha256": checkpoint.verify(path)[checkpoint.MODEL],
-        "weights": "averaged" if averaged else "live",
-    }
 
 
 def about_parts(tables: dict[str, Any], recipe: Recipe, radius_px: float | None) -> dict[str, Any]:
@@ -160,9 +189,10 @@ def about_parts(tables: dict[str, Any], recipe: Recipe, radius_px: float | None)
 
 def run_folder(path: Path) -> RunFolder:
     """The folder of a run that exists; `latest` is followed to the run that it points to."""
-    if not (path / "config.json").exists():
+    if not (path / CONFIG).exists():
         raise DataError(
-            f"{path} is no run of jemkit: it has no config.json; `jemkit train` makes one"
+            f"{path} is no run of jemkit and no exported model: it has no {CONFIG}; `jemkit train` "
+            "and `jemkit export` make them"
         )
     return RunFolder(path.resolve())
 
@@ -189,21 +219,6 @@ def load(
     No image of any data set is read for it. A run of `jemkit train` gives its best checkpoint, with
     averaged weights where it keeps an average; that reads the run's data.
     """
-    path = Path(folder)
-    if is_exported(path):
-        verify(path)
-        weights = load_tensors(path / WEIGHTS)
-    elif (path / "checkpoints").is_dir():
-        path = run_folder(path).path
-        saved = chosen(run_folder(path), "best")
-        weights, _ = weights_of(saved_state(path, saved), saved)
-    else:
-        raise DataError(
-            f"{path} is neither an exported model, which has {CONFIG} and {WEIGHTS}, nor a run of "
-            "`jemkit train`"
-        )
-    on = torch.device(device)
-    found = restored(path / CONFIG, weights, registry or installed(), on)
+    found = restored(open_model(Path(folder)), registry or installed(), torch.device(device))
     density = found.backbone.density_or_none
-    pixels = LoadedModel(found.backbone.model, found.task.bounds, density)
-    return pixels.eval()
+    return LoadedModel(found.backbone.model, found.task.bounds, density).eval()

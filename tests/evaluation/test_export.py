@@ -443,13 +443,17 @@ def test_a_class_is_sampled_by_its_name_where_the_run_knows_any(
 def test_a_run_is_loaded_as_its_exported_model_is(
     averaged: Path, parts: Registry, tmp_path: Path
 ) -> None:
-    paths = averaged, export(averaged, out=tmp_path / "model").folder
-    models = [load(path, registry=parts) for path in paths]
+    best = averaged / "checkpoints" / "best"
+    paths = averaged, best, export(averaged, out=tmp_path / "model").folder
+    first, *others = [load(path, registry=parts) for path in paths]
     x = parts["dataset"]["toy"]().load("test").unit()
     with torch.no_grad():
-        assert torch.equal(*(model(x) for model in models))
+        assert all(torch.equal(first(x), model(x)) for model in others)
+    drawn = [sample(path, registry=parts, n=4, steps=1, device="cpu") for path in (averaged, best)]
+    assert torch.equal(drawn[0].pixels, drawn[1].pixels)
+    assert drawn[0].protocol == drawn[1].protocol
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"neither an exported model.* nor a run"):
+    with pytest.raises(DataError, match="is no run of jemkit and no exported model"):
         load(tmp_path / "empty", registry=parts)
 
 
