@@ -1,4 +1,4 @@
-"""Parts that do not fit each other, refused before the first step."""
+"""Parts that do not fit together, rejected before the first step."""
 
 import logging
 from typing import TYPE_CHECKING, Any, get_args
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def check_parts(backbone: Backbone, objective: Objective[Any], task: Task, run: "Run") -> None:
-    """Refuse, before the first step, whatever of a run does not fit."""
+    """Reject, before the first step, whatever in a run does not fit together."""
     check(backbone, objective)
     check_distances(objective, task, backbone)
     chains = positives(min(run.batch_size, task.n_train), backbone.views)
@@ -35,18 +35,18 @@ def check_parts(backbone: Backbone, objective: Objective[Any], task: Task, run: 
         backbone.check_learning(objective.streams)
     check_graph(backbone, distributed.shard().size if run.compile else 1)
     if run.precision == "tf32" and not next(backbone.model.parameters()).is_cuda:
-        log.warning("run.precision: tf32 is a GPU's; this run computes in fp32")
+        log.warning("run.precision: tf32 needs a GPU; this run would compute in fp32")
     if run.recompute and not can_recompute(backbone.model.network):
         raise MisfitError(
-            "run.recompute: this network does not know how to recompute its activations; leave it "
-            "out, or choose a wrn, or a run.micro_batch where no norm goes by the batch"
+            "run.recompute: this network does not support activation checkpointing; omit it, "
+            "choose a wrn, or set run.micro_batch if no norm uses batch statistics"
         )
 
 
 def check_adversary(objective: Any, usual_px: float, pixels: int | None = None) -> None:
-    """Refuse an attack that cannot train, and a ball without a radius of its norm.
+    """Reject an attack that cannot train, and a ball whose norm has no radius.
 
-    With the number of an image's values a radius wider than the pixel range is refused, too.
+    Given the number of values of an image, a radius wider than the pixel range is rejected, too.
     """
     for path, part in parts_of(objective, "objective"):
         if isinstance(part, ForTraining):
@@ -59,7 +59,7 @@ def check_adversary(objective: Any, usual_px: float, pixels: int | None = None) 
 
 
 def trained_threat(objective: Any, usual_px: float) -> Threat | None:
-    """The ball that an objective trains in; None where it moves no image."""
+    """The ball in which an objective trains; None if it perturbs no image."""
     for _, part in parts_of(objective):
         if isinstance(part, InBall) and part.norm in get_args(Norm):
             return Threat(part.norm, usual_px if part.radius_px is None else part.radius_px)
@@ -67,24 +67,25 @@ def trained_threat(objective: Any, usual_px: float) -> Threat | None:
 
 
 def check(backbone: Backbone, objective: Objective[Any]) -> None:
-    """Refuse, before the first step, parts that do not fit each other."""
+    """Reject, before the first step, parts that do not fit together."""
     if objective.needs_density and not backbone.has_density:
         raise MisfitError(
             f"the objective {_name('objective', objective)} learns p(x), and this backbone "
-            "has no density; choose a backbone that has one, or an objective that needs none: "
-            "`jemkit plugins list` has all"
+            "has no density; choose a backbone with a density, or an objective that needs none: "
+            "`jemkit plugins list` lists all"
         )
     if backbone.has_density:
         check_stem(backbone.density.sampler, backbone.model.network)
 
 
 def check_distances(objective: Objective[Any], task: Task, backbone: Backbone) -> None:
-    """Refuse a distance that the images are too small for, or whose weights are missing."""
+    """Reject a distance whose weights are missing, or that needs larger images."""
     for distance in objective.distances if isinstance(objective, UsesDistances) else ():
         if task.shape[1] < distance.min_size:
             raise MisfitError(
-                f"the distance {_name('distance', distance)} takes images of {distance.min_size} "
-                f"px at least; these have {task.shape[1]}. Choose another objective.distance, "
+                f"the distance {_name('distance', distance)} needs images of at least "
+                f"{distance.min_size} px; these have {task.shape[1]}. Choose another "
+                f"objective.distance, "
                 "such as none, l2 or logits"
             )
         device = next(backbone.model.parameters()).device
@@ -94,14 +95,14 @@ def check_distances(objective: Objective[Any], task: Task, backbone: Backbone) -
 
 
 def check_chains(objective: Objective[Any], backbone: Backbone, chains: int) -> None:
-    """Refuse a buffer too small for a step, or without classes where some are asked for."""
+    """Reject a buffer too small for a step, or without classes if some are requested."""
     density = backbone.density_or_none
     if not isinstance(density, Buffered):
         return
     buffer = density.buffer.options
     if chains > buffer.capacity:
         raise ConfigError(
-            f"each step begins {chains} chains, and the buffer holds {buffer.capacity}: raise "
+            f"each step starts {chains} chains, but the buffer has {buffer.capacity} slots: raise "
             "backbone.buffer.capacity or lower run.batch_size"
         )
     if isinstance(objective, Conditional) and objective.conditional and not buffer.conditional:
@@ -112,15 +113,15 @@ def check_chains(objective: Objective[Any], backbone: Backbone, chains: int) -> 
 
 
 def check_graph(backbone: Backbone, processes: int) -> None:
-    """Refuse to compile passes in which several processes exchange numbers."""
+    """Reject compiling passes in which processes communicate."""
     if processes > 1 and any(isinstance(m, SyncBatchNorm) for m in backbone.model.modules()):
         raise MisfitError(
-            f"run.compile: batch norm over {processes} processes exchanges numbers amid each pass, "
-            'which cannot be part of a compiled graph; leave out --compile, or set norm = "batch"'
+            f"run.compile: batch norm over {processes} processes communicates inside each pass, "
+            'which cannot be part of a compiled graph; omit --compile, or set norm = "batch"'
         )
 
 
 def _name(kind: str, part: Any) -> str:
-    """What a recipe calls a part of jemkit's own; of any other its class."""
+    """The name of one of jemkit's parts in a recipe; of any other part, its class."""
     known = installed(third_party=False)[kind].items()
     return next((repr(name) for name, own in known if own is type(part)), type(part).__name__)

@@ -1,4 +1,4 @@
-"""Metrics of a run, read from the device in bundles so that no step waits for them."""
+"""Metrics of a run, read from the device in batches so that steps do not synchronise."""
 
 import time
 from typing import Any
@@ -20,8 +20,8 @@ GATHER, PATIENCE = 20, 1.0
 class Journal:
     """Keeps every step's metrics on the device until `gather` writes them to metrics.csv.
 
-    `images/s` is of the steps between two readings, which wait for the device: a step alone does
-    not, so that on a GPU its own seconds would be those of its launch.
+    `images/s` is the rate between two readings, which synchronise with the device. A single step
+    does not synchronise, so on a GPU its time would be that of its launch.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Journal:
         return time.monotonic() - self._gathered
 
     def note(self, known: dict[str, Any], images: int, terms: Terms, guard: Guard) -> None:
-        """Keep a step: what the host knows of it, and the tensors that the device has."""
+        """Add a step: its values on the host, and its tensors on the device."""
         self._images += images
         seen: dict[str, Tensor] = {"loss": terms.total.detach()}
         seen |= {f"loss {name}": part.detach() for name, (_, part) in terms.parts.items()}
@@ -50,7 +50,7 @@ class Journal:
         self._rows.append((known, list(seen), torch.stack([t.float() for t in seen.values()])))
 
     def gather(self) -> dict[str, Any]:
-        """Write what was kept; give the newest row back, empty where nothing was kept."""
+        """Write the collected rows; returns the newest one, empty if there are none."""
         self._gathered = time.monotonic()
         if not self._rows:
             self.stopwatch.read()
@@ -83,7 +83,7 @@ def _board(folder: RunFolder) -> Any:
 
 
 def with_gaps(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of metrics with the differences of its mean energies."""
+    """A row of metrics with the differences of its mean energies added."""
     if "E(x+)" in row and "E(x-)" in row:
         row = {**row, "gap x+ x-": row["E(x+)"] - row["E(x-)"]}
     if "E(x~)" in row and "E(x)" in row:

@@ -1,4 +1,4 @@
-"""Model cards: Markdown with a YAML head, in which no name can act."""
+"""Model cards: Markdown with a YAML header, in which all names are escaped."""
 
 import json
 import re
@@ -9,14 +9,14 @@ from jemkit.metrics.figures import Figure
 from jemkit.training.model_files import CONFIG, FIGURES, SAMPLES, WEIGHTS
 
 MOST = 10
-"""Figures in a card; figures.json beside it has all of them with their protocols."""
+"""Number of figures in a card; figures.json has all of them with their protocols."""
 
 LONGEST = 300
-"""Characters of a name that are shown."""
+"""Number of characters of a name that are shown."""
 
 HEADLINES = ("clean", "aa", "pgd20", "apgd", "auroc", "fid", "is", "ece", "gap_mean")
 COMPACT = ("norm", "radius_px", "steps", "restarts", "version", "split", "images", "selection")
-"""What of a protocol a card's table tells."""
+"""The entries of a protocol in a card's table."""
 
 CITED = {
     "jem": "Grathwohl et al., Your Classifier Is Secretly an Energy Based Model and You Should "
@@ -33,13 +33,13 @@ CITED = {
     "trades": "Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy, "
     "ICML 2019",
 }
-"""The paper of a backbone or an objective, by its registered name."""
+"""The paper of a backbone or an objective, by registered name."""
 
 Rows = Sequence[tuple[str, Any]]
 
 
 def escaped(text: Any) -> str:
-    """Text as Markdown shows it, whatever it is: one line, no markup, no HTML, no link."""
+    """Any text as one line of Markdown, without markup, HTML or links."""
     line = " ".join(str(text).split())
     line = "".join(c for c in line if c.isprintable())
     line = line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
@@ -57,13 +57,13 @@ def quoted(text: Any) -> str:
 
 
 def table_of(rows: Rows) -> str:
-    """Two columns of anybody's text."""
+    """A table of two columns of untrusted text."""
     lines = "".join(f"| {escaped(key)} | {escaped(value)} |\n" for key, value in rows)
     return f"| | |\n| --- | --- |\n{lines}"
 
 
 def figures_table(figures: Sequence[Figure], common: Mapping[str, Any]) -> str:
-    """The headline figures, each with its protocol in short."""
+    """The headline figures, each with its protocol in short form."""
     shown = sorted(figures, key=_rank)[:MOST]
     rows = "".join(
         f"| {escaped(f.name)}{_label(f)} | {f.value:.4g} | {_interval(f)} | {f.n} | "
@@ -135,8 +135,10 @@ def page(
 
 
 def _use(name: str, task: Mapping[str, Any] | None) -> str:
-    """How it is loaded; nothing is read but the folder."""
-    where = name if re.fullmatch(r"\w[\w.+=-]*", name, re.ASCII) else "."  # of a name to quote
+    """How to load the model; nothing is read but the folder."""
+    where = (
+        name if re.fullmatch(r"\w[\w.+=-]*", name, re.ASCII) else "."
+    )  # a name that needs quotes
     shape = ", ".join(str(int(size)) for size in task["shape"]) if task else "3, 32, 32"
     return (
         "## Use\n\n```python\nimport torch\nimport jemkit\n\n"
@@ -151,7 +153,8 @@ def _use(name: str, task: Mapping[str, Any] | None) -> str:
 def _licence(license: str) -> str:
     if license == "unknown":
         return (
-            "None is stated for these weights: ask whoever trained them before you pass them on. "
+            "No licence is stated for these weights: ask their authors before you redistribute "
+            "them. "
             "jemkit itself is under Apache-2.0."
         )
     return f"{escaped(license)}. jemkit itself is under Apache-2.0."

@@ -1,4 +1,4 @@
-"""An exported model's folder: what lies in it, and the checks before anything else reads it."""
+"""An exported model's folder: its files, and the checks before anything else reads them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,19 +11,20 @@ from jemkit.runtime.files import file_hash, read_json
 from jemkit.splits import Splits
 
 FORMAT = 1
-"""Of an exported model's folder."""
+"""File names in an exported model's folder."""
 
 CONFIG, CARD, WEIGHTS = "config.json", "README.md", "model.safetensors"
 FIGURES, SAMPLES = "figures.json", "samples.png"
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether a folder is an exported or imported model, and no run."""
+    """Whether a folder is an exported or imported model, and not a run."""
     return (folder / CONFIG).exists() and (folder / WEIGHTS).exists()
 
 
 def verify(folder: Path) -> str:
-    """Check an exported model's files against its config.json; the SHA-256 of its weights."""
+    """Check an exported model's files against its config.json; returns the SHA-256 of its
+    weights."""
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         found = config.get("format") if isinstance(config, dict) else type(config).__name__
@@ -38,7 +39,7 @@ def verify(folder: Path) -> str:
 
 
 MOST_PX = 2**16
-"""Of a side of an image, and channels."""
+"""Limits for the side of an image and the number of channels."""
 
 
 def task_table(task: Task) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def task_table(task: Task) -> dict[str, Any]:
 
 
 def saved_task(config: Mapping[str, Any], recipe: Recipe, splits: Splits) -> Task | None:
-    """The task as config.json keeps it; None where it does not, as in 0.1.0."""
+    """The task in config.json; None if it has none, as in 0.1.0."""
     table = config.get("task")
     if table is None:
         return None

@@ -32,11 +32,11 @@ def write_model(
     license: str = "unknown",
     check: Callable[[Path], object] | None = None,
 ) -> str:
-    """Write the folder of a model, whole or not at all; give back the weights' SHA-256.
+    """Write the folder of a model, whole or not at all; returns the SHA-256 of the weights.
 
-    `config` has the recipe; `card` is the model card's text; `beside` are files that go with it,
-    `moments` the Gaussians that chains begin from. `check` reads the folder before it is put in
-    its place.
+    `config` has the recipe; `card` is the text of the model card; `beside` are additional files,
+    `moments` the Gaussians of the initial distribution. `check` reads the folder before it is
+    renamed to its final name.
     """
     check_vacant(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def write_model(
 
 
 def push(folder: Path, repo: str) -> str:
-    """Upload an exported model to the Hugging Face hub; give back where it is."""
+    """Upload an exported model to the Hugging Face hub; returns its address."""
     verify(folder)
     try:
         hub = import_module("huggingface_hub")
@@ -86,17 +86,17 @@ def push(folder: Path, repo: str) -> str:
         api = hub.HfApi()
         api.create_repo(repo, exist_ok=True)
         return str(api.upload_folder(repo_id=repo, folder_path=str(folder)))
-    except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
+    except (OSError, ValueError) as error:  # the hub's errors are of these types
         raise DataError(f"{folder} was not pushed to {repo}: {error}") from None
 
 
 def check_vacant(folder: Path) -> None:
-    """Refuse a folder that an export cannot have."""
+    """Reject a folder that an export cannot use."""
     refuse_link(folder)
     if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
         raise ConfigError(f"{folder} already exists and is not empty; choose another --out")
     if folder.absolute() == Path.cwd():
         raise ConfigError(
-            f"{folder} is the folder that this command runs in, and the model's folder is put in "
-            "its place as a whole; name another one, such as --out model"
+            f"{folder} is the working folder, which an export would replace as a whole; choose "
+            f"another one, such as --out model"
         )

@@ -1,4 +1,4 @@
-"""What a run pins of its data: class names, images and files; and the refusal of others."""
+"""The data that a run was trained on: class names, images and files; other data are rejected."""
 
 import hashlib
 import json
@@ -22,25 +22,23 @@ from jemkit.splits import Part, Splits
 log = logging.getLogger(__name__)
 
 CONFIG, DETAILS = "config.json", "data.json"
-"""Where a run keeps its pin, and beside it a hash and a file name for each image."""
+"""The file with a hash and a file name for each image, next to a run's config.json."""
 PARTS: tuple[Part, ...] = ("train", "valid", "test")
 LISTED = 5
 """Names that a message lists before it counts the rest."""
-AGAIN = "Put the data back as they were, or begin a new run"
+AGAIN = "Restore the data, or start a new run"
 JUDGED = (
-    "Put the data back as they were, or name the data set (--dataset, --data-dir) to judge the "
-    "model on it as it is now"
+    "Restore the data, or pass the data set (--dataset, --data-dir) to evaluate the model on it as "
+    "it is now"
 )
-CLASSES = (
-    "Put the data back as they were, or name the data set that has these classes in this order"
-)
-SAMPLED = "Put the data back as they were"
-NAMED = "Name a data set of the run's classes, in their order"
-"""What is advised, by what was to be done."""
+CLASSES = "Restore the data, or pass the data set that has these classes in this order"
+SAMPLED = "Restore the data"
+NAMED = "Pass a data set with the run's classes, in their order"
+"""The advice for each purpose."""
 
 
 class SplitPin(BaseModel):
-    """A split's images as the run had them."""
+    """The images of a split at the start of the run."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -58,18 +56,18 @@ class Table(BaseModel):
     train: SplitPin | None = None
     valid: SplitPin | None = None
     test: SplitPin | None = None
-    test_sha256: str | None = None  # of the test images, as the record of an evaluation has it
+    test_sha256: str | None = None  # of the test images, as in the record of an evaluation
     files: dict[str, str] | None = None  # SHA-256 of the data set's file names, split by split
     details: str | None = None  # the SHA-256 of data.json
 
 
 class Details(BaseModel):
-    """A hash for each image of each split, and the names of the data set's files: data.json."""
+    """data.json: a hash for each image of each split, and the names of the data set's files."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
     images: dict[str, list[str]]
-    rows: dict[str, list[int]]  # where in the data set's own split each image stands
+    rows: dict[str, list[int]]  # the index of each image in the data set's own split
     files: dict[str, list[str]] | None  # of its own splits
 
     @model_validator(mode="after")
@@ -90,14 +88,15 @@ class Details(BaseModel):
 
 
 class Pin(NamedTuple):
-    """The pin of the run or exported model in `folder`; as `Pinned`, what `Splits` asks."""
+    """The pinned data of the run or exported model in `folder`; implements `Pinned` for
+    `Splits`."""
 
     table: Table
     folder: Path
     advice: str = AGAIN
 
     def check_classes(self, dataset: Dataset) -> None:
-        """Refuse a data set whose classes are not the run's, in their order."""
+        """Reject a data set whose classes, in their order, are not the run's."""
         known, came = self.table.classes, class_names(dataset)
         advice = CLASSES if self.advice == JUDGED else self.advice
         if known is None or came is None:
@@ -109,40 +108,41 @@ class Pin(NamedTuple):
             return
         if came != known:
             raise DataError(
-                f"the run in {self.folder} knows {names(known, came)}; {described(dataset)} has "
+                f"the run in {self.folder} has the classes {names(known, came)}; "
+                f"{described(dataset)} has "
                 f"{names(came, known)}{_reordered(known, came)}. {advice}"
             )
 
     def named(self, dataset: Dataset) -> "Pin":
-        """The same for another data set that the user names: it must have the run's classes."""
+        """The same for another data set that the user passes: it must have the run's classes."""
         named = self._replace(advice=NAMED)
         named.check_classes(dataset)
         if self.table.classes is None or class_names(dataset) is None:
             log.warning(
-                "the names of the classes are not known on both sides: that %s has the classes of "
-                "the run in %s, in their order, could not be checked",
+                "class names are missing: whether %s has the classes of the run in %s, in their "
+                "order, cannot be checked",
                 described(dataset),
                 self.folder,
             )
         return named
 
     def check_images(self, splits: Splits, split: Part, images: Images) -> None:
-        """Refuse images that are not those that the run began with, and say which differ."""
+        """Reject images that differ from those at the start of the run, and say which differ."""
         wanted: SplitPin | None = getattr(self.table, split)
         if wanted is None or images_hash(images) == wanted.sha256:
             return
         count = len(images.y)
-        now = f"{count} images" + (f", where it had {wanted.images}" * (count != wanted.images))
+        now = f"{count} images" + (f", instead of {wanted.images}" * (count != wanted.images))
         details = self.details()
         reasons = [] if details is None else _reasons(details, splits, split, images)
         told = "; ".join([now, *reasons])
         raise DataError(
-            f"the {SPLIT_NAMES[split]} images of {described(splits.dataset)} are not those that "
-            f"the run in {self.folder} began with: {told}. {self.advice}"
+            f"the {SPLIT_NAMES[split]} images of {described(splits.dataset)} differ from those "
+            f"that the run in {self.folder} started with: {told}. {self.advice}"
         )
 
     def details(self) -> Details | None:
-        """What data.json holds; None where it is missing or not the one that was written."""
+        """The contents of data.json; None if it is missing or was changed."""
         path = self.folder / DETAILS
         if self.table.details is None:
             return None
@@ -154,21 +154,21 @@ class Pin(NamedTuple):
             return None
 
     def seen(self, test: Images) -> tuple[int, list[str]]:
-        """How many of other test images the run was trained or validated on, and what to say."""
+        """How many of other test images the run was trained or validated on, with a warning."""
         own = self.table.test
         if own is None or images_hash(test) == own.sha256:
             return 0, []
         details = self.details()
         if details is None:
-            told = f"{self.folder / DETAILS} is missing, damaged or of another run"
-            return 0, [f"{told}: whether the model was trained on these images cannot be told"]
+            told = f"{self.folder / DETAILS} is missing, damaged or from another run"
+            return 0, [f"{told}: it is unknown whether the model was trained on these images"]
         known = {*details.images["train"], *details.images["valid"]}
         count = sum(image in known for image in image_hashes(test))
         if not count:
             return 0, []
         return count, [
             f"{count} of the {len(test.y)} test images are training or validation images of the "
-            "run: the figures are not those of images that the model has not seen"
+            "run: the figures are not on held-out images"
         ]
 
 
@@ -176,7 +176,7 @@ SPLIT_NAMES: dict[Part, str] = {"train": "training", "valid": "validation", "tes
 
 
 def pin(splits: Splits) -> tuple[Table, Details]:
-    """What a run keeps of its data: in config.json, and in data.json."""
+    """What a run stores about its data: in config.json, and in data.json."""
     dataset, images = splits.dataset, {part: splits.images(part) for part in PARTS}
     found: dict[str, Any] = {
         part: SplitPin(images=len(images[part].y), sha256=images_hash(images[part]))
@@ -201,7 +201,7 @@ def write(folder: Path, table: Table, details: Details) -> dict[str, Any]:
 
 
 def for_others(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """A run's config.json and data.json as they go with an exported model, without file names."""
+    """A run's config.json and data.json for an exported model, without file names."""
     table = config.get("data")
     details = None if table is None else Pin(Table.model_validate(table), folder).details()
     if details is None:
@@ -213,13 +213,13 @@ def for_others(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], di
 
 
 def read(config: Path, advice: str = AGAIN) -> Pin | None:
-    """The pin that stands in a config.json; None, and a warning, where there is none."""
+    """The pinned data of a config.json; None, and a warning, if there are none."""
     found = read_json(config)
     table = found.get("data") if isinstance(found, dict) else None
     if table is None:
         log.warning(
-            "%s pins no data, as of a run of jemkit 0.1: whether its classes and images are still "
-            "the same could not be checked",
+            "%s has no record of its data, as in jemkit 0.1: whether its classes and images are "
+            "unchanged cannot be checked",
             config,
         )
         return None
@@ -232,26 +232,26 @@ def read(config: Path, advice: str = AGAIN) -> Pin | None:
 
 
 def class_names(dataset: Dataset) -> tuple[str, ...] | None:
-    """A data set's class names in the order of the labels, where it knows them."""
+    """A data set's class names in the order of the labels, if it provides them."""
     if not isinstance(dataset, NamesClasses):
         return None
     return tuple(map(_text, dataset.class_names))
 
 
 def files_of(dataset: Dataset, own: Iterable[str]) -> dict[str, list[str]] | None:
-    """The names of a data set's files, in the order of its images, where it lists them."""
+    """The names of a data set's files, in the order of its images, if it lists them."""
     names = getattr(dataset, "files", None)
     if not callable(names):
         return None
     found: dict[str, list[str]] = {}
     for split in own:
-        with suppress(LookupError, ValueError):  # a split that the data set does not have any more
+        with suppress(LookupError, ValueError):  # a split that the data set no longer has
             found[split] = [_text(name) for name in names(split)]
     return found
 
 
 def _text(name: str) -> str:
-    """A name as any file can hold it; one that is no Unicode has its bytes spelt out."""
+    """A name that any file can store; a name that is not Unicode has its bytes escaped."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -260,7 +260,7 @@ def _hash(names: Sequence[str]) -> str:
 
 
 def image_hashes(images: Images) -> list[str]:
-    """64 bits for each image, of its pixels as 8-bit RGB: the same whatever holds them."""
+    """64 bits for each image, from its pixels as 8-bit RGB, whatever their type."""
     found: list[str] = []
     for x in torch.split(images.x, 1000):
         pixels = (Images(x, images.y).unit() * 255).round().to(torch.uint8)
@@ -283,7 +283,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def names(names: Sequence[str], others: Sequence[str]) -> str:
-    """All class names where they are few, else those that the other side has not."""
+    """All class names if they are few, else those that the other side lacks."""
     if len(names) <= 10:
         return ", ".join(names)
     own = [name for name in names if name not in set(others)]
@@ -294,18 +294,18 @@ def _reordered(known: Sequence[str], came: Sequence[str]) -> str:
     if Counter(known) != Counter(came):
         return ""
     at = next(i for i, name in enumerate(known) if came[i] != name)
-    return f", in another order: label {at} was {known[at]} and is {came[at]}"
+    return f", in another order: label {at} was {known[at]} and is now {came[at]}"
 
 
 def _reasons(details: Details, splits: Splits, split: Part, images: Images) -> list[str]:
-    """In what a split differs from the one that was pinned."""
+    """How a split differs from the pinned one."""
     was, now = details.images[split], image_hashes(images)
     gone, new = Counter(was) - Counter(now), Counter(now) - Counter(was)
     reasons: list[str] = []
     if gone or new:
-        reasons.append(f"{new.total()} are new and {gone.total()} gone")
+        reasons.append(f"{new.total()} are new and {gone.total()} are missing")
     elif was == now:
-        reasons.append("their labels or their pixels differ by less than 8 bits show")
+        reasons.append("their labels differ, or their pixels by less than 8-bit precision")
     else:
         reasons.append("they are the same in another order")
     for part in PARTS:
@@ -316,7 +316,7 @@ def _reasons(details: Details, splits: Splits, split: Part, images: Images) -> l
 
 
 def _files(details: Details, splits: Splits, split: Part, now: Sequence[str]) -> list[str]:
-    """Which files came, went or changed, where the data set lists any."""
+    """Which files were added, removed or changed, if the data set lists files."""
     current = None if details.files is None else files_of(splits.dataset, details.files)
     if current is None or details.files is None:
         return []

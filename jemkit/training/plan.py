@@ -1,4 +1,4 @@
-"""What a run would be: its recipe put together and checked, and nothing written."""
+"""A dry run: the recipe is built and checked, and nothing is written."""
 
 import logging
 from pathlib import Path
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def plan(resolved: Resolved, out: Path, *, init_from: Path | None = None) -> dict[str, Any]:
-    """Make every check that `train` makes before its first step; what was put together, by name."""
+    """Make every check that `train` makes before its first step; returns a description by name."""
     RunFolder.check_vacant(out)
     parts = build_run(resolved.recipe, fill=False)
     model = parts.backbone.model
@@ -51,7 +51,7 @@ def plan(resolved: Resolved, out: Path, *, init_from: Path | None = None) -> dic
 
 
 def _disk(parts: RunState, recipe: Recipe) -> dict[str, str]:
-    """What the run is going to take on disks, and of what its start is."""
+    """The disk space that the run will use, and that of its initial distribution."""
     one = disk.state_bytes(parts.weights()) + disk.momenta_bytes(parts.optimizer)
     found: dict[str, str] = {}
     states = 0

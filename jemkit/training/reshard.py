@@ -1,4 +1,4 @@
-"""What each of several processes has of a run: its slots of the buffer and its own stream."""
+"""What each process has of a run: its slots of the buffer and its random stream."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -20,10 +20,10 @@ State = dict[str, Any]
 
 
 def split(backbone: Backbone, rng: Generator, seed: int) -> Generator:
-    """Give each process its slots of the buffer, and chains a stream of their own.
+    """Give each process its slots of the buffer, and its chains a random stream of their own.
 
-    The model and the whole buffer were drawn alike by all; the first process goes on with that
-    stream, as a process that is alone does.
+    All processes drew the same model and the same whole buffer. Rank 0 continues that random
+    stream, as a single process does.
     """
     me = distributed.shard()
     if me.size == 1:
@@ -39,23 +39,23 @@ def split(backbone: Backbone, rng: Generator, seed: int) -> Generator:
 
 
 def check_slots(capacity: int, backbone: Backbone, me: Shard) -> None:
-    """Refuse a buffer that the processes could not share evenly, class by class."""
+    """Reject a buffer that cannot be divided evenly among the processes, class by class."""
     buffer = backbone.density.buffer if isinstance(backbone.density, Buffered) else None
     shares = me.size
     if buffer is not None and buffer.options.conditional:
         shares *= buffer.n_classes
     if capacity % shares:
         raise ConfigError(
-            f"{me.size} processes cannot share a buffer of {capacity} slots evenly; set "
+            f"{me.size} processes cannot divide a buffer of {capacity} slots evenly; set "
             f"backbone.buffer.capacity to a multiple of {shares}"
         )
 
 
 def share_of(state: State, rng: Tensor, density: Density | None, *, ended: bool = False) -> State:
-    """This process's own part of a saved state: bit for bit where as many processes saved it.
+    """This process's part of a saved state: bit for bit if the number of processes is unchanged.
 
-    Among others the buffer is redistributed, and who was not there draws from `rng`; a run that
-    has ended draws no more, and nothing is told of it.
+    Otherwise the buffer is redistributed, and a new process draws from `rng`; a finished run draws
+    no more, so there is no warning.
     """
     me = distributed.shard()
     own = {name: state[name] for name in ("density", "objective", "rng")}
@@ -64,8 +64,8 @@ def share_of(state: State, rng: Tensor, density: Density | None, *, ended: bool 
         return ranks[me.rank]  # type: ignore[no-any-return]
     if me.rank == 0 and not ended:
         log.warning(
-            "saved by %d process(es) and gone on with by %d: the buffer is redistributed, and the "
-            "run will not be bit for bit the one that it would have been",
+            "saved by %d process(es) and resumed by %d: the buffer is redistributed, and the run "
+            "is not bit-for-bit identical to an uninterrupted one",
             len(ranks),
             me.size,
         )
@@ -75,37 +75,39 @@ def share_of(state: State, rng: Tensor, density: Density | None, *, ended: bool 
 
 
 def gather_state(state: State, density: Density) -> State:
-    """A saved density's state as one process has it, however many saved it."""
+    """A saved density's state for one process, whatever the number of processes that saved it."""
     saved = [part["density"] for part in (state, *state.get("ranks", []))]
     return saved[0] if len(saved) == 1 else reshard_state(saved, density, WHOLE)
 
 
 @runtime_checkable
 class Dealt(Protocol):
-    """A density whose state another number of processes can go on from.
+    """A density whose state can be redistributed over another number of processes.
 
-    `deals` says of each entry of its state what the processes hold of it: "slots", every N-th row
-    of a tensor; "count", a number that adds up; "alike", the same in all of them.
+    `deals` declares for each entry of its state what a process has of it: "slots", every N-th row
+    of a tensor; "count", a number that is summed; "alike", the same in all processes.
     """
 
     deals: Mapping[str, str]
 
 
 def reshard_state(saved: list[State], density: Density, me: Shard) -> State:
-    """This process's share of the states that len(saved) processes held."""
+    """This process's part of the states that len(saved) processes had."""
     deals = density.deals if isinstance(density, Dealt) else {}
     if any(set(deals) != set(state) for state in saved) or not {*deals.values()} <= {*DEALS}:
         raise MisfitError(
-            f"this density's state cannot be redistributed: go on with {len(saved)} process(es), "
-            f"or have {type(density).__name__}.deals say of each of {', '.join(sorted(saved[0]))} "
-            f"how it is shared: {', '.join(DEALS)}"
+            f"this density's state cannot be redistributed: resume with {len(saved)} "
+            f"process(es), or declare in {type(density).__name__}.deals how each of "
+            f"{', '.join(sorted(saved[0]))} is distributed: {', '.join(DEALS)}"
         )
     try:
         return {
             name: DEALS[how]([state[name] for state in saved], me) for name, how in deals.items()
         }
     except (TypeError, ValueError, RuntimeError) as error:
-        raise MisfitError(f"the processes' parts of a density do not fit: {error}") from None
+        raise MisfitError(
+            f"the processes' parts of a density do not fit together: {error}"
+        ) from None
 
 
 def _slots(parts: list[Tensor], me: Shard) -> Tensor:

@@ -1,4 +1,4 @@
-"""A run's parts as one of its checkpoints has them."""
+"""A run's parts in the state of one of its checkpoints."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -100,8 +100,7 @@ def restored(
 ) -> Restored:
     """The backbone of what was opened, with its weights, and its own data as they were.
 
-    A `dataset` that is named instead must have the classes of the run's; with `same_data`, its
-    images too.
+    Another `dataset` must have the run's classes; with `same_data`, its images too.
     """
     config = opened.folder / CONFIG
     resolved = resolve(registry, config=config, named={"data": dataset} if dataset else {})
@@ -116,25 +115,26 @@ def restored(
     trained_px = task.radius_px if is_own(dataset) else _usual_radius(config, registry)
     if other:
         task = _own_start(task, config, registry, own)
-    task = replace(task, fill=False, moments=brought(config))  # nothing is drawn to open a model
+    task = replace(task, fill=False, moments=brought(config))  # opening a model draws nothing
     backbone = recipe.backbone.build(task, generator(device, run.seed, "chains"))
     load_model(backbone.model, opened.weights)
     if saved is not None:
         _check_shape(backbone, saved, config)
-    laid_out(backbone.model, run.layout, device)  # as it was trained, to the last bit
+    laid_out(backbone.model, run.layout, device)  # as in training, bit for bit
     return Restored(recipe, resolved.tables, task, splits, backbone, pin, trained_px)
 
 
 def _own_start(task: Task, config: Path, registry: Registry, pin: Pin | None) -> Task:
-    """The task of other data, with the run's own training images as those that chains begin from.
+    """The task of other data; chains start from the run's own training images.
 
-    They are read at the first draw of a start that needs them, where the cache has no moments.
+    They are read at the first draw of an initial distribution that needs them, if the cache has no
+    moments.
     """
 
     def images(split: Literal["train", "valid"]) -> Images:
         try:
             recipe = resolve(registry, config=config).recipe
-        except ConfigError as error:  # no installed package offers the data set
+        except ConfigError as error:  # no installed package provides the data set
             raise DataError(str(error)) from None
         return splits_of(recipe, pin).images(split)
 
@@ -142,12 +142,12 @@ def _own_start(task: Task, config: Path, registry: Registry, pin: Pin | None) ->
     if known is not None:
         with suppress(DataError):  # other data may have no training images
             if images_hash(task.images("train")) == known.sha256:
-                return task  # the run's own data, which lie elsewhere now
+                return task  # the run's own data set, in another folder
     return replace(task, images=images, hash="" if known is None else known.sha256)
 
 
 def _usual_radius(config: Path, registry: Registry) -> float | None:
-    """That of the data set in a config.json; None where no installed package offers it."""
+    """The radius of the data set in a config.json; None if no installed package provides it."""
     try:
         return resolve(registry, config=config).recipe.data.radius_px
     except JemkitError:
@@ -155,26 +155,26 @@ def _usual_radius(config: Path, registry: Registry) -> float | None:
 
 
 def _check_shape(backbone: Backbone, task: Task, config: Path) -> None:
-    """Refuse a [task] whose images the model does not take, as far as can be told without any."""
+    """Reject a [task] whose images the model does not accept, as far as shapes show."""
     try:
         check_features(backbone.model.network, task.shape)
     except (ValueError, RuntimeError) as error:
-        if "meta" in str(error).lower():  # the network needs numbers to compute with
+        if "meta" in str(error).lower():  # the network needs real tensors
             return
         raise DataError(
-            f"{config}: [task] names images of {' x '.join(map(str, task.shape))}, which the model "
-            "does not take; export or import it again"
+            f"{config}: [task] names images of {' x '.join(map(str, task.shape))}, which the "
+            f"model does not accept; export or import it again"
         ) from None
 
 
 def is_own(dataset: dict[str, Any] | None) -> bool:
-    """Whether the data set is the run's own, perhaps in another folder."""
+    """Whether the data set is the run's own, possibly in another folder."""
     return not dataset or "use" not in dataset
 
 
 def about_parts(tables: dict[str, Any], recipe: Recipe, radius_px: float | None) -> dict[str, Any]:
-    """What a record says of the recipe behind the weights; the radius is the usual one of the
-    data that they were trained on."""
+    """The entry of a record for the recipe of the weights; the radius is the default of the data
+    that they were trained on."""
     parts = {kind: tables[kind]["use"] for kind in ("backbone", "objective", "data")}
     trained = None if radius_px is None else trained_threat(recipe.objective, radius_px)
     other = {} if trained is None or trained.norm == "Linf" else {"trained_norm": trained.norm}
@@ -198,16 +198,16 @@ def run_folder(path: Path) -> RunFolder:
 
 
 def chosen(folder: RunFolder, which: Which) -> Path:
-    """The checkpoint of a run that is asked for."""
+    """The requested checkpoint of a run."""
     best = folder.checkpoints / "best"
     path = best if which == "best" else checkpoint.newest(folder.checkpoints)
     if path is None or not path.exists():
         hint = (
-            "; no epoch is complete yet, --checkpoint last takes the newest step"
+            "; no epoch is complete yet; --checkpoint last uses the newest step"
             if which == "best"
             else ""
         )
-        raise DataError(f"{folder.path} holds no complete {which} checkpoint{hint}")
+        raise DataError(f"{folder.path} has no complete {which} checkpoint{hint}")
     return path
 
 
@@ -216,8 +216,8 @@ def load(
 ) -> PixelModel:
     """The model of an exported or imported folder: [0, 1] images to logits, in eval mode.
 
-    No image of any data set is read for it. A run of `jemkit train` gives its best checkpoint, with
-    averaged weights where it keeps an average; that reads the run's data.
+    It reads no data set. A run of `jemkit train` gives its best checkpoint, with averaged weights
+    if it has an EMA; that reads the run's data.
     """
     found = restored(open_model(Path(folder)), registry or installed(), torch.device(device))
     density = found.backbone.density_or_none

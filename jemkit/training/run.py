@@ -1,4 +1,4 @@
-"""A run from its folder: begin or go on, train, judge."""
+"""A run in its folder: start or resume, train, evaluate."""
 
 import logging
 import shutil
@@ -38,11 +38,11 @@ def train(
     free: Callable[[Path], int] = disk.free_bytes,
     patience: disk.Patience | None = None,
 ) -> Summary:
-    """Train a recipe into the folder `out` and judge its best epoch on the test split.
+    """Train a recipe into the folder `out` and evaluate its best epoch on the test split.
 
-    A link `latest` in the folder of that name, else beside the run, points to it. Where the disk
-    is full, writing waits for room (`patience`). Raises ConfigError or DataError before the first
-    step, Diverged, or Preempted once it is saved.
+    A link `latest` points to the run. If the disk is full, writing waits for space (`patience`).
+    Raises ConfigError or DataError before the first step, Diverged, or Preempted once the run is
+    saved.
     """
     whole, doing = complete(resolved, registry), f"has trained in {out}"
     with ExitStack() as held:
@@ -83,7 +83,7 @@ def _fresh(
     watch: Watch | None,
     stop: Callable[[], bool] | None,
 ) -> tuple[Trainer, list[str]]:
-    """A new run before its first step, and what is to be said of it; nothing is written yet."""
+    """A new run before its first step, and what to report about it; nothing is written yet."""
     if not unborn(folder.path):
         RunFolder.check_vacant(folder.path)
     trainer = Trainer(whole, folder, watch)
@@ -104,7 +104,7 @@ def _resumed(
     watch: Watch | None,
     stop: Callable[[], bool] | None,
 ) -> tuple[Trainer, resuming.Agreed]:
-    """A run as its newest checkpoint has it: its recipe and its data are those it began with."""
+    """A run in the state of its newest checkpoint, with its recipe and its data."""
     checkpoint.recover(folder.checkpoints)
     found = checkpoint.sound(folder.checkpoints)
     going = resuming.agreed(whole, folder.path, found.state, found.path, registry)
@@ -113,7 +113,7 @@ def _resumed(
     trainer = Trainer(
         going.resolved, folder, watch, pinned=pinned.read(folder.path / pinned.CONFIG)
     )
-    trainer.splits.images("test")  # refused now, not when the best epoch is judged
+    trainer.splits.images("test")  # rejected now, not at the final evaluation
     if stop is not None:
         trainer.stop = stop
     resume_from(trainer, folder, found)
@@ -122,7 +122,7 @@ def _resumed(
 
 
 def _go_on(trainer: Trainer, going: resuming.Agreed) -> None:
-    """Keep what a run goes on with, where that is another than it was."""
+    """Store the recipe with which a run resumes, if it changed."""
     before, now = going.epochs, trainer.recipe.run.epochs
     if now > before:
         rate = trainer.recipe.optimizer.lr * trainer.care.rate
@@ -135,7 +135,7 @@ def _go_on(trainer: Trainer, going: resuming.Agreed) -> None:
 
 
 KEPT = ("recipe", "data")
-"""What a checkpoint keeps of its run's config.json, so that a change of it is seen."""
+"""The part of config.json that a checkpoint stores, so that a change is detected."""
 
 
 def _begin(
@@ -145,7 +145,8 @@ def _begin(
     init_from: Path | None,
     warnings: list[str],
 ) -> None:
-    """Make the folder a run: config.json is written last, when there is a step to resume from."""
+    """Make the folder a run: config.json is written last, when there is a checkpoint to resume
+    from."""
     folder = trainer.folder
     if not unborn(folder.path):  # another process was faster
         RunFolder.check_vacant(folder.path)
@@ -164,11 +165,11 @@ def _begin(
 
 
 WRITTEN = (pinned.CONFIG, pinned.DETAILS)
-"""Files that are written while a run is born."""
+"""Files that are written before a run has its config.json."""
 
 
 def unborn(out: Path) -> bool:
-    """Whether a folder is what a kill left of a run that had not begun."""
+    """Whether a folder is the remainder of a run that was killed before it started."""
     if not (out / LOCK).is_file():
         return False
     litter = tuple(f".{name}." for name in WRITTEN)
@@ -179,7 +180,7 @@ def unborn(out: Path) -> bool:
 
 
 def still_needed(trainer: Trainer) -> int:
-    """The bytes that a run is going to take beside those of its checkpoints that are there."""
+    """The bytes that a run will write in addition to its existing checkpoints."""
     loader = trainer.loader
     one = disk.state_bytes(trainer.state_dict()) + disk.momenta_bytes(trainer.optimizer)
     steps = max(0, trainer.total_steps - trainer.step)
@@ -191,14 +192,14 @@ def still_needed(trainer: Trainer) -> int:
 
 
 def kept_checkpoints(recipe: Recipe, per_epoch: int) -> int:
-    """How many checkpoints a run keeps, with those that wait to prove healthy."""
+    """How many checkpoints a run keeps, including those that may still prove unhealthy."""
     sentinel = recipe.sentinel
     proving = 1 - (-sentinel.late(per_epoch) // per_epoch) if sentinel.on else 0  # ends of epochs
     return recipe.run.keep + proving
 
 
 def resume_from(trainer: Trainer, folder: RunFolder, found: checkpoint.Sound | None = None) -> None:
-    """Put a trainer where the newest checkpoint that can be read stands; damaged ones are kept."""
+    """Load the newest readable checkpoint into a trainer; damaged ones are renamed."""
     if found is None:
         checkpoint.recover(folder.checkpoints)
         found = checkpoint.sound(folder.checkpoints)
@@ -213,19 +214,23 @@ def resume_from(trainer: Trainer, folder: RunFolder, found: checkpoint.Sound | N
         if memory_ran_out(error):
             raise
         raise DataError(
-            f"{path} does not fit this run: {type(error).__name__}: {error}; was its config.json "
-            "changed?"
+            f"{path} does not fit this run: {type(error).__name__}: {error}; check whether its "
+            f"config.json was changed"
         ) from None
     for broken, reason in damaged.items():
         aside = checkpoint.set_aside(broken)
-        _tell(folder, "damaged", f"{reason}. Going on from {path.name}; {aside.name} keeps it")
+        _tell(
+            folder,
+            "damaged",
+            f"{reason}. Continuing from {path.name}; the damaged one is kept as {aside.name}",
+        )
     _check_best(trainer, folder, state)
     folder.mend_logs()
     folder.drop_metrics_from(trainer.step)
 
 
 def _check_best(trainer: Trainer, folder: RunFolder, state: checkpoint.State) -> None:
-    """A best checkpoint that is gone or damaged: written again, else the best is yet to come."""
+    """A missing or damaged best checkpoint is written again, or chosen from later epochs."""
     best = folder.checkpoints / "best"
     if not trainer.best:
         return
@@ -236,12 +241,12 @@ def _check_best(trainer: Trainer, folder: RunFolder, state: checkpoint.State) ->
             checkpoint.set_aside(best)
         if trainer.best["epoch"] * trainer.loader.steps_per_epoch == trainer.step:
             checkpoint.save(best, state)
-            _tell(folder, "damaged", f"{error}. The best epoch is the newest: it is written again")
+            _tell(folder, "damaged", f"{error}. The best epoch is the newest and is written again")
             return
         if trainer.step == trainer.total_steps:
             raise DataError(f"{error}. The run is complete and its best epoch is lost") from None
         trainer.best = {}
-        _tell(folder, "damaged", f"{error}. The best is chosen from the epochs to come")
+        _tell(folder, "damaged", f"{error}. The best will be chosen from later epochs")
 
 
 def _tell(folder: RunFolder, kind: str, message: str) -> None:

@@ -1,6 +1,6 @@
-"""The schema of a run's saved state: checked before a run goes on with it, or is judged by it.
+"""The schema of a run's saved state, checked before a run is resumed or evaluated.
 
-Hashes tell that a checkpoint holds what was written; the schema tells that a run wrote it.
+Hashes verify that a checkpoint contains what was written; the schema, that a run wrote it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ from jemkit.errors import DataError
 from jemkit.updaters import EMA
 
 LARGEST = 2**53
-"""No count of a run is as large, and every whole number below it is a float."""
+"""No count of a run is as large, and every smaller whole number is exact in a float."""
 
 Count = Annotated[int, Field(ge=0, lt=LARGEST)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -27,7 +27,7 @@ Tensors = dict[str, Tensor]
 
 
 class Part(BaseModel):
-    """A table of the state; what other versions of jemkit, or plug-ins, add to it is let be."""
+    """A table of the state; keys of other versions of jemkit, or of plug-ins, are allowed."""
 
     model_config = ConfigDict(
         strict=True, extra="allow", arbitrary_types_allowed=True, allow_inf_nan=False
@@ -89,7 +89,7 @@ class Position(Part):
 
 
 class Own(Part):
-    """What every process has for itself."""
+    """The state of one process."""
 
     density: dict[str, Any] | None
     objective: dict[str, Any] | None
@@ -97,7 +97,7 @@ class Own(Part):
 
 
 class Weights(Part):
-    """What is judged of a state, and what samples are drawn from."""
+    """The parts of a state that are evaluated, and from which samples are drawn."""
 
     model: Tensors
     ema: Tensors | None
@@ -119,7 +119,7 @@ class SavedRun(Own, Weights):
 
 
 def weights_of(state: Mapping[str, Any], path: Path) -> tuple[Tensors, bool]:
-    """The weights that a state is judged by, and whether they are averaged ones."""
+    """The weights to evaluate, and whether they are averaged ones."""
     found = _validated(Weights, state, f"{path}: ")
     if found.ema is None:
         return found.model, False
@@ -128,7 +128,7 @@ def weights_of(state: Mapping[str, Any], path: Path) -> tuple[Tensors, bool]:
 
 
 class Resumable(Protocol):
-    """What of a trainer a saved state has to fit."""
+    """The parts of a trainer that a saved state has to fit."""
 
     @property
     def backbone(self) -> Backbone: ...
@@ -153,7 +153,7 @@ class Resumable(Protocol):
 
 
 def check(state: Mapping[str, Any], trainer: Resumable) -> None:
-    """Refuse a state that this run cannot have saved, by the place where it is wrong."""
+    """Reject a state that this run cannot have saved; the error says where it is wrong."""
     found = _validated(SavedRun, state)
     for where, value in _numbers(state, ""):
         if abs(value) >= LARGEST:
@@ -161,7 +161,9 @@ def check(state: Mapping[str, Any], trainer: Resumable) -> None:
     model = trainer.backbone.model.state_dict()
     _same_tensors("model", found.model, model)
     if (found.ema is None) != (trainer.ema is None):
-        raise _wrong("ema", "an average of the weights is kept, or none is, unlike in the recipe")
+        raise _wrong(
+            "ema", "it has an average of the weights and the recipe has none, or the reverse"
+        )
     if found.ema is not None:
         _same_tensors("ema", found.ema, model)
     own = (("", found), *((f"ranks/{i}/", rank) for i, rank in enumerate(found.ranks)))
@@ -187,12 +189,12 @@ def _check_optimizer(found: OptimizerState, trainer: Resumable) -> None:
         if index >= len(params):
             raise _wrong(where, f"there are {len(params)} parameters")
         if tensors and names is not None and set(tensors) != names:
-            raise _wrong(where, f"it holds {sorted(tensors)}, expected {sorted(names)}")
+            raise _wrong(where, f"it contains {sorted(tensors)}, expected {sorted(names)}")
         for name, tensor in tensors.items():
             if name == "step":
                 _same_kind(f"{where}/step", tensor, torch.zeros((), dtype=torch.float32))
                 if not 0 <= float(tensor) < LARGEST:
-                    raise _wrong(f"{where}/step", f"{float(tensor)} is no count of steps")
+                    raise _wrong(f"{where}/step", f"{float(tensor)} is not a count of steps")
             else:
                 _same_kind(f"{where}/{name}", tensor, params[index])
 
@@ -209,11 +211,11 @@ def _check_position(found: Position, trainer: Resumable) -> None:
     if found.order.dtype != torch.int64 or found.order.shape != (n,):
         raise _wrong("loader/order", f"it is {_looks(found.order)}, expected {n} whole numbers")
     if not torch.equal(found.order.cpu().sort().values, torch.arange(n)):
-        raise _wrong("loader/order", f"it is no order of {n} images")
+        raise _wrong("loader/order", f"it is not a permutation of {n} images")
 
 
 def _check_epochs(found: SavedRun, trainer: Resumable) -> None:
-    """Every epoch that has ended is in the history; the last one may have been broken off."""
+    """Every finished epoch is in the history; the last one may have been interrupted."""
     step, per_epoch = found.loader.step, trainer.loader.steps_per_epoch
     ended, begun_anew = divmod(step, per_epoch)
     for at, entry in enumerate(found.history):
@@ -233,18 +235,18 @@ def _check_care(found: RollbackPolicy, trainer: Resumable) -> None:
         raise _wrong("care/tried", f"{len(found.tried)} attempts of {options.tries}")
     for at, entry in enumerate(found.tried):
         if entry.attempt != at + 1:
-            raise _wrong(f"care/tried/{at}/attempt", f"{entry.attempt} in the place of {at + 1}")
+            raise _wrong(f"care/tried/{at}/attempt", f"{entry.attempt} in place of {at + 1}")
     for name, drift in found.vitals.drifts.items():
         where = f"care/vitals/drifts/{name}"
         if drift.dtype != torch.float64 or drift.ndim != 1 or not 4 <= len(drift) <= LONGEST:
             raise _wrong(where, f"it is {_looks(drift)}")
         counts = drift[2:4]
         if not drift[2:].isfinite().all() or (counts < 0).any() or (counts > LARGEST).any():
-            raise _wrong(where, "it holds what is no number of a metric")
+            raise _wrong(where, "it contains something other than numbers")
 
 
 LONGEST = 4 + 10**6
-"""Numbers of a drift: its four own, and a window of metrics."""
+"""The numbers of a drift: its own four, and a window of metrics."""
 
 
 def _validated(kind: type[Any], state: Mapping[str, Any], source: str = "") -> Any:
@@ -261,7 +263,7 @@ def _wrong(where: str, why: str) -> DataError:
 
 
 def _same_tensors(where: str, found: Tensors, wanted: Mapping[str, Tensor]) -> None:
-    """A model's own names and shapes are told by whoever loads them, all at once."""
+    """Names and shapes of the model are checked by its loader, all at once."""
     for name, tensor in found.items():
         if name in wanted and (where != "model" or tensor.dtype != wanted[name].dtype):
             _same_kind(f"{where}/{name}", tensor, wanted[name])
@@ -279,7 +281,7 @@ def _looks(t: Tensor) -> str:
 
 
 def _numbers(tree: Any, where: str) -> Iterator[tuple[str, int]]:
-    """Every whole number of a tree, and where it stands."""
+    """Every whole number in a tree, with its path."""
     if isinstance(tree, Mapping | list | tuple):
         items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
         for key, value in items:

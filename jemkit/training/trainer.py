@@ -1,4 +1,4 @@
-"""Training: the flat loop around the steps of a run."""
+"""Training: the loop over the steps of a run."""
 
 import time
 from collections.abc import Callable
@@ -37,7 +37,7 @@ __all__ = [
 
 
 REDRAW = 10.0
-"""Seconds between two drawings of curves.svg, which takes longer than a short epoch."""
+"""Seconds between two updates of curves.svg, which take longer than a short epoch."""
 
 
 class Summary(NamedTuple):
@@ -55,7 +55,8 @@ class Summary(NamedTuple):
 
 
 Watch = Callable[[str, dict[str, Any]], None]
-"""Told of a run's "start", "step", "epoch", "rollback", "compiled" and "end", with what to show."""
+"""Called at a run's "start", "step", "epoch", "rollback", "compiled" and "end", with what to
+show."""
 
 
 class Trainer:
@@ -71,9 +72,9 @@ class Trainer:
     ) -> None:
         self.recipe: Recipe = resolved.recipe
         self.tables = resolved.tables
-        self.config: dict[str, Any] | None = None  # what checkpoints keep of config.json
+        self.config: dict[str, Any] | None = None  # the part of config.json that checkpoints store
         self.folder, self.watch = folder, watch or (lambda kind, what: None)
-        self.stop: Callable[[], bool] = lambda: False  # polled between steps, inside long ones
+        self.stop: Callable[[], bool] = lambda: False  # called between steps, and inside long ones
         self.polling = PreemptionCheck(lambda: self.stop(), lambda: self.guard.updates)
         self.parts = parts = build_run(self.recipe, pinned)
         self.task, self.splits, self.rng = parts.task, parts.splits, parts.rng
@@ -93,7 +94,7 @@ class Trainer:
 
     @property
     def seconds(self) -> float:
-        """Of all steps whose metrics were read, whoever took them."""
+        """Of all steps whose metrics were read."""
         return self.journal.seconds
 
     @property
@@ -102,8 +103,8 @@ class Trainer:
 
     @property
     def _leaves_steps(self) -> bool:
-        """Whether a stop is heard inside a step: none of several leaves one by himself, and a
-        compiled graph has no place for it."""
+        """Whether a stop is handled inside a step: not with several processes, which must stop
+        together, nor in a compiled graph."""
         return distributed.shard().size == 1 and not self.recipe.run.compile
 
     def run(self, until: int | None = None) -> None:
@@ -113,7 +114,7 @@ class Trainer:
         self.watch("start", begun)
         self.backbone.model.train()
         if self.recipe.sentinel.on and self.step == 0:
-            self.save()  # where a run goes back to that is sick before its first epoch has ended
+            self.save()  # the checkpoint to roll back to before the end of the first epoch
         passes = self.polling.passes(self.backbone.model, on=self._leaves_steps)
         switches = partial(numerics, deterministic=run.deterministic, threads=run.threads)
         with switches(precision=run.precision), passes:
@@ -136,7 +137,7 @@ class Trainer:
     def _steps(self, last: int) -> None:
         per_epoch = self.loader.steps_per_epoch
         if self.step % per_epoch == 0 and len(self.history) < self.step // per_epoch:
-            self.end_epoch()  # a stop came into it
+            self.end_epoch()  # a stop was requested meanwhile
         while self.step < last:
             self.polling.between()
             self.one_step()
@@ -145,7 +146,7 @@ class Trainer:
         self.save()
 
     def one_step(self) -> None:
-        """Schedule, draw, update, log."""
+        """Set the learning rate, draw, update, log."""
         step, run = self.step, self.recipe.run
         self.journal.stopwatch.begin()
         factor = self.recipe.schedule.factor(step, self.total_steps) * self.care.rate
@@ -178,13 +179,13 @@ class Trainer:
             self.watch("step", {**self.gather(), "step": self.step})
 
     def end_epoch(self) -> None:
-        """Validate, draw a sample grid, keep the best, save."""
+        """Validate, draw a sample grid, update the best epoch, save."""
         self.polling.begin()
         self.guard.settle()
         if newest := self.gather():
             self.watch("step", {**newest, "step": self.step})
         epoch = self.step // self.loader.steps_per_epoch
-        asked = not self._leaves_steps  # else `run` asks in every pass
+        asked = not self._leaves_steps  # otherwise `run` checks in every pass
         run = self.recipe.run
         strict = judging(self.parts.device, deterministic=run.deterministic, threads=run.threads)
         with alone(self.parts), self.polling.passes(self.backbone.model, on=asked), strict:
@@ -194,7 +195,9 @@ class Trainer:
                 found = exam.validate(self.recipe.run.eval_images)
             exam.draw_grid(self.folder.samples / f"epoch-{epoch:04d}.png")
         seen = [entry["accuracy"] for entry in [*self.history, found]]
-        self.care.checkup.epoch(self.step, sizes, seen)  # no pass follows in which a stop may come
+        self.care.checkup.epoch(
+            self.step, sizes, seen
+        )  # no pass follows in which a stop could be handled
         entry = {"epoch": epoch, "step": self.step, **found, "seconds": round(self.seconds, 3)}
         self.history.append(entry)
         score = [found["pgd10"], found["accuracy"], epoch]
@@ -208,17 +211,17 @@ class Trainer:
         self.watch("epoch", entry)
 
     def exam(self, epoch: int) -> Validator:
-        """How the model is looked at after an epoch, 0 for the end."""
+        """How the model is validated after an epoch; 0 for the end."""
         seed, micro = self.recipe.run.seed, self.parts.micro
         trained = trained_threat(self.recipe.objective, self.task.radius_px)
         return Validator(self.backbone, self.task, self.splits, seed, epoch, micro, trained)
 
     def finish(self) -> Summary:
-        """Judge the best epoch on the test split, at full size."""
+        """Evaluate the best epoch on the test split, at full size."""
         return judged(self)
 
     def save(self, *, anew: bool = False, best: bool = False) -> None:
-        """A checkpoint of this step, written behind the run; `anew` over one that is there."""
+        """A checkpoint of this step, written in the background; `anew` replaces an existing one."""
         self.guard.settle()
         self.gather()
         folder, step, keep = self.folder.checkpoints, self.step, self.recipe.run.keep
@@ -230,18 +233,18 @@ class Trainer:
             self.writer.save(path, self.state_dict(), best=also, then=prune)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that going on depends on."""
+        """The complete state of the run."""
         told = {"history": self.history, "best": self.best, "seconds": self.seconds}
         config = {} if self.config is None else {"config": self.config}
         return {**self.parts.state_dict(), **told, "care": self.care.state_dict(), **config}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a saved state up; a DataError where no run of this recipe saved it."""
+        """Load a saved state; DataError if no run of this recipe saved it."""
         check_saved(state, self)
         self.parts.load_state_dict(state)
         self.history, self.best = list(state["history"]), dict(state["best"])
         self.journal.seconds = state["seconds"]
-        if "care" in state:  # as of runs before there was a sentinel it is not
+        if "care" in state:  # missing in runs from before the sentinel
             self.care.load_state_dict(state["care"])
 
     def gather(self) -> dict[str, Any]:
@@ -255,24 +258,27 @@ class Trainer:
     def _preempted(self) -> NoReturn:
         try:
             self.save()
-        except Diverged as error:  # its last steps were sick; what it goes back to is saved
+        except (
+            Diverged
+        ) as error:  # its last steps were unhealthy; the checkpoint to roll back to is saved
             roll_back(self, error)
         self.folder.event("preempted", step=self.step)
-        raise Preempted(f"stopped at step {self.step}; go on with --resume")
+        raise Preempted(f"stopped at step {self.step}; continue with --resume")
 
 
 FEWEST = 1000
-"""Test images that are judged at least, where there are as many."""
+"""Minimum number of test images in the final evaluation, if there are as many."""
 
 PER_IMAGE = 44
-"""Passes of one image that its judgement takes: clean accuracy, PGD-20 and the energies."""
+"""Forward-pass equivalents per image of the final evaluation: clean accuracy, PGD-20 and the
+energies."""
 
 
 def images_to_judge(trainer: "Trainer") -> int:
-    """`run.test_images`, else what takes a tenth of the passes of one image that training took.
+    """`run.test_images`, or as many as take a tenth of the passes of training.
 
-    Counted are the passes forward and back of the update and of the chains, so that the number
-    depends on the recipe alone and on no clock.
+    Forward and backward passes of the updates and the chains are counted, so that the number
+    depends on the recipe alone and not on a clock.
     """
     asked = trainer.recipe.run.test_images
     if asked is not None:
@@ -284,7 +290,7 @@ def images_to_judge(trainer: "Trainer") -> int:
 
 
 def judged(trainer: "Trainer") -> Summary:
-    """Load the best epoch's weights and judge them at full size."""
+    """Load the best epoch's weights and evaluate them at full size."""
     best, folder, run = trainer.best["epoch"], trainer.folder, trainer.recipe.run
     path = folder.checkpoints / "best"
     state = checkpoint.load(path)
@@ -298,9 +304,9 @@ def judged(trainer: "Trainer") -> Summary:
             with trainer.polling.passes(trainer.backbone.model, on=True):
                 found = trainer.exam(0).judge(about, images_to_judge(trainer))
                 trainer.exam(0).draw_energies(folder.path / "energies.svg")
-        except Preempted:  # all that was trained is saved
+        except Preempted:  # everything trained is saved
             folder.event("preempted", step=trainer.step)
-            raise Preempted("stopped while it was judged; go on with --resume") from None
+            raise Preempted("stopped during the final evaluation; continue with --resume") from None
     records.save(folder.path, found, Notes())
     summary = Summary(folder.path, run.epochs, best, trainer.seconds, found.figures)
     folder.event("end", figures=[figure._asdict() for figure in found.figures])

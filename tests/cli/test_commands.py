@@ -140,7 +140,7 @@ class TestTerminal:
         shown = until(leader, "0/4")
         running.send_signal(signal.SIGINT)
         shown += until(leader, "once more ends at once")
-        shown += until(leader, "go on with --resume")
+        shown += until(leader, "continue with --resume")
         assert running.wait() == 5
         assert "0/4" in shown
         assert "1/4" not in shown  # no step was waited for
@@ -266,7 +266,7 @@ class TestResume:
         running.send_signal(signal.SIGTERM)
         _, err = running.communicate()
         assert running.returncode == 5, err
-        assert "go on with --resume --out here" in err
+        assert "continue with --resume --out here" in err
         assert "Traceback" not in err
         done = jemkit("train", "--resume", "--out=here", "--json")
         assert done.code == 0, done.err

@@ -140,7 +140,7 @@ def test_a_folder_that_is_no_run_and_a_run_without_checkpoint_are_told_apart(
     run: Path, tmp_path: Path
 ) -> None:
     nothing = jemkit("evaluate", str(tmp_path))
-    assert (nothing.code, "no run of jemkit" in nothing.err) == (6, True)
+    assert (nothing.code, "not a run of jemkit" in nothing.err) == (6, True)
     (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
     bare = jemkit("evaluate", str(tmp_path))
     assert (bare.code, "no complete best checkpoint" in bare.err) == (6, True)

@@ -232,7 +232,7 @@ def test_a_hangup_is_a_termination_but_for_who_ignores_it(tmp_path: Path, ignore
         now = steps(tmp_path)
         until(lambda: steps(tmp_path) > now + 20, "twenty steps more")
         running.send_signal(signal.SIGTERM)
-    assert "go on with --resume --out here" in running.stderr.read()
+    assert "continue with --resume --out here" in running.stderr.read()
     assert running.wait() == 5
     assert sound(tmp_path / "here") >= 3
 
@@ -243,7 +243,7 @@ def test_a_hangup_of_torchrun_saves_the_run(tmp_path: Path) -> None:
         kill=lambda cwd: steps(cwd) > 3, by=signal.SIGHUP, to_all=True,
     )  # fmt: skip
     assert done.returncode != 0
-    assert "go on with --resume" in done.stderr or "another process" in done.stderr, done.stderr
+    assert "continue with --resume" in done.stderr or "another process" in done.stderr, done.stderr
     assert sound(tmp_path / "here") >= 0
 
 

@@ -224,7 +224,7 @@ def test_the_folder_that_the_command_runs_in_is_not_replaced(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for out in (Path(), tmp_path):
-        with pytest.raises(ConfigError, match="is the folder that this command runs in"):
+        with pytest.raises(ConfigError, match="is the working folder"):
             export(averaged, out=out)
     assert not list(tmp_path.iterdir())
 
@@ -255,7 +255,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_refused(averaged: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is no run of jemkit"):
+    with pytest.raises(DataError, match="is not a run of jemkit"):
         export(tmp_path)
     with pytest.raises(DataError, match="is a checkpoint; give its run"):
         export(averaged / "checkpoints" / "best")
@@ -264,7 +264,7 @@ def test_what_is_no_run_is_refused(averaged: Path, tmp_path: Path) -> None:
         export(model)
     run = copied(averaged, tmp_path)
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(DataError, match="holds no complete best checkpoint"):
+    with pytest.raises(DataError, match="has no complete best checkpoint"):
         export(run)
 
 

@@ -239,7 +239,7 @@ def test_a_checkpoint_outside_its_run_and_an_empty_folder_are_refused(
     shutil.copytree(run / "checkpoints" / "best", alone)
     with pytest.raises(DataError, match="outside its run"):
         subject_at(alone, REGISTRY, CPU)
-    with pytest.raises(DataError, match="no run of jemkit"):
+    with pytest.raises(DataError, match="not a run of jemkit"):
         subject_at(tmp_path, REGISTRY, CPU)
     bare = tmp_path / "bare"
     bare.mkdir()

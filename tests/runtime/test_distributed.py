@@ -143,7 +143,7 @@ def test_a_density_says_itself_how_its_state_is_dealt(before: int, after: int, s
 def test_a_density_that_does_not_say_how_its_state_is_dealt_is_refused(deals: Any) -> None:
     stranger: Any = SimpleNamespace(**({} if deals is None else {"deals": deals}))
     saved = [{"momenta": normal(0, 4), "t": 1}] * 2
-    with pytest.raises(MisfitError, match=r"redistributed: go on with 2 process.*momenta, t"):
+    with pytest.raises(MisfitError, match=r"redistributed: resume with 2 process.*momenta, t"):
         reshard_state(saved, stranger, Shard(0, 1))
 
 

@@ -385,7 +385,7 @@ def test_a_stop_while_the_best_epoch_is_judged_is_heard_and_the_run_judged_anew(
     trainer = begun(tmp_path / "run", "jem", "jem", "plain")
     trainer.run()
     trainer.polling.patience, trainer.stop = 0.0, after(9)
-    with pytest.raises(Preempted, match="while it was judged; go on with --resume"):
+    with pytest.raises(Preempted, match="during the final evaluation; continue with --resume"):
         trainer.finish()
     assert events(tmp_path / "run", "preempted")
     again = go_on(tmp_path / "run", "jem", "jem", "plain")

@@ -91,7 +91,7 @@ def refused_to_compile(name: str) -> str:
 
 def test_passes_in_which_processes_meet_are_not_compiled(tmp_path: Path) -> None:
     told, other = every_rank(refused_to_compile, str(tmp_path / "run"))
-    assert "batch norm over 2 processes exchanges numbers amid each pass" in told
+    assert "batch norm over 2 processes communicates inside each pass" in told
     assert not other  # the first process speaks for all
     assert not (tmp_path / "run").exists()
 
@@ -186,7 +186,7 @@ def test_another_number_of_processes_deals_the_buffer_out_anew_and_says_so(
     assert "ranks" in end_of(folder / "one-then-two")
     before = load(folder / "two-then-one" / "checkpoints" / "step-00000005")
     run(str(folder / "two-then-one"), resume=True)
-    assert "saved by 2 process(es) and gone on with by 1" in caplog.text
+    assert "saved by 2 process(es) and resumed by 1" in caplog.text
     state = end_of(folder / "two-then-one")
     assert "ranks" not in state
     assert len(state["density"]["states"]) == 60
@@ -229,7 +229,7 @@ def test_synchronised_batch_norm_trains_to_the_end(folder: Path) -> None:
 
 def test_what_cannot_be_shared_evenly_is_refused_before_the_first_step(tmp_path: Path) -> None:
     leader, follower = every_rank(refused, str(tmp_path))
-    assert leader == ["cannot share 9 images", "cannot share a buffer of 61 slots"]
+    assert leader == ["cannot share 9 images", "cannot divide a buffer of 61 slots"]
     assert follower == []  # one voice
     assert not list(tmp_path.iterdir())
 
@@ -238,7 +238,7 @@ def refused(name: str) -> list[str]:
     told = []
     for overrides, start in (
         (("run.batch_size=9",), "cannot share 9 images"),
-        (("backbone.buffer.capacity=61",), "cannot share a buffer of 61 slots"),
+        (("backbone.buffer.capacity=61",), "cannot divide a buffer of 61 slots"),
     ):
         try:
             run(f"{name}/x", overrides=overrides)

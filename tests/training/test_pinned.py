@@ -81,8 +81,8 @@ def another_class(root: Path) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "fewer": (fewer, r"15 images, where it had 22.*removed: cat/000.png, cat/001.png"),
-    "more": (more, r"65 images, where it had 22.*added: cat/n0.png.* and 55 more"),
+    "fewer": (fewer, r"15 images, instead of 22.*removed: cat/000.png, cat/001.png"),
+    "more": (more, r"65 images, instead of 22.*added: cat/n0.png.* and 55 more"),
     "others": (others, r"changed: dog/00"),
     "renamed": (rename, r"knows cat, dog, fox; .* has dog, fox, lynx"),
     "swapped": (swapped, r"22 images; .*changed: cat/00"),
@@ -102,7 +102,7 @@ def test_a_run_goes_on_with_the_data_that_it_began_with_or_says_what_changed(
     with pytest.raises(DataError, match=told) as caught:
         train(photo_recipe(root), out, registry=REGISTRY, resume=True)
     assert caught.value.exit_code == 6
-    assert "Put the data back as they were" in str(caught.value)
+    assert "Restore the data" in str(caught.value)
     with pytest.raises(DataError, match=r"^the (run|training images)"):
         check_run(out, REGISTRY)
 
@@ -155,7 +155,7 @@ def test_a_run_is_judged_on_its_own_data_as_they_were(
 ) -> None:
     root, out = moved(run, tmp_path)
     CHANGES[name][0](root)
-    with pytest.raises(DataError, match="name the data set"):
+    with pytest.raises(DataError, match="pass the data set"):
         judged(out)
 
 
@@ -207,7 +207,7 @@ def test_where_names_are_unknown_their_number_counts_and_one_warning_is_given(
     assert not caplog.records
     subject_at(out, registry, CPU, dataset={"use": "toy", "n": 63})
     assert [r.message.split(":")[0] for r in caplog.records] == [
-        "the names of the classes are not known on both sides"
+        "class names are missing"
     ]
     with pytest.raises(DataError, match="has 3 classes; the digits data set has 10"):
         subject_at(out, registry, CPU, dataset={"use": "digits"})
@@ -241,7 +241,7 @@ def test_a_run_of_jemkit_0_1_goes_on_and_is_judged_with_one_warning_each(
         caplog.clear()
         go()
         told = [r for r in caplog.records if r.levelno == logging.WARNING]
-        assert ["pins no data" in r.getMessage() for r in told] == [True]
+        assert ["has no record of its data" in r.getMessage() for r in told] == [True]
 
 
 def unpin(out: Path) -> None:
@@ -263,9 +263,9 @@ def test_a_damaged_list_of_images_costs_the_explanation_but_not_the_check(
     (out / "data.json").write_text("{}")
     assert judged(out)[1].figure("clean").protocol["standard"] is True
     told = judged(out, {"dir": str(photos(tmp_path / "new", n=11))})[1].warnings
-    assert any("whether the model was trained on these images cannot be told" in w for w in told)
+    assert any("it is unknown whether the model was trained on these images" in w for w in told)
     fewer(root)
-    with pytest.raises(DataError, match=r"images, where it had \d+\. "):
+    with pytest.raises(DataError, match=r"images, instead of \d+\. "):
         judged(out)
 
 

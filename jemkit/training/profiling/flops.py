@@ -1,4 +1,4 @@
-"""The arithmetic of a step: every operation that does FLOPs, with its shapes and how often."""
+"""The FLOPs of a step: every operation that torch counts, with its shapes and its count."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from jemkit.updaters import Guard, UpdaterSpec
 
 @dataclass(frozen=True)
 class Like:
-    """A tensor's outside: all that an operation's cost depends on."""
+    """A tensor's shape, dtype and layout: all that the cost of an operation depends on."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -38,13 +38,13 @@ class Like:
         return size
 
     def tensor(self, rng: Generator) -> Tensor:
-        """Noise of this shape, laid out like it."""
+        """Noise of this shape and layout."""
         t = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=rng.device)
         return t.normal_(generator=rng) if self.dtype.is_floating_point else t.zero_()
 
 
 class Operation(NamedTuple):
-    """One call that does FLOPs; two calls alike are equal, so that they can be counted."""
+    """One call that does FLOPs; equal calls compare equal, so that they can be counted."""
 
     name: str  # such as aten.convolution.default
     arguments: tuple[Any, ...]  # tensors as Like, lists as tuples
@@ -59,7 +59,7 @@ class Operation(NamedTuple):
         return found  # type: ignore[no-any-return]
 
     def call(self, rng: Generator) -> Callable[[], Any]:
-        """The operation on noise, ready to be timed."""
+        """The operation on noise, for timing."""
         filled = [_filled(argument, rng) for argument in self.arguments]
         function = self.function
         return lambda: function(*filled)
@@ -74,7 +74,7 @@ def flops(work: Work) -> int:
 
 
 def traffic(work: Work) -> int:
-    """Bytes that the operations read and write, as if all between them were fused into them."""
+    """Bytes that the operations read and write, as if everything between them were fused."""
     return sum(operation.bytes * calls for operation, calls in work.items())
 
 
@@ -91,7 +91,7 @@ def together(*works: Work) -> Work:
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps every operation that torch's flop counter has a formula for."""
+    """Records every operation for which torch's flop counter has a formula."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -116,20 +116,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def counted() -> Iterator[dict[Operation, int]]:
-    """What is called inside, which computes as ever."""
+    """The operations inside the block, which computes as usual."""
     with Recorder() as recorder:
         yield recorder.work
 
 
 @contextmanager
 def imagined() -> Iterator[dict[Operation, int]]:
-    """What is called inside, without computing it: shapes alone pass through."""
+    """The operations inside the block, without computing them: only shapes are propagated."""
     with FakeTensorMode(allow_non_fake_inputs=True), counted() as work:
         yield work
 
 
 class Passes(NamedTuple):
-    """What a batch costs in a network: each part by itself."""
+    """The FLOPs of a batch in a network, by part."""
 
     forward: Work
     to_input: Work  # backward to the images, weights frozen
@@ -137,7 +137,7 @@ class Passes(NamedTuple):
 
 
 def passes(model: EnergyModel, x: Tensor) -> Passes:
-    """One forward pass of x [B, C, H, W], and either backward pass from the mean energy."""
+    """One forward pass of x [B, C, H, W], and each backward pass from the mean energy."""
     with eval_mode(model):
         with imagined() as forward, torch.no_grad():
             model(x)
@@ -150,13 +150,14 @@ def passes(model: EnergyModel, x: Tensor) -> Passes:
 
 
 def less(whole: Work, part: Work) -> Work:
-    """What is left of `whole` without `part`."""
+    """`whole` without `part`."""
     rest = {operation: calls - part.get(operation, 0) for operation, calls in whole.items()}
     return {operation: calls for operation, calls in rest.items() if calls}
 
 
 class StepWork(NamedTuple):
-    """A training step: its chains, one taking of its loss and gradient, and how often that."""
+    """The FLOPs of a training step: its chains, one evaluation of the loss and its gradient, and
+    how often the latter."""
 
     draw: Work
     update: Work
@@ -174,7 +175,7 @@ def step_work(
     batch: Batch,
     theta_steps: int = 1,
 ) -> StepWork:
-    """A step's arithmetic, counted while one is computed; buffer and statistics are kept."""
+    """A step's FLOPs, counted while one is computed; buffer and statistics are restored."""
     rng = Generator(batch.x.device).manual_seed(0)
     density = backbone.density_or_none
     if density is not None:
@@ -191,7 +192,7 @@ def step_work(
 
 
 def takings(updater: UpdaterSpec) -> int:
-    """How often an updater takes the terms in one step."""
+    """How often an updater evaluates the loss in one step."""
     model, seen = nn.Linear(1, 1), 0
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 

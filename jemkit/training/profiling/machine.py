@@ -1,4 +1,4 @@
-"""What this machine does in a second: on given operations, on a large product, on a copy."""
+"""Rates of this machine: of given operations, of a large matrix product, of a copy."""
 
 import statistics
 import time
@@ -16,7 +16,7 @@ LARGE = 2**26  # bytes, beyond any cache
 
 
 class Machine(NamedTuple):
-    """Measured rates of one device, at the number of threads that torch has."""
+    """Measured rates of one device, with torch's current number of threads."""
 
     device: str
     threads: int
@@ -50,6 +50,6 @@ def seconds(
 
 
 def typical(call: Callable[[], Any], device: torch.device, rounds: int) -> float:
-    """The median time of `rounds` calls after one to warm up."""
+    """The median time of `rounds` calls, after one warm-up call."""
     call()
     return statistics.median(elapsed(call, device) for _ in range(rounds))

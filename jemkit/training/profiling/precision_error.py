@@ -1,4 +1,4 @@
-"""How exact an energy's gradient is in each precision: against float64, at the network's shapes."""
+"""The error of an energy's gradient in each precision: against float64, at the network's shapes."""
 
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -17,19 +17,19 @@ from jemkit.training.build import RunState
 
 
 class Accuracy(NamedTuple):
-    """What one precision makes of dE/dx, image by image."""
+    """The error of dE/dx in one precision."""
 
     precision: Precision
     median: float  # of the images' relative errors, |g - g64| / |g64| in the L2 norm
     worst: float
-    flipped: float  # share of all pixels whose sign is another: what steps by sign see
+    flipped: float  # share of all pixels whose sign differs, which matters to signed steps
     images: int
 
 
 def accuracy_of(parts: RunState, images: int = 16) -> list[Accuracy]:
     """Each precision of the device on the first images of a batch, against float64.
 
-    The model is a chain's: frozen, its batch norm by the batch. tf32 is a GPU's alone.
+    The model is that of a chain: frozen, with batch statistics. tf32 needs a GPU.
     """
     x = parts.loader.batch().x[:images]
     cuda = parts.device.type == "cuda"
@@ -43,8 +43,8 @@ def protocol(resolved: Resolved, parts: RunState, found: list[Accuracy]) -> dict
     tables, run = resolved.tables, resolved.recipe.run
     return {
         "images": found[0].images,
-        "selection": f"the first of {tables['data']['use']}'s first batch, with its views",
-        "model": f"{tables['backbone']['use']}, fresh, its batch norm by the batch",
+        "selection": f"the first of {tables['data']['use']}'s first batch, augmented",
+        "model": f"{tables['backbone']['use']}, newly initialised, with batch statistics",
         "network": tables["backbone"].get("network", {}),
         "error": "|g - g64| / |g64| of g = dE/dx, image by image, against float64",
         "norm": "L2",
@@ -60,14 +60,14 @@ def reference(model: EnergyModel, x: Tensor) -> Tensor:
 
 
 def errors(precision: Precision, found: Tensor, exact: Tensor) -> Accuracy:
-    """The errors of gradients [B, ...] against exact ones; a DataError where none can be told."""
+    """The errors of gradients [B, ...] against exact ones; DataError if one is undefined."""
     size = exact.flatten(1).norm(dim=1)
     relative = (found.double() - exact).flatten(1).norm(dim=1) / size
     if not relative.isfinite().all():
         raise DataError(
             f"no relative error in {precision} for {int((~relative.isfinite()).sum())} of "
-            f"{len(relative)} images: their gradient is 0 or not finite; take another network or "
-            "other images"
+            f"{len(relative)} images: their gradient is 0 or not finite; use another network or "
+            f"other images"
         )
     flipped = (found.sign() != exact.sign()).double().mean()
     return Accuracy(

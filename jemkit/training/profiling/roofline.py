@@ -1,4 +1,4 @@
-"""The floor under a training step: its arithmetic and its traffic at the machine's own rates."""
+"""The roofline of a training step: its FLOPs and memory traffic at the machine's measured rates."""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from jemkit.updaters import Guard
 
 
 def protocol(resolved: Resolved, parts: RunState, rounds: int) -> dict[str, Any]:
-    """What a floor was measured on."""
+    """What a roofline was measured on."""
     tables, run = resolved.tables, resolved.recipe.run
     return {
         "step": f"{tables['backbone']['use']} x {tables['objective']['use']}, "
@@ -32,28 +32,28 @@ def protocol(resolved: Resolved, parts: RunState, rounds: int) -> dict[str, Any]
 
 
 class Floor(NamedTuple):
-    """What one step must do, how fast that can be done here, and how fast it was done."""
+    """The FLOPs of a step, the time they need on this machine, and the time a step took."""
 
     machine: Machine
     step: StepWork
     passes: Passes  # of the classifier's batch
-    arithmetic: float  # seconds: every convolution and product alone, at its own shapes
-    memory: float  # seconds: what these read and write, at the speed of a copy
-    taken: float | None  # seconds of a step; None where none was run
+    arithmetic: float  # seconds: every convolution and matrix product alone, at its own shapes
+    memory: float  # seconds: reading and writing their operands, at the speed of a copy
+    taken: float | None  # seconds of a step; None if none was run
 
     @property
     def floor(self) -> float:
-        """The higher of the two."""
+        """The larger of the two bounds."""
         return max(self.arithmetic, self.memory)
 
     @property
     def reached(self) -> float | None:
-        """The floor over the time taken: 1 is a step that does nothing else."""
+        """The roofline divided by the time taken: 1 for a step that does nothing else."""
         return None if self.taken is None else self.floor / self.taken
 
     @property
     def rate(self) -> float:
-        """FLOP/s of the step's own operations, one after another."""
+        """FLOP/s of the step's operations, one after another."""
         return flops(self.step.whole) / self.arithmetic
 
     def figures(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Floor(NamedTuple):
 def floor_of(
     parts: RunState, recipe: Recipe, *, rounds: int = 3, patience: float = PATIENCE
 ) -> Floor:
-    """Count a step of fresh parts, measure the machine at its shapes, run `rounds` steps."""
+    """Count a step of newly built parts, measure the machine at its shapes, run `rounds` steps."""
     run = recipe.run
     with numerics(precision=run.precision, deterministic=run.deterministic, threads=run.threads):
         batch = parts.loader.batch()
@@ -95,7 +95,7 @@ def floor_of(
 
 
 def rows(found: Floor) -> list[list[str]]:
-    """The figures as a person reads them."""
+    """The figures as a table."""
     machine, step = found.machine, found.step
     parts = dict(zip(("forward", "to the input", "to the weights"), found.passes, strict=True))
     lines = [["device", f"{machine.device}, {machine.threads} threads"]]
