@@ -206,9 +206,7 @@ def test_where_names_are_unknown_their_number_counts_and_one_warning_is_given(
     subject_at(out, registry, CPU)
     assert not caplog.records
     subject_at(out, registry, CPU, dataset={"use": "toy", "n": 63})
-    assert [r.message.split(":")[0] for r in caplog.records] == [
-        "class names are missing"
-    ]
+    assert [r.message.split(":")[0] for r in caplog.records] == ["class names are missing"]
     with pytest.raises(DataError, match="has 3 classes; the digits data set has 10"):
         subject_at(out, registry, CPU, dataset={"use": "digits"})
 
