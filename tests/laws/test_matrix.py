@@ -77,7 +77,7 @@ def test_a_loss_can_be_taken_again_and_is_the_sum_of_what_is_logged(
 
 @pytest.mark.parametrize(("backbone", "objective"), MISFITS)
 def test_misfits_are_refused_with_what_would_fit(backbone: str, objective: str) -> None:
-    with pytest.raises(MisfitError, match=r"has no density; choose a backbone that has one"):
+    with pytest.raises(MisfitError, match=r"has no density; choose a backbone with a density"):
         check(backbone_of(backbone), objective_of(objective))
 
 
