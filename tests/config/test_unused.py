@@ -47,6 +47,7 @@ KNOWN = {
     "projection inner direction outer margin pair distance distance_weight",
     "objective jeat": "w_px attack",
     "objective jem": "w_px w_pyx negatives",
+    "objective lbgat": "beta attack teacher",
     "objective mart": "beta attack",
     "objective pgdat": "attack",
     "objective score": "beta c smoothing attack",
@@ -191,6 +192,8 @@ ACTS: list[tuple[tuple[str, str, str], list[str], str]] = [
         ("tdat", "weight=0.1"), ("tdat", "relaxation=0.1"), ("tdat", "radius_px=5"),
         ("tdat", "variant=paper"), ("tdat", "gamma_min=0.99"),
     )],
+    *[(("classifier", "lbgat", ""), [], f"objective.{option}")
+      for option in ("beta=1", "attack.steps=1", "teacher.channels=3")],
     (("jem", "jeat", ""), [], "objective.w_px=0.5"),
     (("jem", "jeat", ""), [], "objective.attack.steps=1"),
     (("classifier", "pgdat", ""), ["objective.attack.radius_px=90"], "objective.attack.norm=L2"),

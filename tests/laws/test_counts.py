@@ -72,6 +72,7 @@ def wanted(objective: str, norm: str) -> tuple[Count, Count]:
         "mart": (adversaries, update(norm, B, B)),
         "weat": (adversaries + Count(1, B), update(norm, B, B)),
         "score": (adversaries + Count(1, B), update(norm, B, B)),
+        "lbgat": (adversaries + Count(1, B), update(norm, B, B)),  # beside the teacher's
         "tdat": (Count(1, B), update(norm, B, B)),  # one step, not M_adv
         "jeat": (negatives + adversaries, update(norm, B, P)),
         "ebjdat": (negatives + adversaries, update(norm, B, P, P, B)),
@@ -98,7 +99,7 @@ BUILT = [
     for b in ("classifier", "jem", "jempp", "mebm", "sadajem")
     for o in ("ce", "pgdat", "trades", "jem", "ebjdat")
     if b != "classifier" or o not in ("jem", "ebjdat")
-] + [("sadajem", "jeat"), *(("classifier", o) for o in ("mart", "weat", "score", "tdat"))]
+] + [("sadajem", "jeat"), *(("classifier", o) for o in ("mart", "weat", "score", "tdat", "lbgat"))]
 
 
 @pytest.mark.parametrize(("backbone", "objective"), BUILT)

@@ -42,6 +42,7 @@ TINY: dict[str, Any] = {
     "steps": 2,
     "adv_steps": 2,
     "attack": PGD(steps=2),
+    "teacher": SmallCNN(channels=2, norm="batch"),
 }
 """Options that make a part small, for whichever of them it has."""
 
@@ -203,6 +204,8 @@ def toy_recipe(
 ) -> Resolved:
     """A recipe on the toy data set, two epochs of six steps."""
     sizes = [] if backbone == "classifier" else ["backbone.steps=2", "backbone.buffer.capacity=60"]
+    if "teacher" in registry["objective"][objective].model_fields:
+        sizes += ["objective.teacher.use=smallcnn", "objective.teacher.channels=2"]
     return resolve(
         registry,
         config={
