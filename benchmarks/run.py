@@ -71,7 +71,7 @@ def memory() -> None:
 
 def one_step(steps: int, adv_steps: int) -> None:
     from jemkit import Batch, Guard, Plain, train_step
-    from jemkit.sampling.replay_buffer import Buffer
+    from jemkit.sampling.density import Buffer
 
     registry, rng, task = installed(), Generator().manual_seed(0), toy_task()
     spec = registry["backbone"]["sadajem"]

@@ -37,8 +37,8 @@ from jemkit.runtime.modes import eval_mode, sampling_mode
 from jemkit.runtime.precision import numerics
 from jemkit.runtime.timing import settle
 from jemkit.sampling.compile import CompiledGradient
+from jemkit.sampling.density import Buffer
 from jemkit.sampling.init_dists import Uniform
-from jemkit.sampling.replay_buffer import Buffer
 from jemkit.training.memory_format import laid_out
 from jemkit.training.objective_contexts import compiled_chains, in_bf16
 from jemkit.training.profiling.flops import flops, step_work, traffic

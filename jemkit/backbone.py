@@ -20,10 +20,9 @@ from jemkit.models.energy import (
 from jemkit.models.networks import WRN, Adapted, NetworkSpec, seeded_init
 from jemkit.options import Options, PartOf
 from jemkit.runtime.modes import batch_norms, frozen_batch_stats
-from jemkit.sampling.density import Contrastive, Density, DensitySpec
+from jemkit.sampling.density import Buffer, Contrastive, Density, DensitySpec, ReplayBuffer
 from jemkit.sampling.init_dists import Mixture, Start, StartSpec, UniformStart
 from jemkit.sampling.kernels import SGLD, Sampler
-from jemkit.sampling.replay_buffer import Buffer, ReplayBuffer
 
 
 class Backbone:

@@ -82,7 +82,7 @@ from jemkit.objective import (
 )
 from jemkit.options import Options, PartOf, Radius
 from jemkit.runtime.modes import eval_mode, frozen, frozen_batch_stats
-from jemkit.sampling.density import Contrastive, Density, DensitySpec
+from jemkit.sampling.density import Buffer, Contrastive, Density, DensitySpec, ReplayBuffer
 from jemkit.sampling.init_dists import Gaussian, Mixture, Start, StartSpec, Uniform
 from jemkit.sampling.kernels import (
     PYLD,
@@ -100,7 +100,6 @@ from jemkit.sampling.kernels import (
     noise_like,
     run,
 )
-from jemkit.sampling.replay_buffer import Buffer, ReplayBuffer
 from jemkit.sampling.stateful_kernels import MALA, SGLDMomentum
 from jemkit.splits import Splits
 from jemkit.step import train_step

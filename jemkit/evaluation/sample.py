@@ -32,9 +32,16 @@ from jemkit.runtime.rng import generator
 from jemkit.runtime.run_dir import versions
 from jemkit.runtime.work_cache import WHOLE, ResultCache, Shard
 from jemkit.runtime.workers import met
-from jemkit.sampling.density import TOGETHER, Buffered, Density, even_batches, portions, together
+from jemkit.sampling.density import (
+    TOGETHER,
+    Buffered,
+    Density,
+    ReplayBuffer,
+    even_batches,
+    portions,
+    together,
+)
 from jemkit.sampling.init_dists import MomentStart, Start, start_name
-from jemkit.sampling.replay_buffer import ReplayBuffer
 from jemkit.training.pinned import SAMPLED
 from jemkit.training.reshard import gather_state
 from jemkit.training.restore import Which, open_model, restored

@@ -27,7 +27,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "comparison": ("evaluation.compare",),
     "compiled": ("sampling.compile", "training.objective_contexts"),
     "dealing": ("training.reshard",),
-    "density": ("sampling.density", "sampling.replay_buffer"),
+    "density": ("sampling.density",),
     "departures": ("attacks.departures",),
     "distance": ("models.distances",),
     "doctor": ("testing.doctor",),

@@ -9,11 +9,10 @@ from jemkit.backbone import Backbone
 from jemkit.data import Augmentation, Batch, Bounds, Images, Task, Views
 from jemkit.models.energy import EnergyModel, EnergyModelSpec, LogSumExp
 from jemkit.models.networks import NetworkSpec, SmallCNN, seeded_init
-from jemkit.sampling.density import Contrastive, DensitySpec
+from jemkit.sampling.density import Buffer, Contrastive, DensitySpec, ReplayBuffer
 from jemkit.sampling.init_dists import StartSpec, Uniform
 from jemkit.sampling.kernels import SGLD, Sampler
 from jemkit.sampling.moments import images_hash
-from jemkit.sampling.replay_buffer import Buffer, ReplayBuffer
 
 
 def toy_images(n: int, n_classes: int, size: int, channels: int, seed: int) -> Images:

@@ -19,8 +19,8 @@ from jemkit.runtime.microbatch import MicroBatch
 from jemkit.runtime.precision import device_of, memory_of
 from jemkit.runtime.rng import generator
 from jemkit.sampling.compile import CompiledGradient
+from jemkit.sampling.density import Buffer
 from jemkit.sampling.moments import images_hash
-from jemkit.sampling.replay_buffer import Buffer
 from jemkit.splits import Pinned, Splits
 from jemkit.training import leader, reshard
 from jemkit.training.compatibility import check_adversary, check_parts

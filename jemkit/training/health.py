@@ -13,9 +13,8 @@ from jemkit.runtime.divergence_monitor import Finding, RunStatistics, Sentinel, 
 from jemkit.runtime.microbatch import retry_on_oom
 from jemkit.runtime.modes import batch_norms, sampling_mode
 from jemkit.runtime.run_dir import RunFolder
-from jemkit.sampling.density import Buffered
+from jemkit.sampling.density import Buffered, ReplayBuffer
 from jemkit.sampling.kernels import gradient
-from jemkit.sampling.replay_buffer import ReplayBuffer
 from jemkit.selection import stratified
 from jemkit.training.build import RunState
 

@@ -19,7 +19,7 @@ from jemkit.config.unused import check_given
 from jemkit.data import Views
 from jemkit.errors import ConfigError
 from jemkit.runtime.divergence_monitor import Sentinel
-from jemkit.sampling.replay_buffer import Buffer
+from jemkit.sampling.density import Buffer
 from jemkit.training.build import build_run
 
 TOYS = toy_registry()

@@ -28,9 +28,9 @@ from jemkit import (
 from jemkit.data import Augmentation, Images, Loader, Views
 from jemkit.models.networks import SmallCNN
 from jemkit.runtime.modes import frozen
+from jemkit.sampling.density import Buffer
 from jemkit.sampling.init_dists import Uniform
 from jemkit.sampling.kernels import Boxed, L2Descent, Projected, Sampler
-from jemkit.sampling.replay_buffer import Buffer
 from jemkit.testing import toy_batch, toy_model, toy_task
 
 TASK = toy_task()

@@ -26,7 +26,7 @@ from jemkit.data import Images
 from jemkit.metrics.energy_gap import Robustness
 from jemkit.metrics.evaluator import Context, measure
 from jemkit.runtime.run_dir import RunFolder
-from jemkit.sampling.replay_buffer import Buffer
+from jemkit.sampling.density import Buffer
 from jemkit.testing import toy_batch, toy_task
 
 TASK = toy_task()

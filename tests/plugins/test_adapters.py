@@ -11,8 +11,8 @@ from jemkit import Adapted, Backbone, Batch, ConfigError, MisfitError, check
 from jemkit.models.networks import seeded_init
 from jemkit.runtime import torchvision_compat
 from jemkit.runtime.modes import eval_mode
+from jemkit.sampling.density import Buffer
 from jemkit.sampling.kernels import PYLD
-from jemkit.sampling.replay_buffer import Buffer
 from jemkit_plugins.adapters import Timm, Torchvision
 from jemkit_plugins.ebjdat import EBJDAT
 
