@@ -20,7 +20,6 @@ SETTINGS = {
     "align, w2 0.4, inner joint": f"{ALIGN} {JOINT}",
     "align, w2 0.4, inner ce": ALIGN,
     "contrastive, w2 0.4, inner joint": f"{ALIGN} objective.outer=contrastive {JOINT}",
-    "direction lower, w2 0.4, inner joint": f"{ALIGN} objective.direction=lower {JOINT}",
     "squared, w2 10": "objective.w2=10.0",
     "ten steps of x~": "objective.adv_steps=10",
 }

@@ -87,6 +87,8 @@ class Backbone:
         One joint pass where nothing couples the rows; with batch norm one pass a stream, each by
         its own statistics, and only the streams in `views.stats_from` move the running ones.
         """
+        if not streams:
+            return {}
         if not self._separate:
             joint = self.model(torch.cat(list(streams.values())))
             parts = joint.split([len(x) for x in streams.values()])

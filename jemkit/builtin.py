@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 
+from jemkit.attacks.ascent import Ascent, L2Ascent, SGLDAscent, SignAscent
 from jemkit.attacks.base import Attack, ModelAttack
 from jemkit.attacks.pgd import PGD
 from jemkit.hookspecs import hookimpl
 from jemkit.metrics.evaluator import Accuracy, Evaluator
-from jemkit.models.distances import L2, Distance, Logits, NoDistance
+from jemkit.models.distances import L2, Distance, LogitDistance, NoDistance
 from jemkit.models.energy import EnergyModelSpec, LinearHead, LogSumExp
 from jemkit.models.networks import MLP, WRN, NetworkSpec, SmallCNN
 from jemkit.sampling.density import Contrastive, DensitySpec
@@ -50,8 +51,13 @@ def jemkit_updaters() -> Mapping[str, type[UpdaterSpec]]:
 
 
 @hookimpl
+def jemkit_ascents() -> Mapping[str, type[Ascent]]:
+    return {"sign": SignAscent, "sgld": SGLDAscent, "l2": L2Ascent}
+
+
+@hookimpl
 def jemkit_distances() -> Mapping[str, type[Distance]]:
-    return {"none": NoDistance, "l2": L2, "logits": Logits}
+    return {"none": NoDistance, "l2": L2, "logits": LogitDistance}
 
 
 @hookimpl

@@ -10,6 +10,7 @@ from typing import Any
 
 import pluggy
 
+from jemkit.attacks.ascent import Ascent
 from jemkit.attacks.base import Attack, ModelAttack
 from jemkit.backbone import BackboneSpec
 from jemkit.data import Dataset
@@ -72,6 +73,12 @@ def jemkit_objectives() -> Mapping[str, type[Objective[Any]] | type[ObjectiveSpe
 @hookspec
 def jemkit_updaters() -> Mapping[str, type[UpdaterSpec]]:
     """Update rules, by name."""
+    return {}
+
+
+@hookspec
+def jemkit_ascents() -> Mapping[str, type[Ascent]]:
+    """Steps of a chain up a loss in a ball, by name."""
     return {}
 
 

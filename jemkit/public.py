@@ -1,5 +1,6 @@
 """The public names of jemkit, and where each is defined."""
 
+from jemkit.attacks.ascent import Ascent, L2Ascent, SGLDAscent, SignAscent
 from jemkit.attacks.base import (
     Attack,
     ModelAttack,
@@ -58,7 +59,7 @@ from jemkit.hookspecs import hookimpl
 from jemkit.metrics.evaluator import Context, Evaluator, Unmeasurable, batches
 from jemkit.metrics.figures import Figure
 from jemkit.metrics.record_file import Record
-from jemkit.models.distances import Distance, Measure, NoDistance
+from jemkit.models.distances import Distance, LogitDistance, Measure, NoDistance
 from jemkit.models.energy import (
     EnergyFn,
     EnergyModel,
@@ -118,6 +119,7 @@ __all__ = [
     "SGLD",
     "WRN",
     "Adapted",
+    "Ascent",
     "Attack",
     "Augmentation",
     "Backbone",
@@ -150,11 +152,13 @@ __all__ = [
     "JEMVariant",
     "JemkitError",
     "KernelState",
+    "L2Ascent",
     "L2Descent",
     "LinearHead",
     "Loader",
     "LogSumExp",
     "LogSumExpEnergy",
+    "LogitDistance",
     "Measure",
     "MisfitError",
     "Mixture",
@@ -180,11 +184,13 @@ __all__ = [
     "Record",
     "Registry",
     "ReplayBuffer",
+    "SGLDAscent",
     "SGLDMomentum",
     "Sampler",
     "SamplerPart",
     "Scores",
     "Shape",
+    "SignAscent",
     "SignDescent",
     "SmallCNN",
     "Split",

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from jemkit.config.optim import SGD, Adam
 from jemkit.config.registry import Registry
+from jemkit.config.retired import KEYS, without_retired
 from jemkit.errors import ConfigError, DataError, UnknownName
 from jemkit.options import Options, PartOf, nearest
 from jemkit.runtime.opening import JSON_LIMIT, TOML_LIMIT, read_text
@@ -222,20 +223,6 @@ def read_layer(source: Path | Mapping[str, Any]) -> Table:
     return offline(without_retired(found)) if is_json else found
 
 
-RETIRED = {"keep": "worst"}
-"""Options of parts that were removed, and the value by which a part then acts as it does now:
-`pgd.keep` until 0.2."""
-
-
-def without_retired(table: Table) -> Table:
-    """The tables of a run that an earlier version wrote, without what has no meaning any more."""
-    return {
-        name: without_retired(value) if isinstance(value, dict) else value
-        for name, value in table.items()
-        if RETIRED.get(name) != value or not isinstance(value, str)
-    }
-
-
 FETCHING = frozenset({"download", "pretrained"})
 """Options that let a part go to the network."""
 
@@ -296,6 +283,7 @@ def override_layers(texts: Iterable[str]) -> list[Layer]:
 
 def _choice_first(text: str) -> tuple[bool, int]:
     key = text.partition("=")[0].strip()
+    key = KEYS.get(key, key)
     return not key.endswith(".use"), key.count(".") if key.endswith(".use") else 0
 
 

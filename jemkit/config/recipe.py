@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, ValidationError
 
 from jemkit.backbone import BackboneSpec
+from jemkit.config import retired
 from jemkit.config.layers import (
     PARTS,
     Layer,
@@ -27,7 +28,7 @@ from jemkit.config.registry import Registry
 from jemkit.config.unused import before_layers, check_unused
 from jemkit.data import Dataset
 from jemkit.errors import ConfigError
-from jemkit.objective import Objective, ObjectiveSpec
+from jemkit.objective import NamesStreams, Objective, ObjectiveSpec
 from jemkit.options import Options, PartOf, nearest
 from jemkit.runtime.divergence_monitor import Sentinel
 from jemkit.runtime.precision import Layout
@@ -117,6 +118,7 @@ def resolve(
     own.append(Layer("option", named or {}))
     for layer in own:
         _check_tables(layer)
+    own = _translated(own)
     parts = {"run": Run(), "schedule": Schedule(), "optimizer": SGD(), "sentinel": Sentinel()}
     stack = Stack(registry)
     stack.lay(Layer("default", {k: v.model_dump(mode="json") for k, v in parts.items()}))
@@ -144,9 +146,15 @@ def resolve(
 def build(tables: Table, registry: Registry, origins: Mapping[str, str] | None = None) -> Recipe:
     """The recipe of complete tables, such as a run's saved config."""
     try:
-        return Recipe.model_validate(tables, context=registry.context)
+        recipe = Recipe.model_validate(tables, context=registry.context)
     except ValidationError as error:
         raise ConfigError(explain(error, tables, origins)) from None
+    if isinstance(recipe.objective, NamesStreams) and not recipe.objective.streams:
+        raise ConfigError(
+            f"objective: every weight of {tables['objective']['use']} is 0: nothing to learn. Set "
+            "one above 0"
+        )
+    return recipe
 
 
 def complete(resolved: Resolved, registry: Registry) -> Resolved:
@@ -165,6 +173,35 @@ def with_run(resolved: Resolved, **options: Any) -> Resolved:
 def about_preset(registry: Registry, name: str) -> str:
     """Which reading a preset takes and what it answers to: the comment that its file opens with."""
     return leading_comment(_presets(registry).get(name))
+
+
+def _translated(own: list[Layer]) -> list[Layer]:
+    """The layers, with options that 0.1 named otherwise in the terms of this version.
+
+    Layers that choose EB-JDAT come first, since its released form is another objective now.
+    """
+    if _choice("objective", own).table["objective"]["use"] not in retired.OBJECTIVES:
+        return own  # what they say of EB-JDAT is left out
+    layers = [_translate(layer, "") for layer in own]
+    chosen = _choice("objective", layers).table["objective"]["use"]
+    return [_translate(layer, str(chosen)) for layer in layers]
+
+
+def _translate(layer: Layer, chosen: str) -> Layer:
+    options = layer.table.get("objective", {})
+    if options.get("use", chosen) != "ebjdat":
+        return layer
+    saved = Path(layer.origin).suffix.lower() == ".json"
+    new = retired.translate(options, layer.origin, saved=saved)
+    if new != options and not saved:
+        now = [f"objective.{k} = {v!r}" for k, v in flat(new) if (k, v) not in flat(options)]
+        log.warning(
+            "%s: %s of jemkit 0.1 is read as %s; 0.3 will refuse it",
+            layer.origin,
+            ", ".join(f"objective.{name}" for name in retired.old_names(options)),
+            ", ".join(now) or "the default",
+        )
+    return layer._replace(table={**layer.table, "objective": new})
 
 
 def _choice(table: str, own: list[Layer]) -> Layer:
@@ -225,7 +262,7 @@ def _part_layers(registry: Registry, names: Mapping[str, str]) -> list[Layer]:
     found = [Layer(k, read_layer(registry.recipes[k])) for k in keys if k in registry.recipes]
     for layer in found:
         _check_tables(layer)
-    return found
+    return [_translate(layer, objective) for layer in found]
 
 
 def _presets(registry: Registry) -> dict[str, Any]:

@@ -25,14 +25,6 @@ class Distance(Protocol):
         ...
 
 
-@runtime_checkable
-class UsesDistances(Protocol):
-    """An objective that holds x~ near x; the run checks these before its first step."""
-
-    @property
-    def distances(self) -> list[Distance]: ...
-
-
 class NoDistance(Options):
     """No distance: the papers' rows without P."""
 
@@ -51,7 +43,7 @@ class L2(Options):
         return lambda x_adv: 0.5 * (x_adv - x).square().flatten(1).mean(1)
 
 
-class Logits(Options):
+class LogitDistance(Options):
     """|| f(x)/|f(x)| - f(x~)/|f(x~)| ||^2, what the released EB-JDAT code calls perception loss."""
 
     min_size: ClassVar[int] = 1

@@ -10,7 +10,7 @@ May import: evaluation, and what evaluation may import.
 A new file: a law that parts of a kind keep, or a check of an installation or a run.
 """
 
-from jemkit.testing.drawing import check_density, check_sampler, check_start
+from jemkit.testing.drawing import check_ascent, check_density, check_sampler, check_start
 from jemkit.testing.judging import check_attack, check_dataset, check_distance, check_evaluator
 from jemkit.testing.law import ConformanceError
 from jemkit.testing.modelling import check_backbone, check_energy_model, check_network
@@ -19,6 +19,7 @@ from jemkit.testing.training import check_objective, check_updater
 
 __all__ = [
     "ConformanceError",
+    "check_ascent",
     "check_attack",
     "check_backbone",
     "check_dataset",

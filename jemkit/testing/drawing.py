@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jemkit.attacks.ascent import Ascent
 from jemkit.models.energy import ModelEnergy
 from jemkit.runtime.modes import eval_mode
 from jemkit.runtime.pytree import same
 from jemkit.sampling.density import DensitySpec
 from jemkit.sampling.init_dists import StartSpec, Uniform
-from jemkit.sampling.kernels import Reporting, Sampler, begin, chain, last
+from jemkit.sampling.kernels import Ball, Reporting, Sampler, begin, chain, last
 from jemkit.testing.law import generator, require, require_tensor, told, unchanged, untouched
 from jemkit.testing.toys import toy_backbone, toy_batch, toy_model, toy_task
 
@@ -78,6 +79,17 @@ def _tensors(state: Any) -> dict[str, Any]:
         return {"x": state}
     fields = {**state._asdict(), **(state.info if isinstance(state, Reporting) else {})}
     return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+
+
+def check_ascent(ascent: Ascent) -> None:
+    """The laws of a step up a loss in a ball: its kernels are samplers, in both norms."""
+    task = toy_task()
+    norms: tuple[Ball, ...] = ("Linf", "L2")
+    for norm in norms:
+        kernel = ascent.kernel(toy_batch(task).x, task.radius_px, task.bounds, norm)
+        made = callable(getattr(kernel, "step", None))
+        require(made, ascent, f"makes a sampler: {told(kernel)}")
+        check_sampler(kernel)
 
 
 def check_start(spec: StartSpec) -> None:

@@ -10,10 +10,10 @@ from jemkit.backbone import Backbone, check_stem
 from jemkit.config.registry import installed
 from jemkit.data import Task, positives
 from jemkit.errors import ConfigError, MisfitError
-from jemkit.models.distances import UsesDistances
+from jemkit.models.distances import Distance
 from jemkit.models.norms import SyncBatchNorm
 from jemkit.objective import Conditional, NamesStreams, Objective
-from jemkit.options import parts_of
+from jemkit.options import Options, parts_of
 from jemkit.runtime import distributed
 from jemkit.runtime.microbatch import can_recompute
 from jemkit.runtime.modes import eval_mode
@@ -80,12 +80,15 @@ def check(backbone: Backbone, objective: Objective[Any]) -> None:
 
 def check_distances(objective: Objective[Any], task: Task, backbone: Backbone) -> None:
     """Reject a distance whose weights are missing, or that needs larger images."""
-    for distance in objective.distances if isinstance(objective, UsesDistances) else ():
+    idle = objective.unused() if isinstance(objective, Options) else {}
+    for path, distance in parts_of(objective):
+        if not isinstance(distance, Distance) or path.partition(".")[0] in idle:
+            continue
         if task.shape[1] < distance.min_size:
             raise MisfitError(
                 f"the distance {_name('distance', distance)} needs images of at least "
                 f"{distance.min_size} px; these have {task.shape[1]}. Choose another "
-                f"objective.distance, "
+                f"objective.{path}, "
                 "such as none, l2 or logits"
             )
         device = next(backbone.model.parameters()).device

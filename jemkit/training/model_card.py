@@ -28,6 +28,7 @@ CITED = {
     "PAKDD 2023",
     "ebjdat": "Jiang et al., Your Classifier Can Do More: Towards Bridging the Gaps in "
     "Classification, Robustness, and Generation (EB-JDAT)",
+    "ebjdatreleased": "the released program of Jiang et al., Your Classifier Can Do More (EB-JDAT)",
     "pgdat": "Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, "
     "ICLR 2018",
     "trades": "Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy, "

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Generator, Tensor
 
 from jemkit import (
-    SGLD, WRN, Backbone, BackboneSpec, Batch, ConfigError, Contrastive, DensityPart, JEMVariant,
-    NetworkPart, Objective, Options, SamplerPart, StartPart, Steps, Stream, Terms, Uniform,
-    Views, hookimpl, watched,
+    SGLD, WRN, Backbone, BackboneSpec, Batch, Contrastive, DensityPart, JEMVariant, NetworkPart,
+    Objective, Options, SamplerPart, StartPart, Steps, Stream, Terms, Uniform, Views, hookimpl,
+    watched,
 )  # fmt: skip
 
 
@@ -40,12 +40,6 @@ class JEMObjective(Options):
     w_px: float = Field(1.0, ge=0)
     w_pyx: float = Field(1.0, ge=0)
     negatives: Literal["marginal", "conditional"] = "marginal"
-
-    @model_validator(mode="after")
-    def _something_to_learn(self) -> "JEMObjective":
-        if not (self.w_px or self.w_pyx):
-            raise ConfigError("w_px and w_pyx are both 0: nothing to learn")
-        return self
 
     def unused(self) -> dict[str, str]:
         return {} if self.w_px else {"negatives": "where w_px is 0"}

@@ -43,8 +43,9 @@ KNOWN = {
     "backbone jempp": "network energy density sampler start buffer steps views",
     "backbone mebm": "network energy density sampler start buffer steps views",
     "backbone sadajem": "network energy density sampler start buffer steps views",
-    "objective ebjdat": "w1 w2 w3 w_clean adv_steps radius_px start_px step_px step_size step norm "
-    "projection inner direction outer margin pair distance distance_weight",
+    "objective ebjdat": "w1 w2 w3 w_clean adv_steps radius_px norm ascent inner outer distance "
+    "distance_weight",
+    "objective ebjdatreleased": "w1 w2 w3 w_clean adv_steps start_px step_px climbs",
     "objective jeat": "w_px attack",
     "objective jem": "w_px w_pyx negatives",
     "objective lbgat": "beta attack teacher",
@@ -56,6 +57,9 @@ KNOWN = {
     "objective weat": "of beta attack",
     "updater awp": "gamma",
     "updater sam": "rho adaptive",
+    "ascent l2": "step_px",
+    "ascent sgld": "step_size noise clip",
+    "ascent sign": "step_px",
     "distance lpips": "net weights download",
     "dataset cifar10": "dir download",
     "dataset cifar100": "dir download",
@@ -130,14 +134,20 @@ E = ("sadajem", "ebjdat", "objective")
 J = ("jem", "jem", "")
 ACTS: list[tuple[tuple[str, str, str], list[str], str]] = [
     *[(E, [], f"objective.{s}") for s in (
-        "w1=0.9", "w2=0.9", "w3=0.9", "w_clean=0.9", "adv_steps=3", "radius_px=60", "start_px=1",
-        "step_px=1", "step=normalised", "step=gradient", "projection=false", "inner=marginal",
-        "direction=lower", "outer=contrastive", "pair=density", "distance.use=logits",
+        "w1=0.9", "w2=0.9", "w3=0.9", "w_clean=0.9", "adv_steps=3", "radius_px=60",
+        "ascent.step_px=1", "ascent.use=l2", "ascent.use=sgld", "inner=marginal",
+        "outer=contrastive", "distance.use=logits",
     )],
-    (E, ["objective.step=gradient"], "objective.step_size=0.5"),
+    (E, ["objective.ascent.use=l2"], "objective.ascent.step_px=1"),
+    *[(E, ["objective.ascent.use=sgld"], f"objective.ascent.{s}") for s in (
+        "step_size=0.5", "noise=0.1", "clip=0.0001",
+    )],
     (E, ["objective.radius_px=60"], "objective.norm=L2"),
-    (E, ["objective.outer=hinge"], "objective.margin=1000"),
-    (E, ["objective.distance.use=l2", "objective.step=gradient"], "objective.distance_weight=99"),
+    (E, ["objective.distance.use=l2", "objective.ascent.use=sgld"], "objective.distance_weight=99"),
+    *[(("sadajem", "ebjdatreleased", ""), [], f"objective.{s}") for s in (
+        "w1=0.9", "w2=0.9", "w3=0.9", "w_clean=0.9", "adv_steps=3", "start_px=1", "step_px=2",
+        "climbs=ce",
+    )],
     *[(J, [], s) for s in (
         "objective.w_px=0.5", "objective.w_pyx=0.5", "backbone.steps=1", "backbone.start.use=noise",
         "backbone.sampler.use=pyld", "backbone.sampler.step_size=0.5", "backbone.sampler.noise=0.1",
@@ -214,15 +224,10 @@ def test_an_option_of_training_changes_what_training_leaves_behind(
 
 
 IDLE: list[tuple[list[str], str, str]] = [
-    ([], "objective.margin=0.5", 'unless outer = "hinge"'),
-    ([], "objective.step_size=0.5", 'unless step = "gradient"'),
-    (["objective.step=gradient"], "objective.step_px=1", "whose size is step_size"),
     ([], "objective.distance_weight=3", "without a distance"),
-    (["objective.adv_steps=0"], "objective.step_px=1", "where adv_steps is 0"),
-    (["objective.w2=0"], "objective.pair=density", "where w2 is 0"),
+    (["objective.adv_steps=0"], "objective.ascent.step_px=1", "where adv_steps is 0"),
+    (["objective.w2=0"], "objective.outer=contrastive", "where w2 is 0"),
     (["objective.w2=0", "objective.w3=0"], "objective.radius_px=9", "where w2 and w3 are 0"),
-    (["objective.projection=false", "objective.start_px=1", "objective.step_px=1"],
-     "objective.radius_px=9", "without projection"),
     (["objective.use=jem", "objective.w_px=0"], "objective.negatives=conditional", "w_px is 0"),
     (["objective.use=trades", "objective.beta=0"], "objective.attack.steps=3", "beta is 0"),
     (["objective.use=score", "objective.beta=0"], "objective.c=1", "beta is 0"),
@@ -284,11 +289,12 @@ def test_what_lower_layers_say_may_be_said_again_and_may_have_nothing_to_do() ->
 
 def test_the_config_of_a_run_is_read_whatever_it_says(tmp_path: Path) -> None:
     table = resolve(REGISTRY).tables
-    table["objective"]["margin"] = 0.5
+    table["schedule"]["floor"] = 0.5
+    table["schedule"]["decay"] = "constant"
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"recipe": table}))
-    assert resolve(REGISTRY, config=path).tables["objective"]["margin"] == 0.5
-    with pytest.raises(ConfigError, match=r"objective.margin = 0.5 .*\(from config\)"):
+    assert resolve(REGISTRY, config=path).tables["schedule"]["floor"] == 0.5
+    with pytest.raises(ConfigError, match=r"schedule.floor = 0.5 .*\(from config\)"):
         resolve(REGISTRY, config=table)
 
 

@@ -5,13 +5,23 @@ from typing import Any, ClassVar, NamedTuple
 import pytest
 import torch
 from torch import Generator, Tensor
-from toys import BACKBONES, OBJECTIVES, REGISTRY, UPDATERS, tiny
+from toys import (
+    BACKBONES,
+    OBJECTIVES,
+    REGISTRY,
+    UPDATERS,
+    gen,
+    tiny,
+    toy_recipe,
+    toy_registry,
+)
 
 from jemkit import Augmentation, Images, Options, Terms, testing
 from jemkit.errors import ConfigError
 
 KINDS = {
     "sampler": testing.check_sampler,
+    "ascent": testing.check_ascent,
     "start": testing.check_start,
     "density": testing.check_density,
     "energy": testing.check_energy_model,
@@ -62,10 +72,10 @@ def test_every_registered_objective_keeps_the_laws_of_its_kind(name: str) -> Non
     testing.check_objective(tiny("objective", name))
 
 
-@pytest.mark.parametrize("outer", ["align", "contrastive", "abs", "squared", "hinge"])
+@pytest.mark.parametrize("outer", ["align", "contrastive", "squared"])
 @pytest.mark.parametrize("inner", ["joint", "marginal", "ce"])
 def test_every_reading_of_ebjdat_keeps_the_laws_of_an_objective(outer: str, inner: str) -> None:
-    testing.check_objective(tiny("objective", "ebjdat", outer=outer, inner=inner, pair="density"))
+    testing.check_objective(tiny("objective", "ebjdat", outer=outer, inner=inner))
 
 
 @pytest.mark.parametrize("name", UPDATERS)
@@ -357,7 +367,14 @@ def test_every_kind_of_part_has_laws_or_a_reason_to_have_none() -> None:
 def test_an_objective_of_no_weight_is_refused() -> None:
     with pytest.raises(ConfigError, match="nothing to learn"):
         Terms.weighted({})
-    with pytest.raises(ValueError, match="nothing to learn"):
-        tiny("objective", "ebjdat", w1=0, w2=0, w3=0, w_clean=0)
-    with pytest.raises(ValueError, match="nothing to learn"):
-        tiny("objective", "jem", w_px=0, w_pyx=0)
+    task = testing.toy_task()
+    backbone, batch = testing.toy_backbone(task), testing.toy_batch(task)
+    weighted = {"ebjdat": ("w1", "w2", "w3", "w_clean"), "jem": ("w_px", "w_pyx")}
+    for name, weights in weighted.items():
+        objective = tiny("objective", name, **dict.fromkeys(weights, 0))
+        draws = objective.draw(backbone, batch, gen())
+        with pytest.raises(ConfigError, match="nothing to learn"):
+            objective.loss(backbone, batch, draws)
+        settings = [f"objective.{weight}=0" for weight in weights]
+        with pytest.raises(ConfigError, match=f"objective: every weight of {name} is 0"):
+            toy_recipe(toy_registry(), "jem", name, "plain", *settings)

@@ -60,10 +60,12 @@ def update(norm: str, *streams: int) -> Count:
 def wanted(objective: str, norm: str) -> tuple[Count, Count]:
     """What the algorithms ask for: the chains of a step, and one taking of the loss.
 
-    M passes of P images are the chains to x^-, M_adv of B those to x~. x~ begins without a pass:
-    TRADES alone asks for the clean prediction first, to climb away from.
+    M passes of P images are the chains to x^-, M_adv of B those to x~. x~ begins without a pass,
+    but where it goes away from the clean prediction: in TRADES, and in EB-JDAT's released program,
+    whose distance passes x~ once more a step.
     """
     negatives, adversaries = Count(M, M * P), Count(M_ADV, M_ADV * B)
+    four = update(norm, B, P, P, B)
     table = {
         "ce": (Count(0, 0), update(norm, B)),
         "jem": (negatives, update(norm, B, P, P)),
@@ -75,7 +77,8 @@ def wanted(objective: str, norm: str) -> tuple[Count, Count]:
         "lbgat": (adversaries + Count(1, B), update(norm, B, B)),  # beside the teacher's
         "tdat": (Count(1, B), update(norm, B, B)),  # one step, not M_adv
         "jeat": (negatives + adversaries, update(norm, B, P)),
-        "ebjdat": (negatives + adversaries, update(norm, B, P, P, B)),
+        "ebjdat": (negatives + adversaries, four),
+        "ebjdatreleased": (negatives + adversaries.times(2) + Count(1, B), four),
     }
     return table[objective]
 
@@ -97,8 +100,8 @@ def counted(model: nn.Module) -> list[int]:
 BUILT = [
     (b, o)
     for b in ("classifier", "jem", "jempp", "mebm", "sadajem")
-    for o in ("ce", "pgdat", "trades", "jem", "ebjdat")
-    if b != "classifier" or o not in ("jem", "ebjdat")
+    for o in ("ce", "pgdat", "trades", "jem", "ebjdat", "ebjdatreleased")
+    if b != "classifier" or o not in ("jem", "ebjdat", "ebjdatreleased")
 ] + [("sadajem", "jeat"), *(("classifier", o) for o in ("mart", "weat", "score", "tdat", "lbgat"))]
 
 

@@ -14,7 +14,7 @@ from jemkit import run
 from jemkit.config.recipe import resolve
 from jemkit.config.registry import installed
 from jemkit.sampling.reports import reports
-from jemkit.testing import check_evaluator, check_objective, check_sampler
+from jemkit.testing import check_ascent, check_evaluator, check_objective, check_sampler
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -51,8 +51,8 @@ def test_every_link_leads_to_a_file(page: Path) -> None:
 
 def test_the_table_of_parts_names_every_part_and_no_other() -> None:
     registry = installed(third_party=False)
-    for kind in ("backbone", "objective", "updater", "sampler", "distance", "dataset", "start",
-                 "attack", "evaluator"):  # fmt: skip
+    for kind in ("backbone", "objective", "updater", "sampler", "ascent", "distance", "dataset",
+                 "start", "attack", "evaluator"):  # fmt: skip
         label = "data set" if kind == "dataset" else kind
         (row,) = re.findall(rf"^\| {label} \| (.*?) \|", readme(), re.M)
         bare = re.sub(r"\([^)]*\)", "", row)
@@ -98,13 +98,14 @@ def test_every_option_that_readings_names_exists() -> None:
             at = at[name]
 
 
-def test_the_guides_objective_and_sampler_keep_the_laws() -> None:
+def test_the_guides_objective_sampler_and_ascent_keep_the_laws() -> None:
     guide = (ROOT / "docs" / "write-a-plugin.md").read_text()
     (code,) = re.findall(r"```python no-example\n(.*?)```", guide, re.S)
     scope: dict[str, Any] = {}
     exec(IMPORTS + code, scope)
     check_objective(scope["Smoothed"]())
     check_sampler(scope["NoisySign"]())
+    check_ascent(scope["NoisySignAscent"]())
 
 
 def test_the_guides_sampler_with_a_state_keeps_the_laws_and_reports() -> None:
@@ -140,8 +141,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor
 from jemkit import (
-    Backbone, Batch, Context, EnergyFn, Figure, Images, Options, PixelModel, Terms, batches,
-    gradient, noise_like, watched,
+    Backbone, Ball, Batch, Bounds, Context, EnergyFn, Figure, Images, Options, PixelModel, Sampler,
+    Terms, batches, gradient, noise_like, watched,
 )
 """
 

@@ -85,4 +85,4 @@ def test_the_matrix_is_whole() -> None:
     pairs = len(BACKBONES) * len(OBJECTIVES)
     assert len(MATRIX) + len(MISFITS) * len(UPDATERS) == pairs * len(UPDATERS)
     assert {b for b, _ in MISFITS} == {"classifier"}
-    assert {o for _, o in MISFITS} == {"jem", "jeat", "ebjdat"}
+    assert {o for _, o in MISFITS} == {"jem", "jeat", "ebjdat", "ebjdatreleased"}

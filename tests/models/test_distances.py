@@ -8,11 +8,11 @@ from strategies import normal, seeds, uniform
 from toys import linear_model
 
 from jemkit import Bounds, gradient
-from jemkit.models.distances import L2, Logits, NoDistance
+from jemkit.models.distances import L2, LogitDistance, NoDistance
 from jemkit.testing import toy_model, toy_task
 
 TASK = toy_task()
-DISTANCES = [NoDistance(), L2(), Logits()]
+DISTANCES = [NoDistance(), L2(), LogitDistance()]
 distances = st.sampled_from(DISTANCES)
 
 
@@ -45,7 +45,7 @@ def test_l2_is_half_the_mean_square_of_the_differences(seed: int) -> None:
 def test_the_logit_distance_is_the_squared_chord_between_directions(seed: int) -> None:
     model = linear_model(12, 5, seed)
     x, z = normal(seed, 3, 12), normal(seed + 1, 3, 12)
-    d = Logits().bind(model, x, Bounds())(z)
+    d = LogitDistance().bind(model, x, Bounds())(z)
     cosine = torch.cosine_similarity(model(x).logits, model(z).logits)
     torch.testing.assert_close(d, 2 - 2 * cosine, rtol=1e-4, atol=1e-5)
 

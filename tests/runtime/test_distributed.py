@@ -29,7 +29,8 @@ from jemkit.training.reshard import reshard_state
 UPDATERS = ("plain", "sam", "awp")
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "ebjdat": {"w1": 0.5, "w2": 0.5},
-    "ebjdat, squared": {"w1": 0.5, "w2": 0.05, "pair": "density", "outer": "squared"},
+    "ebjdat, squared": {"w1": 0.5, "w2": 0.05, "outer": "squared"},
+    "ebjdatreleased": {},
     "jem": {},
 }
 UPDATES = 20

@@ -10,7 +10,7 @@ from torch import Tensor
 from toys import backbone_of, gen, objective_of, updater_of
 
 from jemkit import SGLD, Guard, ModelEnergy, run, train_step
-from jemkit.models.distances import L2, Logits
+from jemkit.models.distances import L2, LogitDistance
 from jemkit.models.networks import WRN, SmallCNN
 from jemkit.runtime.modes import eval_mode, frozen, sampling_mode
 from jemkit.sampling.compile import (
@@ -67,7 +67,7 @@ def test_a_chain_compiles_once_however_long_and_however_the_weights_move() -> No
 
 @pytest.mark.parametrize("backbone", ["jem", "jempp", "mebm", "sadajem"])
 @pytest.mark.parametrize(
-    "options", [{}, {"inner": "ce"}, {"distance": Logits()}, {"distance": L2()}]
+    "options", [{}, {"inner": "ce"}, {"distance": LogitDistance()}, {"distance": L2()}]
 )
 def test_steps_after_the_first_compile_nothing(backbone: str, options: dict[str, Any]) -> None:
     built = backbone_of(backbone)

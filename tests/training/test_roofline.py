@@ -196,9 +196,8 @@ def test_the_released_loss_is_ours_of_the_same_images(norm: str) -> None:
     x_neg, x_adv = torch.rand(batch.x_pos.shape, generator=gen()), batch.x.flip(0)
     naive = released(model, weights=Weights(0.7, 0.5, 0.2, 0.3))
     theirs = naive.loss(batch.x, batch.y, batch.x_pos, x_neg, x_adv)
-    objective = toy_registry()["objective"]["ebjdat"](
-        w1=0.7, w2=0.2, w3=0.3, w_clean=0.5, outer="contrastive", pair="density"
-    )
+    options = {"w1": 0.7, "w2": 0.2, "w3": 0.3, "w_clean": 0.5}
+    objective = toy_registry()["objective"]["ebjdatreleased"](**options)
     backbone = toy_backbone(TASK, model)
     draws = objective.draw(backbone, batch, gen())._replace(x_neg=x_neg, x_adv=x_adv)
     torch.testing.assert_close(theirs, objective.loss(backbone, batch, draws).total)
