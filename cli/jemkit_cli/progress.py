@@ -23,49 +23,35 @@ def watching(run: Path, *, silent: bool) -> Iterator[Watch | None]:
     where = console()
     if silent:
         yield None
-    elif where.is_terminal:
-        with _progress(where) as progress:
-            yield _bar(progress, run)
-    else:
+    elif not where.is_terminal:
         yield _lines(run)
+    else:
+        with _progress(
+            where, "epoch {task.fields[epoch]}/{task.fields[epochs]}", "now"
+        ) as progress:
+            yield _bar(progress, run)
 
 
-def _progress(where: "Console") -> "Progress":
+def _progress(where: "Console", text: str, *fields: str) -> "Progress":
+    """A bar under a text, and beside it the time that is left and some fields of its task."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Left
 
-    return Progress(
-        TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-        BarColumn(bar_width=14),
-        MofNCompleteColumn(),
-        Left(),
-        TextColumn("{task.fields[now]}", markup=False),
-        console=where,
-        transient=True,
-    )
+    more = (TextColumn(f"{{task.fields[{field}]}}", markup=False) for field in fields)
+    columns = (TextColumn(text, markup=False), BarColumn(bar_width=14), MofNCompleteColumn())
+    return Progress(*columns, Left(), *more, console=where, transient=True)
 
 
 def _bar(progress: "Progress", run: Path) -> Watch:
     def watch(kind: str, what: dict[str, Any]) -> None:
+        if text := _message(run, kind, what):
+            progress.console.print(printable(text), markup=False, soft_wrap=True)
         if kind == "start":
-            progress.console.print(printable(_beginning(run, what)), markup=False, soft_wrap=True)
-            progress.add_task(
-                "training",
-                total=what["total"],
-                completed=what["step"],
-                epoch=1,
-                epochs=what["epochs"],
-                now="",
-            )
+            now = {"completed": what["step"], "epoch": 1, "epochs": what["epochs"], "now": ""}
+            progress.add_task("training", total=what["total"], **now)
         elif kind == "step":
             task = progress.tasks[0].id
             progress.update(task, completed=what["step"], epoch=what["epoch"], now=_brief(what))
-        elif kind == "epoch":
-            progress.console.print(_epoch(what), markup=False)
-        elif kind == "rollback":
-            progress.console.print(printable(_rollback(what)), markup=False, soft_wrap=True)
-        elif kind == "compiled":
-            progress.console.print(printable(_compiled(what)), markup=False, soft_wrap=True)
 
     return watch
 
@@ -74,23 +60,35 @@ def _lines(run: Path) -> Watch:
     last: dict[str, Any] = {}
 
     def watch(kind: str, what: dict[str, Any]) -> None:
-        if kind == "start":
-            say(_beginning(run, what))
-        elif kind == "step":
+        if kind == "step":
             last.update(what)
-        elif kind == "epoch":
-            say(f"{_epoch(what)}  {_now(last)}".rstrip())
-        elif kind == "rollback":
-            say(_rollback(what))
-        elif kind == "compiled":
-            say(_compiled(what))
+        elif text := _message(run, kind, what):
+            say(f"{text}  {_now(last)}".rstrip() if kind == "epoch" else text)
 
     return watch
 
 
-def _beginning(run: Path, what: Mapping[str, Any]) -> str:
-    complete = what["step"] == what["total"]
-    return f"run {run}" + (": complete already, judged again" if complete else "")
+def _message(run: Path, kind: str, what: Mapping[str, Any]) -> str:
+    """What is said of an event of a run; nothing of most."""
+    if kind == "start":
+        complete = what["step"] == what["total"]
+        return f"run {run}" + (": complete already, judged again" if complete else "")
+    if kind == "epoch":
+        return (
+            f"epoch {what['epoch']:>3}  step {what['step']:>6}  validation accuracy "
+            f"{what['accuracy']:.1%}  under PGD-10 {what['pgd10']:.1%}  {what['seconds']:.1f} s"
+        )
+    if kind == "rollback":
+        return (
+            f"step {what['step']}: {what['what']}; back to step {what['to']}, attempt "
+            f"{what['attempt']} of {what['of']} with {what['with']}"
+        )
+    if kind == "compiled":
+        return (
+            f"{what['graphs']} gradient(s) compiled in {what['seconds']:g} s; "
+            "docs/performance.md says when that pays"
+        )
+    return ""
 
 
 def _now(what: Mapping[str, Any]) -> str:
@@ -107,27 +105,6 @@ def _brief(what: Mapping[str, Any]) -> str:
     return " ".join([*told, *(f"gap {gap:.2f}" for gap in gaps[:1])])
 
 
-def _rollback(what: Mapping[str, Any]) -> str:
-    return (
-        f"step {what['step']}: {what['what']}; back to step {what['to']}, attempt "
-        f"{what['attempt']} of {what['of']} with {what['with']}"
-    )
-
-
-def _compiled(what: Mapping[str, Any]) -> str:
-    return (
-        f"{what['graphs']} gradient(s) compiled in {what['seconds']:g} s; "
-        "docs/performance.md says when that pays"
-    )
-
-
-def _epoch(what: Mapping[str, Any]) -> str:
-    return (
-        f"epoch {what['epoch']:>3}  step {what['step']:>6}  validation accuracy "
-        f"{what['accuracy']:.1%}  under PGD-10 {what['pgd10']:.1%}  {what['seconds']:.1f} s"
-    )
-
-
 Track = Callable[[str, int, int], None]
 
 
@@ -141,20 +118,11 @@ def tracking(*, silent: bool) -> Iterator[Track | None]:
     where = console()
     if silent:
         yield None
-        return
-    if not where.is_terminal:
+    elif not where.is_terminal:
         yield _seldom()
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Left
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=14),
-        MofNCompleteColumn(),
-    )
-    with Progress(*columns, Left(), console=where, transient=True) as progress:
-        yield _bars(progress)
+    else:
+        with _progress(where, "{task.description}") as progress:
+            yield _bars(progress)
 
 
 def _seldom() -> Track:

@@ -1,5 +1,6 @@
 """How a run ended: as a table to read, or as a record for scripts."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jemkit_cli.terminal import say, show_table
@@ -43,16 +44,10 @@ def record(summary: "Summary", resolved: "Resolved") -> dict[str, Any]:
 
 def show(summary: "Summary") -> None:
     """Every figure with its protocol, and where the run is."""
-    rows, above = [], ""
-    for figure in summary.figures:
-        told = told_protocol(figure)
-        shown = "as above" if told == above else told
-        rows.append([TITLES.get(figure.name, figure.name), _value(figure), shown])
-        above = told
     card = summary.figures[0].protocol
     chosen = "best PGD-10 accuracy on validation"
     title = f"epoch {summary.best_epoch} of {summary.epochs} ({chosen})"
-    show_table(["figure", "value", "measured on"], rows, title)
+    _show_figures(summary.figures, title)
     if card["selection"] != "all":
         say(
             f"judged on a part of the test images, {card['selection']}: by default as many as take "
@@ -67,14 +62,8 @@ def show(summary: "Summary") -> None:
 
 def show_record(record: "Record") -> None:
     """Every figure of an evaluation with its protocol, the indicators and what was left out."""
-    rows, above = [], ""
     shown = [figure for figure in record.figures if not _in_detail(figure)]
-    for figure in shown:
-        told = told_protocol(figure)
-        rows.append([TITLES.get(figure.name, figure.name), _value(figure),
-                     "as above" if told == above else told])  # fmt: skip
-        above = told
-    show_table(["figure", "value", "measured on"], rows, _title(record))
+    _show_figures(shown, _title(record))
     if len(shown) < len(record.figures):
         say(f"{len(record.figures) - len(shown)} figures more are in the record: --json, report")
     for name, verdict in record.tables.get("indicators", {}).items():
@@ -90,6 +79,16 @@ def show_record(record: "Record") -> None:
     card = record.protocol
     say(", ".join(f"{name} {version}" for name, version in card["versions"].items()))
     say(f"weights {card['checkpoint']}")
+
+
+def _show_figures(figures: Sequence["Figure"], title: str) -> None:
+    rows, above = [], ""
+    for figure in figures:
+        told = told_protocol(figure)
+        shown = "as above" if told == above else told
+        rows.append([TITLES.get(figure.name, figure.name), _value(figure), shown])
+        above = told
+    show_table(["figure", "value", "measured on"], rows, title)
 
 
 def _in_detail(figure: "Figure") -> bool:

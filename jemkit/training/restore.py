@@ -191,8 +191,8 @@ def run_folder(path: Path) -> RunFolder:
     """The folder of a run that exists; `latest` is followed to the run that it points to."""
     if not (path / CONFIG).exists():
         raise DataError(
-            f"{path} is no run of jemkit and no exported model: it has no {CONFIG}; `jemkit train` "
-            "and `jemkit export` make them"
+            f"{path} is not a run of jemkit and not an exported model: it has no {CONFIG}; "
+            "`jemkit train` and `jemkit export` make them"
         )
     return RunFolder(path.resolve())
 

@@ -453,7 +453,7 @@ def test_a_run_is_loaded_as_its_exported_model_is(
     assert torch.equal(drawn[0].pixels, drawn[1].pixels)
     assert drawn[0].protocol == drawn[1].protocol
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="is no run of jemkit and no exported model"):
+    with pytest.raises(DataError, match="is not a run of jemkit and not an exported model"):
         load(tmp_path / "empty", registry=parts)
 
 
