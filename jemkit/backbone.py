@@ -68,7 +68,7 @@ class Backbone:
         states = ReplayBuffer(Buffer() if buffer is None else buffer, p0, n_classes, rng)
         kernel = SGLD(noise=0.01, clip=1.0) if sampler is None else sampler
         density = Contrastive().build(kernel, steps, p0, states, bounds)
-        model = LogitEnergy(Adapted(module, n_classes))
+        model = LogitEnergy(Adapted(module))
         return cls(model, density, views=views, bounds=bounds, radius_px=radius_px)
 
     @property

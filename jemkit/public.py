@@ -12,7 +12,7 @@ from jemkit.attacks.base import (
     radius_of,
     training_radius,
 )
-from jemkit.attacks.pgd import PGD, Best, perturbed
+from jemkit.attacks.pgd import PGD, Ascent, Best, Criterion, CriterionFn, perturbed
 from jemkit.attacks.pixel_model import PixelModel
 from jemkit.backbone import (
     Backbone,
@@ -133,6 +133,8 @@ __all__ = [
     "ConfigError",
     "Context",
     "Contrastive",
+    "Criterion",
+    "CriterionFn",
     "DataError",
     "Dataset",
     "Density",

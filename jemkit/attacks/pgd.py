@@ -1,7 +1,8 @@
 """Attacks: chains up a loss inside a ball around x, and whatever else fools a model."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,28 @@ def perturbed(x: Tensor, radius: float, rng: Generator, norm: Ball = "Linf") -> 
     share = torch.rand((len(x), 1), generator=rng, device=x.device, dtype=x.dtype)
     direction = F.normalize(n, dim=1) * share ** (1 / n.shape[1])
     return x + radius * direction.view_as(x)
+
+
+class Criterion(NamedTuple):
+    """What an attack maximises, and by what it keeps the worst of its images."""
+
+    loss: Tensor  # [B], which the ascent raises
+    wrong: Tensor  # [B], bool: a wrong image is kept before any that is not
+    rank: Tensor | None = None  # [B], the highest is kept; None: the loss
+
+
+CriterionFn = Callable[[Tensor], Criterion]
+"""Of x~ [B, C, H, W]."""
+
+
+def cross_entropy(model: nn.Module, y: Tensor) -> AttackLoss:
+    """The usual loss of an attack on a model that gives logits."""
+    return lambda x: F.cross_entropy(model(x), y, reduction="none")
+
+
+def negated(loss: AttackLoss) -> EnergyFn:
+    """The energy whose descent is the loss's ascent."""
+    return lambda x: -loss(x)
 
 
 class Best:
@@ -108,8 +131,7 @@ class PGD(Options):
         radius = radius_px if self.radius_px is None else self.radius_px
         kernel = self.kernel(x, radius, bounds, self.norm)
         with frozen(model), eval_mode(model):
-            start = self.begin(kernel, rng)
-            return run(kernel, lambda x: -loss(x), start, rng, self.steps)
+            return run(kernel, negated(loss), self.begin(kernel, rng), rng, self.steps)
 
     def begin(self, kernel: Projected, rng: Generator) -> Tensor:
         """Where a climb begins: a point of the ball, inside the range."""
@@ -130,16 +152,12 @@ class PGD(Options):
         self._check_threat(threat)
 
         def perturb(x: Tensor, y: Tensor, rng: Generator) -> Tensor:
-            best = Best(x)
-
-            def energy(z: Tensor) -> Tensor:
+            def evaluated(z: Tensor) -> Criterion:
                 logits = subject(z)
                 loss = F.cross_entropy(logits, y, reduction="none")
-                best.see(z, loss, logits.argmax(1) != y)
-                return -loss
+                return Criterion(loss, logits.argmax(1) != y)
 
-            self.climb(energy, x, threat.radius_px, norm, rng)
-            return best.x
+            return self.worst(evaluated, x, threat.radius_px, norm, rng)
 
         return {self.label: perturb}
 
@@ -153,16 +171,22 @@ class PGD(Options):
             "kept": "the worst of all steps",
         }
 
-    def climb(
-        self, energy: EnergyFn, x: Tensor, radius_px: float, norm: Ball, rng: Generator
-    ) -> None:
-        """Go down an energy in the ball from every start; it sees each state, and keeps what it
-        wants."""
-        kernel = self.kernel(x, radius_px, UNIT, norm)
+    def worst(
+        self, criterion: CriterionFn, x: Tensor, radius_px: float, norm: Ball, rng: Generator
+    ) -> Tensor:
+        """The worst image of all steps and restarts of an ascent in the ball."""
+        best, kernel = Best(x), self.kernel(x, radius_px, UNIT, norm)
+
+        def energy(z: Tensor) -> Tensor:
+            loss, wrong, rank = criterion(z)
+            best.see(z, loss if rank is None else rank, wrong)
+            return -loss
+
         for _ in range(self.restarts):
             end = run(kernel, energy, self.begin(kernel, rng), rng, self.steps)
             with torch.no_grad():
                 energy(end)
+        return best.x
 
     def kernel(self, x: Tensor, radius_px: float, bounds: Bounds, norm: Ball) -> Projected:
         """Steepest ascent around x, projected; for an energy, which is a loss upside down."""
@@ -180,3 +204,41 @@ class PGD(Options):
                 f"pgd is set to {own}, and the evaluation to {threat._asdict()}: in an evaluation "
                 "every attack has the same norm and radius; leave pgd's own unset"
             )
+
+
+class Ascent(Options, ABC):
+    """An attack on a model by PGD on a loss of its own; it keeps the worst image of all steps.
+
+    A subclass has the options `steps` and `step_px`, and `restarts` where it takes them.
+    """
+
+    everyone: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """The name of its figure."""
+
+    @abstractmethod
+    def criterion(self, subject: PixelModel, x: Tensor, y: Tensor, rng: Generator) -> CriterionFn:
+        """What is maximised near images x [B, C, H, W] of classes y [B]."""
+
+    def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
+        norm = ball_of(threat, self.label)
+
+        def perturb(x: Tensor, y: Tensor, rng: Generator) -> Tensor:
+            return self._pgd.worst(
+                self.criterion(subject, x, y, rng), x, threat.radius_px, norm, rng
+            )
+
+        return {self.label: perturb}
+
+    def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
+        return self._pgd.card(threat, n_classes)
+
+    def unused(self) -> dict[str, str]:
+        return self._pgd.unused()
+
+    @property
+    def _pgd(self) -> PGD:
+        return PGD(**self.model_dump(include={"steps", "step_px", "restarts"}))

@@ -8,8 +8,8 @@ from torch import Generator, Tensor, nn
 
 from jemkit.data import Bounds
 from jemkit.errors import DataError, MisfitError
-from jemkit.models.energy import EnergyModel, Scores
-from jemkit.runtime.microbatch import microbatched
+from jemkit.models.energy import EnergyModel, LogitEnergy, Scores
+from jemkit.models.networks import Adapted
 from jemkit.runtime.modes import eval_mode
 from jemkit.sampling.density import Density
 from jemkit.sampling.init_dists import Start
@@ -121,27 +121,6 @@ def _nothing() -> None:
     return None
 
 
-class AdaptedModel(EnergyModel):
-    """Any module that maps [0, 1] images to logits, read as JEM reads a classifier (Eq. 1)."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Scores:
-        logits = microbatched(self.module, x, self.module)
-        if not isinstance(logits, Tensor) or logits.dim() != 2:
-            came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise MisfitError(
-                f"the model gives {came} for {len(x)} images; expected a tensor of logits, "
-                f"[{len(x)}, classes]"
-            )
-        return self.scores(logits)
-
-    def read(self, features: Tensor) -> Scores:
-        return Scores(features, -features.logsumexp(dim=1))
-
-
 def pixel_model(module: nn.Module, bounds: Bounds = UNIT) -> PixelModel:
     """A module as it is judged: a PixelModel, an energy model or any classifier of images.
 
@@ -153,7 +132,7 @@ def pixel_model(module: nn.Module, bounds: Bounds = UNIT) -> PixelModel:
         return module
     if isinstance(module, EnergyModel):
         return PixelModel(module, bounds)
-    return PixelModel(AdaptedModel(module), bounds)
+    return PixelModel(LogitEnergy(Adapted(module)), bounds)
 
 
 def in_own_type(subject: PixelModel, pixels: Tensor) -> PixelModel:

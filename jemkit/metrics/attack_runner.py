@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from jemkit.attacks.autoattack import random_state_kept
 from jemkit.attacks.base import Attack, ModelAttack, Perturb, Threat
 from jemkit.attacks.departures import departures, with_departures
+from jemkit.attacks.pgd import cross_entropy
 from jemkit.attacks.pixel_model import UNIT, PixelModel, weights_hash
 from jemkit.data import Images
 from jemkit.errors import DataError, MisfitError
@@ -205,9 +205,7 @@ class AscentOnModel:
 
     def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
         def perturb(x: Tensor, y: Tensor, rng: Generator) -> Tensor:
-            def loss(z: Tensor) -> Tensor:
-                return F.cross_entropy(subject(z), y, reduction="none")
-
+            loss = cross_entropy(subject, y)
             return self.attack.draw(subject, loss, x, rng, bounds=UNIT, radius_px=threat.radius_px)
 
         return {self.label: perturb}

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jemkit.errors import MisfitError
 from jemkit.options import Options
 from jemkit.runtime.microbatch import microbatched
 
@@ -94,6 +95,16 @@ class LogitEnergy(EnergyModel):
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
+
+    def forward(self, x: Tensor) -> Scores:
+        logits = microbatched(self.network, x, self.network)
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise MisfitError(
+                f"the model gives {came} for {len(x)} images; expected a tensor of logits, "
+                f"[{len(x)}, classes]"
+            )
+        return self.scores(logits)
 
     def read(self, features: Tensor) -> Scores:
         return Scores(features, -features.logsumexp(dim=1))

@@ -186,7 +186,7 @@ class Adapted(Network):
 
     has_stem: ClassVar[bool] = False
 
-    def __init__(self, module: nn.Module, width: int) -> None:
+    def __init__(self, module: nn.Module, width: int = 0) -> None:  # 0: it gives logits
         super().__init__()
         self.module = module
         self.width = width

@@ -120,7 +120,7 @@ RENAMED = {
     "Sick": "Unhealthy", "Vitals": "RunStatistics", "Checkup": "HealthMonitor",
     "Ledger": "ResultCache", "Behind": "BackgroundWriter", "Polling": "PreemptionCheck",
     "Subject": "EvalTarget", "Source": "SampleSource", "Asked": "SampleRequest",
-    "Anchored": "ZeroGradientModel", "Stranger": "AdaptedModel", "Nothing": "NoDistance",
+    "Anchored": "ZeroGradientModel", "Stranger": "LogitEnergy", "Nothing": "NoDistance",
     "Remembering": "StatefulObjective", "Within": "ObjectiveInContext", "lent": "seeded_init",
     "fitted": "retry_on_oom", "passed": "microbatched", "trilemma": "comparison",
 }  # fmt: skip

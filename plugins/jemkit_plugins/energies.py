@@ -6,19 +6,18 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor
 
 from jemkit import (
     Context, Evaluator, Figure, Images, Options, PixelModel, ball_of, batches, chain, hookimpl,
-    perturbed,
 )  # fmt: skip
 from jemkit.metrics.attack_runner import attacked
 from jemkit.sampling.density import together
 from jemkit.metrics.figures import plain
 from jemkit.metrics.figures import BINS, bin_edges, histograms, shares
 from jemkit.metrics.identity import identity_of
+from jemkit.attacks.pgd import cross_entropy, negated
 from jemkit.attacks.pixel_model import UNIT, weights_hash
 from jemkit.metrics.energy_gap import PGD20, energies, energy_gaps
 from jemkit.runtime.rng import generator
@@ -145,12 +144,8 @@ def energy_path(subject: PixelModel, data: Images, ctx: Context) -> dict[str, An
     for x, y in batches(data, ctx, "energy along the attack"):
         rng = Generator(ctx.rng.device).manual_seed(ctx.seed)
         kernel = PGD20.kernel(x, ctx.threat.radius_px, UNIT, norm)
-        start = kernel.project(perturbed(x, ctx.threat.eps, rng, norm))
-
-        def ascent(z: Tensor, y: Tensor = y) -> Tensor:
-            return -F.cross_entropy(subject(z), y, reduction="none")
-
-        states = [start, *chain(kernel, ascent, start, rng, PGD20.steps)]
+        start, energy = PGD20.begin(kernel, rng), negated(cross_entropy(subject, y))
+        states = [start, *chain(kernel, energy, start, rng, PGD20.steps)]
         with torch.no_grad():
             scores = [subject.scores(state) for state in states]
         pairs = [torch.stack([s.energy, s.joint(y)]) for s in scores]

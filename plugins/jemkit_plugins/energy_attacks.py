@@ -1,62 +1,46 @@
 """Attacks on what a JEM has beside its classifier: its energy, and a detector made of it."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor
 
-from jemkit import PGD, Best, ModelAttack, Options, Perturb, PixelModel, Threat, ball_of, hookimpl
+from jemkit import Ascent, ModelAttack, PixelModel, Threat, Criterion, CriterionFn, hookimpl
 
 
-class EnergyAttack(Options):
+class EnergyAttack(Ascent):
     """Projected gradient ascent of E(x, y), or of E(x); it keeps the highest energy it meets.
 
     No label is asked to change: accuracy under it says what is lost on the way.
     """
-
-    everyone: ClassVar[bool] = True
 
     of: Literal["x", "xy"] = "xy"
     steps: int = Field(20, ge=0)
     step_px: float | None = Field(None, ge=0)  # None: a quarter of the radius
     restarts: int = Field(1, ge=1)
 
-    def unused(self) -> dict[str, str]:
-        return {} if self.steps else {"step_px": "where steps is 0"}
-
     @property
     def label(self) -> str:
         return "energy"
 
-    def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
-        norm = ball_of(threat, self.label)
+    def criterion(self, subject: PixelModel, x: Tensor, y: Tensor, rng: Generator) -> CriterionFn:
+        def evaluated(z: Tensor) -> Criterion:
+            scores = subject.scores(z)
+            energy = scores.energy if self.of == "x" else scores.joint(y)
+            return Criterion(energy, torch.zeros_like(energy, dtype=torch.bool))
 
-        def perturb(x: Tensor, y: Tensor, rng: Generator) -> Tensor:
-            best, alike = Best(x), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-
-            def inner_energy(z: Tensor) -> Tensor:
-                scores = subject.scores(z)
-                energy = scores.energy if self.of == "x" else scores.joint(y)
-                best.see(z, energy, alike)
-                return -energy
-
-            pgd = PGD(steps=self.steps, step_px=self.step_px, restarts=self.restarts)
-            pgd.climb(inner_energy, x, threat.radius_px, norm, rng)
-            return best.x
-
-        return {self.label: perturb}
+        return evaluated
 
     def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
-        plain = PGD(steps=self.steps, step_px=self.step_px, restarts=self.restarts)
         raised = {"x": "E(x)", "xy": "E(x, y)"}[self.of]
         kept = "the highest energy of all steps"
-        return {**plain.card(threat, n_classes), "raised": raised, "kept": kept}
+        return {**super().card(threat, n_classes), "raised": raised, "kept": kept}
 
 
-class Detector(Options):
+class Detector(Ascent):
     """Fool the classifier and a detector that refuses images of high energy, both at once.
 
     An image falls where it is misclassified and its E(x~) is no higher than the detector lets
@@ -69,17 +53,15 @@ class Detector(Options):
     A step goes up the cross-entropy; from a point that is wrong but seen it goes down E(x).
     """
 
-    everyone: ClassVar[bool] = True  # the percentile is that of all clean images
-
     limit: float | Literal["percentile", "own"] = "percentile"  # a number is an energy
-    percentile: float = Field(95.0, gt=0, le=100)
+    percentile: float = Field(95.0, gt=0, le=100)  # of all clean images, so all are attacked
     tolerance: float = Field(0.0, ge=0)  # added to the limit
     steps: int = Field(40, ge=0)
     step_px: float | None = Field(None, ge=0)  # None: a quarter of the radius
     restarts: int = Field(1, ge=1)
 
     def unused(self) -> dict[str, str]:
-        found = {} if self.steps else {"step_px": "where steps is 0"}
+        found = super().unused()
         if self.limit != "percentile":
             found["percentile"] = 'unless limit = "percentile"'
         return found
@@ -88,27 +70,19 @@ class Detector(Options):
     def label(self) -> str:
         return "detector"
 
-    def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
-        norm = ball_of(threat, self.label)
+    def criterion(self, subject: PixelModel, x: Tensor, y: Tensor, rng: Generator) -> CriterionFn:
+        with torch.no_grad():
+            limit = self.limits(subject.scores(x).energy)
 
-        def perturb(x: Tensor, y: Tensor, rng: Generator) -> Tensor:
-            best = Best(x)
-            with torch.no_grad():
-                limit = self.limits(subject.scores(x).energy)
+        def evaluated(z: Tensor) -> Criterion:
+            scores = subject.scores(z)
+            loss = F.cross_entropy(scores.logits, y, reduction="none")
+            wrong, seen = scores.logits.argmax(1) != y, ~(scores.energy <= limit)
+            fallen = wrong & ~seen  # x stays where none falls
+            raised = torch.where(wrong & seen, -scores.energy, loss)
+            return Criterion(raised, fallen, rank=loss.where(fallen, -torch.inf))
 
-            def inner_energy(z: Tensor) -> Tensor:
-                scores = subject.scores(z)
-                loss = F.cross_entropy(scores.logits, y, reduction="none")
-                wrong, seen = scores.logits.argmax(1) != y, ~(scores.energy <= limit)
-                fallen = wrong & ~seen
-                best.see(z, loss.where(fallen, -torch.inf), fallen)  # x stays where none falls
-                return torch.where(wrong & seen, scores.energy, -loss)
-
-            pgd = PGD(steps=self.steps, step_px=self.step_px, restarts=self.restarts)
-            pgd.climb(inner_energy, x, threat.radius_px, norm, rng)
-            return best.x
-
-        return {self.label: perturb}
+        return evaluated
 
     def limits(self, clean: Tensor) -> Tensor:
         """The highest energy that passes, for each image of clean energies [B]."""
@@ -119,13 +93,12 @@ class Detector(Options):
         return torch.full_like(clean, self.limit + self.tolerance)
 
     def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
-        plain = PGD(steps=self.steps, step_px=self.step_px, restarts=self.restarts)
         limit = {
             "own": "E(x) of the clean image itself",
             "percentile": f"percentile {self.percentile:g} of E over the batch's clean images",
         }.get(str(self.limit), self.limit)
         return {
-            **plain.card(threat, n_classes),
+            **super().card(threat, n_classes),
             "counted": "wrong and E(x~) within the limit, or wrong without any attack",
             "limit": limit,
             "tolerance": self.tolerance,

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from jemkit import (
-    PGD, ModelAttack, Options, Perturb, PixelModel, Threat, ball_of, hookimpl, perturbed, run,
+    PGD, ModelAttack, Options, Perturb, PixelModel, Threat, ball_of, hookimpl, run,
 )  # fmt: skip
+from jemkit.attacks.pgd import cross_entropy, negated
 from jemkit.attacks.pixel_model import UNIT
 
 
@@ -27,14 +27,10 @@ class FGSM(Options):
         norm = ball_of(threat, self.label)
 
         def perturb(x: Tensor, y: Tensor, rng: Generator) -> Tensor:
-            def energy(z: Tensor) -> Tensor:
-                return -F.cross_entropy(subject(z), y, reduction="none")
-
-            kernel = PGD(step_px=threat.radius_px).kernel(x, threat.radius_px, UNIT, norm)
-            start = x
-            if self.random_start:
-                start = kernel.project(perturbed(x, threat.eps, rng, norm))
-            return run(kernel, energy, start, rng, steps=1)
+            pgd = PGD(step_px=threat.radius_px)
+            kernel = pgd.kernel(x, threat.radius_px, UNIT, norm)
+            start = pgd.begin(kernel, rng) if self.random_start else x
+            return run(kernel, negated(cross_entropy(subject, y)), start, rng, steps=1)
 
         return {self.label: perturb}
 

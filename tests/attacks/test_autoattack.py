@@ -253,7 +253,7 @@ def test_logits_that_are_not_finite_on_the_way_are_an_error(stage: Stage) -> Non
     # an argmax of NaN is 0: images of class 0 would pass for robust
     y = torch.zeros(3, dtype=torch.int64)
     with torch.no_grad():
-        subject.model.module.head.bias[0] += 3
+        subject.model.network.module.head.bias[0] += 3
     with pytest.raises(DataError, match=rf"NaN or inf on images that {stage.name} tried"):
         part_of(stage, subject, Threat("Linf", 100), x, y)
 

@@ -20,13 +20,13 @@ from toys import REGISTRY, gen
 
 from jemkit import PixelModel
 from jemkit.attacks.base import Threat
-from jemkit.attacks.pixel_model import AdaptedModel
 from jemkit.config.eval_settings import evaluators_of, settings_of
 from jemkit.data import Images
 from jemkit.errors import ConfigError, DataError, MisfitError, Preempted
 from jemkit.metrics.evaluator import Context, Unmeasurable, measure
 from jemkit.metrics.figures import Figure
 from jemkit.metrics.plots import to_bytes
+from jemkit.models.energy import EnergyModel, Scores
 from jemkit.models.networks import seeded_init
 from jemkit.runtime.torchvision_compat import torchvision
 from jemkit.runtime.work_cache import Shard
@@ -232,6 +232,21 @@ def test_a_selection_stands_in_the_figures_names_and_counts() -> None:
 # what cannot be measured
 
 
+class Bare(EnergyModel):
+    """A linear classifier of pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Scores:
+        return self.read(x.flatten(1))
+
+    def read(self, features: Tensor) -> Scores:
+        logits = self.layer(features)
+        return Scores(logits, -logits.logsumexp(dim=1))
+
+
 def test_a_classifier_has_no_samples() -> None:
     with pytest.raises(Unmeasurable, match="without a density"):
         judged(model=PixelModel(toy_model(TASK), TASK.bounds))
@@ -243,14 +258,11 @@ def test_without_training_images_there_is_no_reference() -> None:
 
 
 @pytest.mark.usefixtures("no_cache")
-def test_a_strangers_module_has_no_features_of_its_own() -> None:
-    built = subject()
-    stranger = PixelModel(
-        AdaptedModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 3))), TASK.bounds, built.density
-    )
+def test_an_energy_model_without_a_network_has_no_features_of_its_own() -> None:
+    bare = PixelModel(Bare(), TASK.bounds, subject().density)
     with pytest.raises(Unmeasurable, match="no network"):
-        judged(model=stranger, features=None)
-    assert judged(model=stranger)["fd-pixels"].n == 40
+        judged(model=bare, features=None)
+    assert judged(model=bare)["fd-pixels"].n == 40
 
 
 def test_samples_of_another_shape_than_the_reference_are_refused() -> None:

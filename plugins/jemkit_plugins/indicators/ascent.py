@@ -12,6 +12,7 @@ from jemkit.attacks.pgd import PGD, perturbed
 from jemkit.attacks.pixel_model import UNIT
 from jemkit.attacks.random_search import margin
 from jemkit.models.networks import MLP, seeded_init
+from jemkit.sampling.kernels import run
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Logits [B, K] and labels [B] to [B]; higher is worse."""
@@ -61,11 +62,10 @@ def ascend(
         trail.append((logits.argmax(1) != y).detach())
         return -loss(logits, y)
 
-    for _ in range(steps):
-        z = kernel.step(energy, z, rng).detach()
+    end = run(kernel, energy, z, rng, steps)
     with torch.no_grad():
-        energy(z)
-    return Ascent(torch.stack(trail), z)
+        energy(end)
+    return Ascent(torch.stack(trail), end)
 
 
 def surrogate(
