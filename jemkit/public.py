@@ -12,7 +12,7 @@ from jemkit.attacks.base import (
     radius_of,
     training_radius,
 )
-from jemkit.attacks.pgd import PGD, Ascent, Best, Criterion, CriterionFn, perturbed
+from jemkit.attacks.pgd import PGD, Best, Criterion, CriterionFn, PGDAttack, perturbed
 from jemkit.attacks.pixel_model import PixelModel
 from jemkit.backbone import (
     Backbone,
@@ -175,6 +175,7 @@ __all__ = [
     "ObjectiveSpec",
     "Options",
     "OutOfMemory",
+    "PGDAttack",
     "PartOf",
     "Perturb",
     "PixelModel",

@@ -206,7 +206,7 @@ class PGD(Options):
             )
 
 
-class Ascent(Options, ABC):
+class PGDAttack(Options, ABC):
     """An attack on a model by PGD on a loss of its own; it keeps the worst image of all steps.
 
     A subclass has the options `steps` and `step_px`, and `restarts` where it takes them.

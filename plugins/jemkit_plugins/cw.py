@@ -6,11 +6,11 @@ from typing import Any
 from pydantic import Field
 from torch import Generator, Tensor
 
-from jemkit import Ascent, ModelAttack, PixelModel, Threat, Criterion, CriterionFn, hookimpl
+from jemkit import Criterion, CriterionFn, ModelAttack, PGDAttack, PixelModel, Threat, hookimpl
 from jemkit.attacks.random_search import margin
 
 
-class CW(Ascent):
+class CW(PGDAttack):
     """Projected gradient ascent of max_{k != y} z_k - z_y, which is their f_6 without a target.
 
     A difference of logits: its slope does not fade where the softmax is sure of the label. The

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor
 
-from jemkit import Ascent, ModelAttack, PixelModel, Threat, Criterion, CriterionFn, hookimpl
+from jemkit import Criterion, CriterionFn, ModelAttack, PGDAttack, PixelModel, Threat, hookimpl
 
 
-class EnergyAttack(Ascent):
+class EnergyAttack(PGDAttack):
     """Projected gradient ascent of E(x, y), or of E(x); it keeps the highest energy it meets.
 
     No label is asked to change: accuracy under it says what is lost on the way.
@@ -40,7 +40,7 @@ class EnergyAttack(Ascent):
         return {**super().card(threat, n_classes), "raised": raised, "kept": kept}
 
 
-class Detector(Ascent):
+class Detector(PGDAttack):
     """Fool the classifier and a detector that refuses images of high energy, both at once.
 
     An image falls where it is misclassified and its E(x~) is no higher than the detector lets

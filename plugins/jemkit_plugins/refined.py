@@ -9,12 +9,13 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from jemkit import (
-    Ascent, MisfitError, ModelAttack, Perturb, PixelModel, Threat, Criterion, CriterionFn, hookimpl,
+    Criterion, CriterionFn, MisfitError, ModelAttack, Perturb, PGDAttack, PixelModel, Threat,
+    hookimpl,
 )  # fmt: skip
 from jemkit.attacks.purification import Refined, Slope
 
 
-class EOT(Ascent):
+class EOT(PGDAttack):
     """PGD on a gradient averaged over draws of the model's noise (Athalye et al., ICML 2018b).
 
     Where the model refines its input the gradient goes through every step of the chain. Any
