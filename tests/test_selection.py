@@ -62,7 +62,7 @@ def test_a_protocol_says_how_a_part_was_chosen_and_first_n_has_its_name() -> Non
 def test_the_first_images_alone_are_no_way_to_take_all() -> None:
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
     asked = {"registry": REGISTRY, "only": "accuracy", "selection": "first"}
-    with pytest.raises(ConfigError, match="how many with --max-images"):
+    with pytest.raises(ConfigError, match="set --max-images"):
         api.evaluate(model, images(torch.arange(9) % 3), **asked)  # type: ignore[arg-type]
     found = api.evaluate(model, images(torch.arange(9) % 3), max_images=4, **asked)  # type: ignore[arg-type]
     assert found.protocol["selection"] == "the first 4 of 9"

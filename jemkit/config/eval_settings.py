@@ -1,4 +1,4 @@
-"""Settings of an evaluation: what its figures depend on beside the model."""
+"""Settings of an evaluation: what its figures depend on besides the model."""
 
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
@@ -21,47 +21,51 @@ from jemkit.runtime.work_cache import tensors_hash
 from jemkit.selection import Part, Selection
 
 ORDER = ("accuracy", "robustness", "energies", "calibration", "ood", "generation")
-"""In which evaluators run; those of other plug-ins follow."""
+"""The order of the evaluators; those of other plug-ins follow."""
 
 
 RELEASED_STEP_PX = 0.5
-"""PGD's step in EB-JDAT's evaluator: its 1/255 in [-1, 1] is half of that in pixels."""
+"""PGD's step in EB-JDAT's evaluator: 1/255 of [-1, 1] is half of that on [0, 1] images."""
 
 
 Names = Annotated[
     tuple[str, ...], BeforeValidator(lambda names: (names,) if isinstance(names, str) else names)
 ]
-"""Parts by name; one may stand alone."""
+"""Names of parts; a single string is allowed."""
 
 
 class Settings(Options):
-    """How a model is judged: everything that a record's figures depend on beside the model."""
+    """How a model is evaluated: everything that a record's figures depend on besides the model."""
 
-    attacks: Names = ()  # none: pgd and aa, in a quick look pgd alone
+    attacks: Names = ()  # none: pgd and aa, or pgd alone with --quick
     norm: Norm = "Linf"
     eps_px: Radius | None = None  # None: the data set's, which is L-inf
-    max_images: int | None = Field(None, ge=1)  # a part of the test images; None: all
-    selection: Selection = "stratified"  # of that part, by class; first: as RobustBench takes it
-    batch_size: int = Field(250, ge=1)  # AutoAttack's; it changes what a seed finds
+    max_images: int | None = Field(None, ge=1)  # a subset of the test images; None: all
+    selection: Selection = "stratified"  # how the subset is drawn; first: as in RobustBench
+    batch_size: int = Field(
+        250, ge=1
+    )  # batch size of AutoAttack; the result of a seed depends on it
     seed: int = Field(0, ge=0, lt=2**32)
     protocol: Literal["standard", "released"] = "standard"
     quick: bool = False
-    refine_steps: int = Field(0, ge=0)  # k of JEM-k: SGLD from the image before it is classified
+    refine_steps: int = Field(
+        0, ge=0
+    )  # k of JEM-k: steps of SGLD from the image before it is classified
     only: Names = ()  # evaluators; none: all
     skip: Names = ()
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)  # of an attack or evaluator
 
 
 def settings_of(values: Mapping[str, Any]) -> Settings:
-    """Settings, or a ConfigError that says which of them cannot be."""
+    """Settings, or a ConfigError that says which of them are invalid."""
     try:
         found = Settings.model_validate(dict(values))
     except ValidationError as error:
         raise ConfigError(explain(error, dict.fromkeys(Settings.model_fields))) from None
     if found.selection == "first" and not (found.quick or found.max_images):
         raise ConfigError(
-            "selection = first chooses a part of the images, and all of them are judged: say how "
-            "many with --max-images, or leave it out"
+            "selection = first selects a subset of the images, but all of them are evaluated: "
+            "set --max-images, or omit it"
         )
     return found
 
@@ -83,8 +87,8 @@ def threat_of(settings: Settings, default_px: float, pixels: int) -> Threat:
     """Norm and radius of every attack; the released protocol halves the default radius."""
     if settings.protocol == "released" and settings.norm != "Linf":
         raise ConfigError(
-            f"the released protocol is one of the norm Linf, in which its steps are set: for "
-            f"{settings.norm} leave out --protocol released"
+            f"the released protocol is defined for the norm Linf only: for {settings.norm} omit "
+            f"--protocol released"
         )
     usual = default_px / 2 if settings.protocol == "released" else default_px
     radius = radius_of(settings.norm, settings.eps_px, usual, "--eps-px")
@@ -101,9 +105,9 @@ def protocol_card(
     test: Images,
     device: torch.device,
 ) -> dict[str, Any]:
-    """What holds for every figure of an evaluation of a part of the test images.
+    """The entries for every figure of an evaluation of a subset of the test images.
 
-    `about` is what a subject says of itself.
+    `about` is the description of the model.
     """
     data, whole = part.images, part.text == "all"
     judged = tensors_hash(data._asdict())
@@ -130,7 +134,7 @@ def protocol_card(
 
 
 def attacks_of(settings: Settings, registry: Registry) -> dict[str, AnyAttack]:
-    """The attacks that are asked for, with their options."""
+    """The requested attacks, with their options."""
     default = ("pgd",) if settings.quick else ("pgd", "aa")
     names = dict.fromkeys(settings.attacks or default)
     usual: dict[str, dict[str, Any]] = {"pgd": {"steps": 20}}
@@ -142,7 +146,7 @@ def attacks_of(settings: Settings, registry: Registry) -> dict[str, AnyAttack]:
 
 
 def evaluators_of(settings: Settings, registry: Registry) -> dict[str, Evaluator]:
-    """The evaluators that are asked for, clean accuracy first."""
+    """The requested evaluators, clean accuracy first."""
     shelf = registry["evaluator"]
     for name in (*settings.only, *settings.skip):
         shelf[name]
@@ -158,7 +162,7 @@ def _check_options(settings: Settings, registry: Registry, running: list[str]) -
     for name in settings.options:
         if name in known and name not in running:
             raise ConfigError(
-                f"options of {name!r} are set, and it does not run; running are "
+                f"options of {name!r} are set, but it does not run; running are "
                 f"{', '.join(running)}"
             )
         if name not in known:

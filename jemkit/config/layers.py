@@ -1,4 +1,4 @@
-"""Layers of settings: TOML tables laid over each other, with the origin of every value."""
+"""Layers of settings: TOML tables that override each other, with the origin of every value."""
 
 import json
 import tomllib
@@ -17,12 +17,12 @@ from jemkit.runtime.opening import JSON_LIMIT, TOML_LIMIT, read_text
 
 Table = dict[str, Any]
 PARTS = {"data": "dataset", "backbone": "backbone", "objective": "objective", "updater": "updater"}
-"""The tables that name a part, and the kind of that part."""
+"""The tables that select a part, and its kind."""
 
 TABLES = (*PARTS, "run", "optimizer", "schedule", "sentinel")
-"""Of a recipe."""
+"""Top-level tables of a recipe."""
 DEEPEST = 40
-"""Tables inside each other; those of a recipe go four deep."""
+"""Limit on nested tables; those of a recipe have four levels."""
 
 OPTIMIZERS: dict[str, type[Options]] = {"sgd": SGD, "adam": Adam, "adamw": Adam}
 
@@ -35,14 +35,15 @@ class Layer(NamedTuple):
 
 
 RETAIN = "retain"
-"""Beside a `use`: the options of the part before that the new one keeps, by name."""
+"""A key beside `use`: the options of the previous part that the new one keeps, by name."""
 
 
 class Stack:
-    """Layers laid over each other.
+    """Merged layers.
 
-    A table whose `use` changes begins again from its defaults: it keeps no option of the part
-    before, unless the layer names it in `retain`. `lost` has what was stated and dropped so.
+    A table whose `use` changes starts from the new part's defaults: it keeps no option of the
+    previous part unless the layer names it in `retain`. `lost` lists the settings that were dropped
+    this way.
     """
 
     def __init__(self, registry: Registry) -> None:
@@ -75,11 +76,11 @@ class Stack:
             self._lay(target, name, value, origin, self._kind(kind, target, name), f"{path}.{name}")
 
     def _swapped(self, kind: str, path: str, before: Table, names: list[str], new: Table) -> Table:
-        """The table of another part: its defaults, and what the layer retains of the one before."""
+        """The table of a new part: its defaults, and the options that the layer retains."""
         options = self._part(kind, new["use"]).model_fields
         if unknown := [name for name in names if name not in options]:
             raise ConfigError(
-                f"{path}.{RETAIN} names {unknown[0]!r}, which is no option of the {kind} "
+                f"{path}.{RETAIN} names {unknown[0]!r}, which is not an option of the {kind} "
                 f"{new['use']}{nearest(unknown[0], options)}"
             )
         kept = {name: before[name] for name in names if name in before}
@@ -94,14 +95,15 @@ class Stack:
     def lose(
         self, origin: str, kind: str, path: str, table: Table, but: Iterable[str] = ()
     ) -> None:
-        """Remember what a layer stated of a part that another one replaces, its defaults aside."""
+        """Record the settings of a layer for a part that another layer replaces, without
+        defaults."""
         usual = dict(flat(self._fresh(kind, self.spelt(kind, table["use"], origin)[0])))
         for key, value in flat(table):
             if key not in ("use", *but) and not key.endswith(".use") and usual.get(key) != value:
                 self.lost.append((origin, f"{path}.{key}", value))
 
     def _came_from(self, path: str, origins: Mapping[str, str]) -> None:
-        """Forget where the values at `path` came from, in favour of these."""
+        """Replace the origins of the values at `path` by these."""
         kept = {k: v for k, v in self.origins.items() if k != path and not inside(k, path)}
         self.origins = kept | {f"{path}{key}": origin for key, origin in origins.items()}
 
@@ -123,44 +125,44 @@ class Stack:
         return self.registry[kind].name_of(part), numbers
 
     def _fresh(self, kind: str, name: str) -> Table:
-        """The defaults of a newly chosen part."""
+        """The defaults of a newly selected part."""
         return {**part_defaults(self._part(kind, name), self.registry), "use": name}
 
     def _part(self, kind: str, name: str) -> type[Options]:
         return OPTIMIZERS[name] if kind == "optimizer" else self.registry[kind][name]
 
     def _kind(self, kind: str | None, table: Table, name: str) -> str | None:
-        """The kind of part that a field of this table holds, if it holds one."""
+        """The kind of part in a field of this table, if any."""
         if kind is None or kind == "optimizer":
             return None
         return part_kind(self.registry[kind][table["use"]], name)
 
 
 def _retained(new: Table, origin: str) -> list[str]:
-    """The options of the part before that a layer retains, by name."""
+    """The options of the previous part that a layer retains, by name."""
     names = new.get(RETAIN, [])
     if not isinstance(names, list) or "use" in names or not all(isinstance(n, str) for n in names):
         raise ConfigError(
-            f"{RETAIN} = {names!r}: expected a list of options of the part before{spoken(origin)}"
+            f"{RETAIN} = {names!r}: expected a list of options of the previous part{spoken(origin)}"
         )
     return names
 
 
 def spoken(origin: str) -> str:
-    """Where a mistake came from, for the end of a message; a default needs no word."""
+    """The origin of a mistake, for the end of a message; none for a default."""
     words = {"option": "a named option", "": "", "default": ""}.get(origin, origin)
     return f" (from {words})" if words else ""
 
 
 def part_kind(part: type[Options], name: str) -> str | None:
-    """The kind of part that a field holds, if it holds one."""
+    """The kind of part in a field, if any."""
     field = part.model_fields.get(name)
     marks = field.metadata if field is not None else ()
     return next((mark.kind for mark in marks if isinstance(mark, PartOf)), None)
 
 
 def part_defaults(part: type[Options], registry: Registry) -> Table:
-    """A part's default options as a table; options without a default are left out."""
+    """A part's default options as a table; options without a default are omitted."""
     known = {
         name: field.get_default(call_default_factory=True, validated_data={})
         for name, field in part.model_fields.items()
@@ -183,7 +185,7 @@ def flat(tables: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def table_at(tables: Mapping[str, Any], where: Iterable[str]) -> Mapping[str, Any]:
-    """The table at a path; an empty one where there is none."""
+    """The table at a path; an empty one if there is none."""
     for name in where:
         below = tables.get(name)
         tables = below if isinstance(below, dict) else {}
@@ -191,7 +193,7 @@ def table_at(tables: Mapping[str, Any], where: Iterable[str]) -> Mapping[str, An
 
 
 def inside(key: str, path: str) -> bool:
-    """Whether a dotted key lies in the table at `path`."""
+    """Whether a dotted key is in the table at `path`."""
     return key.startswith(f"{path}.")
 
 
@@ -201,7 +203,7 @@ def read_layer(source: Path | Mapping[str, Any]) -> Table:
         try:
             return not_too_deep(json.loads(json.dumps(source)))  # type: ignore[no-any-return]
         except (ValueError, TypeError, RecursionError) as error:
-            raise ConfigError(f"this table is no recipe: {error}") from None
+            raise ConfigError(f"this table is not a recipe: {error}") from None
     try:
         is_json = source.suffix.lower() == ".json"
         text = read_text(source, JSON_LIMIT if is_json else TOML_LIMIT)
@@ -214,25 +216,25 @@ def read_layer(source: Path | Mapping[str, Any]) -> Table:
         raise DataError(f"{source} cannot be read as a recipe: {error}") from None
     found = table.get("recipe", table) if isinstance(table, dict) else table
     if not isinstance(found, dict):
-        raise DataError(f"{source} holds no table; expected those of a recipe")
+        raise DataError(f"{source} contains no table; expected those of a recipe")
     if found is not table and (beside := [n for n in table if _is_table_of_recipe(n, table[n])]):
         raise DataError(
-            f"{source}: [{'], ['.join(beside)}] stands beside the table `recipe`, where nothing "
-            "reads it; put it inside `recipe`"
+            f"{source}: [{'], ['.join(beside)}] is beside the table `recipe`, where it is "
+            f"ignored; put it inside `recipe`"
         )
     return offline(without_retired(found)) if is_json else found
 
 
 FETCHING = frozenset({"download", "pretrained"})
-"""Options that let a part go to the network."""
+"""Options that allow a part to access the network."""
 
 BOOL = TypeAdapter(bool)
 
 
 def offline(table: Table) -> Table:
-    """The same tables with every permission to download taken back.
+    """The same tables without permissions to download.
 
-    A run's config.json may be anybody's: only an option of the command itself may go to the
+    A run's config.json may be untrusted: only an option of the command itself may access the
     network.
     """
     return {
@@ -248,7 +250,7 @@ def _offline(value: Any) -> Any:
 
 
 def _means_true(value: Any) -> bool:
-    """Whether an option would take a value for true: "yes" and 1 are such values."""
+    """Whether an option would interpret a value as true: "yes" and 1 are such values."""
     try:
         return BOOL.validate_python(value)
     except ValidationError:
@@ -256,24 +258,24 @@ def _means_true(value: Any) -> bool:
 
 
 def _is_table_of_recipe(name: str, table: Any) -> bool:
-    """Whether it belongs inside `recipe`; the `data` beside it are what a run's data were."""
+    """Whether it belongs inside `recipe`; the `data` beside it describe the run's data."""
     return name in TABLES and (name != "data" or not isinstance(table, dict) or "use" in table)
 
 
 def not_too_deep(tree: Any) -> Any:
-    """Parsed TOML or JSON as it is; ValueError where no recipe is so deep."""
+    """Parsed TOML or JSON; ValueError if it is nested too deep for a recipe."""
     level, depth = [tree], 0
     while level:
         depth += 1
         if depth > DEEPEST:
-            raise ValueError(f"more than {DEEPEST} tables or lists stand inside each other")
+            raise ValueError(f"more than {DEEPEST} tables or lists are nested")
         lists = [list(v.values()) if isinstance(v, dict) else v for v in level]
         level = [value for values in lists if isinstance(values, list) for value in values]
     return tree
 
 
 def override_layers(texts: Iterable[str]) -> list[Layer]:
-    """A layer for each KEY=VALUE; those that choose a part come before those that set its options.
+    """A layer for each KEY=VALUE; those that select a part come before those that set its options.
 
     So `network.width=8 network.use=smallcnn` means the same in both orders.
     """
@@ -304,7 +306,7 @@ def _override(text: str) -> Table:
 
 
 def choices(table: Mapping[str, Any]) -> Table:
-    """Only what chooses parts: every `use`, in its place."""
+    """Only what selects parts: every `use`, in its place."""
     found: Table = {}
     for name, value in table.items():
         if isinstance(value, dict):
@@ -316,7 +318,7 @@ def choices(table: Mapping[str, Any]) -> Table:
 
 
 def leading_comment(source: Any) -> str:
-    """The comment that a TOML file opens with, as one paragraph; empty for anything else."""
+    """The comment at the start of a TOML file, as one paragraph; empty for anything else."""
     if not isinstance(source, Path):
         return ""
     words: list[str] = []

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in lines that a person can act on."""
+"""What is wrong with a recipe, as lines that a user can act on."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,14 +9,14 @@ from jemkit.config.layers import OPTIMIZERS, inside, spoken, table_at
 from jemkit.options import nearest
 
 GIVEN_BY = {"data.dir": ": --data-dir DIR says where the images are"}
-"""By which option of the commands a person gives what has no default."""
+"""The option of the commands that sets a field without a default."""
 
 OTHERWISE = {
     "learning_rate": "lr", "wd": "weight_decay", "beta1": "betas", "eps": "radius_px",
     "radius": "radius_px", "epsilon": "radius_px", "batchsize": "batch_size",
     "num_epochs": "epochs", "num_steps": "steps", "n_steps": "steps",
 }  # fmt: skip
-"""What other programs call an option."""
+"""Other programs' names of options."""
 
 LONGEST = 200
 """Characters of a wrong value that a message repeats."""
@@ -25,7 +25,8 @@ LONGEST = 200
 def explain(
     error: ValidationError, tables: Mapping[str, Any], origins: Mapping[str, str] | None = None
 ) -> str:
-    """A line for each mistake: the key, what came and from where, what was wanted, the nearest."""
+    """A line for each mistake: the key, the value and its origin, what was expected, the nearest
+    name."""
     mistakes = [dict(m) for m in error.errors(include_url=False)]
     unknown = {_where(m) for m in mistakes if m["type"] == "extra_forbidden"}
     return "\n".join(_line(mistake, tables, unknown, origins or {}) for mistake in mistakes)
@@ -41,7 +42,7 @@ def _line(
     key = ".".join(where)
     message = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] == "missing":
-        message = "must be given" + GIVEN_BY.get(key, "")
+        message = "is required" + GIVEN_BY.get(key, "")
     if mistake["type"] == "part" and isinstance(mistake["input"], str):
         message += f"; choose one by {key}.use"
     if where in unknown:
@@ -59,7 +60,7 @@ def _line(
 
 
 def _where(mistake: Mapping[str, Any]) -> tuple[str, ...]:
-    """A mistake's key; pydantic names the chosen optimizer between a table and its field."""
+    """A mistake's key; pydantic inserts the chosen optimizer between a table and its field."""
     loc = [str(part) for part in mistake["loc"]]
     if loc[0] == "optimizer" and loc[1:2] and loc[1] in OPTIMIZERS:
         del loc[1]

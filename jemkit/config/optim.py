@@ -62,10 +62,10 @@ class Adam(Options):
 
 
 def without_dynamo(kind: type[AnyOptimizer]) -> type[AnyOptimizer]:
-    """The same optimizer, put together without the guard that keeps torch.compile out of it.
+    """The same optimizer, built without torch's wrapper that disables compilation.
 
-    The guard imports the whole compiler when it is first called, a second that a run which is only
-    put together does without; jemkit compiles gradients alone, and never an optimizer.
+    That wrapper imports the whole compiler when it is first called, which takes a second; jemkit
+    compiles gradients alone, never an optimizer.
     """
     plain = inspect.unwrap(kind.add_param_group)
     return type(kind.__name__, (kind,), {"add_param_group": plain})
@@ -75,16 +75,16 @@ OptimizerOptions = Annotated[SGD | Adam, Field(discriminator="use")]
 
 
 class Schedule(Options):
-    """A factor on the learning rate: linear warm-up, then constant, steps or half a cosine.
+    """A factor on the learning rate: linear warm-up, then constant, steps or cosine decay.
 
     Warm-up ends after `warmup` steps or `warmup_share` of the run, whichever comes first. Its first
-    step has a rate above 0: the released codes waste it.
+    step has a rate above 0; in the released code the first step has rate 0.
     """
 
     decay: Literal["constant", "steps", "cosine"] = "steps"
     warmup: int = Field(1000, ge=0)  # steps
     warmup_share: float = Field(0.05, ge=0, le=1)
-    at: tuple[float, ...] = (0.5, 0.75)  # of `steps`: shares of the run; our choice (3.5, row 22)
+    at: tuple[float, ...] = (0.5, 0.75)  # of `steps`: shares of the run; jemkit's choice
     by: float = Field(0.2, gt=0, le=1)
     floor: float = Field(0.0, ge=0, le=1)  # of `cosine`: the factor at the end
 
@@ -93,15 +93,15 @@ class Schedule(Options):
         if self.decay != "steps":
             found |= dict.fromkeys(("at", "by"), 'unless decay = "steps"')
         elif not self.at:
-            found["by"] = "where at is empty"
+            found["by"] = "if at is empty"
         elif min(self.at) >= 1:
-            found["at"] = "since shares of the run of 1 and more are never reached"
+            found["at"] = "since shares of the run of 1 or more are never reached"
         if self.decay != "cosine":
             found["floor"] = 'unless decay = "cosine"'
         if not self.warmup:
-            found["warmup_share"] = "where warmup is 0"
+            found["warmup_share"] = "if warmup is 0"
         elif not self.warmup_share:
-            found["warmup"] = "where warmup_share is 0"
+            found["warmup"] = "if warmup_share is 0"
         return found
 
     def factor(self, step: int, total: int) -> float:

@@ -1,4 +1,4 @@
-"""The child process that imports a plug-in of others for the first time."""
+"""The child process that first imports a third-party plug-in."""
 
 import json
 import os
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def child(asked: str, descriptor: str) -> None:
-    """The child's part: a fork for each plug-in, and a line with what came of it."""
+    """The child's part: a fork for each plug-in, and a line with the result."""
     from jemkit.config.registry import installed
 
     own = installed(third_party=False)
@@ -34,7 +34,7 @@ def child(asked: str, descriptor: str) -> None:
 
 
 def _try(entry: EntryPoint, own: "Registry", descriptor: int) -> None:
-    """Import a plug-in: a line when that begins, and one with what is wrong; then the end."""
+    """Import a plug-in: one line at the start, and one with what is wrong; then exit."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     before = _state()
     _say(descriptor, "begins")
@@ -46,7 +46,7 @@ def _try(entry: EntryPoint, own: "Registry", descriptor: int) -> None:
             fault = _unfit(entry.load(), entry.name, own)
     except NoRoom:
         lasting = False
-    except Refused:  # what it raises is told where it is used
+    except Refused:  # what it raises is reported where it is used
         pass
     changed = [what for what, now in _state().items() if now != before[what]]
     if changed and not fault:
@@ -57,7 +57,7 @@ def _try(entry: EntryPoint, own: "Registry", descriptor: int) -> None:
 
 
 def _unfit(module: Any, name: str, own: "Registry") -> str:
-    """Which of a plug-in's parts cannot be described, as `jemkit config schema` does."""
+    """Which of a plug-in's parts cannot be described by `jemkit config schema`."""
     from jemkit.config.recipe import part_schema
     from jemkit.config.registry import Plugin, Registry, Shelf, registry_of
 
@@ -79,7 +79,7 @@ def _unfit(module: Any, name: str, own: "Registry") -> str:
 
 
 def _state() -> dict[str, Any]:
-    """What belongs to the whole process, and no import may change."""
+    """Settings of the whole process, which no import may change."""
     import torch
 
     asked: dict[str, Callable[[], Any]] = {

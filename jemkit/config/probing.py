@@ -1,8 +1,9 @@
-"""Plug-ins of others: contained while their code runs, and probed in a child process once.
+"""Third-party plug-ins: their code is contained, and a new one is first imported in a child
+process.
 
-A plug-in may end the interpreter, keep it from ending or never finish its import. So one that is
-new or changed is imported by a child process first, and what came of it is kept in the user's
-cache. Whatever it merely raises is found again, and told, at each import.
+A plug-in may end the interpreter, keep it from ending or never finish its import. So a new or
+changed one is imported by a child process first, and the result is cached. Exceptions that it
+raises are reported again at each import.
 """
 
 import ctypes
@@ -25,18 +26,18 @@ from jemkit.errors import memory_ran_out
 from jemkit.runtime.files import cache_folder, read_json, write_json
 
 IMPORT, END, LAST = 60, 10, 600
-"""Seconds that a child may take to import a plug-in, to end after that, and for all it does."""
+"""Seconds that a child may take to import a plug-in, to end after that, and in total."""
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MOST = 5000
-"""Files of a plug-in that are looked at to see whether it has changed."""
+"""Limit on the files of a plug-in that are examined for changes."""
 
 
 class Refused(Exception):
-    """What a plug-in raised, as a line."""
+    """The exception of a plug-in, as a line."""
 
 
 class NoRoom(Refused):
-    """It raised because memory ran out, which says nothing of the plug-in."""
+    """It raised because memory ran out, which is not the plug-in's fault."""
 
 
 def told(error: BaseException) -> str:
@@ -50,9 +51,9 @@ def told(error: BaseException) -> str:
 
 @contextmanager
 def contained() -> Iterator[None]:
-    """Run a plug-in's code: whatever it raises is Refused, what it prints goes to standard error.
+    """Run a plug-in's code: exceptions become Refused, its output goes to standard error.
 
-    A ^C of the user is still KeyboardInterrupt, and handlers of signals stay the command's.
+    A ^C of the user is still KeyboardInterrupt, and the command's signal handlers are restored.
     """
     came: list[int] = []
     reason, kind = "", Refused
@@ -75,7 +76,7 @@ def contained() -> Iterator[None]:
 
 @contextmanager
 def _handlers(came: list[int]) -> Iterator[None]:
-    """Handlers of signals as they were, and a note of each SIGINT that comes meanwhile."""
+    """Restore handlers of signals, and record each SIGINT that arrives meanwhile."""
     before = {number: signal.getsignal(number) for number in STOPS}
     interrupt = before[signal.SIGINT]
 
@@ -96,7 +97,7 @@ def _handlers(came: list[int]) -> Iterator[None]:
 
 @contextmanager
 def _to_standard_error() -> Iterator[None]:
-    """What is written to standard output, by python or below it, goes to standard error."""
+    """Redirect standard output, of python and below it, to standard error."""
     streams = [stream for stream in {sys.stdout, sys.__stdout__} if stream is not None]
 
     def flush() -> None:
@@ -122,7 +123,7 @@ def _to_standard_error() -> Iterator[None]:
 
 
 class Guest(NamedTuple):
-    """A plug-in of others, not imported yet."""
+    """A third-party plug-in that is not imported yet."""
 
     entry: EntryPoint
     distribution: str
@@ -130,21 +131,21 @@ class Guest(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What is wrong with having a plug-in in a process, and whether it will be the next time."""
+    """Why a plug-in must not be imported, and whether this will be so the next time."""
 
     fault: str
     lasting: bool = True
 
 
 def lethal(guests: Sequence[Guest]) -> list[str]:
-    """Of each plug-in why it must not be imported into this process; empty where it may."""
+    """For each plug-in why it must not be imported into this process; empty if it may."""
     paths = [cache_folder() / "plugins" / f"{_key(guest)}.json" for guest in guests]
     known = [_remembered(path) for path in paths]
     new = [i for i, fault in enumerate(known) if fault is None]
     if new and sys.executable:
         for i, verdict in zip(new, _probed([guests[i].entry for i in new]), strict=True):
             known[i] = fault = verdict.fault if verdict else None
-            if verdict is None or not verdict.lasting:  # the next command asks again
+            if verdict is None or not verdict.lasting:  # the next command probes again
                 continue
             about = {"plugin": guests[i].entry.name, "distribution": guests[i].distribution}
             with suppress(OSError):  # without a cache it is probed each time
@@ -160,7 +161,7 @@ def _remembered(path: Path) -> str | None:
 
 
 def _key(guest: Guest) -> str:
-    """A hash of what an import depends on: its files, and what is installed beside them."""
+    """A hash of what an import depends on: its files, and the installed packages."""
     entry = guest.entry
     about: list[Any] = [entry.name, entry.value, guest.distribution, guest.version]
     about += [sys.version, sys.executable]
@@ -188,7 +189,7 @@ def _files(module: str) -> list[tuple[str, int, int]]:
 
 
 def _probed(entries: Sequence[EntryPoint]) -> list[Verdict | None]:
-    """Import plug-ins in a child process; a verdict on each, None on those it did not come to."""
+    """Import plug-ins in a child process; a verdict on each, None for those it did not reach."""
     read, write = os.pipe()
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     code = "import sys; from jemkit.config.probe_child import child; child(*sys.argv[1:])"
@@ -201,9 +202,9 @@ def _probed(entries: Sequence[EntryPoint]) -> list[Verdict | None]:
     os.close(write)
     ended = False
     try:
-        with suppress(subprocess.TimeoutExpired):  # a plug-in has put off its own alarm
+        with suppress(subprocess.TimeoutExpired):  # a plug-in has disabled its own alarm
             running.wait(LAST)
-            ended = True  # perhaps killed by another, as where memory runs out
+            ended = True  # possibly killed by another process, as when memory runs out
         lines = read_lines(read)
     finally:
         running.kill()
@@ -218,7 +219,7 @@ def _probed(entries: Sequence[EntryPoint]) -> list[Verdict | None]:
 
 
 def read_lines(descriptor: int) -> list[str]:
-    """The lines that were written into a pipe, though somebody may still hold its other end."""
+    """The lines that were written into a pipe, though its other end may still be open."""
     os.set_blocking(descriptor, False)
     content = b""
     with suppress(BlockingIOError):
@@ -229,10 +230,12 @@ def read_lines(descriptor: int) -> list[str]:
 
 def _verdict(lines: list[str], code: int) -> Verdict | None:
     ended = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-    if not lines:  # it did not come so far
+    if not lines:  # it did not get so far
         return None
     if code == -signal.SIGKILL:
-        return Verdict("its import was killed (SIGKILL), as where memory runs out", lasting=False)
+        return Verdict(
+            "its import was killed (SIGKILL), perhaps because memory ran out", lasting=False
+        )
     if len(lines) == 1:
         if code == -signal.SIGALRM:
             return Verdict(f"its import does not end within {IMPORT} s")
@@ -241,7 +244,9 @@ def _verdict(lines: list[str], code: int) -> Verdict | None:
     if not lasting:
         return Verdict(str(fault), lasting=False)
     if code == -signal.SIGALRM:
-        return Verdict(f"it keeps the process from ending ({threads or 'no thread'} goes on)")
+        return Verdict(
+            f"it keeps the process from ending ({threads or 'no thread'} is still running)"
+        )
     if code:
-        return Verdict(f"it ends the process in its own way ({ended})")
+        return Verdict(f"it ends the process itself ({ended})")
     return Verdict(str(fault))

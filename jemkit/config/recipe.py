@@ -1,4 +1,4 @@
-"""Recipes: everything that determines a run, put together from layers of settings."""
+"""Recipes: everything that determines a run, merged from layers of settings."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -44,32 +44,34 @@ log = logging.getLogger(__name__)
 
 
 class Run(Options):
-    """How long, from which seed and on what a run is trained."""
+    """Length, seed, device and other options of training."""
 
     epochs: int = Field(100, ge=1)
     batch_size: int = Field(128, ge=1)
-    micro_batch: int = Field(0, ge=0)  # most images in one pass of the network; 0: all at once
-    recompute: bool = False  # make an update's activations anew on its way back: half the memory
+    micro_batch: int = Field(0, ge=0)  # maximum images per forward pass; 0: no limit
+    recompute: bool = False  # activation checkpointing in updates: half the memory
     seed: int = Field(0, ge=0, lt=2**32)
     theta_steps: int = Field(1, ge=1)  # M_theta
     valid_fraction: float = Field(0.1, gt=0, lt=1)
-    max_train: int | None = Field(None, ge=2)  # use this many images of the training split
-    ema_decay: float = Field(0.0, ge=0, lt=1)  # 0: no average of the weights
+    max_train: int | None = Field(None, ge=2)  # use only this many images of the training split
+    ema_decay: float = Field(0.0, ge=0, lt=1)  # decay of the EMA of the weights; 0: none
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     compile: bool = False
     channels_last: Layout = "auto"
     deterministic: bool = False
     threads: int | None = Field(None, ge=1, le=4096)  # of the CPU; None: torch's own choice
-    eval_images: int = Field(256, ge=1)  # of validation, under PGD-10 after each epoch
-    test_images: int | None = Field(None, ge=1)  # judged at the end; None: a tenth of training
-    shard: bool = False  # under torchrun: each process holds a part of the weights
+    eval_images: int = Field(256, ge=1)  # validation images for PGD-10 after each epoch
+    test_images: int | None = Field(
+        None, ge=1
+    )  # test images of the final evaluation; None: a tenth of training
+    shard: bool = False  # with torchrun: FSDP-sharded weights
     tensorboard: bool = False  # write TensorBoard files beside metrics.csv
-    keep: int = Field(2, ge=1)  # newest checkpoints to keep, beside the best and the sentinel's
+    keep: int = Field(2, ge=1)  # newest checkpoints to keep, besides the best and the sentinel's
 
     @property
     def layout(self) -> Layout:
-        """`channels_last` as it applies: weights in shares lie as torch has them."""
+        """`channels_last` as it applies: FSDP-sharded weights are contiguous."""
         return "no" if self.shard else self.channels_last
 
 
@@ -87,7 +89,7 @@ class Recipe(Options):
 
 
 class Resolved(NamedTuple):
-    """A recipe, the tables that it was made of, and where each value came from."""
+    """A recipe, its tables, and the origin of each value."""
 
     recipe: Recipe
     tables: Table
@@ -108,9 +110,9 @@ def resolve(
 ) -> Resolved:
     """Merge the layers: defaults < data < backbone < objective < preset < config < --set < named.
 
-    A part that a named option chooses is chosen before --set, which may then set its options. What
-    a layer says of a part that a later one replaces is left out, and a warning names it. The saved
-    config `base` of a run comes before the preset.
+    A part selected by a named option is selected before --set, which may then set its options.
+    Settings of a part that a later layer replaces are dropped, with a warning. The saved config
+    `base` of a run comes before the preset.
     """
     own = [*_config(base), *_preset(registry, preset), *_config(config)]
     own.append(Layer("option", choices(named or {})))
@@ -158,20 +160,20 @@ def build(tables: Table, registry: Registry, origins: Mapping[str, str] | None =
 
 
 def complete(resolved: Resolved, registry: Registry) -> Resolved:
-    """The same with every default written out, so that it can be saved and fed back."""
+    """The same with every default written out, to be saved and loaded again."""
     tables = resolved.recipe.model_dump(mode="json", context=registry.context)
     origins = {key: resolved.origins.get(key, "default") for key, _ in flat(tables)}
     return Resolved(resolved.recipe, tables, origins)
 
 
 def with_run(resolved: Resolved, **options: Any) -> Resolved:
-    """The same recipe, its run by other options; the tables stay what they were made of."""
+    """The same recipe with other options of the run; the tables are unchanged."""
     run = resolved.recipe.run.model_copy(update=options)
     return resolved._replace(recipe=resolved.recipe.model_copy(update={"run": run}))
 
 
 def about_preset(registry: Registry, name: str) -> str:
-    """Which reading a preset takes and what it answers to: the comment that its file opens with."""
+    """What a preset sets and what it corresponds to: the comment at the start of its file."""
     return leading_comment(_presets(registry).get(name))
 
 
@@ -205,7 +207,7 @@ def _translate(layer: Layer, chosen: str) -> Layer:
 
 
 def _choice(table: str, own: list[Layer]) -> Layer:
-    """The part that the last layer with an opinion names."""
+    """The part that the last layer with a choice selects."""
     choice = Layer("default", {table: {"use": DEFAULT_NAMES[table]}})
     for layer in own:
         part = layer.table.get(table, {})
@@ -215,7 +217,7 @@ def _choice(table: str, own: list[Layer]) -> Layer:
 
 
 def _check_whole(own: list[Layer], chosen: Mapping[str, Layer]) -> None:
-    """Refuse half a preset: one whose own backbone or objective a later layer replaces."""
+    """Reject a preset whose own backbone or objective a later layer replaces."""
     for layer in own:
         name = layer.origin.removeprefix("preset/")
         for table in PARTS if name != layer.origin else ():
@@ -223,24 +225,25 @@ def _check_whole(own: list[Layer], chosen: Mapping[str, Layer]) -> None:
             if use is not None and use != other:
                 raise ConfigError(
                     f"the preset {name} is of the {table} {use}, and {other} is "
-                    f"chosen{spoken(chosen[table].origin)}: without its [{table}] it is no more "
-                    f"that preset. Leave out --preset {name}, or take its own {table}"
+                    f"chosen{spoken(chosen[table].origin)}: a preset needs its own [{table}]. "
+                    f"Omit --preset {name}, or use its {table}"
                 )
 
 
 def _replaced(layer: Layer, chosen: Mapping[str, Layer]) -> list[str]:
-    """The tables of a layer that are of another part than the one that was chosen in the end."""
+    """The tables of a layer that belong to another part than the one finally selected."""
     final = {k: c.table[k]["use"] for k, c in chosen.items() if c.origin != "default"}
     return [k for k, use in final.items() if layer.table.get(k, {}).get("use", use) != use]
 
 
 def _tell_lost(stack: Stack, own: list[Layer]) -> None:
-    """Name what of a preset, a file or an option does not hold, since its part was replaced."""
+    """Warn of settings of a preset, file or option that are dropped, since their part was
+    replaced."""
     for origin in dict.fromkeys(layer.origin for layer in own if layer.origin != "option"):
         lost = [f"{key} = {value!r}" for came, key, value in stack.lost if came == origin]
         if lost:
             log.warning(
-                "%s: left out, since another part was chosen later: %s%s",
+                "%s: dropped, since another part was selected later: %s%s",
                 origin,
                 ", ".join(lost[:5]),
                 f" and {len(lost) - 5} more" if len(lost) > 5 else "",
@@ -248,7 +251,7 @@ def _tell_lost(stack: Stack, own: list[Layer]) -> None:
 
 
 def _part_layers(registry: Registry, names: Mapping[str, str]) -> list[Layer]:
-    """What the plug-ins propose for these parts."""
+    """The layers that the plug-ins provide for these parts."""
     data, backbone, objective = names["data"], names["backbone"], names["objective"]
     keys = (
         f"data/{data}",
@@ -284,7 +287,7 @@ def _preset(registry: Registry, name: str | None) -> list[Layer]:
 
 
 def _is_saved(config: Path | Table | None) -> bool:
-    """Whether settings come from the config.json of a run, which can still be judged."""
+    """Whether settings come from the config.json of a run, which can still be evaluated."""
     return isinstance(config, Path) and config.suffix.lower() == ".json"
 
 
@@ -316,7 +319,7 @@ def schema(registry: Registry) -> Table:
 
 
 def part_schema(part: type[Options], registry: Registry) -> Table:
-    """The JSON schema of a part's options, with defaults as a recipe would write them."""
+    """The JSON schema of a part's options, with defaults as in a recipe."""
     found = part.model_json_schema()
     for name, default in part_defaults(part, registry).items():
         found["properties"][name]["default"] = default

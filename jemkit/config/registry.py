@@ -1,4 +1,4 @@
-"""Names to parts: the guarded loader of plug-ins."""
+"""Names to parts: the registry and the guarded loader of plug-ins."""
 
 import json
 import time
@@ -32,7 +32,7 @@ KINDS: dict[str, str] = {
     "attack": "jemkit_attacks",
     "evaluator": "jemkit_evaluators",
 }
-"""Every kind of part, and the hook that offers it."""
+"""Every kind of part, and the hook that registers it."""
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "network": ("build",),
@@ -49,11 +49,12 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "attack": (),
     "evaluator": ("__call__",),
 }
-"""What a class of each kind must have to be taken in; the rest is for mypy and `jemkit.testing`."""
+"""What a class of each kind must have to be registered; mypy and `jemkit.testing` check the
+rest."""
 
 
 class Offer(NamedTuple):
-    """One part as one plug-in offers it."""
+    """One part as one plug-in registers it."""
 
     kind: str
     name: str
@@ -63,7 +64,7 @@ class Offer(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """A plug-in, or a part of one, that was left out, and why."""
+    """A plug-in, or a part of one, that was skipped, and why."""
 
     plugin: str
     distribution: str
@@ -81,7 +82,7 @@ class Shelf(Generic[T], Mapping[str, type[T]]):
             other = self._offers.get(offer.name)
             if other is not None:
                 raise ConfigError(
-                    f"two plug-ins offer the {kind} {offer.name!r}: "
+                    f"two plug-ins provide the {kind} {offer.name!r}: "
                     f"{other.part.__module__} of {other.distribution} and "
                     f"{offer.part.__module__} of {offer.distribution}; uninstall one of them, "
                     "or use --no-plugins"
@@ -122,7 +123,7 @@ class Shelf(Generic[T], Mapping[str, type[T]]):
         for name, offer in self._offers.items():
             if offer.part is part:
                 return name
-        raise UnknownName(f"{part.__name__} is no registered {self.kind}")
+        raise UnknownName(f"{part.__name__} is not a registered {self.kind}")
 
     def offers(self) -> list[Offer]:
         return [self._offers[name] for name in self]
@@ -130,12 +131,12 @@ class Shelf(Generic[T], Mapping[str, type[T]]):
 
 @dataclass(frozen=True)
 class Registry:
-    """All parts that the installed plug-ins offer; a value."""
+    """All parts that the installed plug-ins register; immutable."""
 
     shelves: Mapping[str, Shelf[Any]]
     recipes: Mapping[str, Any]
     faults: list[Fault] = field(default_factory=list)
-    slow: list[str] = field(default_factory=list)  # plug-ins whose import takes long, and how long
+    slow: list[str] = field(default_factory=list)  # plug-ins whose import is slow, and how slow
 
     def __getitem__(self, kind: str) -> Shelf[Any]:
         return self.shelves[kind]
@@ -156,7 +157,8 @@ class Plugin(NamedTuple):
 
 
 def registry_of(plugins: list[Plugin], faults: list[Fault] | None = None) -> Registry:
-    """The registry of these plug-ins, in any order; a wrong one is left out with a fault."""
+    """The registry of these plug-ins, in any order; an invalid one is skipped and recorded as a
+    fault."""
     faults = list(faults or [])
     offers: dict[str, list[Offer]] = {kind: [] for kind in KINDS}
     recipes: dict[str, tuple[Any, Plugin]] = {}
@@ -164,7 +166,7 @@ def registry_of(plugins: list[Plugin], faults: list[Fault] | None = None) -> Reg
         try:
             with contained():
                 found, layers = _taken_in(plugin)
-        except Refused as error:  # whatever a plug-in raises, the others stay
+        except Refused as error:  # whatever one plug-in raises, the others are kept
             faults.append(Fault(plugin.name, plugin.distribution, plugin.version, str(error)))
             continue
         for offer in found:
@@ -172,7 +174,7 @@ def registry_of(plugins: list[Plugin], faults: list[Fault] | None = None) -> Reg
         for key, layer in layers.items():
             if key in recipes:
                 raise ConfigError(
-                    f"two plug-ins offer the recipe {key!r}: {recipes[key][1].name} of "
+                    f"two plug-ins provide the recipe {key!r}: {recipes[key][1].name} of "
                     f"{recipes[key][1].distribution} and {plugin.name} of {plugin.distribution}; "
                     "uninstall one of them, or use --no-plugins"
                 )
@@ -182,7 +184,7 @@ def registry_of(plugins: list[Plugin], faults: list[Fault] | None = None) -> Reg
 
 
 def _taken_in(plugin: Plugin) -> tuple[list[Offer], dict[str, Any]]:
-    """All that one plug-in offers, checked; an error of any part refuses the whole of it."""
+    """All parts of one plug-in, checked; an error of any part rejects all of them."""
     manager = pluggy.PluginManager("jemkit")
     manager.add_hookspecs(hookspecs)
     manager.register(plugin.module)
@@ -200,18 +202,18 @@ def _taken_in(plugin: Plugin) -> tuple[list[Offer], dict[str, Any]]:
 
 
 def _given(manager: pluggy.PluginManager, hook: str, what: str) -> dict[Any, Any]:
-    """What a plug-in's hook gives; pluggy itself would leave out None."""
+    """The result of a plug-in's hook; pluggy itself would omit None."""
     found: dict[Any, Any] = {}
     for hooked in getattr(manager.hook, hook).get_hookimpls():
         mapping = hooked.function()
         if not isinstance(mapping, Mapping):
-            raise TypeError(f"{hook} gave {mapping!r}; expected a mapping of names to {what}")
+            raise TypeError(f"{hook} returned {mapping!r}; expected a mapping of names to {what}")
         found |= mapping
     return found
 
 
 LAYERS = ("data", "backbone", "objective", "run", "preset")
-"""What a layer may belong to; `jemkit.hookspecs` has the whole of it."""
+"""Reject a layer that applies to nothing; `jemkit.hookspecs` describes the keys."""
 
 
 def _check_layer(key: Any, layer: Any) -> None:
@@ -243,9 +245,9 @@ def _check_hook_names(module: Any) -> None:
         if not name.startswith("jemkit_") or not callable(found):
             continue
         if name not in known:
-            raise TypeError(f"{name} is no hook of jemkit{nearest(name, known)}")
-        if not hasattr(found, "jemkit_impl"):  # the mark that pluggy leaves
-            raise TypeError(f"{name} lacks its mark; write @hookimpl above it")
+            raise TypeError(f"{name} is not a hook of jemkit{nearest(name, known)}")
+        if not hasattr(found, "jemkit_impl"):  # the mark that pluggy sets
+            raise TypeError(f"{name} is not marked as a hook; write @hookimpl above it")
 
 
 def _check_part(kind: str, name: str, part: Any) -> None:
@@ -270,7 +272,7 @@ def _has(part: type[Any], attribute: str) -> bool:
 
 
 def installed(*, third_party: bool = True) -> Registry:
-    """The registry of all installed plug-ins; of the built-in ones alone on demand."""
+    """The registry of all installed plug-ins; or of the built-in ones alone."""
     plugins: list[Plugin] = []
     faults: list[Fault] = []
     slow: list[str] = []
@@ -296,11 +298,11 @@ def installed(*, third_party: bool = True) -> Registry:
 
 OURS = "jemkit"
 SLOW = 5.0
-"""Seconds after which a plug-in's import is worth a word; each command waits for it."""
+"""Seconds after which a plug-in's import is reported as slow; each command waits for it."""
 
 
 def _imported(entry: EntryPoint, fault: str) -> Any:
-    """The module of a plug-in; Refused where it cannot be had."""
+    """The module of a plug-in; Refused if it cannot be imported."""
     if fault:
         raise Refused(f"is not imported: {fault}")
     try:
@@ -311,7 +313,7 @@ def _imported(entry: EntryPoint, fault: str) -> Any:
 
 
 def _origin(entry: EntryPoint) -> tuple[str, str]:
-    """The distribution that offers a plug-in, and its version, as far as its metadata tell."""
+    """The distribution of a plug-in, and its version, as far as its metadata contain them."""
     try:
         name, version = (entry.dist.name, entry.dist.version) if entry.dist else (None, None)
     except Exception:  # metadata that are damaged
@@ -320,5 +322,5 @@ def _origin(entry: EntryPoint) -> tuple[str, str]:
 
 
 def _entry_points() -> list[EntryPoint]:
-    """Each once, though an editable install may show its distribution twice."""
+    """Each once, though an editable install may list its distribution twice."""
     return sorted(set(entry_points(group="jemkit")), key=lambda e: (e.name, e.value))

@@ -1,4 +1,4 @@
-"""Options that do nothing as the others stand: refused where a person has set them."""
+"""Options without effect given the others: rejected if a user has set them."""
 
 import copy
 import logging
@@ -15,9 +15,9 @@ log = logging.getLogger(__name__)
 def check_unused(
     recipe: Options, tables: Table, usual: Table, origins: Mapping[str, str], said: Collection[str]
 ) -> None:
-    """Refuse what a layer of `said` sets without effect; of a preset only warn.
+    """Reject options without effect that a layer of `said` sets; warn if a preset sets them.
 
-    `usual` are the tables without any such layer: a value of theirs may be said again.
+    `usual` are the tables without any such layer: repeating their values is allowed.
     """
     for key, value, needs in _idle(recipe, tables):
         before = dict(_leaves(key, _at(usual, key)))
@@ -27,16 +27,16 @@ def check_unused(
                 continue
             message = f"{leaf} = {now!r} does nothing {needs}{spoken(origin)}"
             if not origin.startswith("preset/"):
-                raise ConfigError(f"{message}. Leave it out")
+                raise ConfigError(f"{message}. Omit it")
             log.warning("%s", message)
 
 
 def check_given(part: Options, given: Iterable[str], what: str) -> None:
-    """Refuse options that were given to a part and do nothing beside its others."""
+    """Reject options that were set for a part and have no effect given its other options."""
     for name, needs in part.unused().items():
         value, usual = _value_and_default(part, name, what)
         if name.partition(".")[0] in given and value != usual:
-            raise ConfigError(f"{what}.{name} = {value!r} does nothing {needs}. Leave it out")
+            raise ConfigError(f"{what}.{name} = {value!r} does nothing {needs}. Omit it")
 
 
 def _value_and_default(part: Options, name: str, what: str) -> tuple[Any, Any]:
@@ -48,8 +48,8 @@ def _value_and_default(part: Options, name: str, what: str) -> tuple[Any, Any]:
     field = getattr(type(holder), "model_fields", {}).get(last)
     if field is None:
         raise ConfigError(
-            f"{what}: {type(part).__name__}.unused names {name!r}, which is no option of it: a "
-            "fault of the plug-in that offers it"
+            f"{what}: {type(part).__name__}.unused names {name!r}, which is not one of its "
+            "options: an error of its plug-in"
         )
     return getattr(holder, last), field.get_default(call_default_factory=True)
 
@@ -60,7 +60,7 @@ def before_layers(tables: Table) -> Table:
 
 
 def _idle(recipe: Options, tables: Table) -> Iterator[tuple[str, Any, str]]:
-    """Dotted keys of options without effect, their values and what they would take."""
+    """Dotted keys of options without effect, their values and what they would need."""
     for path, part in parts_of(recipe):
         for name, needs in part.unused().items():
             key = f"{path}.{name}"

@@ -1,4 +1,4 @@
-"""A recipe's parts put together into a run, with every check that needs no step."""
+"""Builds a recipe's parts into a run, with every check that needs no step."""
 
 import math
 from dataclasses import replace
@@ -43,12 +43,12 @@ class RunState(NamedTuple):
     updater: Updater
     ema: EMA | None
     micro: MicroBatch
-    loader: Loader  # with a generator of its own, so that a sampler never moves the data
-    compiled: CompiledGradient | None = None  # what chains go by, under --compile
+    loader: Loader  # with its own generator, so that a sampler never changes the order of the data
+    compiled: CompiledGradient | None = None  # computes the chains' gradients, with --compile
     twin: EnergyModel | None = None  # under --shard, what the first process looks at alone
 
     def state_dict(self) -> State:
-        """All that a step changes; of every process of a group, asked of the first one alone."""
+        """Everything that a step changes; with several processes, called on rank 0 alone."""
         leader.ask("state")
         return {**self.shared_state(), **leader.gathered(self.own_state())}
 
@@ -56,14 +56,14 @@ class RunState(NamedTuple):
         """Take a state up; the first process of a group hands it on to the others."""
         if state["device"] != self.device.type:
             raise ConfigError(
-                f"the run was saved on {state['device']} and cannot go on bit for bit on "
-                f"{self.device.type}; use --device {state['device']}, or begin a new run with "
-                "--init-from"
+                f"the run was saved on {state['device']} and cannot continue bit for bit on "
+                f"{self.device.type}; use --device {state['device']}, or start a new run with "
+                f"--init-from"
             )
         self.take(leader.broadcast_state(state))
 
     def own_state(self) -> State:
-        """What every process has for itself."""
+        """The state of one process."""
         density = self.backbone.density_or_none
         remembered = self.objective if isinstance(self.objective, StatefulObjective) else None
         return {
@@ -73,7 +73,8 @@ class RunState(NamedTuple):
         }
 
     def shared_state(self) -> State:
-        """What all processes have in common; each gives its part of the weights to it."""
+        """The state that all processes have in common; each contributes its shard of the
+        weights."""
         return {
             "device": self.device.type,
             **self.weights(),
@@ -85,13 +86,13 @@ class RunState(NamedTuple):
         }
 
     def weights(self) -> State:
-        """The model's and their average, whole at the first process."""
+        """The model's weights and their average, whole on rank 0."""
         average = self.ema.average if self.ema else None
         found = {"model": self.backbone.model.state_dict(), "ema": average}
         return fsdp.whole(found, keep=leader.leads())  # type: ignore[no-any-return]
 
     def take(self, state: State) -> None:
-        """Go on from a state, with this process's share of it."""
+        """Load a state, with this process's part of it."""
         load_model(self.backbone.model, state["model"])
         if self.ema is not None:
             for name, tensor in self.ema.average.items():
@@ -115,7 +116,7 @@ class RunState(NamedTuple):
         self.rng.set_state(own["rng"])
 
     def _groups(self, saved: State) -> list[State]:
-        """The recipe's options of the optimizer, at the rates that were saved."""
+        """The recipe's options of the optimizer, with the saved learning rates."""
         own = self.optimizer.state_dict()["param_groups"]
         pairs = zip(own, saved["param_groups"], strict=True)
         rates = ("lr", "weight_decay", "momentum")
@@ -126,7 +127,8 @@ class RunState(NamedTuple):
 
 
 def build_run(recipe: Recipe, pinned: Pinned | None = None, *, fill: bool = True) -> RunState:
-    """Build and check, on no data but `pinned`, drawing no start without `fill`.
+    """Build and check, with data that match `pinned`; without `fill` nothing is drawn from the
+    initial distribution.
 
     Raises ConfigError or DataError.
     """
@@ -214,7 +216,8 @@ def built_objective(recipe: Recipe, task: Task, rng: Generator) -> Objective[Any
 
 
 def lay_like_parameters(optimizer: Optimizer) -> None:
-    """Give momenta read from a file their parameters' memory format, which fused steps ask for."""
+    """Give loaded momentum buffers their parameters' memory format, which fused optimizers
+    require."""
     for p, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == p.shape:
@@ -222,7 +225,7 @@ def lay_like_parameters(optimizer: Optimizer) -> None:
 
 
 def load_model(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Weights into a model, every name and shape of both accounted for."""
+    """Load weights into a model; every name and shape must match."""
     wanted = model.state_dict()
     wrong = [
         f"{name}: {list(weights[name].shape)}, expected {list(t.shape)}"

@@ -1,4 +1,4 @@
-"""HealthMonitor: what the sentinel is shown of a run, step by step and after every epoch."""
+"""HealthMonitor: passes the metrics of each step and epoch to the sentinel."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,11 +19,11 @@ from jemkit.selection import stratified
 from jemkit.training.build import RunState
 
 CHAINS = 32
-"""Chains of the buffer whose slopes are looked at after an epoch."""
+"""Chains of the buffer whose gradients are examined after an epoch."""
 
 
 class Metered(RunFolder):
-    """A run's folder that also keeps the rows of metrics, until the sentinel has read them."""
+    """A run's folder that also keeps the rows of metrics until the sentinel has read them."""
 
     def __init__(self, path: Path) -> None:
         RunFolder.__init__(self, path)
@@ -39,7 +39,7 @@ class Metered(RunFolder):
 
 
 class HealthMonitor:
-    """Raises Unhealthy with the first finding; `vitals` is what it remembers between two looks."""
+    """Raises Unhealthy with the first finding; `vitals` is what it remembers between checks."""
 
     def __init__(self, options: Sentinel, parts: RunState) -> None:
         self.options, self.parts, self.vitals = options, parts, RunStatistics(options)
@@ -49,18 +49,19 @@ class HealthMonitor:
 
     @property
     def buffer(self) -> ReplayBuffer | None:
-        """The replay buffer, where the objective learns by one."""
+        """The replay buffer, if the objective learns with one."""
         learns = self.parts.objective.needs_density
         density = self.parts.backbone.density_or_none if learns else None
         return density.buffer if isinstance(density, Buffered) else None
 
     def rows(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Every step's metrics, in order."""
+        """Check every step's metrics, in order."""
         for row in rows if self.options.on else ():
             _raise(self.vitals.row(row))
 
     def body(self, step: int, average: Mapping[str, Tensor]) -> dict[str, float]:
-        """After an epoch: weights, running statistics and buffer; sizes that may not grow."""
+        """After an epoch: check weights, running statistics and buffer; returns statistics that
+        must not grow."""
         if not self.options.on:
             return {}
         since, model = step - self.parts.loader.steps_per_epoch, self.parts.backbone.model
@@ -74,7 +75,7 @@ class HealthMonitor:
             sizes["running variance of batch norm"] = float(largest)
         if self.buffer is not None:
             _raise(self._stuck(self.buffer, since))
-            sizes["slope of the chains' energies"] = steepness(model, self.buffer)
+            sizes["gradient norm of the chains' energies"] = steepness(model, self.buffer)
         return sizes
 
     def _stuck(self, buffer: ReplayBuffer, since: int) -> Finding | None:
@@ -83,11 +84,14 @@ class HealthMonitor:
         share = float(sick_slots(buffer, self.parts.task.bounds, self.limit).float().mean())
         if share <= self.options.stuck:
             return None
-        told = f"{share:.0%} of the replay buffer's chains are stuck at the edge of the pixel range"
+        told = (
+            f"{share:.0%} of the replay buffer's chains are stuck at the boundary of the pixel "
+            "range"
+        )
         return Finding("buffer", since, told)
 
     def epoch(self, step: int, sizes: Mapping[str, float], accuracies: list[float]) -> None:
-        """The sizes that `body` gave, and validation accuracy after every epoch so far."""
+        """Check the statistics from `body`, and validation accuracy after every epoch so far."""
         if not self.options.on:
             return
         since = step - self.parts.loader.steps_per_epoch
@@ -103,9 +107,9 @@ def _raise(finding: Finding | None) -> None:
 
 
 def edge_limit(images: Images, stuck: float) -> float:
-    """The share of a chain's pixels at the range's edge above which it is stuck there.
+    """The share of a chain's pixels at the boundary of the range above which it counts as stuck.
 
-    Counted among those that the data keeps inside: half the pixels of a digit are black.
+    Only pixels that are inside the range in the data count: half the pixels of a digit are black.
     """
     unit = images.take(stratified(images.y, 1000)).unit()
     data = float(((unit <= 0) | (unit >= 1)).float().mean())
@@ -113,7 +117,7 @@ def edge_limit(images: Images, stuck: float) -> float:
 
 
 def unfit(tensors: Mapping[str, Tensor]) -> str | None:
-    """The first that holds a NaN or an infinity; the device is waited for once."""
+    """The first that contains a NaN or an infinity; synchronises with the device once."""
     named = {n: t for n, t in tensors.items() if t.is_floating_point()}
     sums = [t.detach().sum().float() for t in named.values()]
     if not sums or torch.stack(sums).isfinite().all():
@@ -122,14 +126,15 @@ def unfit(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def sick_slots(buffer: ReplayBuffer, bounds: Bounds, limit: float) -> Tensor:
-    """Slots [N] with a pixel that is not finite, or with more than `limit` of them at the edge."""
+    """Slots [N] with a pixel that is not finite, or with more than `limit` of them at the
+    boundary."""
     states = buffer.states.flatten(1)
     edge = (states <= bounds.low) | (states >= bounds.high)
     return ~states.isfinite().all(dim=1) | (edge.float().mean(dim=1) > limit)
 
 
 def renew(buffer: ReplayBuffer, sick: Tensor, rng: Generator) -> int:
-    """Begin the chains of these slots [N] afresh; how many they are."""
+    """Reinitialise the chains of these slots [N]; returns their number."""
     slots = sick.nonzero().squeeze(1)
     if len(slots):
         y = slots * buffer.n_classes // buffer.options.capacity

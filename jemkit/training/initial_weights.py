@@ -1,4 +1,4 @@
-"""Weights that a new run begins with, and what is to be said of them."""
+"""The initial weights of a run (--init-from), and the warnings about them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +15,12 @@ from jemkit.runtime.files import read_json
 from jemkit.training import pinned
 
 STEEP = 0.1
-"""Of the learning rate in the first step: from there on momentum, which looks back some ten steps,
-takes trained weights as far as a run does that begins with none."""
+"""Share of the learning rate in the first step above which a warning is given: momentum averages
+about ten steps, so pretrained weights then move as far as in a run without them."""
 
 
 class Initial(NamedTuple):
-    """Weights, and the config.json of what they were trained in, where there is one."""
+    """Weights, and the config.json of their training, if there is one."""
 
     path: Path
     weights: dict[str, Tensor]
@@ -37,39 +37,39 @@ def initial(path: Path) -> Initial:
 
 
 def initial_source(path: Path) -> dict[str, str]:
-    """What a run keeps of where its weights come from."""
+    """The entry of a run for its initial weights."""
     return {"given": str(path), "path": str(path.resolve())}
 
 
 def doubts(start: Initial, recipe: Recipe, total_steps: int) -> list[str]:
-    """What may spoil these weights, or their meaning, in a run of this recipe."""
+    """What may harm these weights, or their meaning, in a run of this recipe."""
     found = [_other_classes(start, recipe.data)]
     rate, factor = recipe.optimizer.lr, recipe.schedule.factor(0, total_steps)
     trained = dict(flat(start.config)).get("recipe.optimizer.lr")
     use = dict(flat(start.config)).get("recipe.optimizer.use")
     if factor >= STEEP:
         found.append(
-            f"the first step already takes {factor:.0%} of optimizer.lr = {rate:g}, which may undo "
-            f"the weights of {start.path} before anything is learnt: take a lower optimizer.lr, or "
+            f"the first step already uses {factor:.0%} of optimizer.lr = {rate:g}, which may "
+            f"destroy the weights of {start.path}: use a lower optimizer.lr, or "
             "a longer warm-up by schedule.warmup (steps) and schedule.warmup_share (of the run)"
         )
     if use == recipe.optimizer.use and isinstance(trained, float) and rate > trained:
         found.append(
             f"optimizer.lr = {rate:g} is more than the {trained:g} that the weights of "
-            f"{start.path} were trained with, and may undo them: take a lower one"
+            f"{start.path} were trained with, and may destroy them: use a lower one"
         )
     return [text for text in found if text]
 
 
 def check_same(start: Path, config: Mapping[str, Any]) -> None:
-    """Refuse, while resuming, other weights than those that the run began with."""
+    """While resuming, reject initial weights other than those that the run started with."""
     about = config.get("init_from")
     known = about if isinstance(about, dict) else {}
     if str(start) != known.get("given") and str(start.resolve()) != known.get("path"):
-        began = known.get("given", "weights that it drew itself")
+        began = known.get("given", "randomly initialised weights")
         raise UsageError(
-            f"--init-from {start}: the run was started with {began}. Leave it out with --resume, "
-            "or begin a new run"
+            f"--init-from {start}: the run was started with {began}. Omit it with --resume, or "
+            f"start a new run"
         )
 
 
@@ -83,5 +83,5 @@ def _other_classes(start: Initial, dataset: Dataset) -> str:
         return ""
     return (
         f"the weights of {start.path} were trained on {pinned.names(known, came)}; this run's "
-        f"classes are {pinned.names(came, known)}: its head begins with what it learnt of them"
+        f"classes are {pinned.names(came, known)}: its head starts with weights for the former"
     )

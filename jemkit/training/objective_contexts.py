@@ -20,7 +20,7 @@ Around = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class ObjectiveInContext:
-    """An objective whose phases run inside contexts, entered anew each time."""
+    """An objective whose phases run inside contexts, which are entered each time."""
 
     inner: Objective[Any]
     drawing: Around
@@ -54,14 +54,14 @@ class ObjectiveInContext:
 
 
 def compiled_chains(objective: Objective[Any], unit: CompiledGradient) -> ObjectiveInContext:
-    """An objective whose chains take compiled gradients; its loss stays as it is."""
+    """An objective whose chains use compiled gradients; its loss is unchanged."""
     return ObjectiveInContext(objective, partial(gradients_by, unit))
 
 
 def in_bf16(objective: Objective[Any], device_type: str) -> ObjectiveInContext:
     """An objective whose passes run in bfloat16; energies and losses stay float32.
 
-    Autocast is entered anew for every pass, since it keeps casts of weights that SAM moves.
+    Autocast is entered for every pass, since it caches casts of weights that SAM moves.
     """
     autocast = partial(torch.autocast, device_type, torch.bfloat16)
     return ObjectiveInContext(objective, autocast, autocast)

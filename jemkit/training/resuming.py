@@ -1,4 +1,4 @@
-"""What a run goes on with: the recipe it was started with, but for what may differ."""
+"""The recipe with which a run resumes: its own, except for what may differ."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,17 +10,18 @@ from jemkit.errors import ConfigError, DataError, UsageError
 from jemkit.runtime.files import read_json
 
 MOVES = ("run.device", "run.shard")
-"""Where a run goes on; config.json keeps where it began."""
+"""Where a run resumes; config.json keeps where it started."""
 MAY_DIFFER = (
     *MOVES, "run.micro_batch", "run.recompute", "run.keep", "run.tensorboard", "data.dir",
     "data.download",
 )  # fmt: skip
-"""What does not change a run's outcome; that the images are the same is checked by their hash."""
+"""Settings that do not change a run's outcome; that the images are the same is checked by their
+hash."""
 EPOCHS = "run.epochs"
 
 
 class Change(NamedTuple):
-    """A setting that a run was started with, and the one that came."""
+    """A setting at the start of the run, and its new value."""
 
     key: str
     was: Any
@@ -31,23 +32,23 @@ class Change(NamedTuple):
 
 
 class Agreed(NamedTuple):
-    """How a run goes on."""
+    """How a run resumes."""
 
     resolved: Resolved
-    config: dict[str, Any]  # as config.json is from now on
-    changed: bool  # whether that is another than it was
-    epochs: int  # that the newest checkpoint's run was of
+    config: dict[str, Any]  # the content of config.json from now on
+    changed: bool  # whether it differs from before
+    epochs: int  # that of the run's newest checkpoint
 
 
 def changes(was: Table, now: Table) -> list[Change]:
-    """The settings that two recipes' tables differ in."""
+    """The settings in which the tables of two recipes differ."""
     one, other = dict(flat(was)), dict(flat(now))
     keys = [key for key in {**one, **other} if one.get(key, ...) != other.get(key, ...)]
     return [Change(key, one.get(key), other.get(key)) for key in keys]
 
 
 def refused(was: Table, now: Table) -> list[Change]:
-    """Those that a run cannot go on with; more epochs it can."""
+    """The changes with which a run cannot resume; more epochs are allowed."""
     found = [change for change in changes(was, now) if change.key not in MAY_DIFFER]
     return [change for change in found if not _longer(change)]
 
@@ -61,7 +62,7 @@ def asked_again(
     overrides: list[str] | None,
     named: Table,
 ) -> Resolved:
-    """A run's recipe with these options on top, or the whole command that it was started with."""
+    """A run's recipe with these options on top, or the complete command that started it."""
     saved = folder / "config.json"
     layers: dict[str, Any] = {
         "preset": preset, "config": config, "overrides": overrides or (), "named": named,
@@ -69,7 +70,7 @@ def asked_again(
     was = complete(resolve(registry, config=saved), registry)
     found: list[Resolved] = []
     errors: list[ConfigError] = []
-    for base in (saved, None):  # a few options are no whole command, but may go on top
+    for base in (saved, None):  # a few options are no complete command, but may be added
         try:
             found.append(complete(resolve(registry, base=base, **layers), registry))
         except ConfigError as error:
@@ -85,9 +86,9 @@ def asked_again(
 def agreed(
     given: Resolved, folder: Path, state: dict[str, Any], path: Path, registry: Registry
 ) -> Agreed:
-    """What the run in `folder` goes on with from the checkpoint `path`.
+    """The recipe with which the run in `folder` resumes from the checkpoint `path`.
 
-    Raises DataError where config.json was changed, and UsageError where another recipe is given.
+    Raises DataError if config.json was changed, and UsageError if another recipe is given.
     """
     config = check_config(folder / "config.json", state, path)
     was = complete(resolve(registry, config=folder / "config.json"), registry)
@@ -96,8 +97,8 @@ def agreed(
         short = any(change.key == EPOCHS for change in wrong)
         more = "; a run can be extended, not shortened" if short else ""
         raise UsageError(
-            f"--resume goes on with the recipe that the run was started with{more}: "
-            f"{'; '.join(map(str, wrong))}. Leave out what differs, or begin a new run"
+            f"--resume continues with the recipe that the run was started with{more}: "
+            f"{'; '.join(map(str, wrong))}. Omit what differs, or start a new run"
         )
     kept = [change for change in changes(was.tables, given.tables) if change.key not in MOVES]
     recipe, sources = config["recipe"], dict(origins)
@@ -111,7 +112,7 @@ def agreed(
 
 
 def check_config(config: Path, state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A run's config.json; a DataError where it is not the one that a checkpoint was saved with."""
+    """A run's config.json; DataError if it is not the one that a checkpoint was saved with."""
     found = _config_of(config.parent)
     saved = _kept_by(state, path)
     if saved is None:  # of jemkit 0.1
@@ -122,36 +123,37 @@ def check_config(config: Path, state: dict[str, Any], path: Path) -> dict[str, A
         if change.key not in MAY_DIFFER and not _longer(change)
     ]
     if "data" in saved and saved["data"] != found.get("data"):
-        told.append("what it says of the data is not what it said")
+        told.append("its entry for the data differs")
     if told:
         raise DataError(
             f"{config} was changed after the checkpoint {path.name} was saved: {'; '.join(told)}. "
-            "Put it back as it was; for other settings begin a new run"
+            "Restore it; for other settings start a new run"
         )
     return found
 
 
 def extension(before: int, now: int, rates: tuple[float, float]) -> str:
-    """What is told of a run that goes on for longer than it was started for."""
+    """The warning for a run that continues for more epochs than it was started for."""
     return (
-        f"the run was started with {before} epochs and goes on to {now}. From here on its learning "
-        f"rate is that of {now} epochs ({rates[1]:.3g} at this step, where it was {rates[0]:.3g}), "
-        f"so that it is not, bit for bit, a run of {now} epochs from the start"
+        f"the run was started with {before} epochs and continues to {now}. From here on its "
+        f"learning rate follows the schedule of {now} epochs ({rates[1]:.3g} at this step, where "
+        f"it was {rates[0]:.3g}), so "
+        f"it is not bit-for-bit identical to a run of {now} epochs from the start"
     )
 
 
 def _kept_by(state: dict[str, Any], path: Path) -> dict[str, Any] | None:
-    """What a checkpoint keeps of its run's config.json."""
+    """The part of config.json that a checkpoint stores."""
     saved = state.get("config")
     if saved is None or (isinstance(saved, dict) and isinstance(saved.get("recipe"), dict)):
         return saved
-    raise DataError(f"{path} is damaged: what it keeps of its run's config.json is no recipe")
+    raise DataError(f"{path} is damaged: its copy of the run's config.json is not a recipe")
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
     found = read_json(folder / "config.json")
     if not isinstance(found, dict) or not isinstance(found.get("recipe"), dict):
-        raise DataError(f"{folder / 'config.json'} holds no recipe; it is not a run's config")
+        raise DataError(f"{folder / 'config.json'} contains no recipe; it is not a run's config")
     return found
 
 

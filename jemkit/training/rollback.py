@@ -1,4 +1,4 @@
-"""Recovery: a sick run goes back to a checkpoint that proved healthy, and on with a remedy."""
+"""Rollback: an unhealthy run returns to a healthy checkpoint and continues with a remedy."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -21,20 +21,21 @@ from jemkit.training.metrics_log import Journal
 from jemkit.updaters import Guard
 
 PENALTY = 0.1
-"""On the squared mean energies: what users of JEM whose runs diverge are told to try."""
+"""Weight of the penalty on squared mean energies, as recommended to users of JEM whose runs
+diverge."""
 
-SPOILT = "the training images themselves are not finite, so going back would not help"
+SPOILT = "the training images are not finite, so a rollback would not help"
 SHOWN = 3
 """Attempts that a message lists."""
 
 
 class RollbackPolicy:
-    """What was tried on a run so far, and where it may go back to; part of its checkpoints."""
+    """The attempts of a run so far, and the checkpoints for a rollback; part of its checkpoints."""
 
     def __init__(self, options: Sentinel, parts: RunState, seed: int) -> None:
         self.options, self.parts, self.seed = options, parts, seed
         self.checkup = HealthMonitor(options, parts)
-        self.tried: list[dict[str, Any]] = []  # one entry a rollback
+        self.tried: list[dict[str, Any]] = []  # one entry per rollback
         learns = parts.objective.needs_density
         self.chains = parts.backbone.density_or_none if learns else None  # that it draws from
         self._steps = self.chains.steps if self.chains else 0
@@ -52,8 +53,8 @@ class RollbackPolicy:
     def proven(self, folder: Path, since: int) -> Iterator[Path]:
         """Checkpoints after which `quiet` steps, or an epoch, raised no finding; newest first.
 
-        Only ends of epochs count, since every run has those, however often it was interrupted;
-        and the very beginning.
+        Only ends of epochs, and the start, count, since every run has those however often it was
+        interrupted.
         """
         for path in reversed(checkpoint.complete(folder)):
             step = step_of(path)
@@ -63,7 +64,7 @@ class RollbackPolicy:
                 yield path
 
     def prune(self, folder: Path, step: int, keep: int) -> None:
-        """Leave the newest `keep`, and all that a finding yet to come may go back to."""
+        """Keep the newest `keep`, and those that a later finding may roll back to."""
         found = checkpoint.complete(folder)
         oldest = max(0, (step - self.options.late(self._epoch)) // self._epoch * self._epoch)
         for path in found[:-keep]:
@@ -73,7 +74,7 @@ class RollbackPolicy:
         checkpoint.prune(folder, len(found))
 
     def try_next(self, finding: Finding, step: int, back: int) -> dict[str, Any]:
-        """The next remedy, chains of another seed, and fresh ones in place of the sick."""
+        """Apply the next remedy, give the chains another seed, and restart the unhealthy ones."""
         attempt = len(self.tried) + 1
         entry: dict[str, Any] = {
             "attempt": attempt, "of": self.options.tries, "signal": finding.signal,
@@ -86,7 +87,7 @@ class RollbackPolicy:
         return entry
 
     def apply_remedies(self, tried: list[dict[str, Any]]) -> None:
-        """Put the remedies of these attempts into effect."""
+        """Apply the remedies of these attempts."""
         self.tried = list(tried)
         if self.chains is None:
             return
@@ -96,23 +97,23 @@ class RollbackPolicy:
             self.parts.backbone.penalised = PENALTY
 
     def told(self) -> str:
-        """What a rolled-back run goes on with."""
-        words = [f"{self.rate:g} of the learning rate"] if self._times("rate") else []
+        """With what a rolled-back run continues, as text."""
+        words = [f"{self.rate:g} times the learning rate"] if self._times("rate") else []
         if self._times("steps") and self.chains is not None:
-            words.append(f"{self.chains.steps} steps a chain")
+            words.append(f"{self.chains.steps} steps per chain")
         if self._times("penalty"):
             words.append(f"an energy penalty of {penalty_of(self.chains) or PENALTY:g}")
         return ", ".join(words)
 
     def _remedy(self, attempt: int) -> Remedy:
-        """The next of the policy that changes anything, whose last serves all later tries; where
-        none does it is the rate, which always can be lowered."""
+        """The next remedy of the policy that changes anything; its last serves all later attempts.
+        If none does, the learning rate is lowered, which is always possible."""
         policy = self.options.policy
         left = policy[min(attempt, len(policy)) - 1 :]
         return next((remedy for remedy in left if self._changes(remedy)), "rate")
 
     def _changes(self, remedy: Remedy) -> bool:
-        """Whether anything would be other than it is."""
+        """Whether a remedy would change anything."""
         if remedy == "rate":
             return True
         if remedy == "steps":
@@ -132,7 +133,8 @@ class RollbackPolicy:
 
 
 def anew(checkup: HealthMonitor, seed: int, attempt: int) -> int:
-    """Give this process's chains another stream and begin its sick ones afresh; how many."""
+    """Give this process's chains another stream and restart its unhealthy ones; returns their
+    number."""
     parts, buffer, rank = checkup.parts, checkup.buffer, distributed.shard().rank
     words = ("chains", "attempt", attempt, *([rank] if rank else []))
     parts.rng.set_state(generator(parts.device, seed, *words).get_state())
@@ -142,7 +144,7 @@ def anew(checkup: HealthMonitor, seed: int, attempt: int) -> int:
 
 
 class Recoverable(Protocol):
-    """What of a trainer goes back: where it stands, and what keeps it."""
+    """The parts of a trainer that a rollback restores."""
 
     best: dict[str, Any]
     guard: Guard
@@ -184,10 +186,10 @@ class Recoverable(Protocol):
 
 
 def roll_back(trainer: Recoverable, error: Diverged) -> None:
-    """Take a run back to a checkpoint that proved healthy, or raise Diverged for good.
+    """Roll a run back to a healthy checkpoint, or raise Diverged.
 
-    What it goes on from is saved in that checkpoint's place, and what came after it is gone; the
-    best epoch stays, whichever attempt it is of.
+    The rolled-back state is saved in place of that checkpoint, and later checkpoints are deleted;
+    the best epoch is kept, whichever attempt it is from.
     """
     trainer.writer.wait()
     care, folder, step = trainer.care, trainer.folder, trainer.step
@@ -206,7 +208,7 @@ def roll_back(trainer: Recoverable, error: Diverged) -> None:
     care.apply_remedies(tried)
     entry = care.try_next(finding, step, trainer.step)
     for path in reversed(checkpoint.complete(folder.checkpoints)):
-        if path.name > where.name:  # newest first: killed in here, a run finds the same again
+        if path.name > where.name:  # newest first: a run killed here repeats the rollback
             checkpoint.remove(path)
     checkpoint.save(where, trainer.state_dict())
     folder.drop_metrics_from(trainer.step)
@@ -215,52 +217,58 @@ def roll_back(trainer: Recoverable, error: Diverged) -> None:
 
 
 def saved(trainer: Recoverable, error: OutOfMemory) -> NoReturn:
-    """End a run for which there is no room, once what it has done is safe."""
+    """End a run for which the disk has no space, once its state is safe."""
     told = str(error)
     if error.undone:
         try:
             trainer.save()
-        except Diverged as sick:  # its last steps were; what it goes back to is saved
+        except (
+            Diverged
+        ) as sick:  # its last steps were unhealthy; the checkpoint to roll back to is saved
             roll_back(trainer, sick)
-        told += f". Step {trainer.step} is saved; --resume goes on from it where there is more room"
+        told += (
+            f". Step {trainer.step} is saved; --resume continues from it once there is more space"
+        )
     trainer.folder.event("memory", step=trainer.step, ended=told)
     raise OutOfMemory(told, undone=error.undone) from None
 
 
 def _earliest(trainer: Recoverable, error: Diverged) -> Finding:
-    """What metrics that nobody has read yet tell of comes before the error."""
+    """A finding in metrics that were not read yet takes precedence over the error."""
     try:
         trainer.gather()
     except Unhealthy as earlier:
         return earlier.finding
     if isinstance(error, Unhealthy):
         return error.finding
-    told = re.sub(r"^update \d+: ", "", str(error))  # counted anew in every process
+    told = re.sub(r"^update \d+: ", "", str(error))  # counted again in every process
     return Finding("update", trainer.step, told)
 
 
 def diagnosis(
     finding: Finding, step: int, trainer: Recoverable, where: Path | None, cause: str | None
 ) -> str:
-    """What was seen and since when, what was tried, and what a person may do: a short list.
+    """What was detected and since when, what was tried, and what to do, as a short list.
 
-    The weights that the run began with are no advice: it is they that it diverged from.
+    The initial weights are not suggested, since the run diverged from them.
     """
     tried, care = trainer.care.tried, trainer.care
     head = f"diverged at step {step}: {finding.told} (since step {finding.since})"
     lines = [f"{len(tried) - SHOWN} attempts before these: see events.jsonl"] * (len(tried) > SHOWN)
     for entry in tried[-SHOWN:]:
-        back = f"went back from step {entry['step']} to {entry['to']}"
-        lines.append(f"attempt {entry['attempt']} {back}, on with {entry['with']}: {entry['what']}")
+        back = f"rolled back from step {entry['step']} to {entry['to']}"
+        lines.append(
+            f"attempt {entry['attempt']} {back}, continued with {entry['with']}: {entry['what']}"
+        )
     if cause != SPOILT:
         rate = trainer.recipe.optimizer.lr * care.rate
-        lines.append(f"begin a new run with optimizer.lr below {rate:.3g}, or a longer warm-up")
+        lines.append(f"start a new run with optimizer.lr below {rate:.3g}, or a longer warm-up")
         if care.chains is not None:
             lighter = penalty_of(care.chains) < PENALTY
             penalty = f" or backbone.density.penalty = {PENALTY}" if lighter else ""
             lines[-1] += f", more backbone.steps{penalty}"
     if where is not None and step_of(where) > 0:
-        lines.append(f"--init-from {where} takes its weights, of step {step_of(where)}")
+        lines.append(f"--init-from {where} starts from its weights, of step {step_of(where)}")
     return "\n  - ".join([f"{head}; {cause}" if cause else head, *lines])
 
 

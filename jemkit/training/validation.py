@@ -1,4 +1,4 @@
-"""How a model is looked at while it trains, and judged at the end."""
+"""Validation after each epoch, and the final evaluation of a run."""
 
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,20 +31,20 @@ from jemkit.selection import part_of
 from jemkit.splits import Splits
 
 GRID, GRID_STEPS = 100, 40
-"""Images in an epoch's sample grid, and the steps of the fresh chains that give them."""
+"""Images in an epoch's sample grid, and the number of steps of their newly started chains."""
 
 
 @dataclass(frozen=True)
 class Validator:
-    """Looks at a backbone after an epoch, with generators of its own and never at the buffer."""
+    """Validates a backbone after an epoch, with its own generators and without the buffer."""
 
     backbone: Backbone
     task: Task
     splits: Splits
     seed: int
     epoch: int
-    micro: MicroBatch = field(default_factory=MicroBatch)  # the run's: what it learns here stays
-    trained: Threat | None = None  # the ball that the objective trains in
+    micro: MicroBatch = field(default_factory=MicroBatch)  # the run's: entries added here stay
+    trained: Threat | None = None  # the ball in which the objective trains
 
     def validate(self, n_robust: int) -> dict[str, float]:
         """Validation accuracy, and under PGD-10 on its first `n_robust` images."""
@@ -57,7 +57,8 @@ class Validator:
         return {"accuracy": clean.value, "pgd10": robust.value}
 
     def draw_grid(self, path: Path) -> None:
-        """Samples of fresh chains, a row a class where the start knows classes."""
+        """Samples of newly started chains, one row per class if the initial distribution has
+        classes."""
         if not self.backbone.has_density:
             return
         with self.micro.active():
@@ -87,8 +88,8 @@ class Validator:
     def judge(self, about: dict[str, Any], images: int | None = None) -> Record:
         """Clean accuracy, PGD-20 and the energy gap on so many test images, or all, as a record.
 
-        `about` is what is judged. A figure's protocol is the one that `jemkit evaluate` gives to
-        the same measurement, which then takes its place.
+        `about` describes the model. A figure has the same protocol as that of the same measurement
+        in `jemkit evaluate`, which therefore replaces it.
         """
         test = checked(self.splits.images("test"), self.task.n_classes, "the test split")
         part = part_of(test, len(test.y) if images is None else images)
@@ -116,7 +117,7 @@ class Validator:
         return measure(self._subject(), data, [evaluator], named)
 
     def _samples(self, rng: Generator) -> Tensor:
-        """GRID images in the model's range, in the order of their starts' classes."""
+        """GRID images in the model's range, in the order of their initial classes."""
         density = self.backbone.density
         y = torch.arange(GRID, device=rng.device) * min(self.task.n_classes, 10) // GRID
         start = Labelled(density.start, y)
@@ -132,12 +133,12 @@ class Validator:
 
     @property
     def threat(self) -> Threat:
-        """The data set's usual one; that of the training where its norm is another."""
+        """The data set's default threat; that of training if its norm differs."""
         if self.trained is not None and self.trained.norm != "Linf":
             return self.trained
         return Threat("Linf", self.task.radius_px)
 
     def _generator(self, name: str) -> Generator:
-        """From the seed, the epoch and the name of what it is for."""
+        """Seeded by the seed, the epoch and the name of its purpose."""
         device = next(self.backbone.model.parameters()).device
         return generator(device, self.seed, self.epoch, name)

@@ -56,7 +56,7 @@ WRONG = {
         "threading.Thread(target=lambda: time.sleep(1e6), name='busy').start()",
         "it keeps the process from ending (busy goes on)",
     ),
-    "exits": ("import atexit, os; atexit.register(os._exit, 3)", "in its own way (exit code 3)"),
+    "exits": ("import atexit, os; atexit.register(os._exit, 3)", "itself (exit code 3)"),
     "dtype": (
         "import torch; torch.set_default_dtype(torch.float64)", "changes torch's default dtype"
     ),

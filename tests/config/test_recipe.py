@@ -239,7 +239,7 @@ class TestMistakes:
     ) -> None:
         tables = {"recipe": {"run": {"epochs": 3}}, beside: {"use": "digits"}}
         (tmp_path / "a.json").write_text(json.dumps(tables))
-        with pytest.raises(DataError, match=rf"\[{beside}\] stands beside the table `recipe`"):
+        with pytest.raises(DataError, match=rf"\[{beside}\] is beside the table `recipe`"):
             resolve(INSTALLED, config=tmp_path / "a.json")
         tables = {"recipe": {"run": {"epochs": 3}}, "data": {"classes": ["a"]}, "git": None}
         (tmp_path / "a.json").write_text(json.dumps(tables))
@@ -261,7 +261,7 @@ class TestMistakes:
         [
             ("a.toml", "run = [", "cannot be read as a recipe"),
             ("a.json", "{", "cannot be read as a recipe"),
-            ("a.json", "[]", "holds no table"),
+            ("a.json", "[]", "contains no table"),
         ],
     )
     def test_a_file_that_is_no_recipe_is_named(
@@ -350,7 +350,7 @@ class TestWhatASwapLeavesBehind:
     @pytest.mark.parametrize(
         ("names", "message"),
         [
-            (["weight_decya"], r"names 'weight_decya', which is no option.*did you mean 'weight_d"),
+            (["weight_decya"], r"names 'weight_decya', which is not an.*did you mean 'weight_d"),
             ([["lr"]], "expected a list of options"),
             ([1], "expected a list of options"),
             ("lr", "expected a list of options"),
@@ -380,7 +380,7 @@ class TestWhatASwapLeavesBehind:
     ) -> None:
         other = {"backbone": "jem", "updater": "awp", "optimizer": "adam"}[named]
         resolve(INSTALLED, config=config, named={named: {"use": other}})
-        assert "config: left out, since another part was chosen later: " in caplog.text
+        assert "config: dropped, since another part was selected later: " in caplog.text
         assert told in caplog.text
 
     @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ class TestWhatASwapLeavesBehind:
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
         resolve(INSTALLED, preset="released", overrides=["backbone.network.use=smallcnn"])
-        assert "preset/released: left out" in caplog.text
+        assert "preset/released: dropped" in caplog.text
         assert "backbone.network.bn_momentum = 0.9" in caplog.text
 
 

@@ -245,7 +245,7 @@ IDLE: list[tuple[list[str], str, str]] = [
     (["schedule.decay=constant"], "schedule.by=0.3", 'unless decay = "steps"'),
     (["schedule.decay=steps"], "schedule.floor=0.3", 'unless decay = "cosine"'),
     (["schedule.decay=steps"], "schedule.at=[30, 60]", "never reached"),
-    (["schedule.warmup=0"], "schedule.warmup_share=0.3", "where warmup is 0"),
+    (["schedule.warmup=0"], "schedule.warmup_share=0.3", "if warmup is 0"),
     (["sentinel.on=false"], "sentinel.tries=7", "while the sentinel is off"),
     (["sentinel.tries=0"], 'sentinel.policy=["steps"]', "where tries is 0"),
 ]  # fmt: skip
@@ -332,8 +332,8 @@ class Outer(Options):
     ({}, ""), ({"inner": {"size": 3}}, ""), ({"inner": {"names": []}}, ""),
     ({"inner": {"size": 4}}, "guest.inner.size = 4 does nothing where idle names it"),
     ({"inner": {"names": ["a"]}}, "guest.inner.names = ['a'] does nothing"),
-    ({"idle": ["inner.lost"]}, "unused names 'inner.lost', which is no option of it"),
-    ({"idle": ["lost.size"]}, "unused names 'lost.size', which is no option of it"),
+    ({"idle": ["inner.lost"]}, "unused names 'inner.lost', which is not one of its options"),
+    ({"idle": ["lost.size"]}, "unused names 'lost.size', which is not one of its options"),
 ])  # fmt: skip
 def test_a_guest_may_name_options_inside_others(given: dict[str, Any], wrong: str) -> None:
     part = Outer.model_validate(given)

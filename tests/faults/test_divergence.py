@@ -152,9 +152,9 @@ def given_up(backbone: str, fault: str, out: Path) -> None:
     message = str(caught.value)
     assert caught.value.exit_code == 4
     assert re.search(r"diverged at step \d+: .* \(since step \d+\)", message)
-    assert "attempt 1 went back" in message
-    assert "attempt 2 went back" in message
-    kept = re.search(r"--init-from (\S+) takes its weights", message)
+    assert "attempt 1 rolled back" in message
+    assert "attempt 2 rolled back" in message
+    kept = re.search(r"--init-from (\S+) starts from its weights", message)
     assert kept
     state = load(Path(kept[1]))
     assert all(t.isfinite().all() for t in state["model"].values())

@@ -213,7 +213,7 @@ def test_pruning_keeps_the_newest_and_clears_what_interrupted_writes_left(tmp_pa
 def test_what_json_and_safetensors_cannot_hold_is_refused_before_anything_is_written(
     tmp_path: Path,
 ) -> None:
-    with pytest.raises(TypeError, match="cannot hold Trap"):
+    with pytest.raises(TypeError, match="cannot contain Trap"):
         checkpoint.save(tmp_path / "here", {"model": {}, "odd": {"a": Trap(tmp_path)}})
     assert list(tmp_path.iterdir()) == []
 

@@ -36,7 +36,7 @@ def test_what_fails_behind_a_run_is_raised_once_by_the_next_call(tmp_path: Path)
     for again in ("wait", "save"):
         writer = checkpoint.Writer()
         writer.save(tmp_path / "odd", {"model": {}, "odd": tmp_path})
-        with pytest.raises(TypeError, match="cannot hold PosixPath"):
+        with pytest.raises(TypeError, match="cannot contain PosixPath"):
             writer.wait() if again == "wait" else writer.save(tmp_path / "b", {"model": {}})
         writer.wait()
     assert list(tmp_path.iterdir()) == []

@@ -221,7 +221,7 @@ def test_a_sick_run_goes_back_with_one_remedy_after_the_other(rolled_back: Path)
     told = events(rolled_back, "rollback")
     assert [event["remedy"] for event in told] == ["rate", "steps"]
     assert [event["with"] for event in told] == [
-        "0.5 of the learning rate", "0.5 of the learning rate, 4 steps a chain",
+        "0.5 times the learning rate", "0.5 times the learning rate, 4 steps per chain",
     ]  # fmt: skip
     for event in told:
         assert (event["since"], event["to"]) == (13, 6)  # 12 was not proven for an epoch
@@ -423,5 +423,5 @@ def test_a_whole_command_ends_with_exit_code_4_and_a_diagnosis(tmp_path: Path) -
     with pytest.raises(Diverged) as caught:
         train(recipe, tmp_path / "run", registry=REGISTRY)
     assert caught.value.exit_code == 4
-    assert "attempt 1 went back from step 13 to 6, on with 0.5" in str(caught.value)
-    assert "step-00000006 takes its weights, of step 6" in str(caught.value)
+    assert "attempt 1 rolled back from step 13 to 6, continued with 0.5" in str(caught.value)
+    assert "step-00000006 starts from its weights, of step 6" in str(caught.value)

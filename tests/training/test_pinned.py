@@ -274,7 +274,7 @@ def test_a_pin_that_is_no_table_is_refused_by_its_place(
     config = read(out / "config.json")
     config["data"]["train"]["images"] = "many"
     write_json(out / "config.json", config)
-    with pytest.raises(DataError, match=r"data|what it says of the data"):
+    with pytest.raises(DataError, match=r"data|its entry for the data"):
         judged(out)
 
 

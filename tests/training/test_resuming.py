@@ -178,7 +178,7 @@ def test_a_run_that_ended_goes_on_for_more_epochs_and_says_so(
     assert summary.epochs == 4
     assert [int(row["step"]) for row in RunFolder(out).metrics()] == list(range(24))
     (told,) = events(out, "extended")
-    assert "was started with 2 epochs and goes on to 4" in told["message"]
+    assert "was started with 2 epochs and continues to 4" in told["message"]
     assert "not, bit for bit, a run of 4 epochs" in caplog.text
     config = read(out / "config.json")
     assert config["recipe"]["run"]["epochs"] == 4
@@ -224,7 +224,7 @@ def test_the_weights_that_a_run_began_with_may_be_named_again(
     with pytest.raises(UsageError, match=f"--init-from {tmp_path}: the run was started with"):
         train(recipe, out, registry=REGISTRY, init_from=tmp_path, resume=True)
     train(recipe, out, registry=REGISTRY, init_from=stopped, resume=True)
-    with pytest.raises(UsageError, match="started with weights that it drew itself"):
+    with pytest.raises(UsageError, match="started with randomly initialised weights"):
         train(recipe, stopped, registry=REGISTRY, init_from=stopped, resume=True)
 
 
@@ -248,7 +248,7 @@ def test_an_exported_model_is_where_a_run_may_begin(stopped: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("setting", "warned"),
     [
-        ("schedule.warmup=0", "the first step already takes 100% of optimizer.lr"),
+        ("schedule.warmup=0", "the first step already uses 100% of optimizer.lr"),
         ("optimizer.lr=0.5", "more than the 0.01 that the weights"),
         ("schedule.warmup_share=1", None),
     ],

@@ -1,4 +1,4 @@
-"""An authors' checkpoint to a model folder of jemkit."""
+"""Converts a published checkpoint to a model folder of jemkit."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ from jemkit.training.pretrained.reading import Contents, read_checkpoint
 from jemkit.training.restore import load
 
 DATASETS = {10: "cifar10", 100: "cifar100"}
-"""What a published checkpoint of so many classes was trained on, where nobody says."""
+"""The data set of a published checkpoint by its number of classes, if none is given."""
 
 PARTS = {  # backbone, objective
     "jem": ("jem", "jem"),
@@ -39,7 +39,7 @@ PARTS = {  # backbone, objective
 
 
 class Imported(NamedTuple):
-    """What was made of a checkpoint."""
+    """The result of an import."""
 
     folder: Path
     format: Format
@@ -47,21 +47,21 @@ class Imported(NamedTuple):
     backbone: str
     dataset: str
     energy: str  # which head E(x) comes from
-    key: str  # what the weights stand under in the file
+    key: str  # the key of the weights in the file
     source_sha256: str
     sha256: str  # of model.safetensors
-    left_out: list[str]  # what the file holds beside the weights that count
+    left_out: list[str]  # other contents of the file
     notes: list[str]  # what was guessed or chosen
 
 
 class Wanted(NamedTuple):
-    """What an import is told beside the file."""
+    """The options of an import besides the file."""
 
     format: Format | Literal["auto"] = "auto"
     dataset: Table | str | None = None  # a name, or the table [data]
-    norm: Norm | None = None  # where names do not tell instance norm from layer norm
+    norm: Norm | None = None  # if names do not distinguish instance norm from layer norm
     key: str | None = None  # of several state dicts
-    sha256: str | None = None  # of this file and no other
+    sha256: str | None = None  # the file must have this hash
     overrides: tuple[str, ...] = ()  # of the recipe
 
 
@@ -79,9 +79,9 @@ def import_checkpoint(
 ) -> Imported:
     """Read the weights of a published checkpoint and write them as an exported model.
 
-    `norm` is asked for where names do not tell instance norm from layer norm, `key` where several
-    state dicts fit; with `sha256` the file must be that one. The folder is opened before it is
-    put in its place.
+    `norm` is needed if names do not distinguish instance norm from layer norm, `key` if several
+    state dicts fit; with `sha256` the file must have this hash. The written folder is opened before
+    it is renamed to its final name.
     """
     wanted = Wanted(format, dataset, norm, key, sha256, tuple(overrides))
     folder = path.with_name(f"{path.stem}-imported") if out is None else out
@@ -141,28 +141,29 @@ def _write(
 
 
 def _task(resolved: Resolved, shape: Shape) -> Table:
-    """What a model must know of images of this shape; nothing of them is read."""
+    """What a model must know of images of this shape; no image is read."""
     data = resolved.recipe.data
     return {
         "shape": list(shape),
         "n_classes": data.n_classes,
         "radius_px": data.radius_px,
-        "n_train": 0,  # nobody knows what the authors trained on
+        "n_train": 0,  # the authors' training images are unknown
         "total_steps": 0,
         "hash": "",
     }
 
 
 def _notes(contents: Contents, kind: Format, wanted: Wanted) -> list[str]:
-    """What a reader could not know: what was taken for what, and out of how many."""
+    """What a reader could not know: the choices made, and the alternatives."""
     notes = []
     if wanted.format == "auto":
         others = [f for f in looks_like(contents.weights) if f != kind]
         fits = f"; its names fit {', '.join(others)} too (--format)" if others else ""
-        notes.append(f"taken for {kind} by its names and shapes{fits}")
+        notes.append(f"read as {kind} by its names and shapes{fits}")
     if contents.averaged:
         notes.append(
-            f"averaged weights, of {contents.key}; {contents.averaged} is left out (--key takes it)"
+            f"averaged weights, of {contents.key}; {contents.averaged} is ignored (--key selects "
+            f"it)"
         )
     return notes
 
@@ -176,8 +177,8 @@ def _recipe(
     data.setdefault("use", DATASETS.get(reading.n_classes))
     if data["use"] is None:
         raise ConfigError(
-            f"the weights know {reading.n_classes} classes, and no data set is known for that "
-            "many: name it by --dataset"
+            f"the weights have {reading.n_classes} classes, and no data set is known for that "
+            f"many: pass it by --dataset"
         )
     backbone, objective = PARTS[format]
     if format == "ebjdat":  # its program has three folders, one for each backbone
@@ -192,15 +193,15 @@ def _recipe(
     known = resolved.recipe.data.n_classes
     if known != reading.n_classes:
         raise DataError(
-            f"the weights know {reading.n_classes} classes, and {data['use']} has {known}; give "
-            "--dataset the one that they were trained on"
+            f"the weights have {reading.n_classes} classes, but {data['use']} has {known}; pass "
+            f"the data set that they were trained on by --dataset"
         )
     shape = _shape(reading, data["use"], resolved.recipe.data)
     return complete(resolved, registry), shape
 
 
 def _shape(reading: Reading, name: str, data: Dataset) -> Shape:
-    """The shape of the data set's images, which the network must have been made for."""
+    """The shape of the data set's images, for which the network must have been built."""
     shape: Shape | None = getattr(data, "shape", None)
     if shape is None:
         shape = tuple(data.load("test").x.shape[1:])  # type: ignore[assignment]
@@ -209,9 +210,9 @@ def _shape(reading: Reading, name: str, data: Dataset) -> Shape:
         told = f"{shape[0]} channels and {shape[1]} px" if shape else "no shape"
         raise DataError(
             f"the network takes images of {reading.channels} channels and, with "
-            f"{reading.stages} stages, of {made}; those of {name} have {told}. Give --dataset the "
-            "one that it was trained on: a folder of images by --dataset folder --data-dir DIR, "
-            "where --set data.size=64 resizes them"
+            f"{reading.stages} stages, of {made}; those of {name} have {told}. Pass the data set "
+            f"that it was trained on by --dataset: for a folder of images --dataset folder "
+            f"--data-dir DIR, and --set data.size=64 to resize them"
         )
     return shape
 
@@ -237,7 +238,7 @@ def _card(source: dict[str, Any], reading: Reading, resolved: Resolved) -> str:
     ]
     return (
         f"Published weights under jemkit's names.\n\n{table_of(rows)}\n"
-        "The recipe is the published method's as jemkit has it, not read from the file; the "
-        "weights are the authors' own. No figure was measured yet: `jemkit evaluate` measures "
+        "The recipe is jemkit's for the published method, not read from the file; the weights "
+        "are the authors'. No figure was measured yet: `jemkit evaluate` measures "
         "them.\n"
     )

@@ -1,4 +1,4 @@
-"""The authors' names for a WideResNet with its heads, and ours for the same tensors."""
+"""The authors' names of a WideResNet with its heads, and jemkit's names of the same tensors."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -16,17 +16,17 @@ from jemkit.models.norms import Norm
 Format = Literal["jem", "jempp", "sadajem", "mebm", "ebjdat", "wrn"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 MARKER = ("layer1", "0", "conv1", "bias")
-"""Ends a name that every layout has; before it stand the names of whatever holds the network."""
+"""Suffix of a name that every layout has; its prefix is that of the modules around the network."""
 
 TOPS = {
     "wrn": ("conv1", "layer1", "layer2", "layer3", "layer4", "bn1", "linear"),
     "jem": ("f", "class_output", "energy_output"),
 }
-"""With what the names of a classifier, and those of a network with its heads, begin."""
+"""Prefixes of the names of a classifier, and of a network with its heads."""
 
 
 class Reading(NamedTuple):
-    """A file's weights under our names, and what their names and shapes tell."""
+    """A file's weights under jemkit's names, and what their names and shapes show."""
 
     weights: dict[str, Tensor]  # float32, by jemkit's names
     network: WRN
@@ -38,7 +38,8 @@ class Reading(NamedTuple):
 
 
 def looks_like(names: Iterable[str]) -> list[Format]:
-    """The formats that have such names; several, for the programs descend from each other."""
+    """The formats with such names; there may be several, since the programs derive from each
+    other."""
     there = set(names)
     if {"conv1.bias", "layer1.0.conv1.bias", "linear.weight"} <= there:
         return ["wrn"]
@@ -47,25 +48,25 @@ def looks_like(names: Iterable[str]) -> list[Format]:
     mebm: list[Format] = ["mebm"] if "energy_output.weight" in there else []
     if "f.layer_one.weight" in there:
         return ["jempp", *mebm, "ebjdat"]
-    if "f.linear.weight" in there:  # JEM's network keeps a layer that it never calls
+    if "f.linear.weight" in there:  # JEM's network has a layer that it never calls
         return ["jem", "jempp", *mebm, "ebjdat"]
     return ["jempp", "sadajem", *mebm, "ebjdat"]
 
 
 def top_names(names: Iterable[str]) -> tuple[str, ...]:
-    """With what the names of such a state dict begin."""
+    """The prefixes of the names of such a state dict."""
     return TOPS["jem" if any(name.startswith("class_output.") for name in names) else "wrn"]
 
 
 def recognised(weights: Mapping[str, Tensor]) -> Format:
-    """The format that names and shapes tell, or the likeliest of several with the same network.
+    """The format according to names and shapes, or the likeliest of several with the same network.
 
-    A trained energy head makes it M-EBM's; see `head_moved`.
+    A trained energy head means M-EBM; see `head_moved`.
     """
     like = looks_like(weights)
     if not like:
         raise DataError(
-            f"its names are those of no format that is known: {_some(weights)}; "
+            f"its names match no known format: {_some(weights)}; "
             f"expected those of {', '.join(FORMATS)}"
         )
     if "mebm" in like and head_moved(weights):
@@ -77,7 +78,7 @@ def recognised(weights: Mapping[str, Tensor]) -> Format:
 
 
 def head_moved(weights: Mapping[str, Tensor]) -> bool:
-    """Whether an energy head has left the range that torch draws a new one from.
+    """Whether an energy head is outside the range of torch's initialisation.
 
     True shows that it was trained; False shows nothing.
     """
@@ -90,29 +91,29 @@ def head_moved(weights: Mapping[str, Tensor]) -> bool:
 
 
 def energy_of(weights: Mapping[str, Tensor], format: Format) -> str:
-    """Which head E(x) comes from, and what the file cannot tell of it."""
+    """Which head E(x) comes from, and what the file does not show about it."""
     if "energy_output.weight" not in weights:
         return "E(x) = -logsumexp of the class head's logits"
     moved = head_moved(weights)
     if format == "mebm":
         doubt = "" if moved else (
-            "; nothing in the file shows that this head was trained: where the classifier's "
-            "logits were the energy, choose another format"
+            "; nothing in the file shows that this head was trained: if the classifier's logits "
+            "are the energy, choose another format"
         )  # fmt: skip
         return f"E(x) = -energy_output(x), from the energy head{doubt}"
     doubt = (
-        "it was trained: --format mebm reads E(x) from it"
+        "it was trained: --format mebm computes E(x) from it"
         if moved
-        else "where it was trained (--uncond), --format mebm reads E(x) from it"
+        else "if it was trained (--uncond), --format mebm computes E(x) from it"
     )
-    return f"E(x) = -logsumexp of the class head's logits; energy_output is left out; {doubt}"
+    return f"E(x) = -logsumexp of the class head's logits; energy_output is ignored; {doubt}"
 
 
 def read_layout(weights: Mapping[str, Tensor], format: Format, norm: Norm | None = None) -> Reading:
-    """Every tensor under our name, its shape checked.
+    """Every tensor under jemkit's name, with its shape checked.
 
-    Mean pooling is taken for granted: the authors' `sum_pool`, never on by default, leaves no
-    trace in a file.
+    Mean pooling is assumed: the authors' `sum_pool`, which is off by default, cannot be seen in a
+    file.
     """
     _check_format(weights, format)
     _check_stages(weights, "" if format == "wrn" else "f.")
@@ -146,7 +147,7 @@ def _check_format(weights: Mapping[str, Tensor], format: Format) -> None:
     like = looks_like(weights)
     if not like:
         raise DataError(
-            f"its names are those of no format that is known: {_some(weights)}; expected, for "
+            f"its names match no known format: {_some(weights)}; expected, for "
             f"{format}, {'conv1' if format == 'wrn' else 'f.conv1'}.weight with a bias, "
             f"{'linear' if format == 'wrn' else 'class_output'}.weight and so on"
         )
@@ -158,7 +159,7 @@ def _check_format(weights: Mapping[str, Tensor], format: Format) -> None:
 
 
 def _check_stages(weights: Mapping[str, Tensor], prefix: str) -> None:
-    """Refuse stages of unlike depth before a network is built as deep as the first."""
+    """Reject stages of different depths, before a network as deep as the first is built."""
     blocks: dict[str, set[str]] = {}
     for name in weights:
         found = re.match(rf"{re.escape(prefix)}layer([1-4])\.(\d+)\.conv1\.weight$", name)
@@ -168,7 +169,7 @@ def _check_stages(weights: Mapping[str, Tensor], prefix: str) -> None:
     if len(depths) < 3 or len(set(depths.values())) > 1:
         told = ", ".join(f"layer{stage} has {n} blocks" for stage, n in depths.items()) or "none"
         raise DataError(
-            f"the names do not make up a WideResNet, whose 3 or 4 stages are equally deep: {told}"
+            f"the names are not those of a WideResNet, whose 3 or 4 stages are equally deep: {told}"
         )
 
 
@@ -191,13 +192,14 @@ def _network(weights: Mapping[str, Tensor], prefix: str, norm: Norm | None) -> W
 def _norm(weights: Mapping[str, Tensor], layer: str, told: Norm | None) -> Norm:
     kinds = {n.removeprefix(f"{layer}.") for n in weights if n.startswith(f"{layer}.")}
     if "loc" in kinds:
-        raise DataError("its network has ActNorm, which jemkit's wrn does not; it cannot be read")
+        raise DataError("its network has ActNorm, which jemkit's wrn does not support")
     if "running_mean" in kinds or not kinds:
         return "batch" if kinds else "none"
     if told != "instance":
         raise DataError(
             f"{layer} has a scale and a shift but no statistics: instance or layer norm, whose "
-            "names are the same. Give --norm instance where it is that; layer norm cannot be read"
+            f"names are the same. Pass --norm instance for instance norm; layer norm is not "
+            f"supported"
         )
     return told
 
@@ -234,7 +236,7 @@ def _their_name(name: str, prefix: str, head: str, blocks: int) -> str:
 
 
 def _alias(name: str, stages: int) -> str:
-    """The layer that a second name of JEM++'s program stands for; empty where it is a first one."""
+    """The layer for which a second name in JEM++'s program stands; empty for a first name."""
     if name.startswith("f.layer_one."):
         return name.replace("layer_one", "conv1", 1)
     found = re.match(r"f\.other_layers\.(\d)\.(.+)", name)
@@ -249,13 +251,13 @@ def _check_names(weights: Mapping[str, Tensor], wanted: set[str], known: set[str
     if missing or unknown:
         lists = (("missing", missing), ("unknown", unknown))
         told = "; ".join(f"{label}: {_some(names)}" for label, names in lists if names)
-        raise DataError(f"the names do not make up the network that they name; {told}")
+        raise DataError(f"the names do not form a complete network; {told}")
 
 
 def _check_aliases(weights: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
     for name, layer in aliases.items():
         if layer not in weights or not torch.equal(weights[name], weights[layer]):
-            raise DataError(f"{name} is another name of {layer}, and their values differ")
+            raise DataError(f"{name} is another name of {layer}, but their values differ")
 
 
 def _check_shapes(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
@@ -264,9 +266,9 @@ def _check_shapes(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -
         if came.shape != like.shape:
             raise DataError(f"{name} is {list(came.shape)}; expected {list(like.shape)}")
         if came.is_floating_point() != like.is_floating_point():
-            raise DataError(f"{name} holds {came.dtype}; expected {like.dtype}")
+            raise DataError(f"{name} is of type {came.dtype}; expected {like.dtype}")
         if name.endswith("running_var") and bool((came < 0).any()):
-            raise DataError(f"{name} holds a variance below 0")
+            raise DataError(f"{name} contains a variance below 0")
 
 
 def _like(tensor: Tensor, wanted: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where in what a file holds the state dict is: found by its names, wherever it is nested."""
+"""Finds the state dict in the contents of a file, by its names, however it is nested."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -13,46 +13,46 @@ from jemkit.training.pretrained.layouts import MARKER, Format, looks_like, top_n
 WRAPPERS = frozenset(
     {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 )
-"""What DataParallel, torch.compile and FSDP put into a name, at whatever place."""
+"""Prefixes that DataParallel, torch.compile and FSDP insert into names."""
 
 COUNTERS = frozenset({"n_averaged"})
-"""What torch's averaged models keep beside the weights."""
+"""What torch's averaged models store beside the weights."""
 
 AVERAGED = re.compile(r"(^|[^a-z])(ema|average|averaged|avg|swa)([^a-z]|$)")
 MOST = 1_000_000
-"""Values that are looked at; a checkpoint of a WideResNet with its optimizer has some 500."""
+"""Limit on values; a checkpoint of a WideResNet with its optimizer has about 500."""
 
 DEEPEST = 12
-"""Levels of containers; what is nested deeper holds no weights."""
+"""Limit on levels of containers; what is nested deeper is not weights."""
 
 MOST_PARTS = 200
-"""Of a name between its dots; those of networks have some ten."""
+"""Limit on the parts of a name between its dots; those of networks have about ten."""
 
 MANY = 50
-"""State dicts of one file that are compared with each other."""
+"""Limit on state dicts of one file that are compared with each other."""
 
 Path = tuple[str, ...]
 
 
 class Leaf(NamedTuple):
-    """A value of the file that is no container."""
+    """A value of the file that is not a container."""
 
     path: Path  # its keys, split at their dots
-    home: int  # the mapping or list that holds it
+    home: int  # the mapping or list that contains it
     tensor: Tensor | None
 
 
 class StateDict(NamedTuple):
-    """Weights that some layout fits, and where they stand."""
+    """Weights that match a layout, and where they are."""
 
-    key: str  # the names in front of theirs; empty where there are none
+    key: str  # their common prefix; empty if there is none
     weights: dict[str, Tensor]  # by the authors' names
-    beside: list[str]  # what else the file holds
-    averaged: str = ""  # the plain weights that it was preferred to
+    beside: list[str]  # other contents of the file
+    averaged: str = ""  # the plain weights to which it was preferred
 
 
 class Candidate(NamedTuple):
-    """Weights that some layout fits, and the places of their tensors."""
+    """Weights that match a layout, and the positions of their tensors."""
 
     key: str
     weights: dict[str, Tensor]
@@ -60,14 +60,14 @@ class Candidate(NamedTuple):
 
 
 def state_dict_in(loaded: Any, format: Format | None = None, key: str | None = None) -> StateDict:
-    """The one state dict of a known layout in what was loaded; of several, `key` names one.
+    """The only state dict of a known layout in the loaded object; `key` selects among several.
 
     Averaged weights (EMA, SWA) are preferred to the plain ones beside them.
     """
     leaves = _leaves(loaded)
     if not any(leaf.tensor is not None for leaf in leaves):
         raise DataError(
-            f"it holds no weights: {_kinds(loaded)}; expected a state_dict of names and tensors"
+            f"it contains no weights: {_kinds(loaded)}; expected a state_dict of names and tensors"
         )
     leaves = _unwrapped(leaves)
     found = _candidates(leaves)
@@ -82,7 +82,7 @@ def state_dict_in(loaded: Any, format: Format | None = None, key: str | None = N
 
 
 def _leaves(loaded: Any) -> list[Leaf]:
-    """Every value that is no container, in its order; what is nested without end is refused."""
+    """Every value that is not a container, in order; endless nesting is rejected."""
     found: list[Leaf] = []
     stack: list[tuple[Path, int, Any]] = [((), 0, loaded)]
     homes = seen = 0
@@ -90,9 +90,11 @@ def _leaves(loaded: Any) -> list[Leaf]:
         path, home, value = stack.pop()
         seen += 1
         if len(path) > MOST_PARTS:
-            raise DataError(f"a name in it has more than {MOST_PARTS} parts; this is no checkpoint")
+            raise DataError(
+                f"a name in it has more than {MOST_PARTS} parts; this is not a checkpoint"
+            )
         if seen > MOST:
-            raise DataError(f"it holds more than {MOST:,} values; this is no checkpoint")
+            raise DataError(f"it contains more than {MOST:,} values; this is not a checkpoint")
         if isinstance(value, Mapping | list | tuple) and len(path) < DEEPEST:
             homes += 1
             items = value.items() if isinstance(value, Mapping) else enumerate(value)
@@ -104,14 +106,14 @@ def _leaves(loaded: Any) -> list[Leaf]:
 
 
 def _unwrapped(leaves: list[Leaf]) -> list[Leaf]:
-    """The same without the names of wrappers, as long as every tensor keeps a name of its own."""
+    """The same without the prefixes of wrappers, as long as every tensor keeps a unique name."""
     bare = [leaf._replace(path=tuple(p for p in leaf.path if p not in WRAPPERS)) for leaf in leaves]
     names = [leaf.path for leaf in bare if leaf.tensor is not None]
     return bare if len(set(names)) == len(names) else leaves
 
 
 def _candidates(leaves: list[Leaf]) -> list[Candidate]:
-    """Every place whose names are those of a layout."""
+    """Every position whose names match a layout."""
     homes: dict[Path, int] = {}
     for leaf in leaves:
         if leaf.tensor is not None and leaf.path[-len(MARKER) :] == MARKER:
@@ -131,12 +133,12 @@ def _candidates(leaves: list[Leaf]) -> list[Candidate]:
     found = {
         base: read for base in homes if (read := _at(base, homes[base], under[base])) is not None
     }
-    inner = {(*base, "f") for base in found}  # a JEM's trunk is no classifier of its own
+    inner = {(*base, "f") for base in found}  # a JEM's trunk is not a separate classifier
     return [state for base, state in found.items() if base not in inner]
 
 
 def _at(base: Path, home: int, under: list[Leaf]) -> Candidate | None:
-    """The weights whose names follow `base`, if they make up a layout."""
+    """The weights whose names follow `base`, if they match a layout."""
     tops = top_names([".".join(leaf.path[len(base) :]) for leaf in under])
     members: dict[str, Tensor] = {}
     paths: set[Path] = set()
@@ -153,7 +155,8 @@ def _at(base: Path, home: int, under: list[Leaf]) -> Candidate | None:
 
 
 def _beside(leaves: list[Leaf], members: set[Path]) -> list[str]:
-    """What stands beside these members, each by the shortest name that holds none of them."""
+    """The other contents beside these members, each by the shortest name that contains none of
+    them."""
     holders = {path[:depth] for path in members for depth in range(len(path))}
     names: dict[str, None] = {}
     for leaf in leaves:
@@ -169,14 +172,14 @@ def _keyed(found: list[Candidate], key: str) -> list[Candidate]:
     here = [c for c in found if c.key == wanted or c.key.startswith(f"{wanted}.")]
     if not here:
         there = ", ".join(map(_named, found)) or "none that is known"
-        raise DataError(f"it holds no state dict under the key {key!r}. There are: {there}")
+        raise DataError(f"it contains no state dict under the key {key!r}. There are: {there}")
     return here
 
 
 def _chosen(found: list[Candidate]) -> tuple[Candidate, str]:
-    """The only one; of the averaged and the plain weights the former, and the latter's name."""
+    """The only one; of averaged and plain weights the averaged, with the name of the plain."""
     if len(found) > MANY:
-        raise DataError(f"it holds {len(found)} state dicts that fit; choose one by --key NAME")
+        raise DataError(f"it contains {len(found)} state dicts that fit; select one by --key NAME")
     distinct: list[Candidate] = []
     for state in found:
         if not any(_same(state.weights, other.weights) for other in distinct):
@@ -188,8 +191,8 @@ def _chosen(found: list[Candidate]) -> tuple[Candidate, str]:
         (plain,) = (c for c in distinct if c is not averaged[0])
         return averaged[0], _named(plain)
     raise DataError(
-        f"it holds {len(distinct)} state dicts that fit, and their values differ: "
-        f"{', '.join(map(_named, distinct))}. Choose one by --key NAME"
+        f"it contains {len(distinct)} state dicts that fit, and their values differ: "
+        f"{', '.join(map(_named, distinct))}. Select one by --key NAME"
     )
 
 
@@ -205,7 +208,7 @@ def _named(state: Candidate) -> str:
 
 
 def _largest(leaves: list[Leaf]) -> StateDict:
-    """Where no layout fits: the container of the most tensors, for whoever reads its names."""
+    """If no layout fits: the container with the most tensors, whose names the error lists."""
     homes: dict[int, dict[str, Tensor]] = {}
     for leaf in leaves:
         if leaf.tensor is not None:
@@ -214,7 +217,7 @@ def _largest(leaves: list[Leaf]) -> StateDict:
 
 
 def _kinds(loaded: Any) -> str:
-    """What there is in place of weights."""
+    """What the file contains instead of weights."""
 
     def told() -> Iterator[str]:
         if not isinstance(loaded, Mapping):

@@ -1,4 +1,4 @@
-"""A file of weights from a stranger, checked before anything reads it and never executed."""
+"""An untrusted file of weights, checked before anything reads it and never executed."""
 
 import hashlib
 import io
@@ -20,13 +20,13 @@ from jemkit.training.pretrained.layouts import Format
 from jemkit.training.pretrained.probing import state_dict_in
 
 LIMIT = 4 * 2**30
-"""Bytes of the largest file that is read; a wrn-28-10 with its buffer has 270 million."""
+"""Size limit of a file; a wrn-28-10 with its buffer has 270 million bytes."""
 
 ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".th", ".tar")
-"""Of the checkpoints that are looked for in a folder."""
+"""File extensions of checkpoints in a folder."""
 
 MAGIC = 0x1950A86A20F9469CFC6C
-"""The number that opens a file of torch.save as it was before torch 1.6."""
+"""The number at the start of a file of torch.save before torch 1.6."""
 
 STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 PARTS = {
@@ -40,25 +40,26 @@ PARTS = {
     "torch.nn.parameter Parameter",
     *(f"torch {name}Storage" for name in STORAGES),
 }
-"""What a pickle of weights may name. torch's own list is longer: it lets bytearray(10**12) by."""
+"""The names that a pickle of weights may use. torch's own list is longer: it allows
+bytearray(10**12)."""
 
 
 class Contents(NamedTuple):
-    """What a file holds."""
+    """The contents of a file."""
 
     weights: dict[str, Tensor]  # by the authors' names
-    beside: list[str]  # what else there is, such as a replay buffer
+    beside: list[str]  # other contents, such as a replay buffer
     sha256: str
     file: str
-    key: str  # what the weights stand under; empty where the file holds them alone
-    averaged: str  # the plain weights beside them, where these are their average
+    key: str  # the key of the weights; empty if the file contains nothing else
+    averaged: str  # the plain weights beside them, if these are their average
 
 
 def read_checkpoint(path: Path, format: Format | None = None, key: str | None = None) -> Contents:
-    """The weights of a .pt, .pth or .safetensors file; a DataError where it is anything else.
+    """The weights of a .pt, .pth or .safetensors file; DataError if it is anything else.
 
-    They are found by their names, under whatever key and prefix; where several state dicts fit,
-    `format` and `key` choose. In a folder the one checkpoint is read.
+    They are found by their names, under any key and prefix; if several state dicts fit, `format`
+    and `key` select one. In a folder the only checkpoint is read.
     """
     path = _file(path)
     data = _bytes(path)
@@ -85,21 +86,24 @@ def _file(path: Path) -> Path:
 
 def _bytes(path: Path) -> bytes:
     if not path.is_file():
-        raise DataError(f"{path} is no file; expected a checkpoint, .pt, .pth or .safetensors")
+        raise DataError(f"{path} is not a file; expected a checkpoint, .pt, .pth or .safetensors")
     return read_file(path, LIMIT)
 
 
 def loaded(data: bytes) -> Any:
-    """What torch.save or safetensors wrote; a DataError where it is anything else, or damaged."""
+    """The object that torch.save or safetensors wrote; DataError if it is anything else, or
+    damaged."""
     try:
         return _loaded(data)
     except DataError:
         raise
-    except pickle.UnpicklingError:  # torch's own text advises to read without its guard
-        raise DataError("its pickle is damaged or holds more than weights") from None
-    except Exception as error:  # a damaged file raises whatever it hits first
+    except pickle.UnpicklingError:  # torch's own text suggests loading without its protection
+        raise DataError("its pickle is damaged or contains more than weights") from None
+    except Exception as error:  # a damaged file raises many types of errors
         what = " ".join(str(error).split())[:200] or "no reason given"
-        raise DataError(f"it is damaged or no checkpoint: {type(error).__name__}: {what}") from None
+        raise DataError(
+            f"it is damaged or not a checkpoint: {type(error).__name__}: {what}"
+        ) from None
 
 
 def _loaded(data: bytes) -> Any:
@@ -126,10 +130,10 @@ def _stranger(data: bytes) -> str:
 
 
 def _clean_zip(data: bytes) -> bytes:
-    """The same entries in an archive of our own, once each is known to be harmless and intact.
+    """The same entries in a new archive, once each is known to be harmless and intact.
 
-    torch's reader and Python's take some headers differently (torch gives uninitialised memory for
-    an entry marked as a folder): written anew, it sees what was checked.
+    torch's reader and Python's interpret some headers differently (torch gives uninitialised memory
+    for an entry marked as a folder). From the new archive torch reads exactly what was checked.
     """
     clean = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(clean, "w") as anew:
@@ -143,7 +147,8 @@ def _clean_zip(data: bytes) -> bytes:
 
 
 def _check_entries(archive: zipfile.ZipFile, size: int) -> None:
-    """Every entry in the folder, of a name of its own, and stored as it is; one pickle of parts."""
+    """Check that every entry has a unique name inside the folder and is stored uncompressed, with
+    one pickle of parts."""
     entries = archive.infolist()
     names = [entry.filename for entry in entries]
     for name in names:
@@ -159,8 +164,9 @@ def _check_entries(archive: zipfile.ZipFile, size: int) -> None:
     packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     if packed or declared > size:
         raise DataError(
-            f"the archive holds {declared:,} bytes in a file of {size:,}, compressed or one over "
-            "the other; torch.save stores each as it is, so this may be a zip bomb and is not read"
+            f"the archive declares {declared:,} bytes in a file with {size:,}, compressed or "
+            f"overlapping; torch.save stores entries uncompressed, so this may be a zip bomb and "
+            f"is not read"
         )
     if last.count("data.pkl") != 1:
         raise DataError("a zip archive that torch.save did not write: it has no data.pkl")
@@ -176,7 +182,8 @@ def _check_legacy(data: bytes) -> None:
 
 
 def _scan(stream: io.BytesIO) -> set[int]:
-    """Read a pickle's operations, running none; refuse what no weights need. Gives its integers."""
+    """Read a pickle's operations without executing any; reject what no weights need. Returns its
+    integers."""
     numbers: set[int] = set()
     for operation, argument, _ in pickletools.genops(stream):
         if operation.name in ("GLOBAL", "INST") and argument not in PARTS:
@@ -188,7 +195,7 @@ def _scan(stream: io.BytesIO) -> set[int]:
         if operation.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
             raise DataError(
                 f"its pickle uses {operation.name}, of a protocol that torch.save does not write "
-                "by default; nothing was executed. Save it anew as a state_dict"
+                "by default; nothing was executed. Save it again as a state_dict"
             )
         if isinstance(argument, int):
             numbers.add(argument)
@@ -196,21 +203,21 @@ def _scan(stream: io.BytesIO) -> set[int]:
 
 
 def _check_weights(weights: Mapping[str, Tensor], size: int) -> None:
-    """Refuse tensors that the file cannot hold, or that no network computes with."""
+    """Reject tensors that the file cannot contain, or with which no network can compute."""
     for name, tensor in weights.items():
         _check_tensor(name, tensor)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in weights.values()}
     if sum(storage.nbytes() for storage in storages.values()) > size:
-        raise DataError(f"its tensors claim more bytes than the file's {size:,}")
+        raise DataError(f"its tensors declare more bytes than the file's {size:,}")
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        raise DataError(f"{name} is no plain tensor in memory; expected dense numbers")
+        raise DataError(f"{name} is not a plain dense tensor")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise DataError(
             f"{name} unfolds to {list(tensor.shape)} from {tensor.untyped_storage().nbytes():,} "
-            "bytes; expected a number in the file for each of its elements"
+            "bytes; expected one stored number per element"
         )
     if not tensor.isfinite().all():
-        raise DataError(f"{name} holds NaN or inf")
+        raise DataError(f"{name} contains NaN or inf")
