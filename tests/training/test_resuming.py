@@ -179,7 +179,7 @@ def test_a_run_that_ended_goes_on_for_more_epochs_and_says_so(
     assert [int(row["step"]) for row in RunFolder(out).metrics()] == list(range(24))
     (told,) = events(out, "extended")
     assert "was started with 2 epochs and continues to 4" in told["message"]
-    assert "not, bit for bit, a run of 4 epochs" in caplog.text
+    assert "not bit-for-bit identical to a run of 4 epochs" in caplog.text
     config = read(out / "config.json")
     assert config["recipe"]["run"]["epochs"] == 4
     state = checkpoint.load(out / "checkpoints" / "step-00000024")
