@@ -2,8 +2,6 @@
 
 import importlib.metadata
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +12,7 @@ from jemkit.attacks.base import Perturb, Threat
 from jemkit.attacks.pixel_model import PixelModel
 from jemkit.attacks.random_search import margin
 from jemkit.errors import DataError
+from jemkit.runtime.modes import random_state_kept
 
 Part = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
 
@@ -133,14 +132,6 @@ class Stage:
 def package() -> str:
     """Who computes the parts, for a protocol."""
     return f"pyautoattack {importlib.metadata.version('pyautoattack')}"
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Put torch's global generators back, which pyautoattack seeds."""
-    devices = range(torch.cuda.device_count())  # the parts seed CUDA's even for work on the CPU
-    with torch.random.fork_rng(devices=devices, device_type="cuda"):
-        yield
 
 
 class _Logits:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from jemkit.attacks.autoattack import random_state_kept
 from jemkit.attacks.pixel_model import PixelModel, check_subject, other_types
 from jemkit.attacks.purification import Refined, Refinement, refined
 from jemkit.config.eval_settings import (
@@ -40,7 +39,7 @@ from jemkit.metrics.figures import Figure, joined
 from jemkit.metrics.outputs import probe_outputs
 from jemkit.metrics.record_file import Record
 from jemkit.runtime.microbatch import MicroBatch, retry_on_oom
-from jemkit.runtime.modes import eval_mode
+from jemkit.runtime.modes import eval_mode, random_state_kept
 from jemkit.runtime.precision import judging
 from jemkit.runtime.rng import generator
 from jemkit.runtime.timing import settle

@@ -11,7 +11,6 @@ import torch
 from pydantic import ValidationError
 from torch import Generator, Tensor, nn
 
-from jemkit.attacks.autoattack import random_state_kept
 from jemkit.attacks.pixel_model import PixelModel, anchored, in_own_type, pixel_model
 from jemkit.config.messages import explain
 from jemkit.config.recipe import resolve
@@ -24,7 +23,7 @@ from jemkit.models.networks import seeded_init
 from jemkit.runtime import checkpoint
 from jemkit.runtime.files import load_tensors
 from jemkit.runtime.labels import count_classes
-from jemkit.runtime.modes import eval_mode
+from jemkit.runtime.modes import eval_mode, random_state_kept
 from jemkit.sampling.density import Buffered
 from jemkit.splits import Splits
 from jemkit.training.build import load_model

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from jemkit.attacks.autoattack import random_state_kept
 from jemkit.attacks.base import Attack, ModelAttack, Perturb, Threat
 from jemkit.attacks.departures import departures, with_departures
 from jemkit.attacks.pgd import cross_entropy
@@ -20,9 +19,10 @@ from jemkit.attacks.pixel_model import UNIT, PixelModel, weights_hash
 from jemkit.data import Images
 from jemkit.errors import DataError, MisfitError
 from jemkit.metrics.evaluator import AnyAttack, Context, batches, no_progress
-from jemkit.metrics.figures import joined
+from jemkit.metrics.figures import Figure, joined, share
 from jemkit.metrics.identity import identity_of
 from jemkit.runtime.microbatch import retry_on_oom
+from jemkit.runtime.modes import random_state_kept
 from jemkit.runtime.timing import settle
 from jemkit.runtime.work_cache import Piece, ResultCache, tensors_hash
 
@@ -65,6 +65,13 @@ def attacked(
     protocol["max_delta_px"] = check_bound(x, x_adv, ctx.threat, name)
     protocol["seconds"] = round(course.seconds, 3)  # of all batches, whoever computed them
     return Attacked(whole.label, x_adv, course.right, stages, protocol, course.passes)
+
+
+def robust_share(found: Attacked, ctx: Context) -> Figure:
+    """Accuracy under an attack; image by image it goes to the notes."""
+    ctx.notes.rows[found.label] = found.right
+    ctx.notes.adversarial[found.label] = found.x_adv
+    return share(found.label, int(found.right.sum()), len(found.right), found.protocol)
 
 
 def _protocol(

@@ -9,9 +9,9 @@ from jemkit.attacks.base import ModelAttack
 from jemkit.attacks.pgd import PGD
 from jemkit.attacks.pixel_model import PixelModel
 from jemkit.data import Images
-from jemkit.metrics.attack_runner import Attacked, attacked
+from jemkit.metrics.attack_runner import Attacked, attacked, robust_share
 from jemkit.metrics.evaluator import Context, batches
-from jemkit.metrics.figures import Figure, plain, share
+from jemkit.metrics.figures import Figure, plain
 from jemkit.options import Options, PartOf
 
 PGD20 = PGD(steps=20)
@@ -26,13 +26,6 @@ class Robustness(Options):
     def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
         found = attacked(subject, self.attack, data, ctx, "pgd")
         return [robust_share(found, ctx), *gaps(subject, found, data, ctx)]
-
-
-def robust_share(found: Attacked, ctx: Context) -> Figure:
-    """Accuracy under an attack; image by image it goes to the notes."""
-    ctx.notes.rows[found.label] = found.right
-    ctx.notes.adversarial[found.label] = found.x_adv
-    return share(found.label, int(found.right.sum()), len(found.right), found.protocol)
 
 
 def gaps(subject: PixelModel, found: Attacked, data: Images, ctx: Context) -> list[Figure]:

@@ -1,9 +1,10 @@
-"""Context managers for a model's modes; each restores the previous modes, module by module."""
+"""Context managers for a model's modes and torch's random state; each restores the previous one."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -19,6 +20,14 @@ mode as in the released code.
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode: running statistics, no dropout."""
     with _training(model, on=False):
+        yield
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Put torch's global generators back, which a model may draw from and pyautoattack seeds."""
+    devices = range(torch.cuda.device_count())  # pyautoattack seeds CUDA's even for work on the CPU
+    with torch.random.fork_rng(devices=devices, device_type="cuda"):
         yield
 
 

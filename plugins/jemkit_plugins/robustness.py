@@ -8,10 +8,9 @@ from torch import arange
 
 from jemkit import Context, Evaluator, Figure, Images, Options, PixelModel, hookimpl
 from jemkit.attacks.pixel_model import anchored
-from jemkit.metrics.attack_runner import Attacked, attacked
+from jemkit.metrics.attack_runner import Attacked, attacked, robust_share
 from jemkit_plugins.indicators import examine, outputs_of
 from jemkit_plugins.indicators.plan import QUICK_SHARE
-from jemkit.metrics.energy_gap import robust_share
 
 
 class Robustness(Options):

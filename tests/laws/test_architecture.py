@@ -16,7 +16,7 @@ from toys import root
 
 import jemkit_plugins.robustness as robustness
 from jemkit.data import Batch, Loader
-from jemkit.metrics import energy_gap
+from jemkit.metrics import attack_runner
 from jemkit.metrics.attack_runner import AttackRun
 from jemkit.runtime.moved import MOVED
 from jemkit.training import trainer
@@ -107,7 +107,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[s
 def attacked(trained: tuple[Path, list[list[str]]]) -> list[str]:
     """The files from an attacked batch to its figure."""
     trace = Trace()
-    attack, share = AttackRun._batch, energy_gap.robust_share
+    attack, share = AttackRun._batch, attack_runner.robust_share
 
     def batch(run: AttackRun, *given: Any) -> Any:
         trace.callers(sys._getframe(1))
