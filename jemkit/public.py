@@ -12,7 +12,7 @@ from jemkit.attacks.base import (
     radius_of,
     training_radius,
 )
-from jemkit.attacks.pgd import PGD, Best, Criterion, CriterionFn, PGDAttack, perturbed
+from jemkit.attacks.pgd import PGD, Best, Criterion, CriterionFn, PGDAttack
 from jemkit.attacks.pixel_model import PixelModel
 from jemkit.backbone import (
     Backbone,
@@ -99,6 +99,7 @@ from jemkit.sampling.kernels import (
     chain,
     gradient,
     noise_like,
+    perturbed,
     run,
 )
 from jemkit.sampling.stateful_kernels import MALA, SGLDMomentum

@@ -23,6 +23,7 @@ from jemkit.sampling.kernels import (
     Sampler,
     SignDescent,
     noise_like,
+    perturbed,
     run,
 )
 
@@ -32,17 +33,6 @@ STARTS = {
 }
 NOISE_PX = 0.255
 """The standard deviation of a Gaussian start, 0.001 of the pixel range."""
-
-
-def perturbed(x: Tensor, radius: float, rng: Generator, norm: Ball = "Linf") -> Tensor:
-    """x moved to a uniformly drawn point of the ball; `radius` in tensor units."""
-    if norm == "Linf":
-        u = torch.rand(x.shape, generator=rng, device=x.device, dtype=x.dtype)
-        return x + radius * (2 * u - 1)
-    n = torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype).flatten(1)
-    share = torch.rand((len(x), 1), generator=rng, device=x.device, dtype=x.dtype)
-    direction = F.normalize(n, dim=1) * share ** (1 / n.shape[1])
-    return x + radius * direction.view_as(x)
 
 
 class Criterion(NamedTuple):

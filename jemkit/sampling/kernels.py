@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor
 
@@ -256,6 +257,17 @@ class Boxed:
 
     def step(self, energy: EnergyFn, state: Any, rng: Generator) -> Any:
         return _moved(self.inner.step(energy, state, rng), self.bounds.clamp)
+
+
+def perturbed(x: Tensor, radius: float, rng: Generator, norm: Ball = "Linf") -> Tensor:
+    """x moved to a uniformly drawn point of the ball; `radius` in tensor units."""
+    if norm == "Linf":
+        u = torch.rand(x.shape, generator=rng, device=x.device, dtype=x.dtype)
+        return x + radius * (2 * u - 1)
+    n = torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype).flatten(1)
+    share = torch.rand((len(x), 1), generator=rng, device=x.device, dtype=x.dtype)
+    direction = F.normalize(n, dim=1) * share ** (1 / n.shape[1])
+    return x + radius * direction.view_as(x)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from jemkit.sampling.kernels import perturbed
 from jemkit.attacks.base import Threat, ball_of
-from jemkit.attacks.pgd import PGD, perturbed
+from jemkit.attacks.pgd import PGD
 from jemkit.attacks.pixel_model import UNIT
 from jemkit.attacks.random_search import margin
 from jemkit.models.networks import MLP, seeded_init

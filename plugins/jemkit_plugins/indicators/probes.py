@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from jemkit.sampling.kernels import perturbed
 from jemkit.attacks.base import Threat
-from jemkit.attacks.pgd import perturbed
 from jemkit.attacks.pixel_model import UNIT, PixelModel
 from jemkit.attacks.random_search import random_search
 from jemkit.data import Images
