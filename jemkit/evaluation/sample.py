@@ -30,17 +30,10 @@ from jemkit.runtime.precision import as_trained, device_of
 from jemkit.runtime.preemption import PreemptionCheck
 from jemkit.runtime.rng import generator
 from jemkit.runtime.run_dir import versions
-from jemkit.runtime.work_cache import WHOLE, ResultCache, Shard
+from jemkit.runtime.work_cache import WHOLE, Piece, ResultCache, Shard
 from jemkit.runtime.workers import met
-from jemkit.sampling.density import (
-    TOGETHER,
-    Buffered,
-    Density,
-    ReplayBuffer,
-    even_batches,
-    portions,
-    together,
-)
+from jemkit.sampling.density import Buffered, Density, ReplayBuffer, together
+from jemkit.sampling.fresh import even_batches, in_batches
 from jemkit.sampling.init_dists import MomentStart, Start, start_name
 from jemkit.training.pinned import SAMPLED
 from jemkit.training.reshard import gather_state
@@ -143,7 +136,7 @@ def asked(
         steps = STEPS if steps is None else steps
         energy = "E(x)" if y is None else "E(x, y)"
         name = start or run.table.get("start", {}).get("use", "the backbone's")
-        side = together(run.density, run.backbone.model, even_batches(n, TOGETHER))
+        side = together(run.density, run.backbone.model, even_batches(n))
         how = {"source": "chains", "start": name, "steps": steps, "energy": energy}
         how["together"] = side
         p0 = run.density.start if start is None else registry["start"][start]().build(run.task, on)
@@ -175,7 +168,9 @@ def drawn(
         with as_trained(
             asked.device.type, how.precision, deterministic=how.deterministic, threads=how.threads
         ):
-            x = _fresh(run, asked, ledger, stop, lambda done: progress("samples", done, asked.n))
+            x = _fresh(
+                asked, asked.start, ledger, stop, lambda done: progress("samples", done, asked.n)
+            )
     pixels = run.task.bounds.to_unit(run.task.bounds.clamp(x)).cpu()
     return Samples(pixels, asked.y, asked.protocol)
 
@@ -268,36 +263,36 @@ def _about(asked: SampleRequest) -> dict[str, Any]:
 
 
 def _fresh(
-    run: SampleSource,
     asked: SampleRequest,
+    start: Start,
     ledger: ResultCache,
     stop: Callable[[], bool],
     told: Callable[[int], None],
 ) -> Tensor:
     """The ends of n chains, each batch of them from a generator of its own."""
-    sizes, model, most = list(portions(asked.n).values()), run.backbone.model, max(1, asked.steps)
-    polling, micro = PreemptionCheck(lambda: stop(), lambda: 0), MicroBatch()
+    run, model, most = asked.run, asked.run.backbone.model, max(1, asked.steps)
+    polling = PreemptionCheck(lambda: stop(), lambda: 0)
 
-    def compute(i: int) -> dict[str, Tensor]:
-        rng, at = generator(asked.device, asked.seed, "sample", i), sum(sizes[:i])
-        y = None if asked.y is None else asked.y[at : at + sizes[i]]
-        drawn = partial(run.density.sample, model, sizes[i], rng, steps=asked.steps)
-        with passing(model, lambda n: told(at + sizes[i] * min(n, asked.steps) // most)):
-            return {"x": micro.fit(partial(drawn, start=asked.start, y=y), rng)}
+    def draw(rows: slice, rng: Generator) -> Piece:
+        n, y = rows.stop - rows.start, None if asked.y is None else asked.y[rows]
+        with passing(model, lambda done: told(rows.start + n * min(done, asked.steps) // most)):
+            sample = run.density.sample
+            return {"x": sample(model, n, rng, steps=asked.steps, start=start, y=y)}
 
-    def done(batches: int) -> None:
-        told(sum(sizes[:batches]))
-
+    generators = partial(generator, asked.device, asked.seed, "sample")
     try:
-        with polling.passes(model, on=True):
-            found = ledger.pieces(list(portions(asked.n)), compute, polling.between, done)
+        with polling.passes(model, on=True), MicroBatch().active():
+            x = in_batches(
+                even_batches(asked.n), draw, generators,
+                cache=ledger, poll=polling.between, done=told,
+            )["x"]  # fmt: skip
         met(polling.between)  # others may still read
     except Preempted:
         raise Preempted(
             "stopped; finished batches are saved, and the same command continues"
         ) from None
     ledger.remove()
-    return torch.cat([piece["x"] for piece in found])
+    return x
 
 
 @contextmanager

@@ -22,24 +22,6 @@ LEAST = 64
 """Chains that run together at the least where batch norm normalises each by the others."""
 
 
-TOGETHER = 500
-"""Chains that run together at the most, where images are drawn to be looked at or judged."""
-
-
-def even_batches(n: int, most: int) -> list[int]:
-    """n chains in as few batches of at most `most` as it takes, none smaller by more than one.
-
-    A rest by itself would be normalised by itself.
-    """
-    batches = -(-n // most)
-    return [n // batches + (i < n % batches) for i in range(batches)]
-
-
-def portions(n: int) -> dict[str, int]:
-    """n chains in even batches of at most TOGETHER: how many, by a name for each batch."""
-    return {f"{i:05d}-{size}": size for i, size in enumerate(even_batches(n, TOGETHER))}
-
-
 @runtime_checkable
 class Density(Protocol):
     """How p(x) is drawn and learnt."""

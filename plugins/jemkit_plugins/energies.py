@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from jemkit import (
 )  # fmt: skip
 from jemkit.metrics.attack_runner import attacked
 from jemkit.sampling.density import together
+from jemkit.sampling.fresh import in_batches
 from jemkit.metrics.figures import plain
 from jemkit.metrics.figures import BINS, bin_edges, histograms, shares
 from jemkit.metrics.identity import identity_of
@@ -76,21 +78,17 @@ class Energies(Options):
         """The ends of fresh chains, batch by batch, each batch from a generator of its own."""
         n = self.n or (64 if ctx.quick else 500)
         sizes = [min(ctx.batch_size, n - at) for at in range(0, n, ctx.batch_size)]
-        device = ctx.rng.device
         side = together(subject.density, subject.model, sizes)
 
-        def compute(b: int) -> dict[str, Tensor]:
-            rng = generator(device, ctx.seed, "energies", b)
-            return {"x": subject.sample(sizes[b], rng, steps=self.steps).cpu()}
-
-        def done(b: int) -> None:
-            ctx.progress("chains", sum(sizes[:b]), n)
+        def draw(rows: slice, rng: Generator) -> dict[str, Tensor]:
+            return {"x": subject.sample(rows.stop - rows.start, rng, steps=self.steps).cpu()}
 
         card: dict[str, Any] = {"chains": n, "chain_steps": self.steps, "together": side}
         ledger = ctx.ledger({**card, **_origin(subject, ctx), "seed": ctx.seed})
-        names = [f"{b:05d}" for b in range(len(sizes))]
-        found = ledger.pieces(names, compute, ctx.poll, done)
-        x = torch.cat([piece["x"] for piece in found])
+        x = in_batches(
+            sizes, draw, partial(generator, ctx.rng.device, ctx.seed, "energies"),
+            cache=ledger, poll=ctx.poll, done=lambda rows: ctx.progress("chains", rows, n),
+        )["x"]  # fmt: skip
         broken = int((~x.isfinite()).flatten(1).any(1).sum())
         if broken:
             ctx.notes.warnings.append(

@@ -28,7 +28,7 @@ from jemkit.metrics import record as records
 from jemkit.runtime import checkpoint
 from jemkit.runtime.extras import install
 from jemkit.runtime.files import load_tensors, read_json, write_json
-from jemkit.sampling.density import TOGETHER
+from jemkit.sampling.fresh import TOGETHER
 from jemkit.sampling.moments import MOMENTS
 from jemkit.training import restore
 from jemkit.training.model_files import CARD, CONFIG, FORMAT, WEIGHTS, verify

@@ -14,7 +14,7 @@ from ranks import every_rank, torchrun
 from jemkit import ConfigError
 from jemkit.runtime import distributed
 from jemkit.runtime.workers import begun, met
-from jemkit.sampling.density import TOGETHER
+from jemkit.sampling.fresh import TOGETHER
 
 PGD = ("--attack", "pgd", "--only", "robustness", "--set", "robustness.indicators=false")
 

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Generator, Tensor
 from toys import REGISTRY, gen, toy_recipe, toy_registry
 
@@ -18,7 +16,8 @@ from jemkit.errors import UsageError
 from jemkit.evaluation.sample import sample
 from jemkit.metrics.evaluator import Context
 from jemkit.models.networks import SmallCNN
-from jemkit.sampling.density import LEAST, TOGETHER, even_batches, portions, together
+from jemkit.sampling.density import LEAST, together
+from jemkit.sampling.fresh import TOGETHER
 from jemkit.sampling.init_dists import Labelled, Mixture, Start, UniformStart
 from jemkit.testing import toy_model, toy_task
 from jemkit.testing.toys import toy_backbone
@@ -35,26 +34,6 @@ class At:
 
     def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
         return self.x[:n].clone()
-
-
-@given(n=st.integers(1, 5000), most=st.integers(1, 700))
-def test_batches_are_even_and_as_few_as_can_be(n: int, most: int) -> None:
-    sizes = even_batches(n, most)
-    assert sum(sizes) == n
-    assert max(sizes) <= most
-    assert max(sizes) - min(sizes) <= 1
-    assert len(sizes) == -(-n // most)
-
-
-@given(n=st.integers(TOGETHER + 1, 20 * TOGETHER))
-def test_no_batch_of_a_large_sample_is_small(n: int) -> None:
-    assert min(portions(n).values()) >= TOGETHER // 2
-    assert sum(portions(n).values()) == n
-
-
-def test_whole_batches_are_what_they_were() -> None:
-    assert list(portions(2500)) == [f"{i:05d}-500" for i in range(5)]
-    assert portions(100) == {"00000-100": 100}
 
 
 @pytest.mark.parametrize("norm", sorted(NORMS))

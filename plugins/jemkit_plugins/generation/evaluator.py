@@ -18,7 +18,8 @@ from jemkit.metrics import plots
 from jemkit.metrics.figures import plain
 from jemkit.metrics.plots import to_bytes
 from jemkit.runtime.rng import generator
-from jemkit.sampling.density import portions, together
+from jemkit.sampling.density import together
+from jemkit.sampling.fresh import even_batches
 from jemkit.sampling.init_dists import MomentStart, start_name
 from jemkit.sampling.moments import images_hash
 from jemkit_plugins.generation import fid
@@ -170,7 +171,7 @@ class Generation(Options):
     ) -> dict[str, Any]:
         chains, side = self.source == "chains", None
         if chains:
-            sizes = list(portions(self._asked(ctx)).values())
+            sizes = even_batches(self._asked(ctx))
             side = together(subject.density, subject.model, sizes)
         start = repr(self.start) if self.start else start_name(subject.density.start)
         return {

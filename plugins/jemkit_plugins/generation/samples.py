@@ -3,10 +3,11 @@
 import hashlib
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from jemkit.attacks.pixel_model import PixelModel, weights_hash
 from jemkit.errors import DataError
@@ -14,9 +15,10 @@ from jemkit.metrics.evaluator import Context, Unmeasurable
 from jemkit.metrics.identity import identity_of
 from jemkit.metrics.plots import to_bytes
 from jemkit.options import Options
-from jemkit.runtime.microbatch import retry_on_oom
 from jemkit.runtime.rng import generator
-from jemkit.sampling.density import Buffered, portions
+from jemkit.runtime.work_cache import Piece
+from jemkit.sampling.density import Buffered
+from jemkit.sampling.fresh import even_batches, in_batches
 from jemkit.sampling.init_dists import Start
 
 
@@ -45,12 +47,11 @@ def fresh(
     `about` holds what else they depend on: the data behind the start, and its options.
     """
 
-    def piece(i: int, size: int) -> Tensor:
-        rng = generator(ctx.rng.device, ctx.seed, "generation", i)
-        return retry_on_oom(lambda: subject.sample(size, rng, steps=steps, start=start), rng)
+    def draw(rows: slice, rng: Generator) -> Tensor:
+        return subject.sample(rows.stop - rows.start, rng, steps=steps, start=start)
 
     how = {"source": "chains", "steps": steps, "start": describe(start), **about}
-    return _pieces(subject, ctx, n, how, piece)
+    return _judged(subject, ctx, n, how, draw)
 
 
 def kept(subject: PixelModel, ctx: Context, n: int) -> Drawn:
@@ -73,33 +74,26 @@ def kept(subject: PixelModel, ctx: Context, n: int) -> Drawn:
     states = buffer.states[order.to(buffer.states.device)]
     pixels = subject.bounds.to_unit(subject.bounds.clamp(states)).cpu()
 
-    def piece(i: int, size: int) -> Tensor:
-        at = sum(list(portions(len(pixels)).values())[:i])
-        return pixels[at : at + size]
-
     sha = hashlib.sha256(pixels.contiguous().numpy().data).hexdigest()
-    return _pieces(subject, ctx, len(pixels), {"source": "buffer", "states": sha}, piece)
+    how = {"source": "buffer", "states": sha}
+    return _judged(subject, ctx, len(pixels), how, lambda rows, _: pixels[rows])
 
 
-def _pieces(
+def _judged(
     subject: PixelModel,
     ctx: Context,
     n: int,
     about: dict[str, Any],
-    piece: Callable[[int, int], Tensor],
+    draw: Callable[[slice, Generator], Tensor],
 ) -> Drawn:
-    """Pieces of [0, 1] images, quantised and classified, each written once it is drawn."""
-    sizes = list(portions(n).values())
+    """[0, 1] images, quantised and classified batch by batch."""
 
-    def compute(i: int) -> dict[str, Tensor]:
-        pixels = piece(i, sizes[i])
+    def piece(rows: slice, rng: Generator) -> Piece:
+        pixels = draw(rows, rng)
         if not pixels.isfinite().all():
             raise DataError("samples hold NaN or inf: the model's chains diverge")
         x = to_bytes(pixels)
         return {"x": x.cpu(), **_classified(subject, x, ctx)}
-
-    def done(pieces: int) -> None:
-        ctx.progress("samples", sum(sizes[:pieces]), n)
 
     ledger = ctx.ledger(
         {
@@ -114,8 +108,11 @@ def _pieces(
             "device": ctx.rng.device.type,
         }
     )
-    found = ledger.pieces(list(portions(n)), compute, ctx.poll, done)
-    return Drawn(*(torch.cat([part[key] for part in found]) for key in Drawn._fields))
+    found = in_batches(
+        even_batches(n), piece, partial(generator, ctx.rng.device, ctx.seed, "generation"),
+        cache=ledger, poll=ctx.poll, done=lambda rows: ctx.progress("samples", rows, n),
+    )  # fmt: skip
+    return Drawn(**found)
 
 
 def _classified(subject: PixelModel, x: Tensor, ctx: Context) -> dict[str, Tensor]:
