@@ -216,7 +216,7 @@ class _Walk:
         if generated or _is(value, *WRAPPERS):
             own = {}  # the module inside is what is judged
         if _is(value, "PixelModel"):  # a density's settings stand in the figures that it gives
-            own = {k: v for k, v in own.items() if k not in ("_density", "poll")}
+            own = {k: v for k, v in own.items() if k not in ("density_or_none", "poll")}
         self._mapping(own, where)
         for kind in ("_parameters", "_buffers", "_modules"):
             for name, part in sorted(getattr(value, kind).items()):
