@@ -1,4 +1,4 @@
-"""Backbones: what a JEM variant brings to any objective."""
+"""Backbones: JEM variants, ready for any objective."""
 
 from collections.abc import Iterable
 from typing import Annotated, Protocol, runtime_checkable
@@ -26,7 +26,7 @@ from jemkit.sampling.kernels import SGLD, Sampler
 
 
 class Backbone:
-    """A model, how its density is drawn and learnt, and how it wants to see data."""
+    """A model, how its density is sampled and learnt, and how it augments data."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Backbone:
         self.views = Views() if views is None else views
         self.bounds, self.radius_px = bounds, radius_px
         self._separate = bool(batch_norms(model))
-        self.penalised = 0.0  # the weight that a remedy has put on the size of the energies
+        self.penalised = 0.0  # the weight of the energy penalty that a remedy has set
         self.passed: set[Stream] = set()  # by an update so far
 
     @classmethod
@@ -62,7 +62,7 @@ class Backbone:
     ) -> "Backbone":
         """A backbone around any module that maps images in `bounds` to logits [B, K].
 
-        Chains are noisy SGLD with a clamped gradient from uniform pixels, unless told otherwise.
+        By default, chains are noisy SGLD with a clamped gradient, from uniform pixels.
         """
         p0 = UniformStart(shape, bounds) if start is None else start
         states = ReplayBuffer(Buffer() if buffer is None else buffer, p0, n_classes, rng)
@@ -84,8 +84,9 @@ class Backbone:
     def scores(self, streams: dict[Stream, Tensor]) -> dict[Stream, Scores]:
         """Every stream's scores, for an update.
 
-        One joint pass where nothing couples the rows; with batch norm one pass a stream, each by
-        its own statistics, and only the streams in `views.stats_from` move the running ones.
+        All streams share one pass if the rows are independent. With batch norm each stream has its
+        own pass and batch statistics, and only the streams in `views.stats_from` update the running
+        ones.
         """
         if not streams:
             return {}
@@ -98,11 +99,11 @@ class Backbone:
         return {name: self._alone(x, learn=name in learnt) for name, x in streams.items()}
 
     def learnt_from(self, streams: Iterable[Stream]) -> set[Stream]:
-        """The streams that batch norm learns from among these; x+ where none is named."""
+        """The streams from which batch norm learns among these; x+ if none is named."""
         return set(streams) & set(self.views.stats_from) or set(streams) & {"x_pos"}
 
     def check_learning(self, streams: Iterable[Stream]) -> None:
-        """Refuse statistics of batch norm that no pass of these streams would ever move."""
+        """Reject `stats_from` with which no stream would update batch norm's running statistics."""
         told = sorted(streams)
         named = self.views.stats_from
         usual: tuple[str, ...] = Views.model_fields["stats_from"].default
@@ -110,8 +111,8 @@ class Backbone:
         if self._separate and told and not wanted:
             raise ConfigError(
                 f"backbone.views.stats_from names {', '.join(named) or 'no stream'}, and this "
-                f"objective passes {', '.join(told)} alone: batch norm would never learn. Name one "
-                "of those"
+                f"objective uses only {', '.join(told)}: the running statistics of batch norm "
+                f"would never be updated. Name one of those"
             )
 
     def _alone(self, x: Tensor, *, learn: bool) -> Scores:
@@ -131,17 +132,17 @@ class BackboneSpec(Protocol):
 
 
 def check_stem(sampler: Sampler, network: Network) -> None:
-    """Refuse a sampler that needs the first layer apart where the network cannot split it off."""
+    """Reject a sampler that needs the first layer separately if the network cannot provide it."""
     if sampler.needs_stem and not network.has_stem:
         raise MisfitError(
-            f"the sampler {type(sampler).__name__} differentiates through the first layer "
-            "alone, and this network, an adapted module, has no stem to split off; choose "
-            "another sampler, such as sgld"
+            f"the sampler {type(sampler).__name__} differentiates through the first layer alone, "
+            f"but this network does not provide its first layer separately; choose another "
+            f"sampler, such as sgld"
         )
 
 
 def without_batch_norm(network: NetworkSpec) -> dict[str, str]:
-    """Options of a backbone that do nothing on a network which says that its norm is another."""
+    """Options of a backbone without effect on a network that declares another norm."""
     norm = getattr(network, "norm", "batch")
     if norm in ("batch", "sync"):
         return {}
@@ -164,13 +165,15 @@ def assemble(
     buffer: Buffer | None = None,
     steps: int = 0,
 ) -> Backbone:
-    """Put a backbone together from its parts; without `density` it is a classifier."""
+    """Build a backbone from its parts; without `density` it is a classifier."""
     with seeded_init(rng):
         model = energy.build(network.build(task.shape), task.n_classes)
     model = model.to(rng.device)
     drawn = None
     if density is not None and sampler is not None and start is not None and buffer is not None:
-        check_stem(sampler, model.network)  # before the start's moments, which take a while
+        check_stem(
+            sampler, model.network
+        )  # before the Gaussians of the initial distribution, which take a while
         buffer.check_classes(task.n_classes)
         p0 = start.build(task, rng.device)
         states = ReplayBuffer(buffer, p0, task.n_classes, rng, fill=task.fill)
@@ -187,9 +190,9 @@ Steps = Annotated[int, Field(ge=0)]
 
 
 class JEMVariant(Options):
-    """What the JEM variants share: a network read as energies, chains from a replay buffer.
+    """What the JEM variants share: a network with an energy, and chains from a replay buffer.
 
-    A variant is a subclass whose defaults are its paper's; those of this class are SADA-JEM's.
+    A variant is a subclass with its paper's defaults; the defaults of this class are SADA-JEM's.
     """
 
     network: NetworkPart = WRN()

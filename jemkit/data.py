@@ -1,4 +1,4 @@
-"""Data: pixel bounds, image sets, their splits, and the two views of a batch."""
+"""Data: pixel bounds, image sets, their loader, and the two views of a batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Split = Literal["train", "test"]
 
 
 class Bounds(NamedTuple):
-    """The range in which a model sees pixels; (-1, 1) inside jemkit, (0, 1) at its edge."""
+    """The pixel range of a model's input; (-1, 1) inside jemkit, (0, 1) for users."""
 
     low: float = -1.0
     high: float = 1.0
@@ -57,7 +57,7 @@ class Images(NamedTuple):
 
 
 class Augmentation(NamedTuple):
-    """What the classifier's view may do to an image: reflect-padded crops, mirror images."""
+    """The augmentation of an image: reflect-padded crops and flips."""
 
     pad: int = 0  # pixels
     flip: bool = False
@@ -80,28 +80,28 @@ class Dataset(Protocol):
 
 @runtime_checkable
 class NamesClasses(Protocol):
-    """A data set that knows what its classes are called."""
+    """A data set with class names."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """One name a class, in the order of the labels."""
+        """One name per class, in the order of the labels."""
         ...
 
 
 @runtime_checkable
 class OffersValidation(Protocol):
-    """A data set that may bring images of its own to validate on."""
+    """A data set that may have its own validation images."""
 
     def validation(self) -> Images | None:
-        """They stand in place of a share of the training split; None where there are none."""
+        """They replace a share of the training split; None if there are none."""
         ...
 
 
 def checked(images: Images, n_classes: int, source: str) -> Images:
-    """The images in the types that they are kept in, or a DataError that says what is wrong.
+    """The images in the types in which they are stored, or a DataError that says what is wrong.
 
-    Pixels become float32 or stay uint8; labels become int64, also where they are whole numbers in
-    another type, a column [N, 1], or one-hot rows.
+    Pixels become float32 or stay uint8; labels become int64, also from whole numbers of another
+    type, a column [N, 1], or one-hot rows.
     """
     try:
         x, y = (torch.as_tensor(part) for part in images)
@@ -116,11 +116,11 @@ def _check_shape(x: Tensor, n_labels: int, source: str) -> None:
     if x.layout != torch.strided:
         raise DataError(f"{source}: expected dense images, got {x.layout}: x.to_dense()")
     if x.is_meta:
-        raise DataError(f"{source}: the images are on the device meta, and so have no pixels")
+        raise DataError(f"{source}: the images are on the device meta and have no pixels")
     if x.ndim != 4 or len(x) != n_labels or not len(x):
         hint = {
-            2: "; images that are flattened want reshape(N, C, H, W)",
-            3: "; grey images want x.unsqueeze(1)",
+            2: "; for flattened images use reshape(N, C, H, W)",
+            3: "; for grey images use x.unsqueeze(1)",
         }.get(x.ndim, "")
         raise DataError(
             f"{source}: expected images [N, C, H, W] with one label each, "
@@ -140,7 +140,7 @@ def _check_shape(x: Tensor, n_labels: int, source: str) -> None:
 
 
 def _bytes(x: Tensor, source: str) -> Tensor:
-    """Pixels in 0..255; those of any type of whole numbers are taken, where they lie there."""
+    """Pixels in 0..255; any integer type is accepted if its values are in that range."""
     if x.is_complex():
         raise DataError(f"{source}: pixels of type {x.dtype}; expected uint8 or floats in [0, 1]")
     if x.dtype == torch.bool:
@@ -155,8 +155,8 @@ def _bytes(x: Tensor, source: str) -> Tensor:
         x = wide.to(torch.uint8)
     if x.max() == 1:
         raise DataError(
-            f"{source}: whole-number pixels run from {int(x.min())} to 1, which is black on the "
-            "scale of 0..255; where 1 is white, give floats: x.float()"
+            f"{source}: integer pixels run from {int(x.min())} to 1, which is black in 0..255; "
+            f"if 1 is white, pass floats: x.float()"
         )
     return x
 
@@ -168,7 +168,7 @@ def _floats(x: Tensor, source: str) -> Tensor:
     if broken.any():
         first = int(broken.nonzero()[0])
         raise DataError(
-            f"{source}: {int(broken.sum())} image(s) hold NaN or inf, the first is {first}"
+            f"{source}: {int(broken.sum())} image(s) contain NaN or inf, the first is {first}"
         )
     low, high = float(x.min()), float(x.max())
     if low < 0 or high > 1:
@@ -184,17 +184,17 @@ def _floats(x: Tensor, source: str) -> Tensor:
 
 
 Stream = Literal["x", "x_adv", "x_pos", "x_neg"]
-"""The images that pass through a model in an update."""
+"""A stream: images that pass through a model in an update."""
 
 
 class Views(Options):
-    """The two views of a batch, and which of its streams batch norm learns from."""
+    """The two augmented views of a batch, and the streams that update batch norm's statistics."""
 
     augment_x: bool = True  # the classifier's view
     augment_pos: bool = True  # the density's view
     noise_x: float = Field(0.0, ge=0)  # standard deviation in model units
     noise_pos: float = Field(0.0, ge=0)
-    pos_share: float = Field(1.0, gt=0, le=1)  # the density's share of the batch
+    pos_share: float = Field(1.0, gt=0, le=1)  # share of the batch that the density uses
     stats_from: tuple[Stream, ...] = ("x", "x_adv")
 
 
@@ -203,16 +203,16 @@ class Batch(NamedTuple):
 
     x: Tensor  # [B, C, H, W], the classifier's view
     y: Tensor  # [B]
-    x_pos: Tensor  # [P, C, H, W], the density's view of the first P of the same images
+    x_pos: Tensor  # [P, C, H, W], the density's view of the first P of these images
     index: Tensor  # type: ignore[assignment]  # [B], which training images these are
     step: int = 0
 
 
 class Loader:
-    """Batches without end, drawn on the run's device in whole batches; its state can be saved.
+    """Batches without end, drawn on the run's device; its state can be saved.
 
-    Of several processes each takes every `shard.size`-th row of the same batch, and of the numbers
-    drawn for its views: together they see what one process would.
+    Each of several processes takes every `shard.size`-th row of the same batch, and of the random
+    numbers for its views: together they process the batch of a single process.
     """
 
     def __init__(
@@ -276,16 +276,17 @@ class Loader:
 
 
 def positives(batch_size: int, views: Views) -> int:
-    """How many images of a batch the density sees, and so how many chains a step begins."""
+    """How many images of a batch the density uses, and so how many chains a step starts."""
     return max(1, round(views.pos_share * batch_size))
 
 
 def check_shares(batch_size: int, views: Views, shard: Shard) -> None:
-    """Refuse a batch that the processes could not share evenly."""
+    """Reject a batch that cannot be divided evenly among the processes."""
     for what, n in ("images", batch_size), ("images of the density", positives(batch_size, views)):
         if n % shard.size:
             raise ConfigError(
-                f"{shard.size} processes cannot share {n} {what} a step evenly; set run.batch_size "
+                f"{shard.size} processes cannot divide {n} {what} per step evenly; set "
+                f"run.batch_size "
                 f"to a multiple of {shard.size}"
             )
 
@@ -293,7 +294,7 @@ def check_shares(batch_size: int, views: Views, shard: Shard) -> None:
 def augmented(
     x: Tensor, augmentation: Augmentation, rng: Generator, shard: Shard = WHOLE
 ) -> Tensor:
-    """Reflect-padded crops and mirror images of [B, C, H, W], as one gather for the batch."""
+    """Reflect-padded crops and flips of [B, C, H, W], as one gather for the batch."""
     n, _, height, width = x.shape
     whole, own = n * shard.size, slice(shard.rank, None, shard.size)
     pad = augmentation.pad
@@ -334,5 +335,7 @@ class Task:
     hash: str  # of the training images
     bounds: Bounds = Bounds()
     augmentation: Augmentation = Augmentation()
-    moments: Path | None = None  # a file of the training images' Gaussians that the model brings
-    fill: bool = True  # a replay buffer at once; else when it is first read
+    moments: Path | None = (
+        None  # a file with the training images' Gaussians, from an exported model
+    )
+    fill: bool = True  # fill a replay buffer at once; else when it is first read

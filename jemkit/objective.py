@@ -1,4 +1,4 @@
-"""Objectives: a sampling phase, then a loss that may be taken again at other weights."""
+"""Objectives: a sampling phase, then a loss that can be evaluated at several weights."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def watched(scores: Mapping[Stream, Scores], y: Tensor) -> dict[str, Tensor]:
-    """What a log wants of an update: every stream's mean energy, and accuracies."""
+    """Detached scalars for the log: every stream's mean energy, and accuracies."""
     seen = {NAMES[stream]: of.energy.mean() for stream, of in scores.items()}
     accuracies: dict[Stream, str] = {"x": "accuracy", "x_adv": "accuracy(x~)"}
     for stream, name in accuracies.items():
@@ -62,9 +62,10 @@ class Terms(NamedTuple):
     def weighted(
         cls, parts: Mapping[str, tuple[float, Tensor]], watched: Mapping[str, Tensor] | None = None
     ) -> "Terms":
-        """Sum the parts (Algorithm 1, line 18). Leave a part of weight 0 out: do not compute it."""
+        """Sum the parts (Algorithm 1, line 18). A part of weight 0 must be left out, not
+        computed."""
         if not parts:
-            raise ConfigError("every weight of the objective is 0, so there is nothing to learn")
+            raise ConfigError("every weight of the objective is 0: nothing to learn")
         total = torch.stack([weight * term for weight, term in parts.values()]).sum()
         seen = {name: value.detach() for name, value in (watched or {}).items()}
         return cls(dict(parts), total, seen)
@@ -83,17 +84,17 @@ class Objective(Protocol[D]):
     needs_density: ClassVar[bool]
 
     def draw(self, backbone: "Backbone", batch: Batch, rng: Generator) -> D:
-        """Run every chain of this step; all that comes back is detached."""
+        """Run every chain of this step; all results are detached."""
         ...
 
     def loss(self, backbone: "Backbone", batch: Batch, draws: D) -> Terms:
-        """The terms at the model's present weights; pure, so that SAM may call it twice."""
+        """The terms at the model's current weights; pure, so that SAM may call it twice."""
         ...
 
 
 @runtime_checkable
 class NamesStreams(Protocol):
-    """An objective that says beforehand which streams it passes through the network."""
+    """An objective that declares which streams it passes through the network."""
 
     @property
     def streams(self) -> tuple[Stream, ...]:
@@ -103,7 +104,7 @@ class NamesStreams(Protocol):
 
 @runtime_checkable
 class Conditional(Protocol):
-    """An objective that may ask for chains of given classes."""
+    """An objective that may request chains of given classes."""
 
     @property
     def conditional(self) -> bool: ...
@@ -111,14 +112,14 @@ class Conditional(Protocol):
 
 @runtime_checkable
 class StatefulObjective(Protocol):
-    """An objective with state of its own (a teacher, a momentum), made by `build(task, rng)`."""
+    """An objective with its own state (a teacher, a momentum), made by `build(task, rng)`."""
 
     def after(self, backbone: "Backbone", batch: Batch, draws: Any, rng: Generator) -> None:
-        """Move that state; called once, after the update."""
+        """Update that state; called once, after the optimizer step."""
         ...
 
     def parameters(self) -> list[nn.Parameter]:
-        """What the main optimizer trains beside the model."""
+        """Parameters that the main optimizer trains besides the model's."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -128,7 +129,7 @@ class StatefulObjective(Protocol):
 
 @runtime_checkable
 class ObjectiveSpec(Protocol):
-    """The options of an objective with memory."""
+    """The options of an objective with state."""
 
     needs_density: ClassVar[bool]
 

@@ -1,4 +1,4 @@
-"""Which of labelled images are looked at where not all of them are: a part drawn by class."""
+"""Subsets of labelled images for evaluation, stratified by class."""
 
 from typing import Literal, NamedTuple
 
@@ -9,18 +9,18 @@ from jemkit.data import Images
 from jemkit.splits import shuffled_by_class
 
 Selection = Literal["stratified", "first"]
-"""A part in which every class has its share, or the first images, as RobustBench takes them."""
+"""stratified: a subset in proportion to the classes; first: the first images, as in RobustBench."""
 
 
 class Part(NamedTuple):
-    """Images to look at, and how they were chosen."""
+    """A subset of images, and how it was selected."""
 
     images: Images
     text: str  # for a figure's protocol
 
 
 def part_of(images: Images, n: int, how: Selection = "stratified") -> Part:
-    """At most n of the images, in their own order; always the same ones."""
+    """At most n of the images, in their own order; the same for every call."""
     whole = len(images.y)
     if n >= whole:
         return Part(images, "all")
@@ -31,27 +31,27 @@ def part_of(images: Images, n: int, how: Selection = "stratified") -> Part:
 
 
 def stratified(y: Tensor, n: int) -> Tensor:
-    """The indices of at most n of the labels [N], each class with its share, ascending."""
+    """The indices of at most n of the labels [N], stratified, ascending."""
     return by_class(y)[:n].sort().values
 
 
 def by_class(y: Tensor) -> Tensor:
-    """A fixed order of all indices in which every beginning holds the classes in proportion."""
+    """A fixed order of all indices of which every prefix is stratified by class."""
     return shuffled_by_class(y.cpu(), int(y.max()) + 1)
 
 
 def missing(y: Tensor, n_classes: int) -> list[int]:
-    """The classes that no label is of."""
+    """The classes without any label."""
     return (torch.bincount(y, minlength=n_classes) == 0).nonzero().flatten().tolist()
 
 
 def told_missing(y: Tensor, n_classes: int) -> str | None:
-    """A sentence where labels leave classes out, else None."""
+    """A warning if labels lack classes, else None."""
     lacking = missing(y, n_classes)
     if not lacking:
         return None
     names = ", ".join(map(str, lacking[:10])) + (", ..." if len(lacking) > 10 else "")
     return (
-        f"the {len(y)} judged images are of {n_classes - len(lacking)} of {n_classes} classes; "
-        f"there are none of class {names}: no figure says anything about these"
+        f"the {len(y)} evaluated images are of {n_classes - len(lacking)} of {n_classes} classes; "
+        f"there are none of class {names}: the figures say nothing about these"
     )

@@ -1,4 +1,4 @@
-"""Splits: which images train, validate and test, the same for every run."""
+"""Splits: the training, validation and test images, the same for every run."""
 
 from typing import Literal, Protocol
 
@@ -13,7 +13,7 @@ Part = Literal["train", "valid", "test"]
 
 
 class Pinned(Protocol):
-    """What refuses other images than those that a run began with."""
+    """Checks that a run's images are those at its start."""
 
     def check_classes(self, dataset: Dataset) -> None:
         """Raise DataError where the data set has other classes."""
@@ -25,12 +25,11 @@ class Pinned(Protocol):
 
 
 class Splits:
-    """A data set's training, validation and test images; each is read when first asked for.
+    """A data set's training, validation and test images; each is read when first used.
 
-    Validation is a fixed part of the training split, the same for every run: chosen class by class
-    with a generator of its own, so that runs and data orders of any seed can be compared. A data
-    set's own validation images stand in place of that part. No split is handed out that `pinned`
-    refuses.
+    Validation is a fixed, stratified part of the training split, the same for every run whatever
+    its seed, so that runs can be compared. A data set's own validation images replace that part. A
+    split that `pinned` rejects is not returned.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class Splits:
         return self._kept[split]
 
     def rows(self, split: Part) -> list[int]:
-        """Which images of the data set's own split these are, in their order."""
+        """The indices of these images in the data set's own split."""
         if split not in self._rows:
             self.images(split)
         return self._rows[split]
@@ -99,8 +98,7 @@ class Splits:
     def _parted(
         self, whole: Images, index: Tensor, valid: Images, order: Tensor
     ) -> dict[Part, Images]:
-        """Both parts, and where their images stand; whoever looks at the first validation images
-        sees every class in proportion."""
+        """Both parts, and their indices; every prefix of the validation images is stratified."""
         rows = index.sort().values
         self._rows |= {"train": rows.tolist(), "valid": order.tolist()}
         return {"train": whole.take(rows), "valid": valid}
@@ -111,7 +109,7 @@ class Splits:
 
 
 def shuffled_by_class(y: Tensor, n_classes: int) -> Tensor:
-    """A fixed order of all indices in which every beginning holds the classes in proportion."""
+    """A fixed order of all indices of which every prefix is stratified by class."""
     order = torch.randperm(len(y), generator=Generator().manual_seed(0))
     rank = torch.zeros(len(y))
     for label in range(n_classes):

@@ -22,10 +22,10 @@ def train_step(
     guard: Guard,
     theta_steps: int = 1,
 ) -> Terms:
-    """Draw once, then move the weights `theta_steps` times (M_theta) on what was drawn.
+    """Draw once, then update the weights `theta_steps` times (M_theta) on the same draws.
 
-    A step is a transaction: where it fails, buffer, generator and batch norm are as before it. Of
-    several updates those before the failing one stay.
+    A step is a transaction: if it fails, buffer, generator and batch norm are restored. With
+    several updates, those before the failing one are kept.
     """
     before = rng.get_state()
     buffers = list(backbone.model.buffers())

@@ -1,4 +1,4 @@
-"""Updaters: how terms move the weights; and the guard that lets an update through."""
+"""Updaters: how the terms update the weights; and the guard against non-finite values."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,27 +17,27 @@ from jemkit.runtime.modes import frozen_batch_stats
 
 
 class Verdict(NamedTuple):
-    """What the guard saw of one update; tensors, so that the device is not waited for."""
+    """The guard's check of one update, as tensors, so that it does not synchronise."""
 
-    update: int  # how many came before it, and it
-    finite: Tensor  # bool scalar; on the host, there once `ready` has passed
+    update: int  # number of this update, from 1
+    finite: Tensor  # bool scalar; on the host, valid once `ready` has passed
     ready: torch.cuda.Event | None
     grad_norm: Tensor  # scalar
     parts: dict[str, Tensor]
 
     def is_finite(self) -> bool:
-        """Wait for this update alone, not for what was queued after it."""
+        """Wait for this update only, not for work queued after it."""
         if self.ready is not None:
             self.ready.synchronize()
         return bool(self.finite)
 
 
 class Guard:
-    """Lets an update through only where loss and gradient are finite.
+    """Applies an update only if loss and gradient are finite.
 
-    On a GPU the decision stays on the device, and the host reads it one update later. By then what
-    is no weight, such as running statistics and a replay buffer, has taken in what was not finite:
-    nothing may be saved that `settle` was not asked about.
+    On a GPU the decision stays on the device, and the host reads it one update later. By then
+    running statistics and the replay buffer may contain non-finite values: call `settle` before
+    saving anything.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Guard:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
         norm = total_norm([g for g in grads if g is not None], terms.total)
         losses = [terms.total.detach(), *(t.detach() for _, t in terms.parts.values())]
-        total, *parts = distributed.averages(losses)  # so that all processes judge alike
+        total, *parts = distributed.averages(losses)  # so that all processes decide the same
         finite = norm.isfinite() & total.isfinite()
         earlier, named = self.seen, dict(zip(terms.parts, parts, strict=True))
         self.updates += 1
@@ -63,24 +63,24 @@ class Guard:
             optimizer.step()
 
     def defers(self, optimizer: Optimizer, finite: Tensor) -> bool:
-        """Whether the optimizer itself skips an update, so that the host need not know yet."""
+        """Whether the optimizer itself skips an update, so that the host can check later."""
         return finite.is_cuda and bool(optimizer.defaults.get("fused"))
 
     def settle(self) -> None:
-        """Raise Diverged if an update was stopped; again, as often as it is asked."""
+        """Raise Diverged if an update was skipped; every call raises again."""
         self._judge(self.seen)
 
     def _judge(self, verdict: Verdict | None) -> None:
         if verdict is None or verdict.is_finite():
             return
-        self.seen = verdict  # whatever came after it came after what was not finite
+        self.seen = verdict  # later updates followed a non-finite one
         sick = [f"{name} = {float(t)}" for name, t in verdict.parts.items() if not t.isfinite()]
         what = ", ".join(sick) or f"the gradient (norm {float(verdict.grad_norm)})"
         raise Diverged(f"update {verdict.update}: not finite: {what}; this update was not applied")
 
 
 def _on_the_way(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """A copy for the host that nobody waits for yet, and the event after which it is there."""
+    """An asynchronous copy to the host, and the event after which it is valid."""
     if not flag.is_cuda:
         return flag, None
     host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
@@ -91,7 +91,7 @@ def _on_the_way(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 
 @runtime_checkable
 class Updater(Protocol):
-    """Owns the optimizer; takes the terms as often as its rule needs."""
+    """Owns the optimizer; evaluates the terms as often as its rule needs."""
 
     optimizer: Optimizer
 
@@ -100,7 +100,7 @@ class Updater(Protocol):
 
 @runtime_checkable
 class Stateful(Protocol):
-    """An updater with state beside its optimizer's; a checkpoint keeps it."""
+    """An updater with state besides its optimizer's; checkpoints save it."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -135,7 +135,7 @@ class SAM(Options):
 
 
 class PlainUpdater:
-    """Plain descent on an optimizer."""
+    """Plain updates by an optimizer."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -145,7 +145,8 @@ class PlainUpdater:
 
 
 class SAMUpdater:
-    """The gradient is taken at the worst weights nearby; the model alone is moved there."""
+    """Computes the gradient at the worst weights nearby, and takes the step from the original
+    weights."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, options: SAM) -> None:
         self.model, self.optimizer, self.options = model, optimizer, options
@@ -157,7 +158,7 @@ class SAMUpdater:
         guard.update(self.optimizer, found)
 
     def ascent(self) -> dict[nn.Parameter, Tensor]:
-        """rho g / |g|, or rho p^2 g / | |p| g |; a gradient of 0 moves nothing."""
+        """rho g / |g|, or rho p^2 g / | |p| g |; 0 for a gradient of 0."""
         params = [p for p in self.model.parameters() if p.grad is not None]
         grads = [p.grad.float() for p in params if p.grad is not None]
         if not params:
@@ -172,9 +173,9 @@ class SAMUpdater:
 
 
 def backward(optimizer: Optimizer, terms: Callable[[], Terms]) -> Terms:
-    """Fresh gradients of the total in every `.grad`, averaged over processes: all move alike.
+    """New gradients of the total in every `.grad`, averaged over processes.
 
-    Those of weights in shares came averaged.
+    Those of FSDP-sharded weights are averaged already.
     """
     optimizer.zero_grad()
     found = terms()
@@ -186,9 +187,9 @@ def backward(optimizer: Optimizer, terms: Callable[[], Terms]) -> Terms:
 
 
 def pooled(terms: Terms, model: nn.Module) -> Terms:
-    """What all processes saw in a step, averaged for the log; so are running statistics.
+    """Average the logged values over processes, and batch norm's running statistics.
 
-    Without it every process would learn statistics of its own, and save none but the first's.
+    Without it each process would have its own statistics, and only rank 0's would be saved.
     """
     if distributed.size() == 1:
         return terms
@@ -211,7 +212,8 @@ def total_norm(of: list[Tensor], like: Tensor) -> Tensor:
 
 @contextmanager
 def moved_weights(by: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Weights shifted inside the block and put back exactly, not subtracted, after it."""
+    """Shift weights inside the block; afterwards the original values are copied back, not
+    subtracted."""
     params = [fsdp.local(p.detach()) for p in by]
     were = tensors.cloned(params)
     with torch.no_grad():
@@ -224,7 +226,7 @@ def moved_weights(by: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
 
 
 class EMA:
-    """An exponential moving average of a model's weights; its buffers are taken as they are."""
+    """An exponential moving average of a model's weights; buffers are copied."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -245,7 +247,7 @@ class EMA:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """The averaged weights inside the block, the live ones after it."""
+        """Use the averaged weights inside the block, the live ones after it."""
         live = {name: t.detach().clone() for name, t in model.state_dict().items()}
         model.load_state_dict(self.average)
         try:

@@ -208,7 +208,7 @@ BAD = {
     r"\(x \+ 1\) / 2": Images(2 * GOOD.unit() - 1, GOOD.y),
     r"float pixels run from -300 to": Images(GOOD.unit() - 300, GOOD.y),
     r"torch.int64 pixels run from \d+ to \d+; expected 0..255": Images(GOOD.x.long() * 5, GOOD.y),
-    "black on the scale": Images((GOOD.x > 127).to(torch.uint8), GOOD.y),
+    "which is black in": Images((GOOD.x > 127).to(torch.uint8), GOOD.y),
     r"type torch.complex64; expected uint8": Images(GOOD.x.to(torch.complex64), GOOD.y),
     r"x\.unsqueeze\(1\)": Images(GOOD.x[:, 0], GOOD.y),
     "reshape": Images(GOOD.x.flatten(1), GOOD.y),

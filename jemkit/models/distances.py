@@ -11,17 +11,17 @@ from jemkit.models.energy import EnergyModel
 from jemkit.options import Options
 
 Measure = Callable[[Tensor], Tensor]
-"""x~ [B, C, H, W] to its distance from the x that was bound, [B]."""
+"""x~ [B, C, H, W] to its distance from the bound x, [B]."""
 
 
 @runtime_checkable
 class Distance(Protocol):
     """d(x, x~) >= 0 with d(x, x) = 0; whatever it needs of x is computed once, in `bind`."""
 
-    min_size: ClassVar[int]  # pixels; smaller images are refused before the first step
+    min_size: ClassVar[int]  # pixels; smaller images are rejected before the first step
 
     def bind(self, model: EnergyModel, x: Tensor, bounds: Bounds) -> Measure:
-        """Fix the clean images x [B, C, H, W]; give back d(x, .)."""
+        """Bind the clean images x [B, C, H, W]; returns d(x, .)."""
         ...
 
 

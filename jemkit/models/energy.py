@@ -14,11 +14,11 @@ from jemkit.options import Options
 from jemkit.runtime.microbatch import microbatched
 
 EnergyFn = Callable[[Tensor], Tensor]
-"""E: [B, ...] to [B]; lower is likelier."""
+"""E: [B, ...] to [B]; low where data is likely."""
 
 
 class Scores(NamedTuple):
-    """What one forward pass says of a batch."""
+    """The result of one forward pass of a batch."""
 
     logits: Tensor  # [B, K], float32
     energy: Tensor  # [B], float32, E(x)
@@ -34,11 +34,14 @@ class Scores(NamedTuple):
 
 
 class Network(nn.Module, ABC):
-    """Images to features; `trunk(stem(x))`, so that a sampler may stop after the first layer."""
+    """Images to features; `trunk(stem(x))`, so that a sampler can evaluate the first layer
+    alone."""
 
     width: int  # D
-    has_stem: ClassVar[bool] = True  # False: `stem` hands x on, and PYLD has nothing to hold fixed
-    recomputes: ClassVar[bool] = False  # whether it heeds `memory.recomputes`, as `convolved` does
+    has_stem: ClassVar[bool] = True  # False: `stem` is the identity, so PYLD cannot be used
+    recomputes: ClassVar[bool] = (
+        False  # whether it supports activation checkpointing, as `convolved` does
+    )
 
     @abstractmethod
     def stem(self, x: Tensor) -> Tensor:
@@ -53,7 +56,7 @@ class Network(nn.Module, ABC):
 
 
 class EnergyModel(nn.Module, ABC):
-    """A classifier that is also a density: a network's features, read as scores."""
+    """A classifier that is also a density: a network's features, mapped to scores."""
 
     network: Network
 
@@ -65,8 +68,8 @@ class EnergyModel(nn.Module, ABC):
         return self.scores(microbatched(self.network, x, self.network))
 
     def scores(self, features: Tensor) -> Scores:
-        """`read` in float32, also where the network runs in bfloat16: an energy's grain there is
-        wider than the gaps that training works on."""
+        """`read` in float32, also if the network runs in bfloat16: bfloat16's rounding error of an
+        energy is larger than the gaps that training minimises."""
         wide = torch.promote_types(features.dtype, torch.float32)
         with torch.autocast(features.device.type, enabled=False):
             return self.read(features.to(wide))
@@ -77,7 +80,7 @@ class EnergyModel(nn.Module, ABC):
 
 
 class LogSumExpEnergy(EnergyModel):
-    """JEM's reading of a classifier: E(x) = -logsumexp f(x) (Eq. 1)."""
+    """JEM's energy of a classifier: E(x) = -logsumexp f(x) (Eq. 1)."""
 
     def __init__(self, network: Network, n_classes: int) -> None:
         super().__init__()
@@ -90,7 +93,7 @@ class LogSumExpEnergy(EnergyModel):
 
 
 class LogitEnergy(EnergyModel):
-    """Any module whose output is logits, read as JEM reads a classifier (Eq. 1)."""
+    """Any module whose output is logits, with JEM's energy (Eq. 1)."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -111,7 +114,7 @@ class LogitEnergy(EnergyModel):
 
 
 class LinearEnergy(EnergyModel):
-    """M-EBM's reading (Yang and Ji 2023): a linear head of its own gives -E(x)."""
+    """M-EBM's energy (Yang and Ji 2023): a separate linear head gives -E(x)."""
 
     def __init__(self, network: Network, n_classes: int) -> None:
         super().__init__()
@@ -125,7 +128,7 @@ class LinearEnergy(EnergyModel):
 
 @dataclass(frozen=True)
 class ModelEnergy:
-    """The EnergyFn of a model: E(x), or E(x, y) where labels are given."""
+    """The EnergyFn of a model: E(x), or E(x, y) if labels are given."""
 
     model: EnergyModel
     y: Tensor | None = None  # [B]
@@ -138,7 +141,7 @@ class ModelEnergy:
         return microbatched(network.stem, x, network)
 
     def trunk(self, h: Tensor) -> Tensor:
-        """The energy from the first layer's output on."""
+        """The energy as a function of the first layer's output."""
         network = self.model.network
         return self._of(self.model.scores(microbatched(network.trunk, h, network)))
 
@@ -148,7 +151,7 @@ class ModelEnergy:
 
 @runtime_checkable
 class EnergyModelSpec(Protocol):
-    """How features are read; a registered part."""
+    """How features are mapped to scores; a registered part."""
 
     def build(self, network: Network, n_classes: int) -> EnergyModel: ...
 

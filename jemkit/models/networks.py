@@ -23,13 +23,15 @@ class NetworkSpec(Protocol):
     """A network's options; a registered part."""
 
     def build(self, shape: Shape) -> Network:
-        """Make the network, its weights drawn from torch's generator: call it in `seeded_init`."""
+        """Build the network; its weights are drawn from torch's generator: call it in
+        `seeded_init`."""
         ...
 
 
 @contextmanager
 def seeded_init(rng: Generator) -> Iterator[None]:
-    """Let torch's initialisers, which know no other, draw from `rng`; its own generator rests."""
+    """Let torch's initialisers, which use the global generator, draw from `rng`; the global
+    generator is unchanged."""
     donor = rng
     if rng.device.type != "cpu":
         seed = int(torch.randint(2**62, (1,), generator=rng, device=rng.device))
@@ -59,7 +61,7 @@ class WideBlock(nn.Module):
 
 
 def stages_for(px: int) -> int:
-    """A WideResNet's stages: a fourth one for images of 64 px and more."""
+    """A WideResNet's stages: four for images of 64 px and more, else three."""
     return 4 if px >= 64 else 3
 
 
@@ -98,7 +100,7 @@ class WRN(Options):
     depth: int = Field(28, ge=10)
     width: int = Field(10, ge=1)
     norm: Norm = "batch"
-    bn_momentum: float = Field(0.1, gt=0, le=1)  # the released codes: 0.9
+    bn_momentum: float = Field(0.1, gt=0, le=1)  # the released code: 0.9
 
     @field_validator("depth")
     @classmethod
@@ -136,7 +138,7 @@ class SmallConvNet(Network):
         h = F.leaky_relu(self.norm3(h), 0.2)
         if h.shape[-1] % 4:
             h = F.adaptive_avg_pool2d(h, 4)
-        elif h.shape[-1] != 4:  # the same, with a gradient that a GPU can take deterministically
+        elif h.shape[-1] != 4:  # the same, with a deterministic gradient on a GPU
             h = F.avg_pool2d(h, h.shape[-1] // 4)
         return h.flatten(1)
 
@@ -182,7 +184,7 @@ class MLP(Options):
 
 
 class Adapted(Network):
-    """Any module from images to a vector, as a network; it has no stem for PYLD to hold fixed."""
+    """Any module from images to a vector, as a network; it has no stem for PYLD."""
 
     has_stem: ClassVar[bool] = False
 
@@ -199,9 +201,10 @@ class Adapted(Network):
 
 
 def check_features(network: Network, shape: Shape) -> None:
-    """Pass two images of this shape, in train and in eval mode: expected are features [2, width].
+    """Pass two images of this shape, in train and in eval mode: the result must be features [2,
+    width].
 
-    Nothing is computed, drawn or learnt: weights and images stand on the meta device.
+    Nothing is computed or drawn: weights and images are on the meta device.
     """
     state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     x = torch.empty((2, *shape), device="meta")
@@ -212,5 +215,5 @@ def check_features(network: Network, shape: Shape) -> None:
         came = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
         if came != [2, network.width]:
             raise MisfitError(
-                f"it gives {came} for 2 images; expected features [2, {network.width}]"
+                f"it returns {came} for 2 images; expected features [2, {network.width}]"
             )

@@ -1,4 +1,4 @@
-"""Norms, and what follows one: its activation, and the convolution of that."""
+"""Norms, fused with the activation and the convolution that follow."""
 
 from typing import Any, Literal, cast
 
@@ -12,7 +12,8 @@ from jemkit.runtime.fsdp import is_shared
 from jemkit.runtime.microbatch import checkpointed, recomputes
 
 Norm = Literal["none", "batch", "sync", "instance", "group"]
-"""Among several processes `batch` normalises each one's rows apart, `sync` all of them together."""
+"""With several processes `batch` normalises the rows of each one separately, `sync` all of them
+together."""
 
 
 def norm_layer(norm: Norm, channels: int, momentum: float = 0.1) -> nn.Module:
@@ -28,8 +29,11 @@ def norm_layer(norm: Norm, channels: int, momentum: float = 0.1) -> nn.Module:
 
 
 def activated(norm: nn.Module, x: Tensor) -> Tensor:
-    """LeakyReLU 0.2 of a normalised x, written over what the norm made: a backward pass needs the
-    norm's input and the activation's output, so a quarter of a step's memory is saved."""
+    """LeakyReLU 0.2 of a normalised x, in place on the norm's output.
+
+    The backward pass needs the norm's input and the activation's output, so this saves a quarter of
+    a step's memory.
+    """
     if isinstance(norm, nn.BatchNorm2d) and _fixed(norm) and not torch.compiler.is_compiling():
         return _FixedNorm.apply(x, norm)  # type: ignore[no-any-return, no-untyped-call]
     h: Tensor = norm(x)
@@ -39,9 +43,9 @@ def activated(norm: nn.Module, x: Tensor) -> Tensor:
 def convolved(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """conv(activated(norm, x)).
 
-    Where memory is short an update keeps x alone, and its way back makes the activation anew: half
-    of what a block would keep, for two elementwise passes. The convolution itself is not repeated,
-    since torch stops once it has what was not kept.
+    With activation checkpointing an update saves only x, and the backward pass recomputes norm and
+    activation: half the memory of a block, for two elementwise operations. The convolution itself
+    is not repeated, since torch stops recomputing once it has the tensors that it needs.
     """
 
     def both(x: Tensor) -> Tensor:
@@ -53,14 +57,18 @@ def convolved(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def _fixed(norm: nn.BatchNorm2d) -> bool:
-    """Whether a norm is one line for each channel, as while an attack runs or a chain in eval."""
+    """Whether a norm is an affine map per channel: running statistics and frozen weights, as in
+    attacks."""
     asked = norm.training or norm.weight.requires_grad or norm.bias.requires_grad
     return norm.running_var is not None and not asked and not is_shared(norm.weight)
 
 
 class _FixedNorm(torch.autograd.Function):
-    """`activated` by running statistics and frozen weights: its backward pass needs the output
-    alone, and one product where torch's would sum over the batch for weights that ask nothing."""
+    """`activated` with running statistics and frozen weights, with a fused backward pass.
+
+    It needs the output alone; torch's would also sum over the batch for gradients of the frozen
+    weights.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
@@ -77,9 +85,9 @@ class _FixedNorm(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """`BatchNorm2d` in one process, with the same state; among several, two all_reduces a pass.
+    """`BatchNorm2d` in one process, with the same state; two all_reduces per pass with several.
 
-    Every process must hold equally many rows. Twice differentiable, by any backend.
+    Every process must have the same number of rows. Twice differentiable, with any backend.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,8 +105,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
     def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of all processes' rows, [C] each.
 
-        The second collective is the price of a variance about the common mean: one about any other
-        point loses the digits that it is far away.
+        A second collective is needed for the variance about the common mean: a variance about
+        another point loses precision.
         """
         variance, own = torch.var_mean(x, dim=(0, 2, 3), correction=0)
         mean = distributed.average(own)

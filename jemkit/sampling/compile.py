@@ -1,4 +1,4 @@
-"""The compiled gradient: what a chain spends its time on, as one graph; noise stays outside."""
+"""Compiled gradients: the gradient of a chain's energy as one graph, without the noise."""
 
 import time
 import warnings
@@ -16,25 +16,25 @@ from jemkit.sampling.kernels import eager_gradient, gradients_by, slope_at
 
 Backend = Literal["inductor", "aot_eager", "eager"]
 CUDA_MODE = "reduce-overhead"
-"""torch.compile's mode on CUDA: kernels are recorded as CUDA graphs and launched as a whole."""
+"""torch.compile's mode on CUDA: kernels are recorded as CUDA graphs."""
 
 GRAPHS = 64
-"""How many graphs may be compiled; torch's own limit counts all runs of a process together."""
+"""Limit on compiled graphs; torch's own limit counts all runs of a process together."""
 
 
 class Compilation(NamedTuple):
-    """One warm-up: for which images, and how long it took."""
+    """One compilation: for which images, and how long it took."""
 
     shape: tuple[int, ...]
     seconds: float
 
 
 class CompiledGradient:
-    """The gradient of any energy as one graph without a break; a break is an error.
+    """The gradient of any energy as one graph without graph breaks; a break is an error.
 
-    The network's weights are inputs of the graph, so updates compile nothing anew; another shape,
-    mode or form of the energy does. On CUDA it is launched as a CUDA graph. Where this machine has
-    no compiler one warning says so, and gradients are eager from then on.
+    The network's weights are inputs of the graph, so an update causes no recompilation; another
+    shape, mode or form of the energy does. On CUDA it runs as a CUDA graph. Without a compiler one
+    warning is given, and gradients are computed eagerly from then on.
     """
 
     def __init__(self, backend: Backend = "inductor") -> None:
@@ -47,12 +47,12 @@ class CompiledGradient:
         )
 
     def __call__(self, energy: EnergyFn, x: Tensor) -> Tensor:
-        if self.given_up or cuts(len(x)):  # a graph knows its batch, and would hold all of it
+        if self.given_up or cuts(len(x)):  # a graph is specialised to its batch
             return eager_gradient(energy, x)
         began, before = time.perf_counter(), self._graphs
         try:
             with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=GRAPHS):
-                if x.is_cuda:  # what the last replay of a CUDA graph returned may be overwritten
+                if x.is_cuda:  # the output of a CUDA graph is overwritten by its next replay
                     torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
                 # the leaf is made out here: not every torch traces requires_grad_() in a graph
                 found = self._unit(energy, x.detach().requires_grad_())
@@ -74,7 +74,7 @@ class CompiledGradient:
         return sum(each.seconds for each in self.compilations)
 
     def tell(self, folder: RunFolder, watch: Callable[[str, dict[str, Any]], None]) -> None:
-        """Say what was compiled since this was last called: graphs in all, and their seconds."""
+        """Compilations since the last call: number of graphs in total, and their seconds."""
         if len(self.compilations) > self._told:
             self._told = len(self.compilations)
             what = {"graphs": self._told, "seconds": round(self.warm_up, 1)}
@@ -97,13 +97,14 @@ def as_cuda_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
 
 
 def pays_after(warm_up: float, eager: float, compiled: float) -> float:
-    """How many gradients make up for compiling; infinite where the compiled one is no faster."""
+    """Number of gradients that amortise compiling; infinite if the compiled one is not faster."""
     return warm_up / (eager - compiled) if compiled < eager else float("inf")
 
 
 @contextmanager
 def compiled_gradients(backend: Backend = "inductor") -> Iterator[CompiledGradient]:
-    """Chains inside the block take compiled gradients; gives what was compiled and when."""
+    """Chains inside the block use compiled gradients; yields the gradient, which lists its
+    compilations."""
     unit = CompiledGradient(backend)
     with gradients_by(unit):
         yield unit
@@ -116,7 +117,7 @@ NO_C_COMPILER = "Failed to find C compiler"  # Triton's RuntimeError
 
 
 def lacks_compiler(error: BaseException) -> str | None:
-    """What the machine lacks, in a line; None where the energy is at fault."""
+    """What the machine lacks, as a line; None if the energy is at fault."""
     for cause in _causes(error):
         if type(cause).__name__ in MISSING or NO_C_COMPILER in str(cause):
             return " ".join(str(cause).split()) or type(cause).__name__

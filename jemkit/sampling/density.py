@@ -19,19 +19,19 @@ from jemkit.sampling.init_dists import Start
 from jemkit.sampling.kernels import Boxed, Sampler, run
 
 LEAST = 64
-"""Chains that run together at the least where batch norm normalises each by the others."""
+"""Minimum number of chains that run together if batch norm couples them."""
 
 
 @runtime_checkable
 class Density(Protocol):
-    """How p(x) is drawn and learnt."""
+    """How p(x) is sampled and learnt."""
 
     sampler: Sampler
     start: Start
     steps: int
 
     def draw(self, model: EnergyModel, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
-        """x_neg [n, ...] of p(x), or of p(x | y); uses and updates the buffer."""
+        """x_neg [n, ...] from p(x), or from p(x | y); uses and updates the buffer."""
         ...
 
     def sample(
@@ -44,9 +44,9 @@ class Density(Protocol):
         start: Start,
         y: Tensor | None = None,
     ) -> Tensor:
-        """x [n, ...] from fresh chains; never touches the buffer.
+        """x [n, ...] from newly started chains; does not touch the buffer.
 
-        What becomes of one chain may depend on how many run, but not on there being few.
+        A chain's result may depend on how many run, but not on a small last batch.
         """
         ...
 
@@ -55,7 +55,7 @@ class Density(Protocol):
         ...
 
     def mark(self) -> None:
-        """Begin a step: remember what `rollback` would have to undo."""
+        """Begin a step: save what `rollback` restores."""
         ...
 
     def rollback(self) -> None:
@@ -186,7 +186,8 @@ class ReplayBuffer:
 
 
 class ContrastiveDensity:
-    """Persistent chains from a replay buffer, and the difference of mean energies (Eqs. 2, 9)."""
+    """Persistent chains from a replay buffer, with the difference of mean energies as loss (Eqs. 2,
+    9)."""
 
     deals: ClassVar[dict[str, str]] = {"states": "slots", "drawn": "count"}
 
@@ -225,7 +226,7 @@ class ContrastiveDensity:
         return self._run(model, start.draw(among, rng, y), rng, steps, y)[:n]
 
     def together(self, model: EnergyModel, n: int) -> int:
-        """How many fresh chains run for n of them: those beyond are there for batch norm alone."""
+        """How many new chains run to obtain n; additional ones only serve batch norm."""
         coupled = batch_norms(model) and self.options.batch_norm != "running_stats"
         return max(n, LEAST) if coupled else n
 
@@ -237,7 +238,7 @@ class ContrastiveDensity:
             return run(kernel, ModelEnergy(model, y), x, rng, steps)
 
     def loss(self, positive: Tensor, negative: Tensor) -> Tensor:
-        """mean E(x+) - mean E(x-), and the penalty where there is one."""
+        """mean E(x+) - mean E(x-), plus the penalty if there is one."""
         gap = positive.mean() - negative.mean()
         if not self.options.penalty:
             return gap
@@ -253,7 +254,7 @@ class ContrastiveDensity:
         return self.options.penalty
 
     def penalise(self, weight: float) -> None:
-        """Hold the size of the energies down by at least this much."""
+        """Set the weight of the energy penalty to at least this."""
         weight = max(weight, self.options.penalty)
         self.options = self.options.model_copy(update={"penalty": weight})
 
@@ -269,7 +270,9 @@ class ContrastiveDensity:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         states, drawn = state.get("states"), state.get("drawn")
         if not isinstance(states, Tensor):
-            raise MisfitError(f"a buffer's states are a tensor, not a {type(states).__name__}")
+            raise MisfitError(
+                f"the states of a buffer must be a tensor, not a {type(states).__name__}"
+            )
         if type(drawn) is not int or drawn < 0:
             raise MisfitError(f"a buffer that {drawn!r} chains were begun from; expected a count")
         self.buffer.load(states)
@@ -278,13 +281,13 @@ class ContrastiveDensity:
 
 @runtime_checkable
 class Buffered(Protocol):
-    """A density that keeps a replay buffer."""
+    """A density with a replay buffer."""
 
     buffer: ReplayBuffer
 
 
 def together(density: Density, model: EnergyModel, sizes: list[int]) -> int:
-    """The chains that run side by side in the largest of these batches, for a protocol."""
+    """The number of chains that run together in the largest batch, for a protocol."""
     if isinstance(density, ContrastiveDensity):
         return density.together(model, max(sizes))
     return max(sizes)
@@ -292,21 +295,22 @@ def together(density: Density, model: EnergyModel, sizes: list[int]) -> int:
 
 @runtime_checkable
 class Penalised(Protocol):
-    """A density that can hold the size of the energies down."""
+    """A density that supports an energy penalty."""
 
     def penalise(self, weight: float) -> None:
-        """By at least this much; one that says its present `penalty` is spared a lighter one."""
+        """Set the penalty to at least this weight; a density with a `penalty` above it is
+        unchanged."""
         ...
 
 
 def penalty_of(density: Density | None) -> float:
-    """The weight that a density says it holds the energies down by."""
+    """The current weight of a density's energy penalty."""
     return float(getattr(density, "penalty", 0.0))
 
 
 @runtime_checkable
 class DensitySpec(Protocol):
-    """How a density is put together; a registered part."""
+    """The options of a density; a registered part."""
 
     def build(
         self, sampler: Sampler, steps: int, start: Start, buffer: ReplayBuffer, bounds: Bounds
@@ -314,11 +318,11 @@ class DensitySpec(Protocol):
 
 
 class Contrastive(Options):
-    """Contrastive divergence with persistent chains, the density of every JEM."""
+    """Contrastive divergence with persistent chains, the density of all JEM variants."""
 
     batch_norm: BatchNormMode = "batch_stats"
-    box: bool = True  # keep chains in the pixel range
-    penalty: float = Field(0.0, ge=0)  # on the size of the energies
+    box: bool = True  # clamp chains to the pixel range
+    penalty: float = Field(0.0, ge=0)  # weight of the penalty on squared mean energies
     penalty_on: Literal["means", "positives"] = "means"
 
     def unused(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Where chains begin: p_0."""
+"""Initial distributions of chains: p_0."""
 
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -32,22 +32,22 @@ __all__ = [
 
 @runtime_checkable
 class Start(Protocol):
-    """A distribution that chains begin from."""
+    """An initial distribution of chains."""
 
     def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
-        """n images [n, C, H, W] in the model's range, of the classes y [n] where it knows any."""
+        """n images [n, C, H, W] in the model's range, of the classes y [n] if it has classes."""
         ...
 
 
 @runtime_checkable
 class StartSpec(Protocol):
-    """A start's options; a registered part."""
+    """Options of an initial distribution; a registered part."""
 
     def build(self, task: "Task", device: torch.device) -> Start: ...
 
 
 class Uniform(Options):
-    """Uniform pixels, JEM's start."""
+    """Uniform pixels, as in JEM."""
 
     def build(self, task: "Task", device: torch.device) -> Start:
         return UniformStart(task.shape, task.bounds)
@@ -63,14 +63,14 @@ class Noise(Options):
 
 
 class Gaussian(Options):
-    """One Gaussian with the mean and covariance of the training images, M-EBM's start."""
+    """One Gaussian with the mean and covariance of the training images, as in M-EBM."""
 
     def build(self, task: "Task", device: torch.device) -> Start:
         return MomentStart(task, classwise=False, device=device)
 
 
 class Mixture(Options):
-    """A Gaussian a class, JEM++'s informative initialisation."""
+    """One Gaussian per class, JEM++'s informative initialisation."""
 
     def build(self, task: "Task", device: torch.device) -> Start:
         return MomentStart(task, classwise=True, device=device)
@@ -117,7 +117,7 @@ class GaussianStart:
         return self.bounds.clamp(x).view(n, *self.shape)
 
     def _by_class(self, z: Tensor, y: Tensor) -> Tensor:
-        """One matrix product a class, so that each factor is read once; the host knows y."""
+        """One matrix product per class, so that each factor is read once; y is on the host."""
         x = torch.empty_like(z)
         for label in torch.unique(y).tolist():
             rows = y == label
@@ -125,7 +125,7 @@ class GaussianStart:
         return x
 
     def _gathered(self, z: Tensor, y: Tensor) -> Tensor:
-        """A batched product in pieces; on a GPU, where reading y back would stop the device."""
+        """A batched product in pieces; for GPUs, where reading y would synchronise."""
         rows = max(1, GATHERED // self.factors[0].numel())
         pieces = [
             self.means[label] + torch.bmm(self.factors[label], part.unsqueeze(2)).squeeze(2)
@@ -135,7 +135,7 @@ class GaussianStart:
 
 
 class Labelled:
-    """A start that always begins with these classes."""
+    """An initial distribution that always has these classes."""
 
     def __init__(self, start: Start, y: Tensor) -> None:
         self.start, self.y = start, y
@@ -171,7 +171,7 @@ class LowRankStart:
 
 
 class MomentStart:
-    """A start from the training images' Gaussians, which are looked for at the first draw."""
+    """The Gaussians of the training images, which are loaded or estimated at the first draw."""
 
     def __init__(self, task: "Task", *, classwise: bool, device: torch.device) -> None:
         self.task, self.classwise, self.device = task, classwise, device
@@ -181,18 +181,18 @@ class MomentStart:
             self.check()
 
     def check(self) -> None:
-        """Refuse what will have no Gaussian, before anything slow."""
+        """Reject what cannot have Gaussians, before anything slow."""
         check_groups(self.task, classwise=self.classwise)
 
     def prepare(self) -> None:
-        """Look for the Gaussians now; a DataError where there are none."""
+        """Load or estimate the Gaussians now; DataError if there are none."""
         self._late.get()
 
     def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
         return self._late.get().draw(n, rng, y)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a model's own file of moments holds; reads the training images where it must."""
+        """Load a model's own file of moments, or estimate them from the training images."""
         return packed(self.form, moments_of(self.task, classwise=self.classwise))
 
 
@@ -206,14 +206,14 @@ def _gaussians(
 
 
 def moments(task: "Task", *, classwise: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Means [K, D] and Cholesky factors [K, D, D], where whole covariances are kept."""
+    """Means [K, D] and Cholesky factors [K, D, D], if whole covariances are stored."""
     found = moments_of(task, classwise=classwise)
     means = found["means"]
     return means.to(device), expanded(found["factors"], means.shape[1]).to(device)
 
 
 def start_name(start: Start) -> str:
-    """A start as a protocol card names it: as it is registered, where its class is named so."""
+    """An initial distribution in a protocol: by its registered name, else by its class."""
     if isinstance(start, MomentStart):
         return str(start.form)
     if isinstance(start, GaussianStart) and len(start.means) > 1:

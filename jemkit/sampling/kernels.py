@@ -26,7 +26,7 @@ class StatelessKernel(Protocol):
 
     @property
     def needs_stem(self) -> bool:
-        """Whether the energy must offer `stem` and `trunk`."""
+        """Whether the energy must provide `stem` and `trunk`."""
         ...
 
     def step(self, energy: EnergyFn, x: Tensor, rng: Generator) -> Tensor:
@@ -87,7 +87,7 @@ def eager_gradient(energy: EnergyFn, x: Tensor) -> Tensor:
 
 
 def slope_at(energy: EnergyFn, leaf: Tensor) -> Tensor:
-    """dE/dx at a leaf that asks for it."""
+    """dE/dx at a leaf that requires a gradient."""
     with torch.enable_grad():
         (grad,) = torch.autograd.grad(energy(leaf).sum(), leaf)
     return grad
@@ -103,7 +103,7 @@ def gradient(energy: EnergyFn, x: Tensor) -> Tensor:
 
 @contextmanager
 def gradients_by(unit: Gradient) -> Iterator[None]:
-    """Let `unit` compute every gradient of a chain inside the block, such as a compiled one."""
+    """Compute every gradient of a chain inside the block by `unit`, such as a compiled gradient."""
     token = _GRADIENT.set(unit)
     try:
         yield
@@ -124,7 +124,7 @@ def chain(
 
 
 def last(states: Iterator[Tensor], x: Tensor) -> Tensor:
-    """The end of a chain that began at x."""
+    """The final state of a chain from x."""
     for state in states:
         x = state
     return x.detach()
@@ -159,7 +159,7 @@ def noise_like(x: Tensor, rng: Generator) -> Tensor:
 
 
 class SGLD(Options):
-    """Stochastic gradient Langevin dynamics (Eq. 10), step and noise set apart as JEM does.
+    """Stochastic gradient Langevin dynamics (Eq. 10), with separate step size and noise as in JEM.
 
     Both are in model units, [-1, 1]. `clip` bounds each element of the gradient before the step.
     """
@@ -189,8 +189,8 @@ class SGLD(Options):
 class PYLD(Options):
     """Proximal YOPO-Langevin dynamics (JEM++, Yang and Ji 2021).
 
-    One gradient of the trunk, then `inner_steps` that backpropagate through the stem alone. Where
-    the stem is linear this is noise-free SGLD with a step of inner_steps * step_size.
+    One gradient of the trunk, then `inner_steps` that backpropagate only through the stem. If the
+    stem is linear this equals noise-free SGLD with a step size of inner_steps * step_size.
     """
 
     needs_stem: ClassVar[bool] = True
@@ -205,7 +205,9 @@ class PYLD(Options):
 
     def step(self, energy: EnergyFn, x: Tensor, rng: Generator) -> Tensor:
         if not isinstance(energy, ModelEnergy):
-            raise MisfitError("PYLD holds the first layer's slope fixed: give it a ModelEnergy")
+            raise MisfitError(
+                "PYLD needs the gradient at the first layer's output: pass a ModelEnergy"
+            )
         with torch.no_grad():
             h = energy.stem(x)
         slope = gradient(energy.trunk, h)  # dE/dh at the stem's output
@@ -243,7 +245,7 @@ class L2Descent(Options):
 
 @dataclass(frozen=True)
 class Boxed:
-    """`inner`, then back into the pixel range."""
+    """`inner`, then clamp to the pixel range."""
 
     inner: Sampler
     bounds: Bounds
@@ -272,7 +274,8 @@ def perturbed(x: Tensor, radius: float, rng: Generator, norm: Ball = "Linf") -> 
 
 @dataclass(frozen=True)
 class Projected:
-    """`inner`, then back into the ball of `radius` around `centre` and into the pixel range."""
+    """`inner`, then project onto the ball of `radius` around `centre` and clamp to the pixel
+    range."""
 
     inner: Sampler
     centre: Tensor
@@ -301,5 +304,5 @@ class Projected:
 
 
 def rowwise(value: Tensor, like: Tensor) -> Tensor:
-    """One value a row, [B], shaped to multiply `like`."""
+    """One value per row, [B], reshaped to multiply `like`."""
     return value.view(-1, *[1] * (like.ndim - 1))

@@ -1,4 +1,4 @@
-"""Gaussians of the training images: estimated, cached, or brought by a model."""
+"""Gaussians of the training images: estimated, cached, or from an exported model."""
 
 import hashlib
 import logging
@@ -24,29 +24,29 @@ notices = logging.getLogger("jemkit.data")
 Kind = Literal["gaussian", "mixture"]
 
 JITTER = 1e-4
-"""Added to a covariance's diagonal, as JEM++ does, so that few images still give a full rank."""
+"""Added to a covariance's diagonal, as in JEM++, so that few images still give full rank."""
 
 WIDEST = 32
-"""The side of an image, in pixels, up to which a whole covariance is kept."""
+"""Maximum image size, in pixels, for whole covariances."""
 
 LARGEST = 200_000_000
-"""Bytes of a file of moments."""
+"""Maximum bytes of a file of moments."""
 
 RANK = 256
-"""Directions of a covariance that are kept at the most, where not all are."""
+"""Maximum rank of a low-rank form."""
 
 EXACT = 2048
-"""Rows or columns up to which the leading directions come from an eigendecomposition."""
+"""Maximum rows or columns for an eigendecomposition; above, a randomised method is used."""
 
 LIMIT = 2**30
-"""Bytes of all files in the cache; those used least recently go first."""
+"""Maximum bytes of all files in the cache; the least recently used are removed first."""
 
 MOMENTS = "moments.safetensors"
-"""The file that an exported model brings them in."""
+"""The file of moments in an exported model."""
 
 
 class Form(NamedTuple):
-    """How the covariances of a start are kept."""
+    """How the covariances of an initial distribution are stored."""
 
     kind: Kind
     groups: int  # Gaussians
@@ -60,14 +60,14 @@ class Form(NamedTuple):
         return 4 * self.groups * self.pixels * (self.rank + 2)
 
     def __str__(self) -> str:
-        """As a card tells it."""
+        """The form in a protocol."""
         if self.rank is None:
             return self.kind
         return f"{self.kind} (covariances of rank {self.rank} at most, and a diagonal)"
 
 
 def form_of(task: "Task", *, classwise: bool) -> Form:
-    """Whole covariances where the images are small and the file stays so, else a low rank."""
+    """Whole covariances if images and file are small enough, else a low-rank form."""
     kind: Kind = "mixture" if classwise else "gaussian"
     pixels = task.shape[0] * task.shape[1] * task.shape[2]
     whole = Form(kind, task.n_classes if classwise else 1, pixels, None)
@@ -78,7 +78,7 @@ def form_of(task: "Task", *, classwise: bool) -> Form:
 
 
 def check_groups(task: "Task", *, classwise: bool) -> None:
-    """Refuse training images of which some class has none, so that it has no Gaussian."""
+    """Reject training images that lack a class, which then has no Gaussian."""
     if not classwise:
         return
     counts = torch.bincount(task.images("train").y, minlength=task.n_classes)
@@ -93,9 +93,10 @@ def check_groups(task: "Task", *, classwise: bool) -> None:
 def moments_of(task: "Task", *, classwise: bool) -> dict[str, Tensor]:
     """Means and covariances of un-augmented training images, in the model's range.
 
-    Those that the model brings, else those that the cache keeps for these images, else estimated.
-    With whole covariances `factors` [K, D (D + 1) / 2] are the lower triangles of their Cholesky
-    factors; else `basis` [K, D, R] and `spread` [K, D] are the low rank and the deviations beside.
+    They come from the exported model, else from the cache, else they are estimated. With whole
+    covariances `factors` [K, D (D + 1) / 2] are the lower triangles of their Cholesky factors; else
+    `basis` [K, D, R] and `spread` [K, D] are the low-rank part and the standard deviations of the
+    rest.
     """
     form = form_of(task, classwise=classwise)
     brought = _brought(task, form)
@@ -111,7 +112,7 @@ def moments_of(task: "Task", *, classwise: bool) -> dict[str, Tensor]:
 
 
 def brought(config: Path) -> Path | None:
-    """The file of moments that goes with a config.json, where that one lists its hash."""
+    """The file of moments next to a config.json, if that lists its hash."""
     listed = read_json(config)
     hashes = listed.get("sha256") if isinstance(listed, dict) else None
     wanted = hashes.get(MOMENTS) if isinstance(hashes, dict) else None
@@ -124,7 +125,7 @@ def brought(config: Path) -> Path | None:
 
 
 def packed(form: Form, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Moments under the names that a model's own file of them has."""
+    """Moments with the names in an exported model's file."""
     return {f"{form.kind}.{name}": tensor for name, tensor in found.items()}
 
 
@@ -149,7 +150,7 @@ def _brought(task: "Task", form: Form) -> dict[str, Tensor] | None:
 
 
 def _cached(task: "Task", form: Form) -> Path | None:
-    """Where the cache keeps them; nowhere, where nobody knows the hash of the images."""
+    """The path in the cache; None if the hash of the images is unknown."""
     if not task.hash:
         return None
     about = f"{task.hash} {tuple(task.bounds)} {form} {JITTER} packed"
@@ -162,13 +163,13 @@ def _from_cache(path: Path, form: Form) -> dict[str, Tensor] | None:
         return None
     try:
         found = load_tensors(path)
-    except DataError as error:  # damaged, or gone in the meantime: estimated again
+    except DataError as error:  # damaged, or removed meanwhile: estimated again
         log.warning("%s", error)
         return None
     if not _fits(found, form):
         return None
     try:
-        os.utime(path)  # what is used last goes last
+        os.utime(path)  # mark it as recently used
     except OSError as error:
         log.debug("%s: %s", path, error)
     return found
@@ -184,13 +185,13 @@ def _fits(found: Mapping[str, Tensor], form: Form) -> bool:
 
 
 def _keep(path: Path, found: Mapping[str, Tensor]) -> None:
-    """Keep moments for the next run, where there is room; never a reason to stop."""
+    """Cache moments for the next run, if there is space; errors are not fatal."""
     size = sum(tensor.nbytes for tensor in found.values())
     try:
         free = free_bytes(path.parent)
         if size > TIGHT * free:
             log.warning(
-                "the moments of the data are not kept: %s has %s free of the %s that they take",
+                "the moments of the data are not cached: %s has %s free of the %s that they take",
                 path.parent, readable(free), readable(size),
             )  # fmt: skip
             return
@@ -198,7 +199,7 @@ def _keep(path: Path, found: Mapping[str, Tensor]) -> None:
         write_tensors(path, found)
         _prune(path.parent, LIMIT)
     except OSError as error:
-        log.warning("the moments of the data could not be kept in %s: %s", path, error)
+        log.warning("the moments of the data could not be cached in %s: %s", path, error)
 
 
 def _prune(folder: Path, limit: int) -> None:

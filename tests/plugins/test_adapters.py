@@ -167,5 +167,5 @@ def test_any_module_of_logits_trains_with_ebjdat_in_a_loop_of_ones_own() -> None
 def test_a_sampler_that_needs_a_stem_is_refused_where_there_is_none() -> None:
     _, backbone = plain(sampler=PYLD())
     assert isinstance(backbone.model.network, Adapted)
-    with pytest.raises(MisfitError, match="no stem to split off"):
+    with pytest.raises(MisfitError, match="does not provide its first layer"):
         check(backbone, EBJDAT())

@@ -108,9 +108,9 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused() -> None:
             augmentation=Augmentation(), shard=Shard(0, size),
         )  # fmt: skip
 
-    with pytest.raises(ConfigError, match="2 processes cannot share 9 images a step evenly"):
+    with pytest.raises(ConfigError, match="2 processes cannot divide 9 images per step evenly"):
         loader(2, 9, Views())
-    with pytest.raises(ConfigError, match="cannot share 2 images of the density"):
+    with pytest.raises(ConfigError, match="cannot divide 2 images of the density"):
         loader(4, 8, Views(pos_share=0.25))
 
 

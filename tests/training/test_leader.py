@@ -229,7 +229,7 @@ def test_synchronised_batch_norm_trains_to_the_end(folder: Path) -> None:
 
 def test_what_cannot_be_shared_evenly_is_refused_before_the_first_step(tmp_path: Path) -> None:
     leader, follower = every_rank(refused, str(tmp_path))
-    assert leader == ["cannot share 9 images", "cannot divide a buffer of 61 slots"]
+    assert leader == ["cannot divide 9 images", "cannot divide a buffer of 61 slots"]
     assert follower == []  # one voice
     assert not list(tmp_path.iterdir())
 
@@ -237,7 +237,7 @@ def test_what_cannot_be_shared_evenly_is_refused_before_the_first_step(tmp_path:
 def refused(name: str) -> list[str]:
     told = []
     for overrides, start in (
-        (("run.batch_size=9",), "cannot share 9 images"),
+        (("run.batch_size=9",), "cannot divide 9 images"),
         (("backbone.buffer.capacity=61",), "cannot divide a buffer of 61 slots"),
     ):
         try:
