@@ -103,6 +103,15 @@ class NamesStreams(Protocol):
 
 
 @runtime_checkable
+class ChecksBackbone(Protocol):
+    """An objective that needs more of a backbone than a density."""
+
+    def check_backbone(self, backbone: "Backbone") -> None:
+        """Raise MisfitError where it is missing."""
+        ...
+
+
+@runtime_checkable
 class Conditional(Protocol):
     """An objective that may request chains of given classes."""
 

@@ -8,6 +8,7 @@ from torch.optim import SGD
 
 from jemkit.backbone import Backbone
 from jemkit.errors import Diverged
+from jemkit.models.energy import EnergyModelSpec
 from jemkit.objective import Objective, ObjectiveSpec, Terms
 from jemkit.runtime.pytree import same
 from jemkit.testing.law import (
@@ -24,10 +25,18 @@ from jemkit.testing.toys import toy_backbone, toy_batch, toy_model, toy_task
 from jemkit.updaters import Guard, UpdaterSpec
 
 
-def check_objective(objective: Objective[Any] | ObjectiveSpec) -> None:
-    """The laws of an objective: draws that leave the model alone, a loss that may be repeated."""
+def check_objective(
+    objective: Objective[Any] | ObjectiveSpec, energy: EnergyModelSpec | None = None
+) -> None:
+    """The laws of an objective: draws that leave the model alone, a loss that may be repeated.
+
+    `energy` is for an objective that needs an energy model of its own.
+    """
     task = toy_task()
-    backbone, batch = toy_backbone(task), toy_batch(task, 6, positives=4)
+    backbone, batch = (
+        toy_backbone(task, toy_model(task, energy=energy)),
+        toy_batch(task, 6, positives=4),
+    )
     backbone.model.train()
     built = (
         objective.build(task, generator()) if isinstance(objective, ObjectiveSpec) else objective

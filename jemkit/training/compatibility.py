@@ -12,7 +12,7 @@ from jemkit.data import Task, positives
 from jemkit.errors import ConfigError, MisfitError
 from jemkit.models.distances import Distance
 from jemkit.models.norms import SyncBatchNorm
-from jemkit.objective import Conditional, NamesStreams, Objective
+from jemkit.objective import ChecksBackbone, Conditional, NamesStreams, Objective
 from jemkit.options import Options, parts_of
 from jemkit.runtime import distributed
 from jemkit.runtime.microbatch import can_recompute
@@ -74,6 +74,8 @@ def check(backbone: Backbone, objective: Objective[Any]) -> None:
             "has no density; choose a backbone with a density, or an objective that needs none: "
             "`jemkit plugins list` lists all"
         )
+    if isinstance(objective, ChecksBackbone):
+        objective.check_backbone(backbone)
     if backbone.has_density:
         check_stem(backbone.density.sampler, backbone.model.network)
 

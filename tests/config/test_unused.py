@@ -36,6 +36,7 @@ KNOWN = {
     "sampler sgld": "step_size noise clip",
     "sampler sgld_momentum": "step_size momentum noise clip",
     "sampler sign": "step_size",
+    "energy dummies": "fold",
     "start noise": "std",
     "density contrastive": "batch_norm box penalty penalty_on",
     "backbone classifier": "network energy views",
@@ -43,6 +44,7 @@ KNOWN = {
     "backbone jempp": "network energy density sampler start buffer steps views",
     "backbone mebm": "network energy density sampler start buffer steps views",
     "backbone sadajem": "network energy density sampler start buffer steps views",
+    "objective ducat": "start clean_dummy adv_dummy adv_mass attack",
     "objective ebjdat": "w1 w2 w3 w_clean adv_steps radius_px norm ascent inner outer distance "
     "distance_weight",
     "objective ebjdatreleased": "w1 w2 w3 w_clean adv_steps start_px step_px climbs",
@@ -77,6 +79,7 @@ KNOWN = {
     "attack square": "queries restarts",
     "evaluator calibration": "bins",
     "evaluator energies": "n steps bins path_images",
+    "evaluator foldings": "steps",
     "evaluator generation": "n steps start source selection reference max_reference inception "
     "features",
     "evaluator ood": "made against",
@@ -202,6 +205,10 @@ ACTS: list[tuple[tuple[str, str, str], list[str], str]] = [
         ("tdat", "weight=0.1"), ("tdat", "relaxation=0.1"), ("tdat", "radius_px=5"),
         ("tdat", "variant=paper"), ("tdat", "gamma_min=0.99"),
     )],
+    (("classifier", "ducat", ""), [], "objective.start=0"),
+    (("classifier", "ce", ""), ["backbone.energy.use=dummies"], "backbone.energy.fold=max"),
+    *[(("classifier", "ducat", ""), ["objective.start=0"], f"objective.{option}")
+      for option in ("clean_dummy=0.5", "adv_dummy=0.5", "adv_mass=0.5", "attack.steps=1")],
     *[(("classifier", "lbgat", ""), [], f"objective.{option}")
       for option in ("beta=1", "attack.steps=1", "teacher.channels=3")],
     (("jem", "jeat", ""), [], "objective.w_px=0.5"),
@@ -233,6 +240,7 @@ IDLE: list[tuple[list[str], str, str]] = [
     (["objective.use=score", "objective.beta=0"], "objective.c=1", "beta is 0"),
     (["objective.use=weat", "objective.beta=0", "objective.of=natural"],
      "objective.attack.steps=3", "where beta is 0 and of"),
+    (["objective.use=ducat", "objective.start=1"], "objective.adv_mass=0.5", "start is 1"),
     (["objective.use=tdat", "objective.gamma_min=1"], "objective.relaxation=2", "gamma_min is 1"),
     ([], "backbone.density.penalty_on=positives", "where penalty is 0"),
     (["backbone.sampler.step_size=0"], "backbone.sampler.clip=3", "step_size is 0"),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-from toys import REGISTRY, backbone_of, gen, objective_of, updater_of
+from toys import REGISTRY, backbone_for, backbone_of, gen, objective_of, updater_of
 
 from jemkit import (
     MALA,
@@ -74,6 +74,7 @@ def wanted(objective: str, norm: str) -> tuple[Count, Count]:
         "mart": (adversaries, update(norm, B, B)),
         "weat": (adversaries + Count(1, B), update(norm, B, B)),
         "score": (adversaries + Count(1, B), update(norm, B, B)),
+        "ducat": (adversaries, update(norm, B)),  # before its dummies begin
         "lbgat": (adversaries + Count(1, B), update(norm, B, B)),  # beside the teacher's
         "tdat": (Count(1, B), update(norm, B, B)),  # one step, not M_adv
         "jeat": (negatives + adversaries, update(norm, B, P)),
@@ -102,7 +103,10 @@ BUILT = [
     for b in ("classifier", "jem", "jempp", "mebm", "sadajem")
     for o in ("ce", "pgdat", "trades", "jem", "ebjdat", "ebjdatreleased")
     if b != "classifier" or o not in ("jem", "ebjdat", "ebjdatreleased")
-] + [("sadajem", "jeat"), *(("classifier", o) for o in ("mart", "weat", "score", "tdat", "lbgat"))]
+] + [
+    ("sadajem", "jeat"),
+    *(("classifier", o) for o in ("mart", "weat", "score", "tdat", "lbgat", "ducat")),
+]
 
 
 @pytest.mark.parametrize(("backbone", "objective"), BUILT)
@@ -112,7 +116,7 @@ def test_a_step_makes_the_passes_of_its_algorithm_and_no_more(
     backbone: str, objective: str, norm: str, updater: str
 ) -> None:
     density = {} if backbone == "classifier" else {"steps": M}
-    built = backbone_of(backbone, network=SmallCNN(channels=2, norm=norm), **density)
+    built = backbone_for(objective, backbone, network=SmallCNN(channels=2, norm=norm), **density)
     seen = counted(built.model)
     chosen = objective_of(objective, **options(objective))
     step = updater_of(updater, built.model)
@@ -190,7 +194,7 @@ def test_a_step_waits_once_an_update_for_the_guard_alone(
 ) -> None:
     """On the CPU, where nothing is waited for, the guard reads its flag at once."""
     density = {} if backbone == "classifier" else {"steps": M, "start": Uniform()}
-    built = backbone_of(backbone, **density)
+    built = backbone_for(objective, backbone, **density)
     chosen = objective_of(objective, **options(objective))
     with Watch() as drawn:
         draws = chosen.draw(built, BATCH, gen())

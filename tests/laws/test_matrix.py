@@ -9,6 +9,7 @@ from toys import (
     MISFITS,
     OBJECTIVES,
     UPDATERS,
+    backbone_for,
     backbone_of,
     gen,
     objective_of,
@@ -26,7 +27,7 @@ PAIRS = sorted({(b, o) for b, o, _ in MATRIX})
 
 
 def after_two_steps(names: tuple[str, str, str]) -> tuple[Backbone, list[dict[str, float]]]:
-    backbone, objective = backbone_of(names[0]), objective_of(names[1])
+    backbone, objective = backbone_for(names[1], names[0]), objective_of(names[1])
     check(backbone, objective)
     updater, guard, rng = updater_of(names[2], backbone.model), Guard(), gen(1)
     seen = []
@@ -39,7 +40,7 @@ def after_two_steps(names: tuple[str, str, str]) -> tuple[Backbone, list[dict[st
 
 @pytest.mark.parametrize("names", MATRIX, ids="-".join)
 def test_two_steps_repeat_bit_for_bit_and_stay_finite(names: tuple[str, str, str]) -> None:
-    began = state_of(backbone_of(names[0]).model)["tensors"]
+    began = state_of(backbone_for(names[1], names[0]).model)["tensors"]
     (one, seen), (other, again) = after_two_steps(names), after_two_steps(names)
     assert same(one.model.state_dict(), other.model.state_dict())
     assert seen == again
@@ -52,7 +53,7 @@ def test_two_steps_repeat_bit_for_bit_and_stay_finite(names: tuple[str, str, str
 
 @pytest.mark.parametrize(("backbone", "objective"), PAIRS)
 def test_a_draw_leaves_the_model_alone(backbone: str, objective: str) -> None:
-    built, chosen = backbone_of(backbone), objective_of(objective)
+    built, chosen = backbone_for(objective, backbone), objective_of(objective)
     first = next(built.model.parameters())
     first.grad = torch.full_like(first, 3.0)
     before, own = state_of(built.model), torch.get_rng_state()
@@ -67,7 +68,7 @@ def test_a_draw_leaves_the_model_alone(backbone: str, objective: str) -> None:
 def test_a_loss_can_be_taken_again_and_is_the_sum_of_what_is_logged(
     backbone: str, objective: str
 ) -> None:
-    built, chosen = backbone_of(backbone), objective_of(objective)
+    built, chosen = backbone_for(objective, backbone), objective_of(objective)
     draws = chosen.draw(built, BATCH, gen())
     one, other = (chosen.loss(built, BATCH, draws) for _ in range(2))
     assert torch.equal(one.total, other.total)  # by the batch's statistics, which are the same

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds, uniform, weights
 from torch import Tensor, nn
-from toys import OBJECTIVES, backbone_of, gen, linear_model, objective_of
+from toys import OBJECTIVES, backbone_for, backbone_of, gen, linear_model, objective_of
 
 from jemkit import Backbone, Batch, Buffer, ConfigError, MisfitError, Terms
 from jemkit.testing import toy_backbone, toy_batch, toy_task
@@ -205,9 +205,9 @@ def test_ebjdat_trains_a_plain_torch_model_in_a_loop_of_ones_own() -> None:
 @given(k=st.sampled_from([3, 100]))
 def test_nothing_hard_codes_the_number_of_classes(k: int) -> None:
     task = toy_task(n_classes=k, n_train=2 * k)
-    backbone = backbone_of("sadajem", task)
     batch = toy_batch(task, 6)
     for name in OBJECTIVES:
+        backbone = backbone_for(name, "sadajem", task=task)
         objective = objective_of(name, task)
         terms = objective.loss(backbone, batch, objective.draw(backbone, batch, gen()))
         assert terms.total.isfinite()

@@ -65,6 +65,15 @@ def backbone_of(name: str, task: Task | None = None, seed: int = 0, **options: A
     return built
 
 
+SUITED: dict[str, dict[str, Any]] = {"ducat": {"energy": REGISTRY["energy"]["dummies"]()}}
+"""Options of a backbone that an objective needs, as its recipe has them."""
+
+
+def backbone_for(objective: str, name: str, **options: Any) -> Backbone:
+    """A backbone that suits an objective."""
+    return backbone_of(name, **{**SUITED.get(objective, {}), **options})
+
+
 def objective_of(name: str, task: Task | None = None, **options: Any) -> Objective[Any]:
     found: Objective[Any] | ObjectiveSpec = tiny("objective", name, **options)
     if isinstance(found, ObjectiveSpec):

@@ -1,0 +1,186 @@
+"""DUCAT (arXiv 2410.12671): a dummy class beside each class takes the adversarial images."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Generator, Tensor, nn
+
+from jemkit import (
+    PGD, Attack, Backbone, Batch, Context, EnergyModel, EnergyModelSpec, Evaluator, Figure, Images,
+    MisfitError, Network, Objective, ObjectiveSpec, Options, PartOf, PixelModel, Scores, Stream,
+    Task, Terms, Unmeasurable, adversary, batches, hookimpl, watched,
+)  # fmt: skip
+from jemkit.metrics.figures import share
+
+Fold = Literal["lse", "max"]
+"""How f[c] and f[c + K] become the logit of class c."""
+
+
+class Dummies(Options):
+    """2K logits, class c and its dummy c + K, folded to K; E(x) is of all 2K."""
+
+    fold: Fold = "lse"
+
+    def build(self, network: Network, n_classes: int) -> EnergyModel:
+        return DummyEnergy(network, n_classes, self.fold)
+
+
+class DummyEnergy(EnergyModel):
+    """A head of 2K logits, read through a folding; "none" reads them as they are."""
+
+    def __init__(self, network: Network, n_classes: int, fold: Fold) -> None:
+        super().__init__()
+        self.network = network
+        self.head = nn.Linear(network.width, 2 * n_classes)
+        self.fold: Fold | Literal["none"] = fold
+
+    def read(self, features: Tensor) -> Scores:
+        raw = self.head(features)
+        return Scores(raw if self.fold == "none" else folded(raw, self.fold), -raw.logsumexp(1))
+
+
+def folded(raw: Tensor, fold: Fold = "lse") -> Tensor:
+    """2K logits [B, 2K] as K [B, K]."""
+    pairs: Tensor = raw.view(len(raw), 2, -1)
+    return pairs.logsumexp(1) if fold == "lse" else pairs.amax(1)
+
+
+def with_dummies(model: EnergyModel) -> DummyEnergy:
+    """The same model; a MisfitError where it has no dummy classes."""
+    if not isinstance(model, DummyEnergy):
+        raise MisfitError(
+            "the objective ducat needs a dummy class for each class: set "
+            'backbone.energy.use = "dummies"'
+        )
+    return model
+
+
+@contextmanager
+def read_as(model: EnergyModel, fold: Fold | Literal["none"]) -> Iterator[None]:
+    """The model with another folding inside the block."""
+    found = with_dummies(model)
+    before, found.fold = found.fold, fold
+    try:
+        yield
+    finally:
+        found.fold = before
+
+
+class DUCAT(Options):
+    """PGD-AT with 2K classes; towards the end x~ has its dummy as label, x a part of it.
+
+    From the step of `start` on, targets are (1 - b) e_y + b e_(y + K) with b = `clean_dummy` for x
+    and `adv_dummy` for x~, these times `adv_mass`; the loss is the mean over both. The attack is on
+    the 2K logits, as released.
+    """
+
+    needs_density: ClassVar[bool] = False
+
+    start: float = Field(0.8, ge=0, le=1)  # share of the run: 104 of 130 epochs
+    clean_dummy: float = Field(0.25, ge=0, le=1)
+    adv_dummy: float = Field(1.0, ge=0, le=1)
+    adv_mass: float = Field(1.0, gt=0)
+    attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10)
+
+    def unused(self) -> dict[str, str]:
+        idle = ("clean_dummy", "adv_dummy", "adv_mass")
+        return dict.fromkeys(idle, "where start is 1") if self.start == 1 else {}
+
+    def build(self, task: Task, rng: Generator) -> Objective[Any]:
+        return DUCATObjective(self, task.total_steps)
+
+
+class DUCATObjective:
+    """Knows when the dummies begin."""
+
+    needs_density: ClassVar[bool] = False
+    streams: ClassVar[tuple[Stream, ...]] = ("x", "x_adv")
+
+    def __init__(self, options: DUCAT, total_steps: int) -> None:
+        self.options, self.total_steps = options, total_steps
+
+    def check_backbone(self, backbone: Backbone) -> None:
+        with_dummies(backbone.model)
+
+    def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> Tensor:
+        model, y = backbone.model, batch.y
+
+        def loss(x: Tensor) -> Tensor:
+            return F.cross_entropy(model(x).logits, y, reduction="none")
+
+        with read_as(model, "none"):
+            return adversary(self.options.attack, backbone, loss, batch.x, rng)
+
+    def loss(self, backbone: Backbone, batch: Batch, x_adv: Tensor) -> Terms:
+        o, y = self.options, batch.y
+        late = batch.step >= o.start * self.total_steps
+        images: dict[Stream, Tensor] = {"x": batch.x} if late else {}
+        with read_as(backbone.model, "none"):
+            raw = backbone.scores({**images, "x_adv": x_adv})
+        adv = raw["x_adv"].logits
+        if late:
+            clean = raw["x"].logits
+            of_clean = F.cross_entropy(clean, target(clean, y, o.clean_dummy))
+            of_adv = o.adv_mass * F.cross_entropy(adv, target(adv, y, o.adv_dummy))
+            terms = {"p(y|x)": (0.5, of_clean), "p(y|x~)": (0.5, of_adv)}
+        else:
+            terms = {"p(y|x~)": (1.0, F.cross_entropy(adv, y))}
+        scores = {name: Scores(folded(s.logits), s.energy) for name, s in raw.items()}
+        return Terms.weighted(terms, watched(scores, y))
+
+
+def target(raw: Tensor, y: Tensor, dummy: float) -> Tensor:
+    """(1 - b) on class y and b on its dummy, [B, 2K]."""
+    label = torch.zeros_like(raw).scatter(1, y[:, None], 1 - dummy)
+    return label.scatter_add(1, y[:, None] + raw.shape[1] // 2, torch.full_like(raw[:, :1], dummy))
+
+
+class Foldings(Options):
+    """PGD accuracy of a model with dummy classes, attacked through each folding and on 2K logits.
+
+    An attack on 2K logits is misdirected: it counts the dummy of the true class as its success.
+    """
+
+    steps: int = Field(20, ge=0)
+
+    def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
+        model = subject.model
+        if not isinstance(model, DummyEnergy):
+            raise Unmeasurable("the model has no dummy classes to fold")
+        pgd, figures = PGD(steps=self.steps), []
+        (perturb,) = pgd.bind(subject, ctx.threat).values()
+        card = {**ctx.card, **pgd.card(ctx.threat, model.head.out_features // 2)}
+        for attacked, judged in JUDGED.items():
+            right = []
+            for x, y in batches(data, ctx, f"{pgd.label} on folding {attacked}"):
+                with read_as(model, attacked):
+                    x_adv = perturb(x, y, ctx.rng)
+                with read_as(model, judged), torch.no_grad():
+                    right.append((subject(x_adv).argmax(1) == y).cpu())
+            name, rows = f"{pgd.label}_{attacked}", torch.cat(right)
+            how = {"attacked": attacked, "folded": judged}
+            figures.append(share(name, int(rows.sum()), len(rows), {**card, **how}))
+        return figures
+
+
+JUDGED: dict[Fold | Literal["none"], Fold] = {"lse": "lse", "max": "max", "none": "max"}
+"""What an attack goes up, and the folding that its images are classified through."""
+
+
+@hookimpl
+def jemkit_energy_models() -> Mapping[str, type[EnergyModelSpec]]:
+    return {"dummies": Dummies}
+
+
+@hookimpl
+def jemkit_objectives() -> Mapping[str, type[ObjectiveSpec]]:
+    return {"ducat": DUCAT}
+
+
+@hookimpl
+def jemkit_evaluators() -> Mapping[str, type[Evaluator]]:
+    return {"foldings": Foldings}

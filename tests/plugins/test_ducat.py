@@ -1,0 +1,153 @@
+"""DUCAT: folding, targets and the loss worked by hand; dummies begin late, and are folded away."""
+
+from math import exp, log
+
+import pytest
+import torch
+from logits import batch_of, logits
+from torch import Tensor
+from toys import REGISTRY, Flat, backbone_for, backbone_of, gen, objective_of, tiny
+
+from jemkit import Backbone, Context, MisfitError, PixelModel, Threat, Unmeasurable, check, resolve
+from jemkit.metrics.evaluator import measure
+from jemkit.testing import toy_batch, toy_task
+from jemkit_plugins.ducat import (
+    DUCAT,
+    DUCATObjective,
+    DummyEnergy,
+    Fold,
+    Foldings,
+    folded,
+    read_as,
+    target,
+)  # fmt: skip
+
+TASK = toy_task()
+CLEAN, ADV = logits((0.4, 0.2, 0.3, 0.1)), logits((0.1, 0.3, 0.4, 0.2))  # 0, 1, and their dummies
+
+
+def identity(fold: Fold = "lse") -> Backbone:
+    """Two classes and their dummies; the 2K logits are the image."""
+    model = DummyEnergy(Flat(4), 2, fold)
+    with torch.no_grad():
+        model.head.weight.copy_(torch.eye(4))
+        model.head.bias.zero_()
+    return Backbone(model)
+
+
+def parts(step: int, clean: Tensor = CLEAN, **options: float) -> dict[str, tuple[float, float]]:
+    objective = DUCATObjective(DUCAT(**options), total_steps=10)
+    batch = batch_of(clean, 0)._replace(step=step)
+    terms = objective.loss(identity(), batch, ADV)
+    return {name: (w, float(term.detach())) for name, (w, term) in terms.parts.items()}
+
+
+def test_folding_by_hand() -> None:
+    p = folded(CLEAN).softmax(1)
+    torch.testing.assert_close(p, torch.tensor([[0.7, 0.3]]))  # probabilities add up
+    largest = folded(CLEAN, "max").exp()
+    torch.testing.assert_close(largest, torch.tensor([[0.4, 0.2]]))
+
+
+@pytest.mark.parametrize("fold", ["lse", "max"])
+def test_what_is_judged_are_k_folded_logits_and_the_energy_is_of_all(fold: Fold) -> None:
+    x = 3 * torch.randn(8, 4, generator=gen())
+    scores = identity(fold).model(x)
+    torch.testing.assert_close(scores.logits, folded(x, fold))
+    torch.testing.assert_close(scores.energy, -x.logsumexp(1))
+    of_folded = -scores.logits.logsumexp(1)
+    assert torch.allclose(of_folded, scores.energy) == (fold == "lse")
+
+
+def test_targets_by_hand() -> None:
+    y = torch.tensor([0, 1])
+    wanted = [[0.75, 0, 0.25, 0], [0, 0.75, 0, 0.25]]
+    torch.testing.assert_close(target(torch.zeros(2, 4), y, 0.25), torch.tensor(wanted))
+    whole = target(torch.zeros(2, 4), y, 1.0)
+    torch.testing.assert_close(whole, torch.tensor([[0.0, 0, 1, 0], [0, 0, 0, 1]]))
+
+
+def test_until_the_dummies_begin_it_is_the_cross_entropy_among_2k_classes() -> None:
+    assert parts(7) == {"p(y|x~)": (1.0, pytest.approx(-log(0.1), rel=1e-5))}
+    assert parts(9, start=1) == parts(7)
+
+
+def test_the_loss_with_dummies_worked_by_hand() -> None:
+    found = parts(8)
+    assert found["p(y|x)"] == (0.5, pytest.approx(-0.75 * log(0.4) - 0.25 * log(0.3), rel=1e-5))
+    assert found["p(y|x~)"] == (0.5, pytest.approx(-log(0.4), rel=1e-5))  # its dummy alone
+    assert parts(8, adv_mass=0.5)["p(y|x~)"][1] == pytest.approx(-0.5 * log(0.4), rel=1e-5)
+    half = -0.5 * (log(0.1) + log(0.4))
+    assert parts(8, adv_dummy=0.5)["p(y|x~)"][1] == pytest.approx(half, rel=1e-5)
+
+
+def test_its_mean_is_over_clean_and_adversarial_images_together() -> None:
+    found = parts(8, clean=ADV, clean_dummy=1.0)
+    assert found["p(y|x)"] == found["p(y|x~)"]
+    assert sum(weight for weight, _ in found.values()) == 1
+
+
+def test_a_model_without_dummies_is_refused_with_what_to_set() -> None:
+    with pytest.raises(MisfitError, match=r'backbone.energy.use = "dummies"'):
+        check(backbone_of("classifier", TASK), objective_of("ducat"))
+    check(backbone_for("ducat", "classifier"), objective_of("ducat"))
+
+
+def test_its_recipe_brings_the_dummies_to_every_backbone() -> None:
+    for backbone in ("classifier", "sadajem", "mebm"):
+        named = {"backbone": {"use": backbone}, "objective": {"use": "ducat"}}
+        assert resolve(REGISTRY, named=named).tables["backbone"]["energy"]["use"] == "dummies"
+
+
+def test_its_attack_is_on_2k_logits_and_leaves_the_folding_as_it_was() -> None:
+    backbone, batch = backbone_for("ducat", "classifier"), toy_batch(TASK)
+    objective = objective_of("ducat")
+    x_adv = objective.draw(backbone, batch, gen())
+    with read_as(backbone.model, "none"):
+        assert backbone.model(batch.x).logits.shape == (6, 6)
+    assert backbone.model(x_adv).logits.shape == (6, 3)
+    with pytest.raises(RuntimeError), read_as(backbone.model, "max"):
+        raise RuntimeError
+    assert backbone.model.fold == "lse"
+
+
+def context() -> Context:
+    return Context(gen(), Threat("Linf", 25.5), batch_size=7)
+
+
+def test_accuracy_is_reported_through_both_foldings_and_on_2k_logits() -> None:
+    backbone = backbone_for("ducat", "classifier")
+    subject, data = PixelModel(backbone.model, TASK.bounds), TASK.images("valid")
+    once, again = (measure(subject, data, [Foldings(steps=2)], context()) for _ in range(2))
+    assert [f.name for f in once] == ["pgd2_lse", "pgd2_max", "pgd2_none"]
+    assert [f.value for f in once] == [f.value for f in again]
+    assert [f.protocol["folded"] for f in once] == ["lse", "max", "max"]
+    plain = PixelModel(backbone_of("classifier").model, TASK.bounds)
+    with pytest.raises(Unmeasurable, match="no dummy classes"):
+        measure(plain, data, [Foldings()], context())
+
+
+def test_an_attack_on_2k_logits_takes_the_dummy_of_the_true_class_for_a_success() -> None:
+    """One pixel moves mass from class 0 to its dummy, another, more weakly, to class 1."""
+    model = DummyEnergy(Flat(2), 2, "lse")
+    with torch.no_grad():
+        model.head.weight.copy_(torch.tensor([[-9.0, -1.0], [0.0, 1.0], [9.0, -1.0], [-9.0, -9.0]]))
+        model.head.bias.zero_()
+    x = torch.tensor([[0.0, 0.0]], requires_grad=True)
+    slopes = {}
+    for fold in ("none", "lse"):
+        with read_as(model, fold):
+            loss = torch.nn.functional.cross_entropy(model(x).logits, torch.tensor([0]))
+        slopes[fold] = torch.autograd.grad(loss, x)[0][0]
+    assert slopes["none"][0] > 2 * slopes["none"][1].abs()  # up the pixel that raises the dummy
+    assert slopes["lse"][0] < slopes["none"][0] / 2
+    moved = folded(model.head(torch.tensor([[0.5, 0.0]])))
+    assert moved.argmax(1).item() == 0  # where folding gives the true class back
+    assert moved.softmax(1)[0, 0] > 1 - exp(-3)
+
+
+def test_options_without_effect_are_named() -> None:
+    assert set(tiny("objective", "ducat", start=1).unused()) == {
+        "clean_dummy", "adv_dummy", "adv_mass",
+    }  # fmt: skip
+    assert not DUCAT().unused()
