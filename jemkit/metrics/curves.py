@@ -12,7 +12,7 @@ from jemkit.runtime.files import write_text
 from jemkit.runtime.opening import LOG_LIMIT, read_file
 
 POINTS = 400
-KINDS = ("loss", "E(", "gap", "gradient norm", "accuracy", "sampler/")
+KINDS = ("loss", "E(", "gap", "gradient norm", "accuracy", "sampler/", "ascent/")
 
 
 LEGEND = {

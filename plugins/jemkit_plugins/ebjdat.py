@@ -57,7 +57,7 @@ class EBJDAT(Options):
                     return self.distance_weight * d(z) - self.climbed(model(z), y)
 
                 start = bounds.clamp(perturbed(x, bounds.px(px), rng, self.norm))
-                x_adv = run(kernel, energy, start, rng, self.adv_steps)
+                x_adv = run(kernel, energy, start, rng, self.adv_steps, name="ascent")
         return Draws(x_neg, x_adv)
 
     def climbed(self, scores: Scores, y: Tensor) -> Tensor:

@@ -11,17 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import normal, radii_px, seeds, uniform
 from torch import Tensor
-from toys import backbone_of, gen, linear_model, objective_of
+from toys import backbone_of, gen, linear_model, objective_of, updater_of
 
 from jemkit import (
+    MALA,
     Ascent,
     Backbone,
     Batch,
     EnergyModel,
+    Guard,
     Images,
     L2Ascent,
     SGLDAscent,
     SignAscent,
+    train_step,
 )
 from jemkit.models.distances import L2
 from jemkit.models.networks import MLP
@@ -352,3 +355,15 @@ def test_one_image_and_many_classes_train_too() -> None:
     objective = objective_of("ebjdat")
     terms = objective.loss(backbone, batch, objective.draw(backbone, batch, gen()))
     assert terms.total.isfinite()
+
+
+def test_what_the_ascent_reports_stands_beside_the_samplers() -> None:
+    class Accepted(SignAscent):
+        def kernel(self, *_: Any) -> MALA:
+            return MALA(step_size=1e-4)
+
+    backbone = toy_backbone(TASK, sampler=MALA())
+    updater = updater_of("plain", backbone.model)
+    chosen, batch = EBJDAT(ascent=Accepted()), toy_batch(TASK)
+    seen = train_step(backbone, chosen, updater, batch, gen(), Guard()).watched
+    assert seen["ascent/acceptance"] != seen["sampler/acceptance"]
