@@ -1,7 +1,7 @@
-"""jemkit: train, sample, attack and judge joint energy-based models.
+"""jemkit: train, sample from, attack and evaluate joint energy-based models.
 
-The public names are those of `jemkit.public`. They are imported when one of them is first asked
-for, so that `python -m jemkit` listens to ^C before torch is imported.
+The public names are those of `jemkit.public`. They are imported when first used, so that `python -m
+jemkit` handles ^C before torch is imported.
 """
 
 TYPE_CHECKING = False  # as type checkers read it; importing `typing` takes a while

@@ -21,7 +21,9 @@ MODEL = (
     *LAYERS,
 )
 
-app = typer.Typer(no_args_is_help=True, help="What a training step costs, and what it must cost.")
+app = typer.Typer(
+    no_args_is_help=True, help="Time and memory of a training step, and its roofline."
+)
 
 
 @app.command()
@@ -31,14 +33,14 @@ app = typer.Typer(no_args_is_help=True, help="What a training step costs, and wh
 def floor(
     recipe: RecipeOptions,
     rounds: Annotated[
-        int, typer.Option(min=0, help="Steps to time; 0 prints the floors alone.")
+        int, typer.Option(min=0, help="Steps to time; 0 prints only the roofline.")
     ] = 3,
     patience: Annotated[
         float, typer.Option(min=0, help="Seconds to repeat each operation for.")
     ] = 0.2,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:
-    """Count the arithmetic of one step, time it operation by operation, and the step beside it."""
+    """Compute the roofline of a training step, and time the step."""
     resolved = recipe.resolve(recipe.registry())
     from jemkit.training.build import build_run
     from jemkit.training.profiling.roofline import floor_of, protocol
@@ -60,7 +62,7 @@ def accuracy(
     images: Annotated[int, typer.Option(min=1, help="Images to take gradients at.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:
-    """Compare a fresh model's energy gradients in each precision with float64."""
+    """Compare a new model's energy gradients in each precision with float64."""
     resolved = recipe.resolve(recipe.registry())
     from jemkit.training.build import build_run
     from jemkit.training.profiling.precision_error import accuracy_of, protocol
@@ -81,7 +83,7 @@ def _show(found: "Floor") -> None:
 
     show_table(["", ""], rows(found))
     if found.reached is not None:
-        say(f"the step reaches {found.reached:.0%} of its floor")
+        say(f"the step reaches {found.reached:.0%} of its roofline")
 
 
 def _tell(card: dict[str, Any]) -> None:

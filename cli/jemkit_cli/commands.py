@@ -34,7 +34,7 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    help="Train, sample and judge joint energy-based models: any backbone with any objective.",
+    help="Train, sample and evaluate joint energy-based models: any backbone, any objective.",
 )
 app.command()(train)
 app.command()(sample)

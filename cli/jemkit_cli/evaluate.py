@@ -37,10 +37,10 @@ def evaluate(
         _option("--attack", "An attack; repeatable. pgd and aa by default.", WHAT, "NAME"),
     ] = None,
     only: Annotated[
-        list[str] | None, _option("--only", "This evaluator alone; repeatable.", WHAT, "NAME")
+        list[str] | None, _option("--only", "Only this evaluator; repeatable.", WHAT, "NAME")
     ] = None,
     skip: Annotated[
-        list[str] | None, _option("--skip", "All but this evaluator; repeatable.", WHAT, "NAME")
+        list[str] | None, _option("--skip", "All except this evaluator; repeatable.", WHAT, "NAME")
     ] = None,
     eps_px: Annotated[
         float | None,
@@ -50,25 +50,26 @@ def evaluate(
         Literal["Linf", "L2", "L1"], typer.Option(help="Of the radius.", rich_help_panel=HOW)
     ] = "Linf",
     max_images: Annotated[
-        int | None, _option("--max-images", "So many, drawn by class; all by default.", HOW)
+        int | None,
+        _option("--max-images", "Size of a subset stratified by class; all by default.", HOW),
     ] = None,
     selection: Annotated[
         Literal["stratified", "first"],
         typer.Option(
-            help="Of --max-images and --quick: a fixed draw by class, or the first images.",
+            help="For --max-images and --quick: stratified by class, or the first images.",
             rich_help_panel=HOW,
         ),
     ] = "stratified",
     batch_size: Annotated[
-        int, typer.Option(help="Images attacked together.", rich_help_panel=HOW)
+        int, typer.Option(help="Batch size of attacks.", rich_help_panel=HOW)
     ] = 250,
     seed: Annotated[int, typer.Option(help="Of every generator.", rich_help_panel=HOW)] = 0,
     protocol: Annotated[
         Literal["standard", "released"],
-        typer.Option(help="released: as EB-JDAT's evaluator attacks.", rich_help_panel=HOW),
+        typer.Option(help="released: as in EB-JDAT's released evaluation.", rich_help_panel=HOW),
     ] = "standard",
     quick: Annotated[
-        bool, typer.Option("--quick", help="A first look, on few images.", rich_help_panel=HOW)
+        bool, typer.Option("--quick", help="Evaluate on few images.", rich_help_panel=HOW)
     ] = False,
     refine_steps: Annotated[
         int, typer.Option(help="SGLD steps from each image (JEM-k).", rich_help_panel=HOW)
@@ -80,7 +81,7 @@ def evaluate(
     indicators: Annotated[
         Literal["bounded", "full", "off"],
         typer.Option(
-            help="Of failure: bounded by the attacks' own passes, all of them, or none.",
+            help="Failure indicators: as many as cost no more than the attacks, all, or none.",
             rich_help_panel=HOW,
         ),
     ] = "bounded",
@@ -113,7 +114,7 @@ def evaluate(
         bool, typer.Option("--json", help="Print the record as one line of JSON.")
     ] = False,
 ) -> None:
-    """Judge a model: accuracy, robustness, energies, calibration, OOD, generation."""
+    """Evaluate a model: accuracy, robustness, energies, calibration, OOD, generation."""
     wanted = {
         "attacks": attack or (), "norm": norm, "eps_px": eps_px, "max_images": max_images,
         "batch_size": batch_size, "seed": seed, "protocol": protocol, "quick": quick,

@@ -21,7 +21,7 @@ def import_model(
     ],
     format: Annotated[
         Literal["auto", "jem", "jempp", "sadajem", "mebm", "ebjdat", "wrn"],
-        typer.Option(help="Whose names it has; auto tells what it takes them for."),
+        typer.Option(help="The format of its names; auto detects and prints it."),
     ] = "auto",
     dataset: Annotated[
         str | None,
@@ -37,19 +37,19 @@ def import_model(
     key: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Under which name it stands, of several in the file.",
+            metavar="NAME", help="The state dict to read, if the file has several.",
             show_default=False,
         ),
     ] = None,
     norm: Annotated[
         Literal["instance"] | None,
         typer.Option(
-            help="Where names do not tell instance from layer norm.", show_default=False
+            help="If names do not tell instance from layer norm.", show_default=False
         ),
     ] = None,
     sha256: Annotated[
         str | None,
-        typer.Option(metavar="HEX", help="Take this file and no other.", show_default=False),
+        typer.Option(metavar="HEX", help="Required SHA-256 of the file.", show_default=False),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -65,7 +65,7 @@ def import_model(
     no_plugins: NoPlugins = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Read published weights, running nothing in the file, into a folder that jemkit reads."""
+    """Read published weights, executing nothing in the file, into a model folder."""
     registry = installed_parts(third_party=not no_plugins)
     from jemkit.training.pretrained import import_checkpoint
 
@@ -84,7 +84,7 @@ def import_model(
     say(found.energy)
     if found.left_out:
         say(f"left out: {', '.join(found.left_out)}")
-    say(f"judge it by `jemkit evaluate {found.folder}`")
+    say(f"evaluate it with `jemkit evaluate {found.folder}`")
 
 
 @guarded
@@ -112,7 +112,7 @@ def export_model(
     no_plugins: NoPlugins = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Write a run's model for others: config.json, model.safetensors, a model card."""
+    """Export a run's model: config.json, model.safetensors, a model card."""
     registry = installed_parts(third_party=not no_plugins)
     from jemkit.evaluation import export
     from jemkit.training import model_folder

@@ -10,7 +10,7 @@ from jemkit_cli.terminal import NoPlugins, guarded, installed_parts, say, say_js
 if TYPE_CHECKING:
     from jemkit.config.registry import Offer, Registry
 
-app = typer.Typer(no_args_is_help=True, help="Parts and the plug-ins that offer them.")
+app = typer.Typer(no_args_is_help=True, help="Parts and the plug-ins that provide them.")
 Json = Annotated[bool, typer.Option("--json", help="A JSON array of objects.")]
 
 
@@ -32,7 +32,7 @@ def info(
     as_json: Json = False,
     no_plugins: NoPlugins = False,
 ) -> None:
-    """Tell what a part does and what its options are; a name may stand for parts of two kinds."""
+    """Describe a part and its options; a name may belong to parts of several kinds."""
     registry = installed_parts(third_party=not no_plugins)
     from jemkit.errors import UnknownName
     from jemkit.options import nearest

@@ -72,7 +72,7 @@ def _message(run: Path, kind: str, what: Mapping[str, Any]) -> str:
     """What is said of an event of a run; nothing of most."""
     if kind == "start":
         complete = what["step"] == what["total"]
-        return f"run {run}" + (": complete already, judged again" if complete else "")
+        return f"run {run}" + (": already complete, evaluated again" if complete else "")
     if kind == "epoch":
         return (
             f"epoch {what['epoch']:>3}  step {what['step']:>6}  validation accuracy "

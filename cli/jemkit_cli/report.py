@@ -34,7 +34,7 @@ def report(
                      show_default=False),
     ] = None,
 ) -> None:  # fmt: skip
-    """Write one HTML file with all there is to see of the runs; it needs no network."""
+    """Write one HTML file with figures and charts of the runs; it needs no network."""
     from jemkit.evaluation.report import write
 
     say(f"report {write(runs or [LATEST], out)}")
@@ -45,7 +45,7 @@ def compare(
     runs: Runs = None,
     figure: Annotated[
         list[str] | None,
-        typer.Option("--figure", help="This figure alone; repeatable.", metavar="NAME",
+        typer.Option("--figure", help="Only this figure; repeatable.", metavar="NAME",
                      show_default=False),
     ] = None,
     seeds: Annotated[

@@ -24,12 +24,12 @@ def sample(
     start: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Where chains begin; the backbone's own start by default.",
+            metavar="NAME", help="Initial distribution of the chains; the backbone's by default.",
             show_default=False,
         ),
     ] = None,
     source: Annotated[
-        Literal["chains", "buffer"], typer.Option("--from", help="Fresh chains, or the buffer.")
+        Literal["chains", "buffer"], typer.Option("--from", help="New chains, or buffer states.")
     ] = "chains",
     classes: Annotated[
         list[str] | None,

@@ -110,8 +110,8 @@ def _told(error: BaseException) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, Exception) and (reason := memory_ran_out(error)):
         return OutOfMemory.exit_code, (
-            f"out of memory ({reason}); end other programs, take fewer or smaller images, a "
-            "smaller batch or network, or a larger machine. What was saved before is whole"
+            f"out of memory ({reason}); end other programs, use fewer or smaller images, a "
+            f"smaller batch or network, or a larger machine. Everything saved before is intact"
         )
     if isinstance(error, Preempted) and process.asked_to_end():
         return error.exit_code, f"interrupted{str(error).removeprefix('stopped')}"
@@ -119,7 +119,7 @@ def _told(error: BaseException) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, OSError) and error.filename is not None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        hint = "; make room and run the same command again, nothing is lost" if full else ""
+        hint = "; free some space and run the same command again, nothing is lost" if full else ""
         return DATA, f"{error.filename}: {error.strerror}{hint}"
     return 0, ""
 

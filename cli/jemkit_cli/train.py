@@ -31,30 +31,28 @@ def train(
         bool,
         typer.Option(
             "--resume",
-            help="Go on with the run in --out, or in runs/latest; more --epochs extend it.",
+            help="Continue the run in --out, or in runs/latest; more --epochs extend it.",
         ),
     ] = False,
     init_from: Annotated[
         Path | None,
         typer.Option(
             metavar="MODEL",
-            help="Begin with its weights: a run, a checkpoint, an export.",
+            help="Start from its weights: a run, a checkpoint, an export.",
             show_default=False,
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Put the run together, check it, write nothing.")
+        bool, typer.Option("--dry-run", help="Build and check the run; write nothing.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="End with one line of JSON on standard output.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show the results alone.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show only the results.")] = False,
 ) -> None:
-    """Train any backbone with any objective, and judge the best epoch on the test split."""
+    """Train any backbone with any objective, and evaluate the best epoch on the test split."""
     if resume and dry_run:
-        fail(
-            "--resume goes on with a run that was checked when it began; leave out --dry-run", USAGE
-        )
+        fail("--resume continues a run that was checked when it started; omit --dry-run", USAGE)
     silent = quiet or as_json
     registry = recipe.registry()
     if resume:

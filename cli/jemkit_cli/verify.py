@@ -18,15 +18,18 @@ def verify_resume(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run, a config.json or a TOML recipe.")
     ],
-    steps: Annotated[int, typer.Option(help="How many steps to train, whole and cut.")] = 6,
+    steps: Annotated[
+        int, typer.Option(help="How many steps to train, with and without interruptions.")
+    ] = 6,
     as_json: Annotated[
         bool, typer.Option("--json", help="One line of JSON: whether it is exact, every cut.")
     ] = False,
 ) -> None:
-    """Train a few steps of a recipe whole and cut; exit code 1 where one bit of the state differs.
+    """Train a few steps of a recipe with and without interruptions; exit code 1 if any bit of the
+    state differs.
 
-    On the CPU, and on CUDA with --deterministic, a run that goes on is the run that was never cut.
-    The steps are trained in a temporary folder, on fewer images so that an epoch ends on the way.
+    On the CPU, and on CUDA with --deterministic, a resumed run equals an uninterrupted one bit for
+    bit. The steps are trained in a temporary folder, on fewer images so that an epoch ends.
     """
     import tempfile
 

@@ -1,4 +1,4 @@
-"""What an attack is: threats, balls, and the protocols of attacks."""
+"""Threats, balls, and the protocols of attacks."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
@@ -17,7 +17,7 @@ Norm = Literal["Linf", "L2", "L1"]
 
 
 class Threat(NamedTuple):
-    """How far an attack may go: a norm, and a radius in 1/255 of the pixel range."""
+    """The threat model: a norm, and a radius in 1/255 of the pixel range."""
 
     norm: Norm
     radius_px: float
@@ -29,23 +29,23 @@ class Threat(NamedTuple):
 
 
 def radius_of(norm: Norm, given: float | None, usual_px: float, option: str) -> float:
-    """The radius that is given, else the data set's usual one, which is of the L-inf norm alone.
+    """The given radius, else the data set's default, which exists for the L-inf norm only.
 
-    `option` is what a person writes to give one.
+    `option` is the name of the option that sets it.
     """
     if given is not None:
         return float(given)
     if norm != "Linf":
         usual = {"L2": "127.5, which is 0.5", "L1": "3060, which is 12"}[norm]
         raise ConfigError(
-            f"the norm {norm} has no radius by default: give one in 1/255 of the "
-            f"pixel range; on CIFAR-10 {option} {usual}, is usual"
+            f"the norm {norm} has no default radius: pass one in 1/255 of the pixel range; on "
+            f"CIFAR-10 {option} {usual}, is usual"
         )
     return float(usual_px)
 
 
 def check_width(threat: Threat, pixels: int, option: str) -> None:
-    """Refuse a radius wider than the whole pixel range of images with so many values."""
+    """Reject a radius wider than the whole pixel range of images with so many values."""
     widest = 255 * {"Linf": 1.0, "L2": pixels**0.5, "L1": float(pixels)}[threat.norm]
     if threat.radius_px > widest:
         raise ConfigError(
@@ -56,20 +56,21 @@ def check_width(threat: Threat, pixels: int, option: str) -> None:
 
 @runtime_checkable
 class InBall(Protocol):
-    """A part that moves images inside a ball: an attack, or an objective with one of its own."""
+    """A part that perturbs images inside a ball: an attack, or an objective with a threat of its
+    own."""
 
     @property
     def norm(self) -> Norm: ...
 
     @property
     def radius_px(self) -> float | None:
-        """None: the data set's usual one, which is L-inf."""
+        """None: the data set's default radius, for L-inf."""
         ...
 
 
 @runtime_checkable
 class ForTraining(Protocol):
-    """An attack with options that act in judging alone."""
+    """An attack with options that only apply to evaluation."""
 
     def check_training(self) -> None:
         """Refuse those."""
@@ -82,7 +83,7 @@ Perturb = Callable[[Tensor, Tensor, Generator], Tensor]
 
 @runtime_checkable
 class Attack(Protocol):
-    """Images near x on which a loss is high; it can train a model and judge one."""
+    """Images near x with a high loss; for training and for evaluation."""
 
     def draw(
         self,
@@ -94,15 +95,15 @@ class Attack(Protocol):
         bounds: Bounds,
         radius_px: float,
     ) -> Tensor:
-        """x~ [B, C, H, W], detached; `radius_px` serves where the attack names none itself."""
+        """x~ [B, C, H, W], detached; `radius_px` applies if the attack sets none."""
         ...
 
 
 @runtime_checkable
 class ModelAttack(Protocol):
-    """An attack on a model as a whole, in stages; each has the images that stood the one before."""
+    """An attack on a whole model, in stages; each gets the images still classified correctly."""
 
-    everyone: ClassVar[bool]  # whether images that are wrong already are attacked too
+    everyone: ClassVar[bool]  # whether misclassified images are attacked too
 
     @property
     def label(self) -> str:
@@ -110,13 +111,15 @@ class ModelAttack(Protocol):
         ...
 
     def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
-        """Its stages by name, in order; a MisfitError where the model or threat does not fit."""
+        """Its stages by name, in order; MisfitError if the model or threat does not fit."""
         ...
 
     def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
-        """Its settings, for the protocol of its figures; `standard: False`, with `why`, where
-        they are not the published ones. Options that are not the defaults need no such mark: see
-        `jemkit.attacks.departures`."""
+        """Its settings, for the protocol; `standard: False`, with `why`, if they are not the
+        published ones.
+
+        Non-default options need no such label: see `jemkit.attacks.departures`.
+        """
         ...
 
 
@@ -128,7 +131,7 @@ def training_radius(attack: Attack, usual_px: float) -> float:
 
 
 def nonstandard(why: Iterable[str]) -> dict[str, Any]:
-    """What a card says of settings that are not the published ones; nothing where they are."""
+    """The label of settings that are not the published ones; empty if they are."""
     reasons = "; ".join(dict.fromkeys(why))
     return {"standard": False, "why": reasons} if reasons else {}
 
@@ -136,5 +139,5 @@ def nonstandard(why: Iterable[str]) -> dict[str, Any]:
 def ball_of(threat: Threat, name: str) -> Ball:
     """The norm of a gradient attack, of which there are two."""
     if threat.norm == "L1":
-        raise MisfitError(f"{name} knows the norms Linf and L2; for L1 take aa, apgd or square")
+        raise MisfitError(f"{name} supports the norms Linf and L2; for L1 use aa, apgd or square")
     return threat.norm

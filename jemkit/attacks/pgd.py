@@ -1,4 +1,4 @@
-"""Attacks: chains up a loss inside a ball around x, and whatever else fools a model."""
+"""PGD: projected ascent of a loss inside a ball around x."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -58,7 +58,7 @@ def negated(loss: AttackLoss) -> EnergyFn:
 
 
 class Best:
-    """The worst images for a model among all that were seen: wrong ones first, then by loss."""
+    """The worst images seen by an attack: misclassified ones first, then by loss."""
 
     def __init__(self, x: Tensor) -> None:
         self._x = x.clone()
@@ -67,7 +67,7 @@ class Best:
         self._finite = torch.ones((), dtype=torch.bool, device=x.device)
 
     def see(self, x: Tensor, loss: Tensor, wrong: Tensor) -> None:
-        """Keep each row that is worse than the one kept; loss [B], wrong [B]."""
+        """Replace each row by a worse one; loss [B], wrong [B]."""
         loss = loss.detach()
         score = torch.full_like(loss, -torch.inf) if self._score is None else self._score
         better = (wrong & ~self._wrong) | ((wrong == self._wrong) & (loss > score))
@@ -78,7 +78,7 @@ class Best:
 
     @property
     def x(self) -> Tensor:
-        """The worst of each row; a DataError where a loss was NaN, which nothing is worse than."""
+        """The worst of each row; DataError if a loss was NaN, which cannot be compared."""
         if not self._finite:
             raise DataError("the model's loss is NaN on attacked images: it has diverged")
         return self._x
@@ -87,8 +87,8 @@ class Best:
 class PGD(Options):
     """Projected gradient ascent (Madry et al. 2018) on any loss; sizes in 1/255 of the range.
 
-    As an attack on a model it goes up the cross-entropy, and keeps the worst image of all steps
-    and restarts; in training it gives the last one.
+    As an attack on a model it maximises the cross-entropy, and returns the worst image of all steps
+    and restarts; in training it returns the last one.
     """
 
     everyone: ClassVar[bool] = True
@@ -124,17 +124,17 @@ class PGD(Options):
             return run(kernel, negated(loss), self.begin(kernel, rng), rng, self.steps)
 
     def begin(self, kernel: Projected, rng: Generator) -> Tensor:
-        """Where a climb begins: a point of the ball, inside the range."""
+        """The initial point of an attack: a point of the ball, inside the pixel range."""
         x = kernel.centre
         if self.start == "gaussian":
             return kernel.project(x + kernel.bounds.px(NOISE_PX) * noise_like(x, rng))
         return kernel.project(perturbed(x, kernel.radius, rng, kernel.norm))
 
     def check_training(self) -> None:
-        """Refuse restarts, which act in judging alone."""
+        """Reject restarts in training, where they have no effect."""
         if self.restarts > 1:
             raise ConfigError(
-                f"a training attack has one start: its restarts are {self.restarts}, set them to 1"
+                f"a training attack has one start: restarts is {self.restarts}, set it to 1"
             )
 
     def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
@@ -179,7 +179,7 @@ class PGD(Options):
         return best.x
 
     def kernel(self, x: Tensor, radius_px: float, bounds: Bounds, norm: Ball) -> Projected:
-        """Steepest ascent around x, projected; for an energy, which is a loss upside down."""
+        """Steepest ascent around x, projected, as descent on the negative loss."""
         step = bounds.px(radius_px / 4 if self.step_px is None else self.step_px)
         inner: Sampler = (
             SignDescent(step_size=step) if norm == "Linf" else L2Descent(step_size=step)
@@ -191,8 +191,8 @@ class PGD(Options):
         own |= {} if self.radius_px is None else {"radius_px": self.radius_px}
         if any(value != threat._asdict()[name] for name, value in own.items()):
             raise ConfigError(
-                f"pgd is set to {own}, and the evaluation to {threat._asdict()}: in an evaluation "
-                "every attack has the same norm and radius; leave pgd's own unset"
+                f"pgd is set to {own}, and the evaluation to {threat._asdict()}: in an "
+                f"evaluation every attack has the same norm and radius; do not set those of pgd"
             )
 
 

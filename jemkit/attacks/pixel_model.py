@@ -1,4 +1,4 @@
-"""A model as whatever judges it sees it: a module of [0, 1] images that returns logits."""
+"""A model for evaluation and attacks: a module that takes [0, 1] images and returns logits."""
 
 import hashlib
 from collections.abc import Callable
@@ -19,11 +19,11 @@ UNIT = Bounds(0.0, 1.0)
 
 
 class PixelModel(nn.Module):
-    """A module of [0, 1] images that returns logits; the scaling is inside.
+    """A module that takes [0, 1] images and returns logits; the scaling is inside. With a density
+    it can be sampled.
 
-    With a density it can be sampled. `poll` is called before every pass, so that what runs for
-    long can be stopped inside. The model gets its images in `dtype`, by default as they come;
-    scores are at least float32, and so is whatever is computed of them.
+    `poll` is called before every pass, so that long work can be interrupted. The model gets its
+    images in `dtype`, by default unchanged; scores are at least float32.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class PixelModel(nn.Module):
     @property
     def density(self) -> Density:
         if self.density_or_none is None:
-            raise MisfitError("this model is a classifier without a density: nothing to sample")
+            raise MisfitError("this model is a classifier without a density and cannot be sampled")
         return self.density_or_none
 
     def sample(
@@ -72,7 +72,8 @@ class PixelModel(nn.Module):
         start: Start | None = None,
         y: Tensor | None = None,
     ) -> Tensor:
-        """The ends of n fresh chains, [n, C, H, W] in [0, 1]; never touches the buffer."""
+        """The final states of n newly started chains, [n, C, H, W] in [0, 1]; the buffer is not
+        used."""
         p0 = self.density.start if start is None else start
         with self.model.register_forward_pre_hook(lambda *_: self.poll()):
             x = self.density.sample(self.model, n, rng, steps=steps, start=p0, y=y)
@@ -80,9 +81,9 @@ class PixelModel(nn.Module):
 
 
 class LoadedModel(PixelModel):
-    """The model that a user loads for images of their own: those of 0..255 are refused.
+    """The model that `load` returns; images of 0..255 as floats are rejected.
 
-    Whatever judges it takes the PixelModel that `pixel_model` makes of it.
+    Evaluations use the PixelModel that `pixel_model` makes of it.
     """
 
     def scores(self, pixels: Tensor) -> Scores:
@@ -93,7 +94,7 @@ class LoadedModel(PixelModel):
 
 
 FAR = 10.0
-"""Beyond [0, 1] by noise, perhaps; but images of 0..255 have a larger value."""
+"""Images may exceed [0, 1] by noise; images of 0..255 have larger values."""
 
 
 def check_unit(pixels: Tensor) -> None:
@@ -122,9 +123,9 @@ def _nothing() -> None:
 
 
 def pixel_model(module: nn.Module, bounds: Bounds = UNIT) -> PixelModel:
-    """A module as it is judged: a PixelModel, an energy model or any classifier of images.
+    """A module as a PixelModel for evaluation; an energy model or any classifier of images.
 
-    An energy model sees images in `bounds`, a classifier sees [0, 1] and does its own scaling.
+    An energy model gets images in `bounds`, a classifier gets [0, 1] and normalises them itself.
     """
     if isinstance(module, LoadedModel):
         return PixelModel(module.model, module.bounds, module.density_or_none, module.dtype)
@@ -136,9 +137,9 @@ def pixel_model(module: nn.Module, bounds: Bounds = UNIT) -> PixelModel:
 
 
 def in_own_type(subject: PixelModel, pixels: Tensor) -> PixelModel:
-    """The model with images of a type that it takes: float32, else one of its weights'.
+    """The model with images of a type that it accepts: float32, else one of its weights'.
 
-    A MisfitError where it takes none; what a float32 model raises is its own affair.
+    MisfitError if it accepts none; other errors of a float32 model are passed on.
     """
     others = _other_types(subject)
     if type(subject) is not PixelModel or not others:
@@ -172,12 +173,12 @@ def _other_types(subject: PixelModel) -> list[torch.dtype]:
 
 
 def check_subject(subject: PixelModel, pixels: Tensor, n_classes: int) -> None:
-    """Refuse, before any attack, a model whose output is not logits of these classes."""
+    """Reject, before any attack, a model whose output is not logits of these classes."""
     with torch.no_grad():
         logits = subject(pixels)
     if logits.shape != (len(pixels), n_classes):
         raise MisfitError(
-            f"the model gives {list(logits.shape)} for {len(pixels)} images of {n_classes} "
+            f"the model returned {list(logits.shape)} for {len(pixels)} images of {n_classes} "
             f"classes; expected logits [{len(pixels)}, {n_classes}]"
         )
     if not logits.isfinite().all():
@@ -204,10 +205,10 @@ def _raw(value: object) -> bytes:
 
 
 class ZeroGradientModel(PixelModel):
-    """The same model, whose gradient is 0 where there was none to take.
+    """The same model, with gradient 0 if it has none.
 
-    Without it a gradient attack ends in an error of autograd's; with it the attack stands still,
-    as it does on any other model that gives it no gradient.
+    Without it a gradient attack raises an error of autograd's; with it the attack does not move, as
+    on any model without gradients.
     """
 
     def __init__(self, subject: PixelModel) -> None:
@@ -223,9 +224,9 @@ class ZeroGradientModel(PixelModel):
 
 
 def anchored(subject: PixelModel, pixels: Tensor) -> PixelModel:
-    """The model as it is, or a ZeroGradientModel where no path leads from logits to pixels."""
+    """The model itself, or a ZeroGradientModel if no path leads from logits to pixels."""
     x = pixels.detach().clone().requires_grad_()
-    with torch.enable_grad(), eval_mode(subject):  # in train mode batch norm would learn from it
+    with torch.enable_grad(), eval_mode(subject):  # in train mode batch norm would be updated
         logits = subject(x)
         if logits.requires_grad:
             (grad,) = torch.autograd.grad(logits.sum(), x, allow_unused=True)

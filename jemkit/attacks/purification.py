@@ -19,13 +19,13 @@ Draw = Callable[[Tensor], Tensor]
 """Standard normal noise of a tensor's shape."""
 
 Slope = Literal["exact", "straight_through"]
-"""How the refinement is differentiated: through every step, or as if it were the identity."""
+"""How the purification is differentiated: through every step, or as the identity (BPDA)."""
 
 
 class Refinement(Options):
-    """k steps of SGLD down E(x) from the image, before it is classified.
+    """k steps of SGLD on E(x) from the image, before it is classified.
 
-    Steps and noise are in model units, [-1, 1]. Defaults are JEM-10's.
+    Steps and noise are in model units, [-1, 1]. Defaults are those of JEM-10.
     """
 
     steps: int = Field(10, ge=0)  # k
@@ -33,7 +33,7 @@ class Refinement(Options):
     noise: float = Field(0.01, ge=0)  # of every step
     jitter: float = Field(0.03, ge=0)  # added once, to each copy where its chain begins
     samples: int = Field(5, ge=1)  # copies of an image, whose logits are averaged
-    gradient: Slope = "exact"  # what an attack sees that does not choose for itself
+    gradient: Slope = "exact"  # the gradient for attacks that do not choose one
     seed: int = Field(0, ge=0, lt=2**32)
 
     def unused(self) -> dict[str, str]:
@@ -43,23 +43,24 @@ class Refinement(Options):
 
     @property
     def random(self) -> bool:
-        """Whether anything is drawn."""
+        """Whether it is random."""
         return self.jitter > 0 or (self.noise > 0 and self.steps > 0)
 
     @property
     def copies(self) -> int:
-        """How many of an image are refined: one where they would all be the same."""
+        """The number of copies per image: one if all would be equal."""
         return self.samples if self.random else 1
 
 
 class Refined(PixelModel):
-    """A model that classifies what SGLD makes of its input; logits are averaged over the copies.
+    """A model that classifies the result of SGLD on its input, averaged over copies.
 
-    E(x) is averaged too. Every image has the gradient of its own energy, in evaluation mode, so
-    it is refined alike in any batch. Noise is drawn from the seed and the image's own pixels:
-    the answer to an image repeats, in any order and any process. An attack that chooses among
-    answers, as PGD does, therefore knows the noise that it is judged by, and leaves less accuracy
-    than on fresh noise; `eot` and `bpda` draw their own, and are judged on noise unseen.
+    E(x) is averaged too. Every image uses the gradient of its own energy, in eval mode, so the
+    result does not depend on the batch. Noise is drawn from the seed and the image's own pixels, so
+    the logits of an image are the same in any order and in any process. An attack that selects
+    among outputs, as PGD does, is therefore evaluated on noise that it knows, and leaves less
+    accuracy than on new noise; `eot` and `bpda` draw their own noise and are evaluated on noise
+    that they have not seen.
     """
 
     def __init__(self, subject: PixelModel, refinement: Refinement) -> None:
@@ -68,7 +69,7 @@ class Refined(PixelModel):
 
     @property
     def random(self) -> bool:
-        """Whether noise takes part in its answer; what its accuracy is worth, eot and bpda say."""
+        """Whether its outputs depend on noise; then use the attacks eot and bpda."""
         return self.refinement.random
 
     @property
@@ -78,7 +79,7 @@ class Refined(PixelModel):
         return {
             "refinement": {**self.refinement.model_dump(), "random": self.random},
             "standard": False,
-            "why": f"the model moves its input by {steps} steps of SGLD before it classifies it",
+            "why": f"the model purifies its input by {steps} steps of SGLD",
         }
 
     def scores(
@@ -139,7 +140,7 @@ class Refined(PixelModel):
 def refined(subject: PixelModel, refinement: Refinement) -> PixelModel:
     """The same model with its input refined; weights and density are shared."""
     if isinstance(subject, Refined):
-        raise MisfitError("this model refines its input already: give one refinement")
+        raise MisfitError("this model already purifies its input: configure one purification")
     return Refined(subject, refinement)
 
 

@@ -1,4 +1,4 @@
-"""Evaluation: a model, its attacks and evaluators, and the record of all that they find."""
+"""Evaluation: a model, its attacks and evaluators, and the record of their figures."""
 
 import os
 import time
@@ -48,7 +48,7 @@ from jemkit.runtime.workers import met
 from jemkit.selection import Part, part_of, told_missing
 
 QUICK = 256
-"""Images of a quick look."""
+"""Number of images with --quick."""
 
 
 def evaluate(
@@ -62,11 +62,11 @@ def evaluate(
     keep_adversarial: bool = False,
     **settings: Any,
 ) -> Record:
-    """Judge any module that maps [0, 1] images to logits.
+    """Evaluate any module that maps [0, 1] images to logits.
 
-    `settings` are the fields of `Settings`: attacks=("aa",), eps_px=8, norm="L2", ... With a
-    folder `out` the record is written there, with `keep_adversarial` the attacked images too, and
-    half-done work survives a kill.
+    `settings` are the fields of `Settings`: attacks=("aa",), eps_px=8, norm="L2", ... With a folder
+    `out` the record is written there, with `keep_adversarial` the attacked images too, and an
+    interrupted evaluation can be continued.
     """
     folder = None if out is None else Path(out)
     subject = subject_of(model, dataset, n_classes)._replace(folder=folder)
@@ -85,10 +85,10 @@ def judge(
     stop: Callable[[], bool] | None = None,
     keep_adversarial: bool = False,
 ) -> Record:
-    """Run the evaluators that are asked for; write the record after each, where it has a place.
+    """Run the requested evaluators; write the record after each, if it has a folder.
 
-    Raises ConfigError or DataError before any slow work, and Preempted where `stop` says so:
-    finished batches are kept, and the same call goes on from there.
+    Raises ConfigError or DataError before any slow work, and Preempted if `stop` returns true:
+    finished batches are saved, and the same call continues.
     """
     if subject.folder is not None:
         records.check_place(subject.folder)
@@ -106,10 +106,10 @@ def judge(
     if (lacking := told_missing(data.y, subject.n_classes)) is not None:
         ctx.notes.warnings.append(lacking)
     ctx = replace(ctx, shard=shard, progress=progress or no_progress, stop=stop or never)
-    for name, attack in attacks.items():  # what does not fit is refused before anything slow
+    for name, attack in attacks.items():  # errors are raised before anything slow
         as_model_attack(attack, name).bind(subject.model, ctx.threat)
     threads = _threads(subject)  # the same in all processes
-    own_draws = random_state_kept()  # a model may draw from torch's own
+    own_draws = random_state_kept()  # a model may draw from torch's global generators
     with judging(ctx.rng.device, threads=threads), own_draws, MicroBatch().active():
         first = data.take(torch.arange(min(len(data.y), settings.batch_size))).to(ctx.rng.device)
         with eval_mode(subject.model):
@@ -119,15 +119,17 @@ def judge(
 
 
 def _threads(subject: EvalTarget) -> int:
-    """As many as its run was trained with, no more than there are cores; else torch's choice."""
+    """The number of threads with which its run was trained, at most the number of cores; else
+    torch's choice."""
     asked = subject.threads or torch.get_num_threads()
     return min(asked, max(torch.get_num_threads(), os.cpu_count() or 1))
 
 
 def _looked_at(model: PixelModel, data: Images, ctx: Context) -> Context:
-    """Refuse a model that gives probabilities; note what else its outputs show, for every figure.
+    """Reject a model that outputs probabilities; note other problems of its outputs for every
+    figure.
 
-    Clean accuracy does not depend on it: the largest output stays the largest.
+    Clean accuracy does not depend on them.
     """
     ctx.progress("outputs", 0, 1)
     found = probe_outputs(model, data, ctx.rng.device)
@@ -136,7 +138,7 @@ def _looked_at(model: PixelModel, data: Images, ctx: Context) -> Context:
     ctx.notes.tables["outputs"] = row
     if row["flag"]:
         ctx.notes.warnings.append(f"outputs: {row['found']}. {row['means']}; {row['do']}")
-    why = f"the outputs are no logits: {row['found']}" if found.bounded else None
+    why = f"the outputs are not logits: {row['found']}" if found.bounded else None
     return replace(ctx, no_logits=why)
 
 

@@ -1,4 +1,4 @@
-"""Images from a trained run: fresh chains of its density, or the states of its buffer."""
+"""Images from a trained run: newly started chains of its density, or the states of its buffer."""
 
 import hashlib
 import io
@@ -125,7 +125,7 @@ def asked(
     if steps is not None and steps < 0:
         raise UsageError(f"chains of {steps} steps: expected 0 or more")
     if source == "buffer" and (steps is not None or start is not None):
-        raise ConfigError("steps and start belong to fresh chains; a buffer's states are kept")
+        raise ConfigError("steps and start apply to new chains only, not to states of the buffer")
     on = device_of(device)
     run = opened(path, registry, on, which, dataset)
     y = _labels(classes or [], n, run, on)
@@ -228,9 +228,11 @@ def _label(text: str, run: SampleSource) -> int:
 def _kept(run: SampleSource, asked: SampleRequest) -> Tensor:
     """n states of the buffer; of the classes y where it is class-conditional."""
     if run.state is None:
-        raise MisfitError("an exported model has no buffer; draw fresh chains, or from the run")
+        raise MisfitError(
+            "an exported model has no buffer; draw new chains, or sample from the run"
+        )
     if not isinstance(run.density, Buffered):
-        raise MisfitError("this density keeps no buffer; draw fresh chains instead")
+        raise MisfitError("this density has no buffer; draw new chains instead")
     run.density.load_state_dict(gather_state(run.state, run.density))
     buffer, rng = run.density.buffer, Generator(asked.device).manual_seed(asked.seed)
     _check_kept(buffer, run, asked)
@@ -243,14 +245,14 @@ def _check_kept(buffer: ReplayBuffer, run: SampleSource, asked: SampleRequest) -
     if asked.y is not None and buffer.options.conditional:
         if not run.conditional:
             raise MisfitError(
-                "the buffer has a slice for each class, and the run's chains were drawn of no "
-                "class: its states are of any. Draw fresh chains of the classes instead"
+                "the buffer has a slice for each class, but the run's chains were unconditional. "
+                "Draw new chains of the classes instead"
             )
         there, wanted = there // run.task.n_classes, int(asked.y.bincount().max())
         of = "states of one class"
     if wanted > there:
         raise UsageError(
-            f"{wanted} {of} from a buffer that has {there}: ask for fewer, or draw fresh chains"
+            f"{wanted} {of} from a buffer that has {there}: request fewer, or draw new chains"
         )
 
 
@@ -322,8 +324,8 @@ def opened(
     table, backbone = found.tables["backbone"], found.backbone
     if not backbone.has_density:
         raise MisfitError(
-            f"the model's backbone is {table['use']!r}, a classifier without a density: there is "
-            "nothing to sample from. Train jem, jempp, mebm or sadajem"
+            f"the model's backbone is {table['use']!r}, a classifier without a density, which "
+            f"cannot be sampled. Train jem, jempp, mebm or sadajem"
         )
     density = backbone.density
     sampler = table.get("sampler", type(density.sampler).__name__)

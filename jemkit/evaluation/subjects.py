@@ -1,4 +1,4 @@
-"""What can be judged: a run, one of its checkpoints, an exported model, weights, any module."""
+"""What can be evaluated: a run, one of its checkpoints, an exported model, weights, any module."""
 
 import logging
 from collections.abc import Callable
@@ -70,7 +70,9 @@ def subject_at(
     if not path.is_dir():
         return _weights(path, registry, device, network, dataset)
     if network is not None:
-        raise ConfigError(f"--network belongs to a file of weights; {path} says itself what it is")
+        raise ConfigError(
+            f"--network is only for a file of weights; {path} contains its own configuration"
+        )
     opened = open_model(path, which)
     found = restored(opened, registry, device, dataset)
     backbone, test = found.backbone, found.splits.images("test")
@@ -100,9 +102,9 @@ def subject_of(
     """Any module that maps [0, 1] images to logits, on a data set or on labelled images."""
     test = dataset.load("test") if isinstance(dataset, Dataset) else _images(dataset)
     if not test.y.numel():
-        raise DataError("there are no images to judge the model on")
+        raise DataError("there are no images to evaluate the model on")
     if n_classes is not None and n_classes < 2:
-        raise ConfigError(f"n_classes = {n_classes}: expected 2 or more, or leave it out")
+        raise ConfigError(f"n_classes = {n_classes}: expected 2 or more, or omit it")
     known = n_classes or (dataset.n_classes if isinstance(dataset, Dataset) else None)
     test = checked(test, known or count_classes(test.y), "the test images")
     identity, plain = identity_of(module), pixel_model(module)
@@ -133,8 +135,8 @@ def _width(model: PixelModel, pixels: Tensor) -> int:
         classes = int(model(pixels).shape[1])
     if classes < 2:
         raise MisfitError(
-            "the model gives one output an image, and logits have one for each class: for two "
-            "classes give [N, 2], such as torch.cat([-z, z], 1) of an output z before its sigmoid"
+            "the model returns one output per image, but logits have one for each class: for two "
+            "classes return [N, 2], such as torch.cat([-z, z], 1) of an output z before its sigmoid"
         )
     return classes
 
@@ -202,8 +204,7 @@ def _weights(
         )
     if network is None:
         raise ConfigError(
-            f"{path} holds weights alone: say which network they belong to, such as "
-            "--network wrn-28-10"
+            f"{path} contains only weights: specify their network, such as --network wrn-28-10"
         )
     data: Dataset = resolve(registry, named={"data": dataset} if dataset else {}).recipe.data
     part, named = registry["network"].named(network)

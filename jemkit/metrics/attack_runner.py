@@ -1,4 +1,4 @@
-"""The driver of attacks: stage by stage over the images still right, batch by batch on disk."""
+"""The attack runner: stages on the images still classified correctly, cached batch by batch."""
 
 import hashlib
 import re
@@ -27,31 +27,29 @@ from jemkit.runtime.timing import settle
 from jemkit.runtime.work_cache import Piece, ResultCache, tensors_hash
 
 SLACK = 1e-5
-"""What rounding may add to a bound, as a share of it and in [0, 1] units of a pixel."""
+"""Tolerance of the radius for rounding, relative and in [0, 1] units."""
 
 
 class Attacked(NamedTuple):
-    """What an attack made of a set of images."""
+    """The result of an attack on a set of images."""
 
     label: str
     x_adv: Tensor  # [N, C, H, W] in [0, 1], on the CPU; a clean image where it was not attacked
-    right: Tensor  # [N], still right after every stage
+    right: Tensor  # [N], still classified correctly after every stage
     stages: dict[str, float]  # accuracy after each
     protocol: dict[str, Any]
-    passes: int = 0  # of one image through the model; a gradient counts as two
+    passes: int = 0  # forward passes per image; a gradient counts as two
 
 
 def attacked(
     subject: PixelModel, attack: AnyAttack, data: Images, ctx: Context, name: str = "attack"
 ) -> Attacked:
-    """Run an attack over labelled images within `ctx.threat`.
+    """Run an attack on labelled images within `ctx.threat`.
 
-    Each batch begins from the seed, as AutoAttack's do, so its result depends on the seed, the
-    batch size and its images alone: batches may be read back from `ctx.work` after a kill, or
-    be computed by another process of `ctx.shard`. Model and mode are the caller's affair:
-    call it inside `measure`.
-
-    A batch is read back for an equal model alone: equal weights, buffers, code, plain attributes,
+    Each batch is seeded by the seed, as in AutoAttack, so its result depends only on the seed, the
+    batch size and its images: batches may be read from `ctx.work` after a kill, or be computed by
+    another process of `ctx.shard`. The caller sets the mode of the model: call it inside `measure`.
+    A cached batch is used only for an equal model: equal weights, buffers, code, plain attributes,
     `repr` and pixel range.
     """
     whole = as_model_attack(attack, name)
@@ -77,17 +75,18 @@ def robust_share(found: Attacked, ctx: Context) -> Figure:
 def _protocol(
     attack: AnyAttack, ctx: Context, name: str, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """The card of an attack's figure: the evaluation's, the attack's, and what is not standard."""
+    """The protocol of an attack's figure: the evaluation's, the attack's, and what is not
+    standard."""
     own = {"attack": name, **ctx.threat._asdict(), **settings}
     card = {**joined(ctx.card, own), "batch_size": ctx.batch_size}
     return with_departures(card, departures(attack, ctx.threat))
 
 
 class AttackRun:
-    """One attack's way over the images.
+    """One attack on all images.
 
-    Clean predictions are a piece of the ledger like any batch, and a batch's name holds a hash of
-    which images it has: so all processes, and a run that goes on, agree on who is attacked.
+    Clean predictions are cached like a batch, and a batch's name contains a hash of its images: so
+    all processes, and a resumed run, attack the same images.
     """
 
     def __init__(
@@ -166,7 +165,7 @@ class AttackRun:
         with torch.no_grad():
             logits = self.subject(x)
         if not logits.isfinite().all():
-            raise DataError(f"the model's logits hold NaN or inf on {which} images")
+            raise DataError(f"the model's logits contain NaN or inf on {which} images")
         right: Tensor = logits.argmax(1) == y
         return right.to(torch.uint8).cpu()
 
@@ -185,7 +184,7 @@ class Spent:
 
 @contextmanager
 def counted(model: nn.Module, tell: Callable[[], None] = no_progress) -> Iterator[Spent]:
-    """Count what passes through a model; one that asks for a gradient counts twice."""
+    """Count the images that pass through a model; a pass with a gradient counts twice."""
     spent = Spent(tell)
     with model.register_forward_pre_hook(spent.hear):
         yield spent
@@ -193,7 +192,7 @@ def counted(model: nn.Module, tell: Callable[[], None] = no_progress) -> Iterato
 
 @contextmanager
 def repeatable(rng: Generator) -> Iterator[None]:
-    """A model that draws from torch's global generators draws as from `rng`; they are put back."""
+    """Let a model that uses torch's global generators draw from `rng`; they are restored."""
     with random_state_kept():
         if rng.device.type == "cuda":
             torch.cuda.set_rng_state(rng.get_state(), rng.device)
@@ -204,7 +203,7 @@ def repeatable(rng: Generator) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class AscentOnModel:
-    """An attack on any loss, sent up a model's cross-entropy."""
+    """An attack on any loss, applied to a model's cross-entropy."""
 
     attack: Attack
     label: str
@@ -222,17 +221,18 @@ class AscentOnModel:
 
 
 def as_model_attack(attack: AnyAttack, name: str) -> ModelAttack:
-    """What judges a model: the attack itself, or its ascent of the cross-entropy."""
+    """The class that evaluates: the attack itself, or its ascent of the cross-entropy."""
     if isinstance(attack, ModelAttack):
         return attack
     return AscentOnModel(attack, name)  # type: ignore[return-value]
 
 
 def check_bound(x: Tensor, x_adv: Tensor, threat: Threat, name: str) -> dict[str, float]:
-    """The largest perturbation per norm, in 1/255; a MisfitError where the ball is left."""
+    """The largest perturbation per norm, in 1/255; MisfitError if it is outside the ball."""
     if x_adv.shape != x.shape:
         raise MisfitError(
-            f"the attack {name} gives images {list(x_adv.shape)} for {list(x.shape)}; expected one "
+            f"the attack {name} returned images {list(x_adv.shape)} for {list(x.shape)}; "
+            f"expected one "
             "for each"
         )
     delta = (x_adv - x).flatten(1)
@@ -246,11 +246,11 @@ def check_bound(x: Tensor, x_adv: Tensor, threat: Threat, name: str) -> dict[str
         raise MisfitError(
             f"the attack {name} left its ball: the largest {threat.norm} perturbation is "
             f"{sizes[threat.norm] * 255:.6g}/255, and the radius {threat.radius_px:g}/255. Its "
-            "figure would be wrong; report this to whoever wrote the attack"
+            f"figure would be wrong; report this to the author of the attack"
         )
     if not (x_adv.min() >= 0 and x_adv.max() <= 1):
         raise MisfitError(
-            f"the attack {name} gives pixels from {float(x_adv.min()):.4g} to "
+            f"the attack {name} returned pixels from {float(x_adv.min()):.4g} to "
             f"{float(x_adv.max()):.4g}; expected [0, 1]"
         )
     return {norm: round(size * 255, 6) for norm, size in sizes.items()}
@@ -265,7 +265,7 @@ def _n_classes(subject: PixelModel, data: Images, ctx: Context) -> int:
 def _fingerprint(
     subject: PixelModel, attack: AnyAttack, data: Images, ctx: Context, name: str
 ) -> dict[str, Any]:
-    """All that a batch's result depends on."""
+    """Everything on which a batch's result depends."""
     return {
         "attack": name,
         "options": attack.model_dump(mode="json"),  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Evaluators: what can be measured of a model, and what they work with."""
+"""Evaluators: measurements of a model, and what they work with."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,13 +25,15 @@ AnyAttack = Attack | ModelAttack
 
 
 class Unmeasurable(MisfitError):
-    """What an evaluator lacks: a density, other splits, a file of weights. Left out with this as
-    the reason, unless it was asked for by name."""
+    """An evaluator lacks something: a density, other splits, a file of weights.
+
+    It is left out with this as the reason, unless it was requested by name.
+    """
 
 
 @dataclass(frozen=True)
 class Notes:
-    """What evaluators leave for the record beside figures."""
+    """What evaluators add to the record besides figures."""
 
     tables: dict[str, Any] = field(default_factory=dict)  # JSON, by name
     rows: dict[str, Tensor] = field(default_factory=dict)  # one value an image, by name
@@ -42,7 +44,7 @@ class Notes:
 
 
 Progress = Callable[[str, int, int], None]
-"""Hears of long work: what, how much of it is done, of how much."""
+"""Called with the progress of long work: its name, how much is done, of how much."""
 
 
 def no_progress(*_: Any) -> None:
@@ -55,38 +57,38 @@ def never() -> bool:
 
 @dataclass(frozen=True)
 class Context:
-    """What an evaluator works with beside its subject."""
+    """What an evaluator works with besides the model."""
 
     rng: Generator  # of this evaluator alone, from the seed and its name
     threat: Threat
     seed: int = 0
     batch_size: int = 250
     card: dict[str, Any] = field(default_factory=dict)  # joins every figure's protocol
-    code: str = ""  # what the half-done work depends on beside the weights: see `identity_of`
+    code: str = ""  # what cached work depends on besides the weights: see `identity_of`
     attacks: Mapping[str, AnyAttack] = field(default_factory=dict)  # asked for, by name
     images: Callable[[str], Images] | None = None  # of train, valid and test, where there are any
     others: Callable[[], Mapping[str, Images]] = dict  # test images of data sets beside this one
-    quick: bool = False  # a first look: evaluators take a small number of images
-    no_logits: str | None = None  # why the model's outputs are none, where that was found
-    work: Path | None = None  # keeps half-done work; None keeps nothing
+    quick: bool = False  # quick: evaluators use few images
+    no_logits: str | None = None  # why the model's outputs are not logits, if that was detected
+    work: Path | None = None  # caches unfinished work; None caches nothing
     shard: Shard = WHOLE
     progress: Progress = no_progress
     stop: Callable[[], bool] = never
     notes: Notes = field(default_factory=Notes)
 
     def poll(self) -> None:
-        """Raise Preempted where a stop was asked for."""
+        """Raise Preempted if a stop was requested."""
         if self.stop():
             raise Preempted("stopped; finished batches are saved, and the same command continues")
 
     def ledger(self, about: dict[str, Any]) -> ResultCache:
-        """Where work that depends on `about` is kept piece by piece."""
+        """The cache of work that depends on `about`."""
         found = ResultCache(self.work, {**about, "versions": versions()}, self.shard)
         self.notes.ledgers.append(found)
         return found
 
     def split(self, name: str) -> Images:
-        """The images of another split; Unmeasurable where there are none."""
+        """The images of another split; Unmeasurable if there are none."""
         if self.images is None:
             raise Unmeasurable(f"there are no {name} images beside the test images")
         return self.images(name)
@@ -102,7 +104,7 @@ class Evaluator(Protocol):
 def measure(
     subject: PixelModel, data: Images, evaluators: Sequence[Evaluator], ctx: Context
 ) -> list[Figure]:
-    """Every evaluator's figures, of the subject in evaluation mode with frozen weights."""
+    """Every evaluator's figures for the model, in eval mode with frozen weights."""
     before, subject.poll = subject.poll, ctx.poll
     try:
         with frozen(subject), eval_mode(subject):
@@ -131,15 +133,15 @@ def batches(data: Images, ctx: Context, what: str = "") -> Iterator[tuple[Tensor
 
 
 class Accuracy(Options):
-    """The share of images that are classified right, with its 95 % Wilson interval."""
+    """The share of correctly classified images, with its 95 % Wilson interval."""
 
     def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
         right = []
         with torch.no_grad():
             for x, y in batches(data, ctx, "clean accuracy"):
                 logits = subject(x)
-                if not logits.isfinite().all():  # an argmax would pass NaN off as a class
-                    raise DataError("the model's logits hold NaN or inf on clean images")
+                if not logits.isfinite().all():  # argmax would accept NaN as a class
+                    raise DataError("the model's logits contain NaN or inf on clean images")
                 right.append((logits.argmax(1) == y).cpu())
         rows = torch.cat(right)
         ctx.notes.rows["clean"] = rows

@@ -102,7 +102,9 @@ def _finding(reason: str | None, seen: Tensor, dead: int, n: int) -> Finding:
     do = "divide the logits by their scale, or mend the path; trust no gradient attack alone"
     if reason:
         about = f"{reason}; {about}"
-        means = "the outputs are no logits: their bound flattens the loss, so an attack finds less "
+        means = (
+            "the outputs are not logits: their bound flattens the loss, so an attack finds less "
+        )
         means += "than there is to find"
         do = "take the last sigmoid, tanh, clip or normalisation off and judge the logits"
     return Finding(
@@ -191,7 +193,7 @@ def _check_no_probabilities(seen: Tensor, far: list[Tensor]) -> None:
     if not inside or abs(mean - 1) > NEAR or spread <= 1e-6 or wide > spread / 4:
         return
     raise MisfitError(
-        f"the model gives probabilities, not logits: its rows lie in [0, 1] and sum to 1 (these "
+        f"the model outputs probabilities, not logits: its rows lie in [0, 1] and sum to 1 (these "
         f"to {mean:.4g}). The cross-entropy of an attack has no slope there: take the last softmax "
         "off, or give log-probabilities"
     )

@@ -1,8 +1,9 @@
-"""The record of an evaluation, and how another evaluation joins it.
+"""The record of an evaluation, and how another evaluation is added to it.
 
-A record is of one model and one data set: of any other another record begins, and the former is
-kept as evaluation-<8 hex>.json until it is evaluated again. Inside a record a figure is known by
-its whole protocol (`Figure.key`): one of the same key is replaced, any other stands beside it.
+A record belongs to one model and one data set. For another model or data set a new record is
+started, and the previous one is kept as evaluation-<8 hex>.json until it is evaluated again. Within
+a record a figure is identified by its whole protocol (`Figure.key`): a figure with the same key is
+replaced, any other is added.
 """
 
 import hashlib
@@ -47,10 +48,10 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 WORK = ".evaluation"
-"""Half-done work of an evaluation, beside its record."""
+"""Unfinished work of an evaluation, next to its record."""
 
 LOCK, PATIENCE = ".evaluation.lock", 60.0
-"""Held while a record is read, joined and written; the seconds that it is waited for."""
+"""Lock held while a record is read, merged and written; maximum seconds of waiting."""
 
 ADVERSARIAL = "adversarial-"
 KINDS: tuple[Kind, ...] = ("tables", "rows")
@@ -192,7 +193,7 @@ def _loaded(folder: Path, stem: str, warned: list[str]) -> Record | None:
         found = load(folder, stem)
     except DataError as error:
         aside = set_aside(folder / f"{stem}.json")
-        warned.append(f"the record that was here is kept as {aside.name}: {error}")
+        warned.append(f"the previous record is kept as {aside.name}: {error}")
         return None
     if found.parts:
         return found
@@ -348,7 +349,7 @@ def _write_files(
 
 
 def _drop_files(folder: Path, before: Record | None, whole: Record) -> None:
-    """Remove pictures whose figures were measured anew and left others in their place."""
+    """Remove pictures of figures that were measured again and have new pictures."""
     left = {stored for part in whole.parts for stored in part.files.values()}
     gone = {s for part in (before.parts if before else ()) for s in part.files.values()} - left
     for stored in gone:

@@ -48,7 +48,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """Every figure of a model on a data set with its protocol, and what reports draw."""
+    """Every figure of a model on a data set with its protocol, tables and plots."""
 
     subject: dict[str, Any]  # what was judged: path, SHA-256 of the weights, parts
     protocol: dict[str, Any]  # what holds for the newest evaluation as a whole
@@ -251,8 +251,8 @@ def _sealed(path: Path) -> tuple[dict[str, Any], str | None]:
         return saved, None
     if not isinstance(seal, dict) or seal.get("record") != _hash(saved):
         raise DataError(
-            f"{path} is damaged: its figures' SHA-256 is not the one that it holds. `jemkit "
-            "evaluate` measures them anew, and keeps this file beside the new one"
+            f"{path} is damaged: the SHA-256 of its figures is not the stored one. `jemkit "
+            f"evaluate` measures them again, and keeps this file"
         )
     return saved, str(seal.get("rows"))
 
@@ -273,7 +273,7 @@ def _rows(folder: Path, stem: str, wanted: str | None) -> dict[str, Tensor]:
     raise DataError(
         f"{usual} is missing or damaged: the SHA-256 of its outcomes is not the one in "
         f"{stem}.json. "
-        "`jemkit evaluate` measures them again"
+        "`jemkit evaluate` measures it again"
     )
 
 

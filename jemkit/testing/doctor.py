@@ -140,7 +140,7 @@ def _plugins(registry: Registry) -> list[Check]:
     found = [Check("plug-ins", "ok", f"{len(offers)} parts of {', '.join(whose)}", "")]
     for fault in registry.faults:
         ours = fault.distribution == "jemkit"
-        advice = "install jemkit anew" if ours else f"tell the authors of {fault.distribution}"
+        advice = "reinstall jemkit" if ours else f"tell the authors of {fault.distribution}"
         name = f"plug-in {fault.plugin}"
         reason = " ".join(fault.reason.split())
         found.append(Check(name, "fail" if ours else "warn", reason, advice))

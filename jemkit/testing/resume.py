@@ -1,7 +1,8 @@
-"""Proof, on a recipe of one's own, that a run that is cut and gone on with is the run that is not.
+"""Tests with a user's recipe that an interrupted run equals an uninterrupted one.
 
-A few steps of the recipe are trained whole, and again cut at several places, each time saved and
-loaded in a trainer made anew; then every tensor and value of the states is compared bit for bit.
+A few steps of the recipe are trained without interruption, and again interrupted at several places,
+each time saved and loaded in a new trainer; then every tensor and value of the states is compared
+bit for bit.
 """
 
 from collections.abc import Callable
@@ -70,7 +71,9 @@ def verify_resume(
     try:
         return _verified(resolved, folder, steps, progress, stop)
     except Preempted:
-        raise Preempted("stopped before all was compared; the same command begins anew") from None
+        raise Preempted(
+            "stopped before everything was compared; the same command starts over"
+        ) from None
 
 
 def _verified(
@@ -126,9 +129,9 @@ def _check(recipe: Recipe, steps: int) -> None:
         raise UsageError(f"{steps} step(s) cannot be cut; take 2 or more")
     if device_of(recipe.run.device).type == "cuda" and not recipe.run.deterministic:
         raise ConfigError(
-            "this recipe runs on CUDA without deterministic algorithms: some kernels add in "
-            "another order each time, so that two runs differ even without a cut and nothing can "
-            "be promised of one. Take --deterministic, or --device cpu"
+            "this recipe runs on CUDA without deterministic algorithms: some kernels sum in a "
+            "different order each time, so two runs differ even without an interruption. Use "
+            "--deterministic, or --device cpu"
         )
 
 

@@ -114,7 +114,7 @@ def _without_head(module: nn.Module, what: str) -> int:
     path, last = layers[-1] if layers else ("", None)
     classes = getattr(last, "out_features", getattr(last, "out_channels", 0))
     if last is None or classes != CLASSES:
-        raise ConfigError(f"{what} ends in no layer of {CLASSES} classes that could be taken off")
+        raise ConfigError(f"{what} has no final layer of {CLASSES} classes to remove")
     parent, _, attribute = path.rpartition(".")
     setattr(module.get_submodule(parent), attribute, nn.Identity())
     return int(last.weight.shape[1])

@@ -92,7 +92,8 @@ class Energies(Options):
         broken = int((~x.isfinite()).flatten(1).any(1).sum())
         if broken:
             ctx.notes.warnings.append(
-                f"energies: {broken} of {n} chains ended in NaN or inf; no figure stands for them"
+                f"energies: {broken} of {n} chains ended in NaN or inf; no figure is reported "
+                f"for them"
             )
         unlabelled = Images(x, torch.zeros(n, dtype=torch.int64))
         with torch.no_grad():

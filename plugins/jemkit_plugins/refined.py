@@ -81,8 +81,8 @@ class BPDA(EOT):
     def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
         if not isinstance(subject, Refined):
             raise MisfitError(
-                "bpda goes round a refinement of the input, and this model has none: take pgd, "
-                "or eot where its answer is random"
+                "bpda is for models that purify their input, and this model does not: use pgd, "
+                "or eot if its outputs are random"
             )
         return super().bind(subject, threat)
 

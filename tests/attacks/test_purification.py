@@ -311,7 +311,7 @@ def test_l1_is_refused(attack: ModelAttack) -> None:
 
 
 def test_bpda_says_what_it_is_for_where_nothing_is_refined() -> None:
-    with pytest.raises(MisfitError, match="refinement of the input"):
+    with pytest.raises(MisfitError, match="models that purify their input"):
         BPDA().bind(trained(), LINF)
 
 

@@ -296,7 +296,7 @@ class TestResume:
         told = one_line(other, 2)
         assert "run.seed = 7: the run was started with 0" in told
         assert "run.precision = bf16: the run was started with fp32" in told
-        assert "leave out --dry-run" in one_line(jemkit("train", "--resume", "--dry-run"), 2)
+        assert "omit --dry-run" in one_line(jemkit("train", "--resume", "--dry-run"), 2)
 
     def test_a_run_finds_its_images_from_another_working_folder(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -360,7 +360,7 @@ class TestSample:
         more = jemkit("sample", run, "--from=buffer", "--n=21")
         assert "21 states from a buffer that has 20" in one_line(more, 2)
         given = jemkit("sample", run, "--from=buffer", "--steps=3")
-        assert "belong to fresh chains" in one_line(given, 3)
+        assert "apply to new chains only" in one_line(given, 3)
         labelled = jemkit("sample", run, "--from=buffer", "--n=2", "--class=1")
         assert "class-conditional" in one_line(labelled, 3)
 

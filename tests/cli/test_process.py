@@ -268,7 +268,7 @@ def test_a_stopped_proof_of_resume_leaves_nothing_behind(
     _, err = running.communicate()
     assert running.returncode == 5, err
     began = "interrupted" if number == signal.SIGINT else "stopped"
-    assert err.splitlines()[-1].startswith(f"{began} before all was compared")
+    assert err.splitlines()[-1].startswith(f"{began} before everything was compared")
     assert list((tmp_path / "temporary").glob("jemkit-*")) == []
 
 

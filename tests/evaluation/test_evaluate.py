@@ -192,7 +192,7 @@ def test_a_figure_that_was_changed_in_the_record_is_refused(tmp_path: Path) -> N
     written(tmp_path)
     path = tmp_path / "evaluation.json"
     path.write_text(path.read_text().replace("0.5", "0.9"))
-    with pytest.raises(api.DataError, match=r"evaluation\.json is damaged: its figures' SHA-256"):
+    with pytest.raises(api.DataError, match=r"evaluation\.json is damaged: the SHA-256"):
         records.load(tmp_path)
 
 

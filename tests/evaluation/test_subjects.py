@@ -141,7 +141,7 @@ def test_weights_alone_need_the_network_that_they_belong_to(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("spoil", "error", "message"), [
-    ("probabilities", MisfitError, "gives probabilities.*softmax"),
+    ("probabilities", MisfitError, "outputs probabilities.*softmax"),
     ("width", MisfitError, r"logits \[\d+, 3\]"),
     ("nan", DataError, "NaN or inf"),
 ])  # fmt: skip
@@ -247,7 +247,7 @@ def test_a_checkpoint_outside_its_run_and_an_empty_folder_are_refused(
     (bare / "checkpoints").mkdir()
     with pytest.raises(DataError, match="no complete best checkpoint"):
         subject_at(bare, REGISTRY, CPU)
-    with pytest.raises(ConfigError, match="--network belongs to a file"):
+    with pytest.raises(ConfigError, match="--network is only for a file"):
         subject_at(run, REGISTRY, CPU, network="mlp-8-1")
 
 
@@ -287,7 +287,7 @@ def test_a_model_says_itself_how_many_classes_it_knows() -> None:
     found = api.evaluate(Sees(), few, registry=REGISTRY, **ONLY)
     assert found.figure("clean").n == 2
     assert any("of 3 classes" in warning for warning in found.warnings)
-    with pytest.raises(MisfitError, match="one output an image"):
+    with pytest.raises(MisfitError, match="one output per image"):
         api.evaluate(nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), few, registry=REGISTRY, **ONLY)
     for n in (1, 0, -1):
         with pytest.raises(ConfigError, match=f"n_classes = {n}: expected 2 or more"):

@@ -1,4 +1,4 @@
-"""Heads of a classifier, searched: what is no logits is refused or flagged, and logits pass."""
+"""Heads of a classifier, searched: what is not logits is refused or flagged, and logits pass."""
 
 from collections.abc import Callable
 from functools import cache
@@ -92,21 +92,21 @@ logits: st.SearchStrategy[Head] = st.one_of(
 
 
 def flag_of(model: nn.Module, data: Images) -> str:
-    """What becomes of a model: "refused", "no logits", "flagged" for another reason, or ""."""
+    """What becomes of a model: "refused", "not logits", "flagged" for another reason, or ""."""
     try:
         found = probe_outputs(pixel_model(model), data, CPU)
     except MisfitError:
         return "refused"
     if found.bounded:
         assert found.finding["flag"]
-        return "no logits"
+        return "not logits"
     return "flagged" if found.finding["flag"] else ""
 
 
 @settings(max_examples=60)
 @given(k=classes, steps=steps, head=no_logits)
 def test_a_head_that_gives_no_logits_is_refused_or_flagged(k: int, steps: int, head: Head) -> None:
-    assert flag_of(Headed(body(k, steps), head), images(k)) in ("refused", "no logits")
+    assert flag_of(Headed(body(k, steps), head), images(k)) in ("refused", "not logits")
 
 
 @settings(max_examples=60)
@@ -132,7 +132,7 @@ def test_logits_so_large_that_gradients_vanish_are_flagged(factor: float) -> Non
     lambda z: torch.where(z > 0, 1.0, -1.0) + 0 * z,
 ])  # fmt: skip
 def test_a_bounded_head_of_ones_own_is_found_by_what_it_does(custom: Head) -> None:
-    assert flag_of(Headed(body(10, 30), custom), images(10)) in ("refused", "no logits")
+    assert flag_of(Headed(body(10, 30), custom), images(10)) in ("refused", "not logits")
 
 
 class Cosine(nn.Module):
@@ -152,7 +152,7 @@ class Cosine(nn.Module):
 
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 def test_cosines_are_flagged_and_not_refused(scale: float) -> None:
-    assert flag_of(Cosine(scale), images(10)) == "no logits"
+    assert flag_of(Cosine(scale), images(10)) == "not logits"
 
 
 class InRange(nn.Module):
@@ -171,7 +171,7 @@ class InRange(nn.Module):
 
 def test_a_model_that_takes_images_alone_is_judged_as_any_other() -> None:
     assert not flag_of(InRange(body(10, 30)), images(10))
-    assert flag_of(InRange(Headed(body(10, 30), torch.sigmoid)), images(10)) == "no logits"
+    assert flag_of(InRange(Headed(body(10, 30), torch.sigmoid)), images(10)) == "not logits"
 
 
 def test_a_run_of_every_backbone_gives_logits_at_its_initialisation() -> None:
@@ -195,7 +195,7 @@ def test_outputs_that_are_no_logits_are_told_with_every_figure_whatever_attacks(
             assert figure.protocol["standard"]
             continue
         assert not figure.protocol["standard"]
-        assert "the outputs are no logits" in figure.protocol["why"]
+        assert "the outputs are not logits" in figure.protocol["why"]
         rows = found.tables["indicators"][figure.name]
         assert next(row for row in rows if row["name"] == "outputs")["flag"]
     assert any(warning.startswith("outputs: ") for warning in found.warnings)

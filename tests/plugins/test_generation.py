@@ -407,7 +407,7 @@ def test_without_inception_the_models_own_features_stand_in_under_another_name()
     assert set(found) == {"fd-self", "kd-self", "precision-self", "recall-self"}
     told = " ".join(ctx.notes.warnings)
     assert INCEPTION_FILE in told
-    assert "never downloaded" in told
+    assert "not downloaded automatically" in told
 
 
 @pytest.mark.usefixtures("no_cache")

@@ -112,7 +112,7 @@ def test_states_of_a_class_come_from_a_run_that_drew_by_classes_alone(tmp_path: 
     parts = toy_registry()
     recipe = toy_recipe(parts, "sadajem", "jem", "plain", "backbone.buffer.conditional=true")
     train(recipe, tmp_path / "run", registry=parts)
-    with pytest.raises(MisfitError, match="the run's chains were drawn of no class"):
+    with pytest.raises(MisfitError, match="the run's chains were unconditional"):
         sample(tmp_path / "run", registry=parts, n=3, source="buffer", classes=["1"])
 
 

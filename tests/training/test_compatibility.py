@@ -47,7 +47,7 @@ def test_in_python_it_is_refused_where_it_draws(objective: str) -> None:
     options: dict[str, Any] = {"norm": "L2"}
     options = options if objective == "ebjdat" else {"attack": PGD(norm="L2")}
     backbone = backbone_of("sadajem")
-    with pytest.raises(ConfigError, match="the norm L2 has no radius by default"):
+    with pytest.raises(ConfigError, match="the norm L2 has no default radius"):
         objective_of(objective, **options).draw(backbone, toy_batch(TASK), gen())
 
 
@@ -97,7 +97,7 @@ class GuestPlugin:
     ("settings", "message"),
     [
         ([], "objective.foe.radius_px 127.5, which is 0.5, is usual"),
-        (["objective.foe.norm=Linf", "objective.foe.restarts=2"], "has one start: its restarts"),
+        (["objective.foe.norm=Linf", "objective.foe.restarts=2"], "has one start: restarts"),
     ],
 )
 def test_the_attack_of_a_guests_objective_is_looked_at_too(

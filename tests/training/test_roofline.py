@@ -341,5 +341,5 @@ def test_the_command_prints_the_floors(form: list[str]) -> None:
         )
     else:
         assert "floor by arithmetic" in done.stdout
-        assert "of its floor" in done.stdout
+        assert "of its roofline" in done.stdout
         assert "images: 8 of digits" in done.stdout

@@ -108,8 +108,8 @@ def inception_file(named: Path | None) -> Path:
     home = str(Path.home())  # a record is given to others
     place, cache = (str(p).replace(home, "~", 1) for p in (path, cached.parent))
     raise DataError(
-        f"{place} is missing: FID and IS need torch-fidelity's Inception weights, which are never "
-        f"downloaded unasked. Fetch {URL} and put it in {cache}, or name it by "
+        f"{place} is missing: FID and IS need torch-fidelity's Inception weights, which are not "
+        f"downloaded automatically. Download {URL} and save it as {cache}, or name it by "
         "--set generation.inception=FILE"
     )
 
