@@ -77,7 +77,7 @@ def save(folder: Path) -> None:
         )
         for name in ("accuracy", "pgd10")
     }
-    panels.append(_panel("accuracy", accuracies, (0.0, 1.0), marked=True))
+    panels.append(_panel("accuracy", accuracies, (0.0, 1.0), marked=len(judged) <= 30))
     write_text(folder / "curves.svg", picture(panels))
 
 
