@@ -121,9 +121,11 @@ def _in_range(z: Tensor) -> str | None:
     varying = z[:, z.amax(0) > z.amin(0)]
     if varying.shape[1] < 2 or bool((z.logsumexp(1).abs() < 1e-3).all()):  # log-probabilities
         return None
-    both, ends = _ends(varying)
-    if both >= PILED:
-        return f"{both:.0%} of the images reach both {ends}, the ends of all outputs"
+    if (ends := _ends(varying)) is not None:
+        above, below, text = ends
+        both = float((above.any(1) & below.any(1)).double().mean())
+        if both >= PILED:
+            return f"{both:.0%} of the images reach both {text}, the ends of all outputs"
     return _tied(varying) or _steady(z)
 
 
@@ -145,14 +147,18 @@ def _steady(z: Tensor) -> str | None:
     return None
 
 
-def _ends(z: Tensor) -> tuple[float, str]:
-    """The share of rows [B, K] whose largest and smallest values are those of all, and both."""
+def _ends(z: Tensor) -> tuple[Tensor, Tensor, str] | None:
+    """Which of some outputs [B, K] are the largest and the smallest of all, and both numbers.
+
+    None unless several classes reach either end.
+    """
     low, high = z.min(), z.max()
     near = AT_END * (high - low)
     above, below = z >= high - near, z <= low + near
-    several = int(above.any(0).sum()) >= 2 and int(below.any(0).sum()) >= 2
-    share = float((above.any(1) & below.any(1)).double().mean())
-    return share if several else 0.0, f"{float(low):.4g} and {float(high):.4g}"
+    several = all(int(side.any(0).sum()) >= 2 for side in (above, below))
+    if not several or high <= low:
+        return None
+    return above, below, f"{float(low):.4g} and {float(high):.4g}"
 
 
 def _far(subject: PixelModel, x: Tensor, rng: Generator) -> list[Tensor]:
@@ -170,14 +176,9 @@ def _far(subject: PixelModel, x: Tensor, rng: Generator) -> list[Tensor]:
 def _stays(far: list[Tensor]) -> str | None:
     """Whether outputs meet in two numbers however large the images are, else None."""
     for z in far:
-        low, high = z.min(), z.max()
-        near = AT_END * (high - low)
-        above, below = z >= high - near, z <= low + near
-        several = int(above.any(0).sum()) >= 2 and int(below.any(0).sum()) >= 2
-        if high > low and several and float((above | below).double().mean()) >= ALL:
-            return (
-                f"whatever the image, outputs stay between {float(low):.4g} and {float(high):.4g}"
-            )
+        ends = _ends(z)
+        if ends is not None and float((ends[0] | ends[1]).double().mean()) >= ALL:
+            return f"whatever the image, outputs stay between {ends[2]}"
     return None
 
 

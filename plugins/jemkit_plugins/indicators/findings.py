@@ -6,7 +6,7 @@ from torch import Tensor
 
 from jemkit.metrics.attack_runner import Attacked
 from jemkit.metrics.outputs import Finding, said, surely
-from jemkit_plugins.indicators.probes import Climbs, Probes
+from jemkit_plugins.indicators.probes import Probes
 
 REPEAT = 1e-4
 """A second pass may differ by this share of the logits' spread; float32 rounds at 1e-7, and
@@ -39,39 +39,30 @@ margin lies 16 points under that of the cross-entropy."""
 
 
 def of_model(probes: Probes) -> list[Finding]:
-    """Every indicator whose probes were run."""
-    found: list[Finding] = []
-    if probes.repeat is not None and probes.company is not None:
-        found += [random(probes.repeat), coupled(probes.repeat, probes.company)]
-    if probes.dead is not None and probes.saturated is not None:
-        found.append(gradients(probes, probes.dead, probes.saturated))
-    if probes.climbs is None:
-        return found
-    n, climbs = probes.n, probes.climbs
-    if climbs.box is not None:
-        found.append(box(climbs.box, n))
-    if len(climbs.radius) > 1:
-        found.append(radius(climbs, n))
-    if climbs.steps:
-        found.append(steps(climbs, n))
-    if climbs.restarts is not None:
-        found.append(restarts(climbs, climbs.restarts, n))
-    return found
+    """What every probe of the model says that was run."""
+    indicators = (random, coupled, gradients, box, radius, steps, restarts)
+    return [row for indicator in indicators if (row := indicator(probes)) is not None]
 
 
-def random(repeat: float) -> Finding:
+def random(probes: Probes) -> Finding | None:
+    if probes.repeat is None:
+        return None
     return Finding(
         name="random",
-        flag=repeat > REPEAT,
-        found=f"two passes over the same images differ by {repeat:.2g} of the logits' spread",
+        flag=probes.repeat > REPEAT,
+        found=f"two passes over the same images differ by {probes.repeat:.2g} of the logits' "
+        "spread",
         means="the model answers at random: one gradient is no gradient of the answer that counts, "
         "and an image that stood once may fall at the next try",
         do="take the randomness out, or attack the mean over draws (EOT) and report that",
     )
 
 
-def coupled(repeat: float, company: Tensor) -> Finding:
-    changed, n = int((company > max(COMPANY, 10 * repeat)).sum()), len(company)
+def coupled(probes: Probes) -> Finding | None:
+    company = probes.company
+    if probes.repeat is None or company is None:
+        return None
+    changed, n = int((company > max(COMPANY, 10 * probes.repeat)).sum()), len(company)
     return Finding(
         name="batch",
         flag=n > 1 and changed > COUPLED * n,
@@ -83,16 +74,19 @@ def coupled(repeat: float, company: Tensor) -> Finding:
     )
 
 
-def gradients(probes: Probes, dead: Tensor, saturated: Tensor) -> Finding:
+def gradients(probes: Probes) -> Finding | None:
     """Counted where PGD-20 left the image standing: a gradient that is not needed is no loss."""
-    n = probes.n
+    n, dead, saturated = probes.n, probes.dead, probes.saturated
+    if dead is None or saturated is None:
+        return None
     bad, more = dead, ""
-    if (climbs := probes.climbs) is not None:
-        margin = climbs.pgd & False if climbs.margin is None else climbs.margin
-        bad = ~climbs.pgd & (dead | (saturated & margin))
+    if probes.pgd is not None:
+        right = ~probes.pgd
+        margin = probes.pgd & False if probes.margin is None else probes.margin
+        bad = right & (dead | (saturated & margin))
         more = (
-            f"; of {said(int((~climbs.pgd).sum()), n)} that stand under PGD-20 on the "
-            f"cross-entropy, {int((~climbs.pgd & margin).sum())} fall to the margin's"
+            f"; of {said(int(right.sum()), n)} that stand under PGD-20 on the "
+            f"cross-entropy, {int((right & margin).sum())} fall to the margin's"
         )
     return Finding(
         name="gradient",
@@ -106,8 +100,10 @@ def gradients(probes: Probes, dead: Tensor, saturated: Tensor) -> Finding:
     )
 
 
-def box(right: Tensor, n: int) -> Finding:
-    stand = int(right.sum())
+def box(probes: Probes) -> Finding | None:
+    if probes.box is None:
+        return None
+    stand, n = int(probes.box.sum()), probes.n
     return Finding(
         name="unbounded",
         flag=surely(stand, n, NOTHING),
@@ -118,8 +114,10 @@ def box(right: Tensor, n: int) -> Finding:
     )
 
 
-def radius(climbs: Climbs, n: int) -> Finding:
-    rise, text = _rise({f"{k:g}/255": v for k, v in climbs.radius.items()})
+def radius(probes: Probes) -> Finding | None:
+    if len(probes.radius) < 2:
+        return None
+    n, (rise, text) = probes.n, _rise({f"{k:g}/255": v for k, v in probes.radius.items()})
     return Finding(
         name="radius",
         flag=surely(rise, n, STEADY),
@@ -130,8 +128,10 @@ def radius(climbs: Climbs, n: int) -> Finding:
     )
 
 
-def steps(climbs: Climbs, n: int) -> Finding:
-    rise, text = _rise({str(k): v for k, v in climbs.steps.items()})
+def steps(probes: Probes) -> Finding | None:
+    if not probes.steps:
+        return None
+    n, (rise, text) = probes.n, _rise({str(k): v for k, v in probes.steps.items()})
     return Finding(
         name="steps",
         flag=surely(rise, n, STEADY),
@@ -148,12 +148,14 @@ def _rise(right: Mapping[str, Tensor]) -> tuple[int, str]:
     return rise, ", ".join(f"{k}: {int(v.sum())}" for k, v in right.items())
 
 
-def restarts(climbs: Climbs, wrong: Tensor, n: int) -> Finding:
-    more = int((wrong & ~climbs.pgd).sum())
+def restarts(probes: Probes) -> Finding | None:
+    if probes.restarts is None or probes.pgd is None:
+        return None
+    n, more = probes.n, int((probes.restarts & ~probes.pgd).sum())
     return Finding(
         name="restarts",
         flag=surely(more, n, RESTARTS),
-        found=f"{climbs.n_restarts} restarts of PGD-20 fell {said(more, n)} more than one",
+        found=f"{probes.plan.sizes.restarts} restarts of PGD-20 fell {said(more, n)} more than one",
         means="the way up hangs on where it begins: one start finds too little",
         do="report the attack with restarts, as many as still help",
     )
@@ -161,13 +163,13 @@ def restarts(climbs: Climbs, wrong: Tensor, n: int) -> Finding:
 
 def against(probes: Probes, found: Attacked) -> list[Finding]:
     """What hold an attack against those without its gradient, where they were run."""
-    rows, climbs = [], probes.climbs
+    rows = []
     if probes.search is not None:
         what = f"random search of {probes.plan.sizes.queries} queries"
         rows.append(_without_gradient("black box", what, probes.search, probes, found))
-    if climbs is not None and climbs.transfer is not None:
-        what = f"transfer from a surrogate that agrees on {climbs.agreement:.1%}"
-        rows.append(_without_gradient("transfer", what, climbs.transfer, probes, found))
+    if probes.transfer is not None:
+        what = f"transfer from a surrogate that agrees on {probes.agreement:.1%}"
+        rows.append(_without_gradient("transfer", what, probes.transfer, probes, found))
     return rows
 
 
@@ -176,9 +178,8 @@ def _without_gradient(
 ) -> Finding:
     """Beyond the attack and every ascent the model masks gradients; over the attack it is weak."""
     felled, n = ~found.right[probes.index], probes.n
-    ascents = felled if probes.climbs is None else felled | probes.climbs.felled
-    beyond = int((wrong & ~ascents).sum())
-    masked = probes.climbs is not None and surely(beyond, n, BEYOND)
+    beyond = int((wrong & ~probes.felled(felled)).sum())
+    masked = probes.pgd is not None and surely(beyond, n, BEYOND)
     weak = surely(net(wrong, felled), n, WEAKER)
     means = (
         "gradients mislead: an attack without them finds what those with them do not"

@@ -1,7 +1,7 @@
 """The passes that indicators judge by, run once for a model and a threat."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Generator, Tensor
@@ -29,46 +29,36 @@ STUDENT_IMAGES = 1000
 BOX = Threat("Linf", 255.0)
 
 
-@dataclass(frozen=True)
-class Climbs:
-    """What gradient ascents and a surrogate do to the images, each [n]; None where not run."""
-
-    pgd: Tensor  # wrong under PGD-20 on the cross-entropy
-    margin: Tensor | None  # the same on the margin, which does not saturate
-    restarts: Tensor | None  # wrong under any of the restarts of PGD-20
-    n_restarts: int
-    radius: dict[float, Tensor]  # right, by radius_px
-    steps: dict[int, Tensor]  # right at the last state, by steps
-    box: Tensor | None  # right under PGD that may change every pixel to anything
-    transfer: Tensor | None  # wrong under what fools the surrogate
-    agreement: float  # of the surrogate with the model on the images
-
-    @property
-    def felled(self) -> Tensor:
-        """By any ascent within the radius."""
-        found = self.pgd
-        for more in (self.margin, self.restarts):
-            found = found if more is None else found | more
-        return found
-
-
-@dataclass(frozen=True)
+@dataclass
 class Probes:
     """What was found on n images that the model has right; None where a probe was not run."""
 
     index: Tensor  # [n], their places in the data
     seen: int  # images looked through for them
     plan: Plan
-    repeat: float | None  # largest change of a logit in a second pass, as a share of their spread
-    company: Tensor | None  # [m], the same beside other images or in another place
-    dead: Tensor | None  # [n], no gradient at x nor at a random start
-    saturated: Tensor | None  # [n], a cross-entropy of exactly 0
-    search: Tensor | None  # [n], wrong under random search
-    climbs: Climbs | None  # None in L1, where PGD has no step
+    repeat: float | None = None  # largest change of a logit in a second pass, over their spread
+    company: Tensor | None = None  # [m], the same beside other images or in another place
+    dead: Tensor | None = None  # [n], no gradient at x nor at a random start
+    saturated: Tensor | None = None  # [n], a cross-entropy of exactly 0
+    search: Tensor | None = None  # [n], wrong under random search
+    pgd: Tensor | None = None  # [n], wrong under PGD-20 on the cross-entropy; in L1 it has no step
+    margin: Tensor | None = None  # [n], the same on the margin, which does not saturate
+    restarts: Tensor | None = None  # [n], wrong under any of the restarts of PGD-20
+    box: Tensor | None = None  # [n], right under PGD that may change every pixel to anything
+    transfer: Tensor | None = None  # [n], wrong under what fools a surrogate
+    agreement: float = 0.0  # of the surrogate with the model on the images
+    radius: dict[float, Tensor] = field(default_factory=dict)  # [n], right, by radius_px
+    steps: dict[int, Tensor] = field(default_factory=dict)  # [n], right at the last state, by steps
 
     @property
     def n(self) -> int:
         return len(self.index)
+
+    def felled(self, wrong: Tensor) -> Tensor:
+        """These images [n], and all that an ascent within the radius fells."""
+        for more in (self.pgd, self.margin, self.restarts):
+            wrong = wrong if more is None else wrong | more
+        return wrong
 
 
 def probe(
@@ -129,15 +119,17 @@ class _Prober:
         self.done, self.total = 0, sum(ticks.get(name, 1) for name in plan.names)
 
     def run(self) -> Probes:
-        runs = self.plan.names
-        repeat, company = self._logits() if "logits" in runs else (None, None)
-        dead, saturated = self._gradients() if "gradient" in runs else (None, None)
-        search = self._fools(self._search) if "search" in runs else None
-        climbs = self._climbs() if "pgd" in runs else None
+        found, runs = Probes(self.index, self.seen, self.plan), self.plan.names
+        if "logits" in runs:
+            found.repeat, found.company = self._logits()
+        if "gradient" in runs:
+            found.dead, found.saturated = self._gradients()
+        if "search" in runs:
+            found.search = self._fools(self._search)
+        if "pgd" in runs:
+            self._climb(found)
         self._tick(self.total)
-        return Probes(
-            self.index, self.seen, self.plan, repeat, company, dead, saturated, search, climbs
-        )
+        return found
 
     def _search(self, x: Tensor, y: Tensor) -> Tensor:
         queries = self.plan.sizes.queries
@@ -172,29 +164,27 @@ class _Prober:
         size = torch.maximum(torch.cat(sizes[::2]), torch.cat(sizes[1::2]))
         return size < torch.finfo(size.dtype).tiny, torch.cat(losses[::2]) == 0
 
-    def _climbs(self) -> Climbs:
+    def _climb(self, found: Probes) -> None:
+        """Every ascent that is planned."""
         threat, sizes, runs = self.ctx.threat, self.plan.sizes, self.plan.names
-        radius, pgd = {}, None
         for share in sizes.radii if "radius" in runs else (1.0,):
-            wrong = self._ascend(Threat(threat.norm, threat.radius_px * share)).trail.any(0)
-            radius[threat.radius_px * share] = ~wrong
-            pgd = wrong if share == 1 else pgd
-        if pgd is None:
-            raise ValueError("the radii of the probes hold the threat's own")
-        restarts, steps = None, {}
-        if "restarts" in runs:
-            restarts = pgd.clone()
+            radius_px = threat.radius_px * share
+            wrong = self._ascend(Threat(threat.norm, radius_px)).wrong
+            found.radius[radius_px] = ~wrong
+            found.pgd = wrong if share == 1 else found.pgd
+        if "restarts" in runs and found.pgd is not None:
+            found.restarts = found.pgd.clone()
             for _ in range(sizes.restarts - 1):
-                restarts |= self._ascend(threat).wrong
+                found.restarts |= self._ascend(threat).wrong
         if "steps" in runs:
             trail = self._ascend(threat, steps=max(sizes.steps)).trail
-            steps = {k: ~trail[k] for k in sizes.steps}
-        margin = self._ascend(threat, loss=lost_margin).wrong if "margin" in runs else None
-        box = self._box() if "box" in runs else None
-        transfer, agreement = self._transfer() if "transfer" in runs else (None, 0.0)
-        return Climbs(
-            pgd, margin, restarts, sizes.restarts, radius, steps, box, transfer, agreement
-        )
+            found.steps = {k: ~trail[k] for k in sizes.steps}
+        if "margin" in runs:
+            found.margin = self._ascend(threat, loss=lost_margin).wrong
+        if "box" in runs:
+            found.box = self._box()
+        if "transfer" in runs:
+            found.transfer, found.agreement = self._transfer()
 
     def _box(self) -> Tensor:
         start = Threat("Linf", min(self.ctx.threat.radius_px, 8.0))

@@ -66,23 +66,22 @@ def _leave_plan(probes: Probes, budget: int | None, ctx: Context) -> None:
 
 
 def _leave_curves(probes: Probes, ctx: Context) -> None:
-    climbs = probes.climbs
-    if climbs is None:
+    if probes.pgd is None:
         return
     curve = {"norm": ctx.threat.norm, "n": probes.seen}
-    clean = {0.0: climbs.pgd | True}
-    if len(climbs.radius) > 1:
+    clean = {0.0: probes.pgd | True}
+    if len(probes.radius) > 1:
         ctx.notes.tables["radius_curve"] = {
             **curve,
             "attack": f"pgd{PGD_STEPS}",
-            "points": _points({**clean, **climbs.radius}, probes.seen),
+            "points": _points({**clean, **probes.radius}, probes.seen),
         }
-    if climbs.steps:
+    if probes.steps:
         ctx.notes.tables["steps_curve"] = {
             **curve,
             "attack": "pgd, its last state",
             "radius_px": ctx.threat.radius_px,
-            "points": _points({**clean, **climbs.steps}, probes.seen),
+            "points": _points({**clean, **probes.steps}, probes.seen),
         }
 
 
