@@ -138,7 +138,8 @@ def _of_data(config: Path, registry: Registry) -> tuple[dict[str, Any], dict[str
 
 def _moments(recipe: Recipe, task: Task) -> dict[str, Tensor]:
     backbone = recipe.backbone.build(task, Generator().manual_seed(0))
-    start = backbone.density.start if backbone.has_density else None
+    density = backbone.density_or_none
+    start = density.start if density else None
     return start.tensors() if isinstance(start, MomentStart) else {}
 
 
