@@ -36,22 +36,15 @@ def numbers(name: str) -> int:
 
 
 def timed(folder: str, me: Shard, counts: list[int]) -> None:
-    """Seconds of a scalar's average, of an order, and of each reduction of gradients."""
+    """Seconds of a scalar's average, of the exchange between steps, and of each reduction."""
     torch.set_num_threads(1)
     with distributed.group(init=f"file://{folder}/meeting", shard=me), distributed.together():
-        found = [_median(lambda: distributed.averages([torch.zeros(())])), _median(_order)]
+        average = _median(lambda: distributed.averages([torch.zeros(())]))
+        found = [average, _median(lambda: distributed.total(0, 1))]
         for n in counts:
             grads = [torch.ones(part) for part in (n // 2, n - n // 2)]
             found.append(_median(lambda grads=grads: distributed.reduce(grads)))
     torch.save(found, Path(folder) / f"{me.rank}.pt")
-
-
-def _order() -> None:
-    if distributed.shard().rank == 0:
-        distributed.tell({"do": "step", "lr": 0.1, "steps": 10, "penalty": 0.0})
-    else:
-        distributed.heard()
-    distributed.averages([torch.zeros(())])  # so that a round ends when the last has heard it
 
 
 def _median(work: Any) -> float:
@@ -75,12 +68,12 @@ def measured(size: int = 2) -> dict[str, Any]:
             process.start()
         for process in running:
             process.join()
-        scalar, order, *reductions = torch.load(Path(folder) / "0.pt")
+        scalar, exchange, *reductions = torch.load(Path(folder) / "0.pt")
     networks = {
         name: {"gradients": n, "MB": round(n * 4e-6, 2), "ms": round(1e3 * seconds, 2)}
         for (name, n), seconds in zip(counts.items(), reductions, strict=True)
     }
-    small = {"scalar_ms": round(1e3 * scalar, 3), "order_ms": round(1e3 * order, 3)}
+    small = {"scalar_ms": round(1e3 * scalar, 3), "exchange_ms": round(1e3 * exchange, 3)}
     return {"processes": size, **small, "networks": networks}
 
 
@@ -94,7 +87,14 @@ def shared(n: int, size: int, bandwidth: float, latency: float) -> float:
 
 
 def efficiency(
-    step: float, n: int, size: int, *, passes: int, bandwidth: float, latency: float, order: float
+    step: float,
+    n: int,
+    size: int,
+    *,
+    passes: int,
+    bandwidth: float,
+    latency: float,
+    exchange: float,
 ) -> float:
     """Share of a step that is not spent on others, each process keeping its rows.
 
@@ -103,7 +103,7 @@ def efficiency(
     if size == 1:
         return 1.0
     depth = math.ceil(math.log2(size))
-    small = 4 * 2 * depth * latency + 2 * depth * order
+    small = 4 * 2 * depth * latency + 2 * depth * exchange
     return step / (step + passes * shared(n, size, bandwidth, latency) + small)
 
 
@@ -114,7 +114,9 @@ def main() -> None:
     asked.add_argument("--passes", type=int, default=2, help="backwards a step: 2 for SAM and AWP")
     asked.add_argument("--bandwidth", type=float, default=25.0, help="GB/s of a process's link")
     asked.add_argument("--latency", type=float, default=20.0, help="microseconds of a hop")
-    asked.add_argument("--order", type=float, default=200.0, help="of a hop of an order, by TCP")
+    asked.add_argument(
+        "--exchange", type=float, default=200.0, help="of a hop by TCP, between steps"
+    )
     given = asked.parse_args()
     if given.step is None:
         keep("scaling", measured())
@@ -122,7 +124,8 @@ def main() -> None:
     for size in (1, 2, 8, 64, 512):
         share = efficiency(
             given.step, numbers(given.network), size, passes=given.passes,
-            bandwidth=given.bandwidth * 1e9, latency=given.latency * 1e-6, order=given.order * 1e-6,
+            bandwidth=given.bandwidth * 1e9, latency=given.latency * 1e-6,
+            exchange=given.exchange * 1e-6,
         )  # fmt: skip
         print(f"{size:4d} processes: {share:6.1%}")
 

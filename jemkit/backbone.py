@@ -41,7 +41,6 @@ class Backbone:
         self.views = Views() if views is None else views
         self.bounds, self.radius_px = bounds, radius_px
         self._separate = bool(batch_norms(model))
-        self.penalised = 0.0  # the weight of the energy penalty that a remedy has set
         self.passed: set[Stream] = set()  # by an update so far
 
     @classmethod

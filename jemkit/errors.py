@@ -8,6 +8,7 @@ class JemkitError(Exception):
     traceback."""
 
     exit_code = 1
+    reported = False  # whether another process of the group reports it
 
 
 class ConfigError(JemkitError, ValueError):

@@ -154,19 +154,19 @@ def _judged(
 ) -> "Record | None":
     registry = installed_parts(third_party=third_party)
     from jemkit.evaluation.evaluate import judge
+    from jemkit.runtime import distributed
     from jemkit.runtime.precision import device_of
-    from jemkit.runtime.workers import begun, joined, met
 
-    with joined(device_of(where["device"]).type) as me:
-        prepared = begun(lambda: _prepared(registry, run, wanted, overrides, where))
-        if prepared is None:
-            return None
-        subject, settings = prepared
+    with distributed.group(device_of(where["device"]).type):
+        me = distributed.shard()
+        subject, settings = distributed.prepared(
+            lambda: _prepared(registry, run, wanted, overrides, where)
+        )
         with (
             tracking(silent=silent or me.rank > 0) as progress,
             stopping() as stop,
         ):
-            met()  # from here on any of them can be stopped
+            distributed.barrier()  # from here on any of them can be stopped
             record = judge(
                 subject, settings, registry, shard=me, progress=progress, stop=stop,
                 keep_adversarial=keep_adversarial,

@@ -91,15 +91,14 @@ def _drawn(
 ) -> "Samples | None":
     registry = installed_parts(third_party=third_party)
     from jemkit.evaluation.sample import asked, drawn, place
+    from jemkit.runtime import distributed
     from jemkit.runtime.precision import device_of
-    from jemkit.runtime.workers import begun, joined, met
 
-    with joined(device_of(wanted["device"]).type) as me:
-        found = begun(lambda: asked(run, registry=registry, **wanted))
-        if found is None:
-            return None
+    with distributed.group(device_of(wanted["device"]).type):
+        me = distributed.shard()
+        found = distributed.prepared(lambda: asked(run, registry=registry, **wanted))
         with stopping() as stop, tracking(silent=silent or me.rank > 0) as progress:
-            met()  # from here on any of them can be stopped
+            distributed.barrier()  # from here on any of them can be stopped
             told = {"progress": progress} if progress else {}
             work = place(found.protocol, out) / ".drawing"
             samples = drawn(found, work=work, shard=me, stop=stop, **told)

@@ -47,6 +47,8 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             code, message = _told(error)
             if not code:
                 raise
+            if getattr(error, "reported", False):  # by rank 0
+                raise typer.Exit(code) from None
             ended = error
         if ended is not None:  # outside of `except`: what the error's frames held is let go
             ended.__traceback__ = None

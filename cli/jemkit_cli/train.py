@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jemkit_cli import process
 from jemkit_cli.progress import watching
 from jemkit_cli.results import record, show
 from jemkit_cli.selection import RecipeOptions
@@ -67,7 +68,7 @@ def train(
         _show_plan(resolved, out, init_from, as_json)
         return
     summary = _trained(registry, resolved, out, resume=resume, init_from=init_from, silent=silent)
-    if not summary.figures:  # a process that follows another has none
+    if process.speaker():  # rank 0 shows them
         return
     if as_json:
         say_json(record(summary, resolved))
@@ -118,7 +119,8 @@ def _trained(
                 watch=watch, stop=stop, latest=RUNS,
             )  # fmt: skip
         except Preempted as error:
-            raise Preempted(f"{error} --out {out}") from None
+            error.args = (f"{error} --out {out}",)
+            raise
 
 
 def _show_plan(resolved: "Resolved", out: Path, init_from: Path | None, as_json: bool) -> None:

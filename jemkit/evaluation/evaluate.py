@@ -38,13 +38,13 @@ from jemkit.metrics.evaluator import (
 from jemkit.metrics.figures import Figure, joined
 from jemkit.metrics.outputs import probe_outputs
 from jemkit.metrics.record_file import Record
+from jemkit.runtime import distributed
 from jemkit.runtime.microbatch import MicroBatch, retry_on_oom
 from jemkit.runtime.modes import eval_mode, random_state_kept
 from jemkit.runtime.precision import judging
 from jemkit.runtime.rng import generator
 from jemkit.runtime.timing import settle
 from jemkit.runtime.work_cache import WHOLE, Shard
-from jemkit.runtime.workers import met
 from jemkit.selection import Part, part_of, told_missing
 
 QUICK = 256
@@ -166,8 +166,7 @@ class _Judgement:
             self._write()
         if self.ctx.shard.rank == 0 and self.subject.folder and keep_adversarial:
             records.save(self.subject.folder, self.record(), self.ctx.notes, adversarial=True)
-        if self.ctx.shard.size > 1:  # others may still read
-            met(self.ctx.poll)
+        distributed.barrier(self.ctx.poll)  # others may still read
         for ledger in self.ctx.notes.ledgers:
             ledger.remove()
         return self.record()

@@ -23,6 +23,7 @@ from jemkit.metrics.evaluator import Progress, no_progress
 from jemkit.metrics.plots import save_grid, to_bytes
 from jemkit.objective import Conditional
 from jemkit.options import nearest
+from jemkit.runtime import distributed
 from jemkit.runtime.files import write_bytes
 from jemkit.runtime.microbatch import MicroBatch
 from jemkit.runtime.opening import refuse_link
@@ -31,7 +32,6 @@ from jemkit.runtime.preemption import PreemptionCheck
 from jemkit.runtime.rng import generator
 from jemkit.runtime.run_dir import versions
 from jemkit.runtime.work_cache import WHOLE, Piece, ResultCache, Shard
-from jemkit.runtime.workers import met
 from jemkit.sampling.density import Buffered, Density, ReplayBuffer, together
 from jemkit.sampling.fresh import even_batches, in_batches
 from jemkit.sampling.init_dists import MomentStart, Start, start_name
@@ -288,7 +288,7 @@ def _fresh(
                 even_batches(asked.n), draw, generators,
                 cache=ledger, poll=polling.between, done=told,
             )["x"]  # fmt: skip
-        met(polling.between)  # others may still read
+        distributed.barrier(polling.between)  # others may still read
     except Preempted:
         raise Preempted(
             "stopped; finished batches are saved, and the same command continues"

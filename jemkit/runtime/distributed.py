@@ -1,16 +1,17 @@
-"""Collectives between processes: averages, agreement, broadcasts (torch.distributed).
+"""Collectives between processes: averages, broadcasts, gathering (torch.distributed).
 
-Every function is the identity outside of `together`, and costs nothing there. Averages are over
-processes, which all have the same number of rows.
+Every process runs the same code; with a single process each function is the identity. Averages
+are taken inside `together` alone, over processes that all have the same number of rows.
 """
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -18,17 +19,24 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from jemkit.errors import ConfigError
+from jemkit.errors import ConfigError, JemkitError
+from jemkit.runtime import pytree
 from jemkit.runtime.work_cache import WHOLE, Shard
+
+T = TypeVar("T")
 
 BUCKET = 25_000_000
 """Number of values in one all_reduce: 100 MB of float32."""
 
 STEP, WAIT = timedelta(minutes=30), timedelta(days=2)
-"""Timeout of a collective; a decision is waited for as long, while one process evaluates."""
+"""Timeout of a step's collectives, and of those that wait while rank 0 evaluates."""
+BACKENDS = ("gloo", "Gloo", "NCCL")
+"""Names that occur in the errors of their collectives."""
+GRACE = 5.0
+"""Seconds within which torchrun stops the other processes after one has ended."""
 
 _together: ContextVar[bool] = ContextVar("together", default=False)
-_host: ContextVar[dist.ProcessGroup | None] = ContextVar("host", default=None)  # gloo, for orders
+_host: ContextVar[dist.ProcessGroup | None] = ContextVar("host", default=None)  # gloo
 
 
 @contextmanager
@@ -54,9 +62,22 @@ def group(
     token = _host.set(dist.new_group(backend="gloo", timeout=WAIT))
     try:
         yield
+    except RuntimeError as error:
+        if not _is_lost(error):
+            raise
+        raise JemkitError(
+            f"another process was lost ({str(error).splitlines()[0]}). What is "
+            "finished is kept: train --resume goes on from the newest checkpoint, torchrun "
+            "--max-restarts by itself; evaluate and sample go on when they are run again"
+        ) from None
     finally:
         _host.reset(token)
         dist.destroy_process_group()
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether a collective failed, which it does where a process has ended."""
+    return isinstance(error, dist.DistError) or any(name in str(error) for name in BACKENDS)
 
 
 def _own_gpu() -> int:
@@ -186,56 +207,112 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
             t.copy_(flat)
 
 
-def tell(order: dict[str, Any]) -> None:
-    """Broadcast a decision of rank 0."""
-    _send(json.dumps(order).encode())
+def prepared(work: Callable[[], T]) -> T:
+    """work() of every process, of rank 0 first; an error of rank 0 is raised in all of them."""
+    found: list[T] = []
+    _relay(lambda: found.append(work()))
+    return found[0] if found else work()
 
 
-def heard() -> dict[str, Any]:
-    """Receive a decision of rank 0; blocks until it arrives."""
-    return json.loads(_receive())  # type: ignore[no-any-return]
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """work() of rank 0, broadcast to every process; its error is raised in all of them.
+
+    Every process calls it at once; inside, rank 0 is alone. The value is a tree of dicts, lists,
+    tensors and plain values.
+    """
+
+    def alone() -> T:
+        token = _host.set(None)
+        try:
+            return work()
+        finally:
+            _host.reset(token)
+
+    return _relay(alone)
 
 
-def share(tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """Rank 0's tensors, in the host memory of every process; the others pass None."""
-    if tensors is not None:
-        _send(safetensors.torch.save(_plain(tensors)))
-        return tensors
-    return safetensors.torch.load(_receive())
+def _relay(work: Callable[[], T]) -> T:
+    if _host.get() is None:
+        return work()
+    if dist.get_rank():
+        found = _unpacked(_broadcast())
+        if "error" not in found:
+            return found["value"]  # type: ignore[no-any-return]
+        raise _error_of(*found["error"])
+    try:
+        value = work()
+    except JemkitError as error:
+        _broadcast(_packed({"error": [type(error).__name__, [*error.args], vars(error)]}))
+        raise
+    _broadcast(_packed({"value": value}))
+    return value
 
 
-def gather(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Every process's tensors at rank 0, in order of rank; nothing on the others."""
-    me, host = shard(), _host.get()
-    own = _bytes(safetensors.torch.save(_plain(tensors)))
+def _error_of(name: str, arguments: list[Any], attributes: dict[str, Any]) -> JemkitError:
+    kinds: list[type[JemkitError]] = [JemkitError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    error = next(kind for kind in kinds if kind.__name__ == name)(*arguments)
+    vars(error).update(attributes, reported=True)
+    return error
+
+
+def total(*counts: int) -> list[int]:
+    """The sum over processes of each count, in all of them; of flags, how many processes set it."""
+    if _host.get() is None:
+        return list(counts)
+    sums = torch.tensor(counts, dtype=torch.int64)
+    dist.all_reduce(sums, group=_host.get())
+    return [int(n) for n in sums]
+
+
+def barrier(poll: Callable[[], None] = lambda: None) -> None:
+    """Wait until every process is here; `poll` may raise where another one has been stopped."""
+    try:
+        total(0)
+    except RuntimeError:
+        until = time.monotonic() + GRACE
+        while time.monotonic() < until:
+            poll()
+            time.sleep(0.05)
+        raise
+
+
+def gather(tree: T) -> list[T]:
+    """Every process's tree at rank 0, in order of rank; nothing at the others."""
+    if _host.get() is None:
+        return [tree]
+    own, me = _packed(tree), shard()
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(me.size)]
-    dist.all_gather(lengths, torch.tensor([len(own)]), group=host)
-    most = int(max(lengths))
-    padded = torch.cat([own, own.new_zeros(most - len(own))])
+    dist.all_gather(lengths, torch.tensor([len(own)]), group=_host.get())
+    padded = torch.cat([own, own.new_zeros(int(max(lengths)) - len(own))])
     found = [torch.empty_like(padded) for _ in range(me.size)] if me.rank == 0 else None
-    dist.gather(padded, found, dst=0, group=host)
-    return [
-        safetensors.torch.load(part[: int(n)].numpy().tobytes())
-        for part, n in zip(found or [], lengths if found else [], strict=True)
-    ]
+    dist.gather(padded, found, dst=0, group=_host.get())
+    others = zip(found[1:], lengths[1:], strict=True) if found else ()
+    return [tree, *(_unpacked(part[: int(n)]) for part, n in others)] if found else []
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-
-
-def _bytes(content: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
-
-
-def _send(content: bytes) -> None:
-    dist.broadcast(torch.tensor([len(content)]), src=0, group=_host.get())
-    dist.broadcast(_bytes(content), src=0, group=_host.get())
-
-
-def _receive() -> bytes:
-    length = torch.zeros(1, dtype=torch.int64)
+def _broadcast(content: Tensor | None = None) -> Tensor:
+    """Rank 0's bytes, which it gives, in every process."""
+    length = torch.tensor([0 if content is None else len(content)])
     dist.broadcast(length, src=0, group=_host.get())
-    content = torch.empty(int(length), dtype=torch.uint8)
-    dist.broadcast(content, src=0, group=_host.get())
-    return content.numpy().tobytes()
+    found = torch.empty(int(length), dtype=torch.uint8) if content is None else content
+    dist.broadcast(found, src=0, group=_host.get())
+    return found
+
+
+TREE = "tree"
+
+
+def _packed(state: Any) -> Tensor:
+    """A tree as bytes: its tensors as safetensors, the rest as JSON."""
+    tensors: dict[str, Tensor] = {}
+    tree = json.dumps(pytree.packed(state, "", tensors)).encode()
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    plain[TREE] = torch.frombuffer(bytearray(tree), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(safetensors.torch.save(plain)), dtype=torch.uint8)
+
+
+def _unpacked(content: Tensor) -> Any:
+    tensors = safetensors.torch.load(content.numpy().tobytes())
+    return pytree.unpacked(json.loads(bytes(tensors.pop(TREE).tolist())), tensors)

@@ -70,9 +70,15 @@ class Finding(NamedTuple):
 class Unhealthy(Diverged):
     """A finding, raised to trigger a rollback."""
 
-    def __init__(self, finding: Finding) -> None:
-        super().__init__(finding.told)
-        self.finding = finding
+    def __init__(self, signal: str, since: int, told: str) -> None:
+        super().__init__(signal, since, told)
+
+    @property
+    def finding(self) -> Finding:
+        return Finding(*self.args)
+
+    def __str__(self) -> str:
+        return self.finding.told
 
 
 LEAST, EVERY = 20, 10

@@ -28,7 +28,7 @@ class PreemptionCheck:
 
     def begin(self) -> None:
         """Begin work that may be dropped until an update has moved the weights."""
-        self._before = self.updates()
+        self._asked, self._before = time.monotonic(), self.updates()
 
     def inside(self) -> None:
         """Check inside a step."""

@@ -1,6 +1,10 @@
 """Builds a recipe's parts into a run, with every check that needs no step."""
 
+import copy
+import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,7 +15,7 @@ from torch.optim import Optimizer
 from jemkit.backbone import Backbone
 from jemkit.config.recipe import Recipe, Run
 from jemkit.data import Loader, Task, Views
-from jemkit.errors import ConfigError, DataError
+from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.models.energy import EnergyModel
 from jemkit.objective import Objective, ObjectiveSpec, StatefulObjective
 from jemkit.runtime import distributed, fsdp
@@ -22,10 +26,12 @@ from jemkit.sampling.compile import CompiledGradient
 from jemkit.sampling.density import Buffer
 from jemkit.sampling.moments import images_hash
 from jemkit.splits import Pinned, Splits
-from jemkit.training import leader, reshard
+from jemkit.training import memory_format, reshard
 from jemkit.training.compatibility import check_adversary, check_parts
 from jemkit.training.objective_contexts import compiled_chains, in_bf16
 from jemkit.updaters import EMA, Stateful, Updater
+
+log = logging.getLogger(__name__)
 
 State = dict[str, Any]
 
@@ -48,21 +54,21 @@ class RunState(NamedTuple):
     twin: EnergyModel | None = None  # under --shard, what the first process looks at alone
 
     def state_dict(self) -> State:
-        """Everything that a step changes; with several processes, called on rank 0 alone."""
-        leader.ask("state")
-        return {**self.shared_state(), **leader.gathered(self.own_state())}
+        """Everything that a step changes, whole on rank 0; every process calls it."""
+        own, *others = distributed.gather(self._own_state()) or [{}]
+        return {
+            "device": self.device.type,
+            **self.weights(),
+            "optimizer": fsdp.whole(self.optimizer.state_dict(), keep=leads()),
+            "updater": self.updater.state_dict() if isinstance(self.updater, Stateful) else None,
+            "loader": self.loader.state_dict(),
+            "micro_batch": self.micro.size,
+            "recompute": self.micro.recompute,
+            **own,
+            **({"ranks": others} if others else {}),
+        }
 
-    def load_state_dict(self, state: State) -> None:
-        """Take a state up; the first process of a group hands it on to the others."""
-        if state["device"] != self.device.type:
-            raise ConfigError(
-                f"the run was saved on {state['device']} and cannot continue bit for bit on "
-                f"{self.device.type}; use --device {state['device']}, or start a new run with "
-                f"--init-from"
-            )
-        self.take(leader.broadcast_state(state))
-
-    def own_state(self) -> State:
+    def _own_state(self) -> State:
         """The state of one process."""
         density = self.backbone.density_or_none
         remembered = self.objective if isinstance(self.objective, StatefulObjective) else None
@@ -72,27 +78,47 @@ class RunState(NamedTuple):
             "rng": self.rng.get_state(),
         }
 
-    def shared_state(self) -> State:
-        """The state that all processes have in common; each contributes its shard of the
-        weights."""
-        return {
-            "device": self.device.type,
-            **self.weights(),
-            "optimizer": fsdp.whole(self.optimizer.state_dict(), keep=leader.leads()),
-            "updater": self.updater.state_dict() if isinstance(self.updater, Stateful) else None,
-            "loader": self.loader.state_dict(),
-            "micro_batch": self.micro.size,
-            "recompute": self.micro.recompute,
-        }
-
     def weights(self) -> State:
         """The model's weights and their average, whole on rank 0."""
         average = self.ema.average if self.ema else None
         found = {"model": self.backbone.model.state_dict(), "ema": average}
-        return fsdp.whole(found, keep=leader.leads())  # type: ignore[no-any-return]
+        return fsdp.whole(found, keep=leads())  # type: ignore[no-any-return]
 
-    def take(self, state: State) -> None:
-        """Load a state, with this process's part of it."""
+    @contextmanager
+    def whole_model(self) -> Iterator[None]:
+        """A block in which rank 0 has a whole copy of sharded weights; every process enters it."""
+        weights = self.weights()
+        if self.twin is None:
+            yield
+            return
+        twin = self.twin.to(self.device)
+        twin.load_state_dict(weights["model"])
+        sharded, average = self.backbone.model, self.ema.average if self.ema else {}
+        self.backbone.model = twin
+        if self.ema is not None:
+            self.ema.average = weights["ema"]
+        try:
+            yield
+        finally:
+            self.backbone.model = sharded
+            if self.ema is not None:
+                self.ema.average = average
+            twin.to("cpu")
+
+    def begin_with(self, weights: dict[str, Tensor]) -> None:
+        """Load whole weights, also as their average."""
+        load_model(self.backbone.model, weights)
+        for name, tensor in (self.ema.average if self.ema else {}).items():
+            fsdp.fill(tensor, weights[name])
+
+    def load_state_dict(self, state: State) -> None:
+        """Load a whole state, with this process's part of it."""
+        if state["device"] != self.device.type:
+            raise ConfigError(
+                f"the run was saved on {state['device']} and cannot continue bit for bit on "
+                f"{self.device.type}; use --device {state['device']}, or start a new run with "
+                "--init-from"
+            )
         load_model(self.backbone.model, state["model"])
         if self.ema is not None:
             for name, tensor in self.ema.average.items():
@@ -132,7 +158,32 @@ def build_run(recipe: Recipe, pinned: Pinned | None = None, *, fill: bool = True
 
     Raises ConfigError or DataError.
     """
-    leader.ask("build")
+    run, own = recipe.run, distributed.prepared(lambda: _own_parts(recipe, pinned, fill))
+    objective, backbone, device = own["objective"], own["backbone"], own["device"]
+    with distributed.together():
+        distributed.broadcast(backbone.model.state_dict().values())
+    model, twin = laid_out(backbone, run, own["task"])
+    remembered = objective.parameters() if isinstance(objective, StatefulObjective) else ()
+    parameters = [*model.parameters(), *remembered]
+    optimizer = recipe.optimizer.build(parameters, fused=fsdp.fusable(parameters))
+    unit = CompiledGradient() if run.compile else None
+    if unit is not None:
+        objective = compiled_chains(objective, unit)
+    if run.precision == "bf16":
+        objective = in_bf16(objective, device.type)
+    return RunState(
+        **{**own, "objective": objective},
+        optimizer=optimizer,
+        updater=shardable(recipe.updater.build(model, optimizer), model),
+        ema=EMA(model, run.ema_decay) if run.ema_decay else None,
+        micro=MicroBatch(run.micro_batch, recompute=run.recompute),
+        compiled=unit,
+        twin=twin,
+    )
+
+
+def _own_parts(recipe: Recipe, pinned: Pinned | None, fill: bool) -> dict[str, Any]:
+    """What each process builds by itself, checked."""
     run, usual = recipe.run, recipe.data.radius_px
     check_adversary(recipe.objective, usual)  # before the data is read
     device = device_of(run.device)
@@ -146,31 +197,46 @@ def build_run(recipe: Recipe, pinned: Pinned | None = None, *, fill: bool = True
     backbone = recipe.backbone.build(task, rng)
     objective = built_objective(recipe, task, rng)
     check_parts(backbone, objective, task, run)
-    model, twin = leader.laid_out(backbone, run, task)
-    remembered = objective.parameters() if isinstance(objective, StatefulObjective) else ()
-    parameters = [*model.parameters(), *remembered]
-    optimizer = recipe.optimizer.build(parameters, fused=fsdp.fusable(parameters))
-    unit = CompiledGradient() if run.compile else None
-    if unit is not None:
-        objective = compiled_chains(objective, unit)  # type: ignore[assignment]
-    if run.precision == "bf16":
-        objective = in_bf16(objective, device.type)  # type: ignore[assignment]
-    rng = reshard.split(backbone, rng, run.seed)
-    return RunState(
-        device=device,
-        splits=splits,
-        task=task,
-        rng=rng,
-        backbone=backbone,
-        objective=objective,
-        optimizer=optimizer,
-        updater=leader.checked(recipe.updater.build(model, optimizer), model),
-        ema=EMA(model, run.ema_decay) if run.ema_decay else None,
-        micro=MicroBatch(run.micro_batch, recompute=run.recompute),
-        loader=_loader(run, task, backbone.views, device),
-        compiled=unit,
-        twin=twin,
-    )
+    if run.shard and distributed.shard().size > 1:
+        fsdp.check_options(compiled=run.compile, channels_last=run.channels_last)
+        by_stem = backbone.has_density and backbone.density.sampler.needs_stem
+        fsdp.check(backbone.model, backbone.model.network, by_stem=by_stem)
+    return {
+        "device": device, "splits": splits, "task": task, "backbone": backbone,
+        "objective": objective, "rng": reshard.split(backbone, rng, run.seed),
+        "loader": _loader(run, task, backbone.views, device),
+    }  # fmt: skip
+
+
+def leads() -> bool:
+    """Whether this process is the first of its group, or alone."""
+    return distributed.shard().rank == 0
+
+
+def laid_out(backbone: Backbone, run: Run, task: Task) -> tuple[EnergyModel, EnergyModel | None]:
+    """The model in its memory format, or sharded, with a whole twin on rank 0's host."""
+    model, device = backbone.model, next(backbone.model.parameters()).device
+    if not run.shard or distributed.shard().size == 1:
+        if run.shard:
+            log.warning(
+                "run.shard shards nothing in one process; the weights are contiguous, not "
+                "channels last"
+            )
+        memory_format.laid_out(model, run.layout, device)
+        return model, None
+    twin = copy.deepcopy(model).to("cpu") if leads() else None
+    fsdp.shard(model, torch.zeros((1, *task.shape), device=device))
+    return model, twin
+
+
+def shardable(updater: Updater, model: EnergyModel) -> Updater:
+    """The updater, unless the weights are sharded and it has a state that cannot be."""
+    if isinstance(updater, Stateful) and fsdp.is_shared(next(model.parameters())):
+        raise MisfitError(
+            f"run.shard: the updater {type(updater).__name__} keeps a state of its own, which "
+            "jemkit cannot shard; choose plain, sam or awp, or leave run.shard out"
+        )
+    return updater
 
 
 def _loader(run: Run, task: Task, views: Views, device: torch.device) -> Loader:

@@ -1,7 +1,6 @@
 """HealthMonitor: passes the metrics of each step and epoch to the sentinel."""
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from jemkit.models.energy import EnergyModel, ModelEnergy
 from jemkit.runtime.divergence_monitor import Finding, RunStatistics, Sentinel, Unhealthy
 from jemkit.runtime.microbatch import retry_on_oom
 from jemkit.runtime.modes import batch_norms, sampling_mode
-from jemkit.runtime.run_dir import RunFolder
 from jemkit.sampling.density import Buffered, ReplayBuffer
 from jemkit.sampling.kernels import gradient
 from jemkit.selection import stratified
@@ -20,22 +18,6 @@ from jemkit.training.build import RunState
 
 CHAINS = 32
 """Chains of the buffer whose gradients are examined after an epoch."""
-
-
-class Metered(RunFolder):
-    """A run's folder that also keeps the rows of metrics until the sentinel has read them."""
-
-    def __init__(self, path: Path) -> None:
-        RunFolder.__init__(self, path)
-        self.rows: list[dict[str, Any]] = []
-
-    def append_metrics(self, rows: list[dict[str, Any]]) -> None:
-        RunFolder.append_metrics(self, rows)
-        self.rows += rows
-
-    def taken(self) -> list[dict[str, Any]]:
-        rows, self.rows = self.rows, []
-        return rows
 
 
 class HealthMonitor:
@@ -67,7 +49,7 @@ class HealthMonitor:
         since, model = step - self.parts.loader.steps_per_epoch, self.parts.backbone.model
         broken = unfit(model.state_dict()) or unfit(average)
         if broken is not None:
-            raise Unhealthy(Finding("weights", since, f"not finite: {broken}"))
+            raise Unhealthy("weights", since, f"not finite: {broken}")
         sizes = {}
         variances = [n.running_var for n in batch_norms(model) if n.running_var is not None]
         if variances:
@@ -103,7 +85,7 @@ class HealthMonitor:
 
 def _raise(finding: Finding | None) -> None:
     if finding is not None:
-        raise Unhealthy(finding)
+        raise Unhealthy(*finding)
 
 
 def edge_limit(images: Images, stuck: float) -> float:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from jemkit.errors import ConfigError
 from jemkit.objective import Terms
+from jemkit.runtime import distributed
 from jemkit.runtime.extras import install
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.runtime.timing import Stopwatch
@@ -29,7 +30,7 @@ class Journal:
     ) -> None:
         self.folder, self.stopwatch = folder, stopwatch or Stopwatch()
         self.seconds = 0.0  # of all steps that were read
-        self._board = _board(folder) if tensorboard else None
+        self._board = _board(folder) if tensorboard and distributed.shard().rank == 0 else None
         self._gathered = time.monotonic()
         self._rows: list[tuple[dict[str, Any], list[str], Tensor]] = []
         self._images = 0
@@ -49,12 +50,12 @@ class Journal:
             seen["gradient norm"] = guard.seen.grad_norm
         self._rows.append((known, list(seen), torch.stack([t.float() for t in seen.values()])))
 
-    def gather(self) -> dict[str, Any]:
-        """Write the collected rows; returns the newest one, empty if there are none."""
+    def gather(self) -> list[dict[str, Any]]:
+        """Write the collected rows, on rank 0, and return them."""
         self._gathered = time.monotonic()
         if not self._rows:
             self.stopwatch.read()
-            return {}
+            return []
         values = iter(torch.cat([tensor for _, _, tensor in self._rows]).tolist())  # one reading
         spent = self.stopwatch.read()
         self.seconds += spent
@@ -64,12 +65,15 @@ class Journal:
             for known, names, _ in self._rows
         ]
         self._rows, self._images = [], 0
+        distributed.on_rank_zero(lambda: self._write(rows))
+        return rows
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
         self.folder.append_metrics(rows)
         if self._board is not None:
             for row in rows:
                 for name, value in row.items():
                     self._board.add_scalar(name.replace(" ", "/"), value, row["step"])
-        return rows[-1]
 
 
 def _board(folder: RunFolder) -> Any:

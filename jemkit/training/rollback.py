@@ -16,7 +16,6 @@ from jemkit.runtime.run_dir import RunFolder
 from jemkit.sampling.density import Penalised, penalty_of
 from jemkit.training.build import RunState
 from jemkit.training.health import HealthMonitor, renew, sick_slots
-from jemkit.training.leader import renewed
 from jemkit.training.metrics_log import Journal
 from jemkit.updaters import Guard
 
@@ -81,7 +80,7 @@ class RollbackPolicy:
             "what": finding.told, "step": step, "since": finding.since, "to": back,
             "remedy": self._remedy(attempt), "renewed": 0,
         }  # fmt: skip
-        entry["renewed"] = renewed(attempt, lambda: anew(self.checkup, self.seed, attempt))
+        (entry["renewed"],) = distributed.total(reseed_chains(self.checkup, self.seed, attempt))
         self.apply_remedies([*self.tried, entry])
         entry["with"] = self.told()
         return entry
@@ -94,7 +93,6 @@ class RollbackPolicy:
         self.chains.steps = self._steps * 2 ** self._times("steps")
         if self._times("penalty") and isinstance(self.chains, Penalised):
             self.chains.penalise(PENALTY)
-            self.parts.backbone.penalised = PENALTY
 
     def told(self) -> str:
         """With what a rolled-back run continues, as text."""
@@ -132,7 +130,7 @@ class RollbackPolicy:
         self.apply_remedies(state["tried"])
 
 
-def anew(checkup: HealthMonitor, seed: int, attempt: int) -> int:
+def reseed_chains(checkup: HealthMonitor, seed: int, attempt: int) -> int:
     """Give this process's chains another stream and restart its unhealthy ones; returns their
     number."""
     parts, buffer, rank = checkup.parts, checkup.buffer, distributed.shard().rank
@@ -148,33 +146,19 @@ class Recoverable(Protocol):
 
     best: dict[str, Any]
     guard: Guard
+    journal: Journal
+    care: RollbackPolicy
+    loader: Loader
+    recipe: Recipe
+    folder: RunFolder
+    writer: checkpoint.Writer
+    watch: Callable[[str, dict[str, Any]], None]
 
     @property
     def seconds(self) -> float: ...
 
     @property
-    def journal(self) -> Journal: ...
-
-    @property
     def step(self) -> int: ...
-
-    @property
-    def care(self) -> RollbackPolicy: ...
-
-    @property
-    def loader(self) -> Loader: ...
-
-    @property
-    def recipe(self) -> Recipe: ...
-
-    @property
-    def folder(self) -> RunFolder: ...
-
-    @property
-    def writer(self) -> checkpoint.Writer: ...
-
-    @property
-    def watch(self) -> Callable[[str, dict[str, Any]], None]: ...
 
     def gather(self) -> object: ...
 
@@ -191,33 +175,47 @@ def roll_back(trainer: Recoverable, error: Diverged) -> None:
     The rolled-back state is saved in place of that checkpoint, and later checkpoints are deleted;
     the best epoch is kept, whichever attempt it is from.
     """
-    trainer.writer.wait()
+    distributed.on_rank_zero(trainer.writer.wait)
     care, folder, step = trainer.care, trainer.folder, trainer.step
     finding = _earliest(trainer, error)
-    where, state = _readable(care.proven(folder.checkpoints, finding.since))
+    name, state = distributed.on_rank_zero(
+        lambda: _readable(care.proven(folder.checkpoints, finding.since))
+    )
     cause = None if care.options.on else "the sentinel is off"
     if not trainer.loader.images.unit().isfinite().all():
         cause = SPOILT
-    if state is None or where is None or cause or not care.may_try:
-        where = checkpoint.newest(folder.checkpoints) if cause else where
-        folder.event("diverged", step=step, reason=finding.told, tried=care.tried)
-        raise Diverged(diagnosis(finding, step, trainer, where, cause))
+    if state is None or cause or not care.may_try:
+        distributed.on_rank_zero(lambda: _give_up(trainer, finding, name, cause))
     tried, best, seconds = care.tried, trainer.best, trainer.seconds
     trainer.load_state_dict(state)
     trainer.best, trainer.journal.seconds, trainer.guard = best, seconds, Guard()
     care.apply_remedies(tried)
     entry = care.try_next(finding, step, trainer.step)
-    for path in reversed(checkpoint.complete(folder.checkpoints)):
-        if path.name > where.name:  # newest first: a run killed here repeats the rollback
-            checkpoint.remove(path)
-    checkpoint.save(where, trainer.state_dict())
-    folder.drop_metrics_from(trainer.step)
-    folder.event("rollback", **entry)
+    rolled_back = trainer.state_dict()
+
+    def put_back() -> None:
+        for path in reversed(checkpoint.complete(folder.checkpoints)):
+            if path.name > name:  # newest first: a run killed here repeats the rollback
+                checkpoint.remove(path)
+        checkpoint.save(folder.checkpoints / name, rolled_back)
+        folder.drop_metrics_from(trainer.step)
+        folder.event("rollback", **entry)
+
+    distributed.on_rank_zero(put_back)
     trainer.watch("rollback", entry)
 
 
+def _give_up(trainer: Recoverable, finding: Finding, name: str, cause: str | None) -> NoReturn:
+    folder = trainer.folder
+    where = folder.checkpoints / name if name else None
+    where = checkpoint.newest(folder.checkpoints) if cause else where
+    tried = trainer.care.tried
+    folder.event("diverged", step=trainer.step, reason=finding.told, tried=tried)
+    raise Diverged(diagnosis(finding, trainer.step, trainer, where, cause))
+
+
 def saved(trainer: Recoverable, error: OutOfMemory) -> NoReturn:
-    """End a run for which the disk has no space, once its state is safe."""
+    """End a run that ran out of memory, once its state is saved."""
     told = str(error)
     if error.undone:
         try:
@@ -226,11 +224,15 @@ def saved(trainer: Recoverable, error: OutOfMemory) -> NoReturn:
             Diverged
         ) as sick:  # its last steps were unhealthy; the checkpoint to roll back to is saved
             roll_back(trainer, sick)
-        told += (
-            f". Step {trainer.step} is saved; --resume continues from it once there is more space"
-        )
-    trainer.folder.event("memory", step=trainer.step, ended=told)
-    raise OutOfMemory(told, undone=error.undone) from None
+        told += f". Step {trainer.step} is saved; --resume continues from it with more memory"
+        distributed.on_rank_zero(lambda: _end(trainer, told, undone=True))
+    _end(trainer, told, undone=False)
+
+
+def _end(trainer: Recoverable, told: str, *, undone: bool) -> NoReturn:
+    if distributed.shard().rank == 0:
+        trainer.folder.event("memory", step=trainer.step, ended=told)
+    raise OutOfMemory(told, undone=undone) from None
 
 
 def _earliest(trainer: Recoverable, error: Diverged) -> Finding:
@@ -272,12 +274,12 @@ def diagnosis(
     return "\n  - ".join([f"{head}; {cause}" if cause else head, *lines])
 
 
-def _readable(paths: Iterator[Path]) -> tuple[Path | None, dict[str, Any] | None]:
-    """The first that is not damaged, and its state."""
+def _readable(paths: Iterator[Path]) -> tuple[str, dict[str, Any] | None]:
+    """The name of the first that is not damaged, and its state."""
     for path in paths:
         with suppress(DataError):
-            return path, checkpoint.load(path)
-    return None, None
+            return path.name, checkpoint.load(path)
+    return "", None
 
 
 def step_of(path: Path) -> int:

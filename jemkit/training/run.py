@@ -4,8 +4,8 @@ import logging
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jemkit.config.recipe import Recipe, Resolved, complete
 from jemkit.config.registry import Registry
@@ -16,10 +16,8 @@ from jemkit.runtime.lock import LOCK, locked
 from jemkit.runtime.precision import device_of
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.training import pinned, resuming
-from jemkit.training.follower import follow
+from jemkit.training.build import leads
 from jemkit.training.initial_weights import check_same, doubts, initial, initial_source
-from jemkit.training.leader import leading, losses_told
-from jemkit.training.synchronisation import begin_with
 from jemkit.training.trainer import Summary, Trainer, Watch
 
 log = logging.getLogger(__name__)
@@ -44,56 +42,81 @@ def train(
     Raises ConfigError or DataError before the first step, Diverged, or Preempted once the run is
     saved.
     """
-    whole, doing = complete(resolved, registry), f"has trained in {out}"
+    whole, folder = complete(resolved, registry), RunFolder(out)
     with ExitStack() as held:
+
+        def set_up() -> Trainer:
+            goes_on = distributed.on_rank_zero(lambda: _opened(folder, resume, held))
+            begin = _resumed if goes_on else _fresh
+            trainer, found = begin(whole, folder, registry, init_from, watch)
+            trainer.stop = stop or trainer.stop
+            state = trainer.state_dict()
+
+            def write() -> None:
+                data = None if goes_on else pinned.pin(trainer.splits)
+                tight = disk.check_room(out, still_needed(trainer, state), free=free)
+                held.enter_context(disk.waiting(patience or disk.Patience(trainer.stop)))
+                if data is None:
+                    _go_on(trainer, found)
+                else:
+                    out.mkdir(parents=True, exist_ok=True)
+                    _lock(folder, held)
+                    _begin(trainer, whole, data, init_from, state)
+                    for warning in found["warnings"]:
+                        _tell(folder, "init_from", warning)
+                folder.link_latest(latest or out.parent)
+                folder.event("resume" if goes_on else "start", step=trainer.step)
+                if tight is not None:
+                    _tell(folder, "disk", tight)
+                trainer.writer.ready(state)
+
+            distributed.on_rank_zero(write)
+            return trainer
+
         held.enter_context(distributed.group(device_of(whole.recipe.run.device).type))
-        held.enter_context(losses_told())
-        if distributed.shard().rank:
-            return follow(whole.recipe, out)
-        held.enter_context(leading())
-        resume = resume or (distributed.restarted() and (out / "config.json").exists())
-        if resume:
-            RunFolder.open(out)
-            held.enter_context(locked(out / LOCK, doing))
-            trainer, going = _resumed(whole, RunFolder(out), registry, init_from, watch, stop)
-            begin = partial(_go_on, trainer, going)
-        else:
-            RunFolder.check_links(out)
-            trainer, warnings = _fresh(whole, RunFolder(out), init_from, watch, stop)
-            begin = partial(_begin, trainer, whole, pinned.pin(trainer.splits), init_from, warnings)
-        tight = disk.check_room(out, still_needed(trainer), free=free)
-        held.enter_context(disk.waiting(patience or disk.Patience(trainer.stop)))
-        if not resume:
-            out.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(out / LOCK, doing))
-        begin()
-        trainer.folder.link_latest(latest or out.parent)
-        trainer.folder.event("resume" if resume else "start", step=trainer.step)
-        if tight is not None:
-            _tell(trainer.folder, "disk", tight)
-        trainer.writer.ready(trainer.state_dict())
+        trainer = set_up()
         trainer.run()
         return trainer.finish()
 
 
-def _fresh(
-    whole: Resolved,
-    folder: RunFolder,
-    init_from: Path | None,
-    watch: Watch | None,
-    stop: Callable[[], bool] | None,
-) -> tuple[Trainer, list[str]]:
-    """A new run before its first step, and what to report about it; nothing is written yet."""
+def _opened(folder: RunFolder, resume: bool, held: ExitStack) -> bool:
+    """Whether there is a run to resume, which is locked then."""
+    goes_on = resume or (distributed.restarted() and (folder.path / pinned.CONFIG).exists())
+    if goes_on:
+        RunFolder.open(folder.path)
+        _lock(folder, held)
+    else:
+        RunFolder.check_links(folder.path)
+        _check_vacant(folder)
+    return goes_on
+
+
+def _lock(folder: RunFolder, held: ExitStack) -> None:
+    held.enter_context(locked(folder.path / LOCK, f"has trained in {folder.path}"))
+
+
+def _check_vacant(folder: RunFolder) -> None:
+    """Refuse a folder that is not empty, unless a run was killed there before it started."""
     if not unborn(folder.path):
         RunFolder.check_vacant(folder.path)
+
+
+def _fresh(
+    whole: Resolved, folder: RunFolder, _: Registry, init_from: Path | None, watch: Watch | None
+) -> tuple[Trainer, dict[str, Any]]:
+    """A new run before its first step; nothing is written yet."""
     trainer = Trainer(whole, folder, watch)
-    if stop is not None:
-        trainer.stop = stop
     if init_from is None:
-        return trainer, []
-    start = initial(init_from)
-    begin_with(trainer.parts, start.weights)
-    return trainer, doubts(start, trainer.recipe, trainer.total_steps)
+        return trainer, {"warnings": []}
+
+    def read() -> dict[str, Any]:
+        start = initial(init_from)
+        warnings = doubts(start, trainer.recipe, trainer.total_steps)
+        return {"weights": start.weights, "warnings": warnings}
+
+    found = distributed.on_rank_zero(read)
+    trainer.parts.begin_with(found["weights"])
+    return trainer, found
 
 
 def _resumed(
@@ -102,36 +125,39 @@ def _resumed(
     registry: Registry,
     init_from: Path | None,
     watch: Watch | None,
-    stop: Callable[[], bool] | None,
-) -> tuple[Trainer, resuming.Agreed]:
+) -> tuple[Trainer, dict[str, Any]]:
     """A run in the state of its newest checkpoint, with its recipe and its data."""
-    checkpoint.recover(folder.checkpoints)
-    found = checkpoint.sound(folder.checkpoints)
-    going = resuming.agreed(whole, folder.path, found.state, found.path, registry)
-    if init_from is not None:
-        check_same(init_from, going.config)
-    trainer = Trainer(
-        going.resolved, folder, watch, pinned=pinned.read(folder.path / pinned.CONFIG)
-    )
-    trainer.splits.images("test")  # rejected now, not at the final evaluation
-    if stop is not None:
-        trainer.stop = stop
+
+    def read() -> dict[str, Any]:
+        found = newest_state(folder)
+        path = folder.checkpoints / found["name"]
+        going = resuming.agreed(whole, folder.path, found["state"], path, registry)
+        if init_from is not None:
+            check_same(init_from, going.config)
+        return {**found, "config": going.config, "changed": going.changed, "epochs": going.epochs}
+
+    found = distributed.on_rank_zero(read)
+    config = folder.path / pinned.CONFIG
+    pin = distributed.prepared(lambda: pinned.read(config) if leads() else None)
+    trainer = Trainer(whole, folder, watch, pinned=pin)
+    # rejected now, not at the final evaluation
+    distributed.on_rank_zero(lambda: bool(trainer.splits.images("test")))
     resume_from(trainer, folder, found)
-    trainer.config = {name: going.config[name] for name in KEPT if name in going.config}
-    return trainer, going
+    trainer.config = {name: found["config"][name] for name in KEPT if name in found["config"]}
+    return trainer, found
 
 
-def _go_on(trainer: Trainer, going: resuming.Agreed) -> None:
+def _go_on(trainer: Trainer, found: dict[str, Any]) -> None:
     """Store the recipe with which a run resumes, if it changed."""
-    before, now = going.epochs, trainer.recipe.run.epochs
+    before, now = found["epochs"], trainer.recipe.run.epochs
     if now > before:
         rate = trainer.recipe.optimizer.lr * trainer.care.rate
         totals = (trainer.total_steps // now * before, trainer.total_steps)
         factor = trainer.recipe.schedule.factor
         rates = [rate * factor(min(trainer.step, total - 1), total) for total in totals]
         _tell(trainer.folder, "extended", resuming.extension(before, now, (rates[0], rates[1])))
-    if going.changed:
-        write_json(trainer.folder.path / pinned.CONFIG, going.config)
+    if found["changed"]:
+        write_json(trainer.folder.path / pinned.CONFIG, found["config"])
 
 
 KEPT = ("recipe", "data")
@@ -143,13 +169,12 @@ def _begin(
     whole: Resolved,
     data: tuple[pinned.Table, pinned.Details],
     init_from: Path | None,
-    warnings: list[str],
+    state: checkpoint.State,
 ) -> None:
     """Make the folder a run: config.json is written last, when there is a checkpoint to resume
     from."""
     folder = trainer.folder
-    if not unborn(folder.path):  # another process was faster
-        RunFolder.check_vacant(folder.path)
+    _check_vacant(folder)  # another process may have been faster
     for part in (folder.checkpoints, folder.samples):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
@@ -157,11 +182,10 @@ def _begin(
         litter.unlink()
     table = pinned.write(folder.path, *data)
     trainer.config = {"recipe": whole.tables, "data": table}
-    checkpoint.save(folder.checkpoints / f"step-{trainer.step:08d}", trainer.state_dict())
+    state = {**state, "config": trainer.config}
+    checkpoint.save(folder.checkpoints / f"step-{trainer.step:08d}", state)
     weights = {} if init_from is None else {"init_from": initial_source(init_from)}
     folder.write_config(whole.tables, whole.origins, data=table, **weights)
-    for warning in warnings:
-        _tell(folder, "init_from", warning)
 
 
 WRITTEN = (pinned.CONFIG, pinned.DETAILS)
@@ -179,10 +203,10 @@ def unborn(out: Path) -> bool:
     return names <= there and steps <= {"step-00000000"}
 
 
-def still_needed(trainer: Trainer) -> int:
+def still_needed(trainer: Trainer, state: checkpoint.State) -> int:
     """The bytes that a run will write in addition to its existing checkpoints."""
     loader = trainer.loader
-    one = disk.state_bytes(trainer.state_dict()) + disk.momenta_bytes(trainer.optimizer)
+    one = disk.state_bytes(state) + disk.momenta_bytes(trainer.optimizer)
     steps = max(0, trainer.total_steps - trainer.step)
     per_epoch = loader.steps_per_epoch
     epochs = -(-steps // per_epoch)
@@ -198,12 +222,19 @@ def kept_checkpoints(recipe: Recipe, per_epoch: int) -> int:
     return recipe.run.keep + proving
 
 
-def resume_from(trainer: Trainer, folder: RunFolder, found: checkpoint.Sound | None = None) -> None:
+def newest_state(folder: RunFolder) -> dict[str, Any]:
+    """The newest readable checkpoint, and why newer ones cannot be read."""
+    checkpoint.recover(folder.checkpoints)
+    path, state, damaged = checkpoint.sound(folder.checkpoints)
+    broken = {found.name: str(reason) for found, reason in damaged.items()}
+    return {"name": path.name, "state": state, "damaged": broken}
+
+
+def resume_from(trainer: Trainer, folder: RunFolder, found: dict[str, Any] | None = None) -> None:
     """Load the newest readable checkpoint into a trainer; damaged ones are renamed."""
     if found is None:
-        checkpoint.recover(folder.checkpoints)
-        found = checkpoint.sound(folder.checkpoints)
-    path, state, damaged = found
+        found = distributed.on_rank_zero(lambda: newest_state(folder))
+    path, state, damaged = folder.checkpoints / found["name"], found["state"], found["damaged"]
     try:
         trainer.load_state_dict(state)
     except DataError as error:
@@ -217,16 +248,18 @@ def resume_from(trainer: Trainer, folder: RunFolder, found: checkpoint.Sound | N
             f"{path} does not fit this run: {type(error).__name__}: {error}; check whether its "
             f"config.json was changed"
         ) from None
-    for broken, reason in damaged.items():
-        aside = checkpoint.set_aside(broken)
-        _tell(
-            folder,
-            "damaged",
-            f"{reason}. Continuing from {path.name}; the damaged one is kept as {aside.name}",
-        )
-    _check_best(trainer, folder, state)
-    folder.mend_logs()
-    folder.drop_metrics_from(trainer.step)
+
+    def mend() -> dict[str, Any]:
+        for name, reason in damaged.items():
+            aside = checkpoint.set_aside(folder.checkpoints / name)
+            kept = f"the damaged one is kept as {aside.name}"
+            _tell(folder, "damaged", f"{reason}. Continuing from {path.name}; {kept}")
+        _check_best(trainer, folder, state)
+        folder.mend_logs()
+        folder.drop_metrics_from(trainer.step)
+        return trainer.best
+
+    trainer.best = distributed.on_rank_zero(mend)
 
 
 def _check_best(trainer: Trainer, folder: RunFolder, state: checkpoint.State) -> None:

@@ -130,23 +130,12 @@ def weights_of(state: Mapping[str, Any], path: Path) -> tuple[Tensors, bool]:
 class Resumable(Protocol):
     """The parts of a trainer that a saved state has to fit."""
 
-    @property
-    def backbone(self) -> Backbone: ...
-
-    @property
-    def optimizer(self) -> Optimizer: ...
-
-    @property
-    def ema(self) -> EMA | None: ...
-
-    @property
-    def rng(self) -> Generator: ...
-
-    @property
-    def loader(self) -> Loader: ...
-
-    @property
-    def recipe(self) -> Recipe: ...
+    backbone: Backbone
+    optimizer: Optimizer
+    ema: EMA | None
+    rng: Generator
+    loader: Loader
+    recipe: Recipe
 
     @property
     def total_steps(self) -> int: ...

@@ -21,13 +21,11 @@ from jemkit.splits import Pinned
 from jemkit.step import train_step
 from jemkit.training.build import build_run, load_model
 from jemkit.training.compatibility import trained_threat
-from jemkit.training.health import Metered
 from jemkit.training.metrics_log import GATHER, PATIENCE, Journal
 from jemkit.training.restore import about_checkpoint, about_parts
 from jemkit.training.rollback import RollbackPolicy, roll_back, saved
 from jemkit.training.saved_state import check as check_saved
 from jemkit.training.saved_state import weights_of
-from jemkit.training.synchronisation import alone, synchronised_step
 from jemkit.training.validation import Validator
 from jemkit.updaters import Guard
 
@@ -73,7 +71,9 @@ class Trainer:
         self.recipe: Recipe = resolved.recipe
         self.tables = resolved.tables
         self.config: dict[str, Any] | None = None  # the part of config.json that checkpoints store
-        self.folder, self.watch = folder, watch or (lambda kind, what: None)
+        self.folder = folder  # written on rank 0 alone
+        shown = watch if distributed.shard().rank == 0 else None
+        self.watch: Watch = shown or (lambda kind, what: None)
         self.stop: Callable[[], bool] = lambda: False  # called between steps, and inside long ones
         self.polling = PreemptionCheck(lambda: self.stop(), lambda: self.guard.updates)
         self.parts = parts = build_run(self.recipe, pinned)
@@ -81,11 +81,14 @@ class Trainer:
         self.backbone, self.objective, self.loader = parts.backbone, parts.objective, parts.loader
         self.optimizer, self.updater, self.ema = parts.optimizer, parts.updater, parts.ema
         self.care = RollbackPolicy(self.recipe.sentinel, parts, self.recipe.run.seed)
-        self.metered, self.guard, self.writer = Metered(folder.path), Guard(), checkpoint.Writer()
-        self.journal = Journal(self.metered, tensorboard=self.recipe.run.tensorboard)
+        self.guard, self.writer = Guard(), checkpoint.Writer()
+        self.journal = Journal(folder, tensorboard=self.recipe.run.tensorboard)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
         self._redrawn = 0.0
+        # several processes stop between steps alone; a compiled graph has no place for a check
+        alone = distributed.shard().size == 1
+        self._stops_inside = alone and not self.recipe.run.compile
 
     @property
     def step(self) -> int:
@@ -101,12 +104,6 @@ class Trainer:
     def total_steps(self) -> int:
         return self.task.total_steps
 
-    @property
-    def _leaves_steps(self) -> bool:
-        """Whether a stop is handled inside a step: not with several processes, which must stop
-        together, nor in a compiled graph."""
-        return distributed.shard().size == 1 and not self.recipe.run.compile
-
     def run(self, until: int | None = None) -> None:
         """Train to the end of the recipe, or until `until` steps are done; then save."""
         run, last = self.recipe.run, min(until or self.total_steps, self.total_steps)
@@ -115,7 +112,7 @@ class Trainer:
         self.backbone.model.train()
         if self.recipe.sentinel.on and self.step == 0:
             self.save()  # the checkpoint to roll back to before the end of the first epoch
-        passes = self.polling.passes(self.backbone.model, on=self._leaves_steps)
+        passes = self.polling.passes(self.backbone.model, on=self._stops_inside)
         switches = partial(numerics, deterministic=run.deterministic, threads=run.threads)
         with switches(precision=run.precision), passes:
             try:
@@ -139,11 +136,23 @@ class Trainer:
         if self.step % per_epoch == 0 and len(self.history) < self.step // per_epoch:
             self.end_epoch()  # a stop was requested meanwhile
         while self.step < last:
-            self.polling.between()
+            self._between_steps()
             self.one_step()
             if self.step % per_epoch == 0:
                 self.end_epoch()
         self.save()
+
+    def _between_steps(self) -> None:
+        """What depends on a clock or a signal; all processes decide the same."""
+        due, stop = distributed.total(self.journal.age > PATIENCE, self.stop())
+        if due:
+            self._report()
+        if stop:
+            raise Preempted
+
+    def _report(self) -> None:
+        if newest := self.gather():
+            self.watch("step", {**newest, "step": self.step})
 
     def one_step(self) -> None:
         """Set the learning rate, draw, update, log."""
@@ -155,14 +164,14 @@ class Trainer:
             group["lr"] = self.recipe.optimizer.lr * factor
         before = self.loader.state_dict()
         try:
-            with synchronised_step(self.parts):
+            with distributed.together():
                 batch = self.loader.batch()
                 take = partial(
                     train_step, self.backbone, self.objective, self.updater, batch, self.rng,
                     self.guard, run.theta_steps,
                 )  # fmt: skip
-                told = partial(self.folder.event, "memory", step=step)
-                terms = self.parts.micro.fit(take, moved=lambda: self.guard.updates, told=told)
+                log = partial(self.folder.event, "memory", step=step)
+                terms = self.parts.micro.fit(take, moved=lambda: self.guard.updates, told=log)
         except BaseException:
             self.loader.load_state_dict(before)
             self.journal.stopwatch.drop()
@@ -175,25 +184,17 @@ class Trainer:
             "lr": self.recipe.optimizer.lr * factor,
         }
         self.journal.note(known, self.loader.batch_size, terms, self.guard)
-        if self.step % GATHER == 0 or self.journal.age > PATIENCE:
-            self.watch("step", {**self.gather(), "step": self.step})
+        if self.step % GATHER == 0:
+            self._report()
 
     def end_epoch(self) -> None:
         """Validate, draw a sample grid, update the best epoch, save."""
         self.polling.begin()
         self.guard.settle()
-        if newest := self.gather():
-            self.watch("step", {**newest, "step": self.step})
+        self._report()
         epoch = self.step // self.loader.steps_per_epoch
-        asked = not self._leaves_steps  # otherwise `run` checks in every pass
-        run = self.recipe.run
-        strict = judging(self.parts.device, deterministic=run.deterministic, threads=run.threads)
-        with alone(self.parts), self.polling.passes(self.backbone.model, on=asked), strict:
-            sizes = self.care.checkup.body(self.step, self.ema.average if self.ema else {})
-            exam = self.exam(epoch)
-            with nullcontext() if self.ema is None else self.ema.applied(self.backbone.model):
-                found = exam.validate(self.recipe.run.eval_images)
-            exam.draw_grid(self.folder.samples / f"epoch-{epoch:04d}.png")
+        with self.parts.whole_model():
+            found, sizes = distributed.on_rank_zero(lambda: self._validate(epoch))
         seen = [entry["accuracy"] for entry in [*self.history, found]]
         self.care.checkup.epoch(
             self.step, sizes, seen
@@ -204,11 +205,27 @@ class Trainer:
         if better := not self.best or score > self.best["score"]:
             self.best = {"epoch": epoch, "score": score}
         self.save(anew=True, best=better)
+        distributed.on_rank_zero(lambda: self._log_epoch(entry))
+        self.watch("epoch", entry)
+
+    def _validate(self, epoch: int) -> tuple[dict[str, float], dict[str, float]]:
+        """What validation finds, and the sizes that the sentinel follows."""
+        asked = not self._stops_inside  # otherwise `run` checks in every pass
+        run = self.recipe.run
+        strict = judging(self.parts.device, deterministic=run.deterministic, threads=run.threads)
+        with self.polling.passes(self.backbone.model, on=asked), strict:
+            sizes = self.care.checkup.body(self.step, self.ema.average if self.ema else {})
+            exam = self.exam(epoch)
+            with nullcontext() if self.ema is None else self.ema.applied(self.backbone.model):
+                found = exam.validate(run.eval_images)
+            exam.draw_grid(self.folder.samples / f"epoch-{epoch:04d}.png")
+        return found, sizes
+
+    def _log_epoch(self, entry: dict[str, Any]) -> None:
         self.folder.event("epoch", **entry)
         if self.step == self.total_steps or time.monotonic() > self._redrawn + REDRAW:
             curves.save(self.folder.path)
             self._redrawn = time.monotonic()
-        self.watch("epoch", entry)
 
     def exam(self, epoch: int) -> Validator:
         """How the model is validated after an epoch; 0 for the end."""
@@ -226,17 +243,23 @@ class Trainer:
         self.gather()
         folder, step, keep = self.folder.checkpoints, self.step, self.recipe.run.keep
         path = folder / f"step-{step:08d}"
-        self.writer.wait()
-        if anew or not (path / checkpoint.MANIFEST).exists():
+        if distributed.on_rank_zero(lambda: self._written(path)) and not anew:
+            return
+        state = self.state_dict()
+        if distributed.shard().rank == 0:
             prune = partial(self.care.prune, folder, step, keep)
-            also = folder / "best" if best else None
-            self.writer.save(path, self.state_dict(), best=also, then=prune)
+            self.writer.save(path, state, best=folder / "best" if best else None, then=prune)
+
+    def _written(self, path: Path) -> bool:
+        """Whether a checkpoint is there, once the one under way is written."""
+        self.writer.wait()
+        return (path / checkpoint.MANIFEST).exists()
 
     def state_dict(self) -> dict[str, Any]:
-        """The complete state of the run."""
-        told = {"history": self.history, "best": self.best, "seconds": self.seconds}
+        """The complete state of the run, on rank 0; every process calls it."""
+        history = {"history": self.history, "best": self.best, "seconds": self.seconds}
         config = {} if self.config is None else {"config": self.config}
-        return {**self.parts.state_dict(), **told, "care": self.care.state_dict(), **config}
+        return {**self.parts.state_dict(), **history, "care": self.care.state_dict(), **config}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a saved state; DataError if no run of this recipe saved it."""
@@ -248,12 +271,12 @@ class Trainer:
             self.care.load_state_dict(state["care"])
 
     def gather(self) -> dict[str, Any]:
-        """Write the metrics that are due; the sentinel reads them."""
-        newest = self.journal.gather()
-        self.care.checkup.rows(self.metered.taken())
-        if self.parts.compiled:
-            self.parts.compiled.tell(self.folder, self.watch)
-        return newest
+        """Write the metrics that are due, which the sentinel reads; the newest row."""
+        rows = self.journal.gather()
+        self.care.checkup.rows(rows)
+        if compiled := self.parts.compiled:
+            distributed.on_rank_zero(lambda: compiled.tell(self.folder, self.watch))
+        return rows[-1] if rows else {}
 
     def _preempted(self) -> NoReturn:
         try:
@@ -262,8 +285,8 @@ class Trainer:
             Diverged
         ) as error:  # its last steps were unhealthy; the checkpoint to roll back to is saved
             roll_back(self, error)
-        self.folder.event("preempted", step=self.step)
-        raise Preempted(f"stopped at step {self.step}; continue with --resume")
+        message = f"stopped at step {self.step}; continue with --resume"
+        distributed.on_rank_zero(lambda: preempted(self, message))
 
 
 FEWEST = 1000
@@ -289,26 +312,39 @@ def images_to_judge(trainer: "Trainer") -> int:
     return max(FEWEST, passes // (10 * PER_IMAGE))
 
 
+def preempted(trainer: "Trainer", message: str) -> NoReturn:
+    trainer.folder.event("preempted", step=trainer.step)
+    raise Preempted(message)
+
+
 def judged(trainer: "Trainer") -> Summary:
     """Load the best epoch's weights and evaluate them at full size."""
-    best, folder, run = trainer.best["epoch"], trainer.folder, trainer.recipe.run
+    with trainer.parts.whole_model():
+        figures = distributed.on_rank_zero(lambda: _judged(trainer))
+    found = [Figure(**figure) for figure in figures]
+    best, epochs = trainer.best["epoch"], trainer.recipe.run.epochs
+    summary = Summary(trainer.folder.path, epochs, best, trainer.seconds, found)
+    trainer.watch("end", {"summary": summary})
+    return summary
+
+
+def _judged(trainer: "Trainer") -> list[dict[str, Any]]:
+    """The figures of the best epoch, once its record is written."""
+    folder, run = trainer.folder, trainer.recipe.run
     path = folder.checkpoints / "best"
     state = checkpoint.load(path)
     about = about_checkpoint(folder.path.resolve(), path, averaged=bool(state["ema"]))
     about |= about_parts(trainer.tables, trainer.recipe, trainer.task.radius_px)
     trainer.polling.begin()
-    strict = judging(trainer.parts.device, deterministic=run.deterministic, threads=run.threads)
-    with strict, alone(trainer.parts):
+    with judging(trainer.parts.device, deterministic=run.deterministic, threads=run.threads):
         load_model(trainer.backbone.model, weights_of(state, path)[0])
         try:
             with trainer.polling.passes(trainer.backbone.model, on=True):
                 found = trainer.exam(0).judge(about, images_to_judge(trainer))
                 trainer.exam(0).draw_energies(folder.path / "energies.svg")
         except Preempted:  # everything trained is saved
-            folder.event("preempted", step=trainer.step)
-            raise Preempted("stopped during the final evaluation; continue with --resume") from None
+            preempted(trainer, "stopped during the final evaluation; continue with --resume")
     records.save(folder.path, found, Notes())
-    summary = Summary(folder.path, run.epochs, best, trainer.seconds, found.figures)
-    folder.event("end", figures=[figure._asdict() for figure in found.figures])
-    trainer.watch("end", {"summary": summary})
-    return summary
+    figures = [figure._asdict() for figure in found.figures]
+    folder.event("end", figures=figures)
+    return figures

@@ -91,7 +91,7 @@ def test_a_run_without_room_writes_nothing(tmp_path: Path) -> None:
 def test_the_forecast_covers_what_a_run_takes(tmp_path: Path, optimizer: str) -> None:
     recipe = toy_recipe(REGISTRY, "jem", "ebjdat", "sam", f"optimizer.use={optimizer}")
     trainer = Trainer(recipe, RunFolder(tmp_path / "run"))
-    needed = still_needed(trainer)
+    needed = still_needed(trainer, trainer.state_dict())
     train(recipe, tmp_path / "run", registry=REGISTRY)
     taken = disk.used_bytes(tmp_path / "run")
     assert taken < needed

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from toys import backbone_of, gen, objective_of, updater_of
 
-from jemkit import ConfigError, Diverged, Guard, MisfitError, Plain, Terms
+from jemkit import ConfigError, Diverged, Guard, JemkitError, MisfitError, Plain, Preempted, Terms
 from jemkit.data import Augmentation, Bounds, Loader, Views
+from jemkit.errors import OutOfMemory
 from jemkit.models.networks import SmallCNN
 from jemkit.models.norms import SyncBatchNorm
 from jemkit.runtime import distributed
+from jemkit.runtime.divergence_monitor import Unhealthy
 from jemkit.runtime.modes import frozen_batch_stats, sampling_mode
 from jemkit.runtime.pytree import same
 from jemkit.runtime.work_cache import WHOLE, Shard
-from jemkit.training.leader import packed, unpacked
 from jemkit.training.reshard import reshard_state
 
 UPDATERS = ("plain", "sam", "awp")
@@ -150,7 +151,7 @@ def test_a_density_that_does_not_say_how_its_state_is_dealt_is_refused(deals: An
 
 def test_a_state_survives_being_packed() -> None:
     state = {"a": {3: normal(0, 2), "b": [1, 2.5, None, True]}, "rng": gen().get_state()}
-    assert same(unpacked(packed(state)), state)
+    assert same(distributed._unpacked(distributed._packed(state)), state)
 
 
 def test_outside_of_a_group_every_function_is_the_identity() -> None:
@@ -162,6 +163,8 @@ def test_outside_of_a_group_every_function_is_the_identity() -> None:
     with distributed.together(), distributed.group():
         assert distributed.size() == 1
         assert distributed.shard() == WHOLE
+        assert distributed.total(3, True) == [3, 1]
+        assert distributed.gather(x)[0] is distributed.on_rank_zero(lambda: x) is x
 
 
 def collectives() -> dict[str, Any]:
@@ -181,12 +184,35 @@ def collectives() -> dict[str, Any]:
         weights = normal(me.rank, 3)
         distributed.broadcast([weights])
         host["weights"] = weights
-    host["gathered"] = [dict(g) for g in distributed.gather({"x": torch.ones(me.rank + 1)})]
-    if me.rank == 0:
-        distributed.tell({"do": "this"})
-        distributed.share({"x": torch.arange(3)})
-        return host
-    return {**host, "heard": distributed.heard(), "shared": distributed.share(None)}
+    host["gathered"] = distributed.gather({"x": torch.ones(me.rank + 1)})
+    host["total"] = distributed.total(me.rank + 1, me.rank == 1)
+    host["broadcast"] = distributed.on_rank_zero(
+        lambda: {"x": torch.arange(3), "of": [me.rank, None]}
+    )
+    host["inside"] = distributed.on_rank_zero(
+        lambda: [distributed.shard().size, *distributed.on_rank_zero(lambda: [me.rank])]
+    )
+    host["raised"] = [raised(error) for error in ERRORS]
+    return host
+
+
+ERRORS = (
+    Preempted("stopped"), OutOfMemory("no room", undone=False), Unhealthy("E(x)", 3, "ran away"),
+)  # fmt: skip
+
+
+def raised(error: JemkitError) -> list[Any]:
+    """What a process raises where rank 0 fails."""
+
+    def fails() -> None:
+        raise error
+
+    try:
+        distributed.on_rank_zero(fails)
+    except JemkitError as found:
+        more = [*getattr(found, "finding", []), getattr(found, "undone", None)]
+        return [type(found).__name__, str(found), found.reported, *more]
+    return []
 
 
 def agreed(me: Shard) -> list[Any]:
@@ -236,13 +262,22 @@ def test_a_loss_that_is_sick_in_one_process_stops_the_update_in_all(
         assert torch.equal(w, torch.ones(2))
 
 
-def test_the_first_process_is_heard_by_all_and_hears_all(told: list[dict[str, Any]]) -> None:
+def test_rank_0_broadcasts_values_and_errors_and_gathers_all_trees(
+    told: list[dict[str, Any]],
+) -> None:
     first, second = told
     assert torch.equal(first["weights"], second["weights"])
     assert [len(g["x"]) for g in first["gathered"]] == [1, 2]
     assert second["gathered"] == []
-    assert second["heard"] == {"do": "this"}
-    assert torch.equal(second["shared"]["x"], torch.arange(3))
+    for rank, found in enumerate(told):
+        assert found["total"] == [3, 1]
+        assert same(found["broadcast"], {"x": torch.arange(3), "of": [0, None]})
+        assert found["inside"] == [1, 0]  # rank 0 is alone there
+        assert found["raised"] == [
+            ["Preempted", "stopped", rank == 1, None],
+            ["OutOfMemory", "no room", rank == 1, False],
+            ["Unhealthy", "ran away", rank == 1, "E(x)", 3, "ran away", None],
+        ]
 
 
 def normed(norm: nn.BatchNorm2d, x: Tensor) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from jemkit.runtime.microbatch import MicroBatch
 from jemkit.runtime.pytree import same
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.testing import toy_task
-from jemkit.training.leader import checked
+from jemkit.training.build import shardable
 from jemkit.training.trainer import Trainer
 from jemkit.updaters import EMA, PlainUpdater, backward, total_norm
 
@@ -197,10 +197,10 @@ class Keeping(PlainUpdater):
 def stateful() -> str:
     model: Any = nn.Linear(2, 3)
     updater = Keeping(torch.optim.SGD(model.parameters()))
-    assert checked(updater, model) is updater
+    assert shardable(updater, model) is updater
     fsdp.shard(model, torch.zeros(1, 2))
     try:
-        return type(checked(updater, model)).__name__
+        return type(shardable(updater, model)).__name__
     except MisfitError as error:
         return str(error)
 
@@ -362,7 +362,7 @@ def test_one_process_takes_a_shared_checkpoint_up_as_it_was_saved(
     for kind in ("model", "ema", "optimizer"):
         assert same(state[kind], saved[kind])
     run(str(at), resume=True, overrides=(SHARD, "run.channels_last=no", "run.ema_decay=0.5"))
-    assert "run.shard shares nothing out in one process" in caplog.text
+    assert "run.shard shards nothing in one process" in caplog.text
     assert all(t.isfinite().all() for t in end_of(at)["model"].values())
 
 
@@ -384,16 +384,16 @@ def test_a_shared_run_begins_with_the_weights_that_it_is_given(folder: Path) -> 
 
 
 def test_a_shared_run_that_diverges_ends_in_every_process(runs: Runs) -> None:
-    assert [rank["ended"] for rank in runs.told] == ["Diverged", "ended"]
+    assert [rank["ended"] for rank in runs.told] == ["Diverged", "Diverged"]
     events = (runs.folder / "diverged" / "events.jsonl").read_text().splitlines()
     assert "rollback" in [json.loads(line)["event"] for line in events]
 
 
 def test_what_weights_in_shares_cannot_do_is_refused_before_the_first_step(runs: Runs) -> None:
-    (compiled, laid_out), follower = (rank["refused"] for rank in runs.told)
+    (compiled, laid_out), other = (rank["refused"] for rank in runs.told)
     assert "omit run.shard or run.compile" in compiled
     assert 'set run.channels_last to "auto" or "no"' in laid_out
-    assert follower == []
+    assert other == [compiled, laid_out]
     assert not (runs.folder / "refused").exists()
 
 
@@ -416,7 +416,7 @@ def test_weights_that_no_layer_gathers_are_refused() -> None:
     fsdp.check(model, model.network, by_stem=True)
     model.network.scale = nn.Parameter(torch.ones(1))
     fsdp.check(model, model.network, by_stem=False)
-    with pytest.raises(ConfigError, match=r"holds scale, .* choose another sampler"):
+    with pytest.raises(ConfigError, match=r"has the weight scale, .* choose another sampler"):
         fsdp.check(model, model.network, by_stem=True)
     tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     tied[1].weight = tied[0].weight

@@ -1,4 +1,4 @@
-"""Runs of several processes repeat, go on, and are led by one."""
+"""Runs of several processes repeat, resume, stop and roll back together."""
 
 import json
 import shutil
@@ -23,8 +23,6 @@ from jemkit.runtime.checkpoint import load, newest
 from jemkit.runtime.pytree import differing
 from jemkit.runtime.rng import generator
 from jemkit.runtime.run_dir import RunFolder
-from jemkit.training.follower import follow
-from jemkit.training.leader import leading
 from jemkit_plugins.generation.samples import kept
 
 
@@ -51,33 +49,56 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def stopped_in_an_exam(name: str, *overrides: str) -> dict[str, Any]:
-    """The leader is asked to stop at the fourth pass of the first epoch's exam."""
-    made = recipe(*overrides)
-    if distributed.shard().rank:
-        follow(made.recipe, Path(name))
-        return {}
-    with leading():
-        trainer, polls = Trainer(made, RunFolder.create(Path(name))), 0
+def stopped_in_validation(name: str, *overrides: str) -> dict[str, Any]:
+    """Rank 0 is asked to stop at the fourth pass of the first epoch's validation."""
+    first = distributed.shard().rank == 0
+    folder = RunFolder.create(Path(name)) if first else RunFolder(Path(name))
+    trainer, polls, ended = Trainer(recipe(*overrides), folder), 0, ""
 
-        def stop() -> bool:
-            nonlocal polls
-            polls += trainer.guard.updates == EPOCH
-            return polls > 3
+    def stop() -> bool:
+        nonlocal polls
+        polls += first and trainer.guard.updates == EPOCH
+        return polls > 3
 
-        trainer.polling.patience, trainer.stop = 0.0, stop
-        with suppress(Preempted):
-            trainer.run(until=EPOCH + 2)
-    return {"step": trainer.step, "epochs": len(trainer.history)}
+    trainer.polling.patience, trainer.stop = 0.0, stop
+    try:
+        trainer.run(until=EPOCH + 2)
+    except Preempted as error:
+        ended = f"{error}, {error.reported}"
+    return {"step": trainer.step, "epochs": len(trainer.history), "ended": ended}
 
 
 @pytest.mark.parametrize("overrides", [(), ("run.shard=true",)])
-def test_a_stop_in_the_leaders_exam_is_heard_there(
+def test_a_stop_in_validation_stops_all_processes_there(
     tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
-    found = every_rank(stopped_in_an_exam, str(tmp_path / "run"), *overrides)[0]
-    assert found == {"step": EPOCH, "epochs": 0}
+    found = every_rank(stopped_in_validation, str(tmp_path / "run"), *overrides)
+    ended = f"stopped at step {EPOCH}; continue with --resume"
+    assert found == [
+        {"step": EPOCH, "epochs": 0, "ended": f"{ended}, {reported}"} for reported in (False, True)
+    ]
     assert not list((tmp_path / "run" / "samples").iterdir())
+
+
+def stopped_at_rank_one(name: str) -> str:
+    """The last process alone is asked to stop, before its third step."""
+    asked = iter(range(100))
+    try:
+        train(
+            recipe(), Path(name), registry=REGISTRY,
+            stop=lambda: distributed.shard().rank == 1 and next(asked) >= 2,
+        )  # fmt: skip
+    except Preempted as error:
+        return str(error)
+    return "ended"
+
+
+def test_a_stop_of_any_process_stops_all_and_is_saved(tmp_path: Path) -> None:
+    told = every_rank(stopped_at_rank_one, str(tmp_path / "run"))
+    assert told == ["stopped at step 2; continue with --resume"] * 2
+    assert newest(tmp_path / "run" / "checkpoints") == (
+        tmp_path / "run" / "checkpoints" / "step-00000002"
+    )
 
 
 def refused_to_compile(name: str) -> str:
@@ -85,14 +106,14 @@ def refused_to_compile(name: str) -> str:
     try:
         train(made, Path(name), registry=REGISTRY)
     except ConfigError as error:
-        return str(error)
+        return f"{error.reported}: {error}"
     return ""
 
 
 def test_passes_in_which_processes_meet_are_not_compiled(tmp_path: Path) -> None:
     told, other = every_rank(refused_to_compile, str(tmp_path / "run"))
     assert "batch norm over 2 processes communicates inside each pass" in told
-    assert not other  # the first process speaks for all
+    assert other == told.replace("False", "True", 1)  # rank 0 reports it
     assert not (tmp_path / "run").exists()
 
 
@@ -228,9 +249,10 @@ def test_synchronised_batch_norm_trains_to_the_end(folder: Path) -> None:
 
 
 def test_what_cannot_be_shared_evenly_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    leader, follower = every_rank(refused, str(tmp_path))
-    assert leader == ["cannot divide 9 images", "cannot divide a buffer of 61 slots"]
-    assert follower == []  # one voice
+    assert every_rank(refused, str(tmp_path)) == [
+        [f"{reported}: cannot divide 9 images", f"{reported}: cannot divide a buffer of 61 slots"]
+        for reported in (False, True)
+    ]
     assert not list(tmp_path.iterdir())
 
 
@@ -243,7 +265,7 @@ def refused(name: str) -> list[str]:
         try:
             run(f"{name}/x", overrides=overrides)
         except ConfigError as error:
-            told += [start] if start in str(error) else [str(error)]
+            told.append(f"{error.reported}: {start if start in str(error) else error}")
     return told
 
 
@@ -257,8 +279,8 @@ def test_torchrun_trains_with_one_writer_and_one_voice(tmp_path: Path) -> None:
     assert events == ["start", "epoch", "epoch", "end"]
 
 
-def test_a_run_that_diverges_ends_in_every_process_and_one_says_so(tmp_path: Path) -> None:
-    assert every_rank(diverging, str(tmp_path)) == ["Diverged", "ended"]
+def test_a_run_that_diverges_ends_in_every_process_and_rank_0_reports_it(tmp_path: Path) -> None:
+    assert every_rank(diverging, str(tmp_path)) == ["Diverged, False", "Diverged, True"]
     events = [json.loads(line) for line in (tmp_path / "x" / "events.jsonl").open()]
     assert events[-1]["event"] == "diverged"
     assert "rollback" in [event["event"] for event in events]  # it was tried together, too
@@ -267,8 +289,8 @@ def test_a_run_that_diverges_ends_in_every_process_and_one_says_so(tmp_path: Pat
 def diverging(name: str) -> str:
     try:
         run(f"{name}/x", overrides=("optimizer.lr=1e9", "updater.rho=0"))
-    except Diverged:
-        return "Diverged"
+    except Diverged as error:
+        return f"Diverged, {error.reported}"
     return "ended"
 
 

@@ -13,7 +13,6 @@ from ranks import every_rank, torchrun
 
 from jemkit import ConfigError
 from jemkit.runtime import distributed
-from jemkit.runtime.workers import begun, met
 from jemkit.sampling.fresh import TOGETHER
 
 PGD = ("--attack", "pgd", "--only", "robustness", "--set", "robustness.indicators=false")
@@ -137,27 +136,27 @@ def test_a_drawing_that_is_stopped_goes_on_from_its_finished_batches(
     assert np.array_equal(images(again, tmp_path), images(whole, tmp_path))
 
 
-def beginning(folder: str) -> list[str | None]:
-    """What each process gets of a preparation that fails, then of one that succeeds."""
-    told: list[str | None] = []
+def prepared(folder: str) -> list[str]:
+    """What each process gets of a preparation that fails in all, in one, and in none."""
+    told: list[str] = []
     me = distributed.shard().rank
 
-    def fails() -> str:
-        if me:
-            raise AssertionError("asked although the first process has failed")
-        raise ConfigError("wrong")
+    def fails(ranks: tuple[int, ...]) -> str:
+        if me in ranks:
+            raise ConfigError("wrong")
+        return "ready"
 
-    try:
-        told.append(begun(fails))
-    except ConfigError as error:
-        told.append(str(error))
-    told.append(begun(lambda: f"ready {me}"))
+    for ranks in ((0, 1), (1,), ()):
+        try:
+            told.append(distributed.prepared(lambda ranks=ranks: fails(ranks)))
+        except ConfigError as error:
+            told.append(f"{error}, {error.reported}")
     (Path(folder) / str(me)).touch()
-    met(lambda: None)
+    distributed.barrier()
     return [*told, str(len(list(Path(folder).iterdir())))]
 
 
-def test_processes_begin_where_the_first_one_could_and_end_together(tmp_path: Path) -> None:
-    assert every_rank(beginning, str(tmp_path)) == [
-        ["wrong", "ready 0", "2"], [None, "ready 1", "2"],
+def test_an_error_of_rank_0_too_is_reported_by_rank_0_alone(tmp_path: Path) -> None:
+    assert every_rank(prepared, str(tmp_path)) == [
+        ["wrong, False", "ready", "ready", "2"], ["wrong, True", "wrong, False", "ready", "2"],
     ]  # fmt: skip
