@@ -203,7 +203,7 @@ BAD = {
     "images of 4 px": Images(GOOD.x[:, :, :4, :4], GOOD.y),
     r"label 7 is outside 0\.\.2": Images(GOOD.x, torch.tensor([0, 1, 7, 2])),
     r"label -1 is outside": Images(GOOD.x, torch.tensor([0, 1, -1, 2])),
-    "hold NaN": Images(GOOD.unit() * float("nan"), GOOD.y),
+    "contain NaN": Images(GOOD.unit() * float("nan"), GOOD.y),
     "divide them by 255": Images(GOOD.x.float(), GOOD.y),
     r"\(x \+ 1\) / 2": Images(2 * GOOD.unit() - 1, GOOD.y),
     r"float pixels run from -300 to": Images(GOOD.unit() - 300, GOOD.y),

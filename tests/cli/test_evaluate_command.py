@@ -207,7 +207,7 @@ def test_a_full_disk_keeps_the_record_that_was_there(run: Path, tmp_path: Path) 
         env=environment(), capture_output=True, text=True, cwd=tmp_path, check=False,
     )  # fmt: skip
     assert done.returncode == 6, done.stderr
-    assert "make room" in done.stderr
+    assert "free some space" in done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "evaluation.json").read_bytes() == before
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".evaluation.json")]

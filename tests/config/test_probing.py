@@ -54,7 +54,7 @@ WRONG = {
     "thread": (
         "import threading, time\n"
         "threading.Thread(target=lambda: time.sleep(1e6), name='busy').start()",
-        "it keeps the process from ending (busy goes on)",
+        "it keeps the process from ending (busy is still running)",
     ),
     "exits": ("import atexit, os; atexit.register(os._exit, 3)", "itself (exit code 3)"),
     "dtype": (
@@ -196,8 +196,12 @@ def raises(error: BaseException) -> Any:
 
 
 FAULTS: list[tuple[str, Any, str]] = [
-    ("jemkit_samplers", None, "jemkit_samplers gave None; expected a mapping of names to classes"),
-    ("jemkit_recipes", None, "jemkit_recipes gave None; expected a mapping of names to layers"),
+    (
+        "jemkit_samplers",
+        None,
+        "jemkit_samplers returned None; expected a mapping of names to classes",
+    ),
+    ("jemkit_recipes", None, "jemkit_recipes returned None; expected a mapping of names to layers"),
     ("jemkit_recipes", ["preset/x"], "expected a mapping"),
     ("jemkit_recipes", {"preset/x": 3}, "'preset/x' is 3; expected a table or a Path"),
     ("jemkit_recipes", {"preset/x": "x.toml"}, "expected a table or a Path"),

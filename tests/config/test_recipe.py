@@ -187,7 +187,7 @@ class TestMistakes:
             ("objective.outer=algin", r"objective.outer: .*'align'"),
             ("objective.distance=l2", r"choose one by objective.distance.use"),
             ("updater.rho=fast", r"updater.rho: .*number"),
-            ("data.use=folder", r"data.dir: must be given: --data-dir DIR"),
+            ("data.use=folder", r"data.dir: is required: --data-dir DIR"),
             ("optimizer.learning_rate=1", r"did you mean 'lr'\?"),
             (
                 "backbone.sampler.use=sgdl",

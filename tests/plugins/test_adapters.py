@@ -127,7 +127,7 @@ def test_timms_networks_are_looked_at_likewise(
 def test_a_width_that_timm_tells_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     zoo = Zoo("plain", num_features=5)
     monkeypatch.setitem(sys.modules, "timm", zoo)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"it gives \[2, 8\] for 2 images; expected features"):
+    with pytest.raises(ConfigError, match=r"it returns \[2, 8\] for 2 images; expected features"):
         Timm(model="some").build((3, 2, 2))
 
 

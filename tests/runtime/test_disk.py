@@ -82,7 +82,7 @@ def test_a_run_is_refused_where_it_cannot_fit_and_warned_where_it_is_tight(tmp_p
 
 
 def test_a_run_without_room_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="make room"):
+    with pytest.raises(DataError, match="free some space"):
         train(toy_recipe(REGISTRY), tmp_path / "run", registry=REGISTRY, free=lambda _: 1000)
     assert not (tmp_path / "run").exists()
 

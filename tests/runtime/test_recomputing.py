@@ -169,14 +169,14 @@ def test_memory_that_runs_out_has_activations_made_anew_before_anything_else() -
     assert told == [{"was": 8, "images": 8, "recompute": True, "reason": "no room"}]
     with frozen(network):  # a chain's pass, in which no weight asks for a gradient
         other = MicroBatch()
-        with pytest.raises(OutOfMemory, match="cannot be cut"):
+        with pytest.raises(OutOfMemory, match="cannot be split"):
             other.fit(lambda: other.microbatched(network, x, network))
         assert not other.recompute
 
 
 def test_memory_for_which_that_is_not_enough_ends_it() -> None:
     network, x, micro = Hungry(enough=False), torch.ones(8, 1, 2, 2), MicroBatch()
-    with pytest.raises(OutOfMemory, match="cannot be cut"):
+    with pytest.raises(OutOfMemory, match="cannot be split"):
         micro.fit(lambda: micro.microbatched(network, x, network))
     assert (micro.size, micro.recompute) == (4, True)
 

@@ -69,7 +69,7 @@ def test_an_objective_names_the_streams_that_it_passes(name: str, options: dict[
         ("pgdat", '["x"]', "passes x_adv alone"),
         ("ce", '["x_adv"]', "passes x alone"),
         ("ce", '["x_pos", "x_neg"]', "passes x alone"),
-        ("trades", "[]", "names no stream, and this objective passes x, x_adv alone"),
+        ("trades", "[]", "names no stream, and this objective uses only x, x_adv"),
         ("jem", '["x_adv"]', "passes x, x_neg, x_pos alone"),
     ],
 )

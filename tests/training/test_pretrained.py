@@ -323,7 +323,7 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
         ({}, "it contains no weights: it is empty"),
         ({"a": 1}, "'a' is int"),
         ({"model_state_dict": {"a": "b"}, "epoch": 3}, "'model_state_dict' is dict, 'epoch' is"),
-        ({"a": torch.tensor([1.0, float("nan")])}, "a holds NaN or inf"),
+        ({"a": torch.tensor([1.0, float("nan")])}, "a contains NaN or inf"),
     ],
 )
 def test_what_is_no_state_dict_is_named(content: Any, told: str, tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ def test_other_peoples_networks_are_refused_by_their_names(
 
 def test_classes_and_data_set_must_agree(tmp_path: Path) -> None:
     hundred = saved(tmp_path / "a.pt", made(classes=100))
-    with pytest.raises(DataError, match="know 100 classes, and cifar10 has 10"):
+    with pytest.raises(DataError, match="have 100 classes, but cifar10 has 10"):
         import_checkpoint(hundred, "sadajem", REGISTRY, dataset="cifar10")
     assert import_checkpoint(hundred, "sadajem", REGISTRY).dataset == "cifar100"
     seven = saved(tmp_path / "b.pt", made(classes=7))
@@ -515,7 +515,9 @@ def test_thousands_of_state_dicts_and_endless_names_are_refused(tmp_path: Path) 
     names = ("conv1.bias", "layer1.0.conv1.bias", "linear.weight")
     many = {f"m{i}.{name}": torch.zeros(1) for i in range(4000) for name in names}
     torch.save(many, tmp_path / "many.pt")
-    with pytest.raises(DataError, match="it holds 4000 state dicts that fit; select one by --key"):
+    with pytest.raises(
+        DataError, match="it contains 4000 state dicts that fit; select one by --key"
+    ):
         read_checkpoint(tmp_path / "many.pt")
     assert read_checkpoint(tmp_path / "many.pt", key="m17").key == "m17"
     torch.save({"a." * 100_000: torch.zeros(1)}, tmp_path / "long.pt")

@@ -174,7 +174,7 @@ def test_a_layout_is_recognised_by_names_and_shapes(
 ) -> None:
     found = import_checkpoint(saved(tmp_path / "a.pt", made(**options)), "auto", REGISTRY)
     assert found.format == wanted
-    assert any(f"taken for {wanted}" in note for note in found.notes)
+    assert any(f"read as {wanted}" in note for note in found.notes)
 
 
 def with_trained_head(**options: Any) -> State:
