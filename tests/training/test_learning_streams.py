@@ -66,11 +66,11 @@ def test_an_objective_names_the_streams_that_it_passes(name: str, options: dict[
 @pytest.mark.parametrize(
     ("objective", "stats", "passed"),
     [
-        ("pgdat", '["x"]', "passes x_adv alone"),
-        ("ce", '["x_adv"]', "passes x alone"),
-        ("ce", '["x_pos", "x_neg"]', "passes x alone"),
+        ("pgdat", '["x"]', "uses only x_adv"),
+        ("ce", '["x_adv"]', "uses only x"),
+        ("ce", '["x_pos", "x_neg"]', "uses only x"),
         ("trades", "[]", "names no stream, and this objective uses only x, x_adv"),
-        ("jem", '["x_adv"]', "passes x, x_neg, x_pos alone"),
+        ("jem", '["x_adv"]', "uses only x, x_neg, x_pos"),
     ],
 )
 def test_statistics_that_no_stream_would_move_are_refused_when_the_run_is_built(
