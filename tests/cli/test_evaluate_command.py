@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_tools import SHORT, command, environment, jemkit, process
+from cli_tools import SHORT, command, environment, jemkit
 from waiting import until
 
 from jemkit.metrics import record as records
@@ -174,9 +174,10 @@ def test_without_a_terminal_a_line_now_and_then_tells_the_time_left(
 def test_a_termination_ends_soon_with_its_own_code_and_loses_nothing(
     run: Path, tmp_path: Path
 ) -> None:
-    slow = (*PGD, "--set", "pgd.steps=400", "--batch-size", "20", "--out", str(tmp_path / "a"))
+    slow = ("--set", "pgd.steps=300", "--batch-size", "20", "--max-images", "160")
+    asked = ("evaluate", str(run), *PGD, *slow, "--out", str(tmp_path / "a"))
     started = subprocess.Popen(
-        command("evaluate", str(run), *slow), env=environment(), cwd=tmp_path,
+        command(*asked), env=environment(), cwd=tmp_path,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     pieces = tmp_path / "a" / ".evaluation"
@@ -187,11 +188,11 @@ def test_a_termination_ends_soon_with_its_own_code_and_loses_nothing(
     assert "same command continues" in err
     kept = len(list(pieces.glob("*/*.safetensors")))
     assert kept >= 2
-    again = process("evaluate", str(run), *slow, "--json", cwd=tmp_path)
+    again = jemkit(*asked, "--json")
     assert again.code == 0, again.err
-    whole = judged(run, tmp_path / "b", "--set", "pgd.steps=400", "--batch-size", "20")
+    whole = judged(run, tmp_path / "b", *slow)
     found = {figure["name"]: figure["value"] for figure in again.record["figures"]}
-    assert found["pgd400"] == whole["pgd400"]["value"]
+    assert found["pgd300"] == whole["pgd300"]["value"]
 
 
 def test_a_full_disk_keeps_the_record_that_was_there(run: Path, tmp_path: Path) -> None:

@@ -24,12 +24,12 @@ def check(folder: Path, what: str, kind: str, faults: Sequence[float]) -> None:
 
 @pytest.mark.parametrize("what", ["train", "evaluate"])
 def test_a_write_that_finds_no_room_once_changes_nothing(tmp_path: Path, what: str) -> None:
-    check(tmp_path, what, "once", (0.0, 0.1, 0.5, 0.9))
+    check(tmp_path, what, "once", (0.0, 0.5))
 
 
 @pytest.mark.parametrize("what", ["train", "evaluate"])
 def test_a_disk_that_stays_full_ends_it_and_room_lets_it_go_on(tmp_path: Path, what: str) -> None:
-    check(tmp_path, what, "full", (0.02, 0.3, 0.6, 0.95))
+    check(tmp_path, what, "full", (0.02, 0.6))
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ PLACES = [
 ]  # fmt: skip
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(draw=st.data(), how=st.sampled_from(HOW), odd=st.sampled_from(ODD))
 def test_a_state_with_one_value_changed_is_refused_or_gone_on_with(
     kept: Kept, draw: st.DataObject, how: str, odd: Any

@@ -106,7 +106,7 @@ def test_every_test_is_collected_in_the_kit(tmp_path: Path) -> None:
     ours = [path for path in sys.path if not Path(path).is_relative_to(root() / "tests")]
     done = subprocess.run(
         [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-m", "cuda",
-         "--collect-only", "tests"],
+         "--collect-only", "--assert=plain", "tests"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(ours)},
     )  # fmt: skip

@@ -65,10 +65,13 @@ def test_a_chain_compiles_once_however_long_and_however_the_weights_move() -> No
     assert [each.shape for each in unit.compilations] == [tuple(BATCH.x.shape)]
 
 
-@pytest.mark.parametrize("backbone", ["jem", "jempp", "mebm", "sadajem"])
 @pytest.mark.parametrize(
-    "options", [{}, {"inner": "ce"}, {"distance": LogitDistance()}, {"distance": L2()}]
-)
+    ("backbone", "options"),
+    [
+        ("jem", {}), ("jempp", {"inner": "ce"}), ("mebm", {"distance": LogitDistance()}),
+        ("sadajem", {"distance": L2()}),
+    ],
+)  # fmt: skip
 def test_steps_after_the_first_compile_nothing(backbone: str, options: dict[str, Any]) -> None:
     built = backbone_of(backbone)
     unit = CompiledGradient("eager")

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from toys import root
@@ -19,15 +21,26 @@ from jemkit.runtime.distributed import group, shard
 from jemkit.runtime.work_cache import Shard
 
 Work = Callable[..., Any]
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload([
+    "toys", "torch.distributed", "jemkit.training.run", "jemkit.evaluation.evaluate", "hypothesis",
+])  # fmt: skip
+
+
+def ready() -> None:
+    """A server that has imported what all processes need, and whose forks they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
 
 
 def every_rank(work: Work, *given: Any, size: int = 2) -> list[Any]:
     """work(*given) in `size` processes at once; tensors and plain values come back."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        spawn = multiprocessing.get_context("spawn")
+        ready()
         running = [
-            spawn.Process(target=_one, args=(folder, Shard(rank, size), work, given), daemon=True)
+            FORKING.Process(target=_one, args=(folder, Shard(rank, size), work, given), daemon=True)
             for rank in range(size)
         ]
         for process in running:
@@ -38,6 +51,15 @@ def every_rank(work: Work, *given: Any, size: int = 2) -> list[Any]:
             process.join()
         assert [process.exitcode for process in running] == [0] * size
         return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+def in_a_new_process(work: Work, *given: Any) -> None:
+    """work(*given) in another process, which has imported all and done nothing yet."""
+    ready()
+    running = FORKING.Process(target=work, args=given, daemon=True)
+    running.start()
+    running.join()
+    assert running.exitcode == 0
 
 
 def ended(running: list[Any]) -> bool:

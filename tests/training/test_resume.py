@@ -1,13 +1,11 @@
 """k steps, save, load in a new process, k more: the same as 2k steps, bit for bit."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import in_a_new_process
 from states import timeless
 from toys import BACKBONES, MATRIX, OBJECTIVES, UPDATERS, toy_recipe, toy_registry
 
@@ -18,18 +16,6 @@ from jemkit.runtime.run_dir import RunFolder
 
 CUT, END = 4, 8  # six steps an epoch: an epoch's end lies between them
 REGISTRY = toy_registry()
-
-CHILD = """
-import json, sys
-from pathlib import Path
-import torch
-sys.path[:0] = sys.argv[1].split(':')
-torch.set_num_threads(1)
-from test_resume import go_on
-for names, folder, end in json.load(sys.stdin):
-    torch.rand(3)  # torch's own generator stands elsewhere
-    go_on(names, Path(folder)).run(until=end)
-"""
 
 
 def begun(names: list[str], path: Path) -> Trainer:
@@ -49,13 +35,11 @@ def loaded(path: Path, step: int) -> dict[str, Any]:
     return timeless(checkpoint.load(path / "checkpoints" / f"step-{step:08d}"))
 
 
-def in_a_new_process(cases: list[tuple[list[str], Path]], end: int) -> None:
-    work = json.dumps([(names, str(path), end) for names, path in cases])
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, ":".join(sys.path)],
-        input=work, text=True, capture_output=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def gone_on_with(cases: list[tuple[list[str], Path]], end: int) -> None:
+    torch.set_num_threads(1)
+    for names, folder in cases:
+        torch.rand(3)  # torch's own generator stands elsewhere
+        go_on(names, folder).run(until=end)
 
 
 OTHERS = [
@@ -76,7 +60,7 @@ def compared(combinations: list[list[str]], folder: Path, cut: int, end: int) ->
         begun(names, folder / f"whole-{i}").run(until=end)
         begun(names, folder / f"cut-{i}").run(until=cut)
         cases.append((names, folder / f"cut-{i}"))
-    in_a_new_process(cases, end)
+    in_a_new_process(gone_on_with, cases, end)
     for i, (names, path) in enumerate(cases):
         one, other = loaded(folder / f"whole-{i}", end), loaded(path, end)
         for key, value in one.items():
