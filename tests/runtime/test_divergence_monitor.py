@@ -319,7 +319,7 @@ def test_a_penalty_is_put_on_whatever_density_takes_one(tmp_path: Path) -> None:
 
     trainer = begun(tmp_path / "run", "jem", "jem", "plain", 'sentinel.policy=["penalty"]')
     density = Heavy(trainer.backbone.density)
-    trainer.backbone._density = density  # type: ignore[assignment]
+    trainer.backbone.density_or_none = density  # type: ignore[assignment]
     care = RollbackPolicy(trainer.recipe.sentinel, trainer.parts, 0)
     assert care.try_next(Finding("loss", 3, "not finite"), 3, 0)["remedy"] == "penalty"
     assert density.weights == [0.1]
