@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from imagefolders import image
 
 from jemkit.errors import DataError
-from jemkit.runtime.imagefolder.layout import is_image
-from jemkit.runtime.imagefolder.listing import listing
 from jemkit_plugins.folder import Folder
+from jemkit_plugins.folder.layout import is_image
+from jemkit_plugins.folder.listing import listing
 
 TRAINS = ("train", "Train", "TRAIN", "training", "Training", "training_set", "trainset", "trn")
 TESTS = ("test", "Test", "TEST", "testing", "Testing", "test_set", "testset", "tst")

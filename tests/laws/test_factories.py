@@ -29,7 +29,7 @@ HOST = {
     "plugins/jemkit_plugins/calibration.binned": "of logits that were read",
     "plugins/jemkit_plugins/datasets.py": "images as they are read from files",
     "plugins/jemkit_plugins/energies.py": "of energies that were read, and places of images",
-    "plugins/jemkit_plugins/folder.py": "labels as they are read from files",
+    "plugins/jemkit_plugins/folder/dataset.py": "labels as they are read from files",
     "plugins/jemkit_plugins/generation/evaluator.py": "draws by a generator of the CPU",
     "plugins/jemkit_plugins/generation/fid._spread": "of numbers that the host has",
     "plugins/jemkit_plugins/generation/samples.py": "samples that were read, places in the buffer",

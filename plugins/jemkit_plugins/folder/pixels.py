@@ -13,10 +13,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from jemkit.errors import DataError
+from jemkit import DataError
 from jemkit.options import SIZES
-from jemkit.runtime.imagefolder.layout import shown
 from jemkit.runtime.opening import opened as regular_file
+from jemkit_plugins.folder.layout import shown
 
 FORMATS = (
     "PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "TIFF", "WEBP", "AVIF", "PPM", "JPEG2000", "TGA",

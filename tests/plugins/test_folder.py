@@ -17,11 +17,11 @@ from PIL import Image
 
 from jemkit.data import OffersValidation
 from jemkit.errors import DataError
-from jemkit.runtime.imagefolder.layout import role_of
-from jemkit.runtime.imagefolder.listing import listing
-from jemkit.runtime.imagefolder.pixels import opened, pixels
 from jemkit.splits import Splits
 from jemkit_plugins.folder import Folder
+from jemkit_plugins.folder.layout import role_of
+from jemkit_plugins.folder.listing import listing
+from jemkit_plugins.folder.pixels import opened, pixels
 
 
 def counts(root: Path) -> dict[str, int]:
@@ -95,8 +95,8 @@ class TestSplits:
     @pytest.mark.parametrize(
         ("splits", "message"),
         [
-            (("train", "Train", "test"), "Train, train are each train"),
-            (("train", "test", "val", "valid"), "val, valid are each valid"),
+            (("train", "Train", "test"), "Train, train all mean train"),
+            (("train", "test", "val", "valid"), "val, valid all mean valid"),
             (("test",), "test without train"),
             (("test", "valid"), "without train"),
             (("dataset/train", "dataset/test"), r"one level deeper: pass --data-dir .*dataset"),
@@ -132,7 +132,7 @@ class TestSplits:
     def test_a_test_split_without_labels_is_refused_with_the_way_out(self, tmp_path: Path) -> None:
         split_folder(tmp_path, ("train",), n=5)
         image(tmp_path / "test" / "1.png")
-        with pytest.raises(DataError, match=r"test holds no class folders.*--data-dir .*train"):
+        with pytest.raises(DataError, match=r"test contains no class folders.*--data-dir .*train"):
             Folder(dir=tmp_path).load("train")
         assert counts(tmp_path / "train") == {"train": 8, "test": 2}
 

@@ -6,17 +6,17 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 
 from jemkit import Augmentation, DataError, Dataset, Images, Options, Split, checked, hookimpl
 from jemkit.options import SIZES
-from jemkit.runtime.imagefolder.layout import layout, listed, shown
-from jemkit.runtime.imagefolder.listing import Listing, Sample, listing, sentences
-from jemkit.runtime.imagefolder.pixels import pixels, survey
 from jemkit.splits import stratified_parts
+from jemkit_plugins.folder.layout import Role, layout, listed, shown
+from jemkit_plugins.folder.listing import Listing, Sample, listing, sentences
+from jemkit_plugins.folder.pixels import pixels, survey
 
 log = logging.getLogger("jemkit.data")
 
@@ -36,14 +36,14 @@ class Folder(Options):
 
     @property
     def n_classes(self) -> int:
-        return len(_classes(self.dir))
+        return len(layout(self.dir).classes)
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """The class folders' names."""
-        return tuple(_classes(self.dir))
+        return tuple(layout(self.dir).classes)
 
-    def files(self, split: Literal["train", "valid", "test"]) -> tuple[str, ...]:
+    def files(self, split: Role) -> tuple[str, ...]:
         """The image files of a split below `dir`, in the order of its images."""
         paths = (Path(path) for path, _ in _parts(listing(self.dir))[split])
         return tuple(path.relative_to(self.dir).as_posix() for path in paths)
@@ -56,12 +56,12 @@ class Folder(Options):
         """The images of valid/, where there is one beside train/ and test/."""
         return self._load("valid") if "valid" in layout(self.dir).splits else None
 
-    def _load(self, split: Literal["train", "valid", "test"]) -> Images:
+    def _load(self, split: Role) -> Images:
         found = listing(self.dir)
         parts = _parts(found)
         headers = survey([path for part in parts.values() for path, _ in part], self.size)
         _tell(found, parts, headers.remarks)
-        x = [_pixels(path, grey=headers.grey, size=self.size) for path, _ in parts[split]]
+        x = [pixels(path, grey=headers.grey, size=self.size) for path, _ in parts[split]]
         if any(image.is_floating_point() for image in x):
             x = [image if image.is_floating_point() else image / 255 for image in x]
         y = torch.tensor([label for _, label in parts[split]])
@@ -74,21 +74,7 @@ def jemkit_datasets() -> Mapping[str, type[Dataset]]:
     return {"folder": Folder}
 
 
-def _classes(root: Path) -> list[str]:
-    """The class folders by name; train and test hold the same ones."""
-    return layout(root).classes
-
-
-def _samples(root: Path) -> dict[Split, list[Sample]]:
-    """The image files that train and that test."""
-    parts = _parts(listing(root))
-    return {"train": parts["train"], "test": parts["test"]}
-
-
-_pixels = pixels
-
-
-def _parts(found: Listing) -> dict[Literal["train", "valid", "test"], list[Sample]]:
+def _parts(found: Listing) -> dict[Role, list[Sample]]:
     """The image files of each split; where the folders set no test images apart, a fifth is."""
     if "test" in found.images:
         return {"train": found.images["train"], "valid": [], **found.images}
@@ -109,7 +95,7 @@ def _parts(found: Listing) -> dict[Literal["train", "valid", "test"], list[Sampl
 
 def _tell(
     found: Listing,
-    parts: Mapping[Literal["train", "valid", "test"], list[Sample]],
+    parts: Mapping[Role, list[Sample]],
     remarks: list[str],
 ) -> None:
     """Say what lies in the folder, and what of it is left out; once a process."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
-from jemkit.errors import DataError
+from jemkit import DataError
 
 Role = Literal["train", "valid", "test"]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from jemkit.errors import DataError
-from jemkit.runtime.imagefolder.layout import (
+from jemkit import DataError
+from jemkit_plugins.folder.layout import (
     Layout,
     Role,
     hidden,
