@@ -45,7 +45,7 @@ def missing(y: Tensor, n_classes: int) -> list[int]:
     return (torch.bincount(y, minlength=n_classes) == 0).nonzero().flatten().tolist()
 
 
-def told_missing(y: Tensor, n_classes: int) -> str | None:
+def missing_classes_warning(y: Tensor, n_classes: int) -> str | None:
     """A warning if labels lack classes, else None."""
     lacking = missing(y, n_classes)
     if not lacking:

@@ -12,7 +12,7 @@ from toys import REGISTRY
 import jemkit as api
 from jemkit import ConfigError, Images
 from jemkit.config.recipe import resolve
-from jemkit.selection import missing, part_of, stratified, told_missing
+from jemkit.selection import missing, missing_classes_warning, part_of, stratified
 from jemkit.training.build import build_run
 from jemkit.training.trainer import images_to_judge
 from jemkit.training.validation import Validator
@@ -72,7 +72,7 @@ def test_the_first_images_alone_are_no_way_to_take_all() -> None:
 def test_classes_without_an_image_are_named(labels: list[int], more: int) -> None:
     y, classes = torch.tensor(labels), 6 + more
     assert missing(y, classes) == [k for k in range(classes) if k not in labels]
-    told = told_missing(y, classes)
+    told = missing_classes_warning(y, classes)
     assert (told is None) == (not missing(y, classes))
 
 

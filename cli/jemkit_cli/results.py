@@ -84,7 +84,7 @@ def show_record(record: "Record") -> None:
 def _show_figures(figures: Sequence["Figure"], title: str) -> None:
     rows, above = [], ""
     for figure in figures:
-        told = told_protocol(figure)
+        told = protocol_text(figure)
         shown = "as above" if told == above else told
         rows.append([TITLES.get(figure.name, figure.name), _value(figure), shown])
         above = told
@@ -119,7 +119,7 @@ def _value(figure: "Figure") -> str:
     return f"{shown(figure)} [{interval}]" if interval else shown(figure)
 
 
-def told_protocol(figure: "Figure") -> str:
+def protocol_text(figure: "Figure") -> str:
     """How a figure was measured, beside it."""
     card = figure.protocol
     told = [f"{figure.n} {card['split']} images"]

@@ -71,7 +71,7 @@ def sample(
         "device": device, "which": checkpoint,
         "dataset": {k: v for k, v in data.items() if v is not None} or None,
     }  # fmt: skip
-    samples = _drawn(run, wanted, out, third_party=not no_plugins, silent=as_json)
+    samples = _draw(run, wanted, out, third_party=not no_plugins, silent=as_json)
     if samples is None:  # the first process speaks for all
         return
     from jemkit.evaluation.sample import save
@@ -86,20 +86,20 @@ def sample(
         say(f"  {name}: {value}")
 
 
-def _drawn(
+def _draw(
     run: Path, wanted: dict[str, Any], out: Path | None, *, third_party: bool, silent: bool
 ) -> "Samples | None":
     registry = installed_parts(third_party=third_party)
-    from jemkit.evaluation.sample import asked, drawn, place
+    from jemkit.evaluation.sample import draw_samples, place, sample_request
     from jemkit.runtime import distributed
     from jemkit.runtime.precision import device_of
 
     with distributed.group(device_of(wanted["device"]).type):
         me = distributed.shard()
-        found = distributed.prepared(lambda: asked(run, registry=registry, **wanted))
+        found = distributed.prepared(lambda: sample_request(run, registry=registry, **wanted))
         with stopping() as stop, tracking(silent=silent or me.rank > 0) as progress:
             distributed.barrier()  # from here on any of them can be stopped
             told = {"progress": progress} if progress else {}
             work = place(found.protocol, out) / ".drawing"
-            samples = drawn(found, work=work, shard=me, stop=stop, **told)
+            samples = draw_samples(found, work=work, shard=me, stop=stop, **told)
     return None if me.rank else samples

@@ -79,10 +79,10 @@ def train(
 def _saved(registry: "Registry", out: Path, recipe: RecipeOptions) -> "Resolved":
     """The recipe of the run in `out`, with the options that were given again."""
     from jemkit.runtime.run_dir import RunFolder
-    from jemkit.training.resuming import asked_again
+    from jemkit.training.resuming import resolve_for_resume
 
     RunFolder.open(out)
-    return asked_again(registry, out, **recipe.layers())
+    return resolve_for_resume(registry, out, **recipe.layers())
 
 
 def _new_run(resolved: "Resolved") -> Path:

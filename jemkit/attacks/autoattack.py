@@ -12,7 +12,7 @@ from jemkit.attacks.base import Perturb, Threat
 from jemkit.attacks.pixel_model import PixelModel
 from jemkit.attacks.random_search import margin
 from jemkit.errors import DataError
-from jemkit.runtime.modes import random_state_kept
+from jemkit.runtime.modes import preserved_random_state
 
 Part = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
 
@@ -47,7 +47,7 @@ class Stage:
 
         def perturb(x: Tensor, y: Tensor, rng: Generator) -> Tensor:
             logits = _Logits(subject)
-            with random_state_kept(), torch.no_grad():
+            with preserved_random_state(), torch.no_grad():
                 n_classes = logits(x[:1]).shape[1]
                 part = self._part(logits, threat, rng.initial_seed(), n_classes)
                 x_adv: Tensor = part.perturb(x.contiguous(), y)

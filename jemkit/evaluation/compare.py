@@ -19,9 +19,9 @@ from jemkit.evaluation.run_table import (
     aligned,
     comparison,
     differing,
+    distinguishing_settings,
     is_share,
     read_runs,
-    told_apart,
 )
 from jemkit.metrics import record as records
 from jemkit.metrics.figures import Figure, finite, paired_difference
@@ -104,14 +104,14 @@ def compare(
 def paired(a: Judged, b: Judged, resamples: int = 10_000) -> list[Difference]:
     """Clean accuracy and accuracy under each attack, a less b, where the images are the same."""
     names = dict.fromkeys(figure.name for figure in a.record.figures)
-    found = []
+    differences = []
     for name in (name for name in names if b.figure(name) is not None):
         rows = [(x, y) for x, y in aligned([a, b], name) if x is not None and y is not None]
-        for (x, y), words in zip(rows, told_apart([x for x, _ in rows]), strict=True):
+        for (x, y), words in zip(rows, distinguishing_settings([x for x, _ in rows]), strict=True):
             pair = a.record.rows_of(x), b.record.rows_of(y)
             if pair[0] is not None and pair[1] is not None:
-                found.append(_difference((a, x, pair[0]), (b, y, pair[1]), words, resamples))
-    return found
+                differences.append(_difference((a, x, pair[0]), (b, y, pair[1]), words, resamples))
+    return differences
 
 
 def over_seeds(runs: Sequence[Judged], names: Sequence[str]) -> list[Spread]:
@@ -120,10 +120,10 @@ def over_seeds(runs: Sequence[Judged], names: Sequence[str]) -> list[Spread]:
     groups: dict[str, list[Judged]] = {}
     for run in runs:
         groups.setdefault(_recipe_but_seed(run), []).append(run)
-    told = _settings([group[0] for group in groups.values()])
+    varied = _settings([group[0] for group in groups.values()])
     return [
         spread
-        for group, settings in zip(groups.values(), told, strict=True)
+        for group, settings in zip(groups.values(), varied, strict=True)
         for name in dict.fromkeys(names)
         for spread in _spread(group, name, settings)
     ]
@@ -139,8 +139,8 @@ def _settings(firsts: Sequence[Judged]) -> list[dict[str, Any]]:
 
 def _spread(group: list[Judged], name: str, settings: dict[str, Any]) -> Iterator[Spread]:
     rows = [row for row in aligned(group, name) if any(row)]
-    told = told_apart([next(f for f in row if f) for row in rows])
-    for row, words in zip(rows, told, strict=True):
+    descriptions = distinguishing_settings([next(f for f in row if f) for row in rows])
+    for row, words in zip(rows, descriptions, strict=True):
         having = [(run, figure) for run, figure in zip(group, row, strict=True) if figure]
         names, values = [run.name for run, _ in having], [figure.value for _, figure in having]
         seeds = [run.config.get("recipe", {}).get("run", {}).get("seed") for run, _ in having]
@@ -170,8 +170,8 @@ def _difference(
     if why:
         return Difference(name, math.nan, math.nan, math.nan, 0, why, words)
     rng = generator(torch.device("cpu"), 0, "paired", name)
-    found = paired_difference(x, y, rng, resamples)
-    return Difference(name, *found, len(x), "", words)
+    interval = paired_difference(x, y, rng, resamples)
+    return Difference(name, *interval, len(x), "", words)
 
 
 def _rows_of(row: Tensor, figure: Figure) -> bool:
@@ -202,11 +202,11 @@ def _recipe_but_seed(run: Judged) -> str:
 def newest(runs: Path, count: int = 2) -> list[Path]:
     """The runs of a folder that were begun last and have figures, the newest at the end."""
     begun = [path for path in runs.glob("*/config.json") if not path.parent.is_symlink()]
-    found = [path for path in begun if (path.parent / records.JSON).exists()]
-    found.sort(key=lambda path: (path.stat().st_mtime, path.parent.name))
-    if len(found) < count:
+    finished = [path for path in begun if (path.parent / records.JSON).exists()]
+    finished.sort(key=lambda path: (path.stat().st_mtime, path.parent.name))
+    if len(finished) < count:
         raise DataError(
-            f"{runs} holds {len(found)} runs with figures, and a comparison is of {count}; name "
+            f"{runs} holds {len(finished)} runs with figures, and a comparison is of {count}; name "
             "the runs, or measure some by `jemkit evaluate`"
         )
-    return [path.parent for path in found[-count:]]
+    return [path.parent for path in finished[-count:]]

@@ -40,12 +40,12 @@ from jemkit.metrics.outputs import probe_outputs
 from jemkit.metrics.record_file import Record
 from jemkit.runtime import distributed
 from jemkit.runtime.microbatch import MicroBatch, retry_on_oom
-from jemkit.runtime.modes import eval_mode, random_state_kept
+from jemkit.runtime.modes import eval_mode, preserved_random_state
 from jemkit.runtime.precision import judging
 from jemkit.runtime.rng import generator
 from jemkit.runtime.timing import settle
 from jemkit.runtime.work_cache import WHOLE, Shard
-from jemkit.selection import Part, part_of, told_missing
+from jemkit.selection import Part, missing_classes_warning, part_of
 
 QUICK = 256
 """Number of images with --quick."""
@@ -71,8 +71,10 @@ def evaluate(
     folder = None if out is None else Path(out)
     subject = subject_of(model, dataset, n_classes)._replace(folder=folder)
     parts = registry or installed()
-    asked = settings_of(settings)
-    return judge(subject, asked, parts, progress=progress, keep_adversarial=keep_adversarial)
+    evaluation_settings = settings_of(settings)
+    return judge(
+        subject, evaluation_settings, parts, progress=progress, keep_adversarial=keep_adversarial
+    )
 
 
 def judge(
@@ -103,13 +105,13 @@ def judge(
     part = part_of(test, settings.max_images or limit, settings.selection)
     data = part.images
     ctx = _context(subject, settings, part, test, attacks)
-    if (lacking := told_missing(data.y, subject.n_classes)) is not None:
+    if (lacking := missing_classes_warning(data.y, subject.n_classes)) is not None:
         ctx.notes.warnings.append(lacking)
     ctx = replace(ctx, shard=shard, progress=progress or no_progress, stop=stop or never)
     for name, attack in attacks.items():  # errors are raised before anything slow
         as_model_attack(attack, name).bind(subject.model, ctx.threat)
     threads = _threads(subject)  # the same in all processes
-    own_draws = random_state_kept()  # a model may draw from torch's global generators
+    own_draws = preserved_random_state()  # a model may draw from torch's global generators
     with judging(ctx.rng.device, threads=threads), own_draws, MicroBatch().active():
         first = data.take(torch.arange(min(len(data.y), settings.batch_size))).to(ctx.rng.device)
         with eval_mode(subject.model):
@@ -121,8 +123,8 @@ def judge(
 def _threads(subject: EvalTarget) -> int:
     """The number of threads with which its run was trained, at most the number of cores; else
     torch's choice."""
-    asked = subject.threads or torch.get_num_threads()
-    return min(asked, max(torch.get_num_threads(), os.cpu_count() or 1))
+    requested = subject.threads or torch.get_num_threads()
+    return min(requested, max(torch.get_num_threads(), os.cpu_count() or 1))
 
 
 def _looked_at(model: PixelModel, data: Images, ctx: Context) -> Context:
@@ -132,13 +134,13 @@ def _looked_at(model: PixelModel, data: Images, ctx: Context) -> Context:
     Clean accuracy does not depend on them.
     """
     ctx.progress("outputs", 0, 1)
-    found = probe_outputs(model, data, ctx.rng.device)
+    outputs = probe_outputs(model, data, ctx.rng.device)
     ctx.progress("outputs", 1, 1)
-    row = found.finding
+    row = outputs.finding
     ctx.notes.tables["outputs"] = row
     if row["flag"]:
         ctx.notes.warnings.append(f"outputs: {row['found']}. {row['means']}; {row['do']}")
-    why = f"the outputs are not logits: {row['found']}" if found.bounded else None
+    why = f"the outputs are not logits: {row['found']}" if outputs.bounded else None
     return replace(ctx, no_logits=why)
 
 

@@ -69,19 +69,19 @@ def export(
     check_vacant(folder)
     opened = open_model(run, which)
     about, config = opened.about, _without_home(source.config)
-    found, note = _record_of(source.path, about["sha256"], config)
+    stored, note = _record_of(source.path, about["sha256"], config)
     card = _about_run(config["recipe"], about) + "\n"
-    card += figures_table(found.figures, found.protocol) if found else f"{note}\n"
+    card += figures_table(stored.figures, stored.protocol) if stored else f"{note}\n"
     config, hashes = pinned.for_others(config, source.path)
     beside: dict[str, bytes | Mapping[str, Any]] = {**_samples(source.path), **hashes}
-    if found:
-        beside[FIGURES] = found.to_json()
+    if stored:
+        beside[FIGURES] = stored.to_json()
     task, moments = _of_data(source.path / CONFIG, registry or installed())
     written = write_model(
         folder, {**config, "source": about, **task}, opened.weights, card, beside=beside,
         moments=moments, license=license,
     )  # fmt: skip
-    count = len(found.figures) if found else 0
+    count = len(stored.figures) if stored else 0
     return Exported(folder, about["checkpoint"], about["weights"], written, count, note)
 
 
@@ -98,13 +98,13 @@ def _record_of(run: Path, sha: str, config: Mapping[str, Any]) -> tuple[Record |
         return None, "No figure was measured yet: `jemkit evaluate` measures them."
     data, pin = config["recipe"]["data"]["use"], config.get("data")
     test_sha256 = pin.get("test_sha256") if isinstance(pin, dict) else None
-    found = record.of_weights(run, sha, data, test_sha256)
-    if found is None:
+    stored = record.of_weights(run, sha, data, test_sha256)
+    if stored is None:
         return None, (
             "The run's record is of other weights than these, or of other images than those of "
             f"{data}, so its figures are left out: `jemkit evaluate` measures them again."
         )
-    return found, ""
+    return stored, ""
 
 
 def _about_run(recipe: Mapping[str, Any], about: Mapping[str, Any]) -> str:

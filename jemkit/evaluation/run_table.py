@@ -37,18 +37,18 @@ class Judged(NamedTuple):
 
     def figure(self, name: str) -> Figure | None:
         """As `Record.figure`; None where there is none."""
-        found = [figure for figure in self.record.figures if figure.name == name]
-        return preferred(found) if found else None
+        matches = [figure for figure in self.record.figures if figure.name == name]
+        return preferred(matches) if matches else None
 
     def figures(self, name: str) -> dict[str, Figure]:
         """A figure of each protocol that the name was measured by, the preferred one first."""
-        found: dict[str, list[Figure]] = {}
+        groups: dict[str, list[Figure]] = {}
         for figure in self.record.figures:
             if figure.name == name:
-                found.setdefault(_signature(figure), []).append(figure)
-        chosen = {signature: preferred(figures) for signature, figures in found.items()}
+                groups.setdefault(_signature(figure), []).append(figure)
+        preferred_figures = {signature: preferred(figures) for signature, figures in groups.items()}
         first = self.figure(name)
-        return dict(sorted(chosen.items(), key=lambda entry: entry[1] is not first))
+        return dict(sorted(preferred_figures.items(), key=lambda entry: entry[1] is not first))
 
 
 class Column(NamedTuple):
@@ -90,12 +90,12 @@ class Line(NamedTuple):
     @property
     def best(self) -> list[int]:
         """The best runs; none where there is nothing to choose between."""
-        found = [(i, f.value) for i, f in enumerate(self.figures) if f and math.isfinite(f.value)]
-        if self.differs or len(found) < 2 or not self.column.better:
+        finite = [(i, f.value) for i, f in enumerate(self.figures) if f and math.isfinite(f.value)]
+        if self.differs or len(finite) < 2 or not self.column.better:
             return []
-        top = max(value * self.column.better for _, value in found)
-        best = [i for i, value in found if value * self.column.better == top]
-        return best if len(best) < len(found) else []
+        top = max(value * self.column.better for _, value in finite)
+        best = [i for i, value in finite if value * self.column.better == top]
+        return best if len(best) < len(finite) else []
 
 
 def read_runs(folders: Sequence[Path], read: Callable[[Path], Record]) -> list[Judged]:
@@ -133,8 +133,8 @@ def other_images(runs: Sequence[Judged], table: str = "") -> list[str]:
     """In what the images differ that the runs, or a table of theirs, were judged on."""
     keys = ("split", "images", "selection")
     cards = {run.name: run.record.card_of("tables", table) for run in runs}
-    told = {run.name: {k: cards[run.name].get(k) for k in keys} | _data(run) for run in runs}
-    return _apart(told)
+    differing = {run.name: {k: cards[run.name].get(k) for k in keys} | _data(run) for run in runs}
+    return _apart(differing)
 
 
 def aligned(runs: Sequence[Judged], name: str) -> list[list[Figure | None]]:
@@ -143,21 +143,21 @@ def aligned(runs: Sequence[Judged], name: str) -> list[list[Figure | None]]:
     Runs whose protocols nobody shares have a row together, which then says in what they differ.
     """
     left = [run.figures(name) for run in runs]
-    count = Counter(signature for found in left for signature in found)
+    count = Counter(signature for figures in left for signature in figures)
     shared = [s for s, n in count.items() if n > 1 or len(runs) == 1]
-    first = {s: next(found[s] for found in left if s in found) for s in shared}
+    first = {s: next(figures[s] for figures in left if s in figures) for s in shared}
     shared.sort(key=lambda s: (-count[s], not first[s].protocol.get("standard")))
-    rows = [[found.pop(s, None) for found in left] for s in shared]
-    alone = [found for at, found in enumerate(left) if not any(row[at] for row in rows)]
-    if sum(map(bool, alone)) > 1 or not rows:
-        firsts = [next(iter(found), "") if found in alone else "" for found in left]
-        rows.append([found.pop(s, None) for found, s in zip(left, firsts, strict=True)])
-    for at, found in enumerate(left):
-        rows += [[f if i == at else None for i in range(len(runs))] for f in found.values()]
+    rows = [[figures.pop(s, None) for figures in left] for s in shared]
+    unmatched = [figures for at, figures in enumerate(left) if not any(row[at] for row in rows)]
+    if sum(map(bool, unmatched)) > 1 or not rows:
+        firsts = [next(iter(figures), "") if figures in unmatched else "" for figures in left]
+        rows.append([figures.pop(s, None) for figures, s in zip(left, firsts, strict=True)])
+    for at, figures in enumerate(left):
+        rows += [[f if i == at else None for i in range(len(runs))] for f in figures.values()]
     return rows
 
 
-def told_apart(figures: Sequence[Figure]) -> list[str]:
+def distinguishing_settings(figures: Sequence[Figure]) -> list[str]:
     """What of their protocols tells figures of one name apart, in few words; of one nothing."""
     cards = [_measured(figure) for figure in figures]
     keys = sorted({key for card in cards for key in card})
@@ -192,7 +192,7 @@ def _signature(figure: Figure) -> str:
 
 def _apart(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Every entry that is not the same in all cards, in words."""
-    told = []
+    differences = []
     keys = {key for card in cards.values() for key in card}
     unknown = {k for k in UNKNOWN_BEFORE if not all(k in card for card in cards.values())}
     for key in sorted(keys - unknown):
@@ -202,8 +202,8 @@ def _apart(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
             groups.setdefault(value, []).append(name)
         if len(groups) > 1:
             each = (f"{value} in {', '.join(names)}" for value, names in groups.items())
-            told.append(HASH.sub(r"\1...", f"{key} is {' and '.join(each)}"))
-    return told
+            differences.append(HASH.sub(r"\1...", f"{key} is {' and '.join(each)}"))
+    return differences
 
 
 def _data(run: Judged) -> dict[str, Any]:
@@ -255,13 +255,13 @@ def _columns(runs: Sequence[Judged], names: Sequence[str]) -> list[Column]:
                 known = ", ".join(sorted(there)) or "none at all"
                 raise DataError(f"no run has a figure {name!r}; there are {known}")
         return [_column(name) for name in names]
-    found = []
+    columns = []
     for column in COLUMNS:
         several = {"fid": ("fid", "fd-"), "auroc": ("auroc",)}.get(column.name)
         most = int(column.name == "auroc")  # the set; a score of its own stands below the table
         kinds = [n for n in there if several and n.startswith(several) and n.count("/") <= most]
-        found += [_column(name) for name in kinds] or [column]
-    return found
+        columns += [_column(name) for name in kinds] or [column]
+    return columns
 
 
 def _column(name: str) -> Column:
@@ -280,16 +280,16 @@ def _lines(column: Column, runs: Sequence[Judged]) -> list[Line]:
     """A line for each protocol that a figure was measured by; of several its title says which."""
     rows = aligned(runs, column.name)
     having = [next((f for f in row if f), None) for row in rows]
-    told = told_apart([f for f in having if f]) if len(rows) > 1 else [""]
+    descriptions = distinguishing_settings([f for f in having if f]) if len(rows) > 1 else [""]
     lines = []
-    for row, words in zip(rows, told, strict=True):
+    for row, words in zip(rows, descriptions, strict=True):
         title = f"{column.title}, {words}" if words else column.title
         why = [
             "" if figure else _why_missing(column, run)
             for run, figure in zip(runs, row, strict=True)
         ]
-        alone = sum(map(bool, row)) == 1  # the others were measured otherwise: it says how
-        beside = [f or (run.figure(column.name) if alone else None)
+        single = sum(map(bool, row)) == 1  # the others were measured otherwise: it says how
+        beside = [f or (run.figure(column.name) if single else None)
                   for run, f in zip(runs, row, strict=True)]  # fmt: skip
         differs = differing(runs, column.name, beside)
         lines.append(Line(column._replace(title=title), row, why, differs))
@@ -308,8 +308,8 @@ def _why_missing(column: Column, run: Judged) -> str:
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    found = read_json(path) if path.exists() else {}
-    return found if isinstance(found, dict) else {}
+    config = read_json(path) if path.exists() else {}
+    return config if isinstance(config, dict) else {}
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

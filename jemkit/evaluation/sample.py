@@ -70,8 +70,8 @@ def sample(
     `dataset` says where the training images are now, for starts that need them. With `classes`,
     chains go down E(x, y), and the images are shared evenly among them in order.
     """
-    return drawn(
-        asked(
+    return draw_samples(
+        sample_request(
             path, registry=registry, n=n, steps=steps, start=start, source=source,
             classes=classes, seed=seed, device=device, which=which, dataset=dataset,
         )
@@ -105,7 +105,7 @@ class SampleRequest(NamedTuple):
     protocol: dict[str, Any]
 
 
-def asked(
+def sample_request(
     path: Path,
     *,
     registry: Registry,
@@ -147,8 +147,8 @@ def asked(
     return SampleRequest(run, n, steps, p0, y, seed, on, protocol)
 
 
-def drawn(
-    asked: SampleRequest,
+def draw_samples(
+    request: SampleRequest,
     *,
     work: Path | None = None,
     shard: Shard = WHOLE,
@@ -160,19 +160,23 @@ def drawn(
     With a folder `work` every finished batch of chains is kept there until the last one is: a stop
     costs the one under way, and the processes of a group each draw their `shard` of them.
     """
-    run = asked.run
-    if asked.start is None:
-        x = _kept(run, asked)
+    run = request.run
+    if request.start is None:
+        x = _from_buffer(run, request)
     else:
-        ledger, how = ResultCache(work, _about(asked), shard), run.run
+        ledger, how = ResultCache(work, _about(request), shard), run.run
         with as_trained(
-            asked.device.type, how.precision, deterministic=how.deterministic, threads=how.threads
+            request.device.type, how.precision, deterministic=how.deterministic, threads=how.threads
         ):
             x = _fresh(
-                asked, asked.start, ledger, stop, lambda done: progress("samples", done, asked.n)
+                request,
+                request.start,
+                ledger,
+                stop,
+                lambda done: progress("samples", done, request.n),
             )
     pixels = run.task.bounds.to_unit(run.task.bounds.clamp(x)).cpu()
-    return Samples(pixels, asked.y, asked.protocol)
+    return Samples(pixels, request.y, request.protocol)
 
 
 def save(samples: Samples, out: Path | None = None) -> tuple[Path, Path]:
@@ -225,7 +229,7 @@ def _label(text: str, run: SampleSource) -> int:
     raise ConfigError(f"class {text!r}: expected a number of 0..{last}{names}, or all")
 
 
-def _kept(run: SampleSource, asked: SampleRequest) -> Tensor:
+def _from_buffer(run: SampleSource, request: SampleRequest) -> Tensor:
     """n states of the buffer; of the classes y where it is class-conditional."""
     if run.state is None:
         raise MisfitError(
@@ -234,21 +238,21 @@ def _kept(run: SampleSource, asked: SampleRequest) -> Tensor:
     if not isinstance(run.density, Buffered):
         raise MisfitError("this density has no buffer; draw new chains instead")
     run.density.load_state_dict(gather_state(run.state, run.density))
-    buffer, rng = run.density.buffer, Generator(asked.device).manual_seed(asked.seed)
-    _check_kept(buffer, run, asked)
-    return buffer.states[buffer.slots(asked.n, rng, asked.y)]
+    buffer, rng = run.density.buffer, Generator(request.device).manual_seed(request.seed)
+    _check_buffer(buffer, run, request)
+    return buffer.states[buffer.slots(request.n, rng, request.y)]
 
 
-def _check_kept(buffer: ReplayBuffer, run: SampleSource, asked: SampleRequest) -> None:
+def _check_buffer(buffer: ReplayBuffer, run: SampleSource, request: SampleRequest) -> None:
     """Refuse more states than the buffer has, and classes that its chains were not drawn of."""
-    there, wanted, of = buffer.options.capacity, asked.n, "states"
-    if asked.y is not None and buffer.options.conditional:
+    there, wanted, of = buffer.options.capacity, request.n, "states"
+    if request.y is not None and buffer.options.conditional:
         if not run.conditional:
             raise MisfitError(
                 "the buffer has a slice for each class, but the run's chains were unconditional. "
                 "Draw new chains of the classes instead"
             )
-        there, wanted = there // run.task.n_classes, int(asked.y.bincount().max())
+        there, wanted = there // run.task.n_classes, int(request.y.bincount().max())
         of = "states of one class"
     if wanted > there:
         raise UsageError(
@@ -256,37 +260,38 @@ def _check_kept(buffer: ReplayBuffer, run: SampleSource, asked: SampleRequest) -
         )
 
 
-def _about(asked: SampleRequest) -> dict[str, Any]:
+def _about(request: SampleRequest) -> dict[str, Any]:
     """All that fresh chains depend on."""
-    y = None if asked.y is None else asked.y.tolist()
+    y = None if request.y is None else request.y.tolist()
     return {
-        "asked": asked.protocol, "backbone": asked.run.table, "data": asked.run.task.hash, "y": y,
+        "asked": request.protocol, "backbone": request.run.table, "data": request.run.task.hash,
+        "y": y,
     }  # fmt: skip
 
 
 def _fresh(
-    asked: SampleRequest,
+    request: SampleRequest,
     start: Start,
     ledger: ResultCache,
     stop: Callable[[], bool],
-    told: Callable[[int], None],
+    report: Callable[[int], None],
 ) -> Tensor:
     """The ends of n chains, each batch of them from a generator of its own."""
-    run, model, most = asked.run, asked.run.backbone.model, max(1, asked.steps)
+    run, model, most = request.run, request.run.backbone.model, max(1, request.steps)
     polling = PreemptionCheck(lambda: stop(), lambda: 0)
 
     def draw(rows: slice, rng: Generator) -> Piece:
-        n, y = rows.stop - rows.start, None if asked.y is None else asked.y[rows]
-        with passing(model, lambda done: told(rows.start + n * min(done, asked.steps) // most)):
+        n, y = rows.stop - rows.start, None if request.y is None else request.y[rows]
+        with passing(model, lambda done: report(rows.start + n * min(done, request.steps) // most)):
             sample = run.density.sample
-            return {"x": sample(model, n, rng, steps=asked.steps, start=start, y=y)}
+            return {"x": sample(model, n, rng, steps=request.steps, start=start, y=y)}
 
-    generators = partial(generator, asked.device, asked.seed, "sample")
+    generators = partial(generator, request.device, request.seed, "sample")
     try:
         with polling.passes(model, on=True), MicroBatch().active():
             x = in_batches(
-                even_batches(asked.n), draw, generators,
-                cache=ledger, poll=polling.between, done=told,
+                even_batches(request.n), draw, generators,
+                cache=ledger, poll=polling.between, done=report,
             )["x"]  # fmt: skip
         distributed.barrier(polling.between)  # others may still read
     except Preempted:
@@ -298,10 +303,10 @@ def _fresh(
 
 
 @contextmanager
-def passing(model: nn.Module, heard: Callable[[int], None]) -> Iterator[None]:
+def passing(model: nn.Module, report: Callable[[int], None]) -> Iterator[None]:
     """Tell how many passes of a model a block has begun so far; a chain's step takes one."""
     counter = itertools.count(1)
-    handle = model.register_forward_pre_hook(lambda *_: heard(next(counter)))
+    handle = model.register_forward_pre_hook(lambda *_: report(next(counter)))
     try:
         yield
     finally:
@@ -320,8 +325,8 @@ def opened(
     `dataset` says where the training images are now, where the start needs them.
     """
     model = open_model(path, which)
-    found = restored(model, registry, device, dataset, advice=SAMPLED, same_data=True)
-    table, backbone = found.tables["backbone"], found.backbone
+    source = restored(model, registry, device, dataset, advice=SAMPLED, same_data=True)
+    table, backbone = source.tables["backbone"], source.backbone
     if not backbone.has_density:
         raise MisfitError(
             f"the model's backbone is {table['use']!r}, a classifier without a density, which "
@@ -329,12 +334,12 @@ def opened(
         )
     density = backbone.density
     sampler = table.get("sampler", type(density.sampler).__name__)
-    run, objective = found.recipe.run, found.recipe.objective
+    run, objective = source.recipe.run, source.recipe.objective
     conditional = isinstance(objective, Conditional) and objective.conditional
     switches = {name: getattr(run, name) for name in ("precision", "deterministic", "threads")}
     where = {**model.about, "run": str(model.folder.resolve())}
     card = {**where, "sampler": sampler, **switches, "versions": versions()}
-    names = found.pin.table.classes if found.pin is not None else None
+    names = source.pin.table.classes if source.pin is not None else None
     return SampleSource(
-        found.task, table, backbone, density, model.state, card, run, conditional, names or ()
+        source.task, table, backbone, density, model.state, card, run, conditional, names or ()
     )  # fmt: skip

@@ -23,7 +23,7 @@ from jemkit.models.networks import seeded_init
 from jemkit.runtime import checkpoint
 from jemkit.runtime.files import load_tensors
 from jemkit.runtime.labels import count_classes
-from jemkit.runtime.modes import eval_mode, random_state_kept
+from jemkit.runtime.modes import eval_mode, preserved_random_state
 from jemkit.sampling.density import Buffered
 from jemkit.splits import Splits
 from jemkit.training.build import load_model
@@ -74,25 +74,25 @@ def subject_at(
             f"--network is only for a file of weights; {path} contains its own configuration"
         )
     opened = open_model(path, which)
-    found = restored(opened, registry, device, dataset)
-    backbone, test = found.backbone, found.splits.images("test")
+    run = restored(opened, registry, device, dataset)
+    backbone, test = run.backbone, run.splits.images("test")
     density, own = backbone.density_or_none, is_own(dataset)
     if isinstance(density, Buffered) and own and opened.state is not None:
         with suppress(MisfitError):  # several processes may have kept parts that cannot be joined
             density.load_state_dict(gather_state(opened.state, density))
-    trained_on, warnings = found.pin.seen(test) if found.pin else (0, [])
+    trained_on, warnings = run.pin.overlap(test) if run.pin else (0, [])
     return EvalTarget(
-        PixelModel(backbone.model, found.task.bounds, density),
+        PixelModel(backbone.model, run.task.bounds, density),
         test,
-        found.task.n_classes,
-        found.recipe.data.radius_px,
-        found.splits.images,  # type: ignore[arg-type]
-        {**opened.about, **about_parts(found.tables, found.recipe, found.trained_px)},
+        run.task.n_classes,
+        run.recipe.data.radius_px,
+        run.splits.images,  # type: ignore[arg-type]
+        {**opened.about, **about_parts(run.tables, run.recipe, run.trained_px)},
         opened.folder,
-        others_of(found.recipe.data, registry),
+        others_of(run.recipe.data, registry),
         trained_on,
         tuple(warnings),
-        found.recipe.run.threads,
+        run.recipe.run.threads,
     )
 
 
@@ -110,7 +110,7 @@ def subject_of(
     identity, plain = identity_of(module), pixel_model(module)
     device = next((p.device for p in plain.parameters()), torch.device("cpu"))
     first = test.take(torch.arange(min(2, len(test.y)))).to(device).unit()
-    with eval_mode(plain), random_state_kept():
+    with eval_mode(plain), preserved_random_state():
         plain = in_own_type(plain, first)
         classes = known or _width(plain, first)
         model = anchored(plain, first)
@@ -168,7 +168,7 @@ def others_of(dataset: Dataset, registry: Registry) -> Callable[[], dict[str, Im
     """The test images of other data sets whose files lie in the same folder, of the same shape."""
 
     def read() -> dict[str, Images]:
-        found: dict[str, Images] = {}
+        images_of: dict[str, Images] = {}
         unread: dict[str, list[str]] = {}
         folder = getattr(dataset, "dir", None)
         for name, part in registry["dataset"].items():
@@ -183,10 +183,10 @@ def others_of(dataset: Dataset, registry: Registry) -> Callable[[], dict[str, Im
                 unread.setdefault(str(error), []).append(name)
                 continue
             if images.x.shape[1:] == dataset.load("test").x.shape[1:]:
-                found[name] = images
+                images_of[name] = images
         for why, names in unread.items():
             log.warning("images of %s in %s are not looked for: %s", ", ".join(names), folder, why)
-        return found
+        return images_of
 
     return read
 
@@ -215,10 +215,10 @@ def _weights(
     load_model(model, load_tensors(path))
     name = registry["dataset"].name_of(type(data))
     about = {"file": path.name, "network": network, "data": name, "trained_radius_px": None}
-    found = subject_of(PixelModel(model), data)
+    target = subject_of(PixelModel(model), data)
     sha = checkpoint.file_hash(path)
     folder = path.with_name(f"{path.stem}-evaluation")
-    return found._replace(about={**about, "sha256": sha}, folder=folder)
+    return target._replace(about={**about, "sha256": sha}, folder=folder)
 
 
 def _network(part: type[Any], named: dict[str, str]) -> Any:

@@ -22,7 +22,7 @@ from jemkit.metrics.evaluator import AnyAttack, Context, batches, no_progress
 from jemkit.metrics.figures import Figure, joined, share
 from jemkit.metrics.identity import identity_of
 from jemkit.runtime.microbatch import retry_on_oom
-from jemkit.runtime.modes import random_state_kept
+from jemkit.runtime.modes import preserved_random_state
 from jemkit.runtime.timing import settle
 from jemkit.runtime.work_cache import Piece, ResultCache, tensors_hash
 
@@ -65,11 +65,16 @@ def attacked(
     return Attacked(whole.label, x_adv, course.right, stages, protocol, course.passes)
 
 
-def robust_share(found: Attacked, ctx: Context) -> Figure:
+def robust_share(attacked_images: Attacked, ctx: Context) -> Figure:
     """Accuracy under an attack; image by image it goes to the notes."""
-    ctx.notes.rows[found.label] = found.right
-    ctx.notes.adversarial[found.label] = found.x_adv
-    return share(found.label, int(found.right.sum()), len(found.right), found.protocol)
+    ctx.notes.rows[attacked_images.label] = attacked_images.right
+    ctx.notes.adversarial[attacked_images.label] = attacked_images.x_adv
+    return share(
+        attacked_images.label,
+        int(attacked_images.right.sum()),
+        len(attacked_images.right),
+        attacked_images.protocol,
+    )
 
 
 def _protocol(
@@ -127,8 +132,8 @@ class AttackRun:
             self.ctx.progress(stage, min(b * self.ctx.batch_size, len(index)), len(index))
 
         names = [f"{at}-{b:05d}-{_short_hash(part)}" for b, part in enumerate(parts)]
-        found = self.ledger.each(names, compute, self.ctx.poll, done)
-        for part, piece in zip(parts, found, strict=True):
+        pieces = self.ledger.each(names, compute, self.ctx.poll, done)
+        for part, piece in zip(parts, pieces, strict=True):
             self.x_adv[part] = piece["x_adv"]
             self.right[part] &= piece["right"].bool()
             self.seconds += float(piece["seconds"])
@@ -136,12 +141,12 @@ class AttackRun:
 
     def _clean(self, _: int) -> Piece:
         with repeatable(Generator(self.ctx.rng.device).manual_seed(self.ctx.seed)):
-            found = batches(self.data, self.ctx)
-            right = [retry_on_oom(partial(self._right, x, y, "clean")) for x, y in found]
+            clean_batches = batches(self.data, self.ctx)
+            right = [retry_on_oom(partial(self._right, x, y, "clean")) for x, y in clean_batches]
         return {"right": torch.cat(right)}
 
-    def _batch(self, index: Tensor, perturb: Perturb, tell: Callable[[], None]) -> Piece:
-        """Attack a batch; `tell` is called at every pass, since one batch may take minutes."""
+    def _batch(self, index: Tensor, perturb: Perturb, on_pass: Callable[[], None]) -> Piece:
+        """Attack a batch; `on_pass` is called at every pass, since one batch may take minutes."""
         device = self.ctx.rng.device
         settle(device)
         began = time.monotonic()
@@ -150,7 +155,7 @@ class AttackRun:
 
         def attempt() -> tuple[Tensor, Tensor, int]:
             rng = Generator(device).manual_seed(self.ctx.seed)
-            with repeatable(rng), counted(self.subject.model, tell) as spent:
+            with repeatable(rng), counted(self.subject.model, on_pass) as spent:
                 x_adv = perturb(x, y, rng).detach()
                 check_bound(x, x_adv, self.ctx.threat, self.name)
                 return x_adv, self._right(x_adv, y, "attacked"), spent.passes
@@ -173,19 +178,19 @@ class AttackRun:
 class Spent:
     """Passes of one image through a model."""
 
-    def __init__(self, tell: Callable[[], None]) -> None:
-        self.passes, self.tell = 0, tell
+    def __init__(self, on_pass: Callable[[], None]) -> None:
+        self.passes, self.on_pass = 0, on_pass
 
     def hear(self, _: nn.Module, given: tuple[Any, ...]) -> None:
-        self.tell()
+        self.on_pass()
         x = given[0]
         self.passes += len(x) * (2 if torch.is_grad_enabled() and x.requires_grad else 1)
 
 
 @contextmanager
-def counted(model: nn.Module, tell: Callable[[], None] = no_progress) -> Iterator[Spent]:
+def counted(model: nn.Module, on_pass: Callable[[], None] = no_progress) -> Iterator[Spent]:
     """Count the images that pass through a model; a pass with a gradient counts twice."""
-    spent = Spent(tell)
+    spent = Spent(on_pass)
     with model.register_forward_pre_hook(spent.hear):
         yield spent
 
@@ -193,7 +198,7 @@ def counted(model: nn.Module, tell: Callable[[], None] = no_progress) -> Iterato
 @contextmanager
 def repeatable(rng: Generator) -> Iterator[None]:
     """Let a model that uses torch's global generators draw from `rng`; they are restored."""
-    with random_state_kept():
+    with preserved_random_state():
         if rng.device.type == "cuda":
             torch.cuda.set_rng_state(rng.get_state(), rng.device)
         cpu = Generator().manual_seed(rng.initial_seed())
@@ -258,7 +263,7 @@ def check_bound(x: Tensor, x_adv: Tensor, threat: Threat, name: str) -> dict[str
 
 def _n_classes(subject: PixelModel, data: Images, ctx: Context) -> int:
     part = data.take(torch.arange(1)).to(ctx.rng.device)
-    with torch.no_grad(), random_state_kept():
+    with torch.no_grad(), preserved_random_state():
         return len(subject(part.unit())[0])
 
 

@@ -29,14 +29,14 @@ def package(module: str) -> str | None:
     top = module.split(".")[0]
     if top == "__main__":  # of a notebook or of `python -m` it has an installed package's file
         return None
-    found = sys.modules.get(top)
-    file = PurePath(getattr(found, "__file__", None) or "")
+    loaded = sys.modules.get(top)
+    file = PurePath(getattr(loaded, "__file__", None) or "")
     installed = bool({"site-packages", "dist-packages"} & set(file.parts))
     shipped = not file.name or file.is_relative_to(sysconfig.get_path("stdlib"))
     if top in BY_NAME or (top in sys.stdlib_module_names and shipped and not installed):
         return ""
     if installed:
-        return str(getattr(found, "__version__", ""))
+        return str(getattr(loaded, "__version__", ""))
     return None
 
 
@@ -76,17 +76,17 @@ def names_in(code: types.CodeType) -> Iterator[str]:
 def followed_methods(kind: type) -> set[str]:
     """The methods that judging a model may run, by the names that each of them holds."""
     entries = {name: entry for base in reversed(kind.__mro__) for name, entry in vars(base).items()}
-    found: set[str] = set()
+    names: set[str] = set()
     queue = [name for name in ENTRIES if name in entries]
     while queue:
         name = queue.pop()
-        if name in found:
+        if name in names:
             continue
-        found.add(name)
+        names.add(name)
         entry = entries[name]
         if isinstance(entry, property):
             entry = entry.fget
         inner = entry.__func__ if isinstance(entry, staticmethod | classmethod) else entry
         if isinstance(inner, types.FunctionType):
             queue += [name for name in names_in(inner.__code__) if name in entries]
-    return found
+    return names

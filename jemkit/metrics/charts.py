@@ -79,10 +79,10 @@ def histograms(
     table: Mapping[str, Any], names: Mapping[str, str], slot: int, axes: Axes
 ) -> tuple[Html, list[tuple[Html, str]]]:
     """The named sets of a table of `jemkit.metrics.figures.histograms`, and their legend."""
-    found = [name for name in names if table.get(name)]
-    shares = {name: [v / (sum(table[name]) or 1.0) for v in table[name]] for name in found}
+    present = [name for name in names if table.get(name)]
+    shares = {name: [v / (sum(table[name]) or 1.0) for v in table[name]] for name in present}
     legend = []
-    for at, name in enumerate(found):
+    for at, name in enumerate(present):
         words = [names[name]]
         if name in table.get("n", {}):
             words.append(f"{table['n'][name]} images")
@@ -260,14 +260,14 @@ def _band(series: Series, scale: _Scale) -> Html:
 
 def _path(points: Sequence[Pair]) -> str:
     """M and L through the points, started again after a gap; a point alone is a dot."""
-    told, pen = [], "M"
+    commands, pen = [], "M"
     for x, y in points:
         if not _there(x, y):
             pen = "M"
             continue
-        told.append(f"{pen}{x:.1f} {y:.1f}" + ("h0" if pen == "M" else ""))
+        commands.append(f"{pen}{x:.1f} {y:.1f}" + ("h0" if pen == "M" else ""))
         pen = "L"
-    return "".join(told)
+    return "".join(commands)
 
 
 def _there(*values: float) -> bool:

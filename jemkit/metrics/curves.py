@@ -52,22 +52,24 @@ def metrics(folder: Path) -> dict[str, Curve]:
 
 def epochs(folder: Path) -> list[dict[str, Any]]:
     """The epochs of events.jsonl, the last word on each; a resumed run tells some twice."""
-    found: dict[int, dict[str, Any]] = {}
+    by_step: dict[int, dict[str, Any]] = {}
     for line in _text(folder / "events.jsonl").split("\n"):
         try:
             event = json.loads(line)
             if event["event"] == "epoch":
-                found[int(event["step"])] = event
+                by_step[int(event["step"])] = event
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue  # a line cut off by a kill
-    return [found[step] for step in sorted(found)]
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def save(folder: Path) -> None:
     """Losses, energies, gaps and accuracies of a run against the step, as curves.svg."""
-    found, judged = metrics(folder), epochs(folder)
+    chart_html, judged = metrics(folder), epochs(folder)
     panels = [
-        _panel(title, {name: (c.x, c.y) for name, c in found.items() if name.startswith(start)})
+        _panel(
+            title, {name: (c.x, c.y) for name, c in chart_html.items() if name.startswith(start)}
+        )
         for title, start in (("terms", "loss"), ("mean energies", "E("), ("energy gaps", "gap"))
     ]
     accuracies = {
@@ -93,8 +95,8 @@ def _panel(
         Series(name, at, x, y, marked=marked)
         for at, (name, (x, y)) in enumerate(zip(names, curves.values(), strict=True))
     ]
-    drawn, _ = lines(series, Axes(title, "step", "", None, y_range))
-    return Panel(title, drawn, [(key(one.slot), one.label) for one in series])
+    svg, _ = lines(series, Axes(title, "step", "", None, y_range))
+    return Panel(title, svg, [(key(one.slot), one.label) for one in series])
 
 
 def _text(path: Path) -> str:

@@ -24,16 +24,20 @@ class Robustness(Options):
     attack: Annotated[ModelAttack, PartOf("attack")] = PGD20
 
     def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
-        found = attacked(subject, self.attack, data, ctx, "pgd")
-        return [robust_share(found, ctx), *gaps(subject, found, data, ctx)]
+        result = attacked(subject, self.attack, data, ctx, "pgd")
+        return [robust_share(result, ctx), *gaps(subject, result, data, ctx)]
 
 
-def gaps(subject: PixelModel, found: Attacked, data: Images, ctx: Context) -> list[Figure]:
+def gaps(
+    subject: PixelModel, attacked_images: Attacked, data: Images, ctx: Context
+) -> list[Figure]:
     """Statistics of one-to-one differences of energy between x~ and x."""
     clean, joint = energies(subject, data, ctx)
-    adv, joint_adv = energies(subject, Images(found.x_adv, data.y), ctx)
+    adv, joint_adv = energies(subject, Images(attacked_images.x_adv, data.y), ctx)
     values = energy_gaps(clean, adv, joint, joint_adv)
-    return [plain(name, value, len(clean), found.protocol) for name, value in values.items()]
+    return [
+        plain(name, value, len(clean), attacked_images.protocol) for name, value in values.items()
+    ]
 
 
 def energies(subject: PixelModel, data: Images, ctx: Context) -> tuple[Tensor, Tensor]:

@@ -83,9 +83,9 @@ class Context:
 
     def ledger(self, about: dict[str, Any]) -> ResultCache:
         """The cache of work that depends on `about`."""
-        found = ResultCache(self.work, {**about, "versions": versions()}, self.shard)
-        self.notes.ledgers.append(found)
-        return found
+        cache = ResultCache(self.work, {**about, "versions": versions()}, self.shard)
+        self.notes.ledgers.append(cache)
+        return cache
 
     def split(self, name: str) -> Images:
         """The images of another split; Unmeasurable if there are none."""
@@ -109,9 +109,9 @@ def measure(
     try:
         with frozen(subject), eval_mode(subject):
             return [
-                figure._replace(protocol=with_departures(figure.protocol, found))
+                figure._replace(protocol=with_departures(figure.protocol, missing))
                 for judge in evaluators
-                for found in [departures(judge, ctx.threat)]
+                for missing in [departures(judge, ctx.threat)]
                 for figure in retry_on_oom(partial(judge, subject, data, ctx), ctx.rng)
             ]
     finally:

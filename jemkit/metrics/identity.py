@@ -85,18 +85,18 @@ class _Walk:
 
     def __init__(self) -> None:
         self.hash = hashlib.sha256()
-        self.seen: dict[int, int] = {}
-        self.kept: list[Any] = []  # so that no address is used twice
+        self.numbers: dict[int, int] = {}
+        self.values: list[Any] = []  # so that no address is used twice
         self.code: deque[tuple[Any, str]] = deque()
 
     def finish(self) -> None:
         """Classes and functions, each once, in the order in which they were met."""
         while self.code:
-            found, where = self.code.popleft()
-            if isinstance(found, type):
-                self._class_body(found, where)
+            item, where = self.code.popleft()
+            if isinstance(item, type):
+                self._class_body(item, where)
             else:
-                self._function_body(found, where, followed=True)
+                self._function_body(item, where, followed=True)
 
     def add(self, value: Any, where: str) -> None:
         if type(value) in ATOMS or isinstance(value, NAMED):
@@ -115,11 +115,11 @@ class _Walk:
 
     def _new(self, value: Any) -> bool:
         """Whether a value is met for the first time; else its number stands for it."""
-        number = self.seen.setdefault(id(value), len(self.seen))
-        if number < len(self.kept):
+        number = self.numbers.setdefault(id(value), len(self.numbers))
+        if number < len(self.values):
             self._say("again", str(number))
             return False
-        self.kept.append(value)
+        self.values.append(value)
         return True
 
     def _compound(self, value: Any, where: str) -> None:

@@ -85,16 +85,16 @@ def probe_outputs(subject: PixelModel, data: Images, device: torch.device) -> Ou
     rng = Generator(device).manual_seed(0)
     noise = torch.rand((NOISE, *x.shape[1:]), generator=rng, device=device)
     with torch.no_grad():
-        seen = _finite(torch.cat([subject(x), subject(noise), subject(noise.round())]).double())
+        logits = _finite(torch.cat([subject(x), subject(noise), subject(noise.round())]).double())
     far = _far(subject, x, rng)
-    _check_no_probabilities(seen, far)
-    reason = _named(subject, x[:2]) or _in_range(seen) or _stays(far)
+    _check_no_probabilities(logits, far)
+    reason = _named(subject, x[:2]) or _in_range(logits) or _stays(far)
     dead, n = _without_gradient(subject, x, y)
-    return Outputs(_finding(reason, seen, dead, n), reason is not None)
+    return Outputs(_finding(reason, logits, dead, n), reason is not None)
 
 
-def _finding(reason: str | None, seen: Tensor, dead: int, n: int) -> Finding:
-    low, high = (float(f(seen)) for f in (torch.min, torch.max))
+def _finding(reason: str | None, logits: Tensor, dead: int, n: int) -> Finding:
+    low, high = (float(f(logits)) for f in (torch.min, torch.max))
     vanish = surely(dead, n, DEAD)
     about = f"outputs from {low:.4g} to {high:.4g}; {said(dead, n)} give the loss no gradient"
     means = "gradients vanish on images as they are: the logits are too large for the loss, or no "
@@ -167,10 +167,10 @@ def _far(subject: PixelModel, x: Tensor, rng: Generator) -> list[Tensor]:
     base = torch.cat([x[:NOISE], noise]) - 0.5
     try:
         with torch.no_grad():
-            found = [_finite(subject(scale * base).double()) for scale in SCALES]
+            logits = [_finite(subject(scale * base).double()) for scale in SCALES]
     except (RuntimeError, ValueError, AssertionError, IndexError, ArithmeticError):
         return []  # a model may refuse what no image can be
-    return [z for z in found if len(z) >= len(base) // 2]
+    return [z for z in logits if len(z) >= len(base) // 2]
 
 
 def _stays(far: list[Tensor]) -> str | None:
@@ -182,14 +182,14 @@ def _stays(far: list[Tensor]) -> str | None:
     return None
 
 
-def _check_no_probabilities(seen: Tensor, far: list[Tensor]) -> None:
+def _check_no_probabilities(logits: Tensor, far: list[Tensor]) -> None:
     """Refuse rows [B, K] in [0, 1] that sum to 1, up to rounding or a little noise, on any image.
 
     The sums must be much steadier than what they add up, or logits that happen to be small and
     positive would pass for probabilities; equal rows say nothing.
     """
-    sums, spread = seen.sum(dim=1), seen.std(dim=0, correction=0).norm()
-    inside = all(bool(((z >= -NEAR) & (z <= 1 + NEAR)).all()) for z in (seen, *far))
+    sums, spread = logits.sum(dim=1), logits.std(dim=0, correction=0).norm()
+    inside = all(bool(((z >= -NEAR) & (z <= 1 + NEAR)).all()) for z in (logits, *far))
     mean, wide = float(sums.mean()), float(sums.std(correction=0))
     if not inside or abs(mean - 1) > NEAR or spread <= 1e-6 or wide > spread / 4:
         return
@@ -251,8 +251,8 @@ def _bounded(node: Any, depth: int) -> str | None:
         return "cosine" if _cosine(node, parts) else None
     if kind not in KEEPING:
         return None
-    found = [_bounded(part, depth - 1) for part in parts if part is not None]
-    return found[0] if found and all(found) else None
+    reasons = [_bounded(part, depth - 1) for part in parts if part is not None]
+    return reasons[0] if reasons and all(reasons) else None
 
 
 def _kind(node: Any) -> str:

@@ -108,14 +108,14 @@ def part(
 ) -> Part:
     """What an evaluator left since `before`, with its figures."""
     keys = tuple(figure.key for figure in figures)
-    found: dict[Kind, dict[str, str]] = {}
+    owned: dict[Kind, dict[str, str]] = {}
     for kind, left in left_by(ctx.notes).items():
         old = before[kind]
-        found[kind] = {n: n for n, value in left.items() if n not in old or old[n] is not value}
+        owned[kind] = {n: n for n, value in left.items() if n not in old or old[n] is not value}
     card = canonical(finite(without_results(ctx.card)))
     text = json.dumps([evaluator, card, keys], default=str)
     key = hashlib.sha256(text.encode()).hexdigest()
-    return Part(evaluator, key, keys, found["tables"], found["rows"], found["files"])
+    return Part(evaluator, key, keys, owned["tables"], owned["rows"], owned["files"])
 
 
 def check_place(folder: Path) -> None:
@@ -145,14 +145,14 @@ def of_weights(
         return None
     for stem in (STEM, *beside(folder)):
         try:
-            found = load(folder, stem)
+            record = load(folder, stem)
         except DataError as error:
             if stem == STEM:
                 raise
             log.warning("%s.json is skipped: %s", stem, error)
             continue
-        if found.subject.get("sha256") == sha256 and _is_of(found, data, test_sha256):
-            return found
+        if record.subject.get("sha256") == sha256 and _is_of(record, data, test_sha256):
+            return record
     return None
 
 
@@ -190,14 +190,14 @@ def _loaded(folder: Path, stem: str, warned: list[str]) -> Record | None:
     if not (folder / f"{stem}.json").exists():
         return None
     try:
-        found = load(folder, stem)
+        record = load(folder, stem)
     except DataError as error:
         aside = set_aside(folder / f"{stem}.json")
         warned.append(f"the previous record is kept as {aside.name}: {error}")
         return None
-    if found.parts:
-        return found
-    return replace(found, parts=_owned(found, pictures(folder) if stem == STEM else ()))
+    if record.parts:
+        return record
+    return replace(record, parts=_owned(record, pictures(folder) if stem == STEM else ()))
 
 
 def _split(record: Record | None) -> Iterator[Record]:
@@ -218,9 +218,9 @@ def _split(record: Record | None) -> Iterator[Record]:
     tables_of = main if main in groups else next(iter(groups))
     for images, figures in groups.items():
         others = {f.key for f in record.figures} - {f.key for f in figures}
-        found = _without(record, others, tables=images == tables_of)
+        own_record = _without(record, others, tables=images == tables_of)
         card = record.protocol if images == main else figures[0].protocol
-        yield replace(found, protocol={**card, "test_sha256": images})
+        yield replace(own_record, protocol={**card, "test_sha256": images})
 
 
 def _keep(folder: Path, record: Record, warned: list[str]) -> None:
@@ -274,7 +274,7 @@ def _without(
 
     A part goes with the last of its figures; one that never had any, where its key is in `keys`.
     """
-    parts, found = [], dict(record.tables)
+    parts, tables_left = [], dict(record.tables)
     for part in record.parts:
         left = tuple(key for key in part.figures if key not in gone)
         if not left and (part.figures or part.key in keys):
@@ -283,12 +283,14 @@ def _without(
         rows = {name: stored for name, stored in part.rows.items() if name not in names}
         own = {f.name for f in record.figures if f.key in part.figures}
         for stored in part.tables.values():  # a table may have an entry for each figure
-            if isinstance(found[stored], dict) and found[stored].keys() <= own:
-                found[stored] = {k: v for k, v in found[stored].items() if k not in names}
-        kept = part.tables if tables else {}
-        parts.append(part._replace(figures=left, rows=rows, tables=kept))
+            if isinstance(tables_left[stored], dict) and tables_left[stored].keys() <= own:
+                tables_left[stored] = {
+                    k: v for k, v in tables_left[stored].items() if k not in names
+                }
+        own_tables = part.tables if tables else {}
+        parts.append(part._replace(figures=left, rows=rows, tables=own_tables))
     figures = [figure for figure in record.figures if figure.key not in gone]
-    return replace(record, figures=figures, parts=parts, tables=found)
+    return replace(record, figures=figures, parts=parts, tables=tables_left)
 
 
 def _arranged(new: Record, old: Record | None) -> Record:

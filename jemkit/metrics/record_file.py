@@ -73,11 +73,11 @@ class Record:
         if not named:
             names = ", ".join(sorted({figure.name for figure in self.figures}))
             raise DataError(f"the record has no figure {name!r}; it has {names}")
-        found = [f for f in named if all(f.protocol.get(k) == v for k, v in protocol.items())]
-        if not found:
-            told = ", ".join(f"{key} {value}" for key, value in protocol.items())
-            raise DataError(f"the record has {name!r}, but not with {told}")
-        return preferred(found)
+        matches = [f for f in named if all(f.protocol.get(k) == v for k, v in protocol.items())]
+        if not matches:
+            wanted = ", ".join(f"{key} {value}" for key, value in protocol.items())
+            raise DataError(f"the record has {name!r}, but not with {wanted}")
+        return preferred(matches)
 
     def rows_of(self, figure: Figure) -> Tensor | None:
         """A figure's outcomes, image by image; None where there are none."""
@@ -91,9 +91,9 @@ class Record:
         """The names in this record of all tables, rows or files that evaluators call `name`."""
         if not self.parts:
             return [name] if name in getattr(self, kind, ()) else []
-        found = [part_names(part, kind)[name] for part in self.parts
+        stored_names = [part_names(part, kind)[name] for part in self.parts
                  if name in part_names(part, kind)]  # fmt: skip
-        return sorted(found, key=lambda stored: stored != name)
+        return sorted(stored_names, key=lambda stored: stored != name)
 
     def card_of(self, kind: Kind, stored: str) -> dict[str, Any]:
         """The protocol under which a table, rows or a file came about."""
@@ -189,12 +189,12 @@ def _read(folder: Path, stem: str) -> Record:
     rows = _rows(folder, stem, wanted)
     try:
         figures = [_figure(figure) for figure in saved["figures"]]
-        found = Record(
+        record = Record(
             dict(saved["subject"]), dict(saved["protocol"]), figures, dict(saved["tables"]), rows,
             _texts(dict(saved["left_out"])), [*_texts(dict(enumerate(saved["warnings"]))).values()],
             [_part(part) for part in saved.get("parts", ())], str(saved.get("pictures", PICTURES)),
         )  # fmt: skip
-        return _checked(found)
+        return _checked(record)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
@@ -240,14 +240,14 @@ def _checked(record: Record) -> Record:
 def _sealed(path: Path) -> tuple[dict[str, Any], str | None]:
     """What a record's JSON holds, as it was written, and the hash of its rows; None of old ones."""
     saved = read_json(path)
-    found = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
-    if found not in (FORMAT, WITHOUT_PARTS, UNSEALED):
+    version = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
+    if version not in (FORMAT, WITHOUT_PARTS, UNSEALED):
         raise DataError(
-            f"{path} has record format {found!r}; this jemkit reads "
+            f"{path} has record format {version!r}; this jemkit reads "
             f"{UNSEALED}, {WITHOUT_PARTS}, {FORMAT}"
         )
     seal = saved.pop(SEAL, None)
-    if seal is None and found == UNSEALED:
+    if seal is None and version == UNSEALED:
         return saved, None
     if not isinstance(seal, dict) or seal.get("record") != _hash(saved):
         raise DataError(

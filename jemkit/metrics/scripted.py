@@ -34,16 +34,16 @@ def scripted_parts(module: torch.jit.ScriptModule) -> Iterator[tuple[str, bytes]
         files = {name.split("/", 1)[1]: saved.read(name) for name in saved.namelist()}
     names = [f"{at.decode()}.{name.decode()}" for at, name in CLASS_OF_VALUE.findall(files[VALUES])]
     numbers = {name: at for at, name in enumerate(dict.fromkeys(names))}
-    found: list[tuple[str, bytes]] = []
+    parts: list[tuple[str, bytes]] = []
     for name, content in files.items():
         if LEFT_OUT.search(name):
             continue
         if name.startswith("code/") and name.endswith(".py"):
             module_name = name.removeprefix("code/").removesuffix(".py").replace("/", ".")
-            found += _definitions(module_name, content.decode(), numbers)
+            parts += _definitions(module_name, content.decode(), numbers)
         else:
-            found.append((name, _values(content, numbers) if name == VALUES else content))
-    yield from sorted(found)
+            parts.append((name, _values(content, numbers) if name == VALUES else content))
+    yield from sorted(parts)
 
 
 def _saved(module: torch.jit.ScriptModule) -> io.BytesIO:

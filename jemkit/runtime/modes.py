@@ -24,7 +24,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def random_state_kept() -> Iterator[None]:
+def preserved_random_state() -> Iterator[None]:
     """Put torch's global generators back, which a model may draw from and pyautoattack seeds."""
     devices = range(torch.cuda.device_count())  # pyautoattack seeds CUDA's even for work on the CPU
     with torch.random.fork_rng(devices=devices, device_type="cuda"):

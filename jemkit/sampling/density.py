@@ -111,9 +111,9 @@ class ReplayBuffer:
         self._device = rng.device
         if fill:
             self._late.get()
-        self.drawn = 0  # chains begun so far
+        self.chains_begun = 0  # chains begun so far
         self._undo: list[tuple[Tensor, Tensor]] | None = None
-        self._drawn_at_mark = 0
+        self._chains_at_mark = 0
 
     @property
     def states(self) -> Tensor:
@@ -173,16 +173,16 @@ class ReplayBuffer:
         self.states[slots] = x
 
     def mark(self) -> None:
-        self._undo, self._drawn_at_mark = [], self.drawn
+        self._undo, self._chains_at_mark = [], self.chains_begun
 
     def rollback(self) -> None:
         for slots, states in reversed(self._undo or []):
             self.states[slots] = states
-        self._undo, self.drawn = None, self._drawn_at_mark
+        self._undo, self.chains_begun = None, self._chains_at_mark
 
     def _restarts(self, n: int) -> int:
-        before, self.drawn = self.drawn, self.drawn + n
-        return int(self.drawn * self.options.restart) - int(before * self.options.restart)
+        before, self.chains_begun = self.chains_begun, self.chains_begun + n
+        return int(self.chains_begun * self.options.restart) - int(before * self.options.restart)
 
 
 class ContrastiveDensity:
@@ -265,7 +265,7 @@ class ContrastiveDensity:
         self.buffer.rollback()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"states": self.buffer.states, "drawn": self.buffer.drawn}
+        return {"states": self.buffer.states, "drawn": self.buffer.chains_begun}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         states, drawn = state.get("states"), state.get("drawn")
@@ -276,7 +276,7 @@ class ContrastiveDensity:
         if type(drawn) is not int or drawn < 0:
             raise MisfitError(f"a buffer that {drawn!r} chains were begun from; expected a count")
         self.buffer.load(states)
-        self.buffer.drawn = drawn
+        self.buffer.chains_begun = drawn
 
 
 @runtime_checkable

@@ -153,7 +153,7 @@ class Pin(NamedTuple):
         except (DataError, LookupError, ValidationError):
             return None
 
-    def seen(self, test: Images) -> tuple[int, list[str]]:
+    def overlap(self, test: Images) -> tuple[int, list[str]]:
         """How many of other test images the run was trained or validated on, with a warning."""
         own = self.table.test
         if own is None or images_hash(test) == own.sha256:

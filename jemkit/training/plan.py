@@ -12,7 +12,7 @@ from jemkit.sampling.density import Buffered
 from jemkit.sampling.init_dists import MomentStart, start_name
 from jemkit.training.build import RunState, build_run, load_model
 from jemkit.training.initial_weights import doubts, initial
-from jemkit.training.run import kept_checkpoints
+from jemkit.training.run import checkpoint_count
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def _disk(parts: RunState, recipe: Recipe) -> dict[str, str]:
             density.start.check()
             size = disk.readable(density.start.form.bytes)
             found["disk of the start"] = f"{size} at most, in {cache_folder() / 'moments'}"
-    keep = kept_checkpoints(recipe, parts.loader.steps_per_epoch)
+    keep = checkpoint_count(recipe, parts.loader.steps_per_epoch)
     steps, epochs = parts.task.total_steps, recipe.run.epochs
     whole = disk.run_bytes(one, keep=keep, steps=steps, epochs=epochs)
     buffer = f", {disk.readable(states)} of it the replay buffer" if states else ""

@@ -81,7 +81,7 @@ def gather_state(state: State, density: Density) -> State:
 
 
 @runtime_checkable
-class Dealt(Protocol):
+class Resharded(Protocol):
     """A density whose state can be redistributed over another number of processes.
 
     `deals` declares for each entry of its state what a process has of it: "slots", every N-th row
@@ -93,7 +93,7 @@ class Dealt(Protocol):
 
 def reshard_state(saved: list[State], density: Density, me: Shard) -> State:
     """This process's part of the states that len(saved) processes had."""
-    deals = density.deals if isinstance(density, Dealt) else {}
+    deals = density.deals if isinstance(density, Resharded) else {}
     if any(set(deals) != set(state) for state in saved) or not {*deals.values()} <= {*DEALS}:
         raise MisfitError(
             f"this density's state cannot be redistributed: resume with {len(saved)} "

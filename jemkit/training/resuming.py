@@ -53,7 +53,7 @@ def refused(was: Table, now: Table) -> list[Change]:
     return [change for change in found if not _longer(change)]
 
 
-def asked_again(
+def resolve_for_resume(
     registry: Registry,
     folder: Path,
     *,

@@ -210,12 +210,12 @@ def still_needed(trainer: Trainer, state: checkpoint.State) -> int:
     steps = max(0, trainer.total_steps - trainer.step)
     per_epoch = loader.steps_per_epoch
     epochs = -(-steps // per_epoch)
-    keep = kept_checkpoints(trainer.recipe, per_epoch)
+    keep = checkpoint_count(trainer.recipe, per_epoch)
     there = disk.used_bytes(trainer.folder.checkpoints)
     return max(0, disk.run_bytes(one, keep=keep, steps=steps, epochs=epochs) - there)
 
 
-def kept_checkpoints(recipe: Recipe, per_epoch: int) -> int:
+def checkpoint_count(recipe: Recipe, per_epoch: int) -> int:
     """How many checkpoints a run keeps, including those that may still prove unhealthy."""
     sentinel = recipe.sentinel
     proving = 1 - (-sentinel.late(per_epoch) // per_epoch) if sentinel.on else 0  # ends of epochs

@@ -35,10 +35,10 @@ class Torchvision(Options):
             )
         _three_channels(shape, f"torchvision's {self.model}")
         what = f"torchvision's {self.model}"
-        with _told(what, shape):
+        with _shape_errors(what, shape):
             module = models.get_model(self.model, weights=None, **_options(self.model, shape[1]))
         network = Adapted(module, _without_head(module, what))
-        with _told(what, shape):
+        with _shape_errors(what, shape):
             check_features(network, shape)
         return network
 
@@ -61,7 +61,7 @@ class Timm(Options):
         if not timm.is_model(self.model):
             near = nearest(self.model, timm.list_models())
             raise ConfigError(f"timm has no model {self.model!r}{near}")
-        with _told(f"timm's {self.model}", shape):
+        with _shape_errors(f"timm's {self.model}", shape):
             return _timm(timm.create_model, self.model, shape)
 
 
@@ -96,7 +96,7 @@ def _timm(create: Callable[..., nn.Module], model: str, shape: Shape) -> Network
 
 
 @contextmanager
-def _told(what: str, shape: Shape) -> Iterator[None]:
+def _shape_errors(what: str, shape: Shape) -> Iterator[None]:
     """Whatever a network raises of images that it cannot take, as one message."""
     try:
         yield

@@ -35,8 +35,8 @@ class AWPUpdater:
     def step(self, terms: Callable[[], Terms], guard: Guard) -> None:
         backward(self.optimizer, terms)
         with moved_weights(self.ascent()), frozen_batch_stats(self.model):
-            found = backward(self.optimizer, terms)
-        guard.update(self.optimizer, found)
+            perturbed = backward(self.optimizer, terms)
+        guard.update(self.optimizer, perturbed)
 
     def ascent(self) -> dict[nn.Parameter, Tensor]:
         """gamma |theta_l| g_l / |g_l| for every layer's matrix; biases and norms stay."""

@@ -49,8 +49,8 @@ class Calibration(Options):
             ctx.notes.warnings.append(f"calibration: no temperature, since {error}")
             return []
         part = Images(valid.x[:QUICK], valid.y[:QUICK]) if ctx.quick else valid
-        seen, labels = _outputs(subject, part, ctx, "temperature")
-        t = temperature(seen, labels)
+        held_out, labels = _outputs(subject, part, ctx, "temperature")
+        t = temperature(held_out, labels)
         if t in (COLDEST, HOTTEST):
             ctx.notes.warnings.append(
                 f"calibration: the temperature {t:g} is the end of its range; on validation images "

@@ -76,8 +76,8 @@ def _digits() -> NDArray[np.float64]:
             return np.loadtxt(path, delimiter=",")
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    return np.column_stack([found.data, found.target])
+    digits = load_digits()
+    return np.column_stack([digits.data, digits.target])
 
 
 class CIFAR10(Options):

@@ -62,12 +62,12 @@ def with_dummies(model: EnergyModel) -> DummyEnergy:
 @contextmanager
 def read_as(model: EnergyModel, fold: Fold | Literal["none"]) -> Iterator[None]:
     """The model with another folding inside the block."""
-    found = with_dummies(model)
-    before, found.fold = found.fold, fold
+    folded = with_dummies(model)
+    before, folded.fold = folded.fold, fold
     try:
         yield
     finally:
-        found.fold = before
+        folded.fold = before
 
 
 class DUCAT(Options):

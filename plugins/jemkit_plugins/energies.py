@@ -116,9 +116,9 @@ class _Set(NamedTuple):
 
 
 def _adversarial(subject: PixelModel, data: Images, ctx: Context) -> _Set:
-    found = attacked(subject, PGD20, data, ctx, "pgd")
-    card = {k: v for k, v in found.protocol.items() if k not in (*ctx.card, "seconds")}
-    return _Set.of(subject, Images(found.x_adv, data.y), ctx, card)
+    result = attacked(subject, PGD20, data, ctx, "pgd")
+    card = {k: v for k, v in result.protocol.items() if k not in (*ctx.card, "seconds")}
+    return _Set.of(subject, Images(result.x_adv, data.y), ctx, card)
 
 
 def _origin(subject: PixelModel, ctx: Context) -> dict[str, Any]:

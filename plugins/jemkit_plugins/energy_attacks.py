@@ -36,8 +36,8 @@ class EnergyAttack(PGDAttack):
 
     def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
         raised = {"x": "E(x)", "xy": "E(x, y)"}[self.of]
-        kept = "the highest energy of all steps"
-        return {**super().card(threat, n_classes), "raised": raised, "kept": kept}
+        best = "the highest energy of all steps"
+        return {**super().card(threat, n_classes), "raised": raised, "kept": best}
 
 
 class Detector(PGDAttack):
@@ -61,10 +61,10 @@ class Detector(PGDAttack):
     restarts: int = Field(1, ge=1)
 
     def unused(self) -> dict[str, str]:
-        found = super().unused()
+        options_unused = super().unused()
         if self.limit != "percentile":
-            found["percentile"] = 'unless limit = "percentile"'
-        return found
+            options_unused["percentile"] = 'unless limit = "percentile"'
+        return options_unused
 
     @property
     def label(self) -> str:
@@ -77,9 +77,9 @@ class Detector(PGDAttack):
         def evaluated(z: Tensor) -> Criterion:
             scores = subject.scores(z)
             loss = F.cross_entropy(scores.logits, y, reduction="none")
-            wrong, seen = scores.logits.argmax(1) != y, ~(scores.energy <= limit)
-            fallen = wrong & ~seen  # x stays where none falls
-            raised = torch.where(wrong & seen, -scores.energy, loss)
+            wrong, detected = scores.logits.argmax(1) != y, ~(scores.energy <= limit)
+            fallen = wrong & ~detected  # x stays where none falls
+            raised = torch.where(wrong & detected, -scores.energy, loss)
             return Criterion(raised, fallen, rank=loss.where(fallen, -torch.inf))
 
         return evaluated

@@ -45,10 +45,10 @@ class LPIPS(Options):
         _fits(x)
         perceptual = network(self, x.device, x.dtype)
         with torch.no_grad():
-            clean = list(perceptual.features(_as_seen(x, bounds)))
+            clean = list(perceptual.features(_network_input(x, bounds)))
 
         def measure(x_adv: Tensor) -> Tensor:
-            return perceptual.compare(clean, _as_seen(x_adv, bounds))
+            return perceptual.compare(clean, _network_input(x_adv, bounds))
 
         return measure
 
@@ -104,7 +104,7 @@ def _fits(x: Tensor) -> None:
         )
 
 
-def _as_seen(x: Tensor, bounds: Bounds) -> Tensor:
+def _network_input(x: Tensor, bounds: Bounds) -> Tensor:
     """Images as the network was trained to see them: three channels in [-1, 1]."""
     middle, half = (bounds.high + bounds.low) / 2, (bounds.high - bounds.low) / 2
     return ((x - middle) / half).expand(-1, 3, -1, -1)

@@ -54,9 +54,9 @@ class OOD(Options):
             outside = scores(subject, others, ctx, f"out of distribution: {name}")
             card = {**ctx.card, **how, "positive": "test", "counts": [len(data.y), len(x)]}
             card["seed"] = ctx.seed
-            found = {score: detection(inside[score], outside[score]) for score in SCORES}
-            table[name] = {s: {**d.values, "n": len(x)} for s, d in found.items()}
-            figures += [f for s, d in found.items() for f in _figures(name, s, d, card)]
+            detections = {score: detection(inside[score], outside[score]) for score in SCORES}
+            table[name] = {s: {**d.values, "n": len(x)} for s, d in detections.items()}
+            figures += [f for s, d in detections.items() for f in _figures(name, s, d, card)]
             energies[name] = -outside["logp"]
         ctx.notes.tables["ood"] = table
         ctx.notes.tables["ood_energies"] = histograms(energies)
@@ -78,7 +78,7 @@ class OOD(Options):
             others = {**others, name: dataset.load("test")}
         for name, images in others.items():
             rng = generator(torch.device("cpu"), ctx.seed, "ood", name)
-            yield name, *_drawn(images.x, name, x, rng)
+            yield name, *_random_subset(images.x, name, x, rng)
 
 
 def scores(subject: PixelModel, data: Images, ctx: Context, what: str = "") -> dict[str, Tensor]:
@@ -87,10 +87,10 @@ def scores(subject: PixelModel, data: Images, ctx: Context, what: str = "") -> d
     for x, _ in batches(data, ctx, what):
         logp: list[Tensor] = []  # log p(y | x) and E(x) of the pass that the gradient comes from
 
-        def energy(z: Tensor, kept: list[Tensor] = logp) -> Tensor:
-            found = subject.scores(z)
-            kept += [found.logits.detach().log_softmax(1), found.energy.detach()]
-            return found.energy
+        def energy(z: Tensor, collected: list[Tensor] = logp) -> Tensor:
+            scored = subject.scores(z)
+            collected += [scored.logits.detach().log_softmax(1), scored.energy.detach()]
+            return scored.energy
 
         slope = gradient(energy, x).flatten(1).norm(dim=1)
         best = logp[0].max(1).values
@@ -162,14 +162,14 @@ def at_least(scores: Tensor, thresholds: Tensor) -> Tensor:
     return (len(scores) - torch.searchsorted(scores.sort().values, thresholds)).double()
 
 
-def _figures(name: str, score: str, found: Detection, card: dict[str, Any]) -> list[Figure]:
+def _figures(name: str, score: str, result: Detection, card: dict[str, Any]) -> list[Figure]:
     end = "" if score == "logp" else f"/{score}"
     n, card = card["counts"][0], {**card, "score": SCORES[score]}
     delong = {**card, "interval": "DeLong"}
     return [
-        Figure(f"auroc/{name}{end}", found.auroc, found.low, found.high, n, delong),
-        Figure(f"aupr/{name}{end}", found.aupr, None, None, n, card),
-        Figure(f"fpr95/{name}{end}", found.fpr95, None, None, n, card),
+        Figure(f"auroc/{name}{end}", result.auroc, result.low, result.high, n, delong),
+        Figure(f"aupr/{name}{end}", result.aupr, None, None, n, card),
+        Figure(f"fpr95/{name}{end}", result.fpr95, None, None, n, card),
     ]
 
 
@@ -204,7 +204,9 @@ MADE: dict[str, tuple[str, Callable[[Tensor, Generator], Tensor]]] = {
 }
 
 
-def _drawn(whole: Tensor, name: str, x: Tensor, rng: Generator) -> tuple[Tensor, dict[str, Any]]:
+def _random_subset(
+    whole: Tensor, name: str, x: Tensor, rng: Generator
+) -> tuple[Tensor, dict[str, Any]]:
     """As many test images of another data set as there are of x, with the channels of x."""
     if whole.shape[2:] != x.shape[2:]:
         raise MisfitError(
@@ -212,11 +214,11 @@ def _drawn(whole: Tensor, name: str, x: Tensor, rng: Generator) -> tuple[Tensor,
             f"{list(x.shape[1:])}; give ones of its size: a folder of images with size = "
             f"{x.shape[2]} in its table is resized"
         )
-    chosen = torch.randperm(len(whole), generator=rng)[: len(x)].sort().values
-    others = Images(whole[chosen], chosen).unit().cpu()
+    indices = torch.randperm(len(whole), generator=rng)[: len(x)].sort().values
+    others = Images(whole[indices], indices).unit().cpu()
     how = {
         "ood": name,
-        "selection": f"{len(chosen)} of {len(whole)} test images, by the seed",
+        "selection": f"{len(indices)} of {len(whole)} test images, by the seed",
         "ood_sha256": tensors_hash({"x": whole}),
     }
     if others.shape[1] == x.shape[1]:

@@ -31,25 +31,27 @@ class Robustness(Options):
     def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
         first = data.take(arange(min(2, len(data.y)))).to(ctx.rng.device)
         model = anchored(subject, first.unit())
-        found = {
+        results = {
             name: attacked(model, attack, data, ctx, name) for name, attack in ctx.attacks.items()
         }
-        figures = [robust_share(one, ctx) for one in found.values()]
-        if found and ctx.shard.rank == 0:
-            self._examine(model, data, found, ctx)
+        figures = [robust_share(one, ctx) for one in results.values()]
+        if results and ctx.shard.rank == 0:
+            self._examine(model, data, results, ctx)
         return figures
 
     def _examine(
-        self, model: PixelModel, data: Images, found: dict[str, Attacked], ctx: Context
+        self, model: PixelModel, data: Images, results: dict[str, Attacked], ctx: Context
     ) -> None:
         if self.indicators:
-            spent = sum(one.passes for one in found.values())
+            spent = sum(one.passes for one in results.values())
             budget = int(spent * (QUICK_SHARE if ctx.quick else 1))
             limit = None if self.indicators == "full" else budget
-            rows = examine(model, data, found, ctx, self.indicator_images, limit)
+            rows = examine(model, data, results, ctx, self.indicator_images, limit)
             ctx.notes.tables["indicators"] = rows
         elif any(row["flag"] for row in outputs_of(ctx)):
-            ctx.notes.tables["indicators"] = {one.label: outputs_of(ctx) for one in found.values()}
+            ctx.notes.tables["indicators"] = {
+                one.label: outputs_of(ctx) for one in results.values()
+            }
 
 
 @hookimpl

@@ -345,7 +345,7 @@ def test_an_allocation_that_fails_is_a_lack_of_memory(take: Callable[[], Any]) -
         (arrays, "evaluation.report", "write", ("report", ".")),
         (words, "training.pretrained", "import_checkpoint", ("import", "x.pt", "--format=jem")),
         (arrays, "evaluation.subjects", "subject_at", ("evaluate", ".")),
-        (tensors, "evaluation.sample", "asked", ("sample", ".")),
+        (tensors, "evaluation.sample", "sample_request", ("sample", ".")),
     ],
 )
 def test_memory_that_runs_out_anywhere_in_a_command_ends_with_7_and_one_line(

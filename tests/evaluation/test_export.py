@@ -22,7 +22,7 @@ from jemkit.config.registry import Registry
 from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.evaluation.evaluate import judge
 from jemkit.evaluation.export import export
-from jemkit.evaluation.sample import asked, drawn, sample
+from jemkit.evaluation.sample import draw_samples, sample, sample_request
 from jemkit.evaluation.subjects import subject_at
 from jemkit.metrics import record as records
 from jemkit.runtime import checkpoint
@@ -81,10 +81,10 @@ def test_an_exported_model_draws_the_samples_of_its_run(
 def test_sampling_tells_how_far_it_is(averaged: Path, parts: Registry, steps: int) -> None:
     seen: list[int] = []
     wanted: dict[str, Any] = {"start": None, "source": "chains", "classes": None, "seed": 0}
-    found = asked(
+    found = sample_request(
         averaged, registry=parts, n=TOGETHER + 20, steps=steps, device="cpu", which="best", **wanted
     )
-    drawn(found, progress=lambda what, done, total: seen.append(done))
+    draw_samples(found, progress=lambda what, done, total: seen.append(done))
     assert seen == sorted(seen)
     assert {TOGETHER // 2 + 10, TOGETHER + 20} <= set(seen)
     assert len(set(seen)) == (2 if steps == 0 else 2 * steps)

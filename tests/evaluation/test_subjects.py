@@ -212,7 +212,7 @@ def test_an_output_that_is_no_table_of_logits_is_refused(
 def test_a_run_brings_the_buffer_that_training_left(run: Path) -> None:
     subject = subject_at(run, REGISTRY, CPU)
     state = checkpoint.load(run / "checkpoints" / "best")["density"]
-    assert subject.model.density.buffer.drawn == state["drawn"] > 0  # type: ignore[attr-defined]
+    assert subject.model.density.buffer.chains_begun == state["drawn"] > 0  # type: ignore[attr-defined]
     assert torch.equal(subject.model.density.buffer.states, state["states"])  # type: ignore[attr-defined]
 
 

@@ -20,7 +20,7 @@ from jemkit.evaluation.compare import compare
 from jemkit.evaluation.evaluate import judge
 from jemkit.evaluation.export import export
 from jemkit.evaluation.report import write
-from jemkit.evaluation.sample import asked, drawn
+from jemkit.evaluation.sample import draw_samples, sample_request
 from jemkit.evaluation.subjects import subject_at
 from jemkit.metrics import record_file
 from jemkit.metrics.record_file import SEAL
@@ -50,11 +50,11 @@ def resume(run: Path) -> None:
 
 
 def sample(run: Path) -> None:
-    found = asked(
+    found = sample_request(
         run, registry=REGISTRY, n=2, steps=1, start=None, source="chains", classes=None, seed=0,
         device="cpu", which="best",
     )  # fmt: skip
-    drawn(found, work=run / ".drawing")
+    draw_samples(found, work=run / ".drawing")
 
 
 Commands = tuple[Callable[[Path], Any], ...]

@@ -20,7 +20,7 @@ from jemkit.evaluation.compare import compare
 from jemkit.evaluation.evaluate import judge
 from jemkit.evaluation.export import export
 from jemkit.evaluation.report import write
-from jemkit.evaluation.sample import asked, drawn, place, save
+from jemkit.evaluation.sample import draw_samples, place, sample_request, save
 from jemkit.evaluation.subjects import subject_at
 from jemkit.runtime.run_dir import RunFolder
 
@@ -55,11 +55,11 @@ def resume(run: Path) -> None:
 
 
 def sample(run: Path) -> None:
-    found = asked(
+    found = sample_request(
         run, registry=REGISTRY, n=2, steps=1, start=None, source="chains", classes=None, seed=0,
         device="cpu", which="best",
     )  # fmt: skip
-    save(drawn(found, work=place(found.protocol, None) / ".drawing"))
+    save(draw_samples(found, work=place(found.protocol, None) / ".drawing"))
 
 
 COMMANDS: dict[str, Callable[[Path], Any]] = {

@@ -17,7 +17,7 @@ from toys import gen
 from jemkit.metrics.plots import to_bytes
 from jemkit.models.networks import seeded_init
 from jemkit.runtime.torchvision_compat import torchvision
-from jemkit_plugins.generation.features import Seen, of_module
+from jemkit_plugins.generation.features import Extracted, of_module
 from jemkit_plugins.generation.fid import (
     Moments,
     frechet,
@@ -282,7 +282,7 @@ def theirs(
 def check_equal(net: nn.Module, name: str, x: Tensor, reference: Tensor) -> None:
     features = of_module(net, name)
     with torch.no_grad():
-        seen: list[Seen] = [features.extract(to_bytes(images)) for images in (x, reference)]
+        seen: list[Extracted] = [features.extract(to_bytes(images)) for images in (x, reference)]
     a, b = (side.features for side in seen)
     n = len(x)
     told = theirs(

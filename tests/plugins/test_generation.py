@@ -37,15 +37,15 @@ from jemkit.testing.toys import toy_backbone
 from jemkit_plugins.generation import Generation
 from jemkit_plugins.generation.features import WEIGHTS as INCEPTION_FILE
 from jemkit_plugins.generation.features import (
+    Extracted,
     Features,
-    Seen,
     inception,
     inception_file,
     of_module,
     own,
 )
 from jemkit_plugins.generation.fid import Moments, frechet
-from jemkit_plugins.generation.samples import Drawn, fresh
+from jemkit_plugins.generation.samples import GeneratedImages, fresh
 
 TASK = toy_task(n_train=40)
 CPU = torch.device("cpu")
@@ -163,7 +163,7 @@ def test_images_of_the_reference_itself_have_no_distance() -> None:
 
 def with_buffer(model: PixelModel, pixels: Tensor) -> PixelModel:
     buffer = model.density.buffer  # type: ignore[attr-defined]
-    buffer.states, buffer.drawn = TASK.bounds.from_unit(pixels), len(pixels)
+    buffer.states, buffer.chains_begun = TASK.bounds.from_unit(pixels), len(pixels)
     return model
 
 
@@ -207,7 +207,7 @@ def test_the_surest_nine_tenths_of_each_class_are_kept_in_their_order(
     seed: int, n: int, n_classes: int
 ) -> None:
     y, confidence = labels(seed, n, n_classes), uniform(seed + 1, n, low=0)
-    kept = Drawn(torch.arange(n), y, confidence).most_confident(0.9)
+    kept = GeneratedImages(torch.arange(n), y, confidence).most_confident(0.9)
     assert torch.equal(kept.x, kept.x.sort().values)
     for label in y.unique():
         inside = y == label
@@ -289,7 +289,7 @@ def test_samples_that_are_not_finite_are_no_black_images() -> None:
 
 
 def test_features_that_are_not_finite_are_refused_by_name() -> None:
-    bad = Features("bad", lambda x: Seen(torch.full((len(x), 3), float("inf"))), {})
+    bad = Features("bad", lambda x: Extracted(torch.full((len(x), 3), float("inf"))), {})
     with pytest.raises(DataError, match="'bad'"):
         judged(features=bad)
 

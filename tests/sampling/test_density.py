@@ -147,7 +147,7 @@ def test_a_rollback_restores_the_buffer_bit_for_bit(n: int, seed: int, draws: in
     backbone = toy_backbone(TASK, seed=1)
     density = backbone.density
     density.draw(backbone.model, 5, gen(seed))
-    before = {"states": density.buffer.states.clone(), "drawn": density.buffer.drawn}
+    before = {"states": density.buffer.states.clone(), "drawn": density.buffer.chains_begun}
     density.mark()
     for _ in range(draws):
         density.draw(backbone.model, n, gen(seed))

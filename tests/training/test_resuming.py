@@ -24,7 +24,7 @@ from jemkit.runtime.files import write_json
 from jemkit.runtime.pytree import same
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.testing.resume import check_run
-from jemkit.training.resuming import Change, asked_again, changes, refused
+from jemkit.training.resuming import Change, changes, refused, resolve_for_resume
 
 REGISTRY = toy_registry()
 CE = ("classifier", "ce", "plain")
@@ -152,14 +152,14 @@ def test_the_whole_command_is_accepted_again_and_any_other_value_is_named(
             texts,
             data.draw(st.lists(st.sampled_from(texts), unique=True)) if texts else [],
         ):
-            again = asked_again(REGISTRY, folder.path, **{**layers, "overrides": some})
+            again = resolve_for_resume(REGISTRY, folder.path, **{**layers, "overrides": some})
             if some == texts:
                 assert not refused(whole.tables, again.tables)
         alone = {"preset": None, "config": None, "named": {}}
         assert not changes(
-            whole.tables, asked_again(REGISTRY, folder.path, **alone, overrides=[]).tables
+            whole.tables, resolve_for_resume(REGISTRY, folder.path, **alone, overrides=[]).tables
         )
-        other = asked_again(
+        other = resolve_for_resume(
             REGISTRY, folder.path, **alone, overrides=["optimizer.lr=0.123", "run.seed=1234"]
         )
         assert set(refused(whole.tables, other.tables)) == {

@@ -92,12 +92,12 @@ def test_a_step_that_fails_leaves_buffer_generator_and_weights_as_before_it(
     train_step(backbone, objective_of("ebjdat"), updater, BATCH, rng, guard)
     weights = {n: p.detach().clone() for n, p in backbone.model.named_parameters()}
     states, before = backbone.density.buffer.states.clone(), rng.get_state()
-    drawn = backbone.density.buffer.drawn
+    drawn = backbone.density.buffer.chains_begun
     with pytest.raises(error):
         train_step(backbone, Broken(at, how), updater, BATCH, rng, guard)
     assert same(dict(backbone.model.named_parameters()), weights)
     assert torch.equal(backbone.density.buffer.states, states)
-    assert backbone.density.buffer.drawn == drawn
+    assert backbone.density.buffer.chains_begun == drawn
     assert torch.equal(rng.get_state(), before)
 
 

@@ -32,13 +32,13 @@ class Book:
             aria_expanded="false", aria_controls=name,
         )  # fmt: skip
 
-    def lines(self, series: Sequence[Series], axes: Axes, told: object = None) -> Html:
+    def lines(self, series: Sequence[Series], axes: Axes, notes: object = None) -> Html:
         """A chart over all runs with its legend."""
         names = {s.slot: self.run_name(s.slot) for s in series}
-        return self.chart(series, axes, names if len(self.runs) > 1 else {}, told)
+        return self.chart(series, axes, names if len(self.runs) > 1 else {}, notes)
 
     def judged_lines(
-        self, series: Sequence[Series], axes: Axes, *told: object, table: str = ""
+        self, series: Sequence[Series], axes: Axes, *extra_notes: object, table: str = ""
     ) -> Html:
         """The same of what an evaluation measured: labelled where the protocol is not standard,
         or the runs were not judged on the same images."""
@@ -47,21 +47,21 @@ class Book:
         if len(self.runs) == 1:
             labels = {slot: self.label(slot, table) for slot in slots}
             names = {slot: label for slot, label in labels.items() if label is not None}
-        notes = [*told]
+        notes = [*extra_notes]
         if differs := other_images([self.runs[slot] for slot in slots], table):
             notes.append(f"Not the same images: {'; '.join(differs)}")
         return self.chart(series, axes, names, join(*map(note, notes)))
 
     def chart(
-        self, series: Sequence[Series], axes: Axes, names: Mapping[int, Html], told: object
+        self, series: Sequence[Series], axes: Axes, names: Mapping[int, Html], notes: object
     ) -> Html:
         """A chart with the names of its curves, and what else is to be said of it."""
-        drawn, values = charts.lines(series, axes)
+        chart_html, values = charts.lines(series, axes)
         name = f"chart{len(self.values)}"
         self.values[name] = values
         keys = (tag("li", key) for key in names.values())
         legend = tag("ul", *keys, class_="legend") if names else None
-        return panel(axes.title, drawn, legend, told, id=name)
+        return panel(axes.title, chart_html, legend, notes, id=name)
 
     def run_name(self, slot: int) -> Html:
         return self.key(slot, self.runs[slot].name)
@@ -102,12 +102,12 @@ def settings(protocol: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for key, value in flat(protocol):
         words = key.replace("_", " ").replace(".", " ")
-        told = str(value)
+        text = str(value)
         if isinstance(value, float):
-            told = f"{value:.6g}"
+            text = f"{value:.6g}"
         if key.split(".")[0].endswith("_px") and isinstance(value, int | float):
-            words, told = words.replace(" px", ""), f"{value:g}/255"
-        rows.append((words, {"None": "none", "True": "yes", "False": "no"}.get(told, told)))
+            words, text = words.replace(" px", ""), f"{value:g}/255"
+        rows.append((words, {"None": "none", "True": "yes", "False": "no"}.get(text, text)))
     return rows
 
 

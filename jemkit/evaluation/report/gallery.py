@@ -15,7 +15,7 @@ from jemkit.runtime.opening import MIB, read_file
 LARGEST = 64 * MIB
 """Of a picture, in bytes."""
 PNG = b"\x89PNG\r\n\x1a\n"
-DRAWN = {
+LEGACY_PICTURES = {
     "energies": "energies", "energy_path": "energy_path", "reliability": "reliability",
     "energy_confidence": "energy_confidence", "ood": "ood_energies",
 }  # fmt: skip
@@ -35,19 +35,19 @@ CAPTIONS = {
 
 def samples(book: Book) -> Html | None:
     """The newest samples of training, and those that an evaluation drew."""
-    found = [_newest_samples(run.folder) | _beside(run, of_samples=True) for run in book.runs]
-    return _gallery(book, "pictures", "Samples", found)
+    pictures = [_newest_samples(run.folder) | _beside(run, of_samples=True) for run in book.runs]
+    return _gallery(book, "pictures", "Samples", pictures)
 
 
 def others(book: Book) -> Html | None:
     """Every other picture of the evaluation that no section draws itself."""
-    found = [_beside(run, of_samples=False) for run in book.runs]
-    return _gallery(book, "others", "Other pictures", found)
+    pictures = [_beside(run, of_samples=False) for run in book.runs]
+    return _gallery(book, "others", "Other pictures", pictures)
 
 
-def _gallery(book: Book, name: str, title: str, found: Sequence[dict[str, Path]]) -> Html | None:
+def _gallery(book: Book, name: str, title: str, pictures: Sequence[dict[str, Path]]) -> Html | None:
     parts = []
-    for slot, (run, paths) in enumerate(zip(book.runs, found, strict=True)):
+    for slot, (run, paths) in enumerate(zip(book.runs, pictures, strict=True)):
         panels = [_picture(caption, path, run.name) for caption, path in paths.items()]
         if panels:
             parts += [tag("h3", book.run_name(slot)), tag("div", *panels, class_="pictures")]
@@ -59,7 +59,7 @@ def _beside(run: Judged, *, of_samples: bool) -> dict[str, Path]:
     return {
         _caption(name, run): path
         for name, path in records.pictures(run.folder, run.record).items()
-        if (DRAWN.get(name) not in run.record.tables)
+        if (LEGACY_PICTURES.get(name) not in run.record.tables)
         and name.startswith(("samples", "neighbours")) == of_samples
     }
 
@@ -77,9 +77,9 @@ def _caption(name: str, run: Judged) -> str:
 def _newest_samples(folder: Path) -> dict[str, Path]:
     """The last epoch's grid, by its number; names, not times, so that a copy gives the same."""
     numbered = [
-        (int(found[1]), path)
+        (int(match[1]), path)
         for path in (folder / "samples").glob("epoch-*.png")
-        if (found := re.fullmatch(r"epoch-(\d+)", path.stem))
+        if (match := re.fullmatch(r"epoch-(\d+)", path.stem))
     ]
     if not numbered:
         return {}

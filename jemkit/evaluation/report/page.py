@@ -96,8 +96,8 @@ def _shown(book: Book, name: str) -> Html | None:
     try:
         return SECTIONS[name][0](book)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        told = f"This part of the record cannot be drawn: {type(error).__name__}: {error}"
-        return section(name.lower(), name, note(told))
+        message = f"This part of the record cannot be drawn: {type(error).__name__}: {error}"
+        return section(name.lower(), name, note(message))
 
 
 def _read(folder: Path) -> Record:
@@ -123,13 +123,13 @@ def _subjects(book: Book) -> Html:
 
 
 def _footer(book: Book) -> list[Html]:
-    told = []
+    lines = []
     for run in book.runs:
         card = run.record.protocol
         versions = ", ".join(f"{k} {v}" for k, v in dict(card.get("versions", {})).items())
         sha = card.get("checkpoint", "not judged")
-        told.append(tag("p", f"{run.name}: {versions}; weights ", tag("code", sha)))
-    return told
+        lines.append(tag("p", f"{run.name}: {versions}; weights ", tag("code", sha)))
+    return lines
 
 
 def _id(part: Html) -> str:

@@ -19,11 +19,11 @@ def energies(book: Book) -> Html | None:
     """Histograms of the energies of each run, against confidence, and on the way of an attack."""
     panels = []
     for slot, run in enumerate(book.runs):
-        found = run.record.tables.get("energies")
-        if found:
-            panels.append(_energies(book, slot, found, "E(x)"))
-        if found and "joint" in found:
-            panels.append(_energies(book, slot, found["joint"], "E(x, y)"))
+        table = run.record.tables.get("energies")
+        if table:
+            panels.append(_energies(book, slot, table, "E(x)"))
+        if table and "joint" in table:
+            panels.append(_energies(book, slot, table["joint"], "E(x, y)"))
         if points := run.record.tables.get("energy_confidence"):
             panels.append(_confidence(book, slot, points))
     for name, title in (("mean", "Mean E(x) on the way"), ("joint", "Mean E(x, y) on the way")):
@@ -33,10 +33,10 @@ def energies(book: Book) -> Html | None:
             if name in (path := run.record.tables.get("energy_path") or {})
         ]
         if curves:
-            told = ["bars hold 80 % of the images"] if any(curve.low for curve in curves) else []
+            notes = ["bars hold 80 % of the images"] if any(curve.low for curve in curves) else []
             panels.append(
                 book.judged_lines(
-                    curves, Axes(title, "step of the attack", "energy"), *told, table="energy_path"
+                    curves, Axes(title, "step of the attack", "energy"), *notes, table="energy_path"
                 )
             )
     return section("energies", "Energies", _panels(panels)) if panels else None
@@ -49,19 +49,19 @@ def robustness(book: Book) -> Html | None:
         kinds: dict[tuple[str, str], list[Series]] = {}
         counts: dict[tuple[str, str], dict[str, Any]] = {}
         for slot, run in enumerate(book.runs):
-            found = run.record.tables.get(name)
-            if found:
-                kind = (str(found.get("attack", "?")), str(found.get("norm", "?")))
-                kinds.setdefault(kind, []).append(_points(run.name, slot, found["points"]))
-                counts.setdefault(kind, {})[run.name] = found.get("n")
+            table = run.record.tables.get(name)
+            if table:
+                kind = (str(table.get("attack", "?")), str(table.get("norm", "?")))
+                kinds.setdefault(kind, []).append(_points(run.name, slot, table["points"]))
+                counts.setdefault(kind, {})[run.name] = table.get("n")
         for kind, series in kinds.items():
             title = f"Accuracy against the {x.split(',')[0]}: {kind[0]}, {kind[1]}"
             axes = Axes(title, x, "accuracy", None, (0.0, 1.0))
-            told = (
+            notes = (
                 f"{_sizes(counts[kind])}: the first ones, until the indicators have enough that "
                 "are right, and not all that the figures above are of; bars are 95 % intervals"
             )
-            panels.append(book.judged_lines(series, axes, told, table=name))
+            panels.append(book.judged_lines(series, axes, notes, table=name))
     return section("robustness", "Robustness", _panels(panels)) if panels else None
 
 
@@ -69,29 +69,29 @@ def calibration(book: Book) -> Html | None:
     """Accuracy against confidence, bin by bin."""
     series, tables = [], []
     for slot, run in enumerate(book.runs):
-        found = run.record.tables.get("reliability")
-        if found:
-            counts = [float(n or 0) for n in found["count"]]
+        table = run.record.tables.get("reliability")
+        if table:
+            counts = [float(n or 0) for n in table["count"]]
             keep = [at for at, n in enumerate(counts) if n > 0]
-            x, y = _numbers(found["confidence"]), _numbers(found["accuracy"])
+            x, y = _numbers(table["confidence"]), _numbers(table["accuracy"])
             series.append(
                 Series(run.name, slot, [x[i] for i in keep], [y[i] for i in keep], marked=True)
             )
-            tables.append((slot, found["edges"], counts))
+            tables.append((slot, table["edges"], counts))
     if not series:
         return None
     unit = (0.0, 1.0)
     axes = Axes("Reliability", "confidence", "accuracy", unit, unit, diagonal=True)
-    told = "On the dashed line confidence is accuracy."
-    panels = [book.judged_lines(series, axes, told, table="reliability")]
+    remark = "On the dashed line confidence is accuracy."
+    panels = [book.judged_lines(series, axes, remark, table="reliability")]
     for slot, edges, counts in tables:
         title = f"Confidences of {book.runs[slot].name}"
         total = sum(counts) or 1.0
         shares = {"all": [n / total for n in counts]}
-        drawn = charts.histogram(
+        chart_html = charts.histogram(
             _numbers(edges), shares, slot, Axes(title, "confidence", "share of images")
         )
-        panels.append(panel(join(title, " ", book.label(slot, "reliability")), drawn))
+        panels.append(panel(join(title, " ", book.label(slot, "reliability")), chart_html))
     return section("calibration", "Calibration", _panels(panels))
 
 
@@ -99,11 +99,11 @@ def ood(book: Book) -> Html | None:
     """Energies of other images beside those of the test images, a chart a run."""
     panels = []
     for slot, run in enumerate(book.runs):
-        if found := run.record.tables.get("ood_energies"):
-            edges = _numbers(found["edges"])
+        if table := run.record.tables.get("ood_energies"):
+            edges = _numbers(table["edges"])
             middles = [(low + high) / 2 for low, high in pairwise(edges)]
-            sets = sorted((name for name in found["n"] if name in found), key=_test_first)
-            series = [Series(name, at, middles, found[name]) for at, name in enumerate(sets)]
+            sets = sorted((name for name in table["n"] if name in table), key=_test_first)
+            series = [Series(name, at, middles, table[name]) for at, name in enumerate(sets)]
             names = {at: book.key(at, name) for at, name in enumerate(sets)}
             axes = Axes(f"E(x) of test and other images: {run.name}", "E(x)", "share of images")
             panels.append(book.chart(series, axes, names, book.label(slot, "ood_energies")))
@@ -126,18 +126,18 @@ def training(book: Book) -> Html | None:
             for slot, curves in enumerate(read)
             if name in curves and curves[name].lost
         ]
-        told = note("; ".join(lost), "; the gaps in the curve") if lost else None
-        panels.append(book.lines(series, Axes(name, "step", ""), told))
+        remark = note("; ".join(lost), "; the gaps in the curve") if lost else None
+        panels.append(book.lines(series, Axes(name, "step", ""), remark))
     panels = [*_validation(book), *panels]
     return section("training", "Training", _panels(panels)) if panels else None
 
 
-def _energies(book: Book, slot: int, found: Mapping[str, Any], which: str) -> Html:
+def _energies(book: Book, slot: int, table: Mapping[str, Any], which: str) -> Html:
     axes = Axes(f"{which} of {book.runs[slot].name}", which, "share of images")
-    drawn, legend = charts.histograms(found, SETS, slot, axes)
+    chart_html, legend = charts.histograms(table, SETS, slot, axes)
     keys = (tag("li", sign, " ", words) for sign, words in legend)
     title = join(axes.title, " ", book.label(slot, "energies"))
-    return panel(title, drawn, tag("ul", *keys, class_="legend"))
+    return panel(title, chart_html, tag("ul", *keys, class_="legend"))
 
 
 def _confidence(book: Book, slot: int, points: Sequence[Sequence[float]]) -> Html:
@@ -177,7 +177,7 @@ def _points(name: str, slot: int, points: Sequence[Sequence[Any]]) -> Series:
 
 
 def _validation(book: Book) -> list[Html]:
-    told = [epochs(run.folder) for run in book.runs]
+    histories = [epochs(run.folder) for run in book.runs]
     panels = []
     for name, title in (
         ("accuracy", "Validation accuracy"), ("pgd10", "Validation accuracy under PGD-10"),
@@ -187,7 +187,7 @@ def _validation(book: Book) -> list[Html]:
                 book.runs[slot].name, slot,
                 _numbers([e["step"] for e in events]), _numbers([e[name] for e in events]),
             )
-            for slot, all_events in enumerate(told)
+            for slot, all_events in enumerate(histories)
             if (events := [e for e in all_events if name in e])
         ]  # fmt: skip
         if series:

@@ -33,7 +33,7 @@ def overview(book: Book) -> Html:
         [book.run_name(slot), *(_figure(book, line, slot) for line in lines)]
         for slot in range(len(book.runs))
     ]
-    told = [
+    tables = [
         note(tag("b", line.column.title), " is not comparable: ", "; ".join(line.differs))
         for line in lines
         if line.differs
@@ -42,21 +42,21 @@ def overview(book: Book) -> Html:
     if len(book.runs) > 1:
         about += " Bold and underlined: the best of a column."
     whole = table(head, rows, "sortable")
-    return section("comparison", "Comparison", whole, *told, note(about))
+    return section("comparison", "Comparison", whole, *tables, note(about))
 
 
 def cautions(book: Book) -> Html | None:
     """Warnings, and what was left out and why, of each run."""
     parts = []
     for slot, run in enumerate(book.runs):
-        told = [tag("li", coded(warning)) for warning in run.record.warnings]
-        told += [tag("li", words) for words in _measured_otherwise(run)]
-        told += [
+        items = [tag("li", coded(warning)) for warning in run.record.warnings]
+        items += [tag("li", words) for words in _measured_otherwise(run)]
+        items += [
             tag("li", tag("b", name), " was left out: ", coded(why))
             for name, why in sorted(run.record.left_out.items())
         ]
-        if told:
-            parts.append(join(tag("h3", book.run_name(slot)), tag("ul", *told, class_="told")))
+        if items:
+            parts.append(join(tag("h3", book.run_name(slot)), tag("ul", *items, class_="told")))
     return section("warnings", "Warnings", *parts) if parts else None
 
 
@@ -67,9 +67,9 @@ def indicators(book: Book) -> Html | None:
         for stored in run.record.named("tables", "indicators"):
             card = run.record.card_of("tables", stored)
             words = "" if stored == "indicators" else f", {protocol_words(card)}"
-            for attack, found in sorted(run.record.tables[stored].items()):
+            for attack, findings in sorted(run.record.tables[stored].items()):
                 name = book.judged_name(slot, stored)
-                parts.append(_verdict(name, f"{attack}{words}", found))
+                parts.append(_verdict(name, f"{attack}{words}", findings))
     if not parts:
         return None
     about = note("A flag means that the attack may have failed, and the accuracy be too high.")
@@ -81,8 +81,8 @@ def ood(book: Book) -> Html | None:
     rows: list[list[object]] = []
     for slot, run in enumerate(book.runs):
         for name, scores in sorted(run.record.tables.get("ood", {}).items()):
-            for score, found in sorted(scores.items()):
-                values = [_value(found.get(key)) for key in ("auroc", "aupr", "fpr95", "n")]
+            for score, rates in sorted(scores.items()):
+                values = [_value(rates.get(key)) for key in ("auroc", "aupr", "fpr95", "n")]
                 rows.append([book.judged_name(slot, "ood"), name, score, *values])
     if not rows:
         return None
@@ -124,8 +124,8 @@ def every_figure(book: Book) -> Html:
     for slot, run in enumerate(book.runs):
         for figure in run.record.figures:
             number = join(book.number(figure, run), " ", badge(figure.protocol))
-            told = [book.run_name(slot), figure.name, _cell(number, figure.value)]
-            rows.append([*told, shown_interval(figure) or "–", figure.n, _words(figure)])
+            first_cells = [book.run_name(slot), figure.name, _cell(number, figure.value)]
+            rows.append([*first_cells, shown_interval(figure) or "–", figure.n, _words(figure)])
     head: list[object] = [
         tag("th", _sorter(name), scope="col") for name in ("Run", "Figure", "Value")
     ]
@@ -136,25 +136,25 @@ def every_figure(book: Book) -> Html:
 
 def _measured_otherwise(run: Judged) -> list[str]:
     """Which tables there are of several protocols; charts show the preferred one alone."""
-    told = []
+    notes = []
     for name in ("radius_curve", "energies", "reliability", "ood"):
         stored = run.record.named("tables", name)
         if len(stored) > 1:
             words = protocol_words(run.record.card_of("tables", stored[0]))
-            told.append(f"{name} was measured in {len(stored)} ways; shown is that of {words}")
+            notes.append(f"{name} was measured in {len(stored)} ways; shown is that of {words}")
     stems = beside(run.folder)
     if stems:
-        told.append(f"beside this record are those of other models or images: {', '.join(stems)}")
-    return told
+        notes.append(f"beside this record are those of other models or images: {', '.join(stems)}")
+    return notes
 
 
 def protocol_words(card: Mapping[str, Any]) -> str:
     """A protocol in few words: norm, radius, images, seed."""
     radius = card.get("radius_px")
-    told = [f"{card.get('norm')} {radius:g}/255"] if isinstance(radius, int | float) else []
-    told += [f"{card[key]} {key}" if key == "images" else f"{key} {card[key]}"
+    words = [f"{card.get('norm')} {radius:g}/255"] if isinstance(radius, int | float) else []
+    words += [f"{card[key]} {key}" if key == "images" else f"{key} {card[key]}"
              for key in ("images", "seed") if key in card]  # fmt: skip
-    return ", ".join(told)
+    return ", ".join(words)
 
 
 def _figure(book: Book, line: Line, slot: int) -> Html:
@@ -186,9 +186,9 @@ def _sorter(title: str) -> Html:
     return tag("button", title, type="button", class_="sort")
 
 
-def _verdict(run: Html, attack: str, found: list[dict[str, Any]]) -> Html:
-    flagged = sum(bool(row.get("flag")) for row in found)
-    count = f"{flagged} of {len(found)} flagged"
+def _verdict(run: Html, attack: str, findings: list[dict[str, Any]]) -> Html:
+    flagged = sum(bool(row.get("flag")) for row in findings)
+    count = f"{flagged} of {len(findings)} flagged"
     chip = tag("span", count, class_="badge" if flagged else "fine")
     flag = tag("span", "flag", class_="badge")
     rows = [
@@ -197,7 +197,7 @@ def _verdict(run: Html, attack: str, found: list[dict[str, Any]]) -> Html:
             flag if row.get("flag") else "clear",
             *(row.get(key, "") for key in ("found", "means", "do")),
         ]
-        for row in found
+        for row in findings
     ]
     whole = table(["Indicator", "", "Found", "What it means", "What to do"], rows, "wordy")
     summary = tag("summary", run, " ", attack, " ", chip)

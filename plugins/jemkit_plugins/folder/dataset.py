@@ -57,16 +57,16 @@ class Folder(Options):
         return self._load("valid") if "valid" in layout(self.dir).splits else None
 
     def _load(self, split: Role) -> Images:
-        found = listing(self.dir)
-        parts = _parts(found)
+        files = listing(self.dir)
+        parts = _parts(files)
         headers = survey([path for part in parts.values() for path, _ in part], self.size)
-        _tell(found, parts, headers.remarks)
+        _log_contents(files, parts, headers.remarks)
         x = [pixels(path, grey=headers.grey, size=self.size) for path, _ in parts[split]]
         if any(image.is_floating_point() for image in x):
             x = [image if image.is_floating_point() else image / 255 for image in x]
         y = torch.tensor([label for _, label in parts[split]])
         source = f"{split} images in {shown(self.dir)}"
-        return checked(Images(torch.stack(x), y), len(found.layout.classes), source)
+        return checked(Images(torch.stack(x), y), len(files.layout.classes), source)
 
 
 @hookimpl
@@ -74,15 +74,15 @@ def jemkit_datasets() -> Mapping[str, type[Dataset]]:
     return {"folder": Folder}
 
 
-def _parts(found: Listing) -> dict[Role, list[Sample]]:
+def _parts(files: Listing) -> dict[Role, list[Sample]]:
     """The image files of each split; where the folders set no test images apart, a fifth is."""
-    if "test" in found.images:
-        return {"train": found.images["train"], "valid": [], **found.images}
-    samples, classes = found.images["train"], found.layout.classes
+    if "test" in files.images:
+        return {"train": files.images["train"], "valid": [], **files.images}
+    samples, classes = files.images["train"], files.layout.classes
     label, fewest = Counter(label for _, label in samples).most_common()[-1]
     if fewest < 5:
         raise DataError(
-            f"{shown(found.layout.root)}: {shown(classes[label])} has {fewest} images, expected 5 "
+            f"{shown(files.layout.root)}: {shown(classes[label])} has {fewest} images, expected 5 "
             "or more of each class to hold out a fifth for testing; add images, or sort them into "
             "train and test folders"
         )
@@ -93,22 +93,22 @@ def _parts(found: Listing) -> dict[Role, list[Sample]]:
     }
 
 
-def _tell(
-    found: Listing,
+def _log_contents(
+    files: Listing,
     parts: Mapping[Role, list[Sample]],
     remarks: list[str],
 ) -> None:
     """Say what lies in the folder, and what of it is left out; once a process."""
-    classes = found.layout.classes
+    classes = files.layout.classes
     counts = [f"{len(parts['train'])} images to train on, {len(parts['test'])} to test"]
-    if "test" not in found.images:
+    if "test" not in files.images:
         counts[0] += " (a fixed fifth of each class)"
     if parts["valid"]:
         counts.append(f"{len(parts['valid'])} to validate, in place of run.valid_fraction")
-    said = "; ".join([", ".join(counts), *sentences(found), *remarks])
-    line = f"{shown(found.layout.root)}: {len(classes)} classes ({listed(classes)}), {said}"
+    said = "; ".join([", ".join(counts), *sentences(files), *remarks])
+    line = f"{shown(files.layout.root)}: {len(classes)} classes ({listed(classes)}), {said}"
     if multiprocessing.parent_process() is None:
-        _say_once(line, remarkable=len(counts) > 1 or bool(remarks) or any(sentences(found)))
+        _say_once(line, remarkable=len(counts) > 1 or bool(remarks) or any(sentences(files)))
 
 
 @cache

@@ -24,9 +24,9 @@ from jemkit.sampling.init_dists import MomentStart, start_name
 from jemkit.sampling.moments import images_hash
 from jemkit_plugins.generation import fid
 from jemkit_plugins.generation.features import (
-    PIECE, Features, Seen, inception, inception_file, own, seen,
+    PIECE, Features, Extracted, inception, inception_file, own, extracted,
 )  # fmt: skip
-from jemkit_plugins.generation.samples import Drawn, fresh, kept
+from jemkit_plugins.generation.samples import GeneratedImages, fresh, buffer_states
 
 CPU = torch.device("cpu")
 ENOUGH = 2048
@@ -34,7 +34,7 @@ ENOUGH = 2048
 
 QUICK, QUICK_REFERENCE = 256, 2_500
 GRID, SHOWN, NEIGHBOURS = 100, 20, 5  # of the pictures
-SPLITS, K, KEPT = 10, 3, 0.9  # of an Inception score; of precision and recall; of top90
+SPLITS, K, TOP_SHARE = 10, 3, 0.9  # of an Inception score; of precision and recall; of top90
 SUBSETS, SUBSET = 100, 1000  # of the kernel distance
 OTHERWISE = {"fid": "fd", "kid": "kd"}
 """Measures whose names are Inception's alone, and what they are called in other features."""
@@ -84,22 +84,22 @@ class Generation(Options):
             raise Unmeasurable("the model is a classifier without a density: nothing to sample")
         features = self._features(subject, ctx)
         reference = self._reference(ctx)
-        drawn = self._drawn(subject, ctx, reference)
-        if drawn.x.shape[1:] != reference.x.shape[1:]:
+        samples = self._generated(subject, ctx, reference)
+        if samples.x.shape[1:] != reference.x.shape[1:]:
             raise MisfitError(
-                f"samples are {list(drawn.x.shape[1:])} and the reference's images "
+                f"samples are {list(samples.x.shape[1:])} and the reference's images "
                 f"{list(reference.x.shape[1:])}; judge the model on the data set it is trained on"
             )
         label = "" if self.selection == "none" else f"-{self.selection}"
-        x = drawn.most_confident(KEPT).x if self.selection == "top90" else drawn.x
+        x = samples.most_confident(TOP_SHARE).x if self.selection == "top90" else samples.x
         if len(x) < ENOUGH:
             ctx.notes.warnings.append(
                 f"generation is measured on {len(x)} samples, under {ENOUGH:,}: its distances are "
                 "too large to be compared with others'"
             )
         _show(x, ctx, label)
-        ours = seen(features, x, ctx, "features of samples")
-        theirs = seen(features, _bytes(reference), ctx, "features of the reference")
+        ours = extracted(features, x, ctx, "features of samples")
+        theirs = extracted(features, _bytes(reference), ctx, "features of the reference")
         card = self._card(subject, ctx, features, reference, len(x))
         return [
             plain(_name(name, features) + label, value, len(x), {**card, **extra})
@@ -115,11 +115,11 @@ class Generation(Options):
         except (DataError, ConfigError) as error:
             if self.inception is not None:
                 raise
-            found, reason = own(subject), str(error)
-        if found is None:
+            own_features, reason = own(subject), str(error)
+        if own_features is None:
             raise Unmeasurable(f"the model has no network whose features could serve; {reason}")
         ctx.notes.warnings.append(f"{reason}. Measured instead: fd-self and its kin, no FID")
-        return found
+        return own_features
 
     def _reference(self, ctx: Context) -> Images:
         """What samples are compared with: all that the data set has to train and validate on."""
@@ -132,14 +132,14 @@ class Generation(Options):
         rng = generator(CPU, ctx.seed, "generation", "reference")
         return whole.take(torch.randperm(len(whole.y), generator=rng)[:limit].sort().values)
 
-    def _asked(self, ctx: Context) -> int:
+    def _count(self, ctx: Context) -> int:
         """How many samples are drawn."""
         return min(self.n, QUICK) if ctx.quick else self.n
 
-    def _drawn(self, subject: PixelModel, ctx: Context, reference: Images) -> Drawn:
-        n = self._asked(ctx)
+    def _generated(self, subject: PixelModel, ctx: Context, reference: Images) -> GeneratedImages:
+        n = self._count(ctx)
         if self.source == "buffer":
-            return kept(subject, ctx, n)
+            return buffer_states(subject, ctx, n)
         about = {"option": repr(self.start), "reference": images_hash(reference)}
         start = self._start(subject, ctx)
         if isinstance(start, MomentStart):
@@ -171,7 +171,7 @@ class Generation(Options):
     ) -> dict[str, Any]:
         chains, side = self.source == "chains", None
         if chains:
-            sizes = even_batches(self._asked(ctx))
+            sizes = even_batches(self._count(ctx))
             side = together(subject.density, subject.model, sizes)
         start = repr(self.start) if self.start else start_name(subject.density.start)
         return {
@@ -208,7 +208,9 @@ def _name(measure: str, features: Features) -> str:
     return f"{OTHERWISE.get(measure, measure)}-{features.name}"
 
 
-def _measured(ours: Seen, theirs: Seen, ctx: Context) -> dict[str, tuple[float, dict[str, Any]]]:
+def _measured(
+    ours: Extracted, theirs: Extracted, ctx: Context
+) -> dict[str, tuple[float, dict[str, Any]]]:
     """Every measure by name: its value, and what joins its protocol."""
     rng = generator(CPU, ctx.seed, "generation", "subsets")
     a, b = (side.features.to(ctx.rng.device) for side in (ours, theirs))
@@ -218,7 +220,7 @@ def _measured(ours: Seen, theirs: Seen, ctx: Context) -> dict[str, tuple[float, 
     precision, recall = fid.precision_recall(a, few, k=K)
     subsets = {"std": kid.std, "subsets": SUBSETS, "subset_size": min(SUBSET, len(a), len(b))}
     balls = {"neighbours": K, "reference_rows": len(few)}
-    found: dict[str, tuple[float, dict[str, Any]]] = {
+    figures: dict[str, tuple[float, dict[str, Any]]] = {
         "fid": (fid.frechet(near, far), {}),
         "kid": (kid.mean, subsets),
         "precision": (precision, balls),
@@ -226,8 +228,8 @@ def _measured(ours: Seen, theirs: Seen, ctx: Context) -> dict[str, tuple[float, 
     }
     if ours.logits is not None:
         score = fid.inception_score(ours.logits, splits=SPLITS)
-        found["is"] = (score.mean, {"std": score.std, "splits": SPLITS})
-    return found
+        figures["is"] = (score.mean, {"std": score.std, "splits": SPLITS})
+    return figures
 
 
 def _show(x: Tensor, ctx: Context, label: str) -> None:
@@ -236,9 +238,9 @@ def _show(x: Tensor, ctx: Context, label: str) -> None:
     k = min(NEIGHBOURS, len(train.y))
     distances, nearest = fid.nearest_rows(samples, train.unit().cpu(), k)
     ctx.notes.pictures[f"samples{label}"] = plots.grid(x[:GRID].float() / 255)
-    found = Images(train.x.cpu()[nearest.flatten()], nearest).unit()
-    found = found.view(*nearest.shape, *samples.shape[1:])
-    ctx.notes.pictures[f"neighbours{label}"] = plots.neighbours(samples, found)
+    neighbours = Images(train.x.cpu()[nearest.flatten()], nearest).unit()
+    neighbours = neighbours.view(*nearest.shape, *samples.shape[1:])
+    ctx.notes.pictures[f"neighbours{label}"] = plots.neighbours(samples, neighbours)
     ctx.notes.tables[f"neighbours{label}"] = {
         "distance": "L2 of pixels in [0, 1] to the nearest training image",
         "mean_distance": float(distances[:, 0].mean()),

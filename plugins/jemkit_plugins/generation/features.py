@@ -30,7 +30,7 @@ WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
 
 
-class Seen(NamedTuple):
+class Extracted(NamedTuple):
     """What an extractor finds in a batch."""
 
     features: Tensor  # [B, D], float32
@@ -41,7 +41,7 @@ class Features(NamedTuple):
     """A network as measures see it."""
 
     name: str  # part of a figure's name, unless it is Inception
-    extract: Callable[[Tensor], Seen]  # of uint8 images [B, C, H, W] on the network's device
+    extract: Callable[[Tensor], Extracted]  # of uint8 images [B, C, H, W] on the network's device
     card: dict[str, Any]  # which network, and the SHA-256 of its weights
 
     @property
@@ -54,9 +54,9 @@ def of_module(module: nn.Module, name: str, bounds: Bounds = UNIT) -> Features:
     if name == INCEPTION:
         raise ConfigError(f"{name!r} names the network of FID; call this one by another name")
 
-    def extract(images: Tensor) -> Seen:
+    def extract(images: Tensor) -> Extracted:
         x = bounds.from_unit(images.float() / 255)
-        return Seen(microbatched(module, x, module).flatten(1).float())
+        return Extracted(microbatched(module, x, module).flatten(1).float())
 
     card = {
         "extractor": type(module).__name__,
@@ -72,7 +72,7 @@ def own(subject: PixelModel) -> Features | None:
     return of_module(network, "self", subject.bounds) if isinstance(network, nn.Module) else None
 
 
-def seen(features: Features, images: Tensor, ctx: Context, what: str) -> Seen:
+def extracted(features: Features, images: Tensor, ctx: Context, what: str) -> Extracted:
     """What an extractor sees in uint8 images [N, C, H, W], kept on disk piece by piece."""
     sha = hashlib.sha256(images.contiguous().numpy().data).hexdigest()
     parts = torch.split(images, PIECE)
@@ -80,11 +80,11 @@ def seen(features: Features, images: Tensor, ctx: Context, what: str) -> Seen:
     def compute(i: int) -> dict[str, Tensor]:
         with torch.no_grad():
             batches = torch.split(parts[i], ctx.batch_size)
-            found = [features.extract(batch.to(ctx.rng.device)) for batch in batches]
-        rows = torch.cat([part.features.cpu() for part in found])
+            outputs = [features.extract(batch.to(ctx.rng.device)) for batch in batches]
+        rows = torch.cat([part.features.cpu() for part in outputs])
         if not rows.isfinite().all():
             raise DataError(f"the features {features.name!r} of images hold NaN or inf")
-        logits = [part.logits.cpu() for part in found if part.logits is not None]
+        logits = [part.logits.cpu() for part in outputs if part.logits is not None]
         return {"features": rows, **({"logits": torch.cat(logits)} if logits else {})}
 
     def done(pieces: int) -> None:
@@ -96,7 +96,7 @@ def seen(features: Features, images: Tensor, ctx: Context, what: str) -> Seen:
     pieces = ctx.ledger({**about, **batches}).pieces(names, compute, ctx.poll, done)
     logits = [piece["logits"] for piece in pieces if "logits" in piece]
     rows = torch.cat([piece["features"] for piece in pieces])
-    return Seen(rows, torch.cat(logits) if logits else None)
+    return Extracted(rows, torch.cat(logits) if logits else None)
 
 
 def inception_file(named: Path | None) -> Path:
@@ -118,9 +118,9 @@ def inception(path: Path, device: torch.device) -> Features:
     """torch-fidelity's InceptionV3 with the weights in a file; grey images as three channels."""
     extractor = _extractor(path).to(device)
 
-    def extract(images: Tensor) -> Seen:
+    def extract(images: Tensor) -> Extracted:
         features, logits = extractor(images.expand(-1, 3, -1, -1).contiguous())
-        return Seen(features, logits)
+        return Extracted(features, logits)
 
     card = {"extractor": "torch-fidelity's InceptionV3", "sha256": file_hash(path)}
     return Features(INCEPTION, extract, card)
@@ -155,16 +155,16 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, without running anything that is in it."""
     try:
         if path.suffix == ".safetensors":
-            found: Any = load_tensors(path)
+            weights: Any = load_tensors(path)
         else:
-            found = torch.load(io.BytesIO(read_file(path)), map_location="cpu", weights_only=True)
+            weights = torch.load(io.BytesIO(read_file(path)), map_location="cpu", weights_only=True)
     except (JemkitError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
         raise DataError(f"{path}: cannot be read as weights ({error})") from error
     except pickle.UnpicklingError as error:
         raise DataError(f"{path}: no weights, or more than tensors; it is not opened") from error
-    if not isinstance(found, Mapping) or not all(isinstance(w, Tensor) for w in found.values()):
-        raise DataError(f"{path}: expected a dictionary of tensors, got {type(found).__name__}")
-    for name, tensor in found.items():
+    if not isinstance(weights, Mapping) or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise DataError(f"{path}: expected a dictionary of tensors, got {type(weights).__name__}")
+    for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise DataError(f"{path}: {name} holds NaN or inf")
-    return dict(found)
+    return dict(weights)

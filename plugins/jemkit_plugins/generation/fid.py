@@ -85,8 +85,8 @@ def kernel_distance(
     size = min(size, len(a), len(b))
     if size < 2:
         raise ValueError(f"a kernel distance wants 2 rows or more of each set, got {size}")
-    found = [mmd2(*(_some(rows, size, rng) for rows in (a, b))) for _ in range(subsets)]
-    return _spread(found)
+    estimates = [mmd2(*(_some(rows, size, rng) for rows in (a, b))) for _ in range(subsets)]
+    return _spread(estimates)
 
 
 def precision_recall(samples: Tensor, reference: Tensor, *, k: int = 3) -> tuple[float, float]:
@@ -121,8 +121,8 @@ def nearest_rows(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     parts = [
         torch.cdist(flat, part.flatten(1), compute_mode=exact) for part in torch.split(b, ROWS)
     ]
-    found = torch.cat(parts, dim=1).topk(k, dim=1, largest=False)
-    return found.values, found.indices
+    neighbours = torch.cat(parts, dim=1).topk(k, dim=1, largest=False)
+    return neighbours.values, neighbours.indices
 
 
 def _information(p: Tensor) -> Tensor:
@@ -166,5 +166,5 @@ def _blocks(a: Tensor, b: Tensor) -> Iterator[Tensor]:
 
 
 def _spread(values: list[float]) -> Spread:
-    found = torch.tensor(values, dtype=torch.float64)
-    return Spread(float(found.mean()), float(found.std(correction=0)))
+    estimates = torch.tensor(values, dtype=torch.float64)
+    return Spread(float(estimates.mean()), float(estimates.std(correction=0)))

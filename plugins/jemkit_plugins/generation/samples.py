@@ -22,26 +22,26 @@ from jemkit.sampling.fresh import even_batches, in_batches
 from jemkit.sampling.init_dists import Start
 
 
-class Drawn(NamedTuple):
+class GeneratedImages(NamedTuple):
     """Samples, and what the judged model takes them for."""
 
     x: Tensor  # [N, C, H, W], uint8
     y: Tensor  # [N], the predicted classes
     confidence: Tensor  # [N], the largest softmax
 
-    def most_confident(self, share: float) -> "Drawn":
+    def most_confident(self, share: float) -> "GeneratedImages":
         """This share of each predicted class by confidence, rounded up, in their order."""
-        kept = torch.zeros(len(self.y), dtype=torch.bool)
+        selected = torch.zeros(len(self.y), dtype=torch.bool)
         for label in torch.unique(self.y):
             members = (self.y == label).nonzero().squeeze(1)
             order = self.confidence[members].argsort(descending=True, stable=True)
-            kept[members[order[: math.ceil(share * len(members))]]] = True
-        return Drawn(*(field[kept] for field in self))
+            selected[members[order[: math.ceil(share * len(members))]]] = True
+        return GeneratedImages(*(field[selected] for field in self))
 
 
 def fresh(
     subject: PixelModel, ctx: Context, n: int, about: dict[str, Any], *, steps: int, start: Start
-) -> Drawn:
+) -> GeneratedImages:
     """The ends of n chains, each batch of them from a generator of its own.
 
     `about` holds what else they depend on: the data behind the start, and its options.
@@ -54,12 +54,12 @@ def fresh(
     return _judged(subject, ctx, n, how, draw)
 
 
-def kept(subject: PixelModel, ctx: Context, n: int) -> Drawn:
+def buffer_states(subject: PixelModel, ctx: Context, n: int) -> GeneratedImages:
     """n states of the replay buffer, all of them where it has fewer."""
     if not isinstance(subject.density, Buffered):
         raise Unmeasurable("this density keeps no buffer; draw fresh chains instead")
     buffer = subject.density.buffer
-    if not buffer.drawn:
+    if not buffer.chains_begun:
         raise Unmeasurable(
             "the buffer that training left is not here, and its first states are no samples; "
             "draw fresh chains instead"
@@ -85,7 +85,7 @@ def _judged(
     n: int,
     about: dict[str, Any],
     draw: Callable[[slice, Generator], Tensor],
-) -> Drawn:
+) -> GeneratedImages:
     """[0, 1] images, quantised and classified batch by batch."""
 
     def piece(rows: slice, rng: Generator) -> Piece:
@@ -108,11 +108,11 @@ def _judged(
             "device": ctx.rng.device.type,
         }
     )
-    found = in_batches(
+    columns = in_batches(
         even_batches(n), piece, partial(generator, ctx.rng.device, ctx.seed, "generation"),
         cache=ledger, poll=ctx.poll, done=lambda rows: ctx.progress("samples", rows, n),
     )  # fmt: skip
-    return Drawn(**found)
+    return GeneratedImages(**columns)
 
 
 def _classified(subject: PixelModel, x: Tensor, ctx: Context) -> dict[str, Tensor]:

@@ -85,8 +85,8 @@ def surrogate(
         index = torch.randint(len(images), (batch,), generator=rng, device=images.device)
         x = UNIT.clamp(perturbed(images[index], 2 * width, rng))
         with torch.no_grad():
-            told = model(x).argmax(1)
-        loss = F.cross_entropy(student(x), told)
+            pseudo_labels = model(x).argmax(1)
+        loss = F.cross_entropy(student(x), pseudo_labels)
         for weight, grad in zip(weights, torch.autograd.grad(loss, weights), strict=True):
             weight.grad = grad
         optimizer.step()

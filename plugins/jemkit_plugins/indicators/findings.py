@@ -161,23 +161,23 @@ def restarts(probes: Probes) -> Finding | None:
     )
 
 
-def against(probes: Probes, found: Attacked) -> list[Finding]:
+def against(probes: Probes, attacked_images: Attacked) -> list[Finding]:
     """What hold an attack against those without its gradient, where they were run."""
     rows = []
     if probes.search is not None:
         what = f"random search of {probes.plan.sizes.queries} queries"
-        rows.append(_without_gradient("black box", what, probes.search, probes, found))
+        rows.append(_without_gradient("black box", what, probes.search, probes, attacked_images))
     if probes.transfer is not None:
         what = f"transfer from a surrogate that agrees on {probes.agreement:.1%}"
-        rows.append(_without_gradient("transfer", what, probes.transfer, probes, found))
+        rows.append(_without_gradient("transfer", what, probes.transfer, probes, attacked_images))
     return rows
 
 
 def _without_gradient(
-    name: str, what: str, wrong: Tensor, probes: Probes, found: Attacked
+    name: str, what: str, wrong: Tensor, probes: Probes, attacked_images: Attacked
 ) -> Finding:
     """Beyond the attack and every ascent the model masks gradients; over the attack it is weak."""
-    felled, n = ~found.right[probes.index], probes.n
+    felled, n = ~attacked_images.right[probes.index], probes.n
     beyond = int((wrong & ~probes.felled(felled)).sum())
     masked = probes.pgd is not None and surely(beyond, n, BEYOND)
     weak = surely(net(wrong, felled), n, WEAKER)
@@ -189,7 +189,8 @@ def _without_gradient(
     return Finding(
         name=name,
         flag=masked or weak,
-        found=f"{what} fells {said(int(wrong.sum()), n)}, {found.label} {int(felled.sum())}; "
+        found=f"{what} fells {said(int(wrong.sum()), n)}, "
+        f"{attacked_images.label} {int(felled.sum())}; "
         f"{beyond} fall to no gradient attack",
         means=means,
         do="trust no figure of a gradient attack alone: run aa or square, and look for what "

@@ -34,7 +34,7 @@ class Probes:
     """What was found on n images that the model has right; None where a probe was not run."""
 
     index: Tensor  # [n], their places in the data
-    seen: int  # images looked through for them
+    examined: int  # images looked through for them
     plan: Plan
     repeat: float | None = None  # largest change of a logit in a second pass, over their spread
     company: Tensor | None = None  # [m], the same beside other images or in another place
@@ -73,10 +73,10 @@ def probe(
         batch_size=ctx.batch_size,
         budget=budget,
     )
-    index, seen = _right(subject, data, ctx, plan.images)
+    index, examined = _right(subject, data, ctx, plan.images)
     if not len(index):
         return None
-    return _Prober(subject, data, ctx, index, seen, plan).run()
+    return _Prober(subject, data, ctx, index, examined, plan).run()
 
 
 def _right(subject: PixelModel, data: Images, ctx: Context, n: int) -> tuple[Tensor, int]:
@@ -86,8 +86,8 @@ def _right(subject: PixelModel, data: Images, ctx: Context, n: int) -> tuple[Ten
     if known is None or len(known) != len(order):
         known = _clean(subject, data.take(order), ctx, n, order)
     places = known[order].nonzero().squeeze(1)[:n]
-    seen = int(places[-1]) + 1 if len(places) == n else len(order)
-    return order[places].sort().values, seen
+    examined = int(places[-1]) + 1 if len(places) == n else len(order)
+    return order[places].sort().values, examined
 
 
 def _clean(subject: PixelModel, data: Images, ctx: Context, n: int, order: Tensor) -> Tensor:
@@ -107,10 +107,16 @@ class _Prober:
     """One course of probes, with a generator of its own from the seed."""
 
     def __init__(
-        self, subject: PixelModel, data: Images, ctx: Context, index: Tensor, seen: int, plan: Plan
+        self,
+        subject: PixelModel,
+        data: Images,
+        ctx: Context,
+        index: Tensor,
+        examined: int,
+        plan: Plan,
     ) -> None:
         device = ctx.rng.device
-        self.subject, self.data, self.ctx, self.seen = subject, data, ctx, seen
+        self.subject, self.data, self.ctx, self.examined = subject, data, ctx, examined
         self.index, self.device, self.plan = index, device, plan
         part = data.take(index).to(device)
         self.x, self.y = part.unit(), part.y
@@ -119,17 +125,17 @@ class _Prober:
         self.done, self.total = 0, sum(ticks.get(name, 1) for name in plan.names)
 
     def run(self) -> Probes:
-        found, runs = Probes(self.index, self.seen, self.plan), self.plan.names
+        probes, runs = Probes(self.index, self.examined, self.plan), self.plan.names
         if "logits" in runs:
-            found.repeat, found.company = self._logits()
+            probes.repeat, probes.company = self._logits()
         if "gradient" in runs:
-            found.dead, found.saturated = self._gradients()
+            probes.dead, probes.saturated = self._gradients()
         if "search" in runs:
-            found.search = self._fools(self._search)
+            probes.search = self._fools(self._search)
         if "pgd" in runs:
-            self._climb(found)
+            self._climb(probes)
         self._tick(self.total)
-        return found
+        return probes
 
     def _search(self, x: Tensor, y: Tensor) -> Tensor:
         queries = self.plan.sizes.queries
@@ -164,27 +170,27 @@ class _Prober:
         size = torch.maximum(torch.cat(sizes[::2]), torch.cat(sizes[1::2]))
         return size < torch.finfo(size.dtype).tiny, torch.cat(losses[::2]) == 0
 
-    def _climb(self, found: Probes) -> None:
+    def _climb(self, probes: Probes) -> None:
         """Every ascent that is planned."""
         threat, sizes, runs = self.ctx.threat, self.plan.sizes, self.plan.names
         for share in sizes.radii if "radius" in runs else (1.0,):
             radius_px = threat.radius_px * share
             wrong = self._ascend(Threat(threat.norm, radius_px)).wrong
-            found.radius[radius_px] = ~wrong
-            found.pgd = wrong if share == 1 else found.pgd
-        if "restarts" in runs and found.pgd is not None:
-            found.restarts = found.pgd.clone()
+            probes.radius[radius_px] = ~wrong
+            probes.pgd = wrong if share == 1 else probes.pgd
+        if "restarts" in runs and probes.pgd is not None:
+            probes.restarts = probes.pgd.clone()
             for _ in range(sizes.restarts - 1):
-                found.restarts |= self._ascend(threat).wrong
+                probes.restarts |= self._ascend(threat).wrong
         if "steps" in runs:
             trail = self._ascend(threat, steps=max(sizes.steps)).trail
-            found.steps = {k: ~trail[k] for k in sizes.steps}
+            probes.steps = {k: ~trail[k] for k in sizes.steps}
         if "margin" in runs:
-            found.margin = self._ascend(threat, loss=lost_margin).wrong
+            probes.margin = self._ascend(threat, loss=lost_margin).wrong
         if "box" in runs:
-            found.box = self._box()
+            probes.box = self._box()
         if "transfer" in runs:
-            found.transfer, found.agreement = self._transfer()
+            probes.transfer, probes.agreement = self._transfer()
 
     def _box(self) -> Tensor:
         start = Threat("Linf", min(self.ctx.threat.radius_px, 8.0))

@@ -22,29 +22,29 @@ from jemkit_plugins.indicators.probes import Probes, probe
 def examine(
     subject: PixelModel,
     data: Images,
-    found: Mapping[str, Attacked],
+    attacks: Mapping[str, Attacked],
     ctx: Context,
     n_images: int,
     budget: int | None = None,
 ) -> dict[str, list[Finding]]:
     """Findings for every figure by its label; the curves and the plan go to the notes.
 
-    `found` has what each attack made of the data, by the attack's name. The probes run on at most
+    `attacks` has what each attack made of the data, by the attack's name. The probes run on at most
     `n_images` that the model has right, for at most `budget` passes of one image; where it has
     none right there is nothing to find.
     """
     first = outputs_of(ctx)
     probes = probe(subject, data, ctx, n_images, budget)
     if probes is None:
-        return {one.label: first for one in found.values()}
+        return {one.label: first for one in attacks.values()}
     _leave_curves(probes, ctx)
     _leave_plan(probes, budget, ctx)
     common = [*first, *of_model(probes)]
-    verdict = {one.label: [*common, *against(probes, one)] for one in found.values()}
-    if {"pgd", "aa"} <= found.keys():
-        row = aa_under_pgd(found["pgd"], found["aa"])
+    verdict = {one.label: [*common, *against(probes, one)] for one in attacks.values()}
+    if {"pgd", "aa"} <= attacks.keys():
+        row = aa_under_pgd(attacks["pgd"], attacks["aa"])
         for name in ("pgd", "aa"):
-            verdict[found[name].label].append(row)
+            verdict[attacks[name].label].append(row)
     return verdict
 
 
@@ -68,24 +68,24 @@ def _leave_plan(probes: Probes, budget: int | None, ctx: Context) -> None:
 def _leave_curves(probes: Probes, ctx: Context) -> None:
     if probes.pgd is None:
         return
-    curve = {"norm": ctx.threat.norm, "n": probes.seen}
+    curve = {"norm": ctx.threat.norm, "n": probes.examined}
     clean = {0.0: probes.pgd | True}
     if len(probes.radius) > 1:
         ctx.notes.tables["radius_curve"] = {
             **curve,
             "attack": f"pgd{PGD_STEPS}",
-            "points": _points({**clean, **probes.radius}, probes.seen),
+            "points": _points({**clean, **probes.radius}, probes.examined),
         }
     if probes.steps:
         ctx.notes.tables["steps_curve"] = {
             **curve,
             "attack": "pgd, its last state",
             "radius_px": ctx.threat.radius_px,
-            "points": _points({**clean, **probes.steps}, probes.seen),
+            "points": _points({**clean, **probes.steps}, probes.examined),
         }
 
 
-def _points(right: Mapping[Any, Tensor], seen: int) -> list[list[float]]:
+def _points(right: Mapping[Any, Tensor], examined: int) -> list[list[float]]:
     """Accuracy on all images that were looked through, with its interval, at each point."""
-    figures = {at: share("", int(rows.sum()), seen, {}) for at, rows in right.items()}
+    figures = {at: share("", int(rows.sum()), examined, {}) for at, rows in right.items()}
     return [[at, f.value, f.low or 0.0, f.high or 0.0] for at, f in figures.items()]
