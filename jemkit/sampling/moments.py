@@ -5,18 +5,15 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
-from jemkit.data import Images
+from jemkit.data import Images, Task
 from jemkit.errors import ConfigError, DataError
 from jemkit.runtime.disk import TIGHT, free_bytes, readable
 from jemkit.runtime.files import cache_folder, file_hash, load_tensors, read_json, write_tensors
-
-if TYPE_CHECKING:
-    from jemkit.data import Task
 
 log = logging.getLogger("jemkit")
 notices = logging.getLogger("jemkit.data")
@@ -66,7 +63,7 @@ class Form(NamedTuple):
         return f"{self.kind} (covariances of rank {self.rank} at most, and a diagonal)"
 
 
-def form_of(task: "Task", *, classwise: bool) -> Form:
+def form_of(task: Task, *, classwise: bool) -> Form:
     """Whole covariances if images and file are small enough, else a low-rank form."""
     kind: Kind = "mixture" if classwise else "gaussian"
     pixels = task.shape[0] * task.shape[1] * task.shape[2]
@@ -77,7 +74,7 @@ def form_of(task: "Task", *, classwise: bool) -> Form:
     return whole._replace(rank=max(1, min(RANK, room)))
 
 
-def check_groups(task: "Task", *, classwise: bool) -> None:
+def check_groups(task: Task, *, classwise: bool) -> None:
     """Reject training images that lack a class, which then has no Gaussian."""
     if not classwise:
         return
@@ -90,7 +87,7 @@ def check_groups(task: "Task", *, classwise: bool) -> None:
         )
 
 
-def moments_of(task: "Task", *, classwise: bool) -> dict[str, Tensor]:
+def moments_of(task: Task, *, classwise: bool) -> dict[str, Tensor]:
     """Means and covariances of un-augmented training images, in the model's range.
 
     They come from the exported model, else from the cache, else they are estimated. With whole
@@ -138,7 +135,7 @@ def expanded(triangles: Tensor, size: int) -> Tensor:
     return whole
 
 
-def _brought(task: "Task", form: Form) -> dict[str, Tensor] | None:
+def _brought(task: Task, form: Form) -> dict[str, Tensor] | None:
     if task.moments is None:
         return None
     prefix = f"{form.kind}."
@@ -149,7 +146,7 @@ def _brought(task: "Task", form: Form) -> dict[str, Tensor] | None:
     return found or None
 
 
-def _cached(task: "Task", form: Form) -> Path | None:
+def _cached(task: Task, form: Form) -> Path | None:
     """The path in the cache; None if the hash of the images is unknown."""
     if not task.hash:
         return None
@@ -219,7 +216,7 @@ def _prune(folder: Path, limit: int) -> None:
         total -= size
 
 
-def _estimate(task: "Task", form: Form) -> dict[str, Tensor]:
+def _estimate(task: Task, form: Form) -> dict[str, Tensor]:
     images = _training_images(task, form)
     check_groups(task, classwise=form.kind == "mixture")
     if form.bytes > 10_000_000:
@@ -230,19 +227,19 @@ def _estimate(task: "Task", form: Form) -> dict[str, Tensor]:
     x = task.bounds.from_unit(images.unit()).flatten(1)
     mixture = form.kind == "mixture"
     groups = [images.y == k for k in range(form.groups)] if mixture else [slice(None)]
+    parts: list[tuple[Tensor, ...]]
     if form.rank is None:
+        names = ["means", "factors"]
         rows, columns = torch.tril_indices(form.pixels, form.pixels)
-        pairs = [gaussian(x[group]) for group in groups]
-        means, factors = zip(*((m, f[rows, columns]) for m, f in pairs), strict=True)
-        return {"means": torch.stack(means), "factors": torch.stack(factors)}
-    most = max(len(x[group]) for group in groups) - 1
-    rank = max(1, min(form.rank, most))
-    parts = [low_rank(x[group], rank) for group in groups]
-    names = ("means", "basis", "spread")
-    return {n: torch.stack(list(t)) for n, t in zip(names, zip(*parts, strict=True), strict=True)}
+        parts = [(m, f[rows, columns]) for m, f in (gaussian(x[group]) for group in groups)]
+    else:
+        names = ["means", "basis", "spread"]
+        rank = max(1, min(form.rank, max(len(x[group]) for group in groups) - 1))
+        parts = [low_rank(x[group], rank) for group in groups]
+    return {n: torch.stack(t) for n, t in zip(names, zip(*parts, strict=True), strict=True)}
 
 
-def _training_images(task: "Task", form: Form) -> Images:
+def _training_images(task: Task, form: Form) -> Images:
     try:
         return task.images("train")
     except DataError as error:

@@ -88,8 +88,7 @@ class Details(BaseModel):
 
 
 class Pin(NamedTuple):
-    """The pinned data of the run or exported model in `folder`; implements `Pinned` for
-    `Splits`."""
+    """The pinned data of the run or exported model in `folder`; the `Pinned` of `Splits`."""
 
     table: Table
     folder: Path
@@ -105,8 +104,7 @@ class Pin(NamedTuple):
                     f"the run in {self.folder} has {self.table.n_classes} classes; "
                     f"{described(dataset)} has {dataset.n_classes}. {advice}"
                 )
-            return
-        if came != known:
+        elif came != known:
             raise DataError(
                 f"the run in {self.folder} has the classes {names(known, came)}; "
                 f"{described(dataset)} has "
@@ -135,10 +133,10 @@ class Pin(NamedTuple):
         now = f"{count} images" + (f", instead of {wanted.images}" * (count != wanted.images))
         details = self.details()
         reasons = [] if details is None else _reasons(details, splits, split, images)
-        told = "; ".join([now, *reasons])
+        difference = "; ".join([now, *reasons])
         raise DataError(
             f"the {SPLIT_NAMES[split]} images of {described(splits.dataset)} differ from those "
-            f"that the run in {self.folder} started with: {told}. {self.advice}"
+            f"that the run in {self.folder} started with: {difference}. {self.advice}"
         )
 
     def details(self) -> Details | None:
@@ -160,8 +158,10 @@ class Pin(NamedTuple):
             return 0, []
         details = self.details()
         if details is None:
-            told = f"{self.folder / DETAILS} is missing, damaged or from another run"
-            return 0, [f"{told}: it is unknown whether the model was trained on these images"]
+            return 0, [
+                f"{self.folder / DETAILS} is missing, damaged or from another run: it is unknown "
+                "whether the model was trained on these images"
+            ]
         known = {*details.images["train"], *details.images["valid"]}
         count = sum(image in known for image in image_hashes(test))
         if not count:
@@ -182,8 +182,7 @@ def pin(splits: Splits) -> tuple[Table, Details]:
         part: SplitPin(images=len(images[part].y), sha256=images_hash(images[part]))
         for part in PARTS
     }
-    own = ("train", "valid", "test") if splits.own_validation else ("train", "test")
-    files = files_of(dataset, own)
+    files = files_of(dataset, PARTS if splits.own_validation else ("train", "test"))
     hashes = None if files is None else {split: _hash(names) for split, names in files.items()}
     table = Table(
         n_classes=dataset.n_classes, classes=class_names(dataset), files=hashes,
@@ -317,8 +316,7 @@ def _reasons(details: Details, splits: Splits, split: Part, images: Images) -> l
 
 def _files(details: Details, splits: Splits, split: Part, now: Sequence[str]) -> list[str]:
     """Which files were added, removed or changed, if the data set lists files."""
-    current = None if details.files is None else files_of(splits.dataset, details.files)
-    if current is None or details.files is None:
+    if details.files is None or (current := files_of(splits.dataset, details.files)) is None:
         return []
     known, there = (set().union(*files.values()) for files in (details.files, current))
     before = {name: image for part in PARTS for name, image in details.names(part).items()}

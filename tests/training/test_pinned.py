@@ -84,9 +84,9 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "fewer": (fewer, r"15 images, instead of 22.*removed: cat/000.png, cat/001.png"),
     "more": (more, r"65 images, instead of 22.*added: cat/n0.png.* and 55 more"),
     "others": (others, r"changed: dog/00"),
-    "renamed": (rename, r"knows cat, dog, fox; .* has dog, fox, lynx"),
+    "renamed": (rename, r"has the classes cat, dog, fox; .* has dog, fox, lynx"),
     "swapped": (swapped, r"22 images; .*changed: cat/00"),
-    "added a class": (another_class, r"knows cat, dog, fox; .* has cat, dog, fox, owl"),
+    "added a class": (another_class, r"has the classes cat, dog, fox; .* has cat, dog, fox, owl"),
     "lost a class": (lambda root: shutil.rmtree(root / "fox"), r"has cat, dog\. "),
 }
 
@@ -191,7 +191,9 @@ def test_a_data_set_that_is_named_must_have_the_classes_of_the_run(
     rename(other)
     for name in (str(other), "digits"):
         dataset = {"use": "digits"} if name == "digits" else {"use": "folder", "dir": name}
-        with pytest.raises(DataError, match=r"knows cat, dog, fox; .* has (dog, fox, lynx|0, 1)"):
+        with pytest.raises(
+            DataError, match=r"has the classes cat, dog, fox; .* has (dog, fox, lynx|0, 1)"
+        ):
             judged(run[1], dataset)
 
 
@@ -219,10 +221,12 @@ def test_sampling_and_an_export_know_the_data_too(tmp_path: Path) -> None:
     model = export(out).folder
     assert read(model / "config.json")["data"]["classes"] == ["cat", "dog", "fox"]
     rename(root)
-    with pytest.raises(DataError, match=r"knows cat, dog, fox; .* has dog, fox, lynx"):
+    with pytest.raises(DataError, match=r"has the classes cat, dog, fox; .* has dog, fox, lynx"):
         sample(out, registry=REGISTRY, n=2, steps=1, device="cpu")
     for path in (out, model):
-        with pytest.raises(DataError, match=r"knows cat, dog, fox; .* has dog, fox, lynx"):
+        with pytest.raises(
+            DataError, match=r"has the classes cat, dog, fox; .* has dog, fox, lynx"
+        ):
             judged(path, {"dir": str(root)})
 
 

@@ -105,12 +105,12 @@ def _log_contents(
         counts[0] += " (a fixed fifth of each class)"
     if parts["valid"]:
         counts.append(f"{len(parts['valid'])} to validate, in place of run.valid_fraction")
-    said = "; ".join([", ".join(counts), *sentences(files), *remarks])
-    line = f"{shown(files.layout.root)}: {len(classes)} classes ({listed(classes)}), {said}"
+    contents = "; ".join([", ".join(counts), *sentences(files), *remarks])
+    line = f"{shown(files.layout.root)}: {len(classes)} classes ({listed(classes)}), {contents}"
     if multiprocessing.parent_process() is None:
-        _say_once(line, remarkable=len(counts) > 1 or bool(remarks) or any(sentences(files)))
+        _log_once(line, remarkable=len(counts) > 1 or bool(remarks) or any(sentences(files)))
 
 
 @cache
-def _say_once(line: str, *, remarkable: bool) -> None:
+def _log_once(line: str, *, remarkable: bool) -> None:
     log.log(logging.WARNING if remarkable else logging.INFO, "%s", line)

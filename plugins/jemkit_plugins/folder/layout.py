@@ -133,7 +133,7 @@ def layout(root: Path) -> Layout:
     """The layout of a data set's folder; ambiguous layouts are rejected."""
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
-        raise DataError(f"{shown(root)}: {what}; {WANTED}, got 0; {WHERE}")
+        _refuse(root, f"{what}; {WANTED}, got 0; {WHERE}")
     names = folders(root)
     roles = {name: role for name in names if (role := role_of(name)) is not None}
     nested = [name for name in roles if folders(_inner(root / name))]
@@ -141,7 +141,7 @@ def layout(root: Path) -> Layout:
         return _of_splits(root, names, roles, nested)
     _check_flat_splits(root, roles, len(names))
     if len(names) < 2:
-        raise DataError(f"{shown(root)}: {WANTED}, got {len(names)}; {_hint(root, names)}")
+        _refuse(root, f"{WANTED}, got {len(names)}; {_hint(root, names)}")
     _check_classes(root, names)
     return Layout(root, names, {"train": root}, "")
 
@@ -172,10 +172,11 @@ def _check_flat_splits(root: Path, roles: dict[str, Role], n_folders: int) -> No
         return
     if len(flat) == 1 and n_folders > 1 and flat[0].lower() in ("train", "valid"):
         return
-    raise DataError(
-        f"{shown(root)}: {listed(flat)} hold{'s' if len(flat) == 1 else ''} no class folders: if "
-        f"these are splits, sort their images into one folder per class; if one of them is a "
-        f"class, rename it, for example to class-NAME"
+    _refuse(
+        root,
+        f"{listed(flat)} hold{'s' if len(flat) == 1 else ''} no class folders: if these are "
+        f"splits, sort their images into one folder per class; if one of them is a class, rename "
+        f"it, for example to class-NAME",
     )
 
 
@@ -192,23 +193,25 @@ def _check_classes(root: Path, names: list[str]) -> None:
             )
     shared = set.intersection(*map(set, inside.values()))
     if len(shared) > 1 and not any(holds_images(root / name) for name in names):
-        raise DataError(
-            f"{shown(root)}: each of {listed(names)} holds {listed(sorted(shared))}: they may be "
-            "splits or parts of one data set, or classes. Name splits train and test; give "
-            f"--data-dir {shown(root / names[0])} for one of them alone; put the images of a "
-            f"class directly into its folder"
+        _refuse(
+            root,
+            f"each of {listed(names)} holds {listed(sorted(shared))}: they may be splits or parts "
+            "of one data set, or classes. Name splits train and test; give --data-dir "
+            f"{shown(root / names[0])} for one of them alone; put the images of a class directly "
+            "into its folder",
         )
     _check_case(root, names)
 
 
 def _check_case(root: Path, names: list[str]) -> None:
-    alike: dict[str, str] = {}
+    by_plain_name: dict[str, str] = {}
     for name in names:
-        other = alike.setdefault(_plain(name), name)
+        other = by_plain_name.setdefault(_plain(name), name)
         if other != name:
-            raise DataError(
-                f"{shown(root)}: the class folders {shown(other)} and {shown(name)} differ only "
-                f"in case or in their Unicode form: merge them, or rename one"
+            _refuse(
+                root,
+                f"the class folders {shown(other)} and {shown(name)} differ only in case or in "
+                "their Unicode form: merge them, or rename one",
             )
 
 
@@ -270,18 +273,19 @@ def _refuse(root: Path, why: str) -> NoReturn:
 
 def _common(root: Path, splits: dict[Role, Path], beside: set[str]) -> list[str]:
     """The class folders, the same in every split."""
-    found = {role: folders(path) for role, path in splits.items()}
-    classes = found["train"]
-    for role, names in found.items():
+    by_role = {role: folders(path) for role, path in splits.items()}
+    classes = by_role["train"]
+    for role, names in by_role.items():
         if names == classes:
             continue
         only = {"train": set(classes) - set(names), role: set(names) - set(classes)}
-        told = "; ".join(f"only {k} has {listed(sorted(v))}" for k, v in only.items() if v)
+        only_in = "; ".join(f"only {k} has {listed(sorted(v))}" for k, v in only.items() if v)
         near = {_plain(n) for n in only["train"]} & {_plain(n) for n in only[role]}
         hint = f" (the same except for case or Unicode form: {listed(sorted(near))})"
         _refuse(
             root,
-            f"train and {role} must have the same class folders, but {told}{hint if near else ''}",
+            f"train and {role} must have the same class folders, but {only_in}"
+            f"{hint if near else ''}",
         )
     if len(classes) < 2:
         _refuse(root, f"{WANTED}, got {len(classes)}; {WHERE}")
