@@ -41,7 +41,7 @@ def cost(registry: Registry, tables: dict[str, Any], steps: int, rounds: int) ->
             trainer.gather()
 
         found = in_turn(lambda: some(runs[0]), lambda: some(runs[1]), rounds)
-        checkup, step = runs[0].care.checkup, runs[0].step
+        checkup, step = runs[0].rollback.monitor, runs[0].step
 
         def after_an_epoch() -> None:
             checkup.epoch(step, checkup.body(step, {}), [0.5])

@@ -95,7 +95,7 @@ class Backbone:
             return dict(zip(streams, parts, strict=True))
         learnt = self.learnt_from(streams)
         self.passed |= set(streams)
-        return {name: self._alone(x, learn=name in learnt) for name, x in streams.items()}
+        return {name: self._single_pass(x, learn=name in learnt) for name, x in streams.items()}
 
     def learnt_from(self, streams: Iterable[Stream]) -> set[Stream]:
         """The streams from which batch norm learns among these; x+ if none is named."""
@@ -103,18 +103,18 @@ class Backbone:
 
     def check_learning(self, streams: Iterable[Stream]) -> None:
         """Reject `stats_from` with which no stream would update batch norm's running statistics."""
-        told = sorted(streams)
+        streamed = sorted(streams)
         named = self.views.stats_from
         usual: tuple[str, ...] = Views.model_fields["stats_from"].default
-        wanted = set(named) & set(told) or (named == usual and "x_pos" in told)
-        if self._separate and told and not wanted:
+        wanted = set(named) & set(streamed) or (named == usual and "x_pos" in streamed)
+        if self._separate and streamed and not wanted:
             raise ConfigError(
                 f"backbone.views.stats_from names {', '.join(named) or 'no stream'}, and this "
-                f"objective uses only {', '.join(told)}: the running statistics of batch norm "
+                f"objective uses only {', '.join(streamed)}: the running statistics of batch norm "
                 f"would never be updated. Name one of those"
             )
 
-    def _alone(self, x: Tensor, *, learn: bool) -> Scores:
+    def _single_pass(self, x: Tensor, *, learn: bool) -> Scores:
         if learn:
             return self.model(x)
         with frozen_batch_stats(self.model):
@@ -168,7 +168,7 @@ def assemble(
     with seeded_init(rng):
         model = energy.build(network.build(task.shape), task.n_classes)
     model = model.to(rng.device)
-    drawn = None
+    built_density = None
     if density is not None and sampler is not None and start is not None and buffer is not None:
         check_stem(
             sampler, model.network
@@ -176,8 +176,8 @@ def assemble(
         buffer.check_classes(task.n_classes)
         p0 = start.build(task, rng.device)
         states = ReplayBuffer(buffer, p0, task.n_classes, rng, fill=task.fill)
-        drawn = density.build(sampler, steps, p0, states, task.bounds)
-    return Backbone(model, drawn, views=views, bounds=task.bounds, radius_px=task.radius_px)
+        built_density = density.build(sampler, steps, p0, states, task.bounds)
+    return Backbone(model, built_density, views=views, bounds=task.bounds, radius_px=task.radius_px)
 
 
 NetworkPart = Annotated[NetworkSpec, PartOf("network")]

@@ -241,13 +241,13 @@ class Loader:
             n = len(self.images.y)
             self.order = torch.randperm(n, generator=self.rng, device=self.images.x.device)
         index = self.order[at * self.batch_size : (at + 1) * self.batch_size][self._rows]
-        found = self.images.take(index)
+        images = self.images.take(index)
         views = self.views
         n_pos = positives(self.batch_size, views) // self.shard.size
-        x = self._view(found, augment=views.augment_x, noise=views.noise_x)
-        pos = Images(found.x[:n_pos], found.y[:n_pos])
+        x = self._view(images, augment=views.augment_x, noise=views.noise_x)
+        pos = Images(images.x[:n_pos], images.y[:n_pos])
         x_pos = self._view(pos, augment=views.augment_pos, noise=views.noise_pos)
-        batch = Batch(x, found.y, x_pos, index, self.step)
+        batch = Batch(x, images.y, x_pos, index, self.step)
         self.step += 1
         return batch
 
@@ -258,8 +258,8 @@ class Loader:
         x = self.bounds.from_unit(Images(x, images.y).unit())
         if noise:
             whole = (len(x) * self.shard.size, *x.shape[1:])
-            drawn = torch.randn(whole, generator=self.rng, device=x.device)
-            x = x + noise * drawn[self._rows]
+            gaussian = torch.randn(whole, generator=self.rng, device=x.device)
+            x = x + noise * gaussian[self._rows]
         return x
 
     @property

@@ -70,10 +70,10 @@ NO_ROOM = (*NO_MEMORY, "start new thread", "failed to map segment")
 
 def memory_ran_out(error: BaseException) -> str:
     """One line that says that memory ran out, from an error or its causes; else empty."""
-    seen: list[BaseException] = []
+    visited: list[BaseException] = []
     now: BaseException | None = error
-    while now is not None and now not in seen:
-        seen.append(now)
+    while now is not None and now not in visited:
+        visited.append(now)
         if _of_memory(now):
             return (str(now).strip() or type(now).__name__).splitlines()[0][:300]
         now = now.__cause__ or now.__context__
@@ -83,7 +83,9 @@ def memory_ran_out(error: BaseException) -> str:
 def _of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    told = (
+    is_torch_error = (
         isinstance(error, RuntimeError | ImportError) or type(error).__name__ == "SafetensorError"
     )
-    return isinstance(error, MemoryError) or (told and any(s in str(error) for s in NO_ROOM))
+    return isinstance(error, MemoryError) or (
+        is_torch_error and any(s in str(error) for s in NO_ROOM)
+    )

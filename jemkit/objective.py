@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 def watched(scores: Mapping[Stream, Scores], y: Tensor) -> dict[str, Tensor]:
     """Detached scalars for the log: every stream's mean energy, and accuracies."""
-    seen = {NAMES[stream]: of.energy.mean() for stream, of in scores.items()}
+    scalars = {NAMES[stream]: of.energy.mean() for stream, of in scores.items()}
     accuracies: dict[Stream, str] = {"x": "accuracy", "x_adv": "accuracy(x~)"}
     for stream, name in accuracies.items():
         if stream in scores:
-            seen[name] = (scores[stream].logits.argmax(1) == y).float().mean()
-    return seen
+            scalars[name] = (scores[stream].logits.argmax(1) == y).float().mean()
+    return scalars
 
 
 def adversary(
@@ -67,8 +67,8 @@ class Terms(NamedTuple):
         if not parts:
             raise ConfigError("every weight of the objective is 0: nothing to learn")
         total = torch.stack([weight * term for weight, term in parts.values()]).sum()
-        seen = {name: value.detach() for name, value in (watched or {}).items()}
-        return cls(dict(parts), total, seen)
+        detached = {name: value.detach() for name, value in (watched or {}).items()}
+        return cls(dict(parts), total, detached)
 
 
 NAMES: dict[Stream, str] = {"x": "E(x)", "x_pos": "E(x+)", "x_neg": "E(x-)", "x_adv": "E(x~)"}

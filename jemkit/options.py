@@ -180,9 +180,9 @@ def in_name(part: type[Any], name: str) -> dict[str, str] | None:
     """The options in a part's name, `wrn-28-10`; None where it does not keep to the pattern."""
     _, *values = name.split("-")
     fields: tuple[str, ...] = getattr(part, "positional", ())
-    found = dict(zip(fields, values, strict=False))
-    numbers = (found[f].isdecimal() for f in found if part.model_fields[f].annotation is int)
-    return found if len(values) == len(fields) and all(numbers) else None
+    options = dict(zip(fields, values, strict=False))
+    numbers = (options[f].isdecimal() for f in options if part.model_fields[f].annotation is int)
+    return options if len(values) == len(fields) and all(numbers) else None
 
 
 def pattern(part: type[Any], word: str) -> str:

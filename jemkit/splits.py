@@ -43,19 +43,19 @@ class Splits:
         self.dataset, self.valid_fraction, self.max_train = dataset, valid_fraction, max_train
         self.pinned = pinned
         self.own_validation = False
-        self._kept: dict[Part, Images] = {}
+        self._read_parts: dict[Part, Images] = {}
         self._rows: dict[Part, list[int]] = {}  # of the data set's own split
 
     def images(self, split: Part) -> Images:
-        if split not in self._kept:
+        if split not in self._read_parts:
             if self.pinned is not None:
                 self.pinned.check_classes(self.dataset)
-            found = self._read(split)
+            loaded = self._read(split)
             if self.pinned is not None:
-                for part, images in found.items():
+                for part, images in loaded.items():
                     self.pinned.check_images(self, part, images)
-            self._kept |= found
-        return self._kept[split]
+            self._read_parts |= loaded
+        return self._read_parts[split]
 
     def rows(self, split: Part) -> list[int]:
         """The indices of these images in the data set's own split."""

@@ -33,15 +33,15 @@ def train_step(
     density = backbone.density_or_none
     if density is not None:
         density.mark()
-    seen: list[Terms] = []
+    evaluated: list[Terms] = []
     try:
         with reports() as reported:
             draws = objective.draw(backbone, batch, rng)
 
         def terms() -> Terms:
-            seen.append(objective.loss(backbone, batch, draws))
+            evaluated.append(objective.loss(backbone, batch, draws))
             backbone.check_learning(backbone.passed)
-            return seen[-1]
+            return evaluated[-1]
 
         for _ in range(theta_steps):
             updater.step(terms, guard)
@@ -55,4 +55,4 @@ def train_step(
     if isinstance(objective, StatefulObjective):
         objective.after(backbone, batch, draws, rng)
     means = {name: torch.stack(values).mean() for name, values in reported.items()}
-    return pooled(seen[0]._replace(watched={**seen[0].watched, **means}), backbone.model)
+    return pooled(evaluated[0]._replace(watched={**evaluated[0].watched, **means}), backbone.model)

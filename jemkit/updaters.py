@@ -41,7 +41,7 @@ class Guard:
     """
 
     def __init__(self) -> None:
-        self.seen: Verdict | None = None
+        self.verdict: Verdict | None = None
         self.updates = 0
 
     def update(self, optimizer: Optimizer, terms: Terms) -> None:
@@ -51,9 +51,9 @@ class Guard:
         losses = [terms.total.detach(), *(t.detach() for _, t in terms.parts.values())]
         total, *parts = distributed.averages(losses)  # so that all processes decide the same
         finite = norm.isfinite() & total.isfinite()
-        earlier, named = self.seen, dict(zip(terms.parts, parts, strict=True))
+        earlier, named = self.verdict, dict(zip(terms.parts, parts, strict=True))
         self.updates += 1
-        self.seen = Verdict(self.updates, *_on_the_way(finite), norm, named)
+        self.verdict = Verdict(self.updates, *_on_the_way(finite), norm, named)
         if self.defers(optimizer, finite):
             optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             optimizer.step()
@@ -68,12 +68,12 @@ class Guard:
 
     def settle(self) -> None:
         """Raise Diverged if an update was skipped; every call raises again."""
-        self._judge(self.seen)
+        self._judge(self.verdict)
 
     def _judge(self, verdict: Verdict | None) -> None:
         if verdict is None or verdict.is_finite():
             return
-        self.seen = verdict  # later updates followed a non-finite one
+        self.verdict = verdict  # later updates followed a non-finite one
         sick = [f"{name} = {float(t)}" for name, t in verdict.parts.items() if not t.isfinite()]
         what = ", ".join(sick) or f"the gradient (norm {float(verdict.grad_norm)})"
         raise Diverged(f"update {verdict.update}: not finite: {what}; this update was not applied")
@@ -154,8 +154,8 @@ class SAMUpdater:
     def step(self, terms: Callable[[], Terms], guard: Guard) -> None:
         backward(self.optimizer, terms)
         with moved_weights(self.ascent()), frozen_batch_stats(self.model):
-            found = backward(self.optimizer, terms)
-        guard.update(self.optimizer, found)
+            perturbed = backward(self.optimizer, terms)
+        guard.update(self.optimizer, perturbed)
 
     def ascent(self) -> dict[nn.Parameter, Tensor]:
         """rho g / |g|, or rho p^2 g / | |p| g |; 0 for a gradient of 0."""
@@ -178,12 +178,12 @@ def backward(optimizer: Optimizer, terms: Callable[[], Terms]) -> Terms:
     Those of FSDP-sharded weights are averaged already.
     """
     optimizer.zero_grad()
-    found = terms()
-    found.total.backward()  # type: ignore[no-untyped-call]
+    evaluated = terms()
+    evaluated.total.backward()  # type: ignore[no-untyped-call]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     grads = [p.grad for p in params if p.grad is not None]
     distributed.reduce(grad for grad in grads if not fsdp.is_shared(grad))
-    return found
+    return evaluated
 
 
 def pooled(terms: Terms, model: nn.Module) -> Terms:
@@ -196,9 +196,9 @@ def pooled(terms: Terms, model: nn.Module) -> Terms:
     distributed.reduce(b for b in model.buffers() if b.is_floating_point())
     parts = [part for _, part in terms.parts.values()]
     total, *rest = distributed.averages([terms.total, *parts, *terms.watched.values()])
-    seen = iter(rest)
-    weighted = {name: (weight, next(seen)) for name, (weight, _) in terms.parts.items()}
-    return Terms(weighted, total, dict(zip(terms.watched, seen, strict=True)))
+    averages = iter(rest)
+    weighted = {name: (weight, next(averages)) for name, (weight, _) in terms.parts.items()}
+    return Terms(weighted, total, dict(zip(terms.watched, averages, strict=True)))
 
 
 def total_norm(of: list[Tensor], like: Tensor) -> Tensor:

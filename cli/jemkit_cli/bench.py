@@ -47,12 +47,12 @@ def floor(
 
     parts = build_run(resolved.recipe)
     card = protocol(resolved, parts, rounds)
-    found = floor_of(parts, resolved.recipe, rounds=rounds, patience=patience)
+    roofline = floor_of(parts, resolved.recipe, rounds=rounds, patience=patience)
     if as_json:
-        say_json({"protocol": card, **found.figures()})
+        say_json({"protocol": card, **roofline.figures()})
         return
-    _show(found)
-    _tell(card)
+    _show(roofline)
+    _show_protocol(card)
 
 
 @app.command()
@@ -68,26 +68,26 @@ def accuracy(
     from jemkit.training.profiling.precision_error import accuracy_of, protocol
 
     parts = build_run(resolved.recipe)
-    found = accuracy_of(parts, images)
-    card = protocol(resolved, parts, found)
+    accuracies = accuracy_of(parts, images)
+    card = protocol(resolved, parts, accuracies)
     if as_json:
-        say_json({"protocol": card, **{each.precision: each._asdict() for each in found}})
+        say_json({"protocol": card, **{each.precision: each._asdict() for each in accuracies}})
         return
     heads = ["precision", "relative error, median", "worst", "signs flipped"]
-    show_table(heads, [[p, f"{m:.1e}", f"{w:.1e}", f"{s:.2%}"] for p, m, w, s, _ in found])
-    _tell(card)
+    show_table(heads, [[p, f"{m:.1e}", f"{w:.1e}", f"{s:.2%}"] for p, m, w, s, _ in accuracies])
+    _show_protocol(card)
 
 
-def _show(found: "Floor") -> None:
+def _show(roofline: "Floor") -> None:
     from jemkit.training.profiling.roofline import rows
 
-    show_table(["", ""], rows(found))
-    if found.reached is not None:
-        say(f"the step reaches {found.reached:.0%} of its roofline")
+    show_table(["", ""], rows(roofline))
+    if roofline.reached is not None:
+        say(f"the step reaches {roofline.reached:.0%} of its roofline")
 
 
-def _tell(card: dict[str, Any]) -> None:
+def _show_protocol(card: dict[str, Any]) -> None:
     """What figures were measured on, under their table."""
     for name, value in card.items():
-        told = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        say(f"  {name}: {told}")
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        say(f"  {name}: {text}")

@@ -128,8 +128,8 @@ def evaluate(
         "device": device,
         "out": out,
     }
-    asked = {"full": ["robustness.indicators=full"], "off": ["robustness.indicators=false"]}
-    overrides = [*(overrides or []), *asked.get(indicators, [])]
+    by_indicators = {"full": ["robustness.indicators=full"], "off": ["robustness.indicators=false"]}
+    overrides = [*(overrides or []), *by_indicators.get(indicators, [])]
     record = _judged(
         run, wanted, overrides, where, third_party=not no_plugins,
         keep_adversarial=save_adversarial, silent=as_json,

@@ -70,21 +70,21 @@ def import_model(
     from jemkit.training.pretrained import import_checkpoint
 
     data = {"use": dataset, "dir": None if data_dir is None else str(data_dir)}
-    found = import_checkpoint(
+    imported = import_checkpoint(
         path, format, registry, dataset={k: v for k, v in data.items() if v is not None},
         norm=norm, key=key, out=out, sha256=sha256, overrides=overrides or (),
     )  # fmt: skip
     if as_json:
-        say_json({**found._asdict(), "folder": str(found.folder)})
+        say_json({**imported._asdict(), "folder": str(imported.folder)})
         return
-    say(f"model {found.folder}, sha256 {found.sha256}")
-    say(f"{found.network} in {found.backbone}, on {found.dataset}")
-    for note in found.notes:
+    say(f"model {imported.folder}, sha256 {imported.sha256}")
+    say(f"{imported.network} in {imported.backbone}, on {imported.dataset}")
+    for note in imported.notes:
         say(note)
-    say(found.energy)
-    if found.left_out:
-        say(f"left out: {', '.join(found.left_out)}")
-    say(f"evaluate it with `jemkit evaluate {found.folder}`")
+    say(imported.energy)
+    if imported.left_out:
+        say(f"left out: {', '.join(imported.left_out)}")
+    say(f"evaluate it with `jemkit evaluate {imported.folder}`")
 
 
 @guarded
@@ -117,15 +117,15 @@ def export_model(
     from jemkit.evaluation import export
     from jemkit.training import model_folder
 
-    found = export.export(
+    exported = export.export(
         run, out=out, which=checkpoint, registry=registry, license=license
     )  # fmt: skip
-    where = model_folder.push(found.folder, push) if push is not None else None
+    where = model_folder.push(exported.folder, push) if push is not None else None
     if as_json:
-        say_json({**found._asdict(), "folder": str(found.folder), "pushed": where})
+        say_json({**exported._asdict(), "folder": str(exported.folder), "pushed": where})
         return
-    say(f"model {found.folder}, sha256 {found.sha256}")
-    say(f"checkpoint {found.checkpoint}, {found.weights} weights")
-    say(found.note or f"its card has {found.figures} figures")
+    say(f"model {exported.folder}, sha256 {exported.sha256}")
+    say(f"checkpoint {exported.checkpoint}, {exported.weights} weights")
+    say(exported.note or f"its card has {exported.figures} figures")
     if where is not None:
         say(f"pushed to {where}")

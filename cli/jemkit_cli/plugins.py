@@ -38,13 +38,13 @@ def info(
     from jemkit.options import nearest
 
     offers = _offers(registry)
-    found = [_about(offer, registry) for offer in offers if offer.name == name]
-    if not found:
+    matches = [_about(offer, registry) for offer in offers if offer.name == name]
+    if not matches:
         raise UnknownName(f"no part {name!r}{nearest(name, {o.name for o in offers})}")
     if as_json:
-        say_json(found, indent=1)
+        say_json(matches, indent=1)
         return
-    for part in found:
+    for part in matches:
         say(f"{part['kind']} {part['name']}  ({part['distribution']} {part['version']})")
         say(part["doc"])
         rows = [[option["name"], option["type"], _shown(option)] for option in part["options"]]

@@ -4,7 +4,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-KEPT = "\n\t\u200c\u200d"
+PRINTABLE = "\n\t\u200c\u200d"
 """Line ends, tabs, and the joiners that some scripts and emoji are written with."""
 
 UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -16,7 +16,7 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(
-        c if c in KEPT or unicodedata.category(c) not in UNSEEN
+        c if c in PRINTABLE or unicodedata.category(c) not in UNSEEN
         else c.encode("unicode_escape").decode()
         for c in text
     )  # fmt: skip

@@ -19,7 +19,7 @@ INTERRUPTED = 130
 
 _working = False  # whether a command is under way, which ends its work by itself
 _interrupted = False  # whether SIGINT came
-_asked = False  # whether it was SIGINT that asked the command to end its work
+_end_requested = False  # whether it was SIGINT that asked the command to end its work
 
 
 def listen() -> Callable[[], None]:
@@ -29,8 +29,8 @@ def listen() -> Callable[[], None]:
     lost or turned into another one, the process ends at once. In between KeyboardInterrupt is
     raised; a second SIGINT ends the process at once. Who ignores SIGINT goes on ignoring it.
     """
-    global _interrupted, _asked
-    _interrupted = _asked = False
+    global _interrupted, _end_requested
+    _interrupted = _end_requested = False
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         return lambda: None
@@ -58,15 +58,15 @@ def interrupted() -> bool:
     return _interrupted
 
 
-def ask_to_end(number: int) -> None:
+def request_end(number: int) -> None:
     """A signal came on which the command ends its work by itself."""
-    global _asked
-    _asked = number == signal.SIGINT
+    global _end_requested
+    _end_requested = number == signal.SIGINT
 
 
-def asked_to_end() -> bool:
+def end_requested() -> bool:
     """Whether that signal was a ^C."""
-    return _asked
+    return _end_requested
 
 
 class Working:

@@ -100,9 +100,9 @@ def _now(what: Mapping[str, Any]) -> str:
 
 def _brief(what: Mapping[str, Any]) -> str:
     """The same for one line of a terminal: the gap is the density's, else the adversary's."""
-    told = [f"{what['images/s']:.0f} images/s", f"loss {what['loss']:.2f}"]
+    parts = [f"{what['images/s']:.0f} images/s", f"loss {what['loss']:.2f}"]
     gaps = [what[key] for key in ("gap x+ x-", "gap x~ x") if key in what]
-    return " ".join([*told, *(f"gap {gap:.2f}" for gap in gaps[:1])])
+    return " ".join([*parts, *(f"gap {gap:.2f}" for gap in gaps[:1])])
 
 
 Track = Callable[[str, int, int], None]
@@ -129,14 +129,14 @@ def _seldom() -> Track:
     """A line on standard error every SELDOM seconds, with the time that this part still takes, or
     has taken where nothing of it is done yet."""
     began: dict[str, tuple[float, int]] = {}  # when a part was first heard of, and how far it was
-    told = [time.monotonic()]
+    shown_at = [time.monotonic()]
 
     def track(what: str, done: int, total: int) -> None:
         now = time.monotonic()
         since, first = began.setdefault(what, (now, done))
-        if now - told[0] < SELDOM:
+        if now - shown_at[0] < SELDOM:
             return
-        told[0], taken = now, now - since
+        shown_at[0], taken = now, now - since
         time_is = f"{taken:.0f} s so far"
         if done > first:
             time_is = f"{taken * (total - done) / (done - first):.0f} s left"

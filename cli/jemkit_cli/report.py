@@ -57,36 +57,36 @@ def compare(
     from jemkit.evaluation.compare import compare as build_run
     from jemkit.evaluation.compare import newest
 
-    found = build_run(runs or newest(RUNS), names=figure or (), seeds=seeds)
+    comparison = build_run(runs or newest(RUNS), names=figure or (), seeds=seeds)
     if as_json:
-        say_json(found.to_json())
+        say_json(comparison.to_json())
         return
-    _show_lines(found)
-    _show_differences(found)
-    _show_spreads(found)
+    _show_lines(comparison)
+    _show_differences(comparison)
+    _show_spreads(comparison)
 
 
-def _show_lines(found: "Comparison") -> None:
-    lines = [line for line in found.lines if any(line.figures) or not found.spreads]
+def _show_lines(comparison: "Comparison") -> None:
+    lines = [line for line in comparison.lines if any(line.figures) or not comparison.spreads]
     rows = [[line.column.title, *_cells(line)] for line in lines]
-    show_table(["figure", *found.runs], rows)
-    many = len(found.runs) > 1
+    show_table(["figure", *comparison.runs], rows)
+    many = len(comparison.runs) > 1
     if many:
         say("* best; ~ non-standard protocol; ! protocols differ, not comparable")
     elif any("~" in cell for row in rows for cell in row):
         say("~ non-standard protocol")
     named: dict[str, list[str]] = {}
-    for line in found.lines:
+    for line in comparison.lines:
         for different in line.differs:
             named.setdefault(different, []).append(line.column.name)
     for different, names in named.items():
         say(f"! {different}: {', '.join(names)}")
 
 
-def _why(found: "Comparison", name: str, why: str) -> str:
+def _why(comparison: "Comparison", name: str, why: str) -> str:
     """A reason, unless it stands beside the figure's line already."""
-    told = ["; ".join(line.differs) for line in found.lines if line.column.name == name]
-    return "protocols differ, see above" if why in told else why
+    differences = ["; ".join(line.differs) for line in comparison.lines if line.column.name == name]
+    return "protocols differ, see above" if why in differences else why
 
 
 def _cells(line: "Line") -> list[str]:
@@ -101,43 +101,43 @@ def _cells(line: "Line") -> list[str]:
         marks += "~" if figure.protocol.get("standard") is False else ""
         marks += "!" if line.differs else ""
         interval = shown_interval(figure)
-        told = f"{shown(figure)} [{interval}]" if interval else shown(figure)
-        cells.append(f"{told} {marks}".rstrip())
+        text = f"{shown(figure)} [{interval}]" if interval else shown(figure)
+        cells.append(f"{text} {marks}".rstrip())
     return cells
 
 
-def _show_differences(found: "Comparison") -> None:
-    if not found.differences:
+def _show_differences(comparison: "Comparison") -> None:
+    if not comparison.differences:
         return
-    rows = [[_named(d), *_difference(d)] for d in found.differences if not d.why]
+    rows = [[_named(d), *_difference(d)] for d in comparison.differences if not d.why]
     if rows:
-        a, b = found.runs
+        a, b = comparison.runs
         head = ["figure", f"{a} - {b}, points", "95 % interval", "images", "holds 0"]
         show_table(head, rows, "the same images, paired bootstrap")
-    for difference in found.differences:
+    for difference in comparison.differences:
         if difference.why:
-            why = _why(found, difference.name, difference.why)
+            why = _why(comparison, difference.name, difference.why)
             say(f"{_named(difference)}: no paired difference: {why}")
 
 
-def _difference(found: "Difference") -> list[str]:
-    low, high = f"{100 * found.low:+.2f}", f"{100 * found.high:+.2f}"
-    holds = "yes" if found.holds_zero else "no"
-    return [f"{100 * found.mean:+.2f}", f"{low} to {high}", str(found.n), holds]
+def _difference(difference: "Difference") -> list[str]:
+    low, high = f"{100 * difference.low:+.2f}", f"{100 * difference.high:+.2f}"
+    holds = "yes" if difference.holds_zero else "no"
+    return [f"{100 * difference.mean:+.2f}", f"{low} to {high}", str(difference.n), holds]
 
 
-def _named(found: "Difference | Spread") -> str:
+def _named(row: "Difference | Spread") -> str:
     """A figure with what of its protocol tells it from others of its name."""
-    return f"{found.name}, {found.protocol}" if found.protocol else found.name
+    return f"{row.name}, {row.protocol}" if row.protocol else row.name
 
 
-def _show_spreads(found: "Comparison") -> None:
+def _show_spreads(comparison: "Comparison") -> None:
     """Mean and deviation in the unit of the table above, by the settings that differ."""
-    if not found.spreads:
+    if not comparison.spreads:
         return
-    keys = list(dict.fromkeys(key for spread in found.spreads for key in spread.settings))
+    keys = list(dict.fromkeys(key for spread in comparison.spreads for key in spread.settings))
     rows, above = [], None
-    for spread in found.spreads:
+    for spread in comparison.spreads:
         if spread.why:
             continue
         who = [str(spread.settings.get(key, "-")) for key in keys] or [", ".join(spread.runs)]
@@ -146,14 +146,14 @@ def _show_spreads(found: "Comparison") -> None:
         rows.append([*shown, _named(spread), _spread(spread), seeds])
         above = who
     show_table([*(keys or ["runs"]), "figure", "mean +- deviation", "seeds"], rows, "over seeds")
-    for spread in found.spreads:
+    for spread in comparison.spreads:
         if spread.why:
-            why = _why(found, spread.name, spread.why)
+            why = _why(comparison, spread.name, spread.why)
             say(f"{', '.join(spread.runs)}: no mean of {_named(spread)}: {why}")
 
 
-def _spread(found: "Spread") -> str:
-    mean = f"{found.mean:.2%}" if found.share else f"{found.mean:.4g}"
-    if found.sd is None:
+def _spread(spread: "Spread") -> str:
+    mean = f"{spread.mean:.2%}" if spread.share else f"{spread.mean:.4g}"
+    if spread.sd is None:
         return mean
-    return f"{mean} +- {found.sd:.2%}" if found.share else f"{mean} +- {found.sd:.2g}"
+    return f"{mean} +- {spread.sd:.2%}" if spread.share else f"{mean} +- {spread.sd:.2g}"

@@ -45,8 +45,8 @@ def record(summary: "Summary", resolved: "Resolved") -> dict[str, Any]:
 def show(summary: "Summary") -> None:
     """Every figure with its protocol, and where the run is."""
     card = summary.figures[0].protocol
-    chosen = "best PGD-10 accuracy on validation"
-    title = f"epoch {summary.best_epoch} of {summary.epochs} ({chosen})"
+    criterion = "best PGD-10 accuracy on validation"
+    title = f"epoch {summary.best_epoch} of {summary.epochs} ({criterion})"
     _show_figures(summary.figures, title)
     if card["selection"] != "all":
         say(
@@ -84,10 +84,10 @@ def show_record(record: "Record") -> None:
 def _show_figures(figures: Sequence["Figure"], title: str) -> None:
     rows, above = [], ""
     for figure in figures:
-        told = protocol_text(figure)
-        shown = "as above" if told == above else told
+        protocol = protocol_text(figure)
+        shown = "as above" if protocol == above else protocol
         rows.append([TITLES.get(figure.name, figure.name), _value(figure), shown])
-        above = told
+        above = protocol
     show_table(["figure", "value", "measured on"], rows, title)
 
 
@@ -104,10 +104,10 @@ def _title(record: "Record") -> str:
     return f"{' '.join(parts)}: {label} protocol"
 
 
-def _show_indicators(attack: str, found: list[dict[str, Any]]) -> None:
+def _show_indicators(attack: str, findings: list[dict[str, Any]]) -> None:
     """The flags of one attack's figure, or that there is none."""
-    flagged = [row for row in found if row["flag"]]
-    say(f"{attack}: {len(found)} failure indicators, {len(flagged)} flagged")
+    flagged = [row for row in findings if row["flag"]]
+    say(f"{attack}: {len(findings)} failure indicators, {len(flagged)} flagged")
     for row in flagged:
         say(f"  FLAG {row['name']}: {row['found']}")
 
@@ -122,17 +122,17 @@ def _value(figure: "Figure") -> str:
 def protocol_text(figure: "Figure") -> str:
     """How a figure was measured, beside it."""
     card = figure.protocol
-    told = [f"{figure.n} {card['split']} images"]
+    words = [f"{figure.n} {card['split']} images"]
     if "attack" in card:
-        told.append(f"{card['attack']} {card['norm']} {card['radius_px']:g}/255")
+        words.append(f"{card['attack']} {card['norm']} {card['radius_px']:g}/255")
     if "steps" in card:
         size = f" of {card['step_px']:g}/255" if "step_px" in card else ""
-        told.append(f"{card['steps']} steps{size}")
+        words.append(f"{card['steps']} steps{size}")
     if "start" in card:
-        told.append(f"start {card['start']}")
+        words.append(f"start {card['start']}")
     if card.get("standard") is False:
-        told.append("non-standard")
-    told.append(f"seed {card['seed']}")
+        words.append("non-standard")
+    words.append(f"seed {card['seed']}")
     if figure.low is not None:
-        told.append(f"95 % {card.get('interval', 'Wilson')} interval")
-    return "; ".join(told)
+        words.append(f"95 % {card.get('interval', 'Wilson')} interval")
+    return "; ".join(words)

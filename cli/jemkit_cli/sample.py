@@ -96,10 +96,10 @@ def _draw(
 
     with distributed.group(device_of(wanted["device"]).type):
         me = distributed.shard()
-        found = distributed.prepared(lambda: sample_request(run, registry=registry, **wanted))
+        request = distributed.prepared(lambda: sample_request(run, registry=registry, **wanted))
         with stopping() as stop, tracking(silent=silent or me.rank > 0) as progress:
             distributed.barrier()  # from here on any of them can be stopped
-            told = {"progress": progress} if progress else {}
-            work = place(found.protocol, out) / ".drawing"
-            samples = draw_samples(found, work=work, shard=me, stop=stop, **told)
+            reporting = {"progress": progress} if progress else {}
+            work = place(request.protocol, out) / ".drawing"
+            samples = draw_samples(request, work=work, shard=me, stop=stop, **reporting)
     return None if me.rank else samples

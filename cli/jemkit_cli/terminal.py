@@ -44,7 +44,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         except typer.Exit:
             raise
         except BaseException as error:
-            code, message = _told(error)
+            code, message = _exit_of(error)
             if not code:
                 raise
             if getattr(error, "reported", False):  # by rank 0
@@ -102,7 +102,7 @@ def show_notices() -> None:
         logger.addHandler(_Notices())
 
 
-def _told(error: BaseException) -> tuple[int, str]:
+def _exit_of(error: BaseException) -> tuple[int, str]:
     """The exit code and message of an error; 0 where it is a fault of the program."""
     from jemkit.errors import JemkitError, OutOfMemory, Preempted, memory_ran_out
 
@@ -115,7 +115,7 @@ def _told(error: BaseException) -> tuple[int, str]:
             f"out of memory ({reason}); end other programs, use fewer or smaller images, a "
             f"smaller batch or network, or a larger machine. Everything saved before is intact"
         )
-    if isinstance(error, Preempted) and process.asked_to_end():
+    if isinstance(error, Preempted) and process.end_requested():
         return error.exit_code, f"interrupted{str(error).removeprefix('stopped')}"
     if isinstance(error, JemkitError):
         return error.exit_code, str(error)
@@ -169,8 +169,8 @@ def console() -> "Console":
     """Standard output; without colours where it is no terminal or NO_COLOR is set."""
     from rich.console import Console
 
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=140)
+    terminal = Console(highlight=False)
+    return terminal if terminal.is_terminal else Console(highlight=False, width=140)
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
@@ -207,7 +207,7 @@ def stopping() -> Iterator[Callable[[], bool]]:
             process.interrupt(number, frame)
         came.append(now)
         if len(came) == 1:
-            process.ask_to_end(number)
+            process.request_end(number)
             with suppress(OSError):  # the terminal may be gone
                 os.write(2, STOPPING)
 

@@ -126,9 +126,9 @@ def _trained(
 def _show_plan(resolved: "Resolved", out: Path, init_from: Path | None, as_json: bool) -> None:
     from jemkit.training.plan import plan
 
-    found = plan(resolved, out, init_from=init_from)
+    rows = plan(resolved, out, init_from=init_from)
     if as_json:
-        say_json(found)
+        say_json(rows)
         return
-    show_table(["", ""], [[name, str(value)] for name, value in found.items()])
+    show_table(["", ""], [[name, str(value)] for name, value in rows.items()])
     say("nothing was written")

@@ -43,9 +43,9 @@ def verify_resume(
     if run.is_dir() and recipe.data_dir is None and own_data:
         check_run(run.resolve(), registry)
     resolved = recipe.resolve(registry)
-    told = (lambda _: None) if as_json else say
+    progress = (lambda _: None) if as_json else say
     with stopping() as stop, tempfile.TemporaryDirectory(prefix="jemkit-verify-") as folder:
-        verdict = verify(resolved, Path(folder), steps=steps, progress=told, stop=stop)
+        verdict = verify(resolved, Path(folder), steps=steps, progress=progress, stop=stop)
     if as_json:
         cuts = [cut._asdict() for cut in verdict.cuts]
         say_json({"exact": verdict.exact, **verdict._asdict(), "cuts": cuts})

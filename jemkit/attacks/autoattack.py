@@ -62,25 +62,27 @@ class Stage:
 
     def card(self, n_classes: int) -> dict[str, Any]:
         """Its settings as they are with so many classes."""
-        found: dict[str, Any] = {"queries" if self.name == "square" else "steps": self.steps}
-        found["restarts"] = self.restarts
+        about: dict[str, Any] = {"queries" if self.name == "square" else "steps": self.steps}
+        about["restarts"] = self.restarts
         if self.name.startswith("apgd"):
-            found |= {"eot": self.eot, "loss": self._loss(n_classes)}
+            about |= {"eot": self.eot, "loss": self._loss(n_classes)}
         if self._rescaled:
-            found["schedule"] = f"its authors', over {self.steps} queries"
+            about["schedule"] = f"its authors', over {self.steps} queries"
         if self._targeted:
-            found["targets"] = self._aims(n_classes)
-        return found | ({"radii": "3, 2, 1 times the radius"} if self.widened else {})
+            about["targets"] = self._aims(n_classes)
+        return about | ({"radii": "3, 2, 1 times the radius"} if self.widened else {})
 
     def departures(self, n_classes: int) -> list[str]:
         """What is not as published, for want of classes."""
-        found = []
+        reasons = []
         if self._targeted and n_classes - 1 < self.targets:
             aims = self._aims(n_classes)
-            found.append(f"{n_classes} classes leave {aims} of {self.targets} targets")
+            reasons.append(f"{n_classes} classes leave {aims} of {self.targets} targets")
         if "margin" in self._loss(n_classes):
-            found.append(f"{self.name} goes up the margin: DLR is undefined at {n_classes} classes")
-        return found
+            reasons.append(
+                f"{self.name} goes up the margin: DLR is undefined at {n_classes} classes"
+            )
+        return reasons
 
     @property
     def _targeted(self) -> bool:

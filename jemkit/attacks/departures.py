@@ -20,7 +20,7 @@ def departures(part: object, threat: Threat) -> dict[str, Any]:
         return {}
     fields, free = type(part).model_fields, getattr(part, "standard_at_any", ())
     implied = {**threat._asdict(), "step_px": threat.radius_px / 4}
-    found = {}
+    changed = {}
     for name, field in fields.items():
         value = getattr(part, name)
         if name in free or field.exclude:
@@ -30,24 +30,24 @@ def departures(part: object, threat: Threat) -> dict[str, Any]:
             meant = usual is None or name in ("norm", "radius_px")
             if value == usual or (meant and value == implied.get(name, usual)):
                 continue
-            if _told(part, name, usual):
+            if _in_label(part, name, usual):
                 continue
-        found[name] = plain(value)
-    return found
+        changed[name] = plain(value)
+    return changed
 
 
-def with_departures(card: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+def with_departures(card: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
     """A figure's card that tells its options, which are not the standard ones."""
-    if not found:
+    if not changed:
         return dict(card)
-    options = {**card.get("options", {}), **found}
-    why = f"options that are not the defaults: {', '.join(f'{k} {v}' for k, v in found.items())}"
+    options = {**card.get("options", {}), **changed}
+    why = f"options that are not the defaults: {', '.join(f'{k} {v}' for k, v in changed.items())}"
     return {**card, "options": options, "standard": False, "why": reasons([card.get("why"), why])}
 
 
-def reasons(found: Iterable[Any]) -> str:
+def reasons(conditions: Iterable[Any]) -> str:
     """Reasons as one text, each once."""
-    return "; ".join(dict.fromkeys(str(reason) for reason in found if reason))
+    return "; ".join(dict.fromkeys(str(reason) for reason in conditions if reason))
 
 
 def plain(value: Any) -> Any:
@@ -65,7 +65,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _told(part: BaseModel, name: str, usual: Any) -> bool:
+def _in_label(part: BaseModel, name: str, usual: Any) -> bool:
     """Whether the name of its figure tells an option: pgd50 and pgd20x5 do, apgd does not."""
     label = getattr(part, "label", None)
     return label is not None and label != part.model_copy(update={name: usual}).label  # type: ignore[attr-defined]

@@ -146,14 +146,14 @@ def in_own_type(subject: PixelModel, pixels: Tensor) -> PixelModel:
         return subject
     reason = ""
     for dtype in [None, *others]:
-        found = PixelModel(subject.model, subject.bounds, subject.density_or_none, dtype)
+        converted = PixelModel(subject.model, subject.bounds, subject.density_or_none, dtype)
         try:
             with torch.no_grad():
-                found(pixels)
+                converted(pixels)
         except (RuntimeError, TypeError) as error:
             reason = reason or str(error).splitlines()[0]
         else:
-            return subject if dtype == subject.dtype else found
+            return subject if dtype == subject.dtype else converted
     raise MisfitError(
         "the model takes images neither in float32 nor in the types of its weights, "
         f"{', '.join(other_types(subject))}: "

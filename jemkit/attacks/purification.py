@@ -37,9 +37,11 @@ class Refinement(Options):
     seed: int = Field(0, ge=0, lt=2**32)
 
     def unused(self) -> dict[str, str]:
-        found = {} if self.steps else dict.fromkeys(("step_size", "noise"), "where steps is 0")
+        unused_options = (
+            {} if self.steps else dict.fromkeys(("step_size", "noise"), "where steps is 0")
+        )
         idle = dict.fromkeys(("samples", "seed"), "where neither noise nor jitter is drawn")
-        return found if self.random else {**found, **idle}
+        return unused_options if self.random else {**unused_options, **idle}
 
     @property
     def random(self) -> bool:

@@ -30,9 +30,9 @@ def random_search(
                 break
             delta = best[live] - x[live]
             trial = (x[live] + redrawn(delta, 1 - q / queries, threat, rng)).clamp(0, 1)
-            found = margin(subject(trial), y[live])
-            better = found < lead[live]
-            best[live[better]], lead[live[better]] = trial[better], found[better]
+            margins = margin(subject(trial), y[live])
+            better = margins < lead[live]
+            best[live[better]], lead[live[better]] = trial[better], margins[better]
     return best
 
 

@@ -59,28 +59,28 @@ class Settings(Options):
 def settings_of(values: Mapping[str, Any]) -> Settings:
     """Settings, or a ConfigError that says which of them are invalid."""
     try:
-        found = Settings.model_validate(dict(values))
+        parsed = Settings.model_validate(dict(values))
     except ValidationError as error:
         raise ConfigError(explain(error, dict.fromkeys(Settings.model_fields))) from None
-    if found.selection == "first" and not (found.quick or found.max_images):
+    if parsed.selection == "first" and not (parsed.quick or parsed.max_images):
         raise ConfigError(
             "selection = first selects a subset of the images, but all of them are evaluated: "
             "set --max-images, or omit it"
         )
-    return found
+    return parsed
 
 
 def options_of(overrides: Iterable[str]) -> dict[str, dict[str, Any]]:
     """The options of attacks and evaluators in texts such as pgd.steps=50."""
-    found: dict[str, dict[str, Any]] = {}
+    by_evaluator: dict[str, dict[str, Any]] = {}
     for layer in override_layers(overrides):
         for name, options in layer.table.items():
             if not isinstance(options, dict):
                 raise ConfigError(
                     f"{layer.origin}: expected NAME.OPTION=VALUE, such as pgd.steps=50"
                 )
-            found[name] = {**found.get(name, {}), **options}
-    return found
+            by_evaluator[name] = {**by_evaluator.get(name, {}), **options}
+    return by_evaluator
 
 
 def threat_of(settings: Settings, default_px: float, pixels: int) -> Threat:
@@ -151,8 +151,8 @@ def evaluators_of(settings: Settings, registry: Registry) -> dict[str, Evaluator
     for name in (*settings.only, *settings.skip):
         shelf[name]
     rest = [name for name in shelf if name not in ORDER]
-    asked = {*settings.only, "accuracy"} if settings.only else set(shelf)
-    names = [n for n in (*ORDER, *rest) if n in asked and n not in settings.skip]
+    selected = {*settings.only, "accuracy"} if settings.only else set(shelf)
+    names = [n for n in (*ORDER, *rest) if n in selected and n not in settings.skip]
     _check_options(settings, registry, [*attacks_of(settings, registry), *names])
     return {name: _built(registry, "evaluator", name, settings.options) for name in names}
 

@@ -83,12 +83,12 @@ class Stack:
                 f"{path}.{RETAIN} names {unknown[0]!r}, which is not an option of the {kind} "
                 f"{new['use']}{nearest(unknown[0], options)}"
             )
-        kept = {name: before[name] for name in names if name in before}
+        carried = {name: before[name] for name in names if name in before}
         for origin in sorted({*self.origins.values()} - {"default"}) if "use" in before else ():
             stated = {k: v for k, v in flat(before) if self.origins.get(f"{path}.{k}") == origin}
-            self.lose(origin, kind, path, {**stated, "use": before["use"]}, {*kept, *new})
-        origins = {f".{key}": self.origins.get(f"{path}.{key}", "default") for key in kept}
-        fresh = {**self._fresh(kind, new["use"]), **kept}
+            self.lose(origin, kind, path, {**stated, "use": before["use"]}, {*carried, *new})
+        origins = {f".{key}": self.origins.get(f"{path}.{key}", "default") for key in carried}
+        fresh = {**self._fresh(kind, new["use"]), **carried}
         self._came_from(path, {f".{key}": "default" for key, _ in flat(fresh)} | origins)
         return fresh
 
@@ -104,8 +104,8 @@ class Stack:
 
     def _came_from(self, path: str, origins: Mapping[str, str]) -> None:
         """Replace the origins of the values at `path` by these."""
-        kept = {k: v for k, v in self.origins.items() if k != path and not inside(k, path)}
-        self.origins = kept | {f"{path}{key}": origin for key, origin in origins.items()}
+        remaining = {k: v for k, v in self.origins.items() if k != path and not inside(k, path)}
+        self.origins = remaining | {f"{path}{key}": origin for key, origin in origins.items()}
 
     def spelt(self, kind: str, use: Any, origin: str) -> tuple[str, Table]:
         """A part's registered name, and the options in its pattern: wrn-16-2 has depth 16."""
@@ -214,15 +214,15 @@ def read_layer(source: Path | Mapping[str, Any]) -> Table:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{source} cannot be read as a recipe: {error}") from None
-    found = table.get("recipe", table) if isinstance(table, dict) else table
-    if not isinstance(found, dict):
+    recipe = table.get("recipe", table) if isinstance(table, dict) else table
+    if not isinstance(recipe, dict):
         raise DataError(f"{source} contains no table; expected those of a recipe")
-    if found is not table and (beside := [n for n in table if _is_table_of_recipe(n, table[n])]):
+    if recipe is not table and (beside := [n for n in table if _is_table_of_recipe(n, table[n])]):
         raise DataError(
             f"{source}: [{'], ['.join(beside)}] is beside the table `recipe`, where it is "
             f"ignored; put it inside `recipe`"
         )
-    return offline(without_retired(found)) if is_json else found
+    return offline(without_retired(recipe)) if is_json else recipe
 
 
 FETCHING = frozenset({"download", "pretrained"})
@@ -296,10 +296,10 @@ def _override(text: str) -> Table:
         raise ConfigError(f"--set {text}: expected KEY=VALUE, such as optimizer.lr=0.01")
     try:
         try:
-            found = tomllib.loads(f"{key} = {value}")
+            parsed = tomllib.loads(f"{key} = {value}")
         except tomllib.TOMLDecodeError:
-            found = tomllib.loads(f"{key} = {json.dumps(value, ensure_ascii=False)}")
-        return not_too_deep(found)  # type: ignore[no-any-return]
+            parsed = tomllib.loads(f"{key} = {json.dumps(value, ensure_ascii=False)}")
+        return not_too_deep(parsed)  # type: ignore[no-any-return]
     except (ValueError, RecursionError) as error:
         short = text if len(text) < 200 else f"{text[:200]}..."
         raise ConfigError(f"--set {short} is not KEY=VALUE: {error}") from None
@@ -307,14 +307,14 @@ def _override(text: str) -> Table:
 
 def choices(table: Mapping[str, Any]) -> Table:
     """Only what selects parts: every `use`, in its place."""
-    found: Table = {}
+    selected: Table = {}
     for name, value in table.items():
         if isinstance(value, dict):
             below = choices(value)
-            found |= {name: below} if below else {}
+            selected |= {name: below} if below else {}
         elif name == "use":
-            found[name] = value
-    return found
+            selected[name] = value
+    return selected
 
 
 def leading_comment(source: Any) -> str:

@@ -89,20 +89,20 @@ class Schedule(Options):
     floor: float = Field(0.0, ge=0, le=1)  # of `cosine`: the factor at the end
 
     def unused(self) -> dict[str, str]:
-        found: dict[str, str] = {}
+        reasons: dict[str, str] = {}
         if self.decay != "steps":
-            found |= dict.fromkeys(("at", "by"), 'unless decay = "steps"')
+            reasons |= dict.fromkeys(("at", "by"), 'unless decay = "steps"')
         elif not self.at:
-            found["by"] = "if at is empty"
+            reasons["by"] = "if at is empty"
         elif min(self.at) >= 1:
-            found["at"] = "since shares of the run of 1 or more are never reached"
+            reasons["at"] = "since shares of the run of 1 or more are never reached"
         if self.decay != "cosine":
-            found["floor"] = 'unless decay = "cosine"'
+            reasons["floor"] = 'unless decay = "cosine"'
         if not self.warmup:
-            found["warmup_share"] = "if warmup is 0"
+            reasons["warmup_share"] = "if warmup is 0"
         elif not self.warmup_share:
-            found["warmup"] = "if warmup_share is 0"
-        return found
+            reasons["warmup"] = "if warmup_share is 0"
+        return reasons
 
     def factor(self, step: int, total: int) -> float:
         """The factor at `step` of 0, ..., total - 1."""

@@ -8,19 +8,19 @@ from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any
 
-from jemkit.config.probing import END, IMPORT, NoRoom, Refused, contained, read_lines, told
+from jemkit.config.probing import END, IMPORT, NoRoom, Refused, contained, error_line, read_lines
 from jemkit.errors import memory_ran_out
 
 if TYPE_CHECKING:
     from jemkit.config.registry import Registry
 
 
-def child(asked: str, descriptor: str) -> None:
+def child(entries: str, descriptor: str) -> None:
     """The child's part: a fork for each plug-in, and a line with the result."""
     from jemkit.config.registry import installed
 
     own = installed(third_party=False)
-    for name, value in json.loads(asked):
+    for name, value in json.loads(entries):
         read, write = os.pipe()
         pid = os.fork()
         if not pid:
@@ -74,7 +74,9 @@ def _unfit(module: Any, name: str, own: "Registry") -> str:
             except Exception as error:
                 if memory_ran_out(error):
                     raise
-                return f"the options of the {kind} {offer.name!r} have no schema: {told(error)}"
+                return (
+                    f"the options of the {kind} {offer.name!r} have no schema: {error_line(error)}"
+                )
     return ""
 
 
@@ -82,13 +84,13 @@ def _state() -> dict[str, Any]:
     """Settings of the whole process, which no import may change."""
     import torch
 
-    asked: dict[str, Callable[[], Any]] = {
+    readers: dict[str, Callable[[], Any]] = {
         "torch's default dtype": torch.get_default_dtype,
         "torch's default device": lambda: str(torch.get_default_device()),
         "whether torch records gradients": torch.is_grad_enabled,
         "the working folder": os.getcwd,
     }
-    return {what: ask() for what, ask in asked.items()}
+    return {what: ask() for what, ask in readers.items()}
 
 
 def _say(descriptor: int, line: str) -> None:

@@ -40,7 +40,7 @@ class NoRoom(Refused):
     """It raised because memory ran out, which is not the plug-in's fault."""
 
 
-def told(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """An error as one line, though its message may fail in turn."""
     try:
         text = str(error)
@@ -66,7 +66,7 @@ def contained() -> Iterator[None]:
         except Refused:
             raise
         except BaseException as error:
-            reason = told(error)
+            reason = error_line(error)
             kind = NoRoom if memory_ran_out(error) else Refused
     if came:
         raise KeyboardInterrupt
@@ -106,20 +106,20 @@ def _to_standard_error() -> Iterator[None]:
                 stream.flush()
 
     flush()
-    kept = -1
+    saved = -1
     with suppress(OSError):  # closed descriptors have nothing to protect
-        kept = os.dup(1)
+        saved = os.dup(1)
         os.dup2(2, 1)
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
         flush()
-        if kept >= 0:
+        if saved >= 0:
             with suppress(OSError, AttributeError):
                 ctypes.CDLL(None).fflush(None)
-            os.dup2(kept, 1)
-            os.close(kept)
+            os.dup2(saved, 1)
+            os.close(saved)
 
 
 class Guest(NamedTuple):
@@ -175,7 +175,7 @@ def _key(guest: Guest) -> str:
 
 def _files(module: str) -> list[tuple[str, int, int]]:
     """Name, size and time of every file of a module or package, which is not imported for it."""
-    found: list[tuple[str, int, int]] = []
+    stamps: list[tuple[str, int, int]] = []
     with suppress(ImportError, ValueError, AttributeError, OSError):
         spec = find_spec(module)
         places = list(spec.submodule_search_locations or ()) if spec else []
@@ -184,8 +184,8 @@ def _files(module: str) -> list[tuple[str, int, int]]:
             files += [p for p in sorted(Path(place).rglob("*")) if p.suffix in (".py", ".so")]
         for path in files[:MOST]:
             stat = path.stat()
-            found.append((str(path), stat.st_size, stat.st_mtime_ns))
-    return found
+            stamps.append((str(path), stat.st_size, stat.st_mtime_ns))
+    return stamps
 
 
 def _probed(entries: Sequence[EntryPoint]) -> list[Verdict | None]:
@@ -193,9 +193,9 @@ def _probed(entries: Sequence[EntryPoint]) -> list[Verdict | None]:
     read, write = os.pipe()
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     code = "import sys; from jemkit.config.probe_child import child; child(*sys.argv[1:])"
-    asked = json.dumps([(entry.name, entry.value) for entry in entries])
+    request = json.dumps([(entry.name, entry.value) for entry in entries])
     running = subprocess.Popen(
-        [sys.executable, "-P", "-c", code, asked, str(write)],
+        [sys.executable, "-P", "-c", code, request, str(write)],
         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         pass_fds=[write], env={**os.environ, "PYTHONPATH": paths},
     )  # fmt: skip
@@ -212,10 +212,10 @@ def _probed(entries: Sequence[EntryPoint]) -> list[Verdict | None]:
         os.close(read)
         if running.stdin is not None:
             running.stdin.close()
-    found = [_verdict(*json.loads(line)) for line in lines]
+    verdicts = [_verdict(*json.loads(line)) for line in lines]
     if running.returncode == -signal.SIGKILL and not ended:
-        found.append(Verdict("its import does not end"))
-    return [*found, *[None] * len(entries)][: len(entries)]
+        verdicts.append(Verdict("its import does not end"))
+    return [*verdicts, *[None] * len(entries)][: len(entries)]
 
 
 def read_lines(descriptor: int) -> list[str]:

@@ -124,20 +124,20 @@ def resolve(
     parts = {"run": Run(), "schedule": Schedule(), "optimizer": SGD(), "sentinel": Sentinel()}
     stack = Stack(registry)
     stack.lay(Layer("default", {k: v.model_dump(mode="json") for k, v in parts.items()}))
-    chosen = {table: _choice(table, own) for table in PARTS}
-    names = {table: str(layer.table[table]["use"]) for table, layer in chosen.items()}
-    _check_whole(own, chosen)
-    proposed = [*chosen.values(), *_part_layers(registry, names)]
+    picked = {table: _choice(table, own) for table in PARTS}
+    names = {table: str(layer.table[table]["use"]) for table, layer in picked.items()}
+    _check_whole(own, picked)
+    proposed = [*picked.values(), *_part_layers(registry, names)]
     usual: Table = {}
     for at, layer in enumerate([*proposed, *own]):
         if at == len(proposed):
             usual = before_layers(stack.tables)
-        replaced = _replaced(layer, chosen)
+        replaced = _replaced(layer, picked)
         for table in replaced:
             stack.lose(layer.origin, PARTS[table], table, layer.table[table])
         rest = {name: table for name, table in layer.table.items() if name not in replaced}
         stack.lay(layer._replace(table=rest))
-    _tell_lost(stack, own)
+    _log_lost(stack, own)
     recipe = build(stack.tables, registry, stack.origins)
     saved = {str(path) for path in (base, config) if _is_saved(path)}
     said = {layer.origin for layer in own} - saved
@@ -185,13 +185,13 @@ def _translated(own: list[Layer]) -> list[Layer]:
     if _choice("objective", own).table["objective"]["use"] not in retired.OBJECTIVES:
         return own  # what they say of EB-JDAT is left out
     layers = [_translate(layer, "") for layer in own]
-    chosen = _choice("objective", layers).table["objective"]["use"]
-    return [_translate(layer, str(chosen)) for layer in layers]
+    objective = _choice("objective", layers).table["objective"]["use"]
+    return [_translate(layer, str(objective)) for layer in layers]
 
 
-def _translate(layer: Layer, chosen: str) -> Layer:
+def _translate(layer: Layer, objective: str) -> Layer:
     options = layer.table.get("objective", {})
-    if options.get("use", chosen) != "ebjdat":
+    if options.get("use", objective) != "ebjdat":
         return layer
     saved = Path(layer.origin).suffix.lower() == ".json"
     new = retired.translate(options, layer.origin, saved=saved)
@@ -216,27 +216,30 @@ def _choice(table: str, own: list[Layer]) -> Layer:
     return choice
 
 
-def _check_whole(own: list[Layer], chosen: Mapping[str, Layer]) -> None:
+def _check_whole(own: list[Layer], picked: Mapping[str, Layer]) -> None:
     """Reject a preset whose own backbone or objective a later layer replaces."""
     for layer in own:
         name = layer.origin.removeprefix("preset/")
         for table in PARTS if name != layer.origin else ():
-            use, other = layer.table.get(table, {}).get("use"), chosen[table].table[table]["use"]
+            use, other = (
+                layer.table.get(table, {}).get("use"),
+                picked[table].table[table]["use"],
+            )
             if use is not None and use != other:
                 raise ConfigError(
                     f"the preset {name} is of the {table} {use}, and {other} is "
-                    f"chosen{spoken(chosen[table].origin)}: a preset needs its own [{table}]. "
+                    f"chosen{spoken(picked[table].origin)}: a preset needs its own [{table}]. "
                     f"Omit --preset {name}, or use its {table}"
                 )
 
 
-def _replaced(layer: Layer, chosen: Mapping[str, Layer]) -> list[str]:
+def _replaced(layer: Layer, picked: Mapping[str, Layer]) -> list[str]:
     """The tables of a layer that belong to another part than the one finally selected."""
-    final = {k: c.table[k]["use"] for k, c in chosen.items() if c.origin != "default"}
+    final = {k: c.table[k]["use"] for k, c in picked.items() if c.origin != "default"}
     return [k for k, use in final.items() if layer.table.get(k, {}).get("use", use) != use]
 
 
-def _tell_lost(stack: Stack, own: list[Layer]) -> None:
+def _log_lost(stack: Stack, own: list[Layer]) -> None:
     """Warn of settings of a preset, file or option that are dropped, since their part was
     replaced."""
     for origin in dict.fromkeys(layer.origin for layer in own if layer.origin != "option"):
@@ -262,10 +265,10 @@ def _part_layers(registry: Registry, names: Mapping[str, str]) -> list[Layer]:
         f"objective/{objective}/{data}",
         f"run/{backbone}/{objective}/{data}",
     )
-    found = [Layer(k, read_layer(registry.recipes[k])) for k in keys if k in registry.recipes]
-    for layer in found:
+    layers = [Layer(k, read_layer(registry.recipes[k])) for k in keys if k in registry.recipes]
+    for layer in layers:
         _check_tables(layer)
-    return [_translate(layer, objective) for layer in found]
+    return [_translate(layer, objective) for layer in layers]
 
 
 def _presets(registry: Registry) -> dict[str, Any]:
@@ -320,7 +323,7 @@ def schema(registry: Registry) -> Table:
 
 def part_schema(part: type[Options], registry: Registry) -> Table:
     """The JSON schema of a part's options, with defaults as in a recipe."""
-    found = part.model_json_schema()
+    schema = part.model_json_schema()
     for name, default in part_defaults(part, registry).items():
-        found["properties"][name]["default"] = default
-    return found
+        schema["properties"][name]["default"] = default
+    return schema

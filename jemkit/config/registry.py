@@ -112,12 +112,12 @@ class Shelf(Generic[T], Mapping[str, type[T]]):
         if name in self._offers or word not in self._offers:
             return self[name], {}
         part = self[word]
-        found = in_name(part, name)
-        if found is None:
+        options = in_name(part, name)
+        if options is None:
             hint = nearest(name, self._offers.keys() - {word})
-            told = f"the pattern is {pattern(part, word)}{example(part, word)}"
-            raise ConfigError(f"{name!r} does not name a {self.kind}{hint}; {told}")
-        return part, found
+            expected = f"the pattern is {pattern(part, word)}{example(part, word)}"
+            raise ConfigError(f"{name!r} does not name a {self.kind}{hint}; {expected}")
+        return part, options
 
     def name_of(self, part: type[Any]) -> str:
         for name, offer in self._offers.items():
@@ -165,11 +165,11 @@ def registry_of(plugins: list[Plugin], faults: list[Fault] | None = None) -> Reg
     for plugin in sorted(plugins, key=lambda p: (p.distribution, p.name)):
         try:
             with contained():
-                found, layers = _taken_in(plugin)
+                offered, layers = _taken_in(plugin)
         except Refused as error:  # whatever one plug-in raises, the others are kept
             faults.append(Fault(plugin.name, plugin.distribution, plugin.version, str(error)))
             continue
-        for offer in found:
+        for offer in offered:
             offers[offer.kind].append(offer)
         for key, layer in layers.items():
             if key in recipes:
@@ -203,13 +203,13 @@ def _taken_in(plugin: Plugin) -> tuple[list[Offer], dict[str, Any]]:
 
 def _given(manager: pluggy.PluginManager, hook: str, what: str) -> dict[Any, Any]:
     """The result of a plug-in's hook; pluggy itself would omit None."""
-    found: dict[Any, Any] = {}
+    merged: dict[Any, Any] = {}
     for hooked in getattr(manager.hook, hook).get_hookimpls():
         mapping = hooked.function()
         if not isinstance(mapping, Mapping):
             raise TypeError(f"{hook} returned {mapping!r}; expected a mapping of names to {what}")
-        found |= mapping
-    return found
+        merged |= mapping
+    return merged
 
 
 LAYERS = ("data", "backbone", "objective", "run", "preset")
@@ -241,12 +241,12 @@ def _check_layer(key: Any, layer: Any) -> None:
 def _check_hook_names(module: Any) -> None:
     known = {*KINDS.values(), "jemkit_recipes"}
     for name in dir(module):
-        found = getattr(module, name)
-        if not name.startswith("jemkit_") or not callable(found):
+        attribute = getattr(module, name)
+        if not name.startswith("jemkit_") or not callable(attribute):
             continue
         if name not in known:
             raise TypeError(f"{name} is not a hook of jemkit{nearest(name, known)}")
-        if not hasattr(found, "jemkit_impl"):  # the mark that pluggy sets
+        if not hasattr(attribute, "jemkit_impl"):  # the mark that pluggy sets
             raise TypeError(f"{name} is not marked as a hook; write @hookimpl above it")
 
 
@@ -276,9 +276,9 @@ def installed(*, third_party: bool = True) -> Registry:
     plugins: list[Plugin] = []
     faults: list[Fault] = []
     slow: list[str] = []
-    found = [Guest(entry, *_origin(entry)) for entry in _entry_points()]
-    own = [plugin for plugin in found if plugin.distribution == OURS]
-    guests = [plugin for plugin in found if plugin.distribution != OURS] if third_party else []
+    entries = [Guest(entry, *_origin(entry)) for entry in _entry_points()]
+    own = [plugin for plugin in entries if plugin.distribution == OURS]
+    guests = [plugin for plugin in entries if plugin.distribution != OURS] if third_party else []
     verdicts = [""] * len(own) + lethal(guests)
     for (entry, whose, version), verdict in zip([*own, *guests], verdicts, strict=True):
         began = time.monotonic()

@@ -59,8 +59,8 @@ def convolved(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
 def _fixed(norm: nn.BatchNorm2d) -> bool:
     """Whether a norm is an affine map per channel: running statistics and frozen weights, as in
     attacks."""
-    asked = norm.training or norm.weight.requires_grad or norm.bias.requires_grad
-    return norm.running_var is not None and not asked and not is_shared(norm.weight)
+    needs_gradient = norm.training or norm.weight.requires_grad or norm.bias.requires_grad
+    return norm.running_var is not None and not needs_gradient and not is_shared(norm.weight)
 
 
 class _FixedNorm(torch.autograd.Function):

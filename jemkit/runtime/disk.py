@@ -68,8 +68,8 @@ def free_bytes(folder: Path) -> int:
 
 def used_bytes(folder: Path) -> int:
     """The size of the files below a folder; a file with two names is counted once."""
-    found = [p.lstat() for p in folder.rglob("*") if p.is_file()]
-    return sum({stat.st_ino: stat.st_size for stat in found}.values())
+    stats = [p.lstat() for p in folder.rglob("*") if p.is_file()]
+    return sum({stat.st_ino: stat.st_size for stat in stats}.values())
 
 
 def check_room(
@@ -97,13 +97,13 @@ class Patience:
     """What to do while a disk is full: warn once, check again, give up if a stop was requested."""
 
     stop: Callable[[], bool]
-    tell: Callable[[str], None] = log.warning
+    warn: Callable[[str], None] = log.warning
     sleep: Callable[[float], None] = time.sleep
     every: float = 2.0  # seconds
 
     def wait(self, path: Path, waited: int) -> None:
         if not waited:
-            self.tell(f"the disk of {path} is full: waiting for free space, or for a stop signal")
+            self.warn(f"the disk of {path} is full: waiting for free space, or for a stop signal")
         if self.stop():
             raise DataError(
                 f"the disk of {path} is full and a stop was requested: this file is not written; "
@@ -143,5 +143,5 @@ def until_room(path: Path, write: Callable[[], T]) -> T:
             waited += 1
         else:
             if waited and (patience := _patience.get()) is not None:
-                patience.tell(f"there is free space again: {path.name} is written")
+                patience.warn(f"there is free space again: {path.name} is written")
             return done

@@ -209,9 +209,9 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 def prepared(work: Callable[[], T]) -> T:
     """work() of every process, of rank 0 first; an error of rank 0 is raised in all of them."""
-    found: list[T] = []
-    _relay(lambda: found.append(work()))
-    return found[0] if found else work()
+    results: list[T] = []
+    _relay(lambda: results.append(work()))
+    return results[0] if results else work()
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:
@@ -221,24 +221,24 @@ def on_rank_zero(work: Callable[[], T]) -> T:
     tensors and plain values.
     """
 
-    def alone() -> T:
+    def separately() -> T:
         token = _host.set(None)
         try:
             return work()
         finally:
             _host.reset(token)
 
-    return _relay(alone)
+    return _relay(separately)
 
 
 def _relay(work: Callable[[], T]) -> T:
     if _host.get() is None:
         return work()
     if dist.get_rank():
-        found = _unpacked(_broadcast())
-        if "error" not in found:
-            return found["value"]  # type: ignore[no-any-return]
-        raise _error_of(*found["error"])
+        answer = _unpacked(_broadcast())
+        if "error" not in answer:
+            return answer["value"]  # type: ignore[no-any-return]
+        raise _error_of(*answer["error"])
     try:
         value = work()
     except JemkitError as error:
@@ -286,19 +286,19 @@ def gather(tree: T) -> list[T]:
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(me.size)]
     dist.all_gather(lengths, torch.tensor([len(own)]), group=_host.get())
     padded = torch.cat([own, own.new_zeros(int(max(lengths)) - len(own))])
-    found = [torch.empty_like(padded) for _ in range(me.size)] if me.rank == 0 else None
-    dist.gather(padded, found, dst=0, group=_host.get())
-    others = zip(found[1:], lengths[1:], strict=True) if found else ()
-    return [tree, *(_unpacked(part[: int(n)]) for part, n in others)] if found else []
+    gathered = [torch.empty_like(padded) for _ in range(me.size)] if me.rank == 0 else None
+    dist.gather(padded, gathered, dst=0, group=_host.get())
+    others = zip(gathered[1:], lengths[1:], strict=True) if gathered else ()
+    return [tree, *(_unpacked(part[: int(n)]) for part, n in others)] if gathered else []
 
 
 def _broadcast(content: Tensor | None = None) -> Tensor:
     """Rank 0's bytes, which it gives, in every process."""
     length = torch.tensor([0 if content is None else len(content)])
     dist.broadcast(length, src=0, group=_host.get())
-    found = torch.empty(int(length), dtype=torch.uint8) if content is None else content
-    dist.broadcast(found, src=0, group=_host.get())
-    return found
+    received = torch.empty(int(length), dtype=torch.uint8) if content is None else content
+    dist.broadcast(received, src=0, group=_host.get())
+    return received
 
 
 TREE = "tree"

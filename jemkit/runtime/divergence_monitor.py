@@ -64,21 +64,21 @@ class Finding(NamedTuple):
 
     signal: str
     since: int  # the first step that may have caused it
-    told: str
+    message: str
 
 
 class Unhealthy(Diverged):
     """A finding, raised to trigger a rollback."""
 
-    def __init__(self, signal: str, since: int, told: str) -> None:
-        super().__init__(signal, since, told)
+    def __init__(self, signal: str, since: int, message: str) -> None:
+        super().__init__(signal, since, message)
 
     @property
     def finding(self) -> Finding:
         return Finding(*self.args)
 
     def __str__(self) -> str:
-        return self.finding.told
+        return self.finding.message
 
 
 LEAST, EVERY = 20, 10
@@ -103,20 +103,20 @@ class Drift:
 
     def reads(self, step: int, value: float) -> bool:
         """Add a finite value; whether it is the last of `patience` consecutive outliers."""
-        asked = self.options
+        options = self.options
         if len(self.values) >= LEAST and (step % EVERY == 0 or math.isnan(self.middle)):
             self.middle = statistics.median(self.values)
             off = statistics.median([abs(v - self.middle) for v in self.values])
             self.spread = 1.4826 * off  # the standard deviation of a normal distribution
-        strays = abs(value - self.middle) > max(asked.far * self.spread, asked.nats)
+        strays = abs(value - self.middle) > max(options.far * self.spread, options.nats)
         self.since = step if strays and not self.strays else self.since
         self.strays = self.strays + 1 if strays else 0
-        self.values = [*self.values, value][-asked.window :]
-        return self.strays >= asked.patience
+        self.values = [*self.values, value][-options.window :]
+        return self.strays >= options.patience
 
     def state(self) -> Tensor:
-        told = [self.middle, self.spread, self.strays, self.since]
-        return torch.tensor([*told, *self.values], dtype=torch.float64)
+        statistics = [self.middle, self.spread, self.strays, self.since]
+        return torch.tensor([*statistics, *self.values], dtype=torch.float64)
 
     def load(self, state: Tensor) -> None:
         self.middle, self.spread, strays, since, *self.values = state.tolist()
@@ -143,11 +143,11 @@ class RunStatistics:
                 continue
             drift = self.drifts.setdefault(name, Drift(self.options))
             if drift.reads(step, value):
-                told = (
+                message = (
                     f"{name} diverged: {value:.4g} at step {step}, where {drift.middle:.4g} +- "
                     f"{drift.spread:.2g} was usual"
                 )
-                return Finding(name, drift.since, told)
+                return Finding(name, drift.since, message)
         return None
 
     def level(self, name: str, value: float, since: int) -> Finding | None:
@@ -158,27 +158,27 @@ class RunStatistics:
         self.levels[name] = [*earlier, value][-10:]
         usual = statistics.median(earlier) if len(earlier) > 2 else math.inf
         if 0 < usual * self.options.steep < value:
-            told = f"the {name} grew to {value:.4g}, where {usual:.4g} was usual"
-            return Finding(name, since, told)
+            message = f"the {name} grew to {value:.4g}, where {usual:.4g} was usual"
+            return Finding(name, since, message)
         return None
 
     def accuracy(
-        self, seen: Sequence[float], chance: float, images: int, since: int
+        self, accuracies: Sequence[float], chance: float, images: int, since: int
     ) -> Finding | None:
         """Silent collapse: validation accuracy at chance after it was clearly above.
 
-        `seen` has the accuracies of all epochs; both bounds are in standard deviations of the
+        `accuracies` has the accuracies of all epochs; both bounds are in standard deviations of the
         accuracy of guessing.
         """
         noise = math.sqrt(chance * (1 - chance) / images)
-        latest, earlier = seen[-self.options.collapse :], seen[: -self.options.collapse]
+        latest, earlier = accuracies[-self.options.collapse :], accuracies[: -self.options.collapse]
         if not earlier or max(earlier) <= chance + 6 * noise or max(latest) > chance + noise:
             return None
-        told = (
-            f"validation accuracy fell to chance: {seen[-1]:.1%}, after "
+        message = (
+            f"validation accuracy fell to chance: {accuracies[-1]:.1%}, after "
             f"{max(earlier):.1%} and guessing gives {chance:.1%}"
         )
-        return Finding("accuracy", since, told)
+        return Finding("accuracy", since, message)
 
     def state_dict(self) -> dict[str, Any]:
         drifts = {name: drift.state() for name, drift in self.drifts.items()}

@@ -158,7 +158,7 @@ def total(values: Tensor, of: Sequence[Tensor]) -> Tensor:
     shared = [value for value, t in parts if is_shared(t)]
     if not shared:
         return values.sum()
-    found = torch.stack(shared).sum()
-    dist.all_reduce(found)
+    summed = torch.stack(shared).sum()
+    dist.all_reduce(summed)
     own = [value for value, t in parts if not is_shared(t)]
-    return found + torch.stack(own).sum() if own else found
+    return summed + torch.stack(own).sum() if own else summed

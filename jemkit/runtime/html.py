@@ -33,14 +33,14 @@ def join(*parts: object) -> Html:
 
 def tag(name: str, *children: object, **attributes: object) -> Html:
     """An element; `class_` is class, `data_x` is data-x, True a bare attribute, None none."""
-    told = []
+    pieces = []
     for key, value in attributes.items():
         word = key.rstrip("_").replace("_", "-")
         if value is True:
-            told.append(f" {word}")
+            pieces.append(f" {word}")
         elif value is not None and value is not False:
-            told.append(f' {word}="{text(value)}"')
-    return Html(f"<{name}{''.join(told)}>{join(*children)}</{name}>")
+            pieces.append(f' {word}="{text(value)}"')
+    return Html(f"<{name}{''.join(pieces)}>{join(*children)}</{name}>")
 
 
 def coded(value: str) -> Html:

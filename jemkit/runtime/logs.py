@@ -49,7 +49,7 @@ def _check_steps(steps: list[str]) -> None:
 
 def event_lines(content: bytes) -> list[dict[str, Any]]:
     """The events of events.jsonl, or a DataError that says where it is damaged."""
-    found = []
+    events = []
     for number, line in enumerate(_text(content).split("\n")[:-1], 1):
         try:
             event = json.loads(line)
@@ -57,8 +57,8 @@ def event_lines(content: bytes) -> list[dict[str, Any]]:
                 raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError):
             raise DataError(f"line {number} is not an event") from None
-        found.append(event)
-    return found
+        events.append(event)
+    return events
 
 
 def _text(content: bytes) -> str:
@@ -90,7 +90,7 @@ def columns(path: Path) -> list[str]:
     """The columns of a metrics.csv, from its first line; none if that is not a header."""
     try:
         with opened(path) as file:
-            found = next(csv.reader([_text(file.readline(LOG_LIMIT))], strict=True), [])
+            header = next(csv.reader([_text(file.readline(LOG_LIMIT))], strict=True), [])
     except (FileNotFoundError, DataError, csv.Error):
         return []
-    return found if "step" in found else []
+    return header if "step" in header else []

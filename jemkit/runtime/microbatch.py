@@ -58,14 +58,14 @@ class MicroBatch:
         rng: Generator | None = None,
         *,
         moved: Callable[[], int] = lambda: 0,
-        told: Callable[..., None] = lambda **what: None,
+        on_change: Callable[..., None] = lambda **what: None,
     ) -> T:
         """Do the work, and repeat it with less memory after each OOM.
 
         First activation checkpointing is enabled, if the network supports it; then the micro-batch
         is halved, as often as needed. Work that fails must have no effects; `rng` is restored for
-        it. If `moved` has changed, or other processes take part, it cannot be repeated. `told` is
-        called for each change.
+        it. If `moved` has changed, or other processes take part, it cannot be repeated. `on_change`
+        is called for each change.
         """
         state, before = rng.get_state() if rng else None, moved()
         while True:
@@ -80,7 +80,7 @@ class MicroBatch:
             # outside of `except`: the error and the frames that referenced the work are freed
             self._check(reason, undone=moved() == before)
             release()
-            told(**(self._halve(reason) if self._keeps_little else self._keep_less(reason)))
+            on_change(**(self._halve(reason) if self._keeps_little else self._keep_less(reason)))
             if rng is not None and state is not None:
                 rng.set_state(state)
 
@@ -95,8 +95,8 @@ class MicroBatch:
         cut = self.cuts(len(x))
         tied = any(m.training or m.running_mean is None for m in batch_norms(of))
         self._whole, hosted = tied and cut, tied and cut and x.is_cuda
-        asked = torch.is_grad_enabled() and any(p.requires_grad for p in of.parameters())
-        self._able = asked and can_recompute(of) and not hosted
+        needs_graph = torch.is_grad_enabled() and any(p.requires_grad for p in of.parameters())
+        self._able = needs_graph and can_recompute(of) and not hosted
         if hosted:
             return self._on_host(part, x)
         if tied or not cut:

@@ -34,13 +34,13 @@ def preserved_random_state() -> Iterator[None]:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Let no parameter require a gradient, so that a chain keeps no graph for them."""
-    asked = [p for p in model.parameters() if p.requires_grad]
-    for p in asked:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for p in trainable:
         p.requires_grad_(False)
     try:
         yield
     finally:
-        for p in asked:
+        for p in trainable:
             p.requires_grad_(True)
 
 
@@ -84,18 +84,18 @@ class SameModes:
         self._modules = list(model.modules())
         self._now = self._then = _modes(self._modules)
         self._learn = [m for m in batch_norms(model) if m.training and m.track_running_stats]
-        self._kept: list[dict[str, Tensor | None]] = []
+        self._buffers: list[dict[str, Tensor | None]] = []
 
     def __enter__(self) -> None:
         self._then = _modes(self._modules)
         _set_modes(self._now)
-        self._kept = [dict(norm._buffers) for norm in self._learn]
-        for norm, kept in zip(self._learn, self._kept, strict=True):
-            norm._buffers.update({k: None if t is None else t.clone() for k, t in kept.items()})
+        self._buffers = [dict(norm._buffers) for norm in self._learn]
+        for norm, buffers in zip(self._learn, self._buffers, strict=True):
+            norm._buffers.update({k: None if t is None else t.clone() for k, t in buffers.items()})
 
     def __exit__(self, *raised: object) -> None:
-        for norm, kept in zip(self._learn, self._kept, strict=True):
-            norm._buffers.update(kept)
+        for norm, buffers in zip(self._learn, self._buffers, strict=True):
+            norm._buffers.update(buffers)
         _set_modes(self._then)
 
 
@@ -121,10 +121,10 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
 
 @contextmanager
 def _training(model: nn.Module, *, on: bool) -> Iterator[None]:
-    found = [(m, m.training) for m in model.modules()]
+    modes = [(m, m.training) for m in model.modules()]
     model.train(on)
     try:
         yield
     finally:
-        for module, training in found:
+        for module, training in modes:
             module.training = training

@@ -110,7 +110,7 @@ def refuse_link(path: Path) -> None:
         )
 
 
-def _check_kind(found: os.stat_result, path: Path) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        kind = KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+def _check_kind(status: os.stat_result, path: Path) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = KINDS.get(stat.S_IFMT(status.st_mode), "something else")
         raise DataError(f"{path} is {kind}, not a regular file; it is not read")

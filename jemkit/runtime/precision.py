@@ -66,17 +66,17 @@ def numerics(
 ) -> Iterator[None]:
     """Torch's settings for a run, restored afterwards."""
     strict, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    found = torch.get_num_threads()
+    threads_before = torch.get_num_threads()
     with _float32(precision):
         torch.backends.cudnn.benchmark = not deterministic
         _be_deterministic(deterministic)
-        torch.set_num_threads(threads or found)
+        torch.set_num_threads(threads or threads_before)
         try:
             yield
         finally:
             torch.backends.cudnn.benchmark = benchmark
             _be_deterministic(strict)
-            torch.set_num_threads(found)
+            torch.set_num_threads(threads_before)
 
 
 Switch = tuple[str, str]
@@ -152,13 +152,13 @@ def _own(switches: tuple[Switch, ...], above: tuple[Switch, ...]) -> dict[Switch
     Convolutions of a GPU that follow are left out: with "none" they would lose torch's default,
     which is tf32. A matmul that follows is "none".
     """
-    seen = []
+    readings = []
     for value in ("ieee", "tf32"):
         for switch in above:
             write_switch(switch, value)
-        seen.append([read_switch(switch) for switch in switches])
-    found = {s: a if a == b else "none" for s, a, b in zip(switches, *seen, strict=True)}
-    return {s: v for s, v in found.items() if v != "none" or s[1] in ("all", "matmul")}
+        readings.append([read_switch(switch) for switch in switches])
+    own = {s: a if a == b else "none" for s, a, b in zip(switches, *readings, strict=True)}
+    return {s: v for s, v in own.items() if v != "none" or s[1] in ("all", "matmul")}
 
 
 def _older() -> str | None:

@@ -18,21 +18,21 @@ class PreemptionCheck:
     def __init__(self, stop: Callable[[], bool], updates: Callable[[], int]) -> None:
         self.stop, self.updates = stop, updates
         self.patience = PATIENCE
-        self._asked, self._before = 0.0, 0
+        self._checked, self._before = 0.0, 0
 
     def between(self) -> None:
         """Check between steps."""
-        self._asked = time.monotonic()
+        self._checked = time.monotonic()
         if self.stop():
             raise Preempted
 
     def begin(self) -> None:
         """Begin work that may be dropped until an update has moved the weights."""
-        self._asked, self._before = time.monotonic(), self.updates()
+        self._checked, self._before = time.monotonic(), self.updates()
 
     def inside(self) -> None:
         """Check inside a step."""
-        late = time.monotonic() >= self._asked + self.patience
+        late = time.monotonic() >= self._checked + self.patience
         if late and self.updates() == self._before:
             self.between()
 
@@ -44,8 +44,8 @@ class PreemptionCheck:
         Passes of its first layer are checked too, since PYLD's steps use that layer alone.
         """
         first = next(m for m in model.modules() if not any(m.children()))
-        asked = (model, first) if on else ()
-        handles = [m.register_forward_pre_hook(lambda *_: self.inside()) for m in asked]
+        modules = (model, first) if on else ()
+        handles = [m.register_forward_pre_hook(lambda *_: self.inside()) for m in modules]
         try:
             yield
         finally:

@@ -44,20 +44,20 @@ class Snapshot:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
+        self._copies: dict[str, Tensor] = {}
 
     def of(self, tree: Any) -> Any:
         """The tree with every tensor copied; the previous copy is overwritten."""
         used: dict[str, Tensor] = {}
         copy = self._copied(tree, "", used)
-        self._kept = used
+        self._copies = used
         if any(t.is_pinned() for t in used.values()):
             torch.cuda.synchronize()  # the copies are asynchronous
         return copy
 
     def _copied(self, value: Any, key: str, used: dict[str, Tensor]) -> Any:
         if isinstance(value, Tensor):
-            used[key] = self._tensor(value.detach(), self._kept.get(key))
+            used[key] = self._tensor(value.detach(), self._copies.get(key))
             return used[key]
         if isinstance(value, dict):
             return {k: self._copied(v, f"{key}/{k}", used) for k, v in value.items()}
@@ -65,10 +65,10 @@ class Snapshot:
             return [self._copied(v, f"{key}/{i}", used) for i, v in enumerate(value)]
         return value
 
-    def _tensor(self, tensor: Tensor, kept: Tensor | None) -> Tensor:
-        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        return kept.copy_(tensor, non_blocking=tensor.is_cuda)
+    def _tensor(self, tensor: Tensor, buffer: Tensor | None) -> Tensor:
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return buffer.copy_(tensor, non_blocking=tensor.is_cuda)
 
 
 def same(a: Any, b: Any) -> bool:

@@ -128,10 +128,10 @@ class RunFolder:
     def drop_metrics_from(self, step: int) -> None:
         """Drop rows that a resumed run will write again."""
         rows = self.sound_metrics()
-        kept = [row for row in rows if int(row["step"]) < step]
-        if len(kept) == len(rows):
+        rows_before = [row for row in rows if int(row["step"]) < step]
+        if len(rows_before) == len(rows):
             return
-        write_text(self.path / METRICS, _csv(list(rows[0]), kept))
+        write_text(self.path / METRICS, _csv(list(rows[0]), rows_before))
 
     def link_latest(self, folder: Path) -> None:
         """Let the link `latest` in `folder` point to the run."""

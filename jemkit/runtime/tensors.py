@@ -9,9 +9,9 @@ from torch import Tensor
 
 def cloned(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies of the tensors, in their own memory."""
-    found = [torch.empty_like(t) for t in tensors]
-    copy(found, tensors)
-    return found
+    clones = [torch.empty_like(t) for t in tensors]
+    copy(clones, tensors)
+    return clones
 
 
 @torch.no_grad()

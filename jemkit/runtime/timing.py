@@ -58,11 +58,11 @@ def fastest(
 ) -> float:
     """Seconds of the fastest of several calls, at least three, after one warm-up call."""
     call()
-    found: list[float] = []
+    times: list[float] = []
     began = time.perf_counter()
-    while len(found) < 3 or time.perf_counter() - began < patience:
-        found.append(elapsed(call, device, clock))
-    return min(found)
+    while len(times) < 3 or time.perf_counter() - began < patience:
+        times.append(elapsed(call, device, clock))
+    return min(times)
 
 
 def elapsed(

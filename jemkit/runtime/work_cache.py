@@ -45,7 +45,7 @@ class ResultCache:
     def __init__(self, work: Path | None, about: dict[str, Any], shard: Shard = WHOLE) -> None:
         self.shard = WHOLE if work is None else shard
         self.folder: Path | None = None
-        self._kept: dict[str, Piece] = {}
+        self._pieces: dict[str, Piece] = {}
         if work is None:
             return
         text = json.dumps(about, sort_keys=True, default=str)
@@ -97,18 +97,18 @@ class ResultCache:
     def remove(self) -> None:
         """Delete every part; only rank 0 does, since others may still read. `work` is deleted with
         its last folder."""
-        self._kept.clear()
+        self._pieces.clear()
         if self.folder is not None and self.shard.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
             with suppress(OSError):  # other work is in progress there
                 self.folder.parent.rmdir()
 
     def _has(self, name: str) -> bool:
-        return name in self._kept if self.folder is None else _path(self.folder, name).exists()
+        return name in self._pieces if self.folder is None else _path(self.folder, name).exists()
 
     def _write(self, name: str, piece: Piece) -> None:
         if self.folder is None:
-            self._kept[name] = piece
+            self._pieces[name] = piece
         else:
             _make(self.folder)
             write_tensors(_path(self.folder, name), {**piece, SEAL: _seal(piece)})
@@ -116,7 +116,7 @@ class ResultCache:
     def _read(self, name: str) -> Piece | None:
         """A part, or None if it is not there yet."""
         if self.folder is None:
-            return self._kept.get(name)
+            return self._pieces.get(name)
         path = _path(self.folder, name)
         if not path.exists():
             return None
@@ -149,12 +149,12 @@ def _path(folder: Path, name: str) -> Path:
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of names and tensors."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _seal(piece: Piece) -> Tensor:

@@ -41,7 +41,7 @@ class CompiledGradient:
         self.backend = backend
         self.compilations: list[Compilation] = []
         self.given_up = False
-        self._graphs = self._told = 0
+        self._graphs = self._reported = 0
         self._unit: Callable[[EnergyFn, Tensor], Tensor] = torch.compile(
             slope_at, fullgraph=True, dynamic=False, backend=self._counted
         )
@@ -55,8 +55,8 @@ class CompiledGradient:
                 if x.is_cuda:  # the output of a CUDA graph is overwritten by its next replay
                     torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
                 # the leaf is made out here: not every torch traces requires_grad_() in a graph
-                found = self._unit(energy, x.detach().requires_grad_())
-                found = found.clone() if x.is_cuda else found
+                gradient = self._unit(energy, x.detach().requires_grad_())
+                gradient = gradient.clone() if x.is_cuda else gradient
         except Exception as error:
             lacking = lacks_compiler(error)
             if lacking is None:
@@ -66,18 +66,18 @@ class CompiledGradient:
             return eager_gradient(energy, x)
         if self._graphs > before:
             self.compilations.append(Compilation(tuple(x.shape), time.perf_counter() - began))
-        return found
+        return gradient
 
     @property
     def warm_up(self) -> float:
         """Seconds that compiling took so far."""
         return sum(each.seconds for each in self.compilations)
 
-    def tell(self, folder: RunFolder, watch: Callable[[str, dict[str, Any]], None]) -> None:
+    def report(self, folder: RunFolder, watch: Callable[[str, dict[str, Any]], None]) -> None:
         """Compilations since the last call: number of graphs in total, and their seconds."""
-        if len(self.compilations) > self._told:
-            self._told = len(self.compilations)
-            what = {"graphs": self._told, "seconds": round(self.warm_up, 1)}
+        if len(self.compilations) > self._reported:
+            self._reported = len(self.compilations)
+            what = {"graphs": self._reported, "seconds": round(self.warm_up, 1)}
             folder.event("compiled", **what)
             watch("compiled", what)
 
@@ -125,7 +125,7 @@ def lacks_compiler(error: BaseException) -> str | None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = getattr(found, "inner_exception", None) or found.__cause__ or found.__context__
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = getattr(cause, "inner_exception", None) or cause.__cause__ or cause.__context__

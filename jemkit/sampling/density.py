@@ -268,15 +268,15 @@ class ContrastiveDensity:
         return {"states": self.buffer.states, "drawn": self.buffer.chains_begun}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        states, drawn = state.get("states"), state.get("drawn")
+        states, count = state.get("states"), state.get("drawn")
         if not isinstance(states, Tensor):
             raise MisfitError(
                 f"the states of a buffer must be a tensor, not a {type(states).__name__}"
             )
-        if type(drawn) is not int or drawn < 0:
-            raise MisfitError(f"a buffer that {drawn!r} chains were begun from; expected a count")
+        if type(count) is not int or count < 0:
+            raise MisfitError(f"a buffer that {count!r} chains were begun from; expected a count")
         self.buffer.load(states)
-        self.buffer.chains_begun = drawn
+        self.buffer.chains_begun = count
 
 
 @runtime_checkable

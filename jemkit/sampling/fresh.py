@@ -43,5 +43,5 @@ def in_batches(
         return retry_on_oom(lambda: draw(slice(ends[i], ends[i + 1]), rng), rng)
 
     names = [f"{i:05d}-{size}" for i, size in enumerate(sizes)]
-    found = cache.pieces(names, compute, poll, lambda batches: done(ends[batches]))
-    return {key: torch.cat([piece[key] for piece in found]) for key in found[0]}
+    pieces = cache.pieces(names, compute, poll, lambda batches: done(ends[batches]))
+    return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}

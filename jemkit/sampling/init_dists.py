@@ -199,17 +199,19 @@ class MomentStart:
 def _gaussians(
     task: "Task", classwise: bool, device: torch.device
 ) -> "GaussianStart | LowRankStart":
-    found = {n: t.to(device) for n, t in moments_of(task, classwise=classwise).items()}
-    if "basis" in found:
-        return LowRankStart(found["means"], found["basis"], found["spread"], task)
-    return GaussianStart(found["means"], expanded(found["factors"], found["means"].shape[1]), task)
+    stored = {n: t.to(device) for n, t in moments_of(task, classwise=classwise).items()}
+    if "basis" in stored:
+        return LowRankStart(stored["means"], stored["basis"], stored["spread"], task)
+    return GaussianStart(
+        stored["means"], expanded(stored["factors"], stored["means"].shape[1]), task
+    )
 
 
 def moments(task: "Task", *, classwise: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Means [K, D] and Cholesky factors [K, D, D], if whole covariances are stored."""
-    found = moments_of(task, classwise=classwise)
-    means = found["means"]
-    return means.to(device), expanded(found["factors"], means.shape[1]).to(device)
+    stored = moments_of(task, classwise=classwise)
+    means = stored["means"]
+    return means.to(device), expanded(stored["factors"], means.shape[1]).to(device)
 
 
 def start_name(start: Start) -> str:

@@ -100,12 +100,12 @@ def moments_of(task: Task, *, classwise: bool) -> dict[str, Tensor]:
     if brought is not None:
         return brought
     path = _cached(task, form)
-    found = _from_cache(path, form) if path is not None else None
-    if found is None:
-        found = _estimate(task, form)
+    stored = _from_cache(path, form) if path is not None else None
+    if stored is None:
+        stored = _estimate(task, form)
         if path is not None:
-            _keep(path, found)
-    return found
+            _keep(path, stored)
+    return stored
 
 
 def brought(config: Path) -> Path | None:
@@ -121,9 +121,9 @@ def brought(config: Path) -> Path | None:
     return path
 
 
-def packed(form: Form, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def packed(form: Form, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Moments with the names in an exported model's file."""
-    return {f"{form.kind}.{name}": tensor for name, tensor in found.items()}
+    return {f"{form.kind}.{name}": tensor for name, tensor in moments.items()}
 
 
 def expanded(triangles: Tensor, size: int) -> Tensor:
@@ -140,10 +140,10 @@ def _brought(task: Task, form: Form) -> dict[str, Tensor] | None:
         return None
     prefix = f"{form.kind}."
     tensors = load_tensors(task.moments)
-    found = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    if found and not _fits(found, form):
+    moments = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    if moments and not _fits(moments, form):
         raise DataError(f"{task.moments} does not fit images of {list(task.shape)}")
-    return found or None
+    return moments or None
 
 
 def _cached(task: Task, form: Form) -> Path | None:
@@ -159,31 +159,31 @@ def _from_cache(path: Path, form: Form) -> dict[str, Tensor] | None:
     if not path.is_file():
         return None
     try:
-        found = load_tensors(path)
+        moments = load_tensors(path)
     except DataError as error:  # damaged, or removed meanwhile: estimated again
         log.warning("%s", error)
         return None
-    if not _fits(found, form):
+    if not _fits(moments, form):
         return None
     try:
         os.utime(path)  # mark it as recently used
     except OSError as error:
         log.debug("%s: %s", path, error)
-    return found
+    return moments
 
 
-def _fits(found: Mapping[str, Tensor], form: Form) -> bool:
+def _fits(moments: Mapping[str, Tensor], form: Form) -> bool:
     k, d = form.groups, form.pixels
-    shapes = {name: list(tensor.shape) for name, tensor in found.items()}
+    shapes = {name: list(tensor.shape) for name, tensor in moments.items()}
     if form.rank is None:
         return shapes == {"means": [k, d], "factors": [k, d * (d + 1) // 2]}
-    rank = found["basis"].shape[-1] if "basis" in found else 0
+    rank = moments["basis"].shape[-1] if "basis" in moments else 0
     return shapes == {"means": [k, d], "basis": [k, d, rank], "spread": [k, d]}
 
 
-def _keep(path: Path, found: Mapping[str, Tensor]) -> None:
+def _keep(path: Path, moments: Mapping[str, Tensor]) -> None:
     """Cache moments for the next run, if there is space; errors are not fatal."""
-    size = sum(tensor.nbytes for tensor in found.values())
+    size = sum(tensor.nbytes for tensor in moments.values())
     try:
         free = free_bytes(path.parent)
         if size > TIGHT * free:
@@ -193,7 +193,7 @@ def _keep(path: Path, found: Mapping[str, Tensor]) -> None:
             )  # fmt: skip
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, found)
+        write_tensors(path, moments)
         _prune(path.parent, LIMIT)
     except OSError as error:
         log.warning("the moments of the data could not be cached in %s: %s", path, error)

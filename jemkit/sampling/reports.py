@@ -12,17 +12,17 @@ _REPORTS: ContextVar[dict[str, list[Tensor]] | None] = ContextVar("reports", def
 @contextmanager
 def reports() -> Iterator[dict[str, list[Tensor]]]:
     """Collect what is reported inside the block: a scalar for each step of a chain, by name."""
-    seen: dict[str, list[Tensor]] = {}
-    token = _REPORTS.set(seen)
+    records: dict[str, list[Tensor]] = {}
+    token = _REPORTS.set(records)
     try:
-        yield seen
+        yield records
     finally:
         _REPORTS.reset(token)
 
 
 def report(info: Mapping[str, Tensor], name: str) -> None:
     """The means over the rows, which stay on their device; nothing where nobody collects them."""
-    seen = _REPORTS.get()
-    if seen is not None:
+    records = _REPORTS.get()
+    if records is not None:
         for key, value in info.items():
-            seen.setdefault(f"{name}/{key}", []).append(value.detach().float().mean())
+            records.setdefault(f"{name}/{key}", []).append(value.detach().float().mean())

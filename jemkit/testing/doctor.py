@@ -69,11 +69,11 @@ def healthy(checks: list[Check]) -> bool:
 
 
 def _torch() -> Check:
-    found = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    about = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
     parts = torch.__version__.split("+")[0].split(".")
     old = tuple(int(part) for part in parts[:2] if part.isdigit()) < (2, 11)
     return Check(
-        "torch", "fail" if old else "ok", f"jemkit {version('jemkit')}, {found}",
+        "torch", "fail" if old else "ok", f"jemkit {version('jemkit')}, {about}",
         "install torch 2.11 or newer" if old else "",
     )  # fmt: skip
 
@@ -95,11 +95,11 @@ def _vision() -> Check:
         package = torchvision()
     except JemkitError as error:
         return Check("torchvision", "fail", str(error), "pip install torchvision")
-    found = f"torchvision {version('torchvision')}"
+    about = f"torchvision {version('torchvision')}"
     if package.extension._has_ops():
-        return Check("torchvision", "ok", f"{found} with its operators", "")
+        return Check("torchvision", "ok", f"{about} with its operators", "")
     return Check(
-        "torchvision", "warn", f"{found}; its operators are of another torch",
+        "torchvision", "warn", f"{about}; its operators are of another torch",
         "data sets and models work; for the operators install the pair that belongs together",
     )  # fmt: skip
 
@@ -118,11 +118,11 @@ def _package(name: str) -> Check:
 def _extra(name: str) -> Check:
     extra, use = EXTRAS[name]
     try:
-        found = version(name)
+        installed = version(name)
     except PackageNotFoundError:
         advice = f"for {use}: {install(extra)}"
         return Check(name, "warn", "not installed", advice)
-    return Check(name, "ok", f"{name} {found}", "")
+    return Check(name, "ok", f"{name} {installed}", "")
 
 
 def _cached(name: str) -> Check:
@@ -137,14 +137,14 @@ def _plugins(registry: Registry) -> list[Check]:
     """A fault of a guest is a warning; one of jemkit's own means a broken install."""
     offers = [offer for shelf in registry.shelves.values() for offer in shelf.offers()]
     whose = sorted({offer.distribution for offer in offers})
-    found = [Check("plug-ins", "ok", f"{len(offers)} parts of {', '.join(whose)}", "")]
+    checks = [Check("plug-ins", "ok", f"{len(offers)} parts of {', '.join(whose)}", "")]
     for fault in registry.faults:
         ours = fault.distribution == "jemkit"
         advice = "reinstall jemkit" if ours else f"tell the authors of {fault.distribution}"
         name = f"plug-in {fault.plugin}"
         reason = " ".join(fault.reason.split())
-        found.append(Check(name, "fail" if ours else "warn", reason, advice))
-    return found
+        checks.append(Check(name, "fail" if ours else "warn", reason, advice))
+    return checks
 
 
 def _disk(folder: Path) -> Check:

@@ -12,7 +12,7 @@ from jemkit.runtime.pytree import same
 from jemkit.sampling.density import DensitySpec
 from jemkit.sampling.init_dists import StartSpec, Uniform
 from jemkit.sampling.kernels import Ball, Reporting, Sampler, begin, chain, last
-from jemkit.testing.law import generator, require, require_tensor, told, unchanged, untouched
+from jemkit.testing.law import description, generator, require, require_tensor, unchanged, untouched
 from jemkit.testing.toys import toy_backbone, toy_batch, toy_model, toy_task
 
 
@@ -36,11 +36,11 @@ def check_sampler(sampler: Sampler) -> None:
             _check_state(sampler, state, x, "the state that `init` gives")
         given = [t for t in _tensors(state).values() if t is not x]
         images = unchanged(sampler, "the images that it is given", x)
-        alone = unchanged(sampler, "the state that it is given", *given)
-        with images, alone, untouched(model, sampler):
+        inputs_unchanged = unchanged(sampler, "the state that it is given", *given)
+        with images, inputs_unchanged, untouched(model, sampler):
             moved = sampler.step(energy, state, generator())
         _check_state(sampler, moved, x, "the state after a step")
-        law = f"a step gives a state as `init` does; it gave {told(moved)}"
+        law = f"a step gives a state as `init` does; it gave {description(moved)}"
         require(type(moved) is type(state), sampler, law)
         again = sampler.step(energy, state, generator())
         require(same(again, moved), sampler, "one state and one generator give one next state")
@@ -61,16 +61,16 @@ def _check_state(sampler: Sampler, state: Any, x: Tensor, what: str) -> None:
     if isinstance(state, tuple):
         law = f"{what} is a named tuple whose first field is x"
         require(getattr(state, "_fields", ())[:1] == ("x",), sampler, law)
-    found = _tensors(state)
-    require_tensor(found.get("x"), sampler, what, shape=tuple(x.shape))
-    for name, value in found.items():
+    tensors = _tensors(state)
+    require_tensor(tensors.get("x"), sampler, what, shape=tuple(x.shape))
+    for name, value in tensors.items():
         sound = not value.requires_grad and bool(value.isfinite().all())
         law = f"{what} holds finite tensors that carry no graph, {name} too"
         require(sound, sampler, law)
     for name, value in (state.info if isinstance(state, Reporting) else {}).items():
         number = isinstance(value, Tensor) and tuple(value.shape) in [(len(x),), ()]
         law = f"{what} reports {name} as a number for each row, or one for all"
-        require(number, sampler, f"{law}; it gave {told(value)}")
+        require(number, sampler, f"{law}; it gave {description(value)}")
 
 
 def _tensors(state: Any) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def check_ascent(ascent: Ascent) -> None:
     for norm in norms:
         kernel = ascent.kernel(toy_batch(task).x, task.radius_px, task.bounds, norm)
         made = callable(getattr(kernel, "step", None))
-        require(made, ascent, f"makes a sampler: {told(kernel)}")
+        require(made, ascent, f"makes a sampler: {description(kernel)}")
         check_sampler(kernel)
 
 
@@ -96,7 +96,11 @@ def check_start(spec: StartSpec) -> None:
     """The laws of a distribution that chains begin from."""
     task = toy_task()
     start = spec.build(task, torch.device("cpu"))
-    require(callable(getattr(start, "draw", None)), spec, f"builds what has `draw`: {told(start)}")
+    require(
+        callable(getattr(start, "draw", None)),
+        spec,
+        f"builds what has `draw`: {description(start)}",
+    )
     random = torch.get_rng_state()
     for y in (None, torch.arange(5) % task.n_classes):
         with unchanged(spec, "the labels that it is given", *([] if y is None else [y])):

@@ -20,11 +20,11 @@ from jemkit.runtime.modes import eval_mode, frozen
 from jemkit.runtime.pytree import same
 from jemkit.sampling.kernels import gradient
 from jemkit.testing.law import (
+    description,
     generator,
     require,
     require_kind,
     require_tensor,
-    told,
     unchanged,
     untouched,
 )
@@ -39,7 +39,9 @@ def check_distance(distance: Distance, task: Task | None = None) -> None:
     require(isinstance(distance.min_size, int), distance, "says the smallest image it takes")
     with untouched(model, distance), frozen(model), eval_mode(model):
         far = distance.bind(model, x, task.bounds)
-        require(callable(far), distance, f"`bind` gives a function of x~; it gave {told(far)}")
+        require(
+            callable(far), distance, f"`bind` gives a function of x~; it gave {description(far)}"
+        )
         with unchanged(distance, "the images that it is given", x, moved):
             d = far(moved)
         require_tensor(d, distance, "d(x, x~)", shape=(len(x),), attached=None)
@@ -51,9 +53,9 @@ def check_distance(distance: Distance, task: Task | None = None) -> None:
         slope = gradient(lambda z: far(z) + 0 * z.flatten(1).sum(1), x)
         law = "pulls nowhere at x itself: its gradient there is 0"
         require(bool((slope.abs() <= 1e-5).all()), distance, law)
-        alone = distance.bind(model, x[:1], task.bounds)(moved[:1])
+        single = distance.bind(model, x[:1], task.bounds)(moved[:1])
         law = "judges each image by itself, whatever stands beside it"
-        require(torch.allclose(alone, d[:1], rtol=1e-4, atol=1e-6), distance, law)
+        require(torch.allclose(single, d[:1], rtol=1e-4, atol=1e-6), distance, law)
 
 
 def check_dataset(dataset: Dataset) -> None:
@@ -75,12 +77,14 @@ def check_dataset(dataset: Dataset) -> None:
         require(own, dataset, "draws nothing from torch's own generator")
         typed = images.x.dtype in (torch.uint8, torch.float32)
         law = "images are uint8, or float32 in [0, 1]"
-        require(typed, dataset, f"{law}; it gave {told(images.x)}")
+        require(typed, dataset, f"{law}; it gave {description(images.x)}")
         unit = images.unit()
         inside = bool(unit.isfinite().all()) and 0 <= float(unit.min()) <= float(unit.max()) <= 1
-        require(unit.dim() == 4 and inside, dataset, f"{law}, [N, C, H, W]; it gave {told(unit)}")
+        require(
+            unit.dim() == 4 and inside, dataset, f"{law}, [N, C, H, W]; it gave {description(unit)}"
+        )
         counted = images.y.dtype == torch.int64 and images.y.shape == (len(images.x),)
-        law = f"labels are int64, one for each image; it gave {told(images.y)}"
+        law = f"labels are int64, one for each image; it gave {description(images.y)}"
         require(counted, dataset, law)
         low, high = int(images.y.min()), int(images.y.max())
         law = f"labels are from 0 to {k - 1}; they are from {low} to {high}"
@@ -170,13 +174,13 @@ def check_evaluator(evaluator: Evaluator) -> None:
 
     def checked(subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
         with unchanged(evaluator, "the images and labels that it is given", data.x, data.y):
-            found = evaluator(subject, data, ctx)
-        require_kind(found, list, evaluator, "gives a list of Figure")
-        for figure in found:
+            figures = evaluator(subject, data, ctx)
+        require_kind(figures, list, evaluator, "gives a list of Figure")
+        for figure in figures:
             require_kind(figure, Figure, evaluator, "gives a list of Figure")
             require_kind(figure.value, float, evaluator, f"the value of {figure.name!r} is a float")
             require_kind(figure.protocol, dict, evaluator, "a figure's protocol is a dict")
-        return found
+        return figures
 
     def measured() -> list[tuple[object, ...]]:
         threat = Threat("Linf", task.radius_px)

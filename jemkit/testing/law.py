@@ -14,14 +14,14 @@ class ConformanceError(AssertionError):
     """A part that breaks a law of its kind; the message is the law."""
 
 
-def require(kept: bool, part: object, law: str) -> None:
+def require(holds: bool, part: object, law: str) -> None:
     """Raise ConformanceError with the law where it is not kept."""
-    if not kept:
+    if not holds:
         name = part.__name__ if isinstance(part, type) else type(part).__name__
         raise ConformanceError(f"{name}: {law}")
 
 
-def told(value: object) -> str:
+def description(value: object) -> str:
     """What came, in a few words."""
     if isinstance(value, Tensor):
         graph = ", attached to a graph" if value.requires_grad else ""
@@ -31,7 +31,7 @@ def told(value: object) -> str:
 
 def require_kind(value: object, kind: type | tuple[type, ...], part: object, law: str) -> None:
     """Raise ConformanceError with what came where a value is of another kind."""
-    require(isinstance(value, kind), part, f"{law}; it gave {told(value)}")
+    require(isinstance(value, kind), part, f"{law}; it gave {description(value)}")
 
 
 def require_tensor(
@@ -47,7 +47,7 @@ def require_tensor(
 
     `attached` is whether it belongs to a graph, None where it may.
     """
-    came = f"; it gave {told(value)}"
+    came = f"; it gave {description(value)}"
     require(isinstance(value, Tensor), part, f"{what} is a tensor {list(shape)}{came}")
     if not isinstance(value, Tensor):
         return
@@ -65,10 +65,10 @@ def unchanged(part: object, what: str, *given: Tensor) -> Iterator[None]:
     """Tensors that a part is given come out of the block as they went in."""
     before = [(t.detach().clone(), t.requires_grad) for t in given]
     yield
-    for t, (value, asked) in zip(given, before, strict=True):
+    for t, (value, required_grad) in zip(given, before, strict=True):
         require(same(t.detach(), value), part, f"leaves {what} alone")
         law = f"leaves `requires_grad` and `.grad` of {what} alone"
-        require(t.requires_grad == asked and (not t.is_leaf or t.grad is None), part, law)
+        require(t.requires_grad == required_grad and (not t.is_leaf or t.grad is None), part, law)
 
 
 def generator(seed: int = 0) -> Generator:
@@ -82,7 +82,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         "grads": {
             n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()
         },
-        "asked": {name: p.requires_grad for name, p in model.named_parameters()},
+        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
         "modes": {name: m.training for name, m in model.named_modules()},
     }
 
@@ -99,7 +99,7 @@ def untouched(model: nn.Module, part: object) -> Iterator[None]:
     for what, label in (
         ("tensors", "parameters and buffers"),
         ("grads", "`.grad`, which only an updater fills by backward,"),
-        ("asked", "`requires_grad`"),
+        ("requires_grad", "`requires_grad`"),
         ("modes", "train and eval modes"),
     ):
         require(same(before[what], after[what]), part, f"leaves the model's {label} alone")

@@ -36,11 +36,11 @@ def check_network(spec: NetworkSpec, channels: int = 1) -> None:
         features = network(x)
         require_tensor(features, spec, "its features", shape=(4, network.width))
         parts = network.trunk(network.stem(x))
-        alone = network(x[:1])
+        single = network(x[:1])
     require(features.shape == (4, network.width), spec, "gives features [B, width]")
     require(torch.equal(features, parts), spec, "forward is the trunk of the stem")
     law = "in eval mode an image's features do not depend on its neighbours"
-    require(torch.allclose(alone, features[:1], rtol=1e-4, atol=1e-5), spec, law)
+    require(torch.allclose(single, features[:1], rtol=1e-4, atol=1e-5), spec, law)
 
 
 def check_energy_model(spec: EnergyModelSpec) -> None:

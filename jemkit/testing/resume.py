@@ -94,9 +94,9 @@ def _verified(
     cuts = []
     for step, where in cut_points(steps, per_epoch):
         progress(f"training with a cut {where}")
-        found = _ended(_cut(short, folder / f"cut-{step}", step, steps, stop))
-        parts = sorted(whole.keys() | found.keys())
-        first = {p: next(differing(whole.get(p), found.get(p), p), None) for p in parts}
+        resumed = _ended(_cut(short, folder / f"cut-{step}", step, steps, stop))
+        parts = sorted(whole.keys() | resumed.keys())
+        first = {p: next(differing(whole.get(p), resumed.get(p), p), None) for p in parts}
         cuts.append(Cut(step, where, {part: at for part, at in first.items() if at}))
     compared = {part: leaves(value) for part, value in sorted(whole.items())}
     return Verdict(str(trainer.parts.device), steps, per_epoch, compared, cuts)
@@ -116,12 +116,12 @@ def cut_points(steps: int, per_epoch: int) -> list[tuple[int, str]]:
         within = sorted({1, steps // 2, steps - 1} - {0})
         return [(step, f"within epoch 1, after step {step}") for step in within]
     later = per_epoch * ((steps - 1) // per_epoch) + 1
-    found = {per_epoch: f"at the end of epoch 1, after step {per_epoch}"}
+    cuts = {per_epoch: f"at the end of epoch 1, after step {per_epoch}"}
     if per_epoch > 1:
-        found[1] = "within epoch 1, after step 1"
+        cuts[1] = "within epoch 1, after step 1"
         if later < steps:
-            found[later] = f"within epoch {later // per_epoch + 1}, after step {later}"
-    return sorted(found.items())
+            cuts[later] = f"within epoch {later // per_epoch + 1}, after step {later}"
+    return sorted(cuts.items())
 
 
 def _check(recipe: Recipe, steps: int) -> None:
@@ -171,8 +171,8 @@ def _cut(resolved: Resolved, path: Path, cut: int, steps: int, stop: Callable[[]
 def _ended(trainer: Trainer) -> dict[str, Any]:
     """The state at the end, the log of every step, and nothing that the clock wrote."""
     state = {**trainer.state_dict(), "metrics": trainer.folder.metrics()}
-    found: dict[str, Any] = _timeless(state)
-    return found
+    timeless: dict[str, Any] = _timeless(state)
+    return timeless
 
 
 def _timeless(tree: Any) -> Any:

@@ -87,10 +87,10 @@ def toy_backbone(
     states = ReplayBuffer(options, p0, task.n_classes, rng)
     spec = Contrastive() if density is None else density
     kernel = SGLD(step_size=1.0, noise=0.01) if sampler is None else sampler
-    drawn = spec.build(kernel, steps, p0, states, task.bounds)
+    built_density = spec.build(kernel, steps, p0, states, task.bounds)
     return Backbone(
         toy_model(task) if model is None else model,
-        drawn,
+        built_density,
         views=Views(),
         bounds=task.bounds,
         radius_px=task.radius_px,

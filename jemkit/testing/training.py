@@ -12,12 +12,12 @@ from jemkit.models.energy import EnergyModelSpec
 from jemkit.objective import Objective, ObjectiveSpec, Terms
 from jemkit.runtime.pytree import same
 from jemkit.testing.law import (
+    description,
     generator,
     plain,
     require,
     require_kind,
     require_tensor,
-    told,
     unchanged,
     untouched,
 )
@@ -79,7 +79,7 @@ def _check_draw(objective: Objective[Any], backbone: Backbone, batch: Any) -> An
     before = [t.clone() for t in plain(batch)]
     with untouched(backbone.model, objective):
         draws = objective.draw(backbone, batch, generator())
-    attached = [told(t) for t in plain(draws) if t.requires_grad]
+    attached = [description(t) for t in plain(draws) if t.requires_grad]
     came = f"; it gave {', '.join(attached)}"
     require(not attached, objective, f"what it draws is detached and carries no graph{came}")
     finite = all(bool(t.isfinite().all()) for t in plain(draws))
@@ -123,8 +123,8 @@ class _Step:
         self.before = _weights(self.model)
         updater = spec.build(self.model, SGD(self.model.parameters(), lr=lr, momentum=0.9))
         made = callable(getattr(updater, "step", None))
-        require(made, spec, f"builds what has `step`; it gave {told(updater)}")
-        self.asked = {n: p.requires_grad for n, p in self.model.named_parameters()}
+        require(made, spec, f"builds what has `step`; it gave {description(updater)}")
+        self.requires_grad = {n: p.requires_grad for n, p in self.model.named_parameters()}
         self.random = torch.get_rng_state()
         self.guard, self.calls, self.factor, self.diverged = Guard(), 0, factor, False
         try:
@@ -133,7 +133,7 @@ class _Step:
         except Diverged:
             self.diverged = True
         now = {n: p.requires_grad for n, p in self.model.named_parameters()}
-        require(now == self.asked, spec, "leaves the model's `requires_grad` alone")
+        require(now == self.requires_grad, spec, "leaves the model's `requires_grad` alone")
         own = torch.equal(self.random, torch.get_rng_state())
         require(own, spec, "leaves torch's own generator alone")
         self.after = _weights(self.model)

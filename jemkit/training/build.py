@@ -81,8 +81,8 @@ class RunState(NamedTuple):
     def weights(self) -> State:
         """The model's weights and their average, whole on rank 0."""
         average = self.ema.average if self.ema else None
-        found = {"model": self.backbone.model.state_dict(), "ema": average}
-        return fsdp.whole(found, keep=leads())  # type: ignore[no-any-return]
+        states = {"model": self.backbone.model.state_dict(), "ema": average}
+        return fsdp.whole(states, keep=leads())  # type: ignore[no-any-return]
 
     @contextmanager
     def whole_model(self) -> Iterator[None]:
@@ -277,8 +277,8 @@ def task_of(recipe: Recipe, splits: Splits) -> Task:
 
 
 def built_objective(recipe: Recipe, task: Task, rng: Generator) -> Objective[Any]:
-    found = recipe.objective
-    return found.build(task, rng) if isinstance(found, ObjectiveSpec) else found
+    objective = recipe.objective
+    return objective.build(task, rng) if isinstance(objective, ObjectiveSpec) else objective
 
 
 def lay_like_parameters(optimizer: Optimizer) -> None:

@@ -66,11 +66,11 @@ class HealthMonitor:
         share = float(sick_slots(buffer, self.parts.task.bounds, self.limit).float().mean())
         if share <= self.options.stuck:
             return None
-        told = (
+        message = (
             f"{share:.0%} of the replay buffer's chains are stuck at the boundary of the pixel "
             "range"
         )
-        return Finding("buffer", since, told)
+        return Finding("buffer", since, message)
 
     def epoch(self, step: int, sizes: Mapping[str, float], accuracies: list[float]) -> None:
         """Check the statistics from `body`, and validation accuracy after every epoch so far."""

@@ -43,22 +43,22 @@ def initial_source(path: Path) -> dict[str, str]:
 
 def doubts(start: Initial, recipe: Recipe, total_steps: int) -> list[str]:
     """What may harm these weights, or their meaning, in a run of this recipe."""
-    found = [_other_classes(start, recipe.data)]
+    warnings = [_other_classes(start, recipe.data)]
     rate, factor = recipe.optimizer.lr, recipe.schedule.factor(0, total_steps)
     trained = dict(flat(start.config)).get("recipe.optimizer.lr")
     use = dict(flat(start.config)).get("recipe.optimizer.use")
     if factor >= STEEP:
-        found.append(
+        warnings.append(
             f"the first step already uses {factor:.0%} of optimizer.lr = {rate:g}, which may "
             f"destroy the weights of {start.path}: use a lower optimizer.lr, or "
             "a longer warm-up by schedule.warmup (steps) and schedule.warmup_share (of the run)"
         )
     if use == recipe.optimizer.use and isinstance(trained, float) and rate > trained:
-        found.append(
+        warnings.append(
             f"optimizer.lr = {rate:g} is more than the {trained:g} that the weights of "
             f"{start.path} were trained with, and may destroy them: use a lower one"
         )
-    return [text for text in found if text]
+    return [text for text in warnings if text]
 
 
 def check_same(start: Path, config: Mapping[str, Any]) -> None:

@@ -43,12 +43,14 @@ class Journal:
     def note(self, known: dict[str, Any], images: int, terms: Terms, guard: Guard) -> None:
         """Add a step: its values on the host, and its tensors on the device."""
         self._images += images
-        seen: dict[str, Tensor] = {"loss": terms.total.detach()}
-        seen |= {f"loss {name}": part.detach() for name, (_, part) in terms.parts.items()}
-        seen |= terms.watched
-        if guard.seen is not None:
-            seen["gradient norm"] = guard.seen.grad_norm
-        self._rows.append((known, list(seen), torch.stack([t.float() for t in seen.values()])))
+        scalars: dict[str, Tensor] = {"loss": terms.total.detach()}
+        scalars |= {f"loss {name}": part.detach() for name, (_, part) in terms.parts.items()}
+        scalars |= terms.watched
+        if guard.verdict is not None:
+            scalars["gradient norm"] = guard.verdict.grad_norm
+        self._rows.append(
+            (known, list(scalars), torch.stack([t.float() for t in scalars.values()]))
+        )
 
     def gather(self) -> list[dict[str, Any]]:
         """Write the collected rows, on rank 0, and return them."""

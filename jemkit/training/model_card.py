@@ -95,9 +95,9 @@ def _interval(figure: Figure) -> str:
 
 
 def _compact(protocol: Mapping[str, Any]) -> str:
-    found = {**protocol, **_scalars(protocol.get("attack"))}
-    told = [f"{key} {found[key]}" for key in COMPACT if _simple(found.get(key))]
-    return ", ".join([f"evaluator {protocol.get('evaluator', '?')}", *told])
+    flat = {**protocol, **_scalars(protocol.get("attack"))}
+    words = [f"{key} {flat[key]}" for key in COMPACT if _simple(flat.get(key))]
+    return ", ".join([f"evaluator {protocol.get('evaluator', '?')}", *words])
 
 
 def _scalars(table: Any) -> dict[str, Any]:

@@ -27,8 +27,8 @@ def verify(folder: Path) -> str:
     weights."""
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        found = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise DataError(f"{folder} has export format {found!r}; this jemkit reads {FORMAT}")
+        stored_format = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise DataError(f"{folder} has export format {stored_format!r}; this jemkit reads {FORMAT}")
     hashes = config.get("sha256")
     wanted = hashes if isinstance(hashes, dict) else {}
     for name in dict.fromkeys([WEIGHTS, *map(str, wanted)]):

@@ -178,7 +178,7 @@ SPLIT_NAMES: dict[Part, str] = {"train": "training", "valid": "validation", "tes
 def pin(splits: Splits) -> tuple[Table, Details]:
     """What a run stores about its data: in config.json, and in data.json."""
     dataset, images = splits.dataset, {part: splits.images(part) for part in PARTS}
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         part: SplitPin(images=len(images[part].y), sha256=images_hash(images[part]))
         for part in PARTS
     }
@@ -186,7 +186,7 @@ def pin(splits: Splits) -> tuple[Table, Details]:
     hashes = None if files is None else {split: _hash(names) for split, names in files.items()}
     table = Table(
         n_classes=dataset.n_classes, classes=class_names(dataset), files=hashes,
-        test_sha256=tensors_hash(images["test"]._asdict()), **found,
+        test_sha256=tensors_hash(images["test"]._asdict()), **fields,
     )  # fmt: skip
     rows: dict[str, list[int]] = {part: splits.rows(part) for part in PARTS}
     hashed: dict[str, list[str]] = {part: image_hashes(images[part]) for part in PARTS}
@@ -205,16 +205,16 @@ def for_others(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], di
     details = None if table is None else Pin(Table.model_validate(table), folder).details()
     if details is None:
         return config, {}
-    kept = details.model_copy(update={"files": None}).model_dump()
-    content = json.dumps(kept, sort_keys=True).encode()
+    shared = details.model_copy(update={"files": None}).model_dump()
+    content = json.dumps(shared, sort_keys=True).encode()
     sha = hashlib.sha256(content).hexdigest()
     return {**config, "data": {**config["data"], "details": sha}}, {DETAILS: content}
 
 
 def read(config: Path, advice: str = AGAIN) -> Pin | None:
     """The pinned data of a config.json; None, and a warning, if there are none."""
-    found = read_json(config)
-    table = found.get("data") if isinstance(found, dict) else None
+    content = read_json(config)
+    table = content.get("data") if isinstance(content, dict) else None
     if table is None:
         log.warning(
             "%s has no record of its data, as in jemkit 0.1: whether its classes and images are "
@@ -242,11 +242,11 @@ def files_of(dataset: Dataset, own: Iterable[str]) -> dict[str, list[str]] | Non
     names = getattr(dataset, "files", None)
     if not callable(names):
         return None
-    found: dict[str, list[str]] = {}
+    by_split: dict[str, list[str]] = {}
     for split in own:
         with suppress(LookupError, ValueError):  # a split that the data set no longer has
-            found[split] = [_text(name) for name in names(split)]
-    return found
+            by_split[split] = [_text(name) for name in names(split)]
+    return by_split
 
 
 def _text(name: str) -> str:
@@ -260,12 +260,12 @@ def _hash(names: Sequence[str]) -> str:
 
 def image_hashes(images: Images) -> list[str]:
     """64 bits for each image, from its pixels as 8-bit RGB, whatever their type."""
-    found: list[str] = []
+    hashes: list[str] = []
     for x in torch.split(images.x, 1000):
         pixels = (Images(x, images.y).unit() * 255).round().to(torch.uint8)
         rows = pixels.expand(-1, 3, -1, -1).contiguous().numpy()
-        found += [hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in rows]
-    return found
+        hashes += [hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in rows]
+    return hashes
 
 
 def described(dataset: Dataset) -> str:
@@ -324,4 +324,4 @@ def _files(details: Details, splits: Splits, split: Part, now: Sequence[str]) ->
     names = [own[row] for row in splits.rows(split) if row < len(own)]
     changed = [n for n, image in zip(names, now, strict=False) if before.get(n, image) != image]
     reasons = {"added": there - known, "removed": known - there, "changed": set(changed)}
-    return [f"{what}: {listed(sorted(found))}" for what, found in reasons.items() if found]
+    return [f"{what}: {listed(sorted(group))}" for what, group in reasons.items() if group]

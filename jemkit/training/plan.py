@@ -53,11 +53,11 @@ def plan(resolved: Resolved, out: Path, *, init_from: Path | None = None) -> dic
 def _disk(parts: RunState, recipe: Recipe) -> dict[str, str]:
     """The disk space that the run will use, and that of its initial distribution."""
     one = disk.state_bytes(parts.weights()) + disk.momenta_bytes(parts.optimizer)
-    found: dict[str, str] = {}
+    rows: dict[str, str] = {}
     states = 0
     density = parts.backbone.density_or_none
     if density is not None:
-        found["start"] = start_name(density.start)
+        rows["start"] = start_name(density.start)
         if isinstance(density, Buffered):
             pixels = parts.task.shape[0] * parts.task.shape[1] * parts.task.shape[2]
             states = 4 * density.buffer.options.capacity * pixels
@@ -65,10 +65,12 @@ def _disk(parts: RunState, recipe: Recipe) -> dict[str, str]:
         if isinstance(density.start, MomentStart):
             density.start.check()
             size = disk.readable(density.start.form.bytes)
-            found["disk of the start"] = f"{size} at most, in {cache_folder() / 'moments'}"
+            rows["disk of the start"] = f"{size} at most, in {cache_folder() / 'moments'}"
     keep = checkpoint_count(recipe, parts.loader.steps_per_epoch)
     steps, epochs = parts.task.total_steps, recipe.run.epochs
     whole = disk.run_bytes(one, keep=keep, steps=steps, epochs=epochs)
     buffer = f", {disk.readable(states)} of it the replay buffer" if states else ""
-    told = f"{disk.readable(whole)} at most: {keep + 2} checkpoints of {disk.readable(one)}{buffer}"
-    return {**found, "disk of the run": f"{told}; pictures and logs"}
+    size_of_run = (
+        f"{disk.readable(whole)} at most: {keep + 2} checkpoints of {disk.readable(one)}{buffer}"
+    )
+    return {**rows, "disk of the run": f"{size_of_run}; pictures and logs"}

@@ -119,10 +119,10 @@ def _count(parts: list[int], me: Shard) -> int:
     return sum(map(int, parts)) // me.size
 
 
-def _alike(parts: list[Any], _: Shard) -> Any:
+def _same(parts: list[Any], _: Shard) -> Any:
     return parts[0]
 
 
 DEALS: dict[str, Callable[[list[Any], Shard], Any]] = {
-    "slots": _slots, "count": _count, "alike": _alike,
+    "slots": _slots, "count": _count, "alike": _same,
 }  # fmt: skip

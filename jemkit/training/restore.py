@@ -54,7 +54,7 @@ def open_model(path: Path, which: Which = "best") -> Opened:
             )
     else:
         folder = run_folder(path)
-        run, path = folder.path, chosen(folder, which)
+        run, path = folder.path, select_checkpoint(folder, which)
     state = saved_state(run, path)
     weights, averaged = weights_of(state, path)
     return Opened(run, dict(weights), about_checkpoint(run, path, averaged=averaged), state)
@@ -197,7 +197,7 @@ def run_folder(path: Path) -> RunFolder:
     return RunFolder(path.resolve())
 
 
-def chosen(folder: RunFolder, which: Which) -> Path:
+def select_checkpoint(folder: RunFolder, which: Which) -> Path:
     """The requested checkpoint of a run."""
     best = folder.checkpoints / "best"
     path = best if which == "best" else checkpoint.newest(folder.checkpoints)
@@ -219,6 +219,6 @@ def load(
     It reads no data set. A run of `jemkit train` gives its best checkpoint, with averaged weights
     if it has an EMA; that reads the run's data.
     """
-    found = restored(open_model(Path(folder)), registry or installed(), torch.device(device))
-    density = found.backbone.density_or_none
-    return LoadedModel(found.backbone.model, found.task.bounds, density).eval()
+    run = restored(open_model(Path(folder)), registry or installed(), torch.device(device))
+    density = run.backbone.density_or_none
+    return LoadedModel(run.backbone.model, run.task.bounds, density).eval()

@@ -49,8 +49,8 @@ def changes(was: Table, now: Table) -> list[Change]:
 
 def refused(was: Table, now: Table) -> list[Change]:
     """The changes with which a run cannot resume; more epochs are allowed."""
-    found = [change for change in changes(was, now) if change.key not in MAY_DIFFER]
-    return [change for change in found if not _longer(change)]
+    differing = [change for change in changes(was, now) if change.key not in MAY_DIFFER]
+    return [change for change in differing if not _longer(change)]
 
 
 def resolve_for_resume(
@@ -68,18 +68,18 @@ def resolve_for_resume(
         "preset": preset, "config": config, "overrides": overrides or (), "named": named,
     }  # fmt: skip
     was = complete(resolve(registry, config=saved), registry)
-    found: list[Resolved] = []
+    candidates: list[Resolved] = []
     errors: list[ConfigError] = []
     for base in (saved, None):  # a few options are no complete command, but may be added
         try:
-            found.append(complete(resolve(registry, base=base, **layers), registry))
+            candidates.append(complete(resolve(registry, base=base, **layers), registry))
         except ConfigError as error:
             errors.append(error)
             continue
-        if not refused(was.tables, found[-1].tables):
-            return found[-1]
-    if found:
-        return found[0]
+        if not refused(was.tables, candidates[-1].tables):
+            return candidates[-1]
+    if candidates:
+        return candidates[0]
     raise errors[0]
 
 
@@ -100,36 +100,36 @@ def agreed(
             f"--resume continues with the recipe that the run was started with{more}: "
             f"{'; '.join(map(str, wrong))}. Omit what differs, or start a new run"
         )
-    kept = [change for change in changes(was.tables, given.tables) if change.key not in MOVES]
+    adopted = [change for change in changes(was.tables, given.tables) if change.key not in MOVES]
     recipe, sources = config["recipe"], dict(origins)
-    for change in kept:
+    for change in adopted:
         recipe = _with(recipe, change.key.split("."), change.now)
         sources[change.key] = given.origins.get(change.key, "option")
-    began = dict(flat(_kept_by(state, path) or {"recipe": config["recipe"]}))
+    began = dict(flat(_stored_config(state, path) or {"recipe": config["recipe"]}))
     config = {**config, "recipe": recipe, "origins": sources}
     epochs = began.get(f"recipe.{EPOCHS}", given.recipe.run.epochs)
-    return Agreed(given, config, bool(kept), int(epochs))
+    return Agreed(given, config, bool(adopted), int(epochs))
 
 
 def check_config(config: Path, state: dict[str, Any], path: Path) -> dict[str, Any]:
     """A run's config.json; DataError if it is not the one that a checkpoint was saved with."""
-    found = _config_of(config.parent)
-    saved = _kept_by(state, path)
+    current = _config_of(config.parent)
+    saved = _stored_config(state, path)
     if saved is None:  # of jemkit 0.1
-        return found
-    told = [
+        return current
+    differences = [
         f"{change.key} is {_shown(change.now)} and was {_shown(change.was)}"
-        for change in changes(saved["recipe"], found["recipe"])
+        for change in changes(saved["recipe"], current["recipe"])
         if change.key not in MAY_DIFFER and not _longer(change)
     ]
-    if "data" in saved and saved["data"] != found.get("data"):
-        told.append("its entry for the data differs")
-    if told:
+    if "data" in saved and saved["data"] != current.get("data"):
+        differences.append("its entry for the data differs")
+    if differences:
         raise DataError(
-            f"{config} was changed after the checkpoint {path.name} was saved: {'; '.join(told)}. "
-            "Restore it; for other settings start a new run"
+            f"{config} was changed after the checkpoint {path.name} was saved: "
+            f"{'; '.join(differences)}. Restore it; for other settings start a new run"
         )
-    return found
+    return current
 
 
 def extension(before: int, now: int, rates: tuple[float, float]) -> str:
@@ -142,7 +142,7 @@ def extension(before: int, now: int, rates: tuple[float, float]) -> str:
     )
 
 
-def _kept_by(state: dict[str, Any], path: Path) -> dict[str, Any] | None:
+def _stored_config(state: dict[str, Any], path: Path) -> dict[str, Any] | None:
     """The part of config.json that a checkpoint stores."""
     saved = state.get("config")
     if saved is None or (isinstance(saved, dict) and isinstance(saved.get("recipe"), dict)):
@@ -151,10 +151,10 @@ def _kept_by(state: dict[str, Any], path: Path) -> dict[str, Any] | None:
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
-    found = read_json(folder / "config.json")
-    if not isinstance(found, dict) or not isinstance(found.get("recipe"), dict):
+    content = read_json(folder / "config.json")
+    if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
         raise DataError(f"{folder / 'config.json'} contains no recipe; it is not a run's config")
-    return found
+    return content
 
 
 def _longer(change: Change) -> bool:

@@ -33,7 +33,7 @@ class RollbackPolicy:
 
     def __init__(self, options: Sentinel, parts: RunState, seed: int) -> None:
         self.options, self.parts, self.seed = options, parts, seed
-        self.checkup = HealthMonitor(options, parts)
+        self.monitor = HealthMonitor(options, parts)
         self.tried: list[dict[str, Any]] = []  # one entry per rollback
         learns = parts.objective.needs_density
         self.chains = parts.backbone.density_or_none if learns else None  # that it draws from
@@ -64,25 +64,25 @@ class RollbackPolicy:
 
     def prune(self, folder: Path, step: int, keep: int) -> None:
         """Keep the newest `keep`, and those that a later finding may roll back to."""
-        found = checkpoint.complete(folder)
+        checkpoints = checkpoint.complete(folder)
         oldest = max(0, (step - self.options.late(self._epoch)) // self._epoch * self._epoch)
-        for path in found[:-keep]:
+        for path in checkpoints[:-keep]:
             wanted = step_of(path) >= oldest and step_of(path) % self._epoch == 0
             if not (self.options.on and wanted):
                 checkpoint.remove(path)
-        checkpoint.prune(folder, len(found))
+        checkpoint.prune(folder, len(checkpoints))
 
     def try_next(self, finding: Finding, step: int, back: int) -> dict[str, Any]:
         """Apply the next remedy, give the chains another seed, and restart the unhealthy ones."""
         attempt = len(self.tried) + 1
         entry: dict[str, Any] = {
             "attempt": attempt, "of": self.options.tries, "signal": finding.signal,
-            "what": finding.told, "step": step, "since": finding.since, "to": back,
+            "what": finding.message, "step": step, "since": finding.since, "to": back,
             "remedy": self._remedy(attempt), "renewed": 0,
         }  # fmt: skip
-        (entry["renewed"],) = distributed.total(reseed_chains(self.checkup, self.seed, attempt))
+        (entry["renewed"],) = distributed.total(reseed_chains(self.monitor, self.seed, attempt))
         self.apply_remedies([*self.tried, entry])
-        entry["with"] = self.told()
+        entry["with"] = self.continued_with()
         return entry
 
     def apply_remedies(self, tried: list[dict[str, Any]]) -> None:
@@ -94,7 +94,7 @@ class RollbackPolicy:
         if self._times("penalty") and isinstance(self.chains, Penalised):
             self.chains.penalise(PENALTY)
 
-    def told(self) -> str:
+    def continued_with(self) -> str:
         """With what a rolled-back run continues, as text."""
         words = [f"{self.rate:g} times the learning rate"] if self._times("rate") else []
         if self._times("steps") and self.chains is not None:
@@ -123,22 +123,22 @@ class RollbackPolicy:
         return sum(entry["remedy"] == remedy for entry in self.tried)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tried": self.tried, "vitals": self.checkup.vitals.state_dict()}
+        return {"tried": self.tried, "vitals": self.monitor.vitals.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.checkup.vitals.load_state_dict(state["vitals"])
+        self.monitor.vitals.load_state_dict(state["vitals"])
         self.apply_remedies(state["tried"])
 
 
-def reseed_chains(checkup: HealthMonitor, seed: int, attempt: int) -> int:
+def reseed_chains(monitor: HealthMonitor, seed: int, attempt: int) -> int:
     """Give this process's chains another stream and restart its unhealthy ones; returns their
     number."""
-    parts, buffer, rank = checkup.parts, checkup.buffer, distributed.shard().rank
+    parts, buffer, rank = monitor.parts, monitor.buffer, distributed.shard().rank
     words = ("chains", "attempt", attempt, *([rank] if rank else []))
     parts.rng.set_state(generator(parts.device, seed, *words).get_state())
     if buffer is None:
         return 0
-    return renew(buffer, sick_slots(buffer, parts.task.bounds, checkup.limit), parts.rng)
+    return renew(buffer, sick_slots(buffer, parts.task.bounds, monitor.limit), parts.rng)
 
 
 class Recoverable(Protocol):
@@ -147,7 +147,7 @@ class Recoverable(Protocol):
     best: dict[str, Any]
     guard: Guard
     journal: Journal
-    care: RollbackPolicy
+    rollback: RollbackPolicy
     loader: Loader
     recipe: Recipe
     folder: RunFolder
@@ -176,21 +176,21 @@ def roll_back(trainer: Recoverable, error: Diverged) -> None:
     the best epoch is kept, whichever attempt it is from.
     """
     distributed.on_rank_zero(trainer.writer.wait)
-    care, folder, step = trainer.care, trainer.folder, trainer.step
+    policy, folder, step = trainer.rollback, trainer.folder, trainer.step
     finding = _earliest(trainer, error)
     name, state = distributed.on_rank_zero(
-        lambda: _readable(care.proven(folder.checkpoints, finding.since))
+        lambda: _readable(policy.proven(folder.checkpoints, finding.since))
     )
-    cause = None if care.options.on else "the sentinel is off"
+    cause = None if policy.options.on else "the sentinel is off"
     if not trainer.loader.images.unit().isfinite().all():
         cause = SPOILT
-    if state is None or cause or not care.may_try:
+    if state is None or cause or not policy.may_try:
         distributed.on_rank_zero(lambda: _give_up(trainer, finding, name, cause))
-    tried, best, seconds = care.tried, trainer.best, trainer.seconds
+    tried, best, seconds = policy.tried, trainer.best, trainer.seconds
     trainer.load_state_dict(state)
     trainer.best, trainer.journal.seconds, trainer.guard = best, seconds, Guard()
-    care.apply_remedies(tried)
-    entry = care.try_next(finding, step, trainer.step)
+    policy.apply_remedies(tried)
+    entry = policy.try_next(finding, step, trainer.step)
     rolled_back = trainer.state_dict()
 
     def put_back() -> None:
@@ -209,14 +209,14 @@ def _give_up(trainer: Recoverable, finding: Finding, name: str, cause: str | Non
     folder = trainer.folder
     where = folder.checkpoints / name if name else None
     where = checkpoint.newest(folder.checkpoints) if cause else where
-    tried = trainer.care.tried
-    folder.event("diverged", step=trainer.step, reason=finding.told, tried=tried)
+    tried = trainer.rollback.tried
+    folder.event("diverged", step=trainer.step, reason=finding.message, tried=tried)
     raise Diverged(diagnosis(finding, trainer.step, trainer, where, cause))
 
 
 def saved(trainer: Recoverable, error: OutOfMemory) -> NoReturn:
     """End a run that ran out of memory, once its state is saved."""
-    told = str(error)
+    message = str(error)
     if error.undone:
         try:
             trainer.save()
@@ -224,15 +224,15 @@ def saved(trainer: Recoverable, error: OutOfMemory) -> NoReturn:
             Diverged
         ) as sick:  # its last steps were unhealthy; the checkpoint to roll back to is saved
             roll_back(trainer, sick)
-        told += f". Step {trainer.step} is saved; --resume continues from it with more memory"
-        distributed.on_rank_zero(lambda: _end(trainer, told, undone=True))
-    _end(trainer, told, undone=False)
+        message += f". Step {trainer.step} is saved; --resume continues from it with more memory"
+        distributed.on_rank_zero(lambda: _end(trainer, message, undone=True))
+    _end(trainer, message, undone=False)
 
 
-def _end(trainer: Recoverable, told: str, *, undone: bool) -> NoReturn:
+def _end(trainer: Recoverable, message: str, *, undone: bool) -> NoReturn:
     if distributed.shard().rank == 0:
-        trainer.folder.event("memory", step=trainer.step, ended=told)
-    raise OutOfMemory(told, undone=undone) from None
+        trainer.folder.event("memory", step=trainer.step, ended=message)
+    raise OutOfMemory(message, undone=undone) from None
 
 
 def _earliest(trainer: Recoverable, error: Diverged) -> Finding:
@@ -243,8 +243,8 @@ def _earliest(trainer: Recoverable, error: Diverged) -> Finding:
         return earlier.finding
     if isinstance(error, Unhealthy):
         return error.finding
-    told = re.sub(r"^update \d+: ", "", str(error))  # counted again in every process
-    return Finding("update", trainer.step, told)
+    message = re.sub(r"^update \d+: ", "", str(error))  # counted again in every process
+    return Finding("update", trainer.step, message)
 
 
 def diagnosis(
@@ -254,8 +254,8 @@ def diagnosis(
 
     The initial weights are not suggested, since the run diverged from them.
     """
-    tried, care = trainer.care.tried, trainer.care
-    head = f"diverged at step {step}: {finding.told} (since step {finding.since})"
+    tried, policy = trainer.rollback.tried, trainer.rollback
+    head = f"diverged at step {step}: {finding.message} (since step {finding.since})"
     lines = [f"{len(tried) - SHOWN} attempts before these: see events.jsonl"] * (len(tried) > SHOWN)
     for entry in tried[-SHOWN:]:
         back = f"rolled back from step {entry['step']} to {entry['to']}"
@@ -263,10 +263,10 @@ def diagnosis(
             f"attempt {entry['attempt']} {back}, continued with {entry['with']}: {entry['what']}"
         )
     if cause != SPOILT:
-        rate = trainer.recipe.optimizer.lr * care.rate
+        rate = trainer.recipe.optimizer.lr * policy.rate
         lines.append(f"start a new run with optimizer.lr below {rate:.3g}, or a longer warm-up")
-        if care.chains is not None:
-            lighter = penalty_of(care.chains) < PENALTY
+        if policy.chains is not None:
+            lighter = penalty_of(policy.chains) < PENALTY
             penalty = f" or backbone.density.penalty = {PENALTY}" if lighter else ""
             lines[-1] += f", more backbone.steps{penalty}"
     if where is not None and step_of(where) > 0:

@@ -48,7 +48,7 @@ def train(
         def set_up() -> Trainer:
             goes_on = distributed.on_rank_zero(lambda: _opened(folder, resume, held))
             begin = _resumed if goes_on else _fresh
-            trainer, found = begin(whole, folder, registry, init_from, watch)
+            trainer, start = begin(whole, folder, registry, init_from, watch)
             trainer.stop = stop or trainer.stop
             state = trainer.state_dict()
 
@@ -57,17 +57,17 @@ def train(
                 tight = disk.check_room(out, still_needed(trainer, state), free=free)
                 held.enter_context(disk.waiting(patience or disk.Patience(trainer.stop)))
                 if data is None:
-                    _go_on(trainer, found)
+                    _go_on(trainer, start)
                 else:
                     out.mkdir(parents=True, exist_ok=True)
                     _lock(folder, held)
                     _begin(trainer, whole, data, init_from, state)
-                    for warning in found["warnings"]:
-                        _tell(folder, "init_from", warning)
+                    for warning in start["warnings"]:
+                        _warn_event(folder, "init_from", warning)
                 folder.link_latest(latest or out.parent)
                 folder.event("resume" if goes_on else "start", step=trainer.step)
                 if tight is not None:
-                    _tell(folder, "disk", tight)
+                    _warn_event(folder, "disk", tight)
                 trainer.writer.ready(state)
 
             distributed.on_rank_zero(write)
@@ -114,9 +114,9 @@ def _fresh(
         warnings = doubts(start, trainer.recipe, trainer.total_steps)
         return {"weights": start.weights, "warnings": warnings}
 
-    found = distributed.on_rank_zero(read)
-    trainer.parts.begin_with(found["weights"])
-    return trainer, found
+    fresh_start = distributed.on_rank_zero(read)
+    trainer.parts.begin_with(fresh_start["weights"])
+    return trainer, fresh_start
 
 
 def _resumed(
@@ -129,38 +129,42 @@ def _resumed(
     """A run in the state of its newest checkpoint, with its recipe and its data."""
 
     def read() -> dict[str, Any]:
-        found = newest_state(folder)
-        path = folder.checkpoints / found["name"]
-        going = resuming.agreed(whole, folder.path, found["state"], path, registry)
+        start = newest_state(folder)
+        path = folder.checkpoints / start["name"]
+        going = resuming.agreed(whole, folder.path, start["state"], path, registry)
         if init_from is not None:
             check_same(init_from, going.config)
-        return {**found, "config": going.config, "changed": going.changed, "epochs": going.epochs}
+        return {**start, "config": going.config, "changed": going.changed, "epochs": going.epochs}
 
-    found = distributed.on_rank_zero(read)
+    start = distributed.on_rank_zero(read)
     config = folder.path / pinned.CONFIG
     pin = distributed.prepared(lambda: pinned.read(config) if leads() else None)
     trainer = Trainer(whole, folder, watch, pinned=pin)
     # rejected now, not at the final evaluation
     distributed.on_rank_zero(lambda: bool(trainer.splits.images("test")))
-    resume_from(trainer, folder, found)
-    trainer.config = {name: found["config"][name] for name in KEPT if name in found["config"]}
-    return trainer, found
+    resume_from(trainer, folder, start)
+    trainer.config = {
+        name: start["config"][name] for name in CONFIG_KEYS if name in start["config"]
+    }
+    return trainer, start
 
 
-def _go_on(trainer: Trainer, found: dict[str, Any]) -> None:
+def _go_on(trainer: Trainer, start: dict[str, Any]) -> None:
     """Store the recipe with which a run resumes, if it changed."""
-    before, now = found["epochs"], trainer.recipe.run.epochs
+    before, now = start["epochs"], trainer.recipe.run.epochs
     if now > before:
-        rate = trainer.recipe.optimizer.lr * trainer.care.rate
+        rate = trainer.recipe.optimizer.lr * trainer.rollback.rate
         totals = (trainer.total_steps // now * before, trainer.total_steps)
         factor = trainer.recipe.schedule.factor
         rates = [rate * factor(min(trainer.step, total - 1), total) for total in totals]
-        _tell(trainer.folder, "extended", resuming.extension(before, now, (rates[0], rates[1])))
-    if found["changed"]:
-        write_json(trainer.folder.path / pinned.CONFIG, found["config"])
+        _warn_event(
+            trainer.folder, "extended", resuming.extension(before, now, (rates[0], rates[1]))
+        )
+    if start["changed"]:
+        write_json(trainer.folder.path / pinned.CONFIG, start["config"])
 
 
-KEPT = ("recipe", "data")
+CONFIG_KEYS = ("recipe", "data")
 """The part of config.json that a checkpoint stores, so that a change is detected."""
 
 
@@ -226,15 +230,15 @@ def newest_state(folder: RunFolder) -> dict[str, Any]:
     """The newest readable checkpoint, and why newer ones cannot be read."""
     checkpoint.recover(folder.checkpoints)
     path, state, damaged = checkpoint.sound(folder.checkpoints)
-    broken = {found.name: str(reason) for found, reason in damaged.items()}
+    broken = {checkpoint_path.name: str(reason) for checkpoint_path, reason in damaged.items()}
     return {"name": path.name, "state": state, "damaged": broken}
 
 
-def resume_from(trainer: Trainer, folder: RunFolder, found: dict[str, Any] | None = None) -> None:
+def resume_from(trainer: Trainer, folder: RunFolder, start: dict[str, Any] | None = None) -> None:
     """Load the newest readable checkpoint into a trainer; damaged ones are renamed."""
-    if found is None:
-        found = distributed.on_rank_zero(lambda: newest_state(folder))
-    path, state, damaged = folder.checkpoints / found["name"], found["state"], found["damaged"]
+    if start is None:
+        start = distributed.on_rank_zero(lambda: newest_state(folder))
+    path, state, damaged = folder.checkpoints / start["name"], start["state"], start["damaged"]
     try:
         trainer.load_state_dict(state)
     except DataError as error:
@@ -252,8 +256,8 @@ def resume_from(trainer: Trainer, folder: RunFolder, found: dict[str, Any] | Non
     def mend() -> dict[str, Any]:
         for name, reason in damaged.items():
             aside = checkpoint.set_aside(folder.checkpoints / name)
-            kept = f"the damaged one is kept as {aside.name}"
-            _tell(folder, "damaged", f"{reason}. Continuing from {path.name}; {kept}")
+            note = f"the damaged one is kept as {aside.name}"
+            _warn_event(folder, "damaged", f"{reason}. Continuing from {path.name}; {note}")
         _check_best(trainer, folder, state)
         folder.mend_logs()
         folder.drop_metrics_from(trainer.step)
@@ -274,14 +278,16 @@ def _check_best(trainer: Trainer, folder: RunFolder, state: checkpoint.State) ->
             checkpoint.set_aside(best)
         if trainer.best["epoch"] * trainer.loader.steps_per_epoch == trainer.step:
             checkpoint.save(best, state)
-            _tell(folder, "damaged", f"{error}. The best epoch is the newest and is written again")
+            _warn_event(
+                folder, "damaged", f"{error}. The best epoch is the newest and is written again"
+            )
             return
         if trainer.step == trainer.total_steps:
             raise DataError(f"{error}. The run is complete and its best epoch is lost") from None
         trainer.best = {}
-        _tell(folder, "damaged", f"{error}. The best will be chosen from later epochs")
+        _warn_event(folder, "damaged", f"{error}. The best will be chosen from later epochs")
 
 
-def _tell(folder: RunFolder, kind: str, message: str) -> None:
+def _warn_event(folder: RunFolder, kind: str, message: str) -> None:
     log.warning("%s", message)
     folder.event(kind, message=message)

@@ -57,7 +57,7 @@ class Attempt(Part):
     to: Count
     remedy: Literal["rate", "steps", "penalty"]
     renewed: Count
-    told: str = Field(alias="with")
+    continued_with: str = Field(alias="with")
 
 
 class RunStatistics(Part):
@@ -115,16 +115,16 @@ class SavedRun(Own, Weights):
     history: list[Epoch]
     best: Best | Annotated[dict[str, Any], Field(max_length=0)]
     seconds: Annotated[float, Field(ge=0)]
-    care: RollbackPolicy | None = None
+    rollback: RollbackPolicy | None = Field(default=None, alias="care")
 
 
 def weights_of(state: Mapping[str, Any], path: Path) -> tuple[Tensors, bool]:
     """The weights to evaluate, and whether they are averaged ones."""
-    found = _validated(Weights, state, f"{path}: ")
-    if found.ema is None:
-        return found.model, False
-    _same_tensors("ema", found.ema, found.model)
-    return found.ema, True
+    weights = _validated(Weights, state, f"{path}: ")
+    if weights.ema is None:
+        return weights.model, False
+    _same_tensors("ema", weights.ema, weights.model)
+    return weights.ema, True
 
 
 class Resumable(Protocol):
@@ -143,37 +143,37 @@ class Resumable(Protocol):
 
 def check(state: Mapping[str, Any], trainer: Resumable) -> None:
     """Reject a state that this run cannot have saved; the error says where it is wrong."""
-    found = _validated(SavedRun, state)
+    saved = _validated(SavedRun, state)
     for where, value in _numbers(state, ""):
         if abs(value) >= LARGEST:
             raise _wrong(where, f"{str(value)[:40]} is larger than any count")
     model = trainer.backbone.model.state_dict()
-    _same_tensors("model", found.model, model)
-    if (found.ema is None) != (trainer.ema is None):
+    _same_tensors("model", saved.model, model)
+    if (saved.ema is None) != (trainer.ema is None):
         raise _wrong(
             "ema", "it has an average of the weights and the recipe has none, or the reverse"
         )
-    if found.ema is not None:
-        _same_tensors("ema", found.ema, model)
-    own = (("", found), *((f"ranks/{i}/", rank) for i, rank in enumerate(found.ranks)))
+    if saved.ema is not None:
+        _same_tensors("ema", saved.ema, model)
+    own = (("", saved), *((f"ranks/{i}/", rank) for i, rank in enumerate(saved.ranks)))
     for where, part in own:
         _same_kind(f"{where}rng", part.rng, trainer.rng.get_state())
-    _check_optimizer(found.optimizer, trainer)
-    _check_position(found.loader, trainer)
-    _check_epochs(found, trainer)
-    if found.care is not None:
-        _check_care(found.care, trainer)
+    _check_optimizer(saved.optimizer, trainer)
+    _check_position(saved.loader, trainer)
+    _check_epochs(saved, trainer)
+    if saved.rollback is not None:
+        _check_rollback(saved.rollback, trainer)
 
 
-def _check_optimizer(found: OptimizerState, trainer: Resumable) -> None:
+def _check_optimizer(saved: OptimizerState, trainer: Resumable) -> None:
     groups = trainer.optimizer.param_groups
     params = [p for group in groups for p in group["params"]]
-    known = [index for group in found.param_groups for index in group.params]
-    if len(found.param_groups) != len(groups) or known != list(range(len(params))):
+    known = [index for group in saved.param_groups for index in group.params]
+    if len(saved.param_groups) != len(groups) or known != list(range(len(params))):
         raise _wrong("optimizer/param_groups", "it is not the model's list of parameters")
-    kept = {"SGD": {"momentum_buffer"}, "Adam": ADAM, "AdamW": ADAM}
-    names = kept.get(type(trainer.optimizer).__name__)
-    for index, tensors in found.state.items():
+    state_keys = {"SGD": {"momentum_buffer"}, "Adam": ADAM, "AdamW": ADAM}
+    names = state_keys.get(type(trainer.optimizer).__name__)
+    for index, tensors in saved.state.items():
         where = f"optimizer/state/{index}"
         if index >= len(params):
             raise _wrong(where, f"there are {len(params)} parameters")
@@ -191,41 +191,41 @@ def _check_optimizer(found: OptimizerState, trainer: Resumable) -> None:
 ADAM = {"step", "exp_avg", "exp_avg_sq"}
 
 
-def _check_position(found: Position, trainer: Resumable) -> None:
+def _check_position(saved: Position, trainer: Resumable) -> None:
     loader = trainer.loader
-    if found.step > trainer.total_steps:
-        raise _wrong("loader/step", f"{found.step} of {trainer.total_steps} steps")
-    _same_kind("loader/rng", found.rng, loader.rng.get_state())
-    n = len(loader.images.y) if found.step else 0
-    if found.order.dtype != torch.int64 or found.order.shape != (n,):
-        raise _wrong("loader/order", f"it is {_looks(found.order)}, expected {n} whole numbers")
-    if not torch.equal(found.order.cpu().sort().values, torch.arange(n)):
+    if saved.step > trainer.total_steps:
+        raise _wrong("loader/step", f"{saved.step} of {trainer.total_steps} steps")
+    _same_kind("loader/rng", saved.rng, loader.rng.get_state())
+    n = len(loader.images.y) if saved.step else 0
+    if saved.order.dtype != torch.int64 or saved.order.shape != (n,):
+        raise _wrong("loader/order", f"it is {_looks(saved.order)}, expected {n} whole numbers")
+    if not torch.equal(saved.order.cpu().sort().values, torch.arange(n)):
         raise _wrong("loader/order", f"it is not a permutation of {n} images")
 
 
-def _check_epochs(found: SavedRun, trainer: Resumable) -> None:
+def _check_epochs(saved: SavedRun, trainer: Resumable) -> None:
     """Every finished epoch is in the history; the last one may have been interrupted."""
-    step, per_epoch = found.loader.step, trainer.loader.steps_per_epoch
-    ended, begun_anew = divmod(step, per_epoch)
-    for at, entry in enumerate(found.history):
+    step, per_epoch = saved.loader.step, trainer.loader.steps_per_epoch
+    ended, remainder = divmod(step, per_epoch)
+    for at, entry in enumerate(saved.history):
         if (entry.epoch, entry.step) != (at + 1, (at + 1) * per_epoch):
             raise _wrong(f"history/{at}", f"epoch {entry.epoch} at step {entry.step}")
-    if len(found.history) not in ({ended} if begun_anew else {ended, max(0, ended - 1)}):
-        raise _wrong("history", f"{len(found.history)} epochs at step {step}")
-    if isinstance(found.best, Best) and found.best.epoch * per_epoch > trainer.total_steps:
-        raise _wrong("best/epoch", f"{found.best.epoch} is none of the run's")
-    if step == trainer.total_steps and found.history and not isinstance(found.best, Best):
+    if len(saved.history) not in ({ended} if remainder else {ended, max(0, ended - 1)}):
+        raise _wrong("history", f"{len(saved.history)} epochs at step {step}")
+    if isinstance(saved.best, Best) and saved.best.epoch * per_epoch > trainer.total_steps:
+        raise _wrong("best/epoch", f"{saved.best.epoch} is none of the run's")
+    if step == trainer.total_steps and saved.history and not isinstance(saved.best, Best):
         raise _wrong("best", "a complete run has a best epoch")
 
 
-def _check_care(found: RollbackPolicy, trainer: Resumable) -> None:
+def _check_rollback(saved: RollbackPolicy, trainer: Resumable) -> None:
     options = trainer.recipe.sentinel
-    if len(found.tried) > options.tries:
-        raise _wrong("care/tried", f"{len(found.tried)} attempts of {options.tries}")
-    for at, entry in enumerate(found.tried):
+    if len(saved.tried) > options.tries:
+        raise _wrong("care/tried", f"{len(saved.tried)} attempts of {options.tries}")
+    for at, entry in enumerate(saved.tried):
         if entry.attempt != at + 1:
             raise _wrong(f"care/tried/{at}/attempt", f"{entry.attempt} in place of {at + 1}")
-    for name, drift in found.vitals.drifts.items():
+    for name, drift in saved.vitals.drifts.items():
         where = f"care/vitals/drifts/{name}"
         if drift.dtype != torch.float64 or drift.ndim != 1 or not 4 <= len(drift) <= LONGEST:
             raise _wrong(where, f"it is {_looks(drift)}")
@@ -251,18 +251,18 @@ def _wrong(where: str, why: str) -> DataError:
     return DataError(f"the saved state is wrong at {where}: {why}")
 
 
-def _same_tensors(where: str, found: Tensors, wanted: Mapping[str, Tensor]) -> None:
+def _same_tensors(where: str, saved: Tensors, wanted: Mapping[str, Tensor]) -> None:
     """Names and shapes of the model are checked by its loader, all at once."""
-    for name, tensor in found.items():
+    for name, tensor in saved.items():
         if name in wanted and (where != "model" or tensor.dtype != wanted[name].dtype):
             _same_kind(f"{where}/{name}", tensor, wanted[name])
-    if where != "model" and found.keys() != wanted.keys():
+    if where != "model" and saved.keys() != wanted.keys():
         raise _wrong(where, "its names are not the model's")
 
 
-def _same_kind(where: str, found: Tensor, wanted: Tensor) -> None:
-    if found.dtype != wanted.dtype or found.shape != wanted.shape:
-        raise _wrong(where, f"it is {_looks(found)}, expected {_looks(wanted)}")
+def _same_kind(where: str, saved: Tensor, wanted: Tensor) -> None:
+    if saved.dtype != wanted.dtype or saved.shape != wanted.shape:
+        raise _wrong(where, f"it is {_looks(saved)}, expected {_looks(wanted)}")
 
 
 def _looks(t: Tensor) -> str:

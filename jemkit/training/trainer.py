@@ -80,15 +80,15 @@ class Trainer:
         self.task, self.splits, self.rng = parts.task, parts.splits, parts.rng
         self.backbone, self.objective, self.loader = parts.backbone, parts.objective, parts.loader
         self.optimizer, self.updater, self.ema = parts.optimizer, parts.updater, parts.ema
-        self.care = RollbackPolicy(self.recipe.sentinel, parts, self.recipe.run.seed)
+        self.rollback = RollbackPolicy(self.recipe.sentinel, parts, self.recipe.run.seed)
         self.guard, self.writer = Guard(), checkpoint.Writer()
         self.journal = Journal(folder, tensorboard=self.recipe.run.tensorboard)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
         self._redrawn = 0.0
         # several processes stop between steps alone; a compiled graph has no place for a check
-        alone = distributed.shard().size == 1
-        self._stops_inside = alone and not self.recipe.run.compile
+        single_process = distributed.shard().size == 1
+        self._stops_inside = single_process and not self.recipe.run.compile
 
     @property
     def step(self) -> int:
@@ -158,7 +158,7 @@ class Trainer:
         """Set the learning rate, draw, update, log."""
         step, run = self.step, self.recipe.run
         self.journal.stopwatch.begin()
-        factor = self.recipe.schedule.factor(step, self.total_steps) * self.care.rate
+        factor = self.recipe.schedule.factor(step, self.total_steps) * self.rollback.rate
         self.polling.begin()
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.optimizer.lr * factor
@@ -171,7 +171,7 @@ class Trainer:
                     self.guard, run.theta_steps,
                 )  # fmt: skip
                 log = partial(self.folder.event, "memory", step=step)
-                terms = self.parts.micro.fit(take, moved=lambda: self.guard.updates, told=log)
+                terms = self.parts.micro.fit(take, moved=lambda: self.guard.updates, on_change=log)
         except BaseException:
             self.loader.load_state_dict(before)
             self.journal.stopwatch.drop()
@@ -194,32 +194,32 @@ class Trainer:
         self._report()
         epoch = self.step // self.loader.steps_per_epoch
         with self.parts.whole_model():
-            found, sizes = distributed.on_rank_zero(lambda: self._validate(epoch))
-        seen = [entry["accuracy"] for entry in [*self.history, found]]
-        self.care.checkup.epoch(
-            self.step, sizes, seen
+            metrics, sizes = distributed.on_rank_zero(lambda: self._validate(epoch))
+        accuracies = [entry["accuracy"] for entry in [*self.history, metrics]]
+        self.rollback.monitor.epoch(
+            self.step, sizes, accuracies
         )  # no pass follows in which a stop could be handled
-        entry = {"epoch": epoch, "step": self.step, **found, "seconds": round(self.seconds, 3)}
+        entry = {"epoch": epoch, "step": self.step, **metrics, "seconds": round(self.seconds, 3)}
         self.history.append(entry)
-        score = [found["pgd10"], found["accuracy"], epoch]
+        score = [metrics["pgd10"], metrics["accuracy"], epoch]
         if better := not self.best or score > self.best["score"]:
             self.best = {"epoch": epoch, "score": score}
-        self.save(anew=True, best=better)
+        self.save(replace=True, best=better)
         distributed.on_rank_zero(lambda: self._log_epoch(entry))
         self.watch("epoch", entry)
 
     def _validate(self, epoch: int) -> tuple[dict[str, float], dict[str, float]]:
         """What validation finds, and the sizes that the sentinel follows."""
-        asked = not self._stops_inside  # otherwise `run` checks in every pass
+        polls = not self._stops_inside  # otherwise `run` checks in every pass
         run = self.recipe.run
         strict = judging(self.parts.device, deterministic=run.deterministic, threads=run.threads)
-        with self.polling.passes(self.backbone.model, on=asked), strict:
-            sizes = self.care.checkup.body(self.step, self.ema.average if self.ema else {})
-            exam = self.exam(epoch)
+        with self.polling.passes(self.backbone.model, on=polls), strict:
+            sizes = self.rollback.monitor.body(self.step, self.ema.average if self.ema else {})
+            validator = self.validator(epoch)
             with nullcontext() if self.ema is None else self.ema.applied(self.backbone.model):
-                found = exam.validate(run.eval_images)
-            exam.draw_grid(self.folder.samples / f"epoch-{epoch:04d}.png")
-        return found, sizes
+                metrics = validator.validate(run.eval_images)
+            validator.draw_grid(self.folder.samples / f"epoch-{epoch:04d}.png")
+        return metrics, sizes
 
     def _log_epoch(self, entry: dict[str, Any]) -> None:
         self.folder.event("epoch", **entry)
@@ -227,7 +227,7 @@ class Trainer:
             curves.save(self.folder.path)
             self._redrawn = time.monotonic()
 
-    def exam(self, epoch: int) -> Validator:
+    def validator(self, epoch: int) -> Validator:
         """How the model is validated after an epoch; 0 for the end."""
         seed, micro = self.recipe.run.seed, self.parts.micro
         trained = trained_threat(self.recipe.objective, self.task.radius_px)
@@ -237,17 +237,17 @@ class Trainer:
         """Evaluate the best epoch on the test split, at full size."""
         return judged(self)
 
-    def save(self, *, anew: bool = False, best: bool = False) -> None:
-        """A checkpoint of this step, written in the background; `anew` replaces an existing one."""
+    def save(self, *, replace: bool = False, best: bool = False) -> None:
+        """Write a checkpoint of this step in the background; `replace` overwrites one."""
         self.guard.settle()
         self.gather()
         folder, step, keep = self.folder.checkpoints, self.step, self.recipe.run.keep
         path = folder / f"step-{step:08d}"
-        if distributed.on_rank_zero(lambda: self._written(path)) and not anew:
+        if distributed.on_rank_zero(lambda: self._written(path)) and not replace:
             return
         state = self.state_dict()
         if distributed.shard().rank == 0:
-            prune = partial(self.care.prune, folder, step, keep)
+            prune = partial(self.rollback.prune, folder, step, keep)
             self.writer.save(path, state, best=folder / "best" if best else None, then=prune)
 
     def _written(self, path: Path) -> bool:
@@ -259,7 +259,7 @@ class Trainer:
         """The complete state of the run, on rank 0; every process calls it."""
         history = {"history": self.history, "best": self.best, "seconds": self.seconds}
         config = {} if self.config is None else {"config": self.config}
-        return {**self.parts.state_dict(), **history, "care": self.care.state_dict(), **config}
+        return {**self.parts.state_dict(), **history, "care": self.rollback.state_dict(), **config}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a saved state; DataError if no run of this recipe saved it."""
@@ -268,14 +268,14 @@ class Trainer:
         self.history, self.best = list(state["history"]), dict(state["best"])
         self.journal.seconds = state["seconds"]
         if "care" in state:  # missing in runs from before the sentinel
-            self.care.load_state_dict(state["care"])
+            self.rollback.load_state_dict(state["care"])
 
     def gather(self) -> dict[str, Any]:
         """Write the metrics that are due, which the sentinel reads; the newest row."""
         rows = self.journal.gather()
-        self.care.checkup.rows(rows)
+        self.rollback.monitor.rows(rows)
         if compiled := self.parts.compiled:
-            distributed.on_rank_zero(lambda: compiled.tell(self.folder, self.watch))
+            distributed.on_rank_zero(lambda: compiled.report(self.folder, self.watch))
         return rows[-1] if rows else {}
 
     def _preempted(self) -> NoReturn:
@@ -303,9 +303,9 @@ def images_to_judge(trainer: "Trainer") -> int:
     Forward and backward passes of the updates and the chains are counted, so that the number
     depends on the recipe alone and not on a clock.
     """
-    asked = trainer.recipe.run.test_images
-    if asked is not None:
-        return asked
+    requested = trainer.recipe.run.test_images
+    if requested is not None:
+        return requested
     density = trainer.backbone.density_or_none
     steps = density.steps if density else 0
     passes = trainer.total_steps * trainer.loader.batch_size * (2 + 2 * steps)
@@ -321,9 +321,9 @@ def judged(trainer: "Trainer") -> Summary:
     """Load the best epoch's weights and evaluate them at full size."""
     with trainer.parts.whole_model():
         figures = distributed.on_rank_zero(lambda: _judged(trainer))
-    found = [Figure(**figure) for figure in figures]
+    reloaded = [Figure(**figure) for figure in figures]
     best, epochs = trainer.best["epoch"], trainer.recipe.run.epochs
-    summary = Summary(trainer.folder.path, epochs, best, trainer.seconds, found)
+    summary = Summary(trainer.folder.path, epochs, best, trainer.seconds, reloaded)
     trainer.watch("end", {"summary": summary})
     return summary
 
@@ -340,11 +340,11 @@ def _judged(trainer: "Trainer") -> list[dict[str, Any]]:
         load_model(trainer.backbone.model, weights_of(state, path)[0])
         try:
             with trainer.polling.passes(trainer.backbone.model, on=True):
-                found = trainer.exam(0).judge(about, images_to_judge(trainer))
-                trainer.exam(0).draw_energies(folder.path / "energies.svg")
+                record = trainer.validator(0).judge(about, images_to_judge(trainer))
+                trainer.validator(0).draw_energies(folder.path / "energies.svg")
         except Preempted:  # everything trained is saved
             preempted(trainer, "stopped during the final evaluation; continue with --resume")
-    records.save(folder.path, found, Notes())
-    figures = [figure._asdict() for figure in found.figures]
+    records.save(folder.path, record, Notes())
+    figures = [figure._asdict() for figure in record.figures]
     folder.event("end", figures=figures)
     return figures

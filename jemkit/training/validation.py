@@ -62,22 +62,22 @@ class Validator:
         if not self.backbone.has_density:
             return
         with self.micro.active():
-            drawn = self._samples(self._generator("grid"))
-        save_grid(path, self.task.bounds.to_unit(drawn))
+            samples = self._samples(self._generator("grid"))
+        save_grid(path, self.task.bounds.to_unit(samples))
 
     def draw_energies(self, path: Path) -> None:
         """Histograms of E(x) of validation images, of PGD-20's and of samples (Figure 1)."""
         valid, ctx = self.splits.images("valid"), self._context("energies")
         subject = self._subject()
         with self.micro.active(), frozen(subject), eval_mode(subject):
-            found = attacked(subject, PGD20, valid, ctx, "pgd")
+            attacked_images = attacked(subject, PGD20, valid, ctx, "pgd")
             rows = {
                 "clean": energies(subject, valid, ctx)[0],
-                "PGD-20": energies(subject, Images(found.x_adv, valid.y), ctx)[0],
+                "PGD-20": energies(subject, Images(attacked_images.x_adv, valid.y), ctx)[0],
             }
             if self.backbone.has_density:
-                drawn = self.task.bounds.to_unit(self._samples(ctx.rng))
-                rows["samples"] = subject.scores(drawn).energy
+                samples = self.task.bounds.to_unit(self._samples(ctx.rng))
+                rows["samples"] = subject.scores(samples).energy
         norm = {"Linf": "L-inf"}.get(ctx.threat.norm, ctx.threat.norm)
         title = f"PGD-20 at {ctx.threat.radius_px:g}/255, {norm}; chains of {GRID_STEPS} steps"
         table = histograms({name: energy.cpu().flatten() for name, energy in rows.items()})
@@ -121,8 +121,8 @@ class Validator:
         density = self.backbone.density
         y = torch.arange(GRID, device=rng.device) * min(self.task.n_classes, 10) // GRID
         start = Labelled(density.start, y)
-        drawn = partial(density.sample, self.backbone.model, GRID, rng, steps=GRID_STEPS)
-        return retry_on_oom(partial(drawn, start=start), rng)
+        draw = partial(density.sample, self.backbone.model, GRID, rng, steps=GRID_STEPS)
+        return retry_on_oom(partial(draw, start=start), rng)
 
     def _subject(self) -> PixelModel:
         return PixelModel(self.backbone.model, self.task.bounds)

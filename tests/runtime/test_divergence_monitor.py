@@ -269,7 +269,7 @@ def test_a_run_that_is_sick_before_it_has_proven_anything_starts_over(tmp_path: 
 
 def test_a_classifier_has_no_chains_to_lengthen_and_gets_a_lower_rate(tmp_path: Path) -> None:
     given = ("classifier", "ce", "plain", 'sentinel.policy=["steps","penalty"]')
-    care = begun(tmp_path / "run", *given).care
+    care = begun(tmp_path / "run", *given).rollback
     care.try_next(Finding("loss", 3, "not finite"), 3, 0)
     entry = care.try_next(Finding("loss", 3, "not finite"), 3, 0)
     assert entry["remedy"] == "rate"
@@ -279,7 +279,7 @@ def test_a_classifier_has_no_chains_to_lengthen_and_gets_a_lower_rate(tmp_path: 
 def test_a_penalty_is_put_on_the_density_and_kept(tmp_path: Path) -> None:
     given = ("jem", "jem", "plain", 'sentinel.policy=["penalty"]')
     trainer = begun(tmp_path / "run", *given)
-    trainer.care.try_next(Finding("loss", 3, "not finite"), 3, 0)
+    trainer.rollback.try_next(Finding("loss", 3, "not finite"), 3, 0)
     other = begun(tmp_path / "other", *given)
     other.load_state_dict(trainer.state_dict())
     assert other.backbone.density.options.penalty == 0.1
@@ -300,7 +300,7 @@ def test_a_penalty_is_put_on_the_density_and_kept(tmp_path: Path) -> None:
 def test_a_remedy_that_would_change_nothing_is_passed_over(
     backbone: str, settings: list[str], wanted: list[str], tmp_path: Path
 ) -> None:
-    care = begun(tmp_path / "run", backbone, "jem", "plain", *settings).care
+    care = begun(tmp_path / "run", backbone, "jem", "plain", *settings).rollback
     told = [care.try_next(Finding("loss", 3, "not finite"), 3, 0) for _ in wanted]
     assert [entry["remedy"] for entry in told] == wanted
     assert ("penalty" in told[-1]["with"]) is ("penalty" in wanted)
@@ -336,9 +336,11 @@ def test_a_run_may_always_go_back_as_far_as_a_finding_may_ask_it_to(tmp_path: Pa
     trainer = begun(tmp_path / "run", "jem", "jem", "plain", "run.epochs=8", "run.keep=1")
     trainer.run(until=7 * EPOCH)
     steps = [step_of(path) for path in complete(tmp_path / "run" / "checkpoints")]
-    latest = 7 * EPOCH - EPOCH - trainer.care.options.patience  # two epochs at chance, three strays
+    latest = (
+        7 * EPOCH - EPOCH - trainer.rollback.options.patience
+    )  # two epochs at chance, three strays
     assert steps == [24, 30, 36, 42]
-    found = next(trainer.care.proven(tmp_path / "run" / "checkpoints", latest))
+    found = next(trainer.rollback.proven(tmp_path / "run" / "checkpoints", latest))
     assert step_of(found) == 24
 
 
@@ -391,7 +393,7 @@ def test_a_stop_while_the_best_epoch_is_judged_is_heard_and_the_run_judged_anew(
     again.run()
     found = again.finish().figures
     assert [figure.value for figure in found] == [
-        f.value for f in trainer.exam(0).judge({}).figures
+        f.value for f in trainer.validator(0).judge({}).figures
     ]
 
 

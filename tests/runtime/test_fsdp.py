@@ -63,8 +63,8 @@ def updated(case: str, network: str, *, shard: bool, **memory: Any) -> dict[str,
             draws = objective.draw(backbone, batch, rng)
             moved.step(lambda b=batch, d=draws: objective.loss(backbone, b, d), guard)
         average.update(backbone.model)
-        assert guard.seen is not None
-        norms.append(guard.seen.grad_norm)
+        assert guard.verdict is not None
+        norms.append(guard.verdict.grad_norm)
     found = {f"ema {name}": t for name, t in average.average.items()}
     found |= {name: p.detach() for name, p in backbone.model.named_parameters()}
     found |= {
@@ -173,9 +173,9 @@ def beside_others(*, shard: bool) -> dict[str, Tensor]:
             optimizer, lambda: Terms.weighted({"f": (1.0, own(model(x)).exp().mean())})
         )
         guard.update(optimizer, terms)
-    assert guard.seen is not None
+    assert guard.verdict is not None
     weights = {**dict(model.named_parameters()), "own": own.weight.detach()}
-    return {**fsdp.whole(weights), "norm": guard.seen.grad_norm}
+    return {**fsdp.whole(weights), "norm": guard.verdict.grad_norm}
 
 
 def test_an_objectives_own_weights_move_beside_those_in_shares(both: list[dict[str, Any]]) -> None:

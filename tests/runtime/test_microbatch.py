@@ -259,7 +259,7 @@ def test_work_is_done_again_with_half_the_images_and_the_same_draws(room: int, n
         return ModelEnergy(model).stem(x)
 
     micro = MicroBatch()
-    found = micro.fit(work, rng, told=lambda **what: seen.append(what["images"]))
+    found = micro.fit(work, rng, on_change=lambda **what: seen.append(what["images"]))
     tried = [n // 2**k for k in range(6) if n // 2**k]
     refused = [most for most in tried if -(-n // -(-n // most)) > room]  # in slices of equal size
     halvings = tried[1 : 1 + len(refused)]
@@ -420,7 +420,7 @@ def test_an_attacked_batch_is_taken_again_by_itself() -> None:
 
 def test_an_exam_keeps_to_the_micro_batch(tmp_path: Path) -> None:
     trainer = Trainer(recipe("run.micro_batch=2"), RunFolder.create(tmp_path / "a"))
-    exam, network = trainer.exam(1), trainer.backbone.model.network
+    exam, network = trainer.validator(1), trainer.backbone.model.network
     exam.validate(6)
     exam.draw_grid(tmp_path / "grid.png")
     exam.draw_energies(tmp_path / "energies.svg")
@@ -430,11 +430,11 @@ def test_an_exam_keeps_to_the_micro_batch(tmp_path: Path) -> None:
 
 def test_what_an_exam_learns_of_the_memory_the_next_one_knows(tmp_path: Path) -> None:
     trainer = Trainer(recipe("backbone.network.images=5"), RunFolder.create(tmp_path / "a"))
-    trainer.exam(1).validate(6)
+    trainer.validator(1).validate(6)
     learnt = trainer.parts.micro.size
     assert 0 < learnt <= 5
     trainer.backbone.model.network.largest = 0
-    trainer.exam(2).validate(6)
+    trainer.validator(2).validate(6)
     assert trainer.backbone.model.network.largest <= learnt
     assert trainer.parts.micro.size == learnt
 

@@ -162,7 +162,7 @@ class Hungry(nn.Module):
 def test_memory_that_runs_out_has_activations_made_anew_before_anything_else() -> None:
     network, x, micro, told = Hungry(enough=True), torch.ones(8, 1, 2, 2), MicroBatch(), []
     found = micro.fit(
-        lambda: micro.microbatched(network, x, network), told=lambda **what: told.append(what)
+        lambda: micro.microbatched(network, x, network), on_change=lambda **what: told.append(what)
     )
     assert found.shape == x.shape
     assert (micro.size, micro.recompute) == (0, True)

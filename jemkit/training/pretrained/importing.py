@@ -207,11 +207,11 @@ def _shape(reading: Reading, name: str, data: Dataset) -> Shape:
         shape = tuple(data.load("test").x.shape[1:])  # type: ignore[assignment]
     if shape is None or shape[0] != reading.channels or stages_for(shape[1]) != reading.stages:
         made = "64 px and more" if reading.stages == 4 else "less than 64 px"
-        told = f"{shape[0]} channels and {shape[1]} px" if shape else "no shape"
+        expected = f"{shape[0]} channels and {shape[1]} px" if shape else "no shape"
         raise DataError(
             f"the network takes images of {reading.channels} channels and, with "
-            f"{reading.stages} stages, of {made}; those of {name} have {told}. Pass the data set "
-            f"that it was trained on by --dataset: for a folder of images --dataset folder "
+            f"{reading.stages} stages, of {made}; those of {name} have {expected}. Pass the data "
+            f"set that it was trained on by --dataset: for a folder of images --dataset folder "
             f"--data-dir DIR, and --set data.size=64 to resize them"
         )
     return shape

@@ -162,14 +162,17 @@ def _check_stages(weights: Mapping[str, Tensor], prefix: str) -> None:
     """Reject stages of different depths, before a network as deep as the first is built."""
     blocks: dict[str, set[str]] = {}
     for name in weights:
-        found = re.match(rf"{re.escape(prefix)}layer([1-4])\.(\d+)\.conv1\.weight$", name)
-        if found is not None:
-            blocks.setdefault(found[1], set()).add(found[2])
+        match = re.match(rf"{re.escape(prefix)}layer([1-4])\.(\d+)\.conv1\.weight$", name)
+        if match is not None:
+            blocks.setdefault(match[1], set()).add(match[2])
     depths = {stage: len(names) for stage, names in sorted(blocks.items())}
     if len(depths) < 3 or len(set(depths.values())) > 1:
-        told = ", ".join(f"layer{stage} has {n} blocks" for stage, n in depths.items()) or "none"
+        stages_text = (
+            ", ".join(f"layer{stage} has {n} blocks" for stage, n in depths.items()) or "none"
+        )
         raise DataError(
-            f"the names are not those of a WideResNet, whose 3 or 4 stages are equally deep: {told}"
+            f"the names are not those of a WideResNet, whose 3 or 4 stages are equally deep: "
+            f"{stages_text}"
         )
 
 
@@ -184,24 +187,24 @@ def _network(weights: Mapping[str, Tensor], prefix: str, norm: Norm | None) -> W
             f"{prefix}layer1 has {blocks} blocks of {outer} channels; a WideResNet's first stage "
             "has a multiple of 16"
         )
-    found = _norm(weights, f"{prefix}layer1.0.bn1", norm)
-    made = WRN(depth=6 * blocks + 4, width=outer // 16, norm=found)
-    return made.model_copy(update={"bn_momentum": 0.9}) if found == "batch" else made
+    detected = _norm(weights, f"{prefix}layer1.0.bn1", norm)
+    made = WRN(depth=6 * blocks + 4, width=outer // 16, norm=detected)
+    return made.model_copy(update={"bn_momentum": 0.9}) if detected == "batch" else made
 
 
-def _norm(weights: Mapping[str, Tensor], layer: str, told: Norm | None) -> Norm:
+def _norm(weights: Mapping[str, Tensor], layer: str, given: Norm | None) -> Norm:
     kinds = {n.removeprefix(f"{layer}.") for n in weights if n.startswith(f"{layer}.")}
     if "loc" in kinds:
         raise DataError("its network has ActNorm, which jemkit's wrn does not support")
     if "running_mean" in kinds or not kinds:
         return "batch" if kinds else "none"
-    if told != "instance":
+    if given != "instance":
         raise DataError(
             f"{layer} has a scale and a shift but no statistics: instance or layer norm, whose "
             f"names are the same. Pass --norm instance for instance norm; layer norm is not "
             f"supported"
         )
-    return told
+    return given
 
 
 def _size(weights: Mapping[str, Tensor], name: str, dimensions: int, axis: int) -> int:
@@ -239,19 +242,19 @@ def _alias(name: str, stages: int) -> str:
     """The layer for which a second name in JEM++'s program stands; empty for a first name."""
     if name.startswith("f.layer_one."):
         return name.replace("layer_one", "conv1", 1)
-    found = re.match(r"f\.other_layers\.(\d)\.(.+)", name)
-    if found is None:
+    match = re.match(r"f\.other_layers\.(\d)\.(.+)", name)
+    if match is None:
         return ""
-    place = int(found[1])
-    return f"f.layer{place + 1}.{found[2]}" if place < stages else f"f.bn1.{found[2]}"
+    place = int(match[1])
+    return f"f.layer{place + 1}.{match[2]}" if place < stages else f"f.bn1.{match[2]}"
 
 
 def _check_names(weights: Mapping[str, Tensor], wanted: set[str], known: set[str]) -> None:
     missing, unknown = sorted(wanted - set(weights)), sorted(set(weights) - known)
     if missing or unknown:
         lists = (("missing", missing), ("unknown", unknown))
-        told = "; ".join(f"{label}: {_some(names)}" for label, names in lists if names)
-        raise DataError(f"the names do not form a complete network; {told}")
+        message = "; ".join(f"{label}: {_some(names)}" for label, names in lists if names)
+        raise DataError(f"the names do not form a complete network; {message}")
 
 
 def _check_aliases(weights: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:

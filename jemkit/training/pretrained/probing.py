@@ -70,30 +70,30 @@ def state_dict_in(loaded: Any, format: Format | None = None, key: str | None = N
             f"it contains no weights: {_kinds(loaded)}; expected a state_dict of names and tensors"
         )
     leaves = _unwrapped(leaves)
-    found = _candidates(leaves)
+    candidates = _candidates(leaves)
     if format is not None:
-        found = [c for c in found if format in looks_like(c.weights)] or found
+        candidates = [c for c in candidates if format in looks_like(c.weights)] or candidates
     if key is not None:
-        found = _keyed(found, key)
-    if not found:
+        candidates = _keyed(candidates, key)
+    if not candidates:
         return _largest(leaves)
-    chosen, averaged = _chosen(found)
-    return StateDict(chosen.key, chosen.weights, _beside(leaves, chosen.places), averaged)
+    selected, averaged = _select(candidates)
+    return StateDict(selected.key, selected.weights, _beside(leaves, selected.places), averaged)
 
 
 def _leaves(loaded: Any) -> list[Leaf]:
     """Every value that is not a container, in order; endless nesting is rejected."""
-    found: list[Leaf] = []
+    leaves: list[Leaf] = []
     stack: list[tuple[Path, int, Any]] = [((), 0, loaded)]
-    homes = seen = 0
+    homes = visited = 0
     while stack:
         path, home, value = stack.pop()
-        seen += 1
+        visited += 1
         if len(path) > MOST_PARTS:
             raise DataError(
                 f"a name in it has more than {MOST_PARTS} parts; this is not a checkpoint"
             )
-        if seen > MOST:
+        if visited > MOST:
             raise DataError(f"it contains more than {MOST:,} values; this is not a checkpoint")
         if isinstance(value, Mapping | list | tuple) and len(path) < DEEPEST:
             homes += 1
@@ -101,8 +101,8 @@ def _leaves(loaded: Any) -> list[Leaf]:
             below = [((*path, *str(k).split(".")), homes, v) for k, v in items]
             stack += reversed(below)
         else:
-            found.append(Leaf(path, home, value if isinstance(value, Tensor) else None))
-    return found
+            leaves.append(Leaf(path, home, value if isinstance(value, Tensor) else None))
+    return leaves
 
 
 def _unwrapped(leaves: list[Leaf]) -> list[Leaf]:
@@ -130,11 +130,11 @@ def _candidates(leaves: list[Leaf]) -> list[Candidate]:
         for depth in range(len(leaf.path)):
             if leaf.path[:depth] in under:
                 under[leaf.path[:depth]].append(leaf)
-    found = {
+    states = {
         base: read for base in homes if (read := _at(base, homes[base], under[base])) is not None
     }
-    inner = {(*base, "f") for base in found}  # a JEM's trunk is not a separate classifier
-    return [state for base, state in found.items() if base not in inner]
+    inner = {(*base, "f") for base in states}  # a JEM's trunk is not a separate classifier
+    return [state for base, state in states.items() if base not in inner]
 
 
 def _at(base: Path, home: int, under: list[Leaf]) -> Candidate | None:
@@ -167,21 +167,23 @@ def _beside(leaves: list[Leaf], members: set[Path]) -> list[str]:
     return sorted(names)
 
 
-def _keyed(found: list[Candidate], key: str) -> list[Candidate]:
+def _keyed(candidates: list[Candidate], key: str) -> list[Candidate]:
     wanted = ".".join(p for p in key.split(".") if p not in WRAPPERS)
-    here = [c for c in found if c.key == wanted or c.key.startswith(f"{wanted}.")]
+    here = [c for c in candidates if c.key == wanted or c.key.startswith(f"{wanted}.")]
     if not here:
-        there = ", ".join(map(_named, found)) or "none that is known"
+        there = ", ".join(map(_named, candidates)) or "none that is known"
         raise DataError(f"it contains no state dict under the key {key!r}. There are: {there}")
     return here
 
 
-def _chosen(found: list[Candidate]) -> tuple[Candidate, str]:
+def _select(candidates: list[Candidate]) -> tuple[Candidate, str]:
     """The only one; of averaged and plain weights the averaged, with the name of the plain."""
-    if len(found) > MANY:
-        raise DataError(f"it contains {len(found)} state dicts that fit; select one by --key NAME")
+    if len(candidates) > MANY:
+        raise DataError(
+            f"it contains {len(candidates)} state dicts that fit; select one by --key NAME"
+        )
     distinct: list[Candidate] = []
-    for state in found:
+    for state in candidates:
         if not any(_same(state.weights, other.weights) for other in distinct):
             distinct.append(state)
     if len(distinct) == 1:
@@ -219,7 +221,7 @@ def _largest(leaves: list[Leaf]) -> StateDict:
 def _kinds(loaded: Any) -> str:
     """What the file contains instead of weights."""
 
-    def told() -> Iterator[str]:
+    def contents() -> Iterator[str]:
         if not isinstance(loaded, Mapping):
             yield type(loaded).__name__
             return
@@ -228,4 +230,4 @@ def _kinds(loaded: Any) -> str:
         if len(loaded) > 3:
             yield f"{len(loaded) - 3} more"
 
-    return ", ".join(told()) or "it is empty"
+    return ", ".join(contents()) or "it is empty"

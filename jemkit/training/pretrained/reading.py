@@ -64,12 +64,12 @@ def read_checkpoint(path: Path, format: Format | None = None, key: str | None = 
     path = _file(path)
     data = _bytes(path)
     try:
-        found = state_dict_in(loaded(data), format, key)
-        _check_weights(found.weights, len(data))
+        state = state_dict_in(loaded(data), format, key)
+        _check_weights(state.weights, len(data))
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     sha = hashlib.sha256(data).hexdigest()
-    return Contents(found.weights, found.beside, sha, path.name, found.key, found.averaged)
+    return Contents(state.weights, state.beside, sha, path.name, state.key, state.averaged)
 
 
 def _file(path: Path) -> Path:
@@ -136,13 +136,13 @@ def _clean_zip(data: bytes) -> bytes:
     for an entry marked as a folder). From the new archive torch reads exactly what was checked.
     """
     clean = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(clean, "w") as anew:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(clean, "w") as rewritten:
         _check_entries(archive, len(data))
         for entry in archive.infolist():
             content = archive.read(entry)  # checks the CRC-32
             if PurePosixPath(entry.filename).name == "data.pkl":
                 _scan(io.BytesIO(content))
-            anew.writestr(entry.filename, content)
+            rewritten.writestr(entry.filename, content)
     return clean.getvalue()
 
 

@@ -53,10 +53,10 @@ class Operation(NamedTuple):
 
     @property
     def function(self) -> Callable[..., Any]:
-        found: Any = torch.ops
+        operator: Any = torch.ops
         for part in self.name.split("."):
-            found = getattr(found, part)
-        return found  # type: ignore[no-any-return]
+            operator = getattr(operator, part)
+        return operator  # type: ignore[no-any-return]
 
     def call(self, rng: Generator) -> Callable[[], Any]:
         """The operation on noise, for timing."""
@@ -193,21 +193,21 @@ def step_work(
 
 def takings(updater: UpdaterSpec) -> int:
     """How often an updater evaluates the loss in one step."""
-    model, seen = nn.Linear(1, 1), 0
+    model, calls = nn.Linear(1, 1), 0
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def terms() -> Terms:
-        nonlocal seen
-        seen += 1
+        nonlocal calls
+        calls += 1
         return Terms.weighted({"toy": (1.0, model(torch.ones(1, 1)).sum())})
 
     updater.build(model, optimizer).step(terms, Guard())
-    return seen
+    return calls
 
 
 def _gradients(model: nn.Module, loss: Tensor) -> None:
-    asked = [p for p in model.parameters() if p.requires_grad]
-    torch.autograd.grad(loss, asked, allow_unused=True)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    torch.autograd.grad(loss, trainable, allow_unused=True)
 
 
 def _hashable(value: Any) -> Any:

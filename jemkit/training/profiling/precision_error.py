@@ -38,11 +38,11 @@ def accuracy_of(parts: RunState, images: int = 16) -> list[Accuracy]:
     return [errors(kind, _gradient(parts.backbone.model, x, kind), exact) for kind in kinds]
 
 
-def protocol(resolved: Resolved, parts: RunState, found: list[Accuracy]) -> dict[str, Any]:
+def protocol(resolved: Resolved, parts: RunState, accuracies: list[Accuracy]) -> dict[str, Any]:
     """What the figures were measured on, and what they are."""
     tables, run = resolved.tables, resolved.recipe.run
     return {
-        "images": found[0].images,
+        "images": accuracies[0].images,
         "selection": f"the first of {tables['data']['use']}'s first batch, augmented",
         "model": f"{tables['backbone']['use']}, newly initialised, with batch statistics",
         "network": tables["backbone"].get("network", {}),
@@ -59,17 +59,17 @@ def reference(model: EnergyModel, x: Tensor) -> Tensor:
     return _gradient(deepcopy(model).double(), x.double(), "fp32")
 
 
-def errors(precision: Precision, found: Tensor, exact: Tensor) -> Accuracy:
+def errors(precision: Precision, values: Tensor, exact: Tensor) -> Accuracy:
     """The errors of gradients [B, ...] against exact ones; DataError if one is undefined."""
     size = exact.flatten(1).norm(dim=1)
-    relative = (found.double() - exact).flatten(1).norm(dim=1) / size
+    relative = (values.double() - exact).flatten(1).norm(dim=1) / size
     if not relative.isfinite().all():
         raise DataError(
             f"no relative error in {precision} for {int((~relative.isfinite()).sum())} of "
             f"{len(relative)} images: their gradient is 0 or not finite; use another network or "
             f"other images"
         )
-    flipped = (found.sign() != exact.sign()).double().mean()
+    flipped = (values.sign() != exact.sign()).double().mean()
     return Accuracy(
         precision, float(relative.median()), float(relative.max()), float(flipped), len(exact)
     )

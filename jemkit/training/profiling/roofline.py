@@ -90,14 +90,14 @@ def floor_of(
         arithmetic = sum(each[operation] * calls for operation, calls in step.whole.items())
         memory = traffic(step.whole) / machine.bandwidth
         taken = _step_time(parts, recipe, batch, rounds) if rounds else None
-        alone = passes(parts.backbone.model, batch.x)
-    return Floor(machine, step, alone, arithmetic, memory, taken)
+        model_passes = passes(parts.backbone.model, batch.x)
+    return Floor(machine, step, model_passes, arithmetic, memory, taken)
 
 
-def rows(found: Floor) -> list[list[str]]:
+def rows(roofline: Floor) -> list[list[str]]:
     """The figures as a table."""
-    machine, step = found.machine, found.step
-    parts = dict(zip(("forward", "to the input", "to the weights"), found.passes, strict=True))
+    machine, step = roofline.machine, roofline.step
+    parts = dict(zip(("forward", "to the input", "to the weights"), roofline.passes, strict=True))
     lines = [["device", f"{machine.device}, {machine.threads} threads"]]
     lines += [[f"a batch, {name}", _giga(flops(work), "FLOP")] for name, work in parts.items()]
     lines += [
@@ -106,13 +106,13 @@ def rows(found: Floor) -> list[list[str]]:
         ["whole step", _giga(flops(step.whole), "FLOP")],
         ["its traffic", _giga(traffic(step.whole), "B")],
         ["rate of a large product", _giga(machine.matmul, "FLOP/s")],
-        ["rate at the step's shapes", _giga(found.rate, "FLOP/s")],
+        ["rate at the step's shapes", _giga(roofline.rate, "FLOP/s")],
         ["bandwidth of a copy", _giga(machine.bandwidth, "B/s")],
-        ["floor by arithmetic", f"{1e3 * found.arithmetic:.1f} ms"],
-        ["floor by memory", f"{1e3 * found.memory:.1f} ms"],
+        ["floor by arithmetic", f"{1e3 * roofline.arithmetic:.1f} ms"],
+        ["floor by memory", f"{1e3 * roofline.memory:.1f} ms"],
     ]
-    if found.taken is not None:
-        lines.append(["the step took", f"{1e3 * found.taken:.1f} ms"])
+    if roofline.taken is not None:
+        lines.append(["the step took", f"{1e3 * roofline.taken:.1f} ms"])
     return lines
 
 
@@ -129,6 +129,6 @@ def _step_time(parts: RunState, recipe: Recipe, batch: Batch, rounds: int) -> fl
             recipe.run.theta_steps,
         )  # fmt: skip
 
-    found = typical(one, parts.device, rounds)
+    seconds = typical(one, parts.device, rounds)
     guard.settle()
-    return found
+    return seconds

@@ -181,17 +181,17 @@ class _Walk:
             )
 
 
-def sentences(found: Listing) -> Iterator[str]:
+def sentences(files: Listing) -> Iterator[str]:
     """The decisions about the folder and the ignored files, as text."""
-    if found.layout.note:
-        yield found.layout.note
-    if found.nested:
-        yield f"{found.nested} of them in folders inside a class"
-    classes = found.layout.classes
+    if files.layout.note:
+        yield files.layout.note
+    if files.nested:
+        yield f"{files.nested} of them in folders inside a class"
+    classes = files.layout.classes
     if all(name.isascii() and name.isdigit() for name in classes):
         numbers = sorted(classes, key=int)
         if numbers != classes:
             yield "labels follow the names in text order: 10 comes before 2"
-    if found.left_out:
-        counts = ", ".join(f"{why} {n}" for why, n in found.left_out.most_common())
+    if files.left_out:
+        counts = ", ".join(f"{why} {n}" for why, n in files.left_out.most_common())
         yield f"ignored: {counts}"
