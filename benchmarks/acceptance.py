@@ -47,10 +47,10 @@ def arguments(row: str, seed: int) -> list[str]:
 def survivors(out: Path) -> Tensor:
     """Which test images the run's best model gets right under PGD-20, the same noise for all."""
     subject = subject_at(out, installed(), torch.device("cpu"))
-    asked = Settings(
+    settings = Settings(
         attacks=("pgd",), only=("robustness",), options={"robustness": {"indicators": False}}
     )
-    return judge(subject._replace(folder=None), asked, installed()).rows["pgd20"]
+    return judge(subject._replace(folder=None), settings, installed()).rows["pgd20"]
 
 
 def bootstrap(ours: np.ndarray, theirs: np.ndarray, draws: int = 10_000) -> list[float]:
@@ -74,7 +74,7 @@ def main(folder: Path, seeds: int, jobs: int) -> None:
         return trained(arguments(*run), places[run])
 
     with ThreadPoolExecutor(jobs) as pool:
-        found = dict(zip(runs, pool.map(one, runs), strict=True))
+        by_run = dict(zip(runs, pool.map(one, runs), strict=True))
     torch.set_num_threads(1)
     alive = {
         row: np.stack([survivors(places[row, seed]).numpy() for seed in range(seeds)])
@@ -84,8 +84,8 @@ def main(folder: Path, seeds: int, jobs: int) -> None:
     names += ("energy_gap_relative", "seconds")
     table = {}
     for row in ROWS:
-        table[row] = {n: statistics.mean(found[row, s][n] for s in range(seeds)) for n in names}
-        table[row]["pgd_of_each_seed"] = [found[row, s]["pgd_accuracy"] for s in range(seeds)]
+        table[row] = {n: statistics.mean(by_run[row, s][n] for s in range(seeds)) for n in names}
+        table[row]["pgd_of_each_seed"] = [by_run[row, s]["pgd_accuracy"] for s in range(seeds)]
     differences = {
         f"{row} less {rival}": {
             "mean": float(alive[row].mean() - alive[rival].mean()),

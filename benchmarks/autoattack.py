@@ -82,12 +82,14 @@ def main(run: Path, n: int | None, rounds: int) -> None:
     whole = len(subject.test.y)
     for warm in (ours, theirs):  # imports and first allocations are nobody's
         warm(subject, 2)
-    found = compared(subject, min(n or whole, whole), rounds)
-    if found["images"] == whole:
-        keep("autoattack", found)
+    comparison = compared(subject, min(n or whole, whole), rounds)
+    if comparison["images"] == whole:
+        keep("autoattack", comparison)
     else:
-        print(json.dumps(found, indent=1))
-    print(f"jemkit takes {found['ratio']:.3f} of pyautoattack's time; expected at most {TARGET}")
+        print(json.dumps(comparison, indent=1))
+    print(
+        f"jemkit takes {comparison['ratio']:.3f} of pyautoattack's time; expected at most {TARGET}"
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ LABELS = {
     "jemkit+cl": "jemkit, channels last",
     "jemkit+cl+hold": "jemkit, channels last,\nmemory held",
     "jemkit+cl+compile": "jemkit, channels last,\nchains compiled",
-    "jemkit+cl+anew": "jemkit, channels last,\nactivations made anew",
+    "jemkit+cl+anew": "jemkit, channels last,\nactivation checkpointing",
     "jemkit+cl+bf16": "jemkit, channels last,\nbf16",
     "jemkit+cl+bf16+compile": "jemkit, channels last,\nbf16, compiled",
 }
@@ -45,20 +45,20 @@ def bars(
 ) -> None:
     """Horizontal bars with their numbers, jemkit's in blue, and a line for each mark.
 
-    Each bar has a stroke at its floor, where it has one.
+    Each bar has a stroke at its roofline, where it has one.
     """
     shown, axes = plt.subplots(figsize=(7, 0.5 * len(values) + 1.4), layout="constrained")
     names = [LABELS.get(name, name) for name in values]
     colours = [GREY if name in ("released", "bare") else BLUE for name in values]
-    drawn = axes.barh(names, list(values.values()), color=colours)
+    container = axes.barh(names, list(values.values()), color=colours)
     numbers = [f"{v:.0f}" if v >= 100 else f"{v:.3g}" for v in values.values()]
-    for number in axes.bar_label(drawn, labels=numbers, padding=3, color=DARK):
+    for number in axes.bar_label(container, labels=numbers, padding=3, color=DARK):
         number.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
     for label, value in marks.items():
         axes.axvline(value, color=DARK, linestyle=":", label=f"{label}: {value:.3g} {unit}")
     if floors:
         low, high = ([i + side for i in range(len(floors))] for side in (-0.4, 0.4))
-        axes.vlines(floors, low, high, color=DARK, linewidth=2, label="floor by arithmetic")
+        axes.vlines(floors, low, high, color=DARK, linewidth=2, label="roofline (compute)")
     if marks or floors:
         axes.legend(loc="lower right", frameon=False)
     axes.invert_yaxis()
@@ -71,12 +71,12 @@ def bars(
     plt.close(shown)
 
 
-def against_released(found: dict[str, Any]) -> None:
-    steps, floors = found["steps"], found["floor"]
+def against_released(results: dict[str, Any]) -> None:
+    steps, floors = results["steps"], results["floor"]
     bars(
         "One step", "s",
         {name: step["wall_s"] for name, step in steps.items()},
-        {"float32's floor, channels last": floors["channels_last"]["floor_arithmetic_s"]},
+        {"float32's roofline, channels last": floors["channels_last"]["floor_arithmetic_s"]},
         IMAGES / "step-time.png",
     )  # fmt: skip
     bars(
@@ -86,19 +86,19 @@ def against_released(found: dict[str, Any]) -> None:
     )  # fmt: skip
 
 
-def every_part(found: dict[str, Any]) -> None:
+def every_part(parts: dict[str, Any]) -> None:
     bars(
         "One step of every backbone with every objective", "s",
-        {name: step["wall_s"] for name, step in found.items()}, {},
+        {name: step["wall_s"] for name, step in parts.items()}, {},
         IMAGES / "step-parts.png",
-        [step["floor_arithmetic_s"] for step in found.values()],
+        [step["floor_arithmetic_s"] for step in parts.values()],
     )  # fmt: skip
 
 
-def scales(found: dict[str, Any]) -> None:
+def scales(by_name: dict[str, Any]) -> None:
     """A panel for each size that was grown: what a step took of its time at the first value."""
-    shown, panels = plt.subplots(1, len(found), figsize=(13, 2.8), layout="constrained")
-    for axes, (name, by_value) in zip(panels, found.items(), strict=True):
+    shown, panels = plt.subplots(1, len(by_name), figsize=(13, 2.8), layout="constrained")
+    for axes, (name, by_value) in zip(panels, by_name.items(), strict=True):
         values = [int(value) for value in by_value]
         axes.plot(values, [step["wall_s"] for step in by_value.values()], "o-", color=BLUE)
         axes.set_xlabel(SIZES.get(name, name))
@@ -119,6 +119,6 @@ if __name__ == "__main__":
         "step_scaling": scales,
     }
     for name, chart in charts.items():
-        found = figures(name)
-        if found is not None:
-            chart(found)
+        content = figures(name)
+        if content is not None:
+            chart(content)

@@ -70,7 +70,7 @@ def measured(device: torch.device, folder: Path) -> dict[str, Any]:
     writer, stalls, spent, behind, beside = checkpoint.Writer(), [], [], [], []
     writer.ready({**state, "optimizer": {}})  # as a run begins, when there is no momentum yet
     end = time.perf_counter() + 1
-    alone = steps_per_second(device, lambda: time.perf_counter() > end)
+    unloaded = steps_per_second(device, lambda: time.perf_counter() > end)
     for i in range(ROUNDS):
         written: list[float] = []
         cpu = time.thread_time()
@@ -101,7 +101,7 @@ def measured(device: torch.device, folder: Path) -> dict[str, Any]:
         "stall_cpu_ms": round(1e3 * statistics.median(spent[1:]), 1),  # whatever else runs here
         "worst_stall_ms": round(1e3 * max(stalls[1:]), 1),
         "written_behind_ms": round(1e3 * statistics.median(behind), 1),
-        "speed_while_writing": round(statistics.median(beside) / alone, 2),
+        "speed_while_writing": round(statistics.median(beside) / unloaded, 2),
     }
 
 

@@ -24,10 +24,10 @@ def last(out: Path) -> dict[str, Any]:
     """The model of the last step, on the test split."""
     subject = subject_at(out, installed(), torch.device("cpu"), which="last")._replace(folder=None)
     clean = judge(subject, Settings(only=("accuracy",)), installed())
-    asked = Settings(
+    settings = Settings(
         attacks=("pgd",), only=("robustness", "energies"), max_images=ROBUST, selection="first"
     )
-    robust = judge(subject, asked, installed())
+    robust = judge(subject, settings, installed())
     figures = [clean.figure("clean"), *(f for f in robust.figures if f.name != "clean")]
     return {f.name: [f.value, f.low, f.high, f.n] for f in figures}
 

@@ -27,14 +27,14 @@ PAIRS = (("classifier", "ce"), ("sadajem", "ebjdat"))
 
 def seconds(call: Callable[[], Any], times: int, cuda: bool) -> float:
     """The median of so many calls, one after another, after one to warm up."""
-    found = []
+    durations = []
     for _ in range(times + 1):
         began = time.perf_counter()
         call()
         if cuda:
             torch.cuda.synchronize()
-        found.append(time.perf_counter() - began)
-    return statistics.median(found[1:])
+        durations.append(time.perf_counter() - began)
+    return statistics.median(durations[1:])
 
 
 def share(given: argparse.Namespace, backbone: str, objective: str) -> dict[str, float]:

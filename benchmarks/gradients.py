@@ -85,7 +85,7 @@ def in_turn(named: dict[str, Work], device: torch.device, rounds: int) -> dict[s
     for _ in range(rounds):
         for name, work in named.items():
             times[name].append(elapsed(work, device))
-    found = {
+    figures = {
         name: {
             "seconds": statistics.median(each),
             "bare / this": statistics.median(
@@ -94,19 +94,19 @@ def in_turn(named: dict[str, Work], device: torch.device, rounds: int) -> dict[s
         }
         for name, each in times.items()
     }
-    eager, compiled = (list(found.values())[i]["seconds"] for i in (-2, -1))
+    eager, compiled = (list(figures.values())[i]["seconds"] for i in (-2, -1))
     warm_up = warm["jemkit, channels last, compiled"]
     return {
-        **found,
+        **figures,
         "warm_up_s": warm_up,
         "pays_after_gradients": pays_after(warm_up, eager, compiled),
     }
 
 
 def measured(given: argparse.Namespace, device: torch.device, rounds: int) -> dict[str, Any]:
-    told = ("depth", "width", "size", "threads", "device")
+    names = ("depth", "width", "size", "threads", "device")
     return {
-        "setting": {name: getattr(given, name) for name in told} | {"rounds": rounds},
+        "setting": {name: getattr(given, name) for name in names} | {"rounds": rounds},
         "chain, batch statistics": in_turn(
             contestants(given, chained, given.batch // 2), device, rounds
         ),
@@ -121,14 +121,14 @@ if __name__ == "__main__":
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=15)
-    asked = parser.parse_args()
-    given = changed(argparse.Namespace(**SETTINGS), device=asked.device)
-    if asked.small:
+    options = parser.parse_args()
+    given = changed(argparse.Namespace(**SETTINGS), device=options.device)
+    if options.small:
         given = changed(given, depth=10, width=1, size=8, batch=4, capacity=8)
     device = torch.device(given.device)
     with numerics():  # a run's switches in fp32: torch's own let a GPU's convolutions be tf32
-        result = measured(given, device, asked.rounds)
-    if asked.small:
+        result = measured(given, device, options.rounds)
+    if options.small:
         print(json.dumps(result))
     else:
         keep("gradients", result)

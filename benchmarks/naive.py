@@ -1,4 +1,4 @@
-"""EB-JDAT as plainly as the released codes run it: their schedule of passes, micro-batches, copies
+"""EB-JDAT as the released codes run it: their schedule of passes, micro-batches, copies
 and kept graphs, re-enacted in plain torch on jemkit's networks, to measure against.
 
 What a step does here and jemkit's does not: x~ is made from two images at a time, in three passes
@@ -36,7 +36,7 @@ class Weights(NamedTuple):
 RELEASED = Weights()
 
 
-def plainly(model: EnergyModel) -> EnergyModel:
+def plain_model(model: EnergyModel) -> EnergyModel:
     """The same network, with a tensor of its own for every activation, as the released one has."""
     for module in model.modules():
         if isinstance(module, WideBlock):
@@ -76,7 +76,7 @@ class Released:
         bounds: Bounds = Bounds(),
         micro_batch: int = 2,
     ) -> None:
-        self.model, self.optimizer = plainly(model), optimizer
+        self.model, self.optimizer = plain_model(model), optimizer
         self.start, self.rng = start, rng
         self.steps, self.adv_steps, self.restart = steps, adv_steps, restart
         self.weights, self.perception, self.rho = weights, perception, rho
@@ -124,9 +124,9 @@ class Released:
         """x^- [n, ...]: clamped noise-free SGLD in train mode from a buffer on the host."""
         slots = torch.randint(len(self.buffer), (n,), generator=self.host)
         fresh = torch.cat([self.start.draw(1, self.rng) for _ in range(n)])  # image by image
-        chosen = (torch.rand(n, generator=self.host) < self.restart).view(-1, 1, 1, 1)
-        kept = self.buffer[slots].to(self.device)
-        x = torch.where(chosen.to(self.device), fresh, kept)
+        fresh_start = (torch.rand(n, generator=self.host) < self.restart).view(-1, 1, 1, 1)
+        stored = self.buffer[slots].to(self.device)
+        x = torch.where(fresh_start.to(self.device), fresh, stored)
         for _ in range(self.steps):
             x = x.detach().requires_grad_()
             energy = self.model(x).energy.sum()
@@ -167,7 +167,7 @@ class Released:
     def _second_pass(
         self, x: Tensor, y: Tensor, x_pos: Tensor, x_neg: Tensor, x_adv: Tensor
     ) -> None:
-        """Adaptive SAM: the gradient at the worst weights nearby, all six passes anew."""
+        """Adaptive SAM: the gradient at the worst weights nearby, all six passes repeated."""
         params = [p for p in self.model.parameters() if p.grad is not None]
         sizes = [(p.detach().abs() * p.grad).norm() for p in params]
         norm = torch.stack(sizes).norm() + 1e-12

@@ -40,11 +40,11 @@ def timed(folder: str, me: Shard, counts: list[int]) -> None:
     torch.set_num_threads(1)
     with distributed.group(init=f"file://{folder}/meeting", shard=me), distributed.together():
         average = _median(lambda: distributed.averages([torch.zeros(())]))
-        found = [average, _median(lambda: distributed.total(0, 1))]
+        medians = [average, _median(lambda: distributed.total(0, 1))]
         for n in counts:
             grads = [torch.ones(part) for part in (n // 2, n - n // 2)]
-            found.append(_median(lambda grads=grads: distributed.reduce(grads)))
-    torch.save(found, Path(folder) / f"{me.rank}.pt")
+            medians.append(_median(lambda grads=grads: distributed.reduce(grads)))
+    torch.save(medians, Path(folder) / f"{me.rank}.pt")
 
 
 def _median(work: Any) -> float:
@@ -108,16 +108,18 @@ def efficiency(
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__)
-    asked.add_argument("--step", type=float, help="seconds of one process's step")
-    asked.add_argument("--network", choices=NETWORKS, default="wrn-28-10")
-    asked.add_argument("--passes", type=int, default=2, help="backwards a step: 2 for SAM and AWP")
-    asked.add_argument("--bandwidth", type=float, default=25.0, help="GB/s of a process's link")
-    asked.add_argument("--latency", type=float, default=20.0, help="microseconds of a hop")
-    asked.add_argument(
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--step", type=float, help="seconds of one process's step")
+    options.add_argument("--network", choices=NETWORKS, default="wrn-28-10")
+    options.add_argument(
+        "--passes", type=int, default=2, help="backwards a step: 2 for SAM and AWP"
+    )
+    options.add_argument("--bandwidth", type=float, default=25.0, help="GB/s of a process's link")
+    options.add_argument("--latency", type=float, default=20.0, help="microseconds of a hop")
+    options.add_argument(
         "--exchange", type=float, default=200.0, help="of a hop by TCP, between steps"
     )
-    given = asked.parse_args()
+    given = options.parse_args()
     if given.step is None:
         keep("scaling", measured())
         return

@@ -40,21 +40,21 @@ def cost(registry: Registry, tables: dict[str, Any], steps: int, rounds: int) ->
                 trainer.one_step()
             trainer.gather()
 
-        found = in_turn(lambda: some(runs[0]), lambda: some(runs[1]), rounds)
-        checkup, step = runs[0].rollback.monitor, runs[0].step
+        timings = in_turn(lambda: some(runs[0]), lambda: some(runs[1]), rounds)
+        monitor, step = runs[0].rollback.monitor, runs[0].step
 
         def after_an_epoch() -> None:
-            checkup.epoch(step, checkup.body(step, {}), [0.5])
+            monitor.epoch(step, monitor.body(step, {}), [0.5])
 
         epoch = in_turn(after_an_epoch, lambda: None, rounds)["first_ms"]
-        step_ms = found["second_ms"] / steps
+        step_ms = timings["second_ms"] / steps
         rows = [dict(row) for row in as_numbers(runs[0].folder)] * 20
-        read = in_turn(lambda: [checkup.vitals.row(row) for row in rows], lambda: None, rounds)
+        read = in_turn(lambda: [monitor.vitals.row(row) for row in rows], lambda: None, rounds)
         row_ms = read["first_ms"] / len(rows)
         per_epoch = runs[0].loader.steps_per_epoch
     return {
         "step_ms": step_ms,
-        "ratio_of_steps": found["ratio"],
+        "ratio_of_steps": timings["ratio"],
         "row_ms": row_ms,
         "rows_share": row_ms / step_ms,
         "epoch_checks_ms": epoch,

@@ -1,4 +1,4 @@
-"""A training step of jemkit against the released schedule, against the bare passes, and its floor.
+"""A training step of jemkit against the released schedule, the bare passes, and its roofline.
 
     python benchmarks/steps.py                      SADA-JEM x EB-JDAT, wrn-16-2, 3 x 32 x 32, 64
     python benchmarks/steps.py --what parts         every backbone with every objective
@@ -6,7 +6,7 @@
     python benchmarks/steps.py --small              of toys, to see that all of it runs
 
 Each contestant lives in a process of its own, so that each has a peak of memory of its own, and
-they step in turn, so that what else a machine does meets all alike. Ratios are taken round by
+they step in turn, so that other load on a machine affects all equally. Ratios are taken round by
 round; `cpu` is the time that the processor spent, which other work on the machine moves less.
 """
 
@@ -56,7 +56,7 @@ VARIANTS = {
         "jemkit+cl+bf16+compile",
     ),
 }  # fmt: skip
-"""cl: channels last; hold: memory held; anew: activations made anew; all else as run.NAME is."""
+"""cl: channels last; hold: memory held; anew: activation checkpointing; all else as run.NAME is."""
 RIVALS = ("released", "bare")
 EPOCHS, IMAGES = 100, 45_000  # of the forecast: CIFAR-10 without its validation split
 
@@ -177,10 +177,10 @@ def serve(given: argparse.Namespace) -> None:
             wall, cpu = time.perf_counter(), time.process_time()
             step()
             settle(device)
-        told = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        figures = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
         if device.type == "cuda":
-            told["gpu_mib"] = torch.cuda.max_memory_allocated() / 2**20
-        print(json.dumps({**told, "rss_mib": peak()}), flush=True)
+            figures["gpu_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        print(json.dumps({**figures, "rss_mib": peak()}), flush=True)
 
 
 def peak() -> float:
@@ -195,32 +195,34 @@ class Contestant:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.name, self.before = name, self._told()["rss_mib"]
+        self.name, self.before = name, self._answer()["rss_mib"]
         self.times: list[dict[str, float]] = []
 
     def step(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
-        self.times.append(self._told())
+        self.times.append(self._answer())
 
-    def _told(self) -> dict[str, float]:
+    def _answer(self) -> dict[str, float]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.name} ended with code {self.process.wait()}")
-        found: dict[str, float] = json.loads(line)
-        return found
+        figures: dict[str, float] = json.loads(line)
+        return figures
 
     def close(self) -> None:
         self.process.communicate()
 
     def figures(self) -> dict[str, float]:
         timed = self.times[1:] or self.times  # the first one warms up
-        found = {f"{kind}_s": statistics.median(t[kind] for t in timed) for kind in ("wall", "cpu")}
+        totals = {
+            f"{kind}_s": statistics.median(t[kind] for t in timed) for kind in ("wall", "cpu")
+        }
         last = self.times[-1]
-        found |= {"peak_mib": last["rss_mib"], "step_mib": last["rss_mib"] - self.before}
-        return found | ({"gpu_mib": last["gpu_mib"]} if "gpu_mib" in last else {})
+        totals |= {"peak_mib": last["rss_mib"], "step_mib": last["rss_mib"] - self.before}
+        return totals | ({"gpu_mib": last["gpu_mib"]} if "gpu_mib" in last else {})
 
 
 def compared(given: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
@@ -293,22 +295,22 @@ def flags(given: argparse.Namespace) -> list[str]:
 
 def main_step(given: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(given.device)
-    found = compared(given, (*RIVALS, *((MAIN,) if given.small else VARIANTS[device.type])))
-    found["floor"] = {
+    record = compared(given, (*RIVALS, *((MAIN,) if given.small else VARIANTS[device.type])))
+    record["floor"] = {
         "contiguous": floor(given, channels_last=False),
         "channels_last": floor(given, channels_last=True),
     }
-    for name, figures in found["steps"].items():
-        figures |= rates(name, figures, found["floor"]["channels_last"], given)
+    for name, figures in record["steps"].items():
+        figures |= rates(name, figures, record["floor"]["channels_last"], given)
         print(name, figures, file=sys.stderr)
-    return found
+    return record
 
 
 def rates(
     name: str, figures: dict[str, float], least: dict[str, float], given: argparse.Namespace
 ) -> dict[str, float]:
-    """What a step's time says: of the floor, of the machine, of a whole run."""
-    narrow = "bf16" in name  # the floor is float32's
+    """What a step's time says: of the roofline, of the machine, of a whole run."""
+    narrow = "bf16" in name  # the roofline is float32's
     product = least["matmul_bf16" if narrow else "matmul"]
     reached = {} if narrow else {
         "of_floor": least["floor_arithmetic_s"] / figures["wall_s"],
@@ -332,15 +334,15 @@ PARTS = [
 
 
 def parts(given: argparse.Namespace) -> dict[str, Any]:
-    """Step time and floor of every backbone with every objective, plain descent."""
-    found = {}
+    """Step time and roofline of every backbone with every objective, plain descent."""
+    by_part = {}
     for backbone, objective in PARTS:
         one = changed(given, backbone=backbone, objective=objective, updater="plain")
-        found[f"{backbone} x {objective}"] = {**alone(one), **floor(one, channels_last=True)}
-    return found
+        by_part[f"{backbone} x {objective}"] = {**step_alone(one), **floor(one, channels_last=True)}
+    return by_part
 
 
-def alone(given: argparse.Namespace) -> dict[str, float]:
+def step_alone(given: argparse.Namespace) -> dict[str, float]:
     """One jemkit's figures, with nobody beside it."""
     name = MAIN if given.device == "cpu" else "jemkit+cl"
     figures: dict[str, float] = compared(given, (name,))["steps"][name]
@@ -356,7 +358,7 @@ SCALES: dict[str, tuple[int, ...]] = {
 def scaling(given: argparse.Namespace, scales: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """Step time and memory as one size grows and the others stay."""
     return {
-        name: {value: alone(changed(given, **{name: value})) for value in values}
+        name: {value: step_alone(changed(given, **{name: value})) for value in values}
         for name, values in scales.items()
     }
 

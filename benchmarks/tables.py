@@ -16,8 +16,8 @@ COLUMNS = {
 
 
 def results(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return found
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return content
 
 
 def table(rows: dict[str, dict[str, Any]], first: str, columns: list[str]) -> str:
@@ -32,8 +32,10 @@ def table(rows: dict[str, dict[str, Any]], first: str, columns: list[str]) -> st
 if __name__ == "__main__":
     acceptance = results("acceptance")["figures"]
     print(table(acceptance["table"], "backbone x objective", list(COLUMNS)), "\n")
-    for name, found in acceptance["pgd20_differences"].items():
-        low, high = found["interval95"]
-        print(f"| {name} | {100 * found['mean']:+.1f} | [{100 * low:+.1f}, {100 * high:+.1f}] |")
+    for name, difference in acceptance["pgd20_differences"].items():
+        low, high = difference["interval95"]
+        print(
+            f"| {name} | {100 * difference['mean']:+.1f} | [{100 * low:+.1f}, {100 * high:+.1f}] |"
+        )
     print()
     print(table(results("sweep")["figures"], "setting", list(COLUMNS)[:-1]))

@@ -55,13 +55,13 @@ def in_turn(
 
 def trained(arguments: list[str], out: Path) -> dict[str, Any]:
     """The JSON line of `jemkit train ARGUMENTS --out OUT`; a run that is there is not run again."""
-    kept = out.with_suffix(".json")
-    if not kept.exists():
+    output = out.with_suffix(".json")
+    if not output.exists():
         jemkit = str(Path(sys.executable).with_name("jemkit"))
         command = [jemkit, "train", *arguments, "--out", str(out), "--json", "--quiet"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        kept.write_text(done.stdout.splitlines()[-1])
-    line = json.loads(kept.read_text())
+        output.write_text(done.stdout.splitlines()[-1])
+    line = json.loads(output.read_text())
     return {name: value for name, value in line.items() if name != "run"}
 
 

@@ -107,10 +107,10 @@ def _labels(around: dict[str, str]) -> list[int]:
     """Labels of a batch file, read as opcodes: `labels`, then small integers K in a list."""
     before, after = bytes.fromhex(around["before"]), bytes.fromhex(around["after"])
     content = before if b"labels" in before else after
-    found: list[int] = []
+    labels: list[int] = []
     at = content.index(b"labels")
-    while len(found) < int(around["images"]):
+    while len(labels) < int(around["images"]):
         at = content.index(b"K", at)
-        found.append(content[at + 1])
+        labels.append(content[at + 1])
         at += 2
-    return found
+    return labels

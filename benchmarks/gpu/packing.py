@@ -42,9 +42,9 @@ class PackError(Exception):
 
 
 def main() -> int:
-    asked = arguments()
+    given = arguments()
     try:
-        sizes = pack(asked.out, asked.python, asked.data_dir)
+        sizes = pack(given.out, given.python, given.data_dir)
     except (PackError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -84,10 +84,10 @@ def _batches(data_dir: Path | None) -> list[Path]:
     if data_dir is None:
         return []
     folder = data_dir / images.FOLDER
-    found = [folder / name for name in (*images.BATCHES, images.NAMES)]
-    if missing := [path for path in found if not path.is_file()]:
+    batches = [folder / name for name in (*images.BATCHES, images.NAMES)]
+    if missing := [path for path in batches if not path.is_file()]:
         raise PackError(f"{missing[0]} is missing; give --data-dir DIR that has {images.FOLDER}")
-    return found[:-1]
+    return batches[:-1]
 
 
 def copy_files(kit: Path) -> None:
@@ -124,10 +124,10 @@ def version_of(name: str) -> str:
     """The version that constraints.txt pins."""
     spelled = re.sub("[-_]", "[-_]", name)
     pattern = re.compile(rf"^{spelled}==(\S+)$", re.MULTILINE)
-    found = pattern.search((ROOT / "constraints.txt").read_text())
-    if found is None:
+    match = pattern.search((ROOT / "constraints.txt").read_text())
+    if match is None:
         raise PackError(f"constraints.txt pins no version of {name}")
-    return found[1]
+    return match[1]
 
 
 def without(wheel: Path, folder: str) -> None:

@@ -43,14 +43,14 @@ TASK = toy_task()
 
 def recipe(given: Given, options: dict[str, object]) -> Resolved:
     """SADA-JEM with EB-JDAT on digits and a small WRN, for a handful of steps."""
-    chosen = {
+    overrides = {
         "backbone.use": "sadajem", "objective.use": "ebjdat", "updater.use": "plain",
         "run.device": given.device, "run.max_train": 400, "run.batch_size": 64, "run.epochs": 1,
         "backbone.network.use": "wrn", "backbone.network.depth": 10, "backbone.network.width": 1,
     } | options  # fmt: skip
-    if chosen["backbone.use"] != "classifier":
-        chosen |= {"backbone.steps": 3, "backbone.buffer.capacity": 300}
-    return resolve(REGISTRY, overrides=[f"{k}={_toml(v)}" for k, v in chosen.items()])
+    if overrides["backbone.use"] != "classifier":
+        overrides |= {"backbone.steps": 3, "backbone.buffer.capacity": 300}
+    return resolve(REGISTRY, overrides=[f"{k}={_toml(v)}" for k, v in overrides.items()])
 
 
 def _toml(value: object) -> str:
@@ -84,8 +84,8 @@ def _compiled(given: Given, backend: Any) -> dict[str, Any]:
         energy = ModelEnergy(model)
         for turn in range(4):  # the first calls warm up, the next ones record a CUDA graph
             z = x.roll(turn, 0)
-            found, wanted = unit(energy, z), eager_gradient(energy, z)
-            error = max(error, float((found - wanted).norm() / wanted.norm()))
+            gradient, wanted = unit(energy, z), eager_gradient(energy, z)
+            error = max(error, float((gradient - wanted).norm() / wanted.norm()))
             with torch.no_grad():
                 for p in model.parameters():  # an update, which a recorded graph must see
                     p.mul_(0.9)
@@ -139,7 +139,7 @@ def failed_compile(given: Given) -> dict[str, Any]:
 
 
 @contextmanager
-def _waits(given: Given, where: str, seen: Counter[str]) -> Iterator[None]:
+def _waits(given: Given, where: str, stacks: Counter[str]) -> Iterator[None]:
     """Count the places at which the host waits for the device."""
     if given.device == "cpu":
         yield
@@ -154,23 +154,27 @@ def _waits(given: Given, where: str, seen: Counter[str]) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
     for each in caught:
         if "synchron" in str(each.message):
-            seen[f"{where}: {Path(each.filename).name}:{each.lineno}"] += 1
+            stacks[f"{where}: {Path(each.filename).name}:{each.lineno}"] += 1
 
 
 def no_step_waits(given: Given) -> dict[str, Any]:
     """A whole training step of every backbone with every updater waits for nothing."""
-    seen: Counter[str] = Counter()
+    stacks: Counter[str] = Counter()
     tried = 0
     for backbone in sorted(REGISTRY["backbone"]):
         for updater in sorted(REGISTRY["updater"]):
             objective = "pgdat" if backbone == "classifier" else "ebjdat"
-            chosen = {"backbone.use": backbone, "updater.use": updater, "objective.use": objective}
-            parts = build_run(recipe(given, chosen).recipe)
+            overrides = {
+                "backbone.use": backbone,
+                "updater.use": updater,
+                "objective.use": objective,
+            }
+            parts = build_run(recipe(given, overrides).recipe)
             guard = Guard()
             parts.backbone.model.train()
             for turn in range(3):
                 batch = parts.loader.batch()
-                alarm = _waits(given, f"{backbone} x {updater}", seen if turn == 2 else Counter())
+                alarm = _waits(given, f"{backbone} x {updater}", stacks if turn == 2 else Counter())
                 with alarm:
                     train_step(
                         parts.backbone, parts.objective, parts.updater, batch, parts.rng, guard
@@ -179,8 +183,8 @@ def no_step_waits(given: Given) -> dict[str, Any]:
             tried += 1
             if given.toy and tried == 2:
                 return {"combinations": tried}
-    if seen:
-        raise RuntimeError(f"the host waits for the device: {dict(seen)}")
+    if stacks:
+        raise RuntimeError(f"the host waits for the device: {dict(stacks)}")
     return {"combinations": tried}
 
 
@@ -189,11 +193,11 @@ def fused_optimizers(given: Given) -> dict[str, Any]:
     tried = 0
     for optimizer in ("sgd", "adam"):
         for layout in ("yes", "no"):
-            chosen = {
+            overrides = {
                 "optimizer.use": optimizer, "run.channels_last": layout, "run.ema_decay": 0.9,
                 "run.deterministic": True,
             }  # fmt: skip
-            resolved = recipe(given, chosen)
+            resolved = recipe(given, overrides)
             with tempfile.TemporaryDirectory() as folder:
                 whole = Trainer(resolved, RunFolder.create(Path(folder) / "whole"))
                 whole.run(until=4)
@@ -213,11 +217,11 @@ def fused_optimizers(given: Given) -> dict[str, Any]:
 def deterministic(given: Given) -> dict[str, Any]:
     """Two runs of one seed are one, in fp32 and in bf16."""
     for precision in ("fp32", "bf16"):
-        chosen = {"updater.use": "sam", "run.deterministic": True, "run.precision": precision}
+        overrides = {"updater.use": "sam", "run.deterministic": True, "run.precision": precision}
         ends = []
         for _ in range(2):
             with tempfile.TemporaryDirectory() as folder:
-                trainer = Trainer(recipe(given, chosen), RunFolder.create(Path(folder) / "run"))
+                trainer = Trainer(recipe(given, overrides), RunFolder.create(Path(folder) / "run"))
                 trainer.run(until=4)
                 ends.append(trainer.state_dict())
         if not same(ends[0]["model"], ends[1]["model"]):
@@ -272,7 +276,7 @@ def evaluators(given: Given) -> dict[str, Any]:
 
 def precisions(given: Given) -> dict[str, Any]:
     """Energy gradients of a WRN in each precision against float64, the relative error."""
-    model, found = model_of(given, norm="batch").eval(), {}
+    model, errors = model_of(given, norm="batch").eval(), {}
     x = torch.rand((16, *TASK.shape), device=given.device)
     exact = eager_gradient(ModelEnergy(model.double()), x.double())
     model.float()
@@ -280,10 +284,10 @@ def precisions(given: Given) -> dict[str, Any]:
         narrow = torch.autocast(given.device, torch.bfloat16, enabled=precision == "bf16")
         with numerics(precision=precision), narrow:  # type: ignore[arg-type]
             gradient = eager_gradient(ModelEnergy(model), x).double()
-        found[precision] = float((gradient - exact).norm() / exact.norm())
-    if found["fp32"] > 1e-3:
-        raise RuntimeError(f"fp32 is not float32: relative errors {found}")
-    return found
+        errors[precision] = float((gradient - exact).norm() / exact.norm())
+    if errors["fp32"] > 1e-3:
+        raise RuntimeError(f"fp32 is not float32: relative errors {errors}")
+    return errors
 
 
 PROBES: tuple[Callable[[Given], dict[str, Any]], ...] = (
@@ -295,11 +299,11 @@ PROBES: tuple[Callable[[Given], dict[str, Any]], ...] = (
 def main() -> None:
     options = parser()
     options.add_argument("name", choices=[probe.__name__ for probe in PROBES])
-    asked = options.parse_args()
-    probe = next(p for p in PROBES if p.__name__ == asked.name)
+    given = options.parse_args()
+    probe = next(p for p in PROBES if p.__name__ == given.name)
     with numerics():  # as a run in fp32 has torch's switches: its own let convolutions be tf32
-        result = probe(given_of(asked))
-    say(result, asked.result) if asked.result else print(json.dumps(result))
+        result = probe(given_of(given))
+    say(result, given.result) if given.result else print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def descendants(pid: int) -> list[int]:
             with suppress(OSError):
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
                 children.setdefault(int(fields[1]), []).append(int(entry.name))
-    found = list(children.get(pid, []))
-    for child in found:
-        found += children.get(child, [])
-    return found
+    children_of = list(children.get(pid, []))
+    for child in children_of:
+        children_of += children.get(child, [])
+    return children_of

@@ -14,7 +14,7 @@ def about_machine() -> dict[str, Any]:
     """Device, driver's CUDA and versions; torch is imported here."""
     import torch
 
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "device": "cpu",
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -22,13 +22,13 @@ def about_machine() -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
-        found |= {
+        facts |= {
             "device": gpu.name,
             "memory_gib": round(gpu.total_memory / 2**30, 1),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         }
-    return found
+    return facts
 
 
 def _version(name: str) -> str | None:

@@ -51,27 +51,27 @@ MARGIN = 8.0  # seconds before the end, for what comes after the last stage
 
 
 def main() -> int:
-    asked = arguments()
-    ends = time.monotonic() + asked.seconds
-    if problem := _problem(asked):
+    given = arguments()
+    ends = time.monotonic() + given.seconds
+    if problem := _problem(given):
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    if asked.rehearse:  # probes run side by side, on few cores
+    if given.rehearse:  # probes run side by side, on few cores
         os.environ["OMP_NUM_THREADS"] = "1"
-    asked.out.mkdir(parents=True, exist_ok=True)
-    asked.work.mkdir(parents=True, exist_ok=True)
+    given.out.mkdir(parents=True, exist_ok=True)
+    given.work.mkdir(parents=True, exist_ok=True)
     try:
-        install(asked.work / "site")
+        install(given.work / "site")
     except InstallError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    unpack([KIT / "cifar10", *asked.images], asked.work / "packed")
+    unpack([KIT / "cifar10", *given.images], given.work / "packed")
     failed = 0
     for stage in STAGES:
-        if stage.name not in asked.stages:
+        if stage.name not in given.stages:
             continue
-        limit = stage.rehearsed if asked.rehearse else stage.limit
-        failed += not run_stage(asked, stage.name, min(limit, ends - time.monotonic() - MARGIN))
+        limit = stage.rehearsed if given.rehearse else stage.limit
+        failed += not run_stage(given, stage.name, min(limit, ends - time.monotonic() - MARGIN))
     return int(failed > 0)
 
 
@@ -93,20 +93,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--images", type=Path, nargs="*", default=[], help="more packed images, of pack's `rest`"
     )
-    found = parser.parse_args()
-    found.out, found.work = found.out.resolve(), found.work.resolve()
-    return found
+    given = parser.parse_args()
+    given.out, given.work = given.out.resolve(), given.work.resolve()
+    return given
 
 
-def _problem(asked: argparse.Namespace) -> str:
+def _problem(given: argparse.Namespace) -> str:
     """Why nothing can run; empty where it can."""
     if not any((KIT / "wheels").glob("jemkit-*.whl")):
         return f"{KIT / 'wheels'} has no wheel of jemkit; make a kit by benchmarks/gpu/pack"
-    if missing := [str(path) for path in asked.images if not path.is_dir()]:
+    if missing := [str(path) for path in given.images if not path.is_dir()]:
         return f"--images {missing[0]} is not a folder; give the one that pack wrote beside the kit"
-    seen = "import torch; raise SystemExit(0 if torch.cuda.is_available() else 3)"
-    command = [sys.executable, "-c", seen]
-    code = 0 if asked.rehearse else processes.run(command, 90).code
+    check = "import torch; raise SystemExit(0 if torch.cuda.is_available() else 3)"
+    command = [sys.executable, "-c", check]
+    code = 0 if given.rehearse else processes.run(command, 90).code
     if code is None:
         return "torch did not answer within 90 s whether there is a CUDA device"
     if code == 3:
@@ -139,25 +139,25 @@ def unpack(sources: list[Path], target: Path) -> None:
                 shutil.copyfile(path, target / path.name)
 
 
-def run_stage(asked: argparse.Namespace, name: str, limit: float) -> bool:
+def run_stage(given: argparse.Namespace, name: str, limit: float) -> bool:
     """One stage in a process of its own; whether it passed."""
-    path = asked.out / f"{name}.json"
+    path = given.out / f"{name}.json"
     path.unlink(missing_ok=True)
     if limit < 5:
         Record(path, stage=name, status="not reached")
         print(f"{name:12} not reached", flush=True)
         return False
-    where = ["--out", asked.out, "--work", asked.work, "--seconds", f"{limit - 2:.1f}"]
-    kind = ["--device", "cpu", "--toy"] if asked.rehearse else ["--device", "cuda"]
+    where = ["--out", given.out, "--work", given.work, "--seconds", f"{limit - 2:.1f}"]
+    kind = ["--device", "cpu", "--toy"] if given.rehearse else ["--device", "cuda"]
     command = processes.python(HERE / "stage.py", name, *where, *kind)
-    done = processes.run(command, limit, cwd=asked.work)
+    done = processes.run(command, limit, cwd=given.work)
     record = Record(path, **(Record.read(path) or {"stage": name}))
     record.add(status=done.status, seconds=done.seconds)
     if not done.passed:
         record.add(error=done.output)
-    kept = asked.work / "records"  # where a later call, whose OUT is another, finds it
-    kept.mkdir(exist_ok=True)
-    shutil.copyfile(path, kept / path.name)
+    stored = given.work / "records"  # where a later call, whose OUT is another, finds it
+    stored.mkdir(exist_ok=True)
+    shutil.copyfile(path, stored / path.name)
     print(f"{name:12} {done.status:8} {done.seconds:6.1f} s", flush=True)
     if not done.passed:
         print("    " + "\n    ".join(done.output.strip().splitlines()[-12:]), flush=True)

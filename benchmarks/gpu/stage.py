@@ -30,19 +30,19 @@ class Given(NamedTuple):
 
     def arguments(self) -> list[str]:
         """As options of `stage.py`, for a process that a stage starts."""
-        found = ["--out", str(self.out), "--work", str(self.work), "--device", self.device]
-        return [*found, *(["--toy"] if self.toy else []), "--seconds", f"{self.left:.1f}"]
+        words = ["--out", str(self.out), "--work", str(self.work), "--device", self.device]
+        return [*words, *(["--toy"] if self.toy else []), "--seconds", f"{self.left:.1f}"]
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(description=__doc__)
-    found.add_argument("--out", type=Path, required=True)
-    found.add_argument("--work", type=Path, required=True)
-    found.add_argument("--seconds", type=float, required=True)
-    found.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    found.add_argument("--toy", action="store_true")
-    found.add_argument("--result", type=Path, help="where a child of a stage writes its result")
-    return found
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--out", type=Path, required=True)
+    options.add_argument("--work", type=Path, required=True)
+    options.add_argument("--seconds", type=float, required=True)
+    options.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    options.add_argument("--toy", action="store_true")
+    options.add_argument("--result", type=Path, help="where a child of a stage writes its result")
+    return options
 
 
 def given_of(options: argparse.Namespace) -> Given:
@@ -60,11 +60,11 @@ def say(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     options = parser()
     options.add_argument("name")
-    asked = options.parse_args()
-    given = given_of(asked)
-    record = Record(given.out / f"{asked.name}.json", stage=asked.name, toy=asked.toy)
+    parsed = options.parse_args()
+    given = given_of(parsed)
+    record = Record(given.out / f"{parsed.name}.json", stage=parsed.name, toy=parsed.toy)
     record.add(machine=about_machine())
-    importlib.import_module(f"stage_{asked.name}").measure(given, record)
+    importlib.import_module(f"stage_{parsed.name}").measure(given, record)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,6 @@ def measure(given: Given, record: Record) -> None:
         raise RuntimeError(f"probes that did not pass:\n{reasons}")
 
 
-def _reason(found: dict[str, Any]) -> str:
+def _reason(outcome: dict[str, Any]) -> str:
     """The last lines of what a failed probe printed, or its status."""
-    return " | ".join(found.get("output", "").strip().splitlines()[-3:]) or found["status"]
+    return " | ".join(outcome.get("output", "").strip().splitlines()[-3:]) or outcome["status"]

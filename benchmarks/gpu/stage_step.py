@@ -60,8 +60,8 @@ def step_of(setting: argparse.Namespace, variant: str) -> Callable[[], Any]:
 
 def contest(given: Given, network: str, variant: str) -> Iterator[dict[str, Any]]:
     """Seconds and memory of a step, the first one, which compiles, by itself; then its profile."""
-    device, chosen = torch.device(given.device), setting(network, given)
-    step = step_of(chosen, variant)
+    device, settings = torch.device(given.device), setting(network, given)
+    step = step_of(settings, variant)
     with numerics(precision="tf32" if variant == "tf32" else "fp32"):
         first = _seconds(step, device)
         if device.type == "cuda":
@@ -69,17 +69,17 @@ def contest(given: Given, network: str, variant: str) -> Iterator[dict[str, Any]
         times: list[float] = []
         while len(times) < 3 or (sum(times) < 4 and len(times) < 50):
             times.append(_seconds(step, device))
-        found: dict[str, Any] = {
+        figures: dict[str, Any] = {
             "first_s": first,
             "step_s": statistics.median(times),
             "steps": len(times),
-            "images_per_s": chosen.batch / statistics.median(times),
+            "images_per_s": settings.batch / statistics.median(times),
         }
         if device.type == "cuda":
-            found["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
-        yield found
+            figures["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+        yield figures
         if (network, variant) in PROFILED:
-            yield found | {"profile": profile(step, device)}
+            yield figures | {"profile": profile(step, device)}
 
 
 def _seconds(step: Callable[[], Any], device: torch.device) -> float:
@@ -96,36 +96,36 @@ def profile(step: Callable[[], Any], device: torch.device) -> list[dict[str, Any
     from torch.profiler import profile as watching
 
     cuda = device.type == "cuda"
-    with watching(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
+    with watching(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         step()
         settle(device)
     key = "self_device_time_total" if cuda else "self_cpu_time_total"
-    rows = sorted(seen.key_averages(), key=lambda row: -getattr(row, key))[:15]
+    rows = sorted(profiler.key_averages(), key=lambda row: -getattr(row, key))[:15]
     return [{"kernel": r.key[:120], "ms": getattr(r, key) / 1e3, "calls": r.count} for r in rows]
 
 
 def rates(given: Given) -> dict[str, float]:
     """The device alone: large products, a copy of 1 GiB."""
     device = torch.device(given.device)
-    found = {}
+    figures = {}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         with numerics():
-            found[f"product_{name}"] = product_rate(device, dtype)
+            figures[f"product_{name}"] = product_rate(device, dtype)
     size = GIB if device.type == "cuda" else 2**20
     source = torch.zeros(size // 4, device=device)
     target = torch.empty_like(source)
-    found["bandwidth"] = 2 * size / fastest(lambda: target.copy_(source), device)
-    return found
+    figures["bandwidth"] = 2 * size / fastest(lambda: target.copy_(source), device)
+    return figures
 
 
 def work_of(given: Given, network: str) -> float:
     """FLOP of jemkit's step of a network, counted; they are the same on any device."""
     import steps
 
-    chosen = steps.changed(setting(network, given), device="cpu")
-    backbone, batch = steps.built(chosen)
-    spec = Plain() if chosen.updater == "plain" else SAM()
-    return float(flops(step_work(backbone, steps.objective_of(chosen), spec, batch).whole))
+    settings = steps.changed(setting(network, given), device="cpu")
+    backbone, batch = steps.built(settings)
+    spec = Plain() if settings.updater == "plain" else SAM()
+    return float(flops(step_work(backbone, steps.objective_of(settings), spec, batch).whole))
 
 
 def measure(given: Given, record: Record) -> None:
@@ -142,14 +142,14 @@ def measure(given: Given, record: Record) -> None:
         result.unlink(missing_ok=True)
         command = processes.python(Path(__file__), network, variant, *given.arguments())
         done = processes.run([*command, "--result", str(result)], min(LIMIT, given.left - 2))
-        found: dict[str, Any] = {"status": done.status}
+        figures: dict[str, Any] = {"status": done.status}
         if result.exists():
             work[network] = work.get(network) or work_of(given, network)
-            found |= json.loads(result.read_text())
-            found |= forecast(found["step_s"], work[network], device["product_bf16"], given)
+            figures |= json.loads(result.read_text())
+            figures |= forecast(figures["step_s"], work[network], device["product_bf16"], given)
         if not done.passed:
-            found["output"] = done.output[-2000:]
-        record.add(**{name: found})
+            figures["output"] = done.output[-2000:]
+        record.add(**{name: figures})
     record.add(**against_released(record.content))
     names = [f"{network} {variant}" for network, variant in contestants]
     bad = ("failed", "timeout")
@@ -169,22 +169,22 @@ def forecast(step_s: float, work: float, product: float, given: Given) -> dict[s
 
 def against_released(content: dict[str, Any]) -> dict[str, Any]:
     """How many times the released schedule takes each contestant's step."""
-    found = {}
+    ratios = {}
     for name, figures in content.items():
         network, _, variant = name.partition(" ")
         released = content.get(f"{network} released", {})
         if variant and variant != "released" and "step_s" in figures and "step_s" in released:
-            found[name] = released["step_s"] / figures["step_s"]
-    return {"released / this": found}
+            ratios[name] = released["step_s"] / figures["step_s"]
+    return {"released / this": ratios}
 
 
 def main() -> None:
     options = parser()
     options.add_argument("network")
     options.add_argument("variant")
-    asked = options.parse_args()
-    for result in contest(given_of(asked), asked.network, asked.variant):
-        say(result, asked.result) if asked.result else print(json.dumps(result))
+    given = options.parse_args()
+    for result in contest(given_of(given), given.network, given.variant):
+        say(result, given.result) if given.result else print(json.dumps(result))
 
 
 if __name__ == "__main__":

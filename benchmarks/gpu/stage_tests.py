@@ -18,11 +18,11 @@ def marked(folder: Path) -> list[str]:
 
 
 def measure(given: Given, record: Record) -> None:
-    chosen = ["tests/models/test_energy.py"] if given.toy else ["-m", "cuda"]
-    chosen += [name for name in marked(KIT / "tests") if not given.toy or "test_cuda" in name]
+    selected = ["tests/models/test_energy.py"] if given.toy else ["-m", "cuda"]
+    selected += [name for name in marked(KIT / "tests") if not given.toy or "test_cuda" in name]
     shared = ["-n", "4", "--dist", "worksteal"] if find_spec("xdist") and not given.toy else []
     report = ["-rfEs", "--tb=short", "-p", "no:cacheprovider", "-o", "timeout=60"]
-    command = processes.python("-P", "-m", "pytest", *report, *shared, *chosen)
+    command = processes.python("-P", "-m", "pytest", *report, *shared, *selected)
     done = processes.run(command, given.left - 2, cwd=KIT, log=given.out / "tests.txt")
     counted = re.findall(r"(\d+) (passed|failed|skipped|errors?|deselected)", done.output)
     record.add(counts={name: int(n) for n, name in counted}, output=done.output)

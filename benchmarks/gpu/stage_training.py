@@ -49,8 +49,8 @@ def train_and_judge(
     epochs = 1 if given.toy else epochs or epochs_in(ends, count, step)
     run = given.work / record.content["stage"] / "run"
     shutil.rmtree(run.parent, ignore_errors=True)
-    chosen = [*method, *recipe(given, data), "--epochs", str(epochs)]
-    command = _jemkit("train", *chosen, "--out", str(run), "--quiet")
+    options = [*method, *recipe(given, data), "--epochs", str(epochs)]
+    command = _jemkit("train", *options, "--out", str(run), "--quiet")
     record.add(data=data, images=count, epochs=epochs, command=_as_typed(command))
     trained = processes.run(command, ends, grace=GRACE)
     record.add(
@@ -86,23 +86,23 @@ def dataset(given: Given) -> tuple[list[str], int]:
         count = 0
         for name in packed:
             test = name == images.BATCHES[0]
-            found = images.export_png(name, source, target / ("test" if test else "train"))
-            count += 0 if test else found
+            exported = images.export_png(name, source, target / ("test" if test else "train"))
+            count += 0 if test else exported
         return ["--dataset", "folder", "--data-dir", str(target)], count
     return ["--dataset", "digits"], 1_297
 
 
 def recipe(given: Given, data: list[str]) -> list[str]:
     """One cycle of the learning rate: a linear rise over a fifth of the run, then half a cosine."""
-    found = [
+    options = [
         *data, "--device", given.device,
         "--set", "schedule.decay=cosine", "--set", "schedule.warmup_share=0.2",
         "--set", "schedule.warmup=100000", "--set", "run.eval_images=500",
         "--set", "run.test_images=100", "--seed", "0",
     ]  # fmt: skip
     if given.toy:
-        return [*found, "--set", "run.max_train=200"]
-    return [*found, "--network", "wrn-16-4", "--precision", "bf16", "--batch-size", "128"]
+        return [*options, "--set", "run.max_train=200"]
+    return [*options, "--network", "wrn-16-4", "--precision", "bf16", "--batch-size", "128"]
 
 
 def judgements(given: Given, run: Path, *, generates: bool) -> dict[str, list[str]]:
@@ -111,7 +111,7 @@ def judgements(given: Given, run: Path, *, generates: bool) -> dict[str, list[st
     few = "50" if given.toy else "1000"
     everything = ["--max-images", few] if given.toy else []
     generated = ["--only", "generation", "--set", f"generation.n={50 if given.toy else 10_000}"]
-    found = {
+    commands = {
         "export": ["export", str(run), "--out", str(run.parent / "export")],
         "pgd": [*evaluate, "--attack", "pgd", "--only", "robustness", "--only", "energies",
                 *everything, "--batch-size", "500"],
@@ -123,7 +123,7 @@ def judgements(given: Given, run: Path, *, generates: bool) -> dict[str, list[st
                  "--indicators", "off", "--max-images", "50"],
     }  # fmt: skip
     of_densities = ("sample", "generation", "bpda")
-    return {k: v for k, v in found.items() if generates or k not in of_densities}
+    return {k: v for k, v in commands.items() if generates or k not in of_densities}
 
 
 def figures(run: Path) -> dict[str, Any]:
@@ -131,8 +131,8 @@ def figures(run: Path) -> dict[str, Any]:
     path = run / "evaluation.json"
     if not path.exists():
         return {}
-    found = json.loads(path.read_text()).get("figures", [])
-    return {f["name"]: {k: f.get(k) for k in ("value", "low", "high", "n")} for f in found}
+    rows = json.loads(path.read_text()).get("figures", [])
+    return {f["name"]: {k: f.get(k) for k in ("value", "low", "high", "n")} for f in rows}
 
 
 def bring_back(run: Path, path: Path) -> dict[str, int]:
@@ -154,9 +154,9 @@ def bring_back(run: Path, path: Path) -> dict[str, int]:
 def _step_seconds(given: Given, record: Record) -> float:
     """Of a step in bf16, as the stage `step` found it."""
     before = Record.read(given.work / "records" / "step.json").get("wrn-16-4 bf16", {})
-    found = float(before.get("step_s", ASSUMED))
-    record.add(assumed_step_s=found)
-    return found
+    seconds = float(before.get("step_s", ASSUMED))
+    record.add(assumed_step_s=seconds)
+    return seconds
 
 
 def epoch_seconds(count: int, step: float) -> float:
@@ -174,9 +174,9 @@ def _done(given: Given, arguments: list[str], limit: float) -> dict[str, Any]:
         return {"status": "not reached"}
     command = _jemkit(*arguments)
     done = processes.run(command, min(limit, given.left - 3))
-    found: dict[str, Any] = {"status": done.status, "seconds": done.seconds}
-    found["command"] = _as_typed(command)
-    return found if done.passed else found | {"output": done.output[-2000:]}
+    outcome: dict[str, Any] = {"status": done.status, "seconds": done.seconds}
+    outcome["command"] = _as_typed(command)
+    return outcome if done.passed else outcome | {"output": done.output[-2000:]}
 
 
 def _as_typed(command: list[str]) -> str:

@@ -18,7 +18,7 @@ def random_search(
 ) -> Tensor:
     """x~ [B, C, H, W], the lowest margin in `queries` passes (after Andriushchenko et al. 2020).
 
-    Windows of x~ - x are drawn anew and kept where the margin falls; they shrink on the way. An
+    Windows of x~ - x are redrawn and kept where the margin falls; they shrink on the way. An
     image that is wrong is left as it is.
     """
     with torch.no_grad():

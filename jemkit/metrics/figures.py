@@ -57,7 +57,7 @@ def finite(value: Any) -> Any:
 
 
 def canonical(value: Any) -> Any:
-    """A tree in which equal numbers are written alike: 8.0 is 8."""
+    """A tree in which equal numbers have one form: 8.0 is 8."""
     if isinstance(value, Mapping):
         return {key: canonical(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

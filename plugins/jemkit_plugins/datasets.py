@@ -60,7 +60,7 @@ class Digits(Options):
 
 SPLIT = Path(__file__).with_name("digits.json")
 """The stratified split that scikit-learn draws of the digits, 500 of them to test on: kept, since
-to draw it anew would import all of scikit-learn."""
+to redraw it would import all of scikit-learn."""
 
 
 def _digits() -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ from waiting import until
 
 from jemkit import Options, hookimpl
 from jemkit.config import probing
-from jemkit.config.probing import Refused, contained, told
+from jemkit.config.probing import Refused, contained, error_line
 from jemkit.config.registry import Plugin, registry_of
 from jemkit.runtime.files import read_json
 
@@ -268,9 +268,9 @@ def test_an_error_whose_message_fails_is_told_by_its_kind() -> None:
         def __str__(self) -> str:
             raise SystemExit
 
-    assert told(Mute()).startswith("Mute: (")
-    assert told(ValueError("x" * 10_000)).startswith("ValueError: xxx")
-    assert len(told(ValueError("x" * 10_000))) <= 500
+    assert error_line(Mute()).startswith("Mute: (")
+    assert error_line(ValueError("x" * 10_000)).startswith("ValueError: xxx")
+    assert len(error_line(ValueError("x" * 10_000))) <= 500
 
 
 def test_a_hook_given_as_a_mapping_of_any_kind_is_taken_in() -> None:

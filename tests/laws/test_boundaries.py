@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tokenize
 from collections.abc import Callable
 from pathlib import Path
 
@@ -282,6 +283,27 @@ def test_a_function_fits_on_a_screen(path: Path) -> None:
 def test_nothing_is_left_for_later_without_an_issue(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"\b(TODO|FIXME|XXX)\b(?!.*#\d+)", text)
+
+
+VAGUE = "found told kept seen asked anew care exam checkup heard lent dealt alike plainly"
+VAGUE_NAMES = re.compile(rf"(?:^|_)(?:{VAGUE.replace(' ', '|')})(?:$|_)", re.IGNORECASE)
+"""Words in an identifier that say nothing about what it holds."""
+
+SPELT_ELSEWHERE = {"found_inf"}
+"""Names of torch."""
+
+KEYS = {("outputs.py", "found"), ("findings.py", "found")}
+"""Keys of a record."""
+
+BENCHMARKS = sorted((root() / "benchmarks").rglob("*.py"))
+
+
+@over([*FILES, *BENCHMARKS])
+def test_a_name_says_what_it_holds(path: Path) -> None:
+    with path.open("rb") as file:
+        names = {t.string for t in tokenize.tokenize(file.readline) if t.type == tokenize.NAME}
+    names = {n for n in names - SPELT_ELSEWHERE if (path.name, n) not in KEYS}
+    assert sorted(filter(VAGUE_NAMES.search, names)) == []
 
 
 def test_a_rule_names_every_file_that_breaks_it() -> None:

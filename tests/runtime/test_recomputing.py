@@ -1,4 +1,4 @@
-"""Where batch norm ties a batch together, activations are made anew and nothing else changes."""
+"""Where batch norm ties a batch together, activations are recomputed and nothing else changes."""
 
 import weakref
 from collections.abc import Callable
@@ -253,7 +253,7 @@ def test_a_network_that_cannot_is_refused_before_the_first_step(tmp_path: Path) 
 
 
 def in_processes() -> bool:
-    """Whether a step by statistics of all processes is the same with activations made anew."""
+    """Whether a step by statistics of all processes is the same with activation checkpointing."""
     found = []
     for anew in (False, True):
         network = WRN(depth=10, width=1, norm="sync")

@@ -23,7 +23,7 @@ from jemkit.runtime.checkpoint import load, newest
 from jemkit.runtime.pytree import differing
 from jemkit.runtime.rng import generator
 from jemkit.runtime.run_dir import RunFolder
-from jemkit_plugins.generation.samples import kept
+from jemkit_plugins.generation.samples import buffer_states
 
 
 def whole_runs(name: str) -> dict[str, list[str]]:
@@ -235,7 +235,7 @@ def test_what_several_processes_saved_is_judged_and_sampled_with_the_whole_buffe
     density: Any = subject.model.density
     assert torch.equal(density.buffer.states, whole)
     ctx = Context(torch.Generator(), Threat("Linf", 8.0))
-    assert len(kept(subject.model, ctx, 1000).x) == len(whole) == 60
+    assert len(buffer_states(subject.model, ctx, 1000).x) == len(whole) == 60
     found = sample(
         folder / "a", registry=REGISTRY, n=60, source="buffer", device="cpu", which="last"
     )

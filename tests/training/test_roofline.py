@@ -340,6 +340,6 @@ def test_the_command_prints_the_floors(form: list[str]) -> None:
             )
         )
     else:
-        assert "floor by arithmetic" in done.stdout
+        assert "compute bound" in done.stdout
         assert "of its roofline" in done.stdout
         assert "images: 8 of digits" in done.stdout

@@ -108,8 +108,8 @@ def rows(roofline: Floor) -> list[list[str]]:
         ["rate of a large product", _giga(machine.matmul, "FLOP/s")],
         ["rate at the step's shapes", _giga(roofline.rate, "FLOP/s")],
         ["bandwidth of a copy", _giga(machine.bandwidth, "B/s")],
-        ["floor by arithmetic", f"{1e3 * roofline.arithmetic:.1f} ms"],
-        ["floor by memory", f"{1e3 * roofline.memory:.1f} ms"],
+        ["compute bound", f"{1e3 * roofline.arithmetic:.1f} ms"],
+        ["memory bound", f"{1e3 * roofline.memory:.1f} ms"],
     ]
     if roofline.taken is not None:
         lines.append(["the step took", f"{1e3 * roofline.taken:.1f} ms"])

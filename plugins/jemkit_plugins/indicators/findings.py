@@ -96,7 +96,7 @@ def gradients(probes: Probes) -> Finding | None:
         means="gradients vanish: the logits saturate, or the input is rounded or cut off from "
         "the graph, so a gradient attack does not move",
         do="attack the margin of the logits or divide them by their scale; where rounding cuts the "
-        "graph, put the identity in its place on the way back (BPDA), and trust no such figure",
+        "graph, use the identity there in the backward pass (BPDA), and trust no such figure",
     )
 
 
