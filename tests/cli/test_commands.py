@@ -113,7 +113,7 @@ class TestTrain:
         home, done = trained
         source = home / done.record["run"] / "checkpoints" / "best"
         assert jemkit("train", *SHORT, f"--init-from={source}", "--dry-run").code == 0
-        assert "no checkpoint" in one_line(jemkit("train", *SHORT, "--init-from=nowhere"), 6)
+        assert "is not a checkpoint" in one_line(jemkit("train", *SHORT, "--init-from=nowhere"), 6)
         assert not Path("runs").exists()
 
     def test_a_run_that_diverges_ends_with_four(self) -> None:
@@ -219,7 +219,7 @@ class TestRefusals:
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="here is one")
     def test_a_device_that_is_not_there_ends_with_three(self) -> None:
-        assert "sees no CUDA device" in one_line(jemkit("train", "--device=cuda"), 3)
+        assert "finds no CUDA device" in one_line(jemkit("train", "--device=cuda"), 3)
 
     def test_data_that_is_missing_ends_with_six_and_names_the_file(self) -> None:
         done = jemkit("train", "--dataset=cifar10", "--data-dir=nowhere")

@@ -11,7 +11,7 @@ from torch import Tensor
 from toys import (
     MATRIX,
     REGISTRY,
-    backbone_of,
+    backbone_for,
     gen,
     objective_of,
     toy_recipe,
@@ -48,9 +48,9 @@ def far_batch() -> Batch:
     return Batch(Far(x), Far(y), Far(x_pos), Far(index), step)
 
 
-def far_backbone(name: str, **options: Any) -> Backbone:
+def far_backbone(name: str, objective: str = "ebjdat", **options: Any) -> Backbone:
     """Built on the CPU, its buffer filled and its start made there, and moved."""
-    built = backbone_of(name, **options)
+    built = backbone_for(objective, name, **options)
     if built.has_density:
         built.density.sample(built.model, 3, gen(), steps=1, start=built.density.start)
         built.density.draw(built.model, 3, gen())
@@ -111,7 +111,7 @@ def test_a_device_of_pretence_computes_what_the_cpu_does() -> None:
 
 @pytest.mark.parametrize("names", MATRIX, ids="-".join)
 def test_a_step_stays_on_its_device_and_waits_for_nothing(names: tuple[str, str, str]) -> None:
-    backbone, objective = far_backbone(names[0]), objective_of(names[1])
+    backbone, objective = far_backbone(*names[:2]), moved(objective_of(names[1]))
     updater = updater_of(names[2], backbone.model)
     with elsewhere() as mode:
         for _ in range(2):
@@ -168,8 +168,8 @@ def far_context(attack: str = "pgd", **options: Any) -> Context:
     )  # fmt: skip
 
 
-def far_subject() -> PixelModel:
-    backbone = far_backbone("jem")
+def far_subject(objective: str = "ebjdat") -> PixelModel:
+    backbone = far_backbone("jem", objective)
     return PixelModel(backbone.model.eval(), TASK.bounds, backbone.density)
 
 
@@ -199,7 +199,7 @@ SMALL = {"steps": 2, "n": 16, "indicators": False, "path_images": 4}
 def test_evaluators_stay_on_their_device(name: str) -> None:
     known = REGISTRY["evaluator"][name]
     evaluator = known(**{k: v for k, v in SMALL.items() if k in known.model_fields})
-    subject = far_subject()
+    subject = far_subject("ducat" if name == "foldings" else "ebjdat")
     with elsewhere():
         assert measure(subject, data(), [evaluator], far_context())
 

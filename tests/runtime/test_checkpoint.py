@@ -130,7 +130,7 @@ def test_weights_are_found_in_a_checkpoint_a_run_and_a_file(tmp_path: Path) -> N
     newest = state(2)["model"]
     for place in (tmp_path / "run", path, path / MODEL):
         assert same(checkpoint.load_weights(place), newest)
-    with pytest.raises(DataError, match="no checkpoint"):
+    with pytest.raises(DataError, match="is not a checkpoint"):
         checkpoint.load_weights(tmp_path / "nowhere")
 
 

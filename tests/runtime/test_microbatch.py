@@ -464,7 +464,8 @@ def test_a_run_that_is_sick_where_memory_runs_out_goes_back_before_it_ends(tmp_p
     def full_and_sick() -> bool:
         if trainer.step == 7:
             network.images = 0
-            trainer.metered.rows.append({"step": 6, "epoch": 2, "loss": float("nan")})
+            unread = ({"step": 6, "epoch": 2}, ["loss"], torch.tensor([float("nan")]))
+            trainer.journal._rows.append(unread)
         return False
 
     trainer.stop = full_and_sick

@@ -54,7 +54,7 @@ def test_every_type_is_kept_or_refused_by_its_name(tmp_path: Path, dtype: torch.
         write_tensors(tmp_path / "x", {"odd": odd, "tied": odd, "t": odd.expand(2, 2).T})
         assert same(load_tensors(tmp_path / "x")["tied"], odd)
         return
-    with pytest.raises(TypeError, match=r"cannot contain torch\.complex64 .at odd"):
+    with pytest.raises(TypeError, match=r"cannot store torch\.complex64 .at odd"):
         write_tensors(tmp_path / "x", {"odd": odd})
 
 

@@ -242,7 +242,7 @@ def test_a_run_keeps_what_it_learnt_and_a_recipe_can_ask_for_it(tmp_path: Path) 
     first, second = (trainer(tmp_path / name, *wide) for name in "ab")
     first.parts.micro.recompute = True
     assert not second.parts.micro.recompute
-    second.parts.take(first.parts.state_dict())
+    second.parts.load_state_dict(first.parts.state_dict())
     assert second.parts.micro.recompute
     assert trainer(tmp_path / "c", *wide, "run.recompute=true").parts.micro.recompute
 

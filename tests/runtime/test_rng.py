@@ -82,7 +82,7 @@ def test_a_radius_that_is_probably_a_fraction_is_refused(px: float) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["backbone.buffer.capacity=4"], "begins 8 chains, but the buffer has 4"),
+        (["backbone.buffer.capacity=4"], "starts 8 chains, but the buffer has 4"),
         (["objective.use=jem", "objective.negatives=conditional"], "buffer.conditional = true"),
         (["backbone.buffer.conditional=true", "backbone.buffer.capacity=16"], "multiple of 10"),
     ],
