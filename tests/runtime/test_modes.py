@@ -46,7 +46,7 @@ def test_every_mode_restores_what_it_found_module_by_module(name: str) -> None:
         pass
     after = state_of(model)
     assert after["modes"] == before["modes"]
-    assert after["requires_grad"] == before["asked"]
+    assert after["requires_grad"] == before["requires_grad"]
     assert tracked(model) == tracks
 
 
@@ -62,7 +62,7 @@ def test_every_mode_restores_what_it_found_after_an_error(name: str) -> None:
     with pytest.raises(KeyError):
         fails()
     assert state_of(model)["modes"] == before["modes"]
-    assert state_of(model)["requires_grad"] == before["asked"]
+    assert state_of(model)["requires_grad"] == before["requires_grad"]
     assert tracked(model) == tracks
 
 
