@@ -54,7 +54,7 @@ def train(
     """Train any backbone with any objective, and evaluate the best epoch on the test split."""
     if resume and dry_run:
         fail("--resume continues a run that was checked when it started; omit --dry-run", USAGE)
-    silent = quiet or as_json
+    silent = quiet or as_json or bool(process.speaker())
     registry = recipe.registry()
     if resume:
         out = (out or RUNS / "latest").resolve()

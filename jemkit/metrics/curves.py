@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jemkit.errors import DataError
 from jemkit.metrics.charts import Axes, Panel, Series, key, lines, picture
 from jemkit.runtime.files import write_text
 from jemkit.runtime.opening import LOG_LIMIT, read_file
@@ -58,6 +59,9 @@ def epochs(folder: Path) -> list[dict[str, Any]]:
             event = json.loads(line)
             if event["event"] == "epoch":
                 by_step[int(event["step"])] = event
+            elif event["event"] == "rollback":
+                to = int(event["to"])
+                by_step = {step: epoch for step, epoch in by_step.items() if step <= to}
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue  # a line cut off by a kill
     return [by_step[step] for step in sorted(by_step)]
@@ -75,7 +79,7 @@ def save(folder: Path) -> None:
     accuracies = {
         f"{LEGEND.get(name, name)}, validation": (
             [float(event["step"]) for event in judged if name in event],
-            [float(event[name]) for event in judged if name in event],
+            [_number(event[name]) for event in judged if name in event],
         )
         for name in ("accuracy", "pgd10")
     }
@@ -100,10 +104,13 @@ def _panel(
 
 
 def _text(path: Path) -> str:
-    """What a log holds, as far as it is text; none where the run has no such log."""
+    """What a log holds, as far as it is text; none where there is no log that can be read."""
     if not path.exists():
         return ""
-    return read_file(path, LOG_LIMIT).decode("utf-8-sig", errors="replace")
+    try:
+        return read_file(path, LOG_LIMIT).decode("utf-8-sig", errors="replace")
+    except DataError:  # larger than any log
+        return ""
 
 
 def _thinned(steps: list[float], words: list[str]) -> Curve:
@@ -124,8 +131,8 @@ def _mean(values: list[float]) -> float:
     return total / len(values) if math.isfinite(total) else math.nan
 
 
-def _number(word: str) -> float:
+def _number(word: Any) -> float:
     try:
         return float(word)
-    except ValueError:
+    except (TypeError, ValueError):
         return math.nan

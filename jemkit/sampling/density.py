@@ -206,7 +206,8 @@ class ContrastiveDensity:
     def draw(self, model: EnergyModel, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
         """Algorithm 1, lines 6-9; 'random noise' of line 7 is the buffer, as in all JEMs."""
         x, slots = self.buffer.draw(n, rng, y)
-        x = self._run(model, x, rng, self.steps, y)
+        with sampling_mode(model, self.options.batch_norm):
+            x = self._run(model, x, rng, self.steps, y)
         self.buffer.store(slots, x)
         return x
 
@@ -223,7 +224,10 @@ class ContrastiveDensity:
         among = self.together(model, n)
         if y is not None:
             y = y[torch.arange(among, device=y.device) % n]
-        return self._run(model, start.draw(among, rng, y), rng, steps, y)[:n]
+        x, mode = start.draw(among, rng, y), self.options.batch_norm
+        # Training alone moves running statistics, also where its chains do.
+        with sampling_mode(model, "batch_stats" if mode == "released" else mode):
+            return self._run(model, x, rng, steps, y)[:n]
 
     def together(self, model: EnergyModel, n: int) -> int:
         """How many new chains run to obtain n; additional ones only serve batch norm."""
@@ -234,8 +238,7 @@ class ContrastiveDensity:
         self, model: EnergyModel, x: Tensor, rng: Generator, steps: int, y: Tensor | None
     ) -> Tensor:
         kernel = Boxed(self.sampler, self.bounds) if self.options.box else self.sampler
-        with sampling_mode(model, self.options.batch_norm):
-            return run(kernel, ModelEnergy(model, y), x, rng, steps)
+        return run(kernel, ModelEnergy(model, y), x, rng, steps)
 
     def loss(self, positive: Tensor, negative: Tensor) -> Tensor:
         """mean E(x+) - mean E(x-), plus the penalty if there is one."""

@@ -16,7 +16,7 @@ TOGETHER = 500
 def even_batches(n: int, most: int = TOGETHER) -> list[int]:
     """n chains in as few batches of at most `most` as it takes, none smaller by more than one.
 
-    A rest by itself would be normalised by itself.
+    A small last batch would be normalised by its own statistics.
     """
     batches = -(-n // most)
     return [n // batches + (i < n % batches) for i in range(batches)]

@@ -19,11 +19,12 @@ class MomentumState(NamedTuple):
 
 
 class SGLDMomentum(Options):
-    """SGLD with momentum, as WEAT (ECCV 2024) samples: v <- momentum v - step_size dE/dx, then
+    """SGLD with momentum, after WEAT (ECCV 2024): v <- momentum v - step_size dE/dx, then
     x <- x + v + noise.
 
     Under a constant gradient v tends to the step of SGLD with step_size / (1 - momentum): the
-    defaults are SGLD's. `clip` bounds each element of the gradient.
+    defaults are SGLD's. `clip` bounds each element of the gradient. WEAT clamps
+    the update instead, and its noise grows with the step size.
     """
 
     needs_stem: ClassVar[bool] = False

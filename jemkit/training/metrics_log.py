@@ -30,7 +30,8 @@ class Journal:
     ) -> None:
         self.folder, self.stopwatch = folder, stopwatch or Stopwatch()
         self.seconds = 0.0  # of all steps that were read
-        self._board = _board(folder) if tensorboard and distributed.shard().rank == 0 else None
+        self._board: Any = None  # opened at the first rows, when the folder is a run
+        self._opener = distributed.prepared(_summary_writer) if tensorboard else None
         self._gathered = time.monotonic()
         self._rows: list[tuple[dict[str, Any], list[str], Tensor]] = []
         self._images = 0
@@ -72,20 +73,23 @@ class Journal:
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         self.folder.append_metrics(rows)
-        if self._board is not None:
+        if self._opener is not None:
+            if self._board is None:
+                self._board = self._opener(self.folder.path / "tensorboard")
             for row in rows:
                 for name, value in row.items():
                     self._board.add_scalar(name.replace(" ", "/"), value, row["step"])
 
 
-def _board(folder: RunFolder) -> Any:
+def _summary_writer() -> Any:
+    """The class that writes for TensorBoard; a ConfigError where it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError(
             f"run.tensorboard needs the package tensorboard: {install('tensorboard')}"
         ) from None
-    return SummaryWriter(folder.path / "tensorboard")
+    return SummaryWriter
 
 
 def with_gaps(row: dict[str, Any]) -> dict[str, Any]:

@@ -220,9 +220,8 @@ def saved(trainer: Recoverable, error: OutOfMemory) -> NoReturn:
     if error.undone:
         try:
             trainer.save()
-        except (
-            Diverged
-        ) as sick:  # its last steps were unhealthy; the checkpoint to roll back to is saved
+            distributed.on_rank_zero(trainer.writer.wait)  # before any process ends
+        except Diverged as sick:  # of its last steps; the checkpoint to roll back to is saved
             roll_back(trainer, sick)
         message += f". Step {trainer.step} is saved; --resume continues from it with more memory"
         distributed.on_rank_zero(lambda: _end(trainer, message, undone=True))

@@ -115,7 +115,7 @@ def _fresh(
         return {"weights": start.weights, "warnings": warnings}
 
     fresh_start = distributed.on_rank_zero(read)
-    trainer.parts.begin_with(fresh_start["weights"])
+    distributed.prepared(lambda: trainer.parts.begin_with(fresh_start["weights"]))
     return trainer, fresh_start
 
 
@@ -234,11 +234,8 @@ def newest_state(folder: RunFolder) -> dict[str, Any]:
     return {"name": path.name, "state": state, "damaged": broken}
 
 
-def resume_from(trainer: Trainer, folder: RunFolder, start: dict[str, Any] | None = None) -> None:
-    """Load the newest readable checkpoint into a trainer; damaged ones are renamed."""
-    if start is None:
-        start = distributed.on_rank_zero(lambda: newest_state(folder))
-    path, state, damaged = folder.checkpoints / start["name"], start["state"], start["damaged"]
+def _load(trainer: Trainer, state: checkpoint.State, path: Path) -> None:
+    """Load a state into a trainer; a DataError that names the checkpoint where it does not fit."""
     try:
         trainer.load_state_dict(state)
     except DataError as error:
@@ -252,6 +249,14 @@ def resume_from(trainer: Trainer, folder: RunFolder, start: dict[str, Any] | Non
             f"{path} does not fit this run: {type(error).__name__}: {error}; check whether its "
             f"config.json was changed"
         ) from None
+
+
+def resume_from(trainer: Trainer, folder: RunFolder, start: dict[str, Any] | None = None) -> None:
+    """Load the newest readable checkpoint into a trainer; damaged ones are renamed."""
+    if start is None:
+        start = distributed.on_rank_zero(lambda: newest_state(folder))
+    path, state, damaged = folder.checkpoints / start["name"], start["state"], start["damaged"]
+    distributed.prepared(lambda: _load(trainer, state, path))
 
     def mend() -> dict[str, Any]:
         for name, reason in damaged.items():

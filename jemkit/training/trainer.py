@@ -141,6 +141,7 @@ class Trainer:
             if self.step % per_epoch == 0:
                 self.end_epoch()
         self.save()
+        distributed.on_rank_zero(self.writer.wait)
 
     def _between_steps(self) -> None:
         """What depends on a clock or a signal; all processes decide the same."""
@@ -194,11 +195,12 @@ class Trainer:
         self._report()
         epoch = self.step // self.loader.steps_per_epoch
         with self.parts.whole_model():
-            metrics, sizes = distributed.on_rank_zero(lambda: self._validate(epoch))
+            metrics, sizes, micro = distributed.on_rank_zero(lambda: self._validate(epoch))
+        # An OOM in validation halves the micro-batch of rank 0; the others follow.
+        self.parts.micro.size, self.parts.micro.recompute = micro
         accuracies = [entry["accuracy"] for entry in [*self.history, metrics]]
-        self.rollback.monitor.epoch(
-            self.step, sizes, accuracies
-        )  # no pass follows in which a stop could be handled
+        # no pass follows in which a stop could be handled
+        self.rollback.monitor.epoch(self.step, sizes, accuracies)
         entry = {"epoch": epoch, "step": self.step, **metrics, "seconds": round(self.seconds, 3)}
         self.history.append(entry)
         score = [metrics["pgd10"], metrics["accuracy"], epoch]
@@ -208,8 +210,8 @@ class Trainer:
         distributed.on_rank_zero(lambda: self._log_epoch(entry))
         self.watch("epoch", entry)
 
-    def _validate(self, epoch: int) -> tuple[dict[str, float], dict[str, float]]:
-        """What validation finds, and the sizes that the sentinel follows."""
+    def _validate(self, epoch: int) -> tuple[dict[str, float], dict[str, float], tuple[int, bool]]:
+        """What validation finds, the sizes that the sentinel follows, and the micro-batch."""
         polls = not self._stops_inside  # otherwise `run` checks in every pass
         run = self.recipe.run
         strict = judging(self.parts.device, deterministic=run.deterministic, threads=run.threads)
@@ -219,7 +221,7 @@ class Trainer:
             with nullcontext() if self.ema is None else self.ema.applied(self.backbone.model):
                 metrics = validator.validate(run.eval_images)
             validator.draw_grid(self.folder.samples / f"epoch-{epoch:04d}.png")
-        return metrics, sizes
+        return metrics, sizes, (self.parts.micro.size, self.parts.micro.recompute)
 
     def _log_epoch(self, entry: dict[str, Any]) -> None:
         self.folder.event("epoch", **entry)
@@ -281,9 +283,8 @@ class Trainer:
     def _preempted(self) -> NoReturn:
         try:
             self.save()
-        except (
-            Diverged
-        ) as error:  # its last steps were unhealthy; the checkpoint to roll back to is saved
+            distributed.on_rank_zero(self.writer.wait)  # before any process ends
+        except Diverged as error:  # of its last steps; the checkpoint to roll back to is saved
             roll_back(self, error)
         message = f"stopped at step {self.step}; continue with --resume"
         distributed.on_rank_zero(lambda: preempted(self, message))

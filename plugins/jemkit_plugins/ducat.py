@@ -119,6 +119,7 @@ class DUCATObjective:
         o, y = self.options, batch.y
         late = batch.step >= o.start * self.total_steps
         images: dict[Stream, Tensor] = {"x": batch.x} if late else {}
+        fold: Fold = "max" if with_dummies(backbone.model).fold == "max" else "lse"
         with read_as(backbone.model, "none"):
             raw = backbone.scores({**images, "x_adv": x_adv})
         adv = raw["x_adv"].logits
@@ -129,7 +130,7 @@ class DUCATObjective:
             terms = {"p(y|x)": (0.5, of_clean), "p(y|x~)": (0.5, of_adv)}
         else:
             terms = {"p(y|x~)": (1.0, F.cross_entropy(adv, y))}
-        scores = {name: Scores(folded(s.logits), s.energy) for name, s in raw.items()}
+        scores = {name: Scores(folded(s.logits, fold), s.energy) for name, s in raw.items()}
         return Terms.weighted(terms, watched(scores, y))
 
 

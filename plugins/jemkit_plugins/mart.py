@@ -44,7 +44,7 @@ class MART(Options):
         terms = {"BCE": (1.0, boosted_cross_entropy(adv, batch.y))}
         if self.beta:
             clean = scores["x"].logits
-            terms["KL"] = (self.beta, (unsureness(clean, batch.y) * divergence(clean, adv)).mean())
+            terms["KL"] = (self.beta, (uncertainty(clean, batch.y) * divergence(clean, adv)).mean())
         return Terms.weighted(terms, watched(scores, batch.y))
 
 
@@ -56,7 +56,7 @@ def boosted_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits, y) - (1.0001 - q + 1e-12).log().mean()
 
 
-def unsureness(logits: Tensor, y: Tensor) -> Tensor:
+def uncertainty(logits: Tensor, y: Tensor) -> Tensor:
     """1 - p(y | x) of each row, [B]; 0 where the model is sure of y."""
     return 1.0000001 - logits.softmax(1).gather(1, y[:, None]).squeeze(1)
 

@@ -49,7 +49,7 @@ class SCORE(Options):
         terms = {"p(y|x)": (1.0, squared(clean, self.target(batch.y, clean)).mean())}
         if x_adv is not None:
             far = squared(scores["x_adv"].logits.softmax(1), clean)
-            terms["p(x~), p(x)"] = (self.beta, (far - self.c).relu().mean())
+            terms["|p(x~) - p(x)|^2"] = (self.beta, (far - self.c).relu().mean())
         return Terms.weighted(terms, watched(scores, batch.y))
 
     def target(self, y: Tensor, like: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class TDATObjective:
         return ("x", "x_adv") if self.options.weight else ("x_adv",)
 
     def gamma(self, step: int) -> float:
-        """The weight of the true label: from 0.93 down to `gamma_min`."""
+        """The weight of y: from relaxation tan(1) (paper: tanh(1)) down to `gamma_min`."""
         left = 1 - step / self.task.total_steps
         curve = math.tan if self.options.variant == "released" else math.tanh
         return min(1.0, max(self.options.gamma_min, self.options.relaxation * curve(left)))

@@ -21,6 +21,7 @@ from jemkit.evaluation.report import render, write
 from jemkit.metrics import charts
 from jemkit.metrics.curves import POINTS, epochs
 from jemkit.metrics.curves import metrics as curves
+from jemkit.metrics.curves import save as save_curves
 from jemkit.metrics.figures import plain
 from jemkit.metrics.record_file import Record
 from jemkit.runtime.html import data, tag, text
@@ -291,6 +292,24 @@ def test_of_an_epoch_that_was_told_twice_the_last_word_counts(tmp_path: Path) ->
     ]  # fmt: skip
     (tmp_path / "events.jsonl").write_text("\n".join(lines))
     assert [e["accuracy"] for e in epochs(tmp_path)] == [0.2]
+
+
+def test_epochs_that_a_rollback_undid_are_not_drawn(tmp_path: Path) -> None:
+    lines = [
+        '{"event": "epoch", "step": 5, "accuracy": 0.1}',
+        '{"event": "epoch", "step": 10, "accuracy": 0.9}', '{"event": "rollback", "to": 5}',
+    ]  # fmt: skip
+    (tmp_path / "events.jsonl").write_text("\n".join(lines))
+    assert [e["step"] for e in epochs(tmp_path)] == [5]
+
+
+def test_a_damaged_accuracy_is_a_gap_in_the_curves(tmp_path: Path) -> None:
+    lines = [
+        f'{{"event": "epoch", "step": {n}, "accuracy": {a}}}' for n, a in ((1, '"x"'), (2, 0.5))
+    ]
+    (tmp_path / "events.jsonl").write_text("\n".join(lines))
+    save_curves(tmp_path)
+    assert (tmp_path / "curves.svg").exists()
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))

@@ -9,7 +9,7 @@ from logits import batch_of, identity_backbone, logits
 from toys import objective_of
 
 from jemkit import Terms
-from jemkit_plugins.mart import boosted_cross_entropy, unsureness
+from jemkit_plugins.mart import boosted_cross_entropy, uncertainty
 
 CLEAN, ADV = logits((0.5, 0.3, 0.2)), logits((0.2, 0.6, 0.2))
 KL = 0.5 * log(0.5 / 0.2) + 0.3 * log(0.3 / 0.6)
@@ -43,7 +43,7 @@ def test_it_is_a_mean_over_the_batch() -> None:
 
 def test_a_sure_sample_has_weight_zero_in_the_divergence() -> None:
     sure = torch.tensor([[60.0, 0.0, 0.0]])
-    assert float(unsureness(sure, torch.tensor([0]))) == pytest.approx(0, abs=2e-7)
+    assert float(uncertainty(sure, torch.tensor([0]))) == pytest.approx(0, abs=2e-7)
     assert float(loss(sure, ADV).parts["KL"][1].detach()) == pytest.approx(0, abs=1e-4)
 
 
@@ -66,7 +66,7 @@ def test_clean_logits_have_a_gradient_through_the_divergence_and_through_its_wei
     (whole,) = torch.autograd.grad(loss(clean, ADV, beta=1).total, clean)
     y, p = torch.tensor([0]), clean.softmax(1)
     kl = F.kl_div(ADV.log_softmax(1), p, reduction="none").sum(1)
-    weight = unsureness(clean, y)
+    weight = uncertainty(clean, y)
     parts = [kl.detach() * weight, kl * weight.detach()]
     slopes = [torch.autograd.grad(part.sum(), clean, retain_graph=True)[0] for part in parts]
     torch.testing.assert_close(whole, slopes[0] + slopes[1])

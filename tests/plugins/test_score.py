@@ -19,15 +19,17 @@ def loss(clean: torch.Tensor, adv: torch.Tensor | None, **options: float) -> Ter
 def test_the_loss_worked_by_hand() -> None:
     terms = loss(CLEAN, ADV, beta=4)
     assert float(terms.parts["p(y|x)"][1].detach()) == pytest.approx(0.25 + 0.09 + 0.04, rel=1e-5)
-    assert float(terms.parts["p(x~), p(x)"][1].detach()) == pytest.approx(0.09 + 0.09, rel=1e-5)
+    assert float(terms.parts["|p(x~) - p(x)|^2"][1].detach()) == pytest.approx(
+        0.09 + 0.09, rel=1e-5
+    )
     assert float(terms.total.detach()) == pytest.approx(0.38 + 4 * 0.18, rel=1e-5)
 
 
 def test_distances_up_to_c_cost_nothing() -> None:
-    assert float(loss(CLEAN, ADV, c=0.1).parts["p(x~), p(x)"][1].detach()) == pytest.approx(
+    assert float(loss(CLEAN, ADV, c=0.1).parts["|p(x~) - p(x)|^2"][1].detach()) == pytest.approx(
         0.08, rel=1e-4
     )
-    assert float(loss(CLEAN, ADV, c=0.2).parts["p(x~), p(x)"][1].detach()) == 0
+    assert float(loss(CLEAN, ADV, c=0.2).parts["|p(x~) - p(x)|^2"][1].detach()) == 0
 
 
 def test_smoothing_shares_a_part_of_the_label_among_all_classes() -> None:
@@ -37,7 +39,7 @@ def test_smoothing_shares_a_part_of_the_label_among_all_classes() -> None:
 
 def test_p_of_x_is_not_detached_in_the_distance() -> None:
     clean = CLEAN.clone().requires_grad_()
-    distance = loss(clean, ADV).parts["p(x~), p(x)"][1]
+    distance = loss(clean, ADV).parts["|p(x~) - p(x)|^2"][1]
     (slope,) = torch.autograd.grad(distance, clean)
     assert slope.abs().max() > 1e-3
 

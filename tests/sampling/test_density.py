@@ -238,6 +238,16 @@ def test_the_released_batch_norm_moves_running_statistics_while_sampling() -> No
     assert not torch.equal(batch_norms(backbone.model)[0].running_mean, before)
 
 
+@pytest.mark.parametrize("mode", ["batch_stats", "running_stats", "released"])
+def test_samples_leave_running_statistics_as_they_are(mode: str) -> None:
+    backbone = toy_backbone(TASK, density=Contrastive(batch_norm=mode))
+    backbone.model.eval()
+    before = state_of(backbone.model)["tensors"]
+    density = backbone.density
+    density.sample(backbone.model, 5, gen(), steps=2, start=density.start)
+    assert same(before, state_of(backbone.model)["tensors"])
+
+
 @given(seed=seeds)
 def test_a_boxed_chain_ends_in_the_range_and_an_unboxed_one_may_leave_it(seed: int) -> None:
     wild = SGLD(step_size=0, noise=3.0)

@@ -8,6 +8,7 @@ from torch import Generator
 from toys import (
     MATRIX,
     REGISTRY,
+    backbone_for,
     backbone_of,
     gen,
     objective_of,
@@ -41,7 +42,7 @@ def moved(backbone: Backbone) -> bool:
 
 @pytest.mark.parametrize(("backbone", "objective"), PAIRS)
 def test_by_default_batch_norm_learns_on_every_pair(backbone: str, objective: str) -> None:
-    built = backbone_of(backbone)
+    built = backbone_for(objective, backbone)
     stepped(built, objective_of(objective))
     assert moved(built)
 
@@ -57,7 +58,7 @@ def test_by_default_batch_norm_learns_on_every_pair(backbone: str, objective: st
     ],
 )  # fmt: skip
 def test_an_objective_names_the_streams_that_it_passes(name: str, options: dict[str, Any]) -> None:
-    objective, built = objective_of(name, **options), backbone_of("sadajem")
+    objective, built = objective_of(name, **options), backbone_for(name, "sadajem")
     stepped(built, objective)
     assert isinstance(objective, NamesStreams)
     assert set(objective.streams) == built.passed
