@@ -83,6 +83,8 @@ def memory_ran_out(error: BaseException) -> str:
 def _of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
+    if isinstance(error, SystemError):  # C code that got no memory, and did not say so
+        return "without exception set" in str(error)
     is_torch_error = (
         isinstance(error, RuntimeError | ImportError) or type(error).__name__ == "SafetensorError"
     )

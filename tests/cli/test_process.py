@@ -360,6 +360,11 @@ def test_memory_that_runs_out_anywhere_in_a_command_ends_with_7_and_one_line(
     assert done.err.startswith("error: out of memory (")
 
 
+def test_an_error_of_c_code_without_an_exception_is_memory_that_ran_out() -> None:
+    assert memory_ran_out(SystemError("error return without exception set"))
+    assert not memory_ran_out(SystemError("Parent module '' not loaded"))
+
+
 @pytest.mark.parametrize("more", [8 << 20, 250 << 20])
 def test_a_limit_of_memory_ends_a_command_with_7(tmp_path: Path, more: int) -> None:
     """The limit is what the process has when torch is imported, and a little."""

@@ -50,7 +50,8 @@ def test_by_default_batch_norm_learns_on_every_pair(backbone: str, objective: st
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *[(name, {}) for name in sorted(REGISTRY["objective"])],
+        *[(name, {}) for name in sorted(REGISTRY["objective"]) if name != "ducat"],
+        ("ducat", {"start": 0}),  # its other streams begin later
         ("jem", {"w_px": 0}), ("jem", {"w_pyx": 0}), ("trades", {"beta": 0}),
         ("ebjdat", {"w2": 0, "w3": 0, "w_clean": 1}), ("ebjdat", {"w1": 0}),
         ("ebjdat", {"w1": 0, "w_clean": 0}),
