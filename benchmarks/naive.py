@@ -130,6 +130,7 @@ class Released:
         for _ in range(self.steps):
             x = x.detach().requires_grad_()
             energy = self.model(x).energy.sum()
+            # the released code retains the graph of every step, though nothing uses it again
             (slope,) = torch.autograd.grad(energy, [x], retain_graph=True)
             x = self.bounds.clamp(x.detach() - slope.clamp(-1, 1))
         self.buffer[slots] = x.cpu()

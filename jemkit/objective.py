@@ -36,6 +36,18 @@ def adversary(
     return attack.draw(backbone.model, loss, x, rng, bounds=backbone.bounds, radius_px=radius)
 
 
+def ce_adversary(
+    attack: Attack, backbone: "Backbone", x: Tensor, y: Tensor, rng: Generator
+) -> Tensor:
+    """Images near x, [B, C, H, W], on which the cross-entropy of the labels y, [B], is high."""
+    model = backbone.model
+
+    def loss(z: Tensor) -> Tensor:
+        return F.cross_entropy(model(z).logits, y, reduction="none")
+
+    return adversary(attack, backbone, loss, x, rng)
+
+
 def kl_adversary(attack: Attack, backbone: "Backbone", x: Tensor, rng: Generator) -> Tensor:
     """Images near x whose prediction differs most from that of x, by KL divergence in eval mode."""
     model = backbone.model

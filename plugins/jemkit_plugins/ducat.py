@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from jemkit import (
     PGD, Attack, Backbone, Batch, Context, EnergyModel, EnergyModelSpec, Evaluator, Figure, Images,
     MisfitError, Network, Objective, ObjectiveSpec, Options, PartOf, PixelModel, Scores, Stream,
-    Task, Terms, Unmeasurable, adversary, batches, hookimpl, watched,
+    Task, Terms, Unmeasurable, batches, ce_adversary, hookimpl, watched,
 )  # fmt: skip
 from jemkit.metrics.figures import share
 
@@ -107,13 +107,8 @@ class DUCATObjective:
         with_dummies(backbone.model)
 
     def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> Tensor:
-        model, y = backbone.model, batch.y
-
-        def loss(x: Tensor) -> Tensor:
-            return F.cross_entropy(model(x).logits, y, reduction="none")
-
-        with read_as(model, "none"):
-            return adversary(self.options.attack, backbone, loss, batch.x, rng)
+        with read_as(backbone.model, "none"):
+            return ce_adversary(self.options.attack, backbone, batch.x, batch.y, rng)
 
     def loss(self, backbone: Backbone, batch: Batch, x_adv: Tensor) -> Terms:
         o, y = self.options, batch.y

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from jemkit import (
-    PGD, Attack, Backbone, Batch, Objective, Options, PartOf, Stream, Terms, adversary,
+    PGD, Attack, Backbone, Batch, Objective, Options, PartOf, Stream, Terms, ce_adversary,
     divergence, hookimpl, watched,
 )  # fmt: skip
 
@@ -30,12 +30,7 @@ class MART(Options):
         return ("x", "x_adv") if self.beta else ("x_adv",)
 
     def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> Tensor:
-        model, y = backbone.model, batch.y
-
-        def loss(x: Tensor) -> Tensor:
-            return F.cross_entropy(model(x).logits, y, reduction="none")
-
-        return adversary(self.attack, backbone, loss, batch.x, rng)
+        return ce_adversary(self.attack, backbone, batch.x, batch.y, rng)
 
     def loss(self, backbone: Backbone, batch: Batch, x_adv: Tensor) -> Terms:
         images: dict[Stream, Tensor] = {"x": batch.x} if self.beta else {}

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from jemkit import (
-    PGD, Attack, Backbone, Batch, Objective, Options, PartOf, Stream, Terms, adversary,
+    PGD, Attack, Backbone, Batch, Objective, Options, PartOf, Stream, Terms, ce_adversary,
     hookimpl, watched,
 )  # fmt: skip
 
@@ -24,12 +24,7 @@ class PGDAT(Options):
         return ("x_adv",)
 
     def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> Tensor:
-        model, y = backbone.model, batch.y
-
-        def loss(x: Tensor) -> Tensor:
-            return F.cross_entropy(model(x).logits, y, reduction="none")
-
-        return adversary(self.attack, backbone, loss, batch.x, rng)
+        return ce_adversary(self.attack, backbone, batch.x, batch.y, rng)
 
     def loss(self, backbone: Backbone, batch: Batch, x_adv: Tensor) -> Terms:
         scores = backbone.scores({"x_adv": x_adv})
