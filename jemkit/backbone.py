@@ -127,7 +127,6 @@ class BackboneSpec(Protocol):
 
     def build(self, task: Task, rng: Generator) -> Backbone:
         """Make the model and its density on the generator's device."""
-        ...
 
 
 def check_stem(sampler: Sampler, network: Network) -> None:

@@ -75,7 +75,6 @@ class Dataset(Protocol):
 
     def load(self, split: Split) -> Images:
         """Read one split whole. Raises DataError with the file that is missing or damaged."""
-        ...
 
 
 @runtime_checkable
@@ -85,7 +84,6 @@ class NamesClasses(Protocol):
     @property
     def class_names(self) -> tuple[str, ...]:
         """One name per class, in the order of the labels."""
-        ...
 
 
 @runtime_checkable
@@ -94,7 +92,6 @@ class OffersValidation(Protocol):
 
     def validation(self) -> Images | None:
         """They replace a share of the training split; None if there are none."""
-        ...
 
 
 def checked(images: Images, n_classes: int, source: str) -> Images:

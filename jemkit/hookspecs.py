@@ -1,12 +1,16 @@
 """The hooks through which a plug-in registers parts, one for each kind.
 
-A hook returns a mapping of names to classes; a name is one lower-case word. Hooks only register
-parts; none is called during training.
+A hook takes nothing and returns a mapping of names to classes; a name is one lower-case word. Hooks
+only register parts; none is called during training.
+
+`jemkit_recipes` returns recipe layers, TOML files or tables, by what they apply to: `data/NAME`,
+`backbone/NAME` and `objective/NAME` to a run that has that part, `backbone/NAME/DATA` and
+`objective/NAME/DATA` to a pair, `run/BACKBONE/OBJECTIVE/DATA` to all three, `preset/NAME` to
+`--preset NAME`.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pluggy
 
@@ -28,90 +32,36 @@ hookspec = pluggy.HookspecMarker("jemkit")
 hookimpl = pluggy.HookimplMarker("jemkit")
 
 
-@hookspec
-def jemkit_networks() -> Mapping[str, type[NetworkSpec]]:
-    """Networks, by name."""
-    return {}
+class Kind(NamedTuple):
+    """A kind of part."""
+
+    hook: str
+    protocol: Any  # of its classes; mypy and `jemkit.testing` check it
+    needs: tuple[str, ...]  # what a class must have to be registered
+
+
+KINDS = {
+    "network": Kind("jemkit_networks", NetworkSpec, ("build",)),
+    "energy": Kind("jemkit_energy_models", EnergyModelSpec, ("build",)),
+    "sampler": Kind("jemkit_samplers", Sampler, ("step", "needs_stem")),
+    "start": Kind("jemkit_starts", StartSpec, ("build",)),
+    "density": Kind("jemkit_densities", DensitySpec, ("build",)),
+    "backbone": Kind("jemkit_backbones", BackboneSpec, ("build",)),
+    "objective": Kind("jemkit_objectives", Objective[Any] | ObjectiveSpec, ("needs_density",)),
+    "updater": Kind("jemkit_updaters", UpdaterSpec, ("build",)),
+    "ascent": Kind("jemkit_ascents", Ascent, ("kernel",)),
+    "distance": Kind("jemkit_distances", Distance, ("bind", "min_size")),
+    "dataset": Kind("jemkit_datasets", Dataset, ("load", "n_classes", "radius_px", "augmentation")),
+    "attack": Kind("jemkit_attacks", Attack | ModelAttack, ()),
+    "evaluator": Kind("jemkit_evaluators", Evaluator, ("__call__",)),
+}
+HOOKS = (*(kind.hook for kind in KINDS.values()), "jemkit_recipes")
 
 
 @hookspec
-def jemkit_energy_models() -> Mapping[str, type[EnergyModelSpec]]:
-    """Energy models: features to scores, by name."""
+def _nothing() -> Mapping[str, Any]:
     return {}
 
 
-@hookspec
-def jemkit_samplers() -> Mapping[str, type[Sampler]]:
-    """Transition kernels, by name."""
-    return {}
-
-
-@hookspec
-def jemkit_starts() -> Mapping[str, type[StartSpec]]:
-    """Initial distributions of chains, by name."""
-    return {}
-
-
-@hookspec
-def jemkit_densities() -> Mapping[str, type[DensitySpec]]:
-    """Densities: how p(x) is sampled and learnt, by name."""
-    return {}
-
-
-@hookspec
-def jemkit_backbones() -> Mapping[str, type[BackboneSpec]]:
-    """JEM variants, by name."""
-    return {}
-
-
-@hookspec
-def jemkit_objectives() -> Mapping[str, type[Objective[Any]] | type[ObjectiveSpec]]:
-    """Training objectives, by name."""
-    return {}
-
-
-@hookspec
-def jemkit_updaters() -> Mapping[str, type[UpdaterSpec]]:
-    """Update rules, by name."""
-    return {}
-
-
-@hookspec
-def jemkit_ascents() -> Mapping[str, type[Ascent]]:
-    """Steps of a chain up a loss in a ball, by name."""
-    return {}
-
-
-@hookspec
-def jemkit_distances() -> Mapping[str, type[Distance]]:
-    """Distances between a clean and a perturbed image, by name."""
-    return {}
-
-
-@hookspec
-def jemkit_datasets() -> Mapping[str, type[Dataset]]:
-    """Labelled images, by name."""
-    return {}
-
-
-@hookspec
-def jemkit_attacks() -> Mapping[str, type[Attack] | type[ModelAttack]]:
-    """Attacks, by name."""
-    return {}
-
-
-@hookspec
-def jemkit_evaluators() -> Mapping[str, type[Evaluator]]:
-    """Evaluators, by name."""
-    return {}
-
-
-@hookspec
-def jemkit_recipes() -> Mapping[str, Path | Mapping[str, Any]]:
-    """Recipe layers, TOML files or tables, by what they apply to.
-
-    `data/NAME`, `backbone/NAME` and `objective/NAME` apply to a run that has that part,
-    `backbone/NAME/DATA` and `objective/NAME/DATA` to a pair, `run/BACKBONE/OBJECTIVE/DATA` to all
-    three, `preset/NAME` to `--preset NAME`.
-    """
-    return {}
+SPECS = type("Specs", (), dict.fromkeys(HOOKS, _nothing))
+"""The hooks as pluggy takes them."""

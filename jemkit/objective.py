@@ -97,11 +97,9 @@ class Objective(Protocol[D]):
 
     def draw(self, backbone: "Backbone", batch: Batch, rng: Generator) -> D:
         """Run every chain of this step; all results are detached."""
-        ...
 
     def loss(self, backbone: "Backbone", batch: Batch, draws: D) -> Terms:
         """The terms at the model's current weights; pure, so that SAM may call it twice."""
-        ...
 
 
 @runtime_checkable
@@ -111,7 +109,6 @@ class NamesStreams(Protocol):
     @property
     def streams(self) -> tuple[Stream, ...]:
         """In the order of the pass."""
-        ...
 
 
 @runtime_checkable
@@ -120,7 +117,6 @@ class ChecksBackbone(Protocol):
 
     def check_backbone(self, backbone: "Backbone") -> None:
         """Raise MisfitError where it is missing."""
-        ...
 
 
 @runtime_checkable
@@ -137,11 +133,9 @@ class StatefulObjective(Protocol):
 
     def after(self, backbone: "Backbone", batch: Batch, draws: Any, rng: Generator) -> None:
         """Update that state; called once, after the optimizer step."""
-        ...
 
     def parameters(self) -> list[nn.Parameter]:
         """Parameters that the main optimizer trains besides the model's."""
-        ...
 
     def state_dict(self) -> dict[str, Any]: ...
 

@@ -17,11 +17,9 @@ class Pinned(Protocol):
 
     def check_classes(self, dataset: Dataset) -> None:
         """Raise DataError where the data set has other classes."""
-        ...
 
     def check_images(self, splits: "Splits", split: Part, images: Images) -> None:
         """Raise DataError where the split holds other images."""
-        ...
 
 
 class Splits:

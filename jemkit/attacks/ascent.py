@@ -19,7 +19,6 @@ class Ascent(Protocol):
 
         It descends an energy, which is the loss with its sign changed.
         """
-        ...
 
 
 class SignAscent(Options):

@@ -65,7 +65,6 @@ class InBall(Protocol):
     @property
     def radius_px(self) -> float | None:
         """None: the data set's default radius, for L-inf."""
-        ...
 
 
 @runtime_checkable
@@ -74,7 +73,6 @@ class ForTraining(Protocol):
 
     def check_training(self) -> None:
         """Refuse those."""
-        ...
 
 
 Perturb = Callable[[Tensor, Tensor, Generator], Tensor]
@@ -96,7 +94,6 @@ class Attack(Protocol):
         radius_px: float,
     ) -> Tensor:
         """x~ [B, C, H, W], detached; `radius_px` applies if the attack sets none."""
-        ...
 
 
 @runtime_checkable
@@ -108,11 +105,9 @@ class ModelAttack(Protocol):
     @property
     def label(self) -> str:
         """The name of its figure, such as pgd20."""
-        ...
 
     def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
         """Its stages by name, in order; MisfitError if the model or threat does not fit."""
-        ...
 
     def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
         """Its settings, for the protocol; `standard: False`, with `why`, if they are not the
@@ -120,7 +115,6 @@ class ModelAttack(Protocol):
 
         Non-default options need no such label: see `jemkit.attacks.departures`.
         """
-        ...
 
 
 def training_radius(attack: Attack, usual_px: float) -> float:

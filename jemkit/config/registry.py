@@ -10,47 +10,12 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import pluggy
 
-from jemkit import hookspecs
 from jemkit.config.probing import Guest, Refused, contained, lethal
 from jemkit.errors import ConfigError, UnknownName
+from jemkit.hookspecs import HOOKS, KINDS, SPECS
 from jemkit.options import example, in_name, nearest, pattern
 
 T = TypeVar("T")
-
-KINDS: dict[str, str] = {
-    "network": "jemkit_networks",
-    "energy": "jemkit_energy_models",
-    "sampler": "jemkit_samplers",
-    "start": "jemkit_starts",
-    "density": "jemkit_densities",
-    "backbone": "jemkit_backbones",
-    "objective": "jemkit_objectives",
-    "updater": "jemkit_updaters",
-    "ascent": "jemkit_ascents",
-    "distance": "jemkit_distances",
-    "dataset": "jemkit_datasets",
-    "attack": "jemkit_attacks",
-    "evaluator": "jemkit_evaluators",
-}
-"""Every kind of part, and the hook that registers it."""
-
-NEEDS: dict[str, tuple[str, ...]] = {
-    "network": ("build",),
-    "energy": ("build",),
-    "sampler": ("step", "needs_stem"),
-    "start": ("build",),
-    "density": ("build",),
-    "backbone": ("build",),
-    "objective": ("needs_density",),
-    "updater": ("build",),
-    "ascent": ("kernel",),
-    "distance": ("bind", "min_size"),
-    "dataset": ("load", "n_classes", "radius_px", "augmentation"),
-    "attack": (),
-    "evaluator": ("__call__",),
-}
-"""What a class of each kind must have to be registered; mypy and `jemkit.testing` check the
-rest."""
 
 
 class Offer(NamedTuple):
@@ -186,12 +151,12 @@ def registry_of(plugins: list[Plugin], faults: list[Fault] | None = None) -> Reg
 def _taken_in(plugin: Plugin) -> tuple[list[Offer], dict[str, Any]]:
     """All parts of one plug-in, checked; an error of any part rejects all of them."""
     manager = pluggy.PluginManager("jemkit")
-    manager.add_hookspecs(hookspecs)
+    manager.add_hookspecs(SPECS)
     manager.register(plugin.module)
     _check_hook_names(plugin.module)
     manager.check_pending()
     offers = []
-    for kind, hook in KINDS.items():
+    for kind, (hook, *_) in KINDS.items():
         for name, part in _given(manager, hook, "classes").items():
             _check_part(kind, name, part)
             offers.append(Offer(kind, name, part, plugin.distribution, plugin.version))
@@ -213,7 +178,7 @@ def _given(manager: pluggy.PluginManager, hook: str, what: str) -> dict[Any, Any
 
 
 LAYERS = ("data", "backbone", "objective", "run", "preset")
-"""Reject a layer that applies to nothing; `jemkit.hookspecs` describes the keys."""
+"""What a layer may apply to; `jemkit.hookspecs` describes the keys."""
 
 
 def _check_layer(key: Any, layer: Any) -> None:
@@ -239,13 +204,12 @@ def _check_layer(key: Any, layer: Any) -> None:
 
 
 def _check_hook_names(module: Any) -> None:
-    known = {*KINDS.values(), "jemkit_recipes"}
     for name in dir(module):
         attribute = getattr(module, name)
         if not name.startswith("jemkit_") or not callable(attribute):
             continue
-        if name not in known:
-            raise TypeError(f"{name} is not a hook of jemkit{nearest(name, known)}")
+        if name not in HOOKS:
+            raise TypeError(f"{name} is not a hook of jemkit{nearest(name, HOOKS)}")
         if not hasattr(attribute, "jemkit_impl"):  # the mark that pluggy sets
             raise TypeError(f"{name} is not marked as a hook; write @hookimpl above it")
 
@@ -256,7 +220,7 @@ def _check_part(kind: str, name: str, part: Any) -> None:
         raise TypeError(f"the {kind} name {name!r} is not one lower-case word")
     if not isinstance(part, type):
         raise TypeError(f"the {kind} {name!r} is {part!r}; expected a class")
-    missing = [need for need in NEEDS[kind] if not _has(part, need)]
+    missing = [need for need in KINDS[kind].needs if not _has(part, need)]
     if kind == "objective" and not ({"draw", "loss"} <= set(dir(part)) or hasattr(part, "build")):
         missing.append("draw and loss, or build")
     if kind == "attack" and not (hasattr(part, "draw") or hasattr(part, "bind")):

@@ -22,7 +22,6 @@ class Distance(Protocol):
 
     def bind(self, model: EnergyModel, x: Tensor, bounds: Bounds) -> Measure:
         """Bind the clean images x [B, C, H, W]; returns d(x, .)."""
-        ...
 
 
 class NoDistance(Options):

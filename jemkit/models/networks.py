@@ -25,7 +25,6 @@ class NetworkSpec(Protocol):
     def build(self, shape: Shape) -> Network:
         """Build the network; its weights are drawn from torch's generator: call it in
         `seeded_init`."""
-        ...
 
 
 @contextmanager

@@ -32,7 +32,6 @@ class Density(Protocol):
 
     def draw(self, model: EnergyModel, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
         """x_neg [n, ...] from p(x), or from p(x | y); uses and updates the buffer."""
-        ...
 
     def sample(
         self,
@@ -48,19 +47,15 @@ class Density(Protocol):
 
         A chain's result may depend on how many run, but not on a small last batch.
         """
-        ...
 
     def loss(self, positive: Tensor, negative: Tensor) -> Tensor:
         """-log p(x) up to a constant, from energies of data [B] and of negatives [n] (Eq. 9)."""
-        ...
 
     def mark(self) -> None:
         """Begin a step: save what `rollback` restores."""
-        ...
 
     def rollback(self) -> None:
         """Undo every draw's effect on the buffer since `mark`."""
-        ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -303,7 +298,6 @@ class Penalised(Protocol):
     def penalise(self, weight: float) -> None:
         """Set the penalty to at least this weight; a density with a `penalty` above it is
         unchanged."""
-        ...
 
 
 def penalty_of(density: Density | None) -> float:

@@ -36,7 +36,6 @@ class Start(Protocol):
 
     def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
         """n images [n, C, H, W] in the model's range, of the classes y [n] if it has classes."""
-        ...
 
 
 @runtime_checkable

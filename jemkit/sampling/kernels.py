@@ -27,11 +27,9 @@ class StatelessKernel(Protocol):
     @property
     def needs_stem(self) -> bool:
         """Whether the energy must provide `stem` and `trunk`."""
-        ...
 
     def step(self, energy: EnergyFn, x: Tensor, rng: Generator) -> Tensor:
         """One transition of every row of x, [B, ...]."""
-        ...
 
 
 class KernelState(Protocol):
@@ -63,15 +61,12 @@ class StatefulKernel(Protocol[S]):
     @property
     def needs_stem(self) -> bool:
         """Whether the energy must offer `stem` and `trunk`."""
-        ...
 
     def init(self, x: Tensor, rng: Generator) -> S:
         """The state that a chain from x [B, ...] begins with."""
-        ...
 
     def step(self, energy: EnergyFn, state: S, rng: Generator) -> S:
         """One transition of every row; the wrappers below may have moved `state.x` before it."""
-        ...
 
 
 Sampler = StatelessKernel | StatefulKernel[Any]

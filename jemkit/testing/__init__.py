@@ -18,22 +18,8 @@ from jemkit.testing.toys import toy_backbone, toy_batch, toy_model, toy_task
 from jemkit.testing.training import check_objective, check_updater
 
 __all__ = [
-    "ConformanceError",
-    "check_ascent",
-    "check_attack",
-    "check_backbone",
-    "check_dataset",
-    "check_density",
-    "check_distance",
-    "check_energy_model",
-    "check_evaluator",
-    "check_network",
-    "check_objective",
-    "check_sampler",
-    "check_start",
-    "check_updater",
-    "toy_backbone",
-    "toy_batch",
-    "toy_model",
-    "toy_task",
-]
+    "ConformanceError", "check_ascent", "check_attack", "check_backbone", "check_dataset",
+    "check_density", "check_distance", "check_energy_model", "check_evaluator", "check_network",
+    "check_objective", "check_sampler", "check_start", "check_updater", "toy_backbone",
+    "toy_batch", "toy_model", "toy_task",
+]  # fmt: skip
