@@ -85,7 +85,7 @@ class Backbone:
 
         All streams share one pass if the rows are independent. With batch norm each stream has its
         own pass and batch statistics, and only the streams in `views.stats_from` update the running
-        ones.
+        ones, or x+ if none of them is there.
         """
         if not streams:
             return {}
@@ -93,13 +93,9 @@ class Backbone:
             joint = self.model(torch.cat(list(streams.values())))
             parts = joint.split([len(x) for x in streams.values()])
             return dict(zip(streams, parts, strict=True))
-        learnt = self.learnt_from(streams)
         self.passed |= set(streams)
+        learnt = set(streams) & set(self.views.stats_from) or set(streams) & {"x_pos"}
         return {name: self._single_pass(x, learn=name in learnt) for name, x in streams.items()}
-
-    def learnt_from(self, streams: Iterable[Stream]) -> set[Stream]:
-        """The streams from which batch norm learns among these; x+ if none is named."""
-        return set(streams) & set(self.views.stats_from) or set(streams) & {"x_pos"}
 
     def check_learning(self, streams: Iterable[Stream]) -> None:
         """Reject `stats_from` with which no stream would update batch norm's running statistics."""
@@ -169,9 +165,7 @@ def assemble(
     model = model.to(rng.device)
     built_density = None
     if density is not None and sampler is not None and start is not None and buffer is not None:
-        check_stem(
-            sampler, model.network
-        )  # before the Gaussians of the initial distribution, which take a while
+        check_stem(sampler, model.network)  # before the Gaussians of the start, which take a while
         buffer.check_classes(task.n_classes)
         p0 = start.build(task, rng.device)
         states = ReplayBuffer(buffer, p0, task.n_classes, rng, fill=task.fill)

@@ -1,5 +1,6 @@
 """Data: pixel bounds, image sets, their loader, and the two views of a batch."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ class Images(NamedTuple):
         """All images as float32 in [0, 1]."""
         return self.x.float() / 255 if self.x.dtype == torch.uint8 else self.x.float()
 
-    def take(self, index: Tensor) -> "Images":
+    def take(self, index: Tensor | slice) -> "Images":
         return Images(self.x[index], self.y[index])
 
     def to(self, device: torch.device) -> "Images":
@@ -92,6 +93,14 @@ class OffersValidation(Protocol):
 
     def validation(self) -> Images | None:
         """They replace a share of the training split; None if there are none."""
+
+
+def images_hash(images: Images) -> str:
+    """SHA-256 of a set's pixels, labels and shapes."""
+    digest = hashlib.sha256(f"{list(images.x.shape)} {images.x.dtype}".encode())
+    digest.update(images.x.contiguous().numpy().tobytes())
+    digest.update(images.y.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def checked(images: Images, n_classes: int, source: str) -> Images:
@@ -242,7 +251,7 @@ class Loader:
         views = self.views
         n_pos = positives(self.batch_size, views) // self.shard.size
         x = self._view(images, augment=views.augment_x, noise=views.noise_x)
-        pos = Images(images.x[:n_pos], images.y[:n_pos])
+        pos = images.take(slice(n_pos))
         x_pos = self._view(pos, augment=views.augment_pos, noise=views.noise_pos)
         batch = Batch(x, images.y, x_pos, index, self.step)
         self.step += 1

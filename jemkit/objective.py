@@ -1,21 +1,18 @@
 """Objectives: a sampling phase, then a loss that can be evaluated at several weights."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from jemkit.attacks.base import Attack, AttackLoss, training_radius
-from jemkit.data import Batch, Stream
+from jemkit.backbone import Backbone
+from jemkit.data import Batch, Stream, Task
 from jemkit.errors import ConfigError
 from jemkit.models.energy import Scores
 from jemkit.runtime.modes import eval_mode
-
-if TYPE_CHECKING:
-    from jemkit.backbone import Backbone
-    from jemkit.data import Task
 
 
 def watched(scores: Mapping[Stream, Scores], y: Tensor) -> dict[str, Tensor]:
@@ -29,7 +26,7 @@ def watched(scores: Mapping[Stream, Scores], y: Tensor) -> dict[str, Tensor]:
 
 
 def adversary(
-    attack: Attack, backbone: "Backbone", loss: AttackLoss, x: Tensor, rng: Generator
+    attack: Attack, backbone: Backbone, loss: AttackLoss, x: Tensor, rng: Generator
 ) -> Tensor:
     """Images near x on which a loss is high, by an attack in the backbone's range and radius."""
     radius = training_radius(attack, backbone.radius_px)
@@ -37,7 +34,7 @@ def adversary(
 
 
 def ce_adversary(
-    attack: Attack, backbone: "Backbone", x: Tensor, y: Tensor, rng: Generator
+    attack: Attack, backbone: Backbone, x: Tensor, y: Tensor, rng: Generator
 ) -> Tensor:
     """Images near x, [B, C, H, W], on which the cross-entropy of the labels y, [B], is high."""
     model = backbone.model
@@ -48,7 +45,7 @@ def ce_adversary(
     return adversary(attack, backbone, loss, x, rng)
 
 
-def kl_adversary(attack: Attack, backbone: "Backbone", x: Tensor, rng: Generator) -> Tensor:
+def kl_adversary(attack: Attack, backbone: Backbone, x: Tensor, rng: Generator) -> Tensor:
     """Images near x whose prediction differs most from that of x, by KL divergence in eval mode."""
     model = backbone.model
     with eval_mode(model), torch.no_grad():
@@ -95,10 +92,10 @@ class Objective(Protocol[D]):
 
     needs_density: ClassVar[bool]
 
-    def draw(self, backbone: "Backbone", batch: Batch, rng: Generator) -> D:
+    def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> D:
         """Run every chain of this step; all results are detached."""
 
-    def loss(self, backbone: "Backbone", batch: Batch, draws: D) -> Terms:
+    def loss(self, backbone: Backbone, batch: Batch, draws: D) -> Terms:
         """The terms at the model's current weights; pure, so that SAM may call it twice."""
 
 
@@ -115,7 +112,7 @@ class NamesStreams(Protocol):
 class ChecksBackbone(Protocol):
     """An objective that needs more of a backbone than a density."""
 
-    def check_backbone(self, backbone: "Backbone") -> None:
+    def check_backbone(self, backbone: Backbone) -> None:
         """Raise MisfitError where it is missing."""
 
 
@@ -131,7 +128,7 @@ class Conditional(Protocol):
 class StatefulObjective(Protocol):
     """An objective with its own state (a teacher, a momentum), made by `build(task, rng)`."""
 
-    def after(self, backbone: "Backbone", batch: Batch, draws: Any, rng: Generator) -> None:
+    def after(self, backbone: Backbone, batch: Batch, draws: Any, rng: Generator) -> None:
         """Update that state; called once, after the optimizer step."""
 
     def parameters(self) -> list[nn.Parameter]:
@@ -148,4 +145,4 @@ class ObjectiveSpec(Protocol):
 
     needs_density: ClassVar[bool]
 
-    def build(self, task: "Task", rng: Generator) -> Objective[Any]: ...
+    def build(self, task: Task, rng: Generator) -> Objective[Any]: ...

@@ -25,12 +25,6 @@ class Verdict(NamedTuple):
     grad_norm: Tensor  # scalar
     parts: dict[str, Tensor]
 
-    def is_finite(self) -> bool:
-        """Wait for this update only, not for work queued after it."""
-        if self.ready is not None:
-            self.ready.synchronize()
-        return bool(self.finite)
-
 
 class Guard:
     """Applies an update only if loss and gradient are finite.
@@ -71,7 +65,11 @@ class Guard:
         self._judge(self.verdict)
 
     def _judge(self, verdict: Verdict | None) -> None:
-        if verdict is None or verdict.is_finite():
+        if verdict is None:
+            return
+        if verdict.ready is not None:  # wait for this update only, not for work queued after it
+            verdict.ready.synchronize()
+        if verdict.finite:
             return
         self.verdict = verdict  # later updates followed a non-finite one
         sick = [f"{name} = {float(t)}" for name, t in verdict.parts.items() if not t.isfinite()]

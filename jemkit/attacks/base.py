@@ -124,9 +124,9 @@ def training_radius(attack: Attack, usual_px: float) -> float:
     return radius_of(attack.norm, attack.radius_px, usual_px, "objective.attack.radius_px")
 
 
-def nonstandard(why: Iterable[str]) -> dict[str, Any]:
-    """The label of settings that are not the published ones; empty if they are."""
-    reasons = "; ".join(dict.fromkeys(why))
+def nonstandard(why: Iterable[str | None]) -> dict[str, Any]:
+    """The label of settings that are not the published ones, with each reason once; else empty."""
+    reasons = "; ".join(dict.fromkeys(reason for reason in why if reason))
     return {"standard": False, "why": reasons} if reasons else {}
 
 

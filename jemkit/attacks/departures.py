@@ -1,12 +1,12 @@
 """Whether a figure is of the standard protocol: which options of its parts are not the defaults."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
 
-from jemkit.attacks.base import Threat
+from jemkit.attacks.base import Threat, nonstandard
 
 
 def departures(part: object, threat: Threat) -> dict[str, Any]:
@@ -42,12 +42,7 @@ def with_departures(card: Mapping[str, Any], changed: Mapping[str, Any]) -> dict
         return dict(card)
     options = {**card.get("options", {}), **changed}
     why = f"options that are not the defaults: {', '.join(f'{k} {v}' for k, v in changed.items())}"
-    return {**card, "options": options, "standard": False, "why": reasons([card.get("why"), why])}
-
-
-def reasons(conditions: Iterable[Any]) -> str:
-    """Reasons as one text, each once."""
-    return "; ".join(dict.fromkeys(str(reason) for reason in conditions if reason))
+    return {**card, "options": options, **nonstandard([card.get("why"), why])}
 
 
 def plain(value: Any) -> Any:

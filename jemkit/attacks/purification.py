@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -37,11 +38,10 @@ class Refinement(Options):
     seed: int = Field(0, ge=0, lt=2**32)
 
     def unused(self) -> dict[str, str]:
-        unused_options = (
-            {} if self.steps else dict.fromkeys(("step_size", "noise"), "where steps is 0")
-        )
-        idle = dict.fromkeys(("samples", "seed"), "where neither noise nor jitter is drawn")
-        return unused_options if self.random else {**unused_options, **idle}
+        idle = {} if self.steps else dict.fromkeys(("step_size", "noise"), "where steps is 0")
+        if not self.random:
+            idle |= dict.fromkeys(("samples", "seed"), "where neither noise nor jitter is drawn")
+        return idle
 
     @property
     def random(self) -> bool:
@@ -90,7 +90,7 @@ class Refined(PixelModel):
         """Scores of refined images; `rng` draws the noise, `slope` overrides `gradient`."""
         copies = self.refinement.copies
         x = self.bounds.from_unit(pixels).repeat_interleave(copies, dim=0)
-        draw = self._own_noise(pixels) if rng is None else _of(rng)
+        draw = self._own_noise(pixels) if rng is None else partial(noise_like, rng=rng)
         if (slope or self.refinement.gradient) == "exact":
             z = self.refine(x, draw)
         else:
@@ -122,11 +122,10 @@ class Refined(PixelModel):
     def _own_noise(self, pixels: Tensor) -> Draw:
         """Each image's generator follows from the seed and its pixels, whatever ran before."""
         if not self.random:
-            return noiseless
-        cpu = torch.device("cpu")
+            return torch.zeros_like
         rows = [row.contiguous().numpy().data for row in pixels.detach().cpu()]
         names = [hashlib.sha256(row).hexdigest() for row in rows]
-        rngs = [generator(cpu, self.refinement.seed, name) for name in names]
+        rngs = [generator(torch.device("cpu"), self.refinement.seed, name) for name in names]
 
         def draw(x: Tensor) -> Tensor:
             shape = (self.refinement.copies, *x.shape[1:])
@@ -144,11 +143,3 @@ def refined(subject: PixelModel, refinement: Refinement) -> PixelModel:
     if isinstance(subject, Refined):
         raise MisfitError("this model already purifies its input: configure one purification")
     return Refined(subject, refinement)
-
-
-def noiseless(x: Tensor) -> Tensor:
-    return torch.zeros_like(x)
-
-
-def _of(rng: Generator) -> Draw:
-    return lambda x: noise_like(x, rng)

@@ -18,11 +18,12 @@ def random_search(
 ) -> Tensor:
     """x~ [B, C, H, W], the lowest margin in `queries` passes (after Andriushchenko et al. 2020).
 
-    Windows of x~ - x are redrawn and kept where the margin falls; they shrink on the way. An
-    image that is wrong is left as it is.
+    It begins with a sign for each column and channel. Windows of x~ - x are redrawn and kept where
+    the margin falls; they shrink on the way. An image that is wrong is left as it is.
     """
     with torch.no_grad():
-        best = (x + stripes(x, threat, rng)).clamp(0, 1)
+        columns = _signs((len(x), x.shape[1], 1, x.shape[3]), x, rng).expand(x.shape)
+        best = (x + _to_surface(threat.eps * columns, threat)).clamp(0, 1)
         lead = margin(subject(best), y)
         for q in range(1, queries):
             live = (lead > 0).nonzero().squeeze(1)
@@ -34,12 +35,6 @@ def random_search(
             better = margins < lead[live]
             best[live[better]], lead[live[better]] = trial[better], margins[better]
     return best
-
-
-def stripes(x: Tensor, threat: Threat, rng: Generator) -> Tensor:
-    """A sign for each column and channel, on the surface of the ball."""
-    signs = _signs((len(x), x.shape[1], 1, x.shape[3]), x, rng).expand(x.shape)
-    return _to_surface(threat.eps * signs, threat)
 
 
 def redrawn(delta: Tensor, left: float, threat: Threat, rng: Generator) -> Tensor:

@@ -32,7 +32,6 @@ from jemkit.metrics.evaluator import (
     Evaluator,
     Unmeasurable,
     measure,
-    never,
     no_progress,
 )
 from jemkit.metrics.figures import Figure, joined
@@ -107,7 +106,7 @@ def judge(
     ctx = _context(subject, settings, part, test, attacks)
     if (lacking := missing_classes_warning(data.y, subject.n_classes)) is not None:
         ctx.notes.warnings.append(lacking)
-    ctx = replace(ctx, shard=shard, progress=progress or no_progress, stop=stop or never)
+    ctx = replace(ctx, shard=shard, progress=progress or no_progress, stop=stop or bool)
     for name, attack in attacks.items():  # errors are raised before anything slow
         as_model_attack(attack, name).bind(subject.model, ctx.threat)
     threads = _threads(subject)  # the same in all processes

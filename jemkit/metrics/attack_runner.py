@@ -53,11 +53,15 @@ def attacked(
     `repr` and pixel range.
     """
     whole = as_model_attack(attack, name)
-    n_classes = _n_classes(subject, data, ctx)
-    protocol = _protocol(attack, ctx, name, whole.card(ctx.threat, n_classes))
+    first = data.take(slice(1)).to(ctx.rng.device)
+    with torch.no_grad(), preserved_random_state():
+        n_classes = subject(first.unit()).shape[1]
+    own = {"attack": name, **ctx.threat._asdict(), **whole.card(ctx.threat, n_classes)}
+    card = {**joined(ctx.card, own), "batch_size": ctx.batch_size}
+    protocol = with_departures(card, departures(attack, ctx.threat))
     ledger = ctx.ledger(_fingerprint(subject, attack, data, ctx, name))
-    course = AttackRun(subject, data, ctx, ledger, name, everyone=whole.everyone)
-    stages = course.run(whole.bind(subject, ctx.threat))
+    course = AttackRun(subject, data, ctx, ledger, name)
+    stages = course.run(whole.bind(subject, ctx.threat), everyone=whole.everyone)
     x, x_adv = data.unit().cpu(), course.x_adv
     protocol["accuracy_after"] = stages
     protocol["max_delta_px"] = check_bound(x, x_adv, ctx.threat, name)
@@ -77,16 +81,6 @@ def robust_share(attacked_images: Attacked, ctx: Context) -> Figure:
     )
 
 
-def _protocol(
-    attack: AnyAttack, ctx: Context, name: str, settings: dict[str, Any]
-) -> dict[str, Any]:
-    """The protocol of an attack's figure: the evaluation's, the attack's, and what is not
-    standard."""
-    own = {"attack": name, **ctx.threat._asdict(), **settings}
-    card = {**joined(ctx.card, own), "batch_size": ctx.batch_size}
-    return with_departures(card, departures(attack, ctx.threat))
-
-
 class AttackRun:
     """One attack on all images.
 
@@ -95,26 +89,19 @@ class AttackRun:
     """
 
     def __init__(
-        self,
-        subject: PixelModel,
-        data: Images,
-        ctx: Context,
-        ledger: ResultCache,
-        name: str,
-        *,
-        everyone: bool,
+        self, subject: PixelModel, data: Images, ctx: Context, ledger: ResultCache, name: str
     ) -> None:
-        self.subject, self.data, self.ctx, self.ledger = subject, data, ctx, ledger
-        self.name, self.everyone = name, everyone
+        self.subject, self.data, self.ctx, self.ledger, self.name = subject, data, ctx, ledger, name
         self.x_adv, self.seconds, self.passes = data.unit().cpu().clone(), 0.0, 0
         (clean,) = ledger.pieces(["clean"], self._clean, ctx.poll, no_progress)
         self.right = clean["right"].bool()
 
-    def run(self, stages: Mapping[str, Perturb]) -> dict[str, float]:
+    def run(self, stages: Mapping[str, Perturb], *, everyone: bool) -> dict[str, float]:
+        """The accuracy after each stage; the first one attacks `everyone`, or who is right."""
         accuracy = {}
         for at, (stage, perturb) in enumerate(stages.items()):
-            everyone = self.everyone and at == 0
-            index = torch.arange(len(self.right)) if everyone else self.right.nonzero().squeeze(1)
+            whole = everyone and at == 0
+            index = torch.arange(len(self.right)) if whole else self.right.nonzero().squeeze(1)
             self._stage(at, stage, perturb, index)
             accuracy[stage] = int(self.right.sum()) / len(self.right)
         return accuracy
@@ -131,7 +118,8 @@ class AttackRun:
         def done(b: int) -> None:
             self.ctx.progress(stage, min(b * self.ctx.batch_size, len(index)), len(index))
 
-        names = [f"{at}-{b:05d}-{_short_hash(part)}" for b, part in enumerate(parts)]
+        hashes = [hashlib.sha256(part.contiguous().numpy().data).hexdigest()[:8] for part in parts]
+        names = [f"{at}-{b:05d}-{part}" for b, part in enumerate(hashes)]
         pieces = self.ledger.each(names, compute, self.ctx.poll, done)
         for part, piece in zip(parts, pieces, strict=True):
             self.x_adv[part] = piece["x_adv"]
@@ -155,10 +143,10 @@ class AttackRun:
 
         def attempt() -> tuple[Tensor, Tensor, int]:
             rng = Generator(device).manual_seed(self.ctx.seed)
-            with repeatable(rng), counted(self.subject.model, on_pass) as spent:
+            with repeatable(rng), counted(self.subject.model, on_pass) as passes:
                 x_adv = perturb(x, y, rng).detach()
                 check_bound(x, x_adv, self.ctx.threat, self.name)
-                return x_adv, self._right(x_adv, y, "attacked"), spent.passes
+                return x_adv, self._right(x_adv, y, "attacked"), sum(passes)
 
         x_adv, right, passes = retry_on_oom(attempt)
         settle(device)
@@ -175,24 +163,18 @@ class AttackRun:
         return right.to(torch.uint8).cpu()
 
 
-class Spent:
-    """Passes of one image through a model."""
-
-    def __init__(self, on_pass: Callable[[], None]) -> None:
-        self.passes, self.on_pass = 0, on_pass
-
-    def hear(self, _: nn.Module, given: tuple[Any, ...]) -> None:
-        self.on_pass()
-        x = given[0]
-        self.passes += len(x) * (2 if torch.is_grad_enabled() and x.requires_grad else 1)
-
-
 @contextmanager
-def counted(model: nn.Module, on_pass: Callable[[], None] = no_progress) -> Iterator[Spent]:
-    """Count the images that pass through a model; a pass with a gradient counts twice."""
-    spent = Spent(on_pass)
-    with model.register_forward_pre_hook(spent.hear):
-        yield spent
+def counted(model: nn.Module, on_pass: Callable[[], None]) -> Iterator[list[int]]:
+    """Count the images of each pass through a model; a pass with a gradient counts twice."""
+    passes: list[int] = []
+
+    def count(_: nn.Module, given: tuple[Any, ...]) -> None:
+        on_pass()
+        x = given[0]
+        passes.append(len(x) * (2 if torch.is_grad_enabled() and x.requires_grad else 1))
+
+    with model.register_forward_pre_hook(count):
+        yield passes
 
 
 @contextmanager
@@ -237,8 +219,7 @@ def check_bound(x: Tensor, x_adv: Tensor, threat: Threat, name: str) -> dict[str
     if x_adv.shape != x.shape:
         raise MisfitError(
             f"the attack {name} returned images {list(x_adv.shape)} for {list(x.shape)}; "
-            f"expected one "
-            "for each"
+            "expected one for each"
         )
     delta = (x_adv - x).flatten(1)
     sizes = {
@@ -261,12 +242,6 @@ def check_bound(x: Tensor, x_adv: Tensor, threat: Threat, name: str) -> dict[str
     return {norm: round(size * 255, 6) for norm, size in sizes.items()}
 
 
-def _n_classes(subject: PixelModel, data: Images, ctx: Context) -> int:
-    part = data.take(torch.arange(1)).to(ctx.rng.device)
-    with torch.no_grad(), preserved_random_state():
-        return len(subject(part.unit())[0])
-
-
 def _fingerprint(
     subject: PixelModel, attack: AnyAttack, data: Images, ctx: Context, name: str
 ) -> dict[str, Any]:
@@ -285,7 +260,3 @@ def _fingerprint(
         "images": tensors_hash(data._asdict()),
         "device": ctx.rng.device.type,
     }
-
-
-def _short_hash(index: Tensor) -> str:
-    return hashlib.sha256(index.contiguous().numpy().data).hexdigest()[:8]

@@ -51,10 +51,6 @@ def no_progress(*_: Any) -> None:
     return None
 
 
-def never() -> bool:
-    return False
-
-
 @dataclass(frozen=True)
 class Context:
     """What an evaluator works with besides the model."""
@@ -73,7 +69,7 @@ class Context:
     work: Path | None = None  # caches unfinished work; None caches nothing
     shard: Shard = WHOLE
     progress: Progress = no_progress
-    stop: Callable[[], bool] = never
+    stop: Callable[[], bool] = bool  # never
     notes: Notes = field(default_factory=Notes)
 
     def poll(self) -> None:
@@ -125,8 +121,7 @@ def batches(data: Images, ctx: Context, what: str = "") -> Iterator[tuple[Tensor
     """[0, 1] images and labels, batch by batch, on the generator's device."""
     total = len(data.y)
     for at in range(0, total, ctx.batch_size):
-        part = Images(data.x[at : at + ctx.batch_size], data.y[at : at + ctx.batch_size])
-        part = part.to(ctx.rng.device)
+        part = data.take(slice(at, at + ctx.batch_size)).to(ctx.rng.device)
         yield part.unit(), part.y
         if what:
             ctx.progress(what, min(at + ctx.batch_size, total), total)

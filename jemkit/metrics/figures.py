@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from jemkit.attacks.base import nonstandard
+
 Z = 1.959964
 """Of a two-sided 95 % interval."""
 
@@ -67,8 +69,7 @@ def canonical(value: Any) -> Any:
 
 def joined(card: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     """A protocol with more of it; where both say why a figure is not standard, both reasons."""
-    reasons = dict.fromkeys(part["why"] for part in (card, more) if part.get("why"))
-    return {**card, **more, **({"why": "; ".join(reasons)} if reasons else {})}
+    return {**card, **more, **nonstandard(part.get("why") for part in (card, more))}
 
 
 def share(name: str, right: int, n: int, protocol: dict[str, Any]) -> Figure:

@@ -1,33 +1,21 @@
 """Initial distributions of chains: p_0."""
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from jemkit.data import Bounds
+from jemkit.data import Bounds, Task
 from jemkit.options import Options
 from jemkit.runtime.lazy import Late
 from jemkit.sampling.moments import (
-    JITTER,
     Form,
     check_groups,
     expanded,
     form_of,
-    gaussian,
-    images_hash,
     moments_of,
-    packed,
 )
-
-if TYPE_CHECKING:
-    from jemkit.data import Task
-
-__all__ = [
-    "JITTER", "Gaussian", "GaussianStart", "Labelled", "LowRankStart", "Mixture", "MomentStart",
-    "Noise", "Start", "StartSpec", "Uniform", "gaussian", "images_hash", "moments", "start_name",
-]  # fmt: skip
 
 
 @runtime_checkable
@@ -42,13 +30,13 @@ class Start(Protocol):
 class StartSpec(Protocol):
     """Options of an initial distribution; a registered part."""
 
-    def build(self, task: "Task", device: torch.device) -> Start: ...
+    def build(self, task: Task, device: torch.device) -> Start: ...
 
 
 class Uniform(Options):
     """Uniform pixels, as in JEM."""
 
-    def build(self, task: "Task", device: torch.device) -> Start:
+    def build(self, task: Task, device: torch.device) -> Start:
         return UniformStart(task.shape, task.bounds)
 
 
@@ -57,21 +45,21 @@ class Noise(Options):
 
     std: float = Field(1.0, gt=0)
 
-    def build(self, task: "Task", device: torch.device) -> Start:
+    def build(self, task: Task, device: torch.device) -> Start:
         return NoiseStart(task.shape, task.bounds, self.std)
 
 
 class Gaussian(Options):
     """One Gaussian with the mean and covariance of the training images, as in M-EBM."""
 
-    def build(self, task: "Task", device: torch.device) -> Start:
+    def build(self, task: Task, device: torch.device) -> Start:
         return MomentStart(task, classwise=False, device=device)
 
 
 class Mixture(Options):
     """One Gaussian per class, JEM++'s informative initialisation."""
 
-    def build(self, task: "Task", device: torch.device) -> Start:
+    def build(self, task: Task, device: torch.device) -> Start:
         return MomentStart(task, classwise=True, device=device)
 
 
@@ -100,7 +88,7 @@ GATHERED = 2**28
 class GaussianStart:
     """x = m_k + L_k z, L_k the Cholesky factor of class k's covariance; clamped to the range."""
 
-    def __init__(self, means: Tensor, factors: Tensor, task: "Task") -> None:
+    def __init__(self, means: Tensor, factors: Tensor, task: Task) -> None:
         self.means, self.factors = means, factors  # [K, D], [K, D, D] lower triangular
         self.shape, self.bounds = task.shape, task.bounds
 
@@ -147,7 +135,7 @@ class Labelled:
 class LowRankStart:
     """x = m_k + B_k z + s_k e: the leading directions of a covariance and a diagonal; clamped."""
 
-    def __init__(self, means: Tensor, basis: Tensor, spread: Tensor, task: "Task") -> None:
+    def __init__(self, means: Tensor, basis: Tensor, spread: Tensor, task: Task) -> None:
         self.means, self.basis, self.spread = means, basis, spread  # [K, D], [K, D, R], [K, D]
         self.shape, self.bounds = task.shape, task.bounds
 
@@ -172,7 +160,7 @@ class LowRankStart:
 class MomentStart:
     """The Gaussians of the training images, which are loaded or estimated at the first draw."""
 
-    def __init__(self, task: "Task", *, classwise: bool, device: torch.device) -> None:
+    def __init__(self, task: Task, *, classwise: bool, device: torch.device) -> None:
         self.task, self.classwise, self.device = task, classwise, device
         self.form: Form = form_of(task, classwise=classwise)
         self._late = Late(lambda: _gaussians(task, classwise, device))
@@ -181,7 +169,8 @@ class MomentStart:
 
     def check(self) -> None:
         """Reject what cannot have Gaussians, before anything slow."""
-        check_groups(self.task, classwise=self.classwise)
+        if self.classwise:
+            check_groups(self.task)
 
     def prepare(self) -> None:
         """Load or estimate the Gaussians now; DataError if there are none."""
@@ -191,26 +180,18 @@ class MomentStart:
         return self._late.get().draw(n, rng, y)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Load a model's own file of moments, or estimate them from the training images."""
-        return packed(self.form, moments_of(self.task, classwise=self.classwise))
+        """The moments by their names in an exported model's file; loaded, or estimated."""
+        moments = moments_of(self.task, classwise=self.classwise)
+        return {f"{self.form.kind}.{name}": tensor for name, tensor in moments.items()}
 
 
-def _gaussians(
-    task: "Task", classwise: bool, device: torch.device
-) -> "GaussianStart | LowRankStart":
+def _gaussians(task: Task, classwise: bool, device: torch.device) -> "GaussianStart | LowRankStart":
     stored = {n: t.to(device) for n, t in moments_of(task, classwise=classwise).items()}
     if "basis" in stored:
         return LowRankStart(stored["means"], stored["basis"], stored["spread"], task)
     return GaussianStart(
         stored["means"], expanded(stored["factors"], stored["means"].shape[1]), task
     )
-
-
-def moments(task: "Task", *, classwise: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Means [K, D] and Cholesky factors [K, D, D], if whole covariances are stored."""
-    stored = moments_of(task, classwise=classwise)
-    means = stored["means"]
-    return means.to(device), expanded(stored["factors"], means.shape[1]).to(device)
 
 
 def start_name(start: Start) -> str:

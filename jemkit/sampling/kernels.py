@@ -1,5 +1,6 @@
 """Markov chains over an energy function: transition kernels, and the loop around them (Eq. 10)."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -144,11 +145,6 @@ def _detached(state: Tensor | KernelState) -> Tensor | KernelState:
     return state._replace(**tensors)
 
 
-def _moved(state: Any, by: Callable[[Tensor], Tensor]) -> Any:
-    """A kernel's state with another x."""
-    return by(state) if isinstance(state, Tensor) else state._replace(x=by(state.x))
-
-
 def noise_like(x: Tensor, rng: Generator) -> Tensor:
     return torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype)
 
@@ -238,12 +234,10 @@ class L2Descent(Options):
         return x - self.step_size * torch.where(norm > 0, slope / norm, 0 * slope)
 
 
-@dataclass(frozen=True)
-class Boxed:
-    """`inner`, then clamp to the pixel range."""
+class _Wrapper(ABC):
+    """`inner`, then move x to where it may be."""
 
     inner: Sampler
-    bounds: Bounds
 
     @property
     def needs_stem(self) -> bool:
@@ -253,7 +247,25 @@ class Boxed:
         return begin(self.inner, x, rng)
 
     def step(self, energy: EnergyFn, state: Any, rng: Generator) -> Any:
-        return _moved(self.inner.step(energy, state, rng), self.bounds.clamp)
+        state = self.inner.step(energy, state, rng)
+        if isinstance(state, Tensor):
+            return self.project(state)
+        return state._replace(x=self.project(state.x))
+
+    @abstractmethod
+    def project(self, x: Tensor) -> Tensor:
+        """x [B, ...], moved."""
+
+
+@dataclass(frozen=True)
+class Boxed(_Wrapper):
+    """`inner`, then clamp to the pixel range."""
+
+    inner: Sampler
+    bounds: Bounds
+
+    def project(self, x: Tensor) -> Tensor:
+        return self.bounds.clamp(x)
 
 
 def perturbed(x: Tensor, radius: float, rng: Generator, norm: Ball = "Linf") -> Tensor:
@@ -261,14 +273,14 @@ def perturbed(x: Tensor, radius: float, rng: Generator, norm: Ball = "Linf") -> 
     if norm == "Linf":
         u = torch.rand(x.shape, generator=rng, device=x.device, dtype=x.dtype)
         return x + radius * (2 * u - 1)
-    n = torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype).flatten(1)
+    n = noise_like(x, rng).flatten(1)
     share = torch.rand((len(x), 1), generator=rng, device=x.device, dtype=x.dtype)
     direction = F.normalize(n, dim=1) * share ** (1 / n.shape[1])
     return x + radius * direction.view_as(x)
 
 
 @dataclass(frozen=True)
-class Projected:
+class Projected(_Wrapper):
     """`inner`, then project onto the ball of `radius` around `centre` and clamp to the pixel
     range."""
 
@@ -277,16 +289,6 @@ class Projected:
     radius: float  # in tensor units: Bounds.px turns pixels into them
     bounds: Bounds
     norm: Ball = "Linf"
-
-    @property
-    def needs_stem(self) -> bool:
-        return self.inner.needs_stem
-
-    def init(self, x: Tensor, rng: Generator) -> Any:
-        return begin(self.inner, x, rng)
-
-    def step(self, energy: EnergyFn, state: Any, rng: Generator) -> Any:
-        return _moved(self.inner.step(energy, state, rng), self.project)
 
     def project(self, x: Tensor) -> Tensor:
         delta = x - self.centre

@@ -74,10 +74,8 @@ def form_of(task: Task, *, classwise: bool) -> Form:
     return whole._replace(rank=max(1, min(RANK, room)))
 
 
-def check_groups(task: Task, *, classwise: bool) -> None:
+def check_groups(task: Task) -> None:
     """Reject training images that lack a class, which then has no Gaussian."""
-    if not classwise:
-        return
     counts = torch.bincount(task.images("train").y, minlength=task.n_classes)
     empty = (counts == 0).nonzero().flatten().tolist()
     if empty:
@@ -119,11 +117,6 @@ def brought(config: Path) -> Path | None:
     if not path.is_file() or file_hash(path) != wanted:
         raise DataError(f"{path} is missing or damaged: its SHA-256 is not {wanted}")
     return path
-
-
-def packed(form: Form, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Moments with the names in an exported model's file."""
-    return {f"{form.kind}.{name}": tensor for name, tensor in moments.items()}
 
 
 def expanded(triangles: Tensor, size: int) -> Tensor:
@@ -217,15 +210,15 @@ def _prune(folder: Path, limit: int) -> None:
 
 
 def _estimate(task: Task, form: Form) -> dict[str, Tensor]:
-    images = _training_images(task, form)
-    check_groups(task, classwise=form.kind == "mixture")
+    images, mixture = _training_images(task, form), form.kind == "mixture"
+    if mixture:
+        check_groups(task)
     if form.bytes > 10_000_000:
         notices.info(
             "estimating %d Gaussian(s) of %d training images of %d numbers each",
             form.groups, len(images.y), form.pixels,
         )  # fmt: skip
     x = task.bounds.from_unit(images.unit()).flatten(1)
-    mixture = form.kind == "mixture"
     groups = [images.y == k for k in range(form.groups)] if mixture else [slice(None)]
     parts: list[tuple[Tensor, ...]]
     if form.rank is None:
@@ -296,11 +289,3 @@ def _scaled(q: Tensor, covariance: Tensor, rank: int) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     lengths = values[-rank:].clamp(min=0).sqrt()
     return torch.mm(q, (vectors[:, -rank:] * lengths).float())
-
-
-def images_hash(images: Images) -> str:
-    """SHA-256 of a set's pixels, labels and shapes."""
-    digest = hashlib.sha256(f"{list(images.x.shape)} {images.x.dtype}".encode())
-    digest.update(images.x.contiguous().numpy().tobytes())
-    digest.update(images.y.contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -6,13 +6,12 @@ import torch
 from torch import Generator, Tensor
 
 from jemkit.backbone import Backbone
-from jemkit.data import Augmentation, Batch, Bounds, Images, Task, Views
+from jemkit.data import Augmentation, Batch, Bounds, Images, Task, Views, images_hash
 from jemkit.models.energy import EnergyModel, EnergyModelSpec, LogSumExp
 from jemkit.models.networks import NetworkSpec, SmallCNN, seeded_init
 from jemkit.sampling.density import Buffer, Contrastive, DensitySpec, ReplayBuffer
 from jemkit.sampling.init_dists import StartSpec, Uniform
 from jemkit.sampling.kernels import SGLD, Sampler
-from jemkit.sampling.moments import images_hash
 
 
 def toy_images(n: int, n_classes: int, size: int, channels: int, seed: int) -> Images:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from jemkit.backbone import Backbone
 from jemkit.config.recipe import Recipe, Run
-from jemkit.data import Loader, Task, Views
+from jemkit.data import Loader, Task, Views, images_hash
 from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.models.energy import EnergyModel
 from jemkit.objective import Objective, ObjectiveSpec, StatefulObjective
@@ -24,7 +24,6 @@ from jemkit.runtime.precision import device_of, memory_of
 from jemkit.runtime.rng import generator
 from jemkit.sampling.compile import CompiledGradient
 from jemkit.sampling.density import Buffer
-from jemkit.sampling.moments import images_hash
 from jemkit.splits import Pinned, Splits
 from jemkit.training import memory_format, reshard
 from jemkit.training.compatibility import check_adversary, check_parts

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from jemkit.data import Dataset, Images, NamesClasses
+from jemkit.data import Dataset, Images, NamesClasses, images_hash
 from jemkit.errors import DataError
 from jemkit.runtime.files import file_hash, read_json, write_json
 from jemkit.runtime.work_cache import tensors_hash
-from jemkit.sampling.moments import images_hash
 from jemkit.splits import Part, Splits
 
 log = logging.getLogger(__name__)

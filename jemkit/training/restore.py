@@ -11,14 +11,14 @@ from jemkit.attacks.pixel_model import LoadedModel, PixelModel
 from jemkit.backbone import Backbone
 from jemkit.config.recipe import Recipe, resolve
 from jemkit.config.registry import Registry, installed
-from jemkit.data import Images, Task
+from jemkit.data import Images, Task, images_hash
 from jemkit.errors import ConfigError, DataError, JemkitError
 from jemkit.models.networks import check_features
 from jemkit.runtime import checkpoint
 from jemkit.runtime.files import load_tensors, read_json
 from jemkit.runtime.rng import generator
 from jemkit.runtime.run_dir import RunFolder
-from jemkit.sampling.moments import brought, images_hash
+from jemkit.sampling.moments import brought
 from jemkit.splits import Splits
 from jemkit.training.build import load_model, splits_of, task_of
 from jemkit.training.compatibility import trained_threat

@@ -13,6 +13,7 @@ from toys import gen
 
 from jemkit import Bounds, ConfigError, DataError, Images, Task
 from jemkit.builtin import jemkit_starts
+from jemkit.data import images_hash
 from jemkit.runtime.files import file_hash, write_json, write_tensors
 from jemkit.sampling.init_dists import (
     Gaussian,
@@ -23,7 +24,6 @@ from jemkit.sampling.init_dists import (
     MomentStart,
     Noise,
     Uniform,
-    moments,
     start_name,
 )
 from jemkit.sampling.moments import (
@@ -35,15 +35,21 @@ from jemkit.sampling.moments import (
     _directions,
     _prune,
     brought,
+    expanded,
     form_of,
     gaussian,
-    images_hash,
     low_rank,
     moments_of,
 )
 from jemkit.testing import toy_task
 
 CPU = torch.device("cpu")
+
+
+def moments(task: Task, *, classwise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means [K, D] and Cholesky factors [K, D, D]."""
+    stored = moments_of(task, classwise=classwise)
+    return stored["means"], expanded(stored["factors"], stored["means"].shape[1])
 
 
 def unit(task: Task) -> torch.Tensor:
@@ -73,7 +79,7 @@ def test_moments_are_taken_on_the_scale_that_the_model_sees() -> None:
     task = toy_task()
     other = replace(task, bounds=Bounds(0.0, 1.0))
     for t in (task, other):
-        means, factors = moments(t, classwise=False, device=CPU)
+        means, factors = moments(t, classwise=False)
         torch.testing.assert_close(means[0], unit(t).mean(0), rtol=1e-4, atol=1e-5)
         spread = torch.cov(unit(t).T, correction=0) + JITTER * torch.eye(64)
         torch.testing.assert_close(factors[0] @ factors[0].T, spread, rtol=1e-3, atol=1e-4)
@@ -82,7 +88,7 @@ def test_moments_are_taken_on_the_scale_that_the_model_sees() -> None:
 def test_moments_of_other_images_are_other_moments_though_a_cache_is_kept() -> None:
     one, other = toy_task(seed=0), toy_task(seed=1)
     for task in (one, other, one):  # the third comes from the cache
-        means, _ = moments(task, classwise=False, device=CPU)
+        means, _ = moments(task, classwise=False)
         torch.testing.assert_close(means[0], unit(task).mean(0), rtol=1e-4, atol=1e-5)
 
 
@@ -91,13 +97,13 @@ def test_cached_moments_are_bit_for_bit_those_first_computed(
 ) -> None:
     monkeypatch.setenv("JEMKIT_CACHE", str(tmp_path))
     task = toy_task()
-    first = moments(task, classwise=True, device=CPU)
+    first = moments(task, classwise=True)
     (kept,) = (tmp_path / "moments").iterdir()
 
     def refuse(split: str) -> Images:
         raise KeyError(split)
 
-    again = moments(replace(task, images=refuse), classwise=True, device=CPU)
+    again = moments(replace(task, images=refuse), classwise=True)
     assert all(map(torch.equal, first, again))
     assert kept.suffix == ".safetensors"
 
@@ -107,13 +113,13 @@ def test_a_cache_that_cannot_be_written_stops_nobody(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("JEMKIT_CACHE", str(tmp_path / "file"))
-    means, _ = moments(toy_task(), classwise=True, device=CPU)
+    means, _ = moments(toy_task(), classwise=True)
     assert len(means) == 3
 
 
 def test_each_class_has_the_mean_of_its_own_images() -> None:
     task = toy_task()
-    means, _ = moments(task, classwise=True, device=CPU)
+    means, _ = moments(task, classwise=True)
     y = task.images("train").y
     for k in range(task.n_classes):
         torch.testing.assert_close(means[k], unit(task)[y == k].mean(0), rtol=1e-4, atol=1e-5)
@@ -145,7 +151,7 @@ def test_a_card_names_a_start_as_it_is_registered(name: str) -> None:
 
 
 def test_a_row_of_a_class_does_not_depend_on_the_path_that_drew_it() -> None:
-    means, factors = moments(toy_task(), classwise=True, device=CPU)
+    means, factors = moments(toy_task(), classwise=True)
     start = GaussianStart(means, factors, toy_task())
     z, y = normal(0, 70, 64), torch.arange(70) % 3
     torch.testing.assert_close(start._by_class(z, y), start._gathered(z, y))
@@ -178,7 +184,7 @@ def test_uniform_fills_the_range_and_noise_surrounds_its_middle() -> None:
 def test_labels_decide_the_class_that_a_mixture_begins_in() -> None:
     task = toy_task()
     start = Mixture().build(task, CPU)
-    means, _ = moments(task, classwise=True, device=CPU)
+    means, _ = moments(task, classwise=True)
     y = torch.arange(60) % 3
     for draw in (start.draw(60, gen(), y), Labelled(start, y).draw(60, gen())):
         nearest = torch.cdist(draw.flatten(1), means).argmin(1)
@@ -327,11 +333,11 @@ def test_moments_that_a_model_brings_need_no_image(tmp_path: Path, size: int) ->
 def test_a_damaged_cache_is_estimated_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JEMKIT_CACHE", str(tmp_path))
     task = toy_task()
-    first = moments(task, classwise=True, device=CPU)
+    first = moments(task, classwise=True)
     (kept,) = (tmp_path / "moments").iterdir()
     for damage in (b"x", b""):
         kept.write_bytes(damage)
-        assert all(map(torch.equal, first, moments(task, classwise=True, device=CPU)))
+        assert all(map(torch.equal, first, moments(task, classwise=True)))
         assert kept.stat().st_size > 1000
 
 
@@ -360,10 +366,10 @@ def test_a_hit_makes_a_file_of_the_cache_the_newest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JEMKIT_CACHE", str(tmp_path))
-    moments(toy_task(), classwise=True, device=CPU)
+    moments(toy_task(), classwise=True)
     (kept,) = (tmp_path / "moments").iterdir()
     os.utime(kept, (1000, 1000))
-    moments(toy_task(), classwise=True, device=CPU)
+    moments(toy_task(), classwise=True)
     assert kept.stat().st_mtime > 1000
 
 

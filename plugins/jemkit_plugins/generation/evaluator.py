@@ -21,7 +21,7 @@ from jemkit.runtime.rng import generator
 from jemkit.sampling.density import together
 from jemkit.sampling.fresh import even_batches
 from jemkit.sampling.init_dists import MomentStart, start_name
-from jemkit.sampling.moments import images_hash
+from jemkit.data import images_hash
 from jemkit_plugins.generation import fid
 from jemkit_plugins.generation.features import (
     PIECE, Features, Extracted, inception, inception_file, own, extracted,
