@@ -134,7 +134,7 @@ def test_a_class_without_an_image_is_refused_by_name() -> None:
 def test_draws_have_the_mean_and_spread_of_the_images(spec: Gaussian) -> None:
     task = replace(toy_task(), bounds=Bounds(-9.0, 9.0))  # wide, so that clamping cuts nothing
     task = replace(task, hash=task.hash + "wide")
-    means, factors = moments(toy_task(), classwise=isinstance(spec, Mixture), device=CPU)
+    means, factors = moments(toy_task(), classwise=isinstance(spec, Mixture))
     start = GaussianStart(means, factors, task)
     y = torch.zeros(20_000, dtype=torch.int64)
     x = start.draw(20_000, gen(), y).flatten(1)
