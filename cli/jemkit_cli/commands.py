@@ -12,6 +12,7 @@ from jemkit_cli.evaluate import evaluate
 from jemkit_cli.foreign import export_model, import_model
 from jemkit_cli.report import compare, report
 from jemkit_cli.sample import sample
+from jemkit_cli.study.commands import reproduce, sweep
 from jemkit_cli.terminal import say
 from jemkit_cli.train import train
 from jemkit_cli.verify import verify_resume
@@ -41,6 +42,8 @@ app.command()(sample)
 app.command()(evaluate)
 app.command()(report)
 app.command()(compare)
+app.command()(sweep)
+app.command()(reproduce)
 app.command("import")(import_model)
 app.command("export")(export_model)
 app.command()(doctor)

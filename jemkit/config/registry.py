@@ -177,7 +177,7 @@ def _given(manager: pluggy.PluginManager, hook: str, what: str) -> dict[Any, Any
     return merged
 
 
-LAYERS = ("data", "backbone", "objective", "run", "preset")
+LAYERS = ("data", "backbone", "objective", "run", "preset", "study")
 """What a layer may apply to; `jemkit.hookspecs` describes the keys."""
 
 

@@ -1,0 +1,179 @@
+"""`jemkit reproduce` and `jemkit sweep`: many runs, one protocol, one table."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jemkit_cli.progress import tracking
+from jemkit_cli.selection import RecipeOptions
+from jemkit_cli.terminal import (
+    NoPlugins,
+    guarded,
+    installed_parts,
+    say,
+    say_json,
+    show_table,
+    stopping,
+    takes,
+)
+
+if TYPE_CHECKING:
+    from jemkit_cli.study.plan import Study, Unit
+    from jemkit_cli.study.table import Table
+
+RUNS = Path("runs")
+
+Jobs = Annotated[
+    int, typer.Option(min=1, help="How many runs are trained or evaluated at the same time.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="List the runs with a forecast of the time; run nothing.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the table as one line of JSON.")]
+Seeds = Annotated[
+    str | None, typer.Option(metavar="LIST", help="Comma-separated, 0,1,2.", show_default=False)
+]
+
+
+@guarded
+def reproduce(
+    name: Annotated[
+        str,
+        typer.Argument(help="A study that a plug-in provides, or a TOML file.", metavar="STUDY"),
+    ],
+    scale: Annotated[str, typer.Option(help="Data and size of the study.")] = "digits",
+    seeds: Seeds = None,
+    row: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this row; repeatable.", metavar="NAME", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the runs and the table; runs/SCALE by default.", show_default=False
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where the data set's files are.", show_default=False)
+    ] = None,
+    jobs: Jobs = 1,
+    dry_run: DryRun = False,
+    no_plugins: NoPlugins = False,
+    as_json: Json = False,
+) -> None:
+    """Train and evaluate what a table of a paper compares, and write the table.
+
+    Runs that are complete are found again by their recipe; an interrupted call continues.
+    """
+    from jemkit_cli.study.plan import find_study, part_of, study_resolver, units
+
+    registry = installed_parts(third_party=not no_plugins)
+    study = part_of(find_study(registry, name, scale), _numbers(seeds), row or ())
+    own = name.endswith(".toml")  # of the user
+    folder = out or RUNS / (Path(name).stem if own else scale)
+    extra = {} if data_dir is None else {"data": {"dir": str(data_dir)}}
+    planned = units(study, registry, folder, study_resolver(study, registry, extra))
+    _go(study, planned, folder, Path(name).stem, jobs=jobs, dry_run=dry_run, as_json=as_json)
+
+
+@takes(RecipeOptions)
+def sweep(
+    recipe: RecipeOptions,
+    seeds: Seeds = None,
+    attack: Annotated[
+        list[str] | None,
+        typer.Option(help="An attack; repeatable. pgd by default.", metavar="NAME",
+                     show_default=False),
+    ] = None,
+    figure: Annotated[
+        list[str] | None,
+        typer.Option(help="A column of the table; repeatable.", metavar="NAME", show_default=False),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs and the table.")] = RUNS / "sweep",
+    jobs: Jobs = 1,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Train every combination of settings, and write a table of their figures.
+
+    A --set with several values, separated by commas, is varied: --set objective.w2=0.05,0.5.
+    """
+    from jemkit_cli.study.plan import sweep_resolver, sweep_study, units
+
+    registry = recipe.registry()
+    if recipe.seed is not None and seeds is not None:
+        raise typer.BadParameter("--seed and --seeds are both given; omit --seed")
+    numbers = _numbers(seeds) or (recipe.seed or 0,)
+    study = sweep_study(
+        recipe.overrides or (), numbers, tuple(attack or ("pgd",)), tuple(figure or ())
+    )
+    planned = units(study, registry, out, sweep_resolver(registry, recipe.layers()))
+    _go(study, planned, out, "sweep", jobs=jobs, dry_run=dry_run, as_json=as_json)
+
+
+def _go(
+    study: "Study",
+    planned: "Sequence[Unit]",
+    folder: Path,
+    name: str,
+    *,
+    jobs: int,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    from jemkit_cli.study.forecast import forecast
+    from jemkit_cli.study.running import run_all
+    from jemkit_cli.study.table import table_of
+    from jemkit_cli.study.writing import write_all
+
+    if dry_run:
+        _show_forecast(forecast(study, planned, jobs), as_json)
+        return
+    with tracking(silent=as_json) as progress, stopping() as stop:
+        run_all(
+            planned, study.evaluate, jobs=jobs, report=_reporter(as_json), progress=progress,
+            stop=stop,
+        )  # fmt: skip
+    table = table_of(study, planned)
+    paths = write_all(table, folder, name)
+    if as_json:
+        say_json(table.to_json())
+        return
+    _show(table)
+    say(f"table {', '.join(map(str, paths))}")
+
+
+def _show(table: "Table") -> None:
+    from jemkit_cli.study.writing import cells, footnotes, heads
+
+    show_table(heads(table), [cells(table, line) for line in table.lines], table.study.title)
+    for note in footnotes(table):
+        say(note)
+
+
+def _show_forecast(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        say_json(rows)
+        return
+    heads = list(rows[0])
+    show_table(heads, [["" if row[h] is None else str(row[h]) for h in heads] for row in rows])
+    say("nothing was run")
+
+
+def _reporter(silent: bool) -> Any:
+    return (lambda text: None) if silent else say
+
+
+def _numbers(seeds: str | None) -> tuple[int, ...]:
+    """The seeds of a text such as 0,1,2; none where no text is given."""
+    if seeds is None:
+        return ()
+    try:
+        numbers = tuple(int(seed) for seed in seeds.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"--seeds {seeds}: expected integers such as 0,1,2") from None
+    if len(set(numbers)) < len(numbers):
+        raise typer.BadParameter(f"--seeds {seeds}: a seed is given twice")
+    return numbers

@@ -1,0 +1,269 @@
+"""A study: rows of recipes, seeds, and one protocol; each run is known by its resolved recipe."""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import Field, ValidationError
+
+from jemkit.config.layers import Table, flat, read_layer
+from jemkit.config.messages import explain
+from jemkit.config.recipe import Resolved, complete, resolve
+from jemkit.config.registry import Registry
+from jemkit.errors import ConfigError, DataError, JemkitError, UnknownName
+from jemkit.options import Options, nearest
+from jemkit.runtime.files import read_json
+from jemkit.training.resuming import MAY_DIFFER
+
+SAME_IMAGES = ("data.dir", "data.download")
+"""Settings of the place of the images, which a run pins by their hash."""
+
+
+class Row(Options):
+    """One line of the table: a recipe, and what the paper reports for it."""
+
+    name: str
+    preset: str | None = None
+    recipe: dict[str, Any] = Field(default_factory=dict)  # tables, as in a --config file
+    settings: tuple[str, ...] = ()  # as with --set
+    after: str | None = None  # the row whose best weights its runs start from, seed by seed
+    paper: dict[str, float] = Field(default_factory=dict)  # published figures by column
+
+
+class Study(Options):
+    """Rows that are trained with the same seeds and evaluated under one protocol."""
+
+    title: str
+    paper: str = ""  # data, network and protocol of the published figures
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    columns: tuple[str, ...] = ("clean", "pgd20")  # names of figures
+    compared: str = "pgd20"  # the figure of the differences from the reference
+    reference: str | None = None  # a row
+    evaluate: tuple[str, ...] = ()  # options of `jemkit evaluate`
+    common: dict[str, Any] = Field(default_factory=dict)  # tables of every recipe
+    rows: tuple[Row, ...] = Field(min_length=1)
+
+    def row(self, name: str) -> Row:
+        """The row of a name; a ConfigError if there is none."""
+        names = [row.name for row in self.rows]
+        if name not in names:
+            raise ConfigError(f"the study has no row {name!r}{nearest(name, names)}")
+        return self.rows[names.index(name)]
+
+
+class Unit(NamedTuple):
+    """One run of a study."""
+
+    row: Row
+    seed: int
+    resolved: Resolved
+    key: str  # SHA-256 of the settings that determine its outcome
+    folder: Path
+
+
+def read_study(source: Path | Table, origin: str) -> Study:
+    """A study in TOML: a table [study], a table [common], and an array of tables [[rows]]."""
+    content = read_layer(source)
+    general = content.get("study", {})
+    given = {**(general if isinstance(general, dict) else {}), **content}
+    given.pop("study", None)
+    try:
+        study = Study.model_validate(given)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {explain(error, given)}") from None
+    names = [row.name for row in study.rows]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"{origin} has two rows {twice!r}; give each a name of its own")
+    for name in (study.reference, *(row.after for row in study.rows)):
+        if name is not None:
+            study.row(name)
+    return study
+
+
+def find_study(registry: Registry, name: str, scale: str) -> Study:
+    """The study of a TOML file, or study/NAME/SCALE of a plug-in."""
+    if name.endswith(".toml"):
+        return read_study(Path(name), name)
+    key = f"study/{name}/{scale}"
+    if key in registry.recipes:
+        return read_study(registry.recipes[key], key)
+    there = sorted(k.removeprefix("study/") for k in registry.recipes if k.startswith("study/"))
+    scales = [known for known in there if known.startswith(f"{name}/")]
+    if scales:
+        known = ", ".join(each.removeprefix(f"{name}/") for each in scales)
+        raise UnknownName(f"{name} has no scale {scale!r}; it has {known}")
+    names = sorted({each.partition("/")[0] for each in there})
+    raise UnknownName(
+        f"no study {name!r}{nearest(name, names)}. There are: {', '.join(names)}; a path of a TOML "
+        f"file is allowed too"
+    )
+
+
+def part_of(study: Study, seeds: Sequence[int], rows: Sequence[str]) -> Study:
+    """The study of these seeds and rows; of all where none is named."""
+    wanted = [study.row(name) for name in rows] or list(study.rows)
+    for row in wanted:  # the loop reaches what it appends
+        if row.after is not None and study.row(row.after) not in wanted:
+            wanted.append(study.row(row.after))
+    reference = study.reference if any(r.name == study.reference for r in wanted) else None
+    return study.model_copy(
+        update={"seeds": tuple(seeds) or study.seeds, "rows": tuple(wanted), "reference": reference}
+    )
+
+
+def sweep_study(
+    settings: Sequence[str], seeds: tuple[int, ...], attacks: Sequence[str], columns: Sequence[str]
+) -> Study:
+    """A row for each combination of settings, named after those that vary."""
+    choices = grid(settings)
+    varied = [name for name in choices[0] if len({choice[name] for choice in choices}) > 1]
+    rows = [
+        Row(
+            name=", ".join(f"{name} = {choice[name]}" for name in varied) or "run",
+            settings=tuple(f"{name}={value}" for name, value in choice.items()),
+        )
+        for choice in choices
+    ]
+    only = [] if columns else ["robustness", "energies"]
+    options = [*_repeated("--attack", attacks), *_repeated("--only", only), "--indicators", "off"]
+    return Study(
+        title="Sweep", seeds=seeds, columns=tuple(columns or ("clean", "pgd20", "gap_relative")),
+        evaluate=tuple(options), rows=tuple(rows),
+    )  # fmt: skip
+
+
+def _repeated(option: str, values: Iterable[str]) -> list[str]:
+    return [text for value in values for text in (option, value)]
+
+
+def study_resolver(
+    study: Study, registry: Registry, extra: Mapping[str, Any]
+) -> Callable[[Row, int], Resolved]:
+    """Resolves a row of a study file; `extra` are tables that come last."""
+
+    def resolved(row: Row, seed: int) -> Resolved:
+        config = merged(merged(study.common, row.recipe), extra)
+        named = {"run": {"seed": seed}}
+        return resolve(
+            registry, preset=row.preset, config=config, overrides=row.settings, named=named
+        )
+
+    return resolved
+
+
+def sweep_resolver(registry: Registry, layers: Mapping[str, Any]) -> Callable[[Row, int], Resolved]:
+    """Resolves a combination of a sweep; `layers` are those of the other options."""
+
+    def resolved(row: Row, seed: int) -> Resolved:
+        named = merged(layers["named"], {"run": {"seed": seed}})
+        return resolve(registry, **{**layers, "overrides": row.settings, "named": named})
+
+    return resolved
+
+
+def units(
+    study: Study, registry: Registry, out: Path, resolver: Callable[[Row, int], Resolved]
+) -> list[Unit]:
+    """The runs of a study, all rows of a seed before the next seed.
+
+    A run that is in `out` under any name is found by its key; a new one gets a folder named after
+    its row, seed and key. Raises ConfigError where that folder is a run of another recipe.
+    """
+    there = _existing(registry, out)
+    by_key = {run.key: folder for folder, run in there.items() if run.fresh}
+    planned: dict[tuple[str, int], Unit] = {}
+    for seed, row in itertools.product(study.seeds, list(_ordered(study))):
+        try:
+            resolved = complete(resolver(row, seed), registry)
+        except (ConfigError, DataError) as error:
+            raise type(error)(f"row {row.name!r}: {error}") from None
+        before = planned[row.after, seed].key if row.after else ""
+        key, plain = _key(resolved, before), _key(resolved)
+        slug = re.sub(r"[^a-z0-9]+", "-", row.name.lower()).strip("-")
+        folder = by_key.get(key, out / f"{slug}-{seed}-{key[:8]}")
+        if folder in there and there[folder].key != plain:
+            raise ConfigError(
+                f"{folder} is a run of another recipe than the row {row.name!r}: move it away, or "
+                f"choose another --out"
+            )
+        planned[row.name, seed] = Unit(row, seed, resolved, key, folder)
+    return list(planned.values())
+
+
+class _There(NamedTuple):
+    """A run that is in the folder."""
+
+    key: str
+    fresh: bool  # whether it started from weights of its own
+
+
+def _existing(registry: Registry, out: Path) -> dict[Path, _There]:
+    """The runs in a folder; what is not a readable run is passed over."""
+    runs = {}
+    for config in sorted(out.glob("*/config.json")):
+        if config.parent.is_symlink():
+            continue
+        try:
+            resolved = complete(resolve(registry, config=config), registry)
+            fresh = read_json(config).get("init_from") is None
+        except JemkitError:
+            continue
+        runs[config.parent] = _There(_key(resolved), fresh)
+    return runs
+
+
+def grid(settings: Sequence[str]) -> list[dict[str, str]]:
+    """Every combination of settings such as lr=0.1,0.2; values are separated by commas."""
+    choices = []
+    for setting in settings:
+        name, equals, values = setting.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError(f"--set {setting}: expected NAME=VALUE or NAME=VALUE,VALUE")
+        choices.append([(name.strip(), value) for value in _split(values)])
+    return [dict(combination) for combination in itertools.product(*choices)]
+
+
+def _split(values: str) -> list[str]:
+    """The parts of a text between commas outside of brackets and quotes."""
+    parts = re.findall(r"""(?:\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*'|[^,])+""", values)
+    return [part.strip() for part in parts] or [""]
+
+
+def _ordered(study: Study) -> Iterator[Row]:
+    """The rows, each after the one that it starts from."""
+    done: list[str] = []
+
+    def visit(row: Row, path: tuple[str, ...]) -> Iterator[Row]:
+        if row.name in path:
+            raise ConfigError(f"the row {row.name!r} starts from itself: {' -> '.join(path)}")
+        if row.name in done:
+            return
+        if row.after is not None:
+            yield from visit(study.row(row.after), (*path, row.name))
+        done.append(row.name)
+        yield row
+
+    for row in study.rows:
+        yield from visit(row, ())
+
+
+def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables, the second over the first."""
+    result = dict(one)
+    for name, value in other.items():
+        before = result.get(name)
+        if isinstance(before, dict) and isinstance(value, dict):
+            value = merged(before, value)
+        result[name] = value
+    return result
+
+
+def _key(resolved: Resolved, before: str = "") -> str:
+    skipped = {*MAY_DIFFER, *SAME_IMAGES}
+    settings = {k: v for k, v in flat(resolved.tables) if k not in skipped}
+    text = json.dumps([settings, before], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

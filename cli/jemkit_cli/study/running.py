@@ -1,0 +1,196 @@
+"""Train and evaluate the runs of a study that are missing, each in a process of its own."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jemkit.errors import ConfigError, Diverged, JemkitError, Preempted
+from jemkit.runtime.files import read_json, write_json
+from jemkit.runtime.lock import LOCK, locked
+from jemkit.runtime.opening import make_folder
+from jemkit_cli.study.plan import Unit
+from jemkit_cli.terminal import STOPPED
+
+MARK = "study.json"
+"""In a run's folder: what was done for a study, and with which options."""
+POLL = 0.2
+"""Seconds between two looks at a process and at the signals."""
+
+
+class Failed(JemkitError):
+    """A run of a study failed; the exit code is that of its command."""
+
+
+class State(NamedTuple):
+    """What is done of a run."""
+
+    trained: dict[str, Any] | None  # the JSON line of `jemkit train`, or {"diverged": message}
+    evaluated: tuple[str, ...] | None  # the options of the evaluation that is complete
+
+    @property
+    def diverged(self) -> bool:
+        return self.trained is not None and "diverged" in self.trained
+
+    def complete(self, options: Sequence[str]) -> bool:
+        return self.diverged or (self.trained is not None and self.evaluated == tuple(options))
+
+
+def state_of(unit: Unit) -> State:
+    """What the run's folder says; nothing is done where the folder is of another recipe."""
+    path = unit.folder / MARK
+    if not path.exists():
+        return State(None, None)
+    mark = read_json(path)
+    if not isinstance(mark, dict) or mark.get("key") != unit.key:
+        return State(None, None)
+    evaluated = mark.get("evaluated")
+    return State(mark.get("trained"), None if evaluated is None else tuple(evaluated))
+
+
+def run_all(
+    units: Sequence[Unit],
+    options: Sequence[str],
+    *,
+    jobs: int,
+    report: Callable[[str], None],
+    progress: Callable[[str, int, int], None] | None,
+    stop: Callable[[], bool],
+) -> None:
+    """Do what is missing of every run; runs that diverge are marked, and the others go on.
+
+    Raises Preempted if `stop` returns true: the runs are saved, and the same call continues.
+    """
+    stopped = threading.Event()
+    begun: dict[str, Future[None]] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        for unit in units:
+            before = next((begun[u.key] for u in units if u.key in begun and _leads(u, unit)), None)
+            if unit.key not in begun:  # two rows may be one recipe
+                begun[unit.key] = pool.submit(_run, unit, units, options, before, report, stopped)
+        waiting = set(begun.values())
+        while waiting:
+            done, waiting = wait(waiting, POLL, return_when=FIRST_EXCEPTION)
+            if progress is not None:
+                progress("runs", len(begun) - len(waiting), len(begun))
+            failed = [future for future in done if future.exception() is not None]
+            if stop() or failed:
+                stopped.set()
+    errors = [error for future in begun.values() if (error := future.exception()) is not None]
+    own = [error for error in errors if not isinstance(error, Preempted)]
+    for error in own or errors:
+        raise error
+
+
+def _leads(one: Unit, other: Unit) -> bool:
+    """Whether the other starts from the weights of this run."""
+    return other.row.after == one.row.name and other.seed == one.seed
+
+
+def _run(
+    unit: Unit,
+    units: Sequence[Unit],
+    options: Sequence[str],
+    before: "Future[None] | None",
+    report: Callable[[str], None],
+    stopped: threading.Event,
+) -> None:
+    if before is not None:
+        before.result()
+    first = next((each for each in units if _leads(each, unit)), None)
+    state, name = state_of(unit), f"{unit.row.name}, seed {unit.seed}"
+    if state.complete(options):
+        return
+    if state.trained is None:
+        if first is not None and state_of(first).diverged:
+            trained: dict[str, Any] = {"diverged": f"{first.row.name} diverged"}
+        else:
+            trained = _train(unit, first, stopped)
+        state = State(trained, None)
+        _mark(unit, state)
+        report(f"{name}: {_summary(trained)}")
+    if not state.diverged:
+        _call(["evaluate", str(unit.folder), *options, "--json"], stopped, unit.folder)
+        _mark(unit, state._replace(evaluated=tuple(options)))
+        report(f"{name}: evaluated")
+
+
+def _summary(trained: dict[str, Any]) -> str:
+    if "diverged" in trained:
+        return f"diverged: {trained['diverged']}"
+    return f"trained in {trained['seconds']:.0f} s"
+
+
+def _train(unit: Unit, first: Unit | None, stopped: threading.Event) -> dict[str, Any]:
+    """Start the run or continue it; the last line that the command printed."""
+    arguments = ["train", "--out", str(unit.folder), "--json", "--quiet"]
+    if (unit.folder / "config.json").exists():
+        arguments.append("--resume")
+    else:
+        arguments += ["--config", str(_recipe_file(unit))]
+        arguments += ["--init-from", str(first.folder)] if first is not None else []
+    try:
+        line: dict[str, Any] = json.loads(_call(arguments, stopped, unit.folder).splitlines()[-1])
+        return line
+    except Diverged as error:
+        return {"diverged": str(error)}
+
+
+def _recipe_file(unit: Unit) -> Path:
+    """The resolved recipe as a file for --config."""
+    folder = unit.folder.parent / "recipes"
+    make_folder(folder)
+    path = folder / f"{unit.key[:16]}.json"
+    write_json(path, {"recipe": unit.resolved.tables})
+    return path
+
+
+def _call(arguments: list[str], stopped: threading.Event, folder: Path) -> str:
+    """Run a jemkit command; its standard output, or the error that its exit code stands for."""
+    _wait_for_lock(folder, stopped)
+    if stopped.is_set():
+        raise Preempted("stopped: run the same command again to continue")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jemkit", *arguments],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    ended = False
+    while True:
+        try:
+            output, errors = process.communicate(timeout=POLL)
+            break
+        except subprocess.TimeoutExpired:
+            if stopped.is_set() and not ended:
+                process.terminate()
+                ended = True
+    if process.returncode == 0:
+        return output
+    message = errors.strip().splitlines()[-1] if errors.strip() else f"code {process.returncode}"
+    message = message.removeprefix("error: ")
+    if process.returncode == STOPPED or ended:
+        raise Preempted("stopped: run the same command again to continue")
+    if process.returncode == Diverged.exit_code:
+        raise Diverged(message)
+    error = Failed(f"{folder}: {message}")
+    error.exit_code = process.returncode if process.returncode > 0 else 1
+    raise error
+
+
+def _wait_for_lock(folder: Path, stopped: threading.Event) -> None:
+    """Wait while a process that an earlier command started still works on the run."""
+    while (folder / LOCK).exists() and not stopped.is_set():
+        try:
+            with locked(folder / LOCK, f"continues {folder}"):
+                return
+        except ConfigError:
+            time.sleep(POLL)
+
+
+def _mark(unit: Unit, state: State) -> None:
+    unit.folder.mkdir(parents=True, exist_ok=True)
+    write_json(unit.folder / MARK, {"key": unit.key, **state._asdict()})

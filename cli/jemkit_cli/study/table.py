@@ -1,0 +1,170 @@
+"""The figures of a study: means over seeds, intervals, differences from the reference row."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jemkit.evaluation.run_table import Judged, differing, is_share, read_runs
+from jemkit.metrics import record as records
+from jemkit.metrics.figures import Figure, finite
+from jemkit_cli.study.plan import Study, Unit
+from jemkit_cli.study.running import state_of
+
+DRAWS, CHUNK = 2000, 250
+"""Resamples of an interval, and how many of them are drawn at once."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure of a row."""
+
+    values: list[float]  # one for each seed
+    mean: float
+    sd: float | None = None  # over seeds, divides by n - 1; None for one seed
+    low: float | None = None  # 95 % interval over seeds and images; None where none is defined
+    high: float | None = None
+    share: bool = False  # shown as a percentage
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table."""
+
+    name: str
+    runs: list[str]
+    checkpoints: list[str]  # SHA-256 of the weights
+    seconds: list[float]  # of training
+    cells: dict[str, Cell]
+    why: dict[str, str]  # why a column has no figure
+    difference: Cell | None  # from the reference row, in the compared figure
+    diverged: int  # number of seeds
+    paper: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Table:
+    """All lines of a study, with the protocol of each column."""
+
+    study: Study
+    lines: list[Line]
+    protocols: dict[str, Figure] = field(default_factory=dict)  # a figure of each column
+
+    def to_json(self) -> dict[str, Any]:
+        """A number that is not finite becomes null."""
+        whole = {
+            "title": self.study.title,
+            "seeds": list(self.study.seeds),
+            "columns": list(self.study.columns),
+            "reference": self.study.reference,
+            "compared": self.study.compared,
+            "paper": self.study.paper,
+            "rows": [_plain(line) for line in self.lines],
+            "protocols": {name: figure.protocol for name, figure in self.protocols.items()},
+        }
+        return finite(whole)  # type: ignore[no-any-return]
+
+
+def table_of(study: Study, units: Sequence[Unit]) -> Table:
+    """The table of the runs that are complete; what was not measured stays empty."""
+    groups = {row.name: [unit for unit in units if unit.row.name == row.name] for row in study.rows}
+    judged = {name: _judged(group, study) for name, group in groups.items()}
+    everything = list({run.folder: run for runs in judged.values() for run in runs}.values())
+    apart = {name: "; ".join(differing(everything, name)) for name in study.columns}
+    reference = _rows(judged.get(study.reference or "", []), study.compared)
+    lines = []
+    for row in study.rows:
+        runs, states = judged[row.name], [state_of(unit) for unit in groups[row.name]]
+        cells = {name: cell for name in study.columns if (cell := _cell(runs, name)) is not None}
+        own = _rows(runs, study.compared) if row.name != study.reference else None
+        lines.append(Line(
+            row.name,
+            [str(run.folder) for run in runs],
+            [str(run.record.protocol.get("checkpoint")) for run in runs],
+            [state.trained["seconds"] for state in states if state.trained and not state.diverged],
+            cells,
+            {name: _why(runs, name) for name in study.columns if name not in cells},
+            _difference(own, reference) if not apart.get(study.compared) else None,
+            sum(state.diverged for state in states),
+            row.paper,
+        ))  # fmt: skip
+    protocols = {
+        name: figure for name in study.columns for run in everything[::-1]
+        if (figure := run.figure(name)) is not None
+    }  # fmt: skip
+    return Table(study, lines, protocols)
+
+
+def _judged(group: Sequence[Unit], study: Study) -> list[Judged]:
+    folders = [unit.folder for unit in group if state_of(unit).complete(study.evaluate)]
+    evaluated = [folder for folder in folders if (folder / records.JSON).exists()]
+    return read_runs(evaluated, records.load) if evaluated else []
+
+
+def _cell(runs: Sequence[Judged], name: str) -> Cell | None:
+    figures = [figure for run in runs if (figure := run.figure(name)) is not None]
+    if not figures or len(figures) < len(runs) or differing(runs, name):
+        return None
+    values = [figure.value for figure in figures]
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return Cell(values, mean, None, figures[0].low, figures[0].high, is_share(figures[0]))
+    sd = statistics.stdev(values) if all(map(math.isfinite, values)) else None
+    rows = _rows(runs, name)
+    low, high = (None, None) if rows is None else _interval(rows)
+    return Cell(values, mean, sd, low, high, is_share(figures[0]))
+
+
+def _why(runs: Sequence[Judged], name: str) -> str:
+    if not runs:
+        return "not measured"
+    figures = [run.figure(name) for run in runs]
+    if all(figures):
+        return "protocols differ"
+    lacking = runs[figures.index(None)]
+    reasons = list(lacking.record.left_out.values())
+    return "left out" if reasons else "not measured"
+
+
+def _rows(runs: Sequence[Judged], name: str) -> np.ndarray | None:
+    """The outcome of every image of every run [seeds, images]; None where a run has none."""
+    rows = []
+    for run in runs:
+        figure = run.figure(name)
+        row = None if figure is None else run.record.rows_of(figure)
+        if figure is None or row is None or abs(float(row.double().mean()) - figure.value) > 1e-6:
+            return None
+        rows.append(row.double().numpy())
+    return np.stack(rows) if rows and len({len(row) for row in rows}) == 1 else None
+
+
+def _difference(own: np.ndarray | None, reference: np.ndarray | None) -> Cell | None:
+    """The row less the reference, seed by seed and image by image."""
+    if own is None or reference is None or own.shape != reference.shape:
+        return None
+    gap = own - reference
+    values = [float(value) for value in gap.mean(1)]
+    sd = statistics.stdev(values) if len(values) > 1 else None
+    return Cell(values, float(gap.mean()), sd, *_interval(gap), share=True)
+
+
+def _interval(rows: np.ndarray) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean; seeds and images are both resampled."""
+    rng = np.random.default_rng(0)
+    seeds, images = rows.shape
+    means = []
+    for _ in range(DRAWS // CHUNK):
+        weights = rng.multinomial(images, np.full(images, 1 / images), size=CHUNK) / images
+        each = weights @ rows.T  # [draws, seeds]
+        chosen = rng.integers(seeds, size=(CHUNK, seeds))
+        means.append(np.take_along_axis(each, chosen, 1).mean(1))
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _plain(line: Line) -> dict[str, Any]:
+    cells = {name: vars(cell) for name, cell in line.cells.items()}
+    return {**vars(line), "cells": cells, "difference": line.difference and vars(line.difference)}
