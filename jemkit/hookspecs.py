@@ -6,7 +6,7 @@ only register parts; none is called during training.
 `jemkit_recipes` returns recipe layers, TOML files or tables, by what they apply to: `data/NAME`,
 `backbone/NAME` and `objective/NAME` to a run that has that part, `backbone/NAME/DATA` and
 `objective/NAME/DATA` to a pair, `run/BACKBONE/OBJECTIVE/DATA` to all three, `preset/NAME` to
-`--preset NAME`.
+`--preset NAME`. `study/NAME/SCALE` is a study of `jemkit reproduce`.
 """
 
 from collections.abc import Mapping

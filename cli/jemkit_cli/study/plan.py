@@ -239,7 +239,9 @@ def _ordered(study: Study) -> Iterator[Row]:
 
     def visit(row: Row, path: tuple[str, ...]) -> Iterator[Row]:
         if row.name in path:
-            raise ConfigError(f"the row {row.name!r} starts from itself: {' -> '.join(path)}")
+            raise ConfigError(
+                f"the row {row.name!r} starts from itself: {' -> '.join([*path, row.name])}"
+            )
         if row.name in done:
             return
         if row.after is not None:

@@ -23,6 +23,10 @@ POLL = 0.2
 """Seconds between two looks at a process and at the signals."""
 
 
+Call = Callable[[list[str], threading.Event, Path], str]
+"""Runs a jemkit command that works in a folder, and returns its standard output."""
+
+
 class Failed(JemkitError):
     """A run of a study failed; the exit code is that of its command."""
 
@@ -61,6 +65,7 @@ def run_all(
     report: Callable[[str], None],
     progress: Callable[[str, int, int], None] | None,
     stop: Callable[[], bool],
+    call: Call | None = None,
 ) -> None:
     """Do what is missing of every run; runs that diverge are marked, and the others go on.
 
@@ -72,7 +77,9 @@ def run_all(
         for unit in units:
             before = next((begun[u.key] for u in units if u.key in begun and _leads(u, unit)), None)
             if unit.key not in begun:  # two rows may be one recipe
-                begun[unit.key] = pool.submit(_run, unit, units, options, before, report, stopped)
+                begun[unit.key] = pool.submit(
+                    _run, unit, units, options, before, report, stopped, call or _call
+                )
         waiting = set(begun.values())
         while waiting:
             done, waiting = wait(waiting, POLL, return_when=FIRST_EXCEPTION)
@@ -99,6 +106,7 @@ def _run(
     before: "Future[None] | None",
     report: Callable[[str], None],
     stopped: threading.Event,
+    call: Call,
 ) -> None:
     if before is not None:
         before.result()
@@ -110,12 +118,12 @@ def _run(
         if first is not None and state_of(first).diverged:
             trained: dict[str, Any] = {"diverged": f"{first.row.name} diverged"}
         else:
-            trained = _train(unit, first, stopped)
+            trained = _train(unit, first, stopped, call)
         state = State(trained, None)
         _mark(unit, state)
         report(f"{name}: {_summary(trained)}")
     if not state.diverged:
-        _call(["evaluate", str(unit.folder), *options, "--json"], stopped, unit.folder)
+        call(["evaluate", str(unit.folder), *options, "--json"], stopped, unit.folder)
         _mark(unit, state._replace(evaluated=tuple(options)))
         report(f"{name}: evaluated")
 
@@ -126,7 +134,7 @@ def _summary(trained: dict[str, Any]) -> str:
     return f"trained in {trained['seconds']:.0f} s"
 
 
-def _train(unit: Unit, first: Unit | None, stopped: threading.Event) -> dict[str, Any]:
+def _train(unit: Unit, first: Unit | None, stopped: threading.Event, call: Call) -> dict[str, Any]:
     """Start the run or continue it; the last line that the command printed."""
     arguments = ["train", "--out", str(unit.folder), "--json", "--quiet"]
     if (unit.folder / "config.json").exists():
@@ -135,7 +143,7 @@ def _train(unit: Unit, first: Unit | None, stopped: threading.Event) -> dict[str
         arguments += ["--config", str(_recipe_file(unit))]
         arguments += ["--init-from", str(first.folder)] if first is not None else []
     try:
-        line: dict[str, Any] = json.loads(_call(arguments, stopped, unit.folder).splitlines()[-1])
+        line: dict[str, Any] = json.loads(call(arguments, stopped, unit.folder).splitlines()[-1])
         return line
     except Diverged as error:
         return {"diverged": str(error)}

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
+import torch
+from torch import Tensor
 
 from jemkit.evaluation.run_table import Judged, differing, is_share, read_runs
 from jemkit.metrics import record as records
 from jemkit.metrics.figures import Figure, finite
+from jemkit.runtime.rng import generator
 from jemkit_cli.study.plan import Study, Unit
 from jemkit_cli.study.running import state_of
 
@@ -129,7 +131,7 @@ def _why(runs: Sequence[Judged], name: str) -> str:
     return "left out" if reasons else "not measured"
 
 
-def _rows(runs: Sequence[Judged], name: str) -> np.ndarray | None:
+def _rows(runs: Sequence[Judged], name: str) -> Tensor | None:
     """The outcome of every image of every run [seeds, images]; None where a run has none."""
     rows = []
     for run in runs:
@@ -137,31 +139,33 @@ def _rows(runs: Sequence[Judged], name: str) -> np.ndarray | None:
         row = None if figure is None else run.record.rows_of(figure)
         if figure is None or row is None or abs(float(row.double().mean()) - figure.value) > 1e-6:
             return None
-        rows.append(row.double().numpy())
-    return np.stack(rows) if rows and len({len(row) for row in rows}) == 1 else None
+        rows.append(row.double())
+    return torch.stack(rows) if rows and len({len(row) for row in rows}) == 1 else None
 
 
-def _difference(own: np.ndarray | None, reference: np.ndarray | None) -> Cell | None:
+def _difference(own: Tensor | None, reference: Tensor | None) -> Cell | None:
     """The row less the reference, seed by seed and image by image."""
     if own is None or reference is None or own.shape != reference.shape:
         return None
     gap = own - reference
-    values = [float(value) for value in gap.mean(1)]
+    values: list[float] = gap.mean(1).tolist()
     sd = statistics.stdev(values) if len(values) > 1 else None
     return Cell(values, float(gap.mean()), sd, *_interval(gap), share=True)
 
 
-def _interval(rows: np.ndarray) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean; seeds and images are both resampled."""
-    rng = np.random.default_rng(0)
+def _interval(rows: Tensor) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean [seeds, images]; both are resampled."""
+    rng = generator(torch.device("cpu"), 0, "study")
     seeds, images = rows.shape
     means = []
     for _ in range(DRAWS // CHUNK):
-        weights = rng.multinomial(images, np.full(images, 1 / images), size=CHUNK) / images
-        each = weights @ rows.T  # [draws, seeds]
-        chosen = rng.integers(seeds, size=(CHUNK, seeds))
-        means.append(np.take_along_axis(each, chosen, 1).mean(1))
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+        drawn = torch.randint(images, (CHUNK, images), generator=rng)
+        weights = torch.zeros(CHUNK, images, dtype=torch.float64)
+        weights.scatter_add_(1, drawn, torch.ones_like(weights))
+        each = weights @ rows.T / images  # [draws, seeds]
+        chosen = torch.randint(seeds, (CHUNK, seeds), generator=rng)
+        means.append(each.gather(1, chosen).mean(1))
+    low, high = torch.cat(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
     return float(low), float(high)
 
 

@@ -141,9 +141,8 @@ def _shown(cell: Cell) -> str:
 
 
 def _points(cell: Cell) -> str:
-    assert cell.low is not None
-    assert cell.high is not None
-    return f"{100 * cell.mean:+.1f} [{100 * cell.low:+.1f}, {100 * cell.high:+.1f}]"
+    bounds = [f"{100 * bound:+.1f}" for bound in (cell.low, cell.high) if bound is not None]
+    return f"{100 * cell.mean:+.1f} [{', '.join(bounds)}]"
 
 
 def _number(value: float | None) -> str:
