@@ -1,6 +1,7 @@
 """README and docs say what is so: code runs, links lead somewhere, names exist."""
 
 import ast
+import inspect
 import re
 from functools import cache
 from pathlib import Path
@@ -49,7 +50,7 @@ def test_every_link_leads_to_a_file(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_the_table_of_parts_names_every_part_and_no_other() -> None:
+def test_the_table_of_parts_names_every_part_and_links_its_file() -> None:
     registry = installed(third_party=False)
     for kind in ("backbone", "objective", "updater", "sampler", "ascent", "distance", "dataset",
                  "start", "attack", "evaluator"):  # fmt: skip
@@ -57,6 +58,10 @@ def test_the_table_of_parts_names_every_part_and_no_other() -> None:
         (row,) = re.findall(rf"^\| {label} \| (.*?) \|", readme(), re.M)
         bare = re.sub(r"\([^)]*\)", "", row)
         assert set(re.findall(r"`(\w+)`", bare)) == set(registry[kind]), kind
+        links = dict(re.findall(r"\[`(\w+)`\]\(([^)]+)\)", row))
+        for name, part in registry[kind].items():
+            file = Path(inspect.getfile(part))
+            assert ROOT / links.get(name, "") in (file, file.parent), f"{name}: link {file}"
 
 
 def test_every_preset_in_readme_and_readings_resolves() -> None:
