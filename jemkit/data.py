@@ -212,6 +212,7 @@ class Batch(NamedTuple):
     x_pos: Tensor  # [P, C, H, W], the density's view of the first P of these images
     index: Tensor  # type: ignore[assignment]  # [B], which training images these are
     step: int = 0
+    generated: Tensor | None = None  # [B], bool, which images are generated; None: none are
 
 
 class Loader:
@@ -236,26 +237,35 @@ class Loader:
         self.batch_size = min(batch_size, len(images.y))
         self.views, self.bounds, self.augmentation = views, bounds, augmentation
         check_shares(self.batch_size, views, shard)
-        self.steps_per_epoch = len(images.y) // self.batch_size
+        self.steps_per_epoch = steps_per_epoch(len(images.y), batch_size)
         self.step = 0
         self.order = torch.empty(0, dtype=torch.int64, device=images.x.device)
 
     def batch(self) -> Batch:
         """The next batch; a new order is drawn at the start of each epoch."""
-        at = self.step % self.steps_per_epoch
-        if at == 0:
-            n = len(self.images.y)
-            self.order = torch.randperm(n, generator=self.rng, device=self.images.x.device)
-        index = self.order[at * self.batch_size : (at + 1) * self.batch_size][self._rows]
-        images = self.images.take(index)
+        images, index, generated = self._next()
         views = self.views
         n_pos = positives(self.batch_size, views) // self.shard.size
         x = self._view(images, augment=views.augment_x, noise=views.noise_x)
         pos = images.take(slice(n_pos))
         x_pos = self._view(pos, augment=views.augment_pos, noise=views.noise_pos)
-        batch = Batch(x, images.y, x_pos, index, self.step)
+        batch = Batch(x, images.y, x_pos, index, self.step, generated)
         self.step += 1
         return batch
+
+    def _next(self) -> tuple[Images, Tensor, Tensor | None]:
+        """This process's images of the step, their indices, and which of them are generated."""
+        at = self._place()
+        index = self.order[at * self.batch_size : (at + 1) * self.batch_size][self._rows]
+        return self.images.take(index), index, None
+
+    def _place(self) -> int:
+        """The step's place in its epoch; at the first one a new order is drawn."""
+        at = self.step % self.steps_per_epoch
+        if at == 0:
+            n = len(self.images.y)
+            self.order = torch.randperm(n, generator=self.rng, device=self.images.x.device)
+        return at
 
     def _view(self, images: Images, *, augment: bool, noise: float) -> Tensor:
         x = images.x
@@ -279,6 +289,12 @@ class Loader:
         self.step = int(state["step"])
         self.order = torch.as_tensor(state["order"]).to(self.images.x.device)
         self.rng.set_state(torch.as_tensor(state["rng"]))
+
+
+def steps_per_epoch(n_images: int, batch_size: int, *, mixed: bool = False) -> int:
+    """Whole batches of n images; in batches mixed with generated images a rest counts as one."""
+    size = min(batch_size, n_images)
+    return -(-n_images // size) if mixed else n_images // size
 
 
 def positives(batch_size: int, views: Views) -> int:

@@ -61,6 +61,21 @@ class RecipeOptions:
         _option("--download", "Fetch the data set where it is missing.", PARTS),
         "data.download",
     ] = None
+    extra_data: Annotated[
+        Path | None,
+        _option("--extra-data", "Generated images to mix in: an .npz.", PARTS, "FILE"),
+        "extra.file",
+    ] = None
+    extra_fraction: Annotated[
+        float | None,
+        _option("--extra-fraction", "Their part of every batch, such as 0.7.", PARTS),
+        "extra.fraction",
+    ] = None
+    extra_labels: Annotated[
+        Path | None,
+        _option("--extra-labels", "A model to label them, if they have no labels.", PARTS, "MODEL"),
+        "extra.labels",
+    ] = None
     epochs: Annotated[
         int | None, _option("--epochs", "Passes over the training images.", RUN), "run.epochs"
     ] = None

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 
 from jemkit.backbone import BackboneSpec
 from jemkit.config import retired
+from jemkit.config.extra import Extra
 from jemkit.config.layers import (
     PARTS,
     Layer,
@@ -86,6 +87,7 @@ class Recipe(Options):
     optimizer: OptimizerOptions
     schedule: Schedule
     sentinel: Sentinel = Sentinel()
+    extra: Extra = Extra()
 
 
 class Resolved(NamedTuple):
@@ -121,7 +123,10 @@ def resolve(
     for layer in own:
         _check_tables(layer)
     own = _translated(own)
-    parts = {"run": Run(), "schedule": Schedule(), "optimizer": SGD(), "sentinel": Sentinel()}
+    parts = {
+        "run": Run(), "schedule": Schedule(), "optimizer": SGD(), "sentinel": Sentinel(),
+        "extra": Extra(),
+    }  # fmt: skip
     stack = Stack(registry)
     stack.lay(Layer("default", {k: v.model_dump(mode="json") for k, v in parts.items()}))
     picked = {table: _choice(table, own) for table in PARTS}

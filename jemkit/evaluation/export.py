@@ -30,7 +30,7 @@ from jemkit.training.model_files import (
     task_table,
 )
 from jemkit.training.model_folder import check_vacant, write_model
-from jemkit.training.restore import Which, open_model, run_folder
+from jemkit.training.opened import Which, open_model, run_folder
 
 log = logging.getLogger(__name__)
 

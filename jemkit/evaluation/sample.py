@@ -35,9 +35,10 @@ from jemkit.runtime.work_cache import WHOLE, Piece, ResultCache, Shard
 from jemkit.sampling.density import Buffered, Density, ReplayBuffer, together
 from jemkit.sampling.fresh import even_batches, in_batches
 from jemkit.sampling.init_dists import MomentStart, Start, start_name
+from jemkit.training.opened import Which, open_model
 from jemkit.training.pinned import SAMPLED
 from jemkit.training.reshard import gather_state
-from jemkit.training.restore import Which, open_model, restored
+from jemkit.training.restore import restored
 
 STEPS = 40
 """Of a fresh chain, where none are given."""
@@ -182,8 +183,8 @@ def draw_samples(
 def save(samples: Samples, out: Path | None = None) -> tuple[Path, Path]:
     """Write a PNG grid and an .npz of the images; the names hold a hash of the protocol.
 
-    The .npz has `images` [N, H, W, C] in 0..255, `y` (empty where no classes were asked for), and
-    `protocol`, a JSON string.
+    The .npz has `image` [N, H, W, C] in 0..255, `label` [N] where classes were asked for, and
+    `protocol`, a JSON string. `train --extra-data` reads it.
     """
     text = json.dumps(samples.protocol, sort_keys=True)
     folder = place(samples.protocol, out)
@@ -191,9 +192,11 @@ def save(samples: Samples, out: Path | None = None) -> tuple[Path, Path]:
     stem = f"{samples.protocol['source']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     png, npz = folder / f"{stem}.png", folder / f"{stem}.npz"
     images = to_bytes(samples.pixels).permute(0, 2, 3, 1).numpy()
-    y = np.empty(0, np.int64) if samples.y is None else samples.y.cpu().numpy()
+    arrays: dict[str, Any] = {"image": images, "protocol": np.array(text)}
+    if samples.y is not None:
+        arrays["label"] = samples.y.cpu().numpy()
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, images=images, y=y, protocol=np.array(text))
+    np.savez(buffer, **arrays)
     save_grid(png, samples.pixels)
     write_bytes(npz, buffer.getvalue())
     return png, npz

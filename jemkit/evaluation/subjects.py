@@ -27,8 +27,9 @@ from jemkit.runtime.modes import eval_mode, preserved_random_state
 from jemkit.sampling.density import Buffered
 from jemkit.splits import Splits
 from jemkit.training.build import load_model
+from jemkit.training.opened import Which, open_model
 from jemkit.training.reshard import gather_state
-from jemkit.training.restore import Which, about_parts, is_own, open_model, restored
+from jemkit.training.restore import about_parts, is_own, restored
 
 log = logging.getLogger(__name__)
 

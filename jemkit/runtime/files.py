@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import safetensors.torch
@@ -41,6 +41,12 @@ UNREADABLE = (
     OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
 )  # fmt: skip
 """The errors that a damaged safetensors file raises."""
+
+DAMAGED = (
+    OSError, EOFError, ValueError, KeyError, TypeError, SyntaxError, zlib.error,
+    zipfile.BadZipFile, NotImplementedError, RuntimeError, tokenize.TokenError,
+)  # fmt: skip
+"""The errors that a damaged .npz or .npy file raises."""
 
 MOST_HEADER = 100_000_000
 """Limit for the header of a safetensors file, as in the format."""
@@ -256,38 +262,31 @@ def load_arrays(path: Path, most: int = MOST_BYTES) -> dict[str, Tensor]:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-        TypeError,
-        SyntaxError,
-        zlib.error,
-        zipfile.BadZipFile,
-        NotImplementedError,
-        RuntimeError,
-        tokenize.TokenError,
-    ) as error:
+    except DAMAGED as error:
         raise DataError(f"{path} is not an .npz file, or is damaged: {error}") from None
 
 
 def _check_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
     """Reject an entry whose size differs from what its array's header declares."""
     with archive.open(entry) as file:
-        version = np.lib.format.read_magic(file)
-        readers = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }
-        if version not in readers:
-            raise ValueError(f"{entry.filename} is an array of format {version}")
-        shape, _, dtype = readers[version](file)
+        shape, _, dtype = array_header(file, entry.filename)
         claimed, held = dtype.itemsize * math.prod(shape), entry.file_size - file.tell()
     if dtype.hasobject or claimed != held:
         raise ValueError(
             f"{entry.filename} declares {list(shape)} of {dtype}, {claimed:,} bytes, in {held:,}"
         )
+
+
+def array_header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """The shape, the Fortran order and the type of an array, read at its start."""
+    version = np.lib.format.read_magic(file)
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in readers:
+        raise ValueError(f"{name} is an array of format {version}")
+    return readers[version](file)
 
 
 def sync_folder(folder: Path) -> None:

@@ -78,7 +78,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "refined": ("attacks.purification",),
     "registry": ("config.registry",),
     "report": ("evaluation.report",),
-    "restoring": ("training.restore",),
+    "restoring": ("training.restore", "training.opened"),
     "resuming": ("training.resuming",),
     "robustness": ("metrics.energy_gap",),
     "runtime.behind": ("runtime.checkpoint",),

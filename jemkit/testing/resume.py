@@ -20,8 +20,8 @@ from jemkit.runtime.pytree import differing, leaves
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.training import pinned
 from jemkit.training.build import splits_of
+from jemkit.training.opened import saved_state
 from jemkit.training.pinned import CONFIG
-from jemkit.training.restore import saved_state
 from jemkit.training.run import resume_from
 from jemkit.training.trainer import Trainer
 

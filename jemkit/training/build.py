@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from jemkit.backbone import Backbone
 from jemkit.config.recipe import Recipe, Run
-from jemkit.data import Loader, Task, Views, images_hash
+from jemkit.data import Loader, Task, Views, images_hash, steps_per_epoch
 from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.models.energy import EnergyModel
 from jemkit.objective import Objective, ObjectiveSpec, StatefulObjective
@@ -25,7 +25,7 @@ from jemkit.runtime.rng import generator
 from jemkit.sampling.compile import CompiledGradient
 from jemkit.sampling.density import Buffer
 from jemkit.splits import Pinned, Splits
-from jemkit.training import memory_format, reshard
+from jemkit.training import memory_format, mixing, reshard
 from jemkit.training.compatibility import check_adversary, check_parts
 from jemkit.training.objective_contexts import compiled_chains, in_bf16
 from jemkit.updaters import EMA, Stateful, Updater
@@ -203,7 +203,7 @@ def _own_parts(recipe: Recipe, pinned: Pinned | None, fill: bool) -> dict[str, A
     return {
         "device": device, "splits": splits, "task": task, "backbone": backbone,
         "objective": objective, "rng": reshard.split(backbone, rng, run.seed),
-        "loader": _loader(run, task, backbone.views, device),
+        "loader": _loader(recipe, task, backbone.views, device),
     }  # fmt: skip
 
 
@@ -238,16 +238,19 @@ def shardable(updater: Updater, model: EnergyModel) -> Updater:
     return updater
 
 
-def _loader(run: Run, task: Task, views: Views, device: torch.device) -> Loader:
-    return Loader(
-        task.images("train").to(device),
-        run.batch_size,
-        generator(device, run.seed, "data"),
-        views=views,
-        bounds=task.bounds,
-        augmentation=task.augmentation,
-        shard=distributed.shard(),
-    )
+def _loader(recipe: Recipe, task: Task, views: Views, device: torch.device) -> Loader:
+    run, extra = recipe.run, recipe.extra
+    images = task.images("train").to(device)
+    rng = generator(device, run.seed, "data")
+    form: dict[str, Any] = {
+        "views": views, "bounds": task.bounds, "augmentation": task.augmentation,
+        "shard": distributed.shard(),
+    }  # fmt: skip
+    if not extra.on:
+        return Loader(images, run.batch_size, rng, **form)
+    draws = generator(torch.device("cpu"), run.seed, "generated")
+    generated = mixing.open_generated(extra, recipe.data, task, device)
+    return mixing.MixedLoader(images, run.batch_size, rng, generated, draws, **form)
 
 
 def splits_of(recipe: Recipe, pinned: Pinned | None = None) -> Splits:
@@ -262,7 +265,7 @@ def task_of(recipe: Recipe, splits: Splits) -> Task:
     """What the parts must know of this recipe's data and length; reads the training split."""
     images = splits.images("train")
     n_train = len(images.y)
-    steps = n_train // min(recipe.run.batch_size, n_train)
+    steps = steps_per_epoch(n_train, recipe.run.batch_size, mixed=recipe.extra.on)
     return Task(
         shape=tuple(images.x.shape[1:]),  # type: ignore[arg-type]
         n_classes=recipe.data.n_classes,

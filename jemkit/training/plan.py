@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jemkit.config.recipe import Recipe, Resolved
+from jemkit.data import Loader
 from jemkit.runtime import disk
 from jemkit.runtime.files import cache_folder
 from jemkit.runtime.run_dir import RunFolder
@@ -12,6 +13,7 @@ from jemkit.sampling.density import Buffered
 from jemkit.sampling.init_dists import MomentStart, start_name
 from jemkit.training.build import RunState, build_run, load_model
 from jemkit.training.initial_weights import doubts, initial
+from jemkit.training.mixing import MixedLoader
 from jemkit.training.run import checkpoint_count
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ def plan(resolved: Resolved, out: Path, *, init_from: Path | None = None) -> dic
         "dataset": names["data"],
         "image shape": list(parts.task.shape),
         "training images": parts.task.n_train,
+        **_generated(parts.loader),
         "backbone": names["backbone"],
         "objective": names["objective"],
         "updater": names["updater"],
@@ -48,6 +51,14 @@ def plan(resolved: Resolved, out: Path, *, init_from: Path | None = None) -> dic
         "steps per epoch": steps,
         **_disk(parts, resolved.recipe),
     }
+
+
+def _generated(loader: Loader) -> dict[str, str]:
+    """Generated images and their part of a batch."""
+    if not isinstance(loader, MixedLoader):
+        return {}
+    part = f"{loader.n_generated} of {loader.batch_size} in every batch"
+    return {"generated images": f"{len(loader.generated.x)}, {part}"}
 
 
 def _disk(parts: RunState, recipe: Recipe) -> dict[str, str]:

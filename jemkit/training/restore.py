@@ -14,67 +14,16 @@ from jemkit.config.registry import Registry, installed
 from jemkit.data import Images, Task, images_hash
 from jemkit.errors import ConfigError, DataError, JemkitError
 from jemkit.models.networks import check_features
-from jemkit.runtime import checkpoint
-from jemkit.runtime.files import load_tensors, read_json
+from jemkit.runtime.files import read_json
 from jemkit.runtime.rng import generator
-from jemkit.runtime.run_dir import RunFolder
 from jemkit.sampling.moments import brought
 from jemkit.splits import Splits
 from jemkit.training.build import load_model, splits_of, task_of
 from jemkit.training.compatibility import trained_threat
 from jemkit.training.memory_format import laid_out
-from jemkit.training.model_files import WEIGHTS, is_exported, saved_task, verify
+from jemkit.training.model_files import saved_task
+from jemkit.training.opened import Opened, open_model
 from jemkit.training.pinned import CONFIG, JUDGED, Pin, read
-from jemkit.training.resuming import check_config
-from jemkit.training.saved_state import weights_of
-
-Which = Literal["best", "last"]
-
-
-class Opened(NamedTuple):
-    """The weights of a run, of one of its checkpoints or of an exported model, all checked."""
-
-    folder: Path  # the run's or the exported model's, which has the config.json
-    weights: dict[str, torch.Tensor]  # averaged ones where the run keeps an average
-    about: dict[str, Any]  # what a record says of them
-    state: checkpoint.State | None = None  # all that the checkpoint holds
-
-
-def open_model(path: Path, which: Which = "best") -> Opened:
-    """Open a run at one of its checkpoints, a checkpoint, or an exported or imported model."""
-    if is_exported(path):
-        sha = verify(path)
-        return Opened(path, load_tensors(path / WEIGHTS), {"run": path.name, "sha256": sha})
-    if (path / checkpoint.MANIFEST).exists():
-        run = path.resolve().parents[1]
-        if not (run / CONFIG).exists():
-            raise DataError(
-                f"{path} is a checkpoint outside its run: there is no {run / CONFIG} to say what "
-                "it is. Give the run, or its model.safetensors with --network"
-            )
-    else:
-        folder = run_folder(path)
-        run, path = folder.path, select_checkpoint(folder, which)
-    state = saved_state(run, path)
-    weights, averaged = weights_of(state, path)
-    return Opened(run, dict(weights), about_checkpoint(run, path, averaged=averaged), state)
-
-
-def saved_state(run: Path, path: Path) -> checkpoint.State:
-    """What a run's checkpoint holds, where config.json is the one that it was saved with."""
-    state = checkpoint.load(path)
-    check_config(run / CONFIG, state, path)
-    return state
-
-
-def about_checkpoint(run: Path, path: Path, *, averaged: bool) -> dict[str, Any]:
-    """What a record says of the weights of a checkpoint."""
-    return {
-        "run": run.name,
-        "checkpoint": path.name,
-        "sha256": checkpoint.verify(path)[checkpoint.MODEL],
-        "weights": "averaged" if averaged else "live",
-    }
 
 
 class Restored(NamedTuple):
@@ -185,30 +134,6 @@ def about_parts(tables: dict[str, Any], recipe: Recipe, radius_px: float | None)
         "trained_radius_px": None if trained is None else trained.radius_px,
         **other,
     }
-
-
-def run_folder(path: Path) -> RunFolder:
-    """The folder of a run that exists; `latest` is followed to the run that it points to."""
-    if not (path / CONFIG).exists():
-        raise DataError(
-            f"{path} is not a run of jemkit and not an exported model: it has no {CONFIG}; "
-            "`jemkit train` and `jemkit export` make them"
-        )
-    return RunFolder(path.resolve())
-
-
-def select_checkpoint(folder: RunFolder, which: Which) -> Path:
-    """The requested checkpoint of a run."""
-    best = folder.checkpoints / "best"
-    path = best if which == "best" else checkpoint.newest(folder.checkpoints)
-    if path is None or not path.exists():
-        hint = (
-            "; no epoch is complete yet; --checkpoint last uses the newest step"
-            if which == "best"
-            else ""
-        )
-        raise DataError(f"{folder.path} has no complete {which} checkpoint{hint}")
-    return path
 
 
 def load(

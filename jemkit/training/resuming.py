@@ -13,10 +13,10 @@ MOVES = ("run.device", "run.shard")
 """Where a run resumes; config.json keeps where it started."""
 MAY_DIFFER = (
     *MOVES, "run.micro_batch", "run.recompute", "run.keep", "run.tensorboard", "data.dir",
-    "data.download",
+    "data.download", "extra.file", "extra.labels",
 )  # fmt: skip
-"""Settings that do not change a run's outcome; that the images are the same is checked by their
-hash."""
+"""Settings that do not change a run's outcome; that images, generated ones and the model that
+labels them are the same is checked by their hashes."""
 EPOCHS = "run.epochs"
 
 

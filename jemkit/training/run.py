@@ -15,7 +15,7 @@ from jemkit.runtime.files import write_json
 from jemkit.runtime.lock import LOCK, locked
 from jemkit.runtime.precision import device_of
 from jemkit.runtime.run_dir import RunFolder
-from jemkit.training import pinned, resuming
+from jemkit.training import mixing, pinned, resuming
 from jemkit.training.build import leads
 from jemkit.training.initial_weights import check_same, doubts, initial, initial_source
 from jemkit.training.trainer import Summary, Trainer, Watch
@@ -142,6 +142,7 @@ def _resumed(
     trainer = Trainer(whole, folder, watch, pinned=pin)
     # rejected now, not at the final evaluation
     distributed.on_rank_zero(lambda: bool(trainer.splits.images("test")))
+    distributed.on_rank_zero(lambda: mixing.check_same(trainer.loader, start["config"]))
     resume_from(trainer, folder, start)
     trainer.config = {
         name: start["config"][name] for name in CONFIG_KEYS if name in start["config"]
@@ -189,7 +190,8 @@ def _begin(
     state = {**state, "config": trainer.config}
     checkpoint.save(folder.checkpoints / f"step-{trainer.step:08d}", state)
     weights = {} if init_from is None else {"init_from": initial_source(init_from)}
-    folder.write_config(whole.tables, whole.origins, data=table, **weights)
+    extra = mixing.record(trainer.loader)
+    folder.write_config(whole.tables, whole.origins, data=table, **weights, **extra)
 
 
 WRITTEN = (pinned.CONFIG, pinned.DETAILS)

@@ -22,7 +22,8 @@ from jemkit.step import train_step
 from jemkit.training.build import build_run, load_model
 from jemkit.training.compatibility import trained_threat
 from jemkit.training.metrics_log import GATHER, PATIENCE, Journal
-from jemkit.training.restore import about_checkpoint, about_parts
+from jemkit.training.opened import about_checkpoint
+from jemkit.training.restore import about_parts
 from jemkit.training.rollback import RollbackPolicy, roll_back, saved
 from jemkit.training.saved_state import check as check_saved
 from jemkit.training.saved_state import weights_of

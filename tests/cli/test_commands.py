@@ -330,9 +330,9 @@ class TestSample:
         assert drawn.code == 0, drawn.err
         record = drawn.record
         with np.load(record["npz"], allow_pickle=False) as found:
-            assert found["images"].shape == (12, 8, 8, 1)
-            assert found["images"].dtype == np.uint8
-            assert found["y"].tolist() == [3] * 6 + [1] * 6
+            assert found["image"].shape == (12, 8, 8, 1)
+            assert found["image"].dtype == np.uint8
+            assert found["label"].tolist() == [3] * 6 + [1] * 6
             protocol = json.loads(str(found["protocol"]))
         assert protocol == record["protocol"]
         assert (protocol["start"], protocol["steps"], protocol["class"]) == ("uniform", 2, [1, 3])
@@ -347,7 +347,7 @@ class TestSample:
         for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
             arguments = ("--n=3", "--steps=2", f"--seed={seed}", f"--out={folder}", "--json")
             with np.load(jemkit("sample", run, *arguments).record["npz"]) as found:
-                images.append(found["images"])
+                images.append(found["image"])
         assert (images[0] == images[1]).all()
         assert (images[0] != images[2]).any()
 

@@ -106,7 +106,7 @@ def test_a_stop_ends_all_processes_and_the_same_command_goes_on(run: Path, tmp_p
 
 def images(outcome: Outcome, cwd: Path) -> Any:
     with np.load(cwd / outcome.record["npz"]) as found:
-        return found["images"]
+        return found["image"]
 
 
 def test_processes_that_share_a_drawing_draw_what_one_draws(run: Path, tmp_path: Path) -> None:

@@ -204,6 +204,7 @@ OPENED_ELSEWHERE = {
     ("__main__.py", "os.open"),  # os.devnull
     ("process.py", "os.open"),
     ("extras.py", "distribution.read_text"),  # of this package's own metadata
+    ("mapped.py", "np.memmap"),  # of a file that is open
     ("files.py", "archive.open"),  # inside an archive that is open
     ("page.py", "files.joinpath.read_text"),  # of this package's own resources
     ("charts.py", "files.joinpath.read_text"),

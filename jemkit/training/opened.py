@@ -1,0 +1,87 @@
+"""The weights of a run, one of its checkpoints or an exported model, found and checked."""
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from jemkit.errors import DataError
+from jemkit.runtime import checkpoint
+from jemkit.runtime.files import load_tensors
+from jemkit.runtime.run_dir import RunFolder
+from jemkit.training.model_files import WEIGHTS, is_exported, verify
+from jemkit.training.pinned import CONFIG
+from jemkit.training.resuming import check_config
+from jemkit.training.saved_state import weights_of
+
+Which = Literal["best", "last"]
+
+
+class Opened(NamedTuple):
+    """The weights of a run, of one of its checkpoints or of an exported model, all checked."""
+
+    folder: Path  # the run's or the exported model's, which has the config.json
+    weights: dict[str, torch.Tensor]  # averaged ones where the run keeps an average
+    about: dict[str, Any]  # what a record says of them
+    state: checkpoint.State | None = None  # all that the checkpoint holds
+
+
+def open_model(path: Path, which: Which = "best") -> Opened:
+    """Open a run at one of its checkpoints, a checkpoint, or an exported or imported model."""
+    if is_exported(path):
+        sha = verify(path)
+        return Opened(path, load_tensors(path / WEIGHTS), {"run": path.name, "sha256": sha})
+    if (path / checkpoint.MANIFEST).exists():
+        run = path.resolve().parents[1]
+        if not (run / CONFIG).exists():
+            raise DataError(
+                f"{path} is a checkpoint outside its run: there is no {run / CONFIG} to say what "
+                "it is. Give the run, or its model.safetensors with --network"
+            )
+    else:
+        folder = run_folder(path)
+        run, path = folder.path, select_checkpoint(folder, which)
+    state = saved_state(run, path)
+    weights, averaged = weights_of(state, path)
+    return Opened(run, dict(weights), about_checkpoint(run, path, averaged=averaged), state)
+
+
+def saved_state(run: Path, path: Path) -> checkpoint.State:
+    """What a run's checkpoint holds, where config.json is the one that it was saved with."""
+    state = checkpoint.load(path)
+    check_config(run / CONFIG, state, path)
+    return state
+
+
+def about_checkpoint(run: Path, path: Path, *, averaged: bool) -> dict[str, Any]:
+    """What a record says of the weights of a checkpoint."""
+    return {
+        "run": run.name,
+        "checkpoint": path.name,
+        "sha256": checkpoint.verify(path)[checkpoint.MODEL],
+        "weights": "averaged" if averaged else "live",
+    }
+
+
+def run_folder(path: Path) -> RunFolder:
+    """The folder of a run that exists; `latest` is followed to the run that it points to."""
+    if not (path / CONFIG).exists():
+        raise DataError(
+            f"{path} is not a run of jemkit and not an exported model: it has no {CONFIG}; "
+            "`jemkit train` and `jemkit export` make them"
+        )
+    return RunFolder(path.resolve())
+
+
+def select_checkpoint(folder: RunFolder, which: Which) -> Path:
+    """The requested checkpoint of a run."""
+    best = folder.checkpoints / "best"
+    path = best if which == "best" else checkpoint.newest(folder.checkpoints)
+    if path is None or not path.exists():
+        hint = (
+            "; no epoch is complete yet; --checkpoint last uses the newest step"
+            if which == "best"
+            else ""
+        )
+        raise DataError(f"{folder.path} has no complete {which} checkpoint{hint}")
+    return path
