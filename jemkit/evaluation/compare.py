@@ -118,23 +118,22 @@ def over_seeds(runs: Sequence[Judged], names: Sequence[str]) -> list[Spread]:
     """Each figure's mean and spread over runs that differ in the seed, and in nothing else that
     changes their outcome."""
     groups: dict[str, list[Judged]] = {}
+    recipes: dict[str, dict[str, Any]] = {}
     for run in runs:
-        groups.setdefault(_recipe_but_seed(run), []).append(run)
-    varied = _settings([group[0] for group in groups.values()])
+        recipe = _but_seed(run)
+        key = json.dumps(recipe, sort_keys=True) if recipe else str(run.folder)
+        groups.setdefault(key, []).append(run)
+        recipes.setdefault(key, recipe)
+    options = sorted({option for recipe in recipes.values() for option in recipe})
+    varied = [o for o in options if len({json.dumps(r.get(o)) for r in recipes.values()}) > 1]
     return [
         spread
-        for group, settings in zip(groups.values(), varied, strict=True)
+        for key, group in groups.items()
         for name in dict.fromkeys(names)
-        for spread in _spread(group, name, settings)
+        for spread in _spread(
+            group, name, {o: recipes[key][o] for o in varied if o in recipes[key]}
+        )
     ]
-
-
-def _settings(firsts: Sequence[Judged]) -> list[dict[str, Any]]:
-    """Of one run of each group the settings in which the groups differ, other than the seed."""
-    recipes = [_but_seed(run) for run in firsts]
-    keys = sorted({key for recipe in recipes for key in recipe})
-    different = [k for k in keys if len({json.dumps(r.get(k)) for r in recipes}) > 1]
-    return [{key: recipe[key] for key in different if key in recipe} for recipe in recipes]
 
 
 def _spread(group: list[Judged], name: str, settings: dict[str, Any]) -> Iterator[Spread]:
@@ -164,19 +163,14 @@ def _difference(
     (a, figure, x), (b, other, y) = one, two
     name = figure.name
     why = "; ".join(differing([a, b], name, [figure, other]))
-    for run, row, of in ((a, x, figure), (b, y, other)):
-        if not _rows_of(row, of):
+    for run, row, of in ((a, x, figure), (b, y, other)):  # another evaluation may have left either
+        if row.shape != (of.n,) or abs(float(row.double().mean()) - of.value) >= 1e-6:
             why = why or f"the rows of {run.name} are not those of its figure"
     if why:
         return Difference(name, math.nan, math.nan, math.nan, 0, why, words)
     rng = generator(torch.device("cpu"), 0, "paired", name)
     interval = paired_difference(x, y, rng, resamples)
     return Difference(name, *interval, len(x), "", words)
-
-
-def _rows_of(row: Tensor, figure: Figure) -> bool:
-    """Whether a figure is the mean of these rows; another evaluation may have left either."""
-    return row.shape == (figure.n,) and abs(float(row.double().mean()) - figure.value) < 1e-6
 
 
 def _but_seed(run: Judged) -> dict[str, Any]:
@@ -192,11 +186,6 @@ def _but_seed(run: Judged) -> dict[str, Any]:
         known = None not in shas
         recipe["data.images" if known else "data.dir"] = shas if known else folder
     return recipe
-
-
-def _recipe_but_seed(run: Judged) -> str:
-    recipe = _but_seed(run)
-    return json.dumps(recipe, sort_keys=True) if recipe else str(run.folder)
 
 
 def newest(runs: Path, count: int = 2) -> list[Path]:

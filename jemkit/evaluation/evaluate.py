@@ -69,11 +69,8 @@ def evaluate(
     """
     folder = None if out is None else Path(out)
     subject = subject_of(model, dataset, n_classes)._replace(folder=folder)
-    parts = registry or installed()
-    evaluation_settings = settings_of(settings)
-    return judge(
-        subject, evaluation_settings, parts, progress=progress, keep_adversarial=keep_adversarial
-    )
+    chosen, parts = settings_of(settings), registry or installed()
+    return judge(subject, chosen, parts, progress=progress, keep_adversarial=keep_adversarial)
 
 
 def judge(
@@ -109,7 +106,8 @@ def judge(
     ctx = replace(ctx, shard=shard, progress=progress or no_progress, stop=stop or bool)
     for name, attack in attacks.items():  # errors are raised before anything slow
         as_model_attack(attack, name).bind(subject.model, ctx.threat)
-    threads = _threads(subject)  # the same in all processes
+    cores = max(torch.get_num_threads(), os.cpu_count() or 1)
+    threads = min(subject.threads or torch.get_num_threads(), cores)  # the same in all processes
     own_draws = preserved_random_state()  # a model may draw from torch's global generators
     with judging(ctx.rng.device, threads=threads), own_draws, MicroBatch().active():
         first = data.take(torch.arange(min(len(data.y), settings.batch_size))).to(ctx.rng.device)
@@ -117,13 +115,6 @@ def judge(
             retry_on_oom(partial(check_subject, subject.model, first.unit(), subject.n_classes))
             ctx = retry_on_oom(partial(_looked_at, plain, data, ctx))
         return _Judgement(subject, settings, ctx, data).run(evaluators, keep_adversarial)
-
-
-def _threads(subject: EvalTarget) -> int:
-    """The number of threads with which its run was trained, at most the number of cores; else
-    torch's choice."""
-    requested = subject.threads or torch.get_num_threads()
-    return min(requested, max(torch.get_num_threads(), os.cpu_count() or 1))
 
 
 def _looked_at(model: PixelModel, data: Images, ctx: Context) -> Context:
@@ -165,8 +156,8 @@ class _Judgement:
                     raise
                 self.left_out[name] = str(error)
             self._write()
-        if self.ctx.shard.rank == 0 and self.subject.folder and keep_adversarial:
-            records.save(self.subject.folder, self.record(), self.ctx.notes, adversarial=True)
+        if keep_adversarial:
+            self._write(adversarial=True)
         distributed.barrier(self.ctx.poll)  # others may still read
         for ledger in self.ctx.notes.ledgers:
             ledger.remove()
@@ -191,20 +182,17 @@ class _Judgement:
         settle(rng.device)
         took = {"seconds": round(time.monotonic() - began, 3)}  # an attack has its own
         figures = [f._replace(protocol={**ctx.card, **took, **f.protocol}) for f in figures]
-        if name == "accuracy":
-            self._warn_if_guessing(figures[0])
-        return figures
-
-    def _warn_if_guessing(self, clean: Figure) -> None:
-        if clean.value < 1.5 / self.subject.n_classes:
+        if name == "accuracy" and figures[0].value < 1.5 / self.subject.n_classes:
             self.ctx.notes.warnings.append(
-                f"clean accuracy is {clean.value:.1%}, hardly more than guessing among "
+                f"clean accuracy is {figures[0].value:.1%}, hardly more than guessing among "
                 f"{self.subject.n_classes} classes: is the preprocessing inside the model?"
             )
+        return figures
 
-    def _write(self) -> None:
-        if self.subject.folder is not None and self.ctx.shard.rank == 0:
-            records.save(self.subject.folder, self.record(), self.ctx.notes)
+    def _write(self, *, adversarial: bool = False) -> None:
+        folder, notes = self.subject.folder, self.ctx.notes
+        if folder is not None and self.ctx.shard.rank == 0:
+            records.save(folder, self.record(), notes, adversarial=adversarial)
 
 
 def _context(

@@ -45,7 +45,9 @@ class Judged(NamedTuple):
         groups: dict[str, list[Figure]] = {}
         for figure in self.record.figures:
             if figure.name == name:
-                groups.setdefault(_signature(figure), []).append(figure)
+                card = {k: v for k, v in _measured(figure).items() if k not in UNKNOWN_BEFORE}
+                signature = json.dumps(card, sort_keys=True, default=str)
+                groups.setdefault(signature, []).append(figure)
         preferred_figures = {signature: preferred(figures) for signature, figures in groups.items()}
         first = self.figure(name)
         return dict(sorted(preferred_figures.items(), key=lambda entry: entry[1] is not first))
@@ -109,10 +111,12 @@ def read_runs(folders: Sequence[Path], read: Callable[[Path], Record]) -> list[J
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice is not None:
         raise ConfigError(f"{twice} was given twice; name each run once")
-    return [
-        Judged(name, path, read(path), _config(path))
-        for name, path in zip(_names(paths), paths, strict=True)
-    ]
+    runs = []
+    for name, path in zip(_names(paths), paths, strict=True):
+        recipe = path / "config.json"
+        config = read_json(recipe) if recipe.exists() else {}
+        runs.append(Judged(name, path, read(path), config if isinstance(config, dict) else {}))
+    return runs
 
 
 def comparison(runs: Sequence[Judged], names: Sequence[str] = ()) -> list[Line]:
@@ -183,11 +187,6 @@ def _words(card: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     elif "standard" in keys and not words and not card.get("standard"):
         words.append("non-standard")
     return [HASH.sub(r"\1...", word) for word in words]
-
-
-def _signature(figure: Figure) -> str:
-    card = {k: v for k, v in _measured(figure).items() if k not in UNKNOWN_BEFORE}
-    return json.dumps(card, sort_keys=True, default=str)
 
 
 def _apart(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -284,13 +283,10 @@ def _lines(column: Column, runs: Sequence[Judged]) -> list[Line]:
     lines = []
     for row, words in zip(rows, descriptions, strict=True):
         title = f"{column.title}, {words}" if words else column.title
-        why = [
-            "" if figure else _why_missing(column, run)
-            for run, figure in zip(runs, row, strict=True)
-        ]
+        pairs = list(zip(runs, row, strict=True))
+        why = ["" if figure else _why_missing(column, run) for run, figure in pairs]
         single = sum(map(bool, row)) == 1  # the others were measured otherwise: it says how
-        beside = [f or (run.figure(column.name) if single else None)
-                  for run, f in zip(runs, row, strict=True)]  # fmt: skip
+        beside = [f or (run.figure(column.name) if single else None) for run, f in pairs]
         differs = differing(runs, column.name, beside)
         lines.append(Line(column._replace(title=title), row, why, differs))
     return lines
@@ -304,12 +300,6 @@ def _why_missing(column: Column, run: Judged) -> str:
         return f"left out: {left_out}"
     how = f"; `jemkit evaluate RUN {column.source}` measures it" if column.source else ""
     return f"not measured{how}"
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    config = read_json(path) if path.exists() else {}
-    return config if isinstance(config, dict) else {}
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -4,15 +4,14 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from jemkit.backbone import Backbone
 from jemkit.config.recipe import Run
@@ -32,7 +31,7 @@ from jemkit.runtime.preemption import PreemptionCheck
 from jemkit.runtime.rng import generator
 from jemkit.runtime.run_dir import versions
 from jemkit.runtime.work_cache import WHOLE, Piece, ResultCache, Shard
-from jemkit.sampling.density import Buffered, Density, ReplayBuffer, together
+from jemkit.sampling.density import Buffered, together
 from jemkit.sampling.fresh import even_batches, in_batches
 from jemkit.sampling.init_dists import MomentStart, Start, start_name
 from jemkit.training.opened import Which, open_model
@@ -52,31 +51,9 @@ class Samples(NamedTuple):
     protocol: dict[str, Any]
 
 
-def sample(
-    path: Path,
-    *,
-    registry: Registry,
-    n: int = 100,
-    steps: int | None = None,
-    start: str | None = None,
-    source: Literal["chains", "buffer"] = "chains",
-    classes: list[str] | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    which: Which = "best",
-    dataset: dict[str, Any] | None = None,
-) -> Samples:
-    """Draw n images from the run, or the exported model, in `path`.
-
-    `dataset` says where the training images are now, for starts that need them. With `classes`,
-    chains go down E(x, y), and the images are shared evenly among them in order.
-    """
-    return draw_samples(
-        sample_request(
-            path, registry=registry, n=n, steps=steps, start=start, source=source,
-            classes=classes, seed=seed, device=device, which=which, dataset=dataset,
-        )
-    )  # fmt: skip
+def sample(path: Path, *, registry: Registry, **request: Any) -> Samples:
+    """Draw images from the run, or the exported model, in `path`; as `sample_request` has it."""
+    return draw_samples(sample_request(path, registry=registry, **request))
 
 
 class SampleSource(NamedTuple):
@@ -85,7 +62,6 @@ class SampleSource(NamedTuple):
     task: Task
     table: dict[str, Any]  # [backbone] of the run's recipe
     backbone: Backbone
-    density: Density
     state: dict[str, Any] | None  # all that the checkpoint holds; None of an exported model
     card: dict[str, Any]  # what tells where the model came from
     run: Run  # whose precision and switches chains are drawn in
@@ -110,17 +86,21 @@ def sample_request(
     path: Path,
     *,
     registry: Registry,
-    n: int,
-    steps: int | None,
-    start: str | None,
-    source: Literal["chains", "buffer"],
-    classes: list[str] | None,
-    seed: int,
-    device: str,
-    which: Which,
+    n: int = 100,
+    steps: int | None = None,
+    start: str | None = None,
+    source: Literal["chains", "buffer"] = "chains",
+    classes: list[str] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    which: Which = "best",
     dataset: dict[str, Any] | None = None,
 ) -> SampleRequest:
-    """What `sample` draws; whatever cannot be drawn is refused here."""
+    """n images to draw; whatever cannot be drawn is refused here.
+
+    `dataset` says where the training images are now, for starts that need them. With `classes`,
+    chains go down E(x, y), and the images are shared evenly among them in order.
+    """
     if n < 1:
         raise UsageError(f"{n} images: expected 1 or more")
     if steps is not None and steps < 0:
@@ -134,13 +114,15 @@ def sample_request(
     if source == "buffer":
         steps, how = 0, {"source": "buffer", "start": "buffer", "steps": 0}
     else:
-        steps = STEPS if steps is None else steps
-        energy = "E(x)" if y is None else "E(x, y)"
-        name = start or run.table.get("start", {}).get("use", "the backbone's")
-        side = together(run.density, run.backbone.model, even_batches(n))
-        how = {"source": "chains", "start": name, "steps": steps, "energy": energy}
-        how["together"] = side
-        p0 = run.density.start if start is None else registry["start"][start]().build(run.task, on)
+        steps, density = STEPS if steps is None else steps, run.backbone.density
+        how = {
+            "source": "chains",
+            "start": start or run.table.get("start", {}).get("use", "the backbone's"),
+            "steps": steps,
+            "energy": "E(x)" if y is None else "E(x, y)",
+            "together": together(density, run.backbone.model, even_batches(n)),
+        }
+        p0 = density.start if start is None else registry["start"][start]().build(run.task, on)
     about = {"class": None if y is None else sorted(set(y.tolist())), "images": n, "seed": seed}
     if isinstance(p0, MomentStart) and p0.form.rank is not None:
         how["start"] = start_name(p0)
@@ -161,23 +143,15 @@ def draw_samples(
     With a folder `work` every finished batch of chains is kept there until the last one is: a stop
     costs the one under way, and the processes of a group each draw their `shard` of them.
     """
-    run = request.run
+    how, bounds = request.run.run, request.run.task.bounds
     if request.start is None:
-        x = _from_buffer(run, request)
+        x = _from_buffer(request)
     else:
-        ledger, how = ResultCache(work, _about(request), shard), run.run
         with as_trained(
             request.device.type, how.precision, deterministic=how.deterministic, threads=how.threads
         ):
-            x = _fresh(
-                request,
-                request.start,
-                ledger,
-                stop,
-                lambda done: progress("samples", done, request.n),
-            )
-    pixels = run.task.bounds.to_unit(run.task.bounds.clamp(x)).cpu()
-    return Samples(pixels, request.y, request.protocol)
+            x = _fresh(request, request.start, work, shard, stop, progress)
+    return Samples(bounds.to_unit(bounds.clamp(x)).cpu(), request.y, request.protocol)
 
 
 def save(samples: Samples, out: Path | None = None) -> tuple[Path, Path]:
@@ -232,22 +206,20 @@ def _label(text: str, run: SampleSource) -> int:
     raise ConfigError(f"class {text!r}: expected a number of 0..{last}{names}, or all")
 
 
-def _from_buffer(run: SampleSource, request: SampleRequest) -> Tensor:
-    """n states of the buffer; of the classes y where it is class-conditional."""
+def _from_buffer(request: SampleRequest) -> Tensor:
+    """n states of the buffer; of the classes y where it is class-conditional.
+
+    Refused are more states than it has, and classes that its chains were not drawn of.
+    """
+    run, density = request.run, request.run.backbone.density
     if run.state is None:
         raise MisfitError(
             "an exported model has no buffer; draw new chains, or sample from the run"
         )
-    if not isinstance(run.density, Buffered):
+    if not isinstance(density, Buffered):
         raise MisfitError("this density has no buffer; draw new chains instead")
-    run.density.load_state_dict(gather_state(run.state, run.density))
-    buffer, rng = run.density.buffer, Generator(request.device).manual_seed(request.seed)
-    _check_buffer(buffer, run, request)
-    return buffer.states[buffer.slots(request.n, rng, request.y)]
-
-
-def _check_buffer(buffer: ReplayBuffer, run: SampleSource, request: SampleRequest) -> None:
-    """Refuse more states than the buffer has, and classes that its chains were not drawn of."""
+    density.load_state_dict(gather_state(run.state, density))
+    buffer, rng = density.buffer, Generator(request.device).manual_seed(request.seed)
     there, wanted, of = buffer.options.capacity, request.n, "states"
     if request.y is not None and buffer.options.conditional:
         if not run.conditional:
@@ -261,32 +233,36 @@ def _check_buffer(buffer: ReplayBuffer, run: SampleSource, request: SampleReques
         raise UsageError(
             f"{wanted} {of} from a buffer that has {there}: request fewer, or draw new chains"
         )
-
-
-def _about(request: SampleRequest) -> dict[str, Any]:
-    """All that fresh chains depend on."""
-    y = None if request.y is None else request.y.tolist()
-    return {
-        "asked": request.protocol, "backbone": request.run.table, "data": request.run.task.hash,
-        "y": y,
-    }  # fmt: skip
+    return buffer.states[buffer.slots(request.n, rng, request.y)]
 
 
 def _fresh(
     request: SampleRequest,
     start: Start,
-    ledger: ResultCache,
+    work: Path | None,
+    shard: Shard,
     stop: Callable[[], bool],
-    report: Callable[[int], None],
+    progress: Progress,
 ) -> Tensor:
     """The ends of n chains, each batch of them from a generator of its own."""
     run, model, most = request.run, request.run.backbone.model, max(1, request.steps)
+    y = None if request.y is None else request.y.tolist()
+    about = {"request": request.protocol, "backbone": run.table, "data": run.task.hash, "y": y}
+    ledger = ResultCache(work, about, shard)
     polling = PreemptionCheck(lambda: stop(), lambda: 0)
+
+    def report(done: int) -> None:
+        progress("samples", done, request.n)
 
     def draw(rows: slice, rng: Generator) -> Piece:
         n, y = rows.stop - rows.start, None if request.y is None else request.y[rows]
-        with passing(model, lambda done: report(rows.start + n * min(done, request.steps) // most)):
-            sample = run.density.sample
+        passes = itertools.count(1)  # a chain's step takes one
+
+        def begun(*_: Any) -> None:
+            report(rows.start + n * min(next(passes), request.steps) // most)
+
+        with model.register_forward_pre_hook(begun):
+            sample = run.backbone.density.sample
             return {"x": sample(model, n, rng, steps=request.steps, start=start, y=y)}
 
     generators = partial(generator, request.device, request.seed, "sample")
@@ -303,17 +279,6 @@ def _fresh(
         ) from None
     ledger.remove()
     return x
-
-
-@contextmanager
-def passing(model: nn.Module, report: Callable[[int], None]) -> Iterator[None]:
-    """Tell how many passes of a model a block has begun so far; a chain's step takes one."""
-    counter = itertools.count(1)
-    handle = model.register_forward_pre_hook(lambda *_: report(next(counter)))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def opened(
@@ -335,8 +300,7 @@ def opened(
             f"the model's backbone is {table['use']!r}, a classifier without a density, which "
             f"cannot be sampled. Train jem, jempp, mebm or sadajem"
         )
-    density = backbone.density
-    sampler = table.get("sampler", type(density.sampler).__name__)
+    sampler = table.get("sampler", type(backbone.density.sampler).__name__)
     run, objective = source.recipe.run, source.recipe.objective
     conditional = isinstance(objective, Conditional) and objective.conditional
     switches = {name: getattr(run, name) for name in ("precision", "deterministic", "threads")}
@@ -344,5 +308,5 @@ def opened(
     card = {**where, "sampler": sampler, **switches, "versions": versions()}
     names = source.pin.table.classes if source.pin is not None else None
     return SampleSource(
-        source.task, table, backbone, density, model.state, card, run, conditional, names or ()
-    )  # fmt: skip
+        source.task, table, backbone, model.state, card, run, conditional, names or ()
+    )

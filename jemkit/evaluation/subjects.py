@@ -101,12 +101,13 @@ def subject_of(
     module: nn.Module, dataset: Dataset | Images, n_classes: int | None = None
 ) -> EvalTarget:
     """Any module that maps [0, 1] images to logits, on a data set or on labelled images."""
-    test = dataset.load("test") if isinstance(dataset, Dataset) else _images(dataset)
+    named = dataset if isinstance(dataset, Dataset) else None
+    test = named.load("test") if named else _images(dataset)
     if not test.y.numel():
         raise DataError("there are no images to evaluate the model on")
     if n_classes is not None and n_classes < 2:
         raise ConfigError(f"n_classes = {n_classes}: expected 2 or more, or omit it")
-    known = n_classes or (dataset.n_classes if isinstance(dataset, Dataset) else None)
+    known = n_classes or (named.n_classes if named else None)
     test = checked(test, known or count_classes(test.y), "the test images")
     identity, plain = identity_of(module), pixel_model(module)
     device = next((p.device for p in plain.parameters()), torch.device("cpu"))
@@ -117,15 +118,14 @@ def subject_of(
         model = anchored(plain, first)
     source = "the test images" if known else f"the test images of a model of {classes} outputs"
     test = checked(test, classes, source)
-    splits = Splits(dataset) if isinstance(dataset, Dataset) else None
+    about = {"model": type(module).__name__, "sha256": identity.sha256, **identity.card}
     return EvalTarget(
         model,
         test,
         classes,
-        dataset.radius_px if isinstance(dataset, Dataset) else 8.0,
-        splits.images if splits else None,  # type: ignore[arg-type]
-        {"model": type(module).__name__, "sha256": identity.sha256, **identity.card}
-        | {"trained_radius_px": None},
+        named.radius_px if named else 8.0,
+        Splits(named).images if named else None,  # type: ignore[arg-type]
+        {**about, "trained_radius_px": None},
         None,
     )
 
@@ -210,8 +210,13 @@ def _weights(
     data: Dataset = resolve(registry, named={"data": dataset} if dataset else {}).recipe.data
     part, named = registry["network"].named(network)
     test = data.load("test")
+    numbers = {k: int(v) if v.isdecimal() else v for k, v in named.items()}
+    try:
+        options: Any = part.model_validate(numbers)
+    except ValidationError as error:
+        raise ConfigError(explain(error, {}, dict.fromkeys(named, "option"))) from None
     with seeded_init(Generator(device).manual_seed(0)):
-        built = _network(part, named).build(tuple(test.x.shape[1:]))
+        built = options.build(tuple(test.x.shape[1:]))
     model = LogSumExpEnergy(built, data.n_classes).to(device)
     load_model(model, load_tensors(path))
     name = registry["dataset"].name_of(type(data))
@@ -220,12 +225,3 @@ def _weights(
     sha = checkpoint.file_hash(path)
     folder = path.with_name(f"{path.stem}-evaluation")
     return target._replace(about={**about, "sha256": sha}, folder=folder)
-
-
-def _network(part: type[Any], named: dict[str, str]) -> Any:
-    """A network's options, or a ConfigError that says what of its name cannot be."""
-    numbers = {k: int(v) if v.isdecimal() else v for k, v in named.items()}
-    try:
-        return part.model_validate(numbers)
-    except ValidationError as error:
-        raise ConfigError(explain(error, {}, dict.fromkeys(named, "option"))) from None

@@ -1,7 +1,7 @@
 """Charts as SVG: lines with their bands, histograms, scatter plots; inline, or as a file."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -48,20 +48,31 @@ class Panel(NamedTuple):
 
 
 class _Scale(NamedTuple):
-    """From values to the drawing."""
+    """From values in these ranges to the drawing."""
 
-    x: Callable[[float], float]
-    y: Callable[[float], float]
+    xs: Pair
+    ys: Pair
+
+    def x(self, value: float) -> float:
+        low, high = self.xs
+        return LEFT + (value - low) / (high - low) * (WIDTH - RIGHT - LEFT)
+
+    def y(self, value: float) -> float:
+        low, high = self.ys
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - BOTTOM - TOP)
+
+    def points(self, x: Sequence[float], y: Sequence[float]) -> list[Pair]:
+        return [(self.x(a), self.y(b)) for a, b in zip(x, y, strict=True)]
 
 
 def lines(series: Sequence[Series], axes: Axes) -> tuple[Html, dict[str, Any]]:
     """Curves in one chart, and their values for whoever points at it."""
     xs = axes.x_range or _range([v for s in series for v in s.x])
     ys = axes.y_range or _range([v for s in series for v in (*s.y, *s.low, *s.high)], 0.05)
-    scale, frame = _scaled(xs, ys, axes)
-    parts = [frame]
+    scale = _Scale(xs, ys)
+    parts = [_frame(scale, axes)]
     if axes.diagonal:
-        ends = [(scale.x(v), scale.y(v)) for v in (0.0, 1.0)]
+        ends = scale.points((0.0, 1.0), (0.0, 1.0))
         parts.append(tag("path", d=_path(ends), class_="diagonal"))
     parts += [_band(s, scale) for s in series if s.low]
     parts += [_curve(s, scale) for s in series]
@@ -84,11 +95,10 @@ def histograms(
     legend = []
     for at, name in enumerate(present):
         words = [names[name]]
-        if name in table.get("n", {}):
-            words.append(f"{table['n'][name]} images")
-        if name in table.get("mean", {}):
-            words.append(f"mean {table['mean'][name]:.3g}")
-        legend.append((set_key(at, slot), ", ".join(words)))
+        words += [f"{table['n'][name]} images"] if name in table.get("n", {}) else []
+        words += [f"mean {table['mean'][name]:.3g}"] if name in table.get("mean", {}) else []
+        outline = tag("path", d="M1 11V3H25V11", class_=f"set set{at} s{slot % COLOURS}")
+        legend.append((_key(outline), ", ".join(words)))
     return histogram(table["edges"], shares, slot, axes), legend
 
 
@@ -98,14 +108,12 @@ def histogram(
     """Outlines of several sets over the same bins: the first is filled, the next are dashed."""
     edges = edges or (0.0, 1.0)
     top = max([value for share in shares.values() for value in share] or [1.0])
-    scale, frame = _scaled((min(edges), max(edges)), (0.0, top * 1.06 or 1.0), axes)
-    parts = [frame]
+    scale = _Scale((min(edges), max(edges)), (0.0, top * 1.06 or 1.0))
+    parts = [_frame(scale, axes)]
+    x = [edge for edge in edges for _ in range(2)]
     for at, share in enumerate(shares.values()):
-        steps = [(edges[0], 0.0)]
-        for left, right, value in zip(edges, edges[1:], share, strict=False):
-            steps += [(left, value), (right, value)]
-        steps.append((edges[-1], 0.0))
-        path = _path([(scale.x(a), scale.y(b)) for a, b in steps])
+        y = [0.0, *(value for value in share for _ in range(2)), 0.0]
+        path = _path(scale.points(x[: len(y)], y))
         parts.append(tag("path", d=path, class_=f"set set{at} s{slot % COLOURS}"))
     return _svg(axes.title, parts)
 
@@ -114,10 +122,10 @@ def scatter(right: Sequence[Pair], wrong: Sequence[Pair], slot: int, axes: Axes)
     """Points (x, y) in two groups: round ones, and square ones in the next colour."""
     xs = axes.x_range or _range([x for x, _ in (*right, *wrong)], 0.03)
     ys = axes.y_range or _range([y for _, y in (*right, *wrong)], 0.03)
-    scale, frame = _scaled(xs, ys, axes)
+    scale = _Scale(xs, ys)
     dots = [_dots([(scale.x(x), scale.y(y)) for x, y in group], slot, at)
             for at, group in enumerate((right, wrong))]  # fmt: skip
-    return _svg(axes.title, [frame, *dots])
+    return _svg(axes.title, [_frame(scale, axes), *dots])
 
 
 def _dots(points: Sequence[Pair], slot: int, at: int) -> Html:
@@ -157,7 +165,7 @@ def picture(panels: Sequence[Panel], columns: int = 2) -> str:
 
 def style() -> str:
     """The colours and strokes of charts, for light and dark."""
-    return files("jemkit.metrics").joinpath("charts.css").read_text(encoding="utf-8")
+    return files(__package__).joinpath("charts.css").read_text(encoding="utf-8")
 
 
 def mark(slot: int, x: float = 6.0, y: float = 6.0, r: float = 3.4) -> Html:
@@ -182,11 +190,6 @@ def key(slot: int) -> Html:
     return _key(tag("path", d="M1 6H25", class_=f"line s{slot % COLOURS}"), mark(slot, 13))
 
 
-def set_key(at: int, slot: int) -> Html:
-    """The outline of a histogram's set for a legend."""
-    return _key(tag("path", d="M1 11V3H25V11", class_=f"set set{at} s{slot % COLOURS}"))
-
-
 def _key(*parts: Html) -> Html:
     return tag(
         "svg", *parts, viewBox="0 0 26 12", width=26, height=12, class_="key", aria_hidden="true"
@@ -209,20 +212,14 @@ def _svg(title: str, parts: Sequence[Html]) -> Html:
     )  # fmt: skip
 
 
-def _scaled(xs: Pair, ys: Pair, axes: Axes) -> tuple[_Scale, Html]:
-    """The scale of a chart over these ranges, and its frame."""
-    scale = _Scale(_linear(xs, LEFT, WIDTH - RIGHT), _linear(ys, HEIGHT - BOTTOM, TOP))
-    return scale, _frame(xs, ys, scale, axes)
-
-
-def _frame(xs: Pair, ys: Pair, scale: _Scale, axes: Axes) -> Html:
+def _frame(scale: _Scale, axes: Axes) -> Html:
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     parts = []
-    for value in ticks(*ys):
+    for value in ticks(*scale.ys):
         y = f"{scale.y(value):.1f}"
         parts.append(tag("line", x1=LEFT, x2=right, y1=y, y2=y, class_="grid"))
         parts.append(_words(_number(value), LEFT - 6, scale.y(value) + 3.5, "end"))
-    for value in ticks(*xs):
+    for value in ticks(*scale.xs):
         x = f"{scale.x(value):.1f}"
         parts.append(tag("line", x1=x, x2=x, y1=bottom, y2=bottom + 4, class_="axis"))
         parts.append(_words(_number(value), scale.x(value), bottom + 15, "middle"))
@@ -240,11 +237,9 @@ def _words(what: str, x: float, y: float, anchor: str, class_: str = "tick", **m
 
 
 def _curve(series: Series, scale: _Scale) -> Html:
-    points = [(scale.x(a), scale.y(b)) for a, b in zip(series.x, series.y, strict=True)]
+    points = scale.points(series.x, series.y)
     line = tag("path", d=_path(points), class_=f"line s{series.slot % COLOURS}")
-    if not series.marked:
-        return line
-    signs = (mark(series.slot, x, y, 3.0) for x, y in points if _there(x, y))
+    signs = [mark(series.slot, x, y, 3.0) for x, y in points if series.marked and _there(x, y)]
     return join(line, *signs)
 
 
@@ -253,8 +248,8 @@ def _band(series: Series, scale: _Scale) -> Html:
     parts = []
     for x, low, high in zip(series.x, series.low, series.high, strict=True):
         if _there(low, high):
-            ends = [(scale.x(x), scale.y(low)), (scale.x(x), scale.y(high))]
-            parts.append(tag("path", d=_path(ends), class_=f"bar s{series.slot % COLOURS}"))
+            ends = _path(scale.points((x, x), (low, high)))
+            parts.append(tag("path", d=ends, class_=f"bar s{series.slot % COLOURS}"))
     return join(*parts)
 
 
@@ -272,11 +267,6 @@ def _path(points: Sequence[Pair]) -> str:
 
 def _there(*values: float) -> bool:
     return all(abs(value) < LARGEST for value in values)
-
-
-def _linear(values: Pair, start: float, end: float) -> Callable[[float], float]:
-    low, high = values
-    return lambda value: start + (value - low) / (high - low) * (end - start)
 
 
 def _range(values: Sequence[float], margin: float = 0.0) -> Pair:

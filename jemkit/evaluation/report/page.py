@@ -55,7 +55,7 @@ def render(folders: Sequence[Path]) -> str:
     ]
     body = [part for part in shown.values() if part is not None]
     if missing:
-        body.append(section("absent", "Not here", tag("ul", *missing, class_="told")))
+        body.append(section("absent", "Not here", tag("ul", *missing, class_="notes")))
     links = (tag("a", name, href=f"#{_id(part)}") for name, part in shown.items() if part)
     names = ", ".join(run.name for run in book.runs)
     return _document(
@@ -71,7 +71,8 @@ def render(folders: Sequence[Path]) -> str:
 
 
 def _document(title: str, *body: Html) -> str:
-    style, script = charts.style() + _part("parts.css"), _part("parts.js")
+    css, js = (files(__package__).joinpath(f"parts.{kind}") for kind in ("css", "js"))
+    style, script = charts.style() + css.read_text("utf-8"), js.read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
@@ -134,7 +135,3 @@ def _footer(book: Book) -> list[Html]:
 
 def _id(part: Html) -> str:
     return part.split('id="', 1)[1].split('"', 1)[0]
-
-
-def _part(name: str) -> str:
-    return files("jemkit.evaluation.report").joinpath(name).read_text(encoding="utf-8")

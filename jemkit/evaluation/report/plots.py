@@ -39,30 +39,34 @@ def energies(book: Book) -> Html | None:
                     curves, Axes(title, "step of the attack", "energy"), *notes, table="energy_path"
                 )
             )
-    return section("energies", "Energies", _panels(panels)) if panels else None
+    return _section("energies", panels)
 
 
 def robustness(book: Book) -> Html | None:
     """Accuracy against the radius, and against the steps, of an attack; one chart each."""
     panels = []
-    for name, x in ATTACKED.items():
+    for name, label in ATTACKED.items():
         kinds: dict[tuple[str, str], list[Series]] = {}
         counts: dict[tuple[str, str], dict[str, Any]] = {}
         for slot, run in enumerate(book.runs):
-            table = run.record.tables.get(name)
-            if table:
+            if table := run.record.tables.get(name):
                 kind = (str(table.get("attack", "?")), str(table.get("norm", "?")))
-                kinds.setdefault(kind, []).append(_points(run.name, slot, table["points"]))
+                x, y, low, high = map(_numbers, zip(*table["points"], strict=True))
+                curve = Series(run.name, slot, x, y, low, high, marked=True)
+                kinds.setdefault(kind, []).append(curve)
                 counts.setdefault(kind, {})[run.name] = table.get("n")
         for kind, series in kinds.items():
-            title = f"Accuracy against the {x.split(',')[0]}: {kind[0]}, {kind[1]}"
-            axes = Axes(title, x, "accuracy", None, (0.0, 1.0))
+            title = f"Accuracy against the {label.split(',')[0]}: {kind[0]}, {kind[1]}"
+            axes = Axes(title, label, "accuracy", None, (0.0, 1.0))
+            images = [f"{n} images of {run}" for run, n in counts[kind].items()]
+            if len(numbers := set(counts[kind].values())) == 1:
+                images = [f"{numbers.pop()} images"]
             notes = (
-                f"{_sizes(counts[kind])}: the first ones, until the indicators have enough that "
+                f"{', '.join(images)}: the first ones, until the indicators have enough that "
                 "are right, and not all that the figures above are of; bars are 95 % intervals"
             )
             panels.append(book.judged_lines(series, axes, notes, table=name))
-    return section("robustness", "Robustness", _panels(panels)) if panels else None
+    return _section("robustness", panels)
 
 
 def calibration(book: Book) -> Html | None:
@@ -92,7 +96,7 @@ def calibration(book: Book) -> Html | None:
             _numbers(edges), shares, slot, Axes(title, "confidence", "share of images")
         )
         panels.append(panel(join(title, " ", book.label(slot, "reliability")), chart_html))
-    return section("calibration", "Calibration", _panels(panels))
+    return _section("calibration", panels)
 
 
 def ood(book: Book) -> Html | None:
@@ -102,7 +106,8 @@ def ood(book: Book) -> Html | None:
         if table := run.record.tables.get("ood_energies"):
             edges = _numbers(table["edges"])
             middles = [(low + high) / 2 for low, high in pairwise(edges)]
-            sets = sorted((name for name in table["n"] if name in table), key=_test_first)
+            sets = [name for name in table["n"] if name in table]
+            sets.sort(key=lambda name: (name != "test", name))
             series = [Series(name, at, middles, table[name]) for at, name in enumerate(sets)]
             names = {at: book.key(at, name) for at, name in enumerate(sets)}
             axes = Axes(f"E(x) of test and other images: {run.name}", "E(x)", "share of images")
@@ -113,23 +118,16 @@ def ood(book: Book) -> Html | None:
 def training(book: Book) -> Html | None:
     """Terms, energies and gaps against the step, and the validation after each epoch."""
     read = [metrics(run.folder) for run in book.runs]
-    panels = []
-    names = list(dict.fromkeys(name for curves in read for name in curves))
-    for name in sorted(names, key=_place):
-        series = [
-            Series(book.runs[slot].name, slot, curves[name].x, curves[name].y)
-            for slot, curves in enumerate(read)
-            if name in curves
-        ]
-        lost = [
-            f"{book.runs[slot].name}: {curves[name].lost} values are not finite"
-            for slot, curves in enumerate(read)
-            if name in curves and curves[name].lost
-        ]
+    panels = _validation(book)
+    for name in sorted({name for curves in read for name in curves}, key=_place):
+        series, lost = [], []
+        for slot, (run, curves) in enumerate(zip(book.runs, read, strict=True)):
+            if curve := curves.get(name):
+                series.append(Series(run.name, slot, curve.x, curve.y))
+                lost += [f"{run.name}: {curve.lost} values are not finite"] if curve.lost else []
         remark = note("; ".join(lost), "; the gaps in the curve") if lost else None
         panels.append(book.lines(series, Axes(name, "step", ""), remark))
-    panels = [*_validation(book), *panels]
-    return section("training", "Training", _panels(panels)) if panels else None
+    return _section("training", panels)
 
 
 def _energies(book: Book, slot: int, table: Mapping[str, Any], which: str) -> Html:
@@ -164,32 +162,17 @@ def _way(name: str, slot: int, path: Mapping[str, Any], which: str) -> Series:
     return Series(name, slot, steps, values, low, high, marked=True)
 
 
-def _sizes(counts: Mapping[str, Any]) -> str:
-    """How many images a curve of each run was measured on."""
-    if len(set(counts.values())) == 1:
-        return f"{next(iter(counts.values()))} images"
-    return ", ".join(f"{n} images of {run}" for run, n in counts.items())
-
-
-def _points(name: str, slot: int, points: Sequence[Sequence[Any]]) -> Series:
-    x, y, low, high = (_numbers(column) for column in zip(*points, strict=True))
-    return Series(name, slot, x, y, low, high, marked=True)
-
-
 def _validation(book: Book) -> list[Html]:
     histories = [epochs(run.folder) for run in book.runs]
     panels = []
     for name, title in (
         ("accuracy", "Validation accuracy"), ("pgd10", "Validation accuracy under PGD-10"),
     ):  # fmt: skip
-        series = [
-            Series(
-                book.runs[slot].name, slot,
-                _numbers([e["step"] for e in events]), _numbers([e[name] for e in events]),
-            )
-            for slot, all_events in enumerate(histories)
-            if (events := [e for e in all_events if name in e])
-        ]  # fmt: skip
+        series = []
+        for slot, (run, history) in enumerate(zip(book.runs, histories, strict=True)):
+            if points := [(event["step"], event[name]) for event in history if name in event]:
+                x, y = map(_numbers, zip(*points, strict=True))
+                series.append(Series(run.name, slot, x, y))
         if series:
             axes = Axes(title, "step", "accuracy", None, (0.0, 1.0))
             panels.append(book.lines(series, axes))
@@ -201,8 +184,8 @@ def _place(name: str) -> tuple[int, str]:
     return next((i for i, kind in enumerate(order) if name.startswith(kind)), len(order)), name
 
 
-def _test_first(name: str) -> tuple[bool, str]:
-    return name != "test", name
+def _section(name: str, panels: Sequence[Html]) -> Html | None:
+    return section(name, name.capitalize(), _panels(panels)) if panels else None
 
 
 def _panels(panels: Sequence[Html]) -> Html:

@@ -28,7 +28,8 @@ ABOUT = {
 def overview(book: Book) -> Html:
     """The comparison: every run, every figure that matters, the best of each marked."""
     lines = comparison(book.runs)
-    head = [tag("th", _sorter("Run"), scope="col"), *(_head(line) for line in lines)]
+    head = [_head("Run")]
+    head += [_head(line.column.title, ABOUT.get(stem_of(line.column.name))) for line in lines]
     rows = [
         [book.run_name(slot), *(_figure(book, line, slot) for line in lines)]
         for slot in range(len(book.runs))
@@ -56,7 +57,7 @@ def cautions(book: Book) -> Html | None:
             for name, why in sorted(run.record.left_out.items())
         ]
         if items:
-            parts.append(join(tag("h3", book.run_name(slot)), tag("ul", *items, class_="told")))
+            parts.append(join(tag("h3", book.run_name(slot)), tag("ul", *items, class_="notes")))
     return section("warnings", "Warnings", *parts) if parts else None
 
 
@@ -86,9 +87,8 @@ def ood(book: Book) -> Html | None:
                 rows.append([book.judged_name(slot, "ood"), name, score, *values])
     if not rows:
         return None
-    heads = ("Run", "Images", "Score", "AUROC", "AUPR", "FPR at 95 %", "n")
-    head: list[object] = [tag("th", _sorter(name), scope="col") for name in heads]
-    return section("ood", "Out-of-distribution", table(head, rows, "sortable"), plots.ood(book))
+    head = map(_head, ("Run", "Images", "Score", "AUROC", "AUPR", "FPR at 95 %", "n"))
+    return section("ood", "Out-of-distribution", table([*head], rows, "sortable"), plots.ood(book))
 
 
 def recipe(book: Book) -> Html | None:
@@ -126,9 +126,7 @@ def every_figure(book: Book) -> Html:
             number = join(book.number(figure, run), " ", badge(figure.protocol))
             first_cells = [book.run_name(slot), figure.name, _cell(number, figure.value)]
             rows.append([*first_cells, shown_interval(figure) or "–", figure.n, _words(figure)])
-    head: list[object] = [
-        tag("th", _sorter(name), scope="col") for name in ("Run", "Figure", "Value")
-    ]
+    head = map(_head, ("Run", "Figure", "Value"))
     whole = table([*head, "95 % interval", "n", "Protocol"], rows, "sortable")
     summary = tag("summary", f"{len(rows)} figures and how each was measured")
     return section("figures", "Every figure", tag("details", summary, whole))
@@ -177,13 +175,10 @@ def _cell(content: Html, value: float) -> Html:
     return tag("td", content, data_value=repr(value) if math.isfinite(value) else None)
 
 
-def _head(line: Line) -> Html:
-    about = ABOUT.get(stem_of(line.column.name))
-    return tag("th", _sorter(line.column.title), scope="col", title=about)
-
-
-def _sorter(title: str) -> Html:
-    return tag("button", title, type="button", class_="sort")
+def _head(title: str, about: str | None = None) -> Html:
+    """The head of a column that a click sorts by."""
+    sorter = tag("button", title, type="button", class_="sort")
+    return tag("th", sorter, scope="col", title=about)
 
 
 def _verdict(run: Html, attack: str, findings: list[dict[str, Any]]) -> Html:
