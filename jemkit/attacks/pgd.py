@@ -84,14 +84,49 @@ class Best:
         return self._x
 
 
-class PGD(Options):
+class PGDAttack(Options, ABC):
+    """An attack on a model by PGD on a loss of its own; it keeps the worst image of all steps.
+
+    A subclass has the options `steps` and `step_px`, and `restarts` where it takes them.
+    """
+
+    everyone: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """The name of its figure."""
+
+    @abstractmethod
+    def criterion(self, subject: PixelModel, x: Tensor, y: Tensor, rng: Generator) -> CriterionFn:
+        """What is maximised near images x [B, C, H, W] of classes y [B]."""
+
+    def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
+        norm = ball_of(threat, self.label)
+
+        def perturb(x: Tensor, y: Tensor, rng: Generator) -> Tensor:
+            criterion = self.criterion(subject, x, y, rng)
+            return self._pgd.worst(criterion, x, threat.radius_px, norm, rng)
+
+        return {self.label: perturb}
+
+    def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
+        return self._pgd.card(threat, n_classes)
+
+    def unused(self) -> dict[str, str]:
+        return self._pgd.unused()
+
+    @property
+    def _pgd(self) -> "PGD":
+        return PGD(**self.model_dump(include={"steps", "step_px", "restarts"}))
+
+
+class PGD(PGDAttack):
     """Projected gradient ascent (Madry et al. 2018) on any loss; sizes in 1/255 of the range.
 
     As an attack on a model it maximises the cross-entropy, and returns the worst image of all steps
     and restarts; in training it returns the last one.
     """
-
-    everyone: ClassVar[bool] = True
 
     steps: int = Field(10, ge=0)
     radius_px: Radius | None = None  # None: the data set's, or the evaluation's
@@ -138,18 +173,21 @@ class PGD(Options):
             )
 
     def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
-        norm = ball_of(threat, self.label)
-        self._check_threat(threat)
+        own: dict[str, Any] = {"norm": self.norm} if "norm" in self.model_fields_set else {}
+        own |= {} if self.radius_px is None else {"radius_px": self.radius_px}
+        if any(value != threat._asdict()[name] for name, value in own.items()):
+            raise ConfigError(
+                f"pgd is set to {own}, and the evaluation to {threat._asdict()}: in an "
+                f"evaluation every attack has the same norm and radius; do not set those of pgd"
+            )
+        return super().bind(subject, threat)
 
-        def perturb(x: Tensor, y: Tensor, rng: Generator) -> Tensor:
-            def evaluated(z: Tensor) -> Criterion:
-                logits = subject(z)
-                loss = F.cross_entropy(logits, y, reduction="none")
-                return Criterion(loss, logits.argmax(1) != y)
+    def criterion(self, subject: PixelModel, x: Tensor, y: Tensor, rng: Generator) -> CriterionFn:
+        def evaluated(z: Tensor) -> Criterion:
+            logits = subject(z)
+            return Criterion(F.cross_entropy(logits, y, reduction="none"), logits.argmax(1) != y)
 
-            return self.worst(evaluated, x, threat.radius_px, norm, rng)
-
-        return {self.label: perturb}
+        return evaluated
 
     def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
         step = threat.radius_px / 4 if self.step_px is None else self.step_px
@@ -186,49 +224,6 @@ class PGD(Options):
         )
         return Projected(inner, x, bounds.px(radius_px), bounds, norm)
 
-    def _check_threat(self, threat: Threat) -> None:
-        own: dict[str, Any] = {"norm": self.norm} if "norm" in self.model_fields_set else {}
-        own |= {} if self.radius_px is None else {"radius_px": self.radius_px}
-        if any(value != threat._asdict()[name] for name, value in own.items()):
-            raise ConfigError(
-                f"pgd is set to {own}, and the evaluation to {threat._asdict()}: in an "
-                f"evaluation every attack has the same norm and radius; do not set those of pgd"
-            )
-
-
-class PGDAttack(Options, ABC):
-    """An attack on a model by PGD on a loss of its own; it keeps the worst image of all steps.
-
-    A subclass has the options `steps` and `step_px`, and `restarts` where it takes them.
-    """
-
-    everyone: ClassVar[bool] = True
-
     @property
-    @abstractmethod
-    def label(self) -> str:
-        """The name of its figure."""
-
-    @abstractmethod
-    def criterion(self, subject: PixelModel, x: Tensor, y: Tensor, rng: Generator) -> CriterionFn:
-        """What is maximised near images x [B, C, H, W] of classes y [B]."""
-
-    def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
-        norm = ball_of(threat, self.label)
-
-        def perturb(x: Tensor, y: Tensor, rng: Generator) -> Tensor:
-            return self._pgd.worst(
-                self.criterion(subject, x, y, rng), x, threat.radius_px, norm, rng
-            )
-
-        return {self.label: perturb}
-
-    def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
-        return self._pgd.card(threat, n_classes)
-
-    def unused(self) -> dict[str, str]:
-        return self._pgd.unused()
-
-    @property
-    def _pgd(self) -> PGD:
-        return PGD(**self.model_dump(include={"steps", "step_px", "restarts"}))
+    def _pgd(self) -> "PGD":
+        return self

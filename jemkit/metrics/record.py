@@ -31,7 +31,6 @@ from jemkit.metrics.record_file import (
     beside,
     every,
     load,
-    part_names,
     pictures,
     preferred,
     settle,
@@ -127,11 +126,6 @@ def check_place(folder: Path) -> None:
     refuse_links(folder, (LOCK, WORK, PICTURES, *pictures))
 
 
-def arranged(record: Record) -> Record:
-    """The record with every table and row under its name in the record."""
-    return _joined(record, None)
-
-
 def of_weights(
     folder: Path, sha256: str, data: str | None = None, test_sha256: str | None = None
 ) -> Record | None:
@@ -151,17 +145,13 @@ def of_weights(
                 raise
             log.warning("%s.json is skipped: %s", stem, error)
             continue
-        if record.subject.get("sha256") == sha256 and _is_of(record, data, test_sha256):
+        judged = record.protocol.get("test_sha256")
+        same_data = data is None or record.subject.get("data", data) == data
+        if test_sha256 is not None and judged is not None:
+            same_data = judged == test_sha256
+        if record.subject.get("sha256") == sha256 and same_data:
             return record
     return None
-
-
-def _is_of(record: Record, data: str | None, test_sha256: str | None) -> bool:
-    """Whether a record is of a data set: by the hash of its test images where both are known."""
-    judged = record.protocol.get("test_sha256")
-    if test_sha256 is not None and judged is not None:
-        return bool(judged == test_sha256)
-    return data is None or record.subject.get("data", data) == data
 
 
 def _owner(record: Record) -> Owner:
@@ -253,7 +243,7 @@ def _owned(record: Record, files: Iterable[str]) -> list[Part]:
 def _joined(new: Record, old: Record | None) -> Record:
     """Both records' figures, those of the same protocol once, each with what belongs to it."""
     if old is None:
-        return _arranged(new, None)
+        return arranged(new)
     old = _without(old, {f.key for f in new.figures}, keys={part.key for part in new.parts})
     measured = {figure.protocol.get("evaluator") for figure in new.figures}
     left_out = {k: v for k, v in old.left_out.items() if k not in measured}
@@ -264,7 +254,7 @@ def _joined(new: Record, old: Record | None) -> Record:
         warnings=list(dict.fromkeys([*before, *new.warnings])),
         pictures=old.pictures,
     )
-    return _arranged(whole, old)
+    return arranged(whole, old)
 
 
 def _without(
@@ -293,7 +283,7 @@ def _without(
     return replace(record, figures=figures, parts=parts, tables=tables_left)
 
 
-def _arranged(new: Record, old: Record | None) -> Record:
+def arranged(new: Record, old: Record | None = None) -> Record:
     """The new record with the old one's figures, and names that no two parts share.
 
     The plain name is that of the preferred figure's part; the others end in @ and the beginning
@@ -310,7 +300,7 @@ def _arranged(new: Record, old: Record | None) -> Record:
         end = f"@{part.key[:8]}"
         names: dict[Kind, dict[str, str]] = {}
         for kind in KINDS:
-            first = {n: _first(kind, n, figures, sources) is part for n in part_names(part, kind)}
+            first = {n: _first(kind, n, figures, sources) is part for n in part.names(kind)}
             names[kind] = {n: n if plain else n + end for n, plain in first.items()}
         named = Part(part.evaluator, part.key, part.figures, names["tables"], names["rows"])
         own = {n: n + end if stored in files else stored for n, stored in part.files.items()}
@@ -324,7 +314,7 @@ def _first(
     kind: Kind, name: str, figures: list[Figure], sources: list[tuple[Part, Record]]
 ) -> Part:
     """The part whose table or rows have the plain name."""
-    having = [part for part, _ in sources if name in part_names(part, kind)]
+    having = [part for part, _ in sources if name in part.names(kind)]
     keys = {key: part for part in reversed(having) for key in part.figures}
     owned = [f for f in figures if f.key in keys]
     of_name = [f for f in owned if f.name == name]

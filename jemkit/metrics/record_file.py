@@ -45,6 +45,10 @@ class Part(NamedTuple):
     rows: dict[str, str] = {}
     files: dict[str, str] = {}
 
+    def names(self, kind: Kind) -> dict[str, str]:
+        """The evaluator's names of what it left of a kind, to those in the record."""
+        return {"tables": self.tables, "rows": self.rows, "files": self.files}[kind]
+
 
 @dataclass(frozen=True)
 class Record:
@@ -91,14 +95,13 @@ class Record:
         """The names in this record of all tables, rows or files that evaluators call `name`."""
         if not self.parts:
             return [name] if name in getattr(self, kind, ()) else []
-        stored_names = [part_names(part, kind)[name] for part in self.parts
-                 if name in part_names(part, kind)]  # fmt: skip
-        return sorted(stored_names, key=lambda stored: stored != name)
+        stored = [part.names(kind)[name] for part in self.parts if name in part.names(kind)]
+        return sorted(stored, key=lambda one: one != name)
 
     def card_of(self, kind: Kind, stored: str) -> dict[str, Any]:
         """The protocol under which a table, rows or a file came about."""
         for part in self.parts:
-            if stored in part_names(part, kind).values():
+            if stored in part.names(kind).values():
                 owned = [f for f in self.figures if f.key in part.figures]
                 if owned:
                     return preferred(owned).protocol
@@ -106,6 +109,8 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """A number that is not finite becomes null; `warnings` name it. Its hashes come with it."""
+        broken = (figure.name for figure in self.figures if not math.isfinite(figure.value))
+        lost = [f"{name} is not a finite number" for name in broken]
         plain = {
             "format": FORMAT,
             "subject": finite(self.subject),
@@ -113,7 +118,7 @@ class Record:
             "figures": [finite(figure._asdict()) for figure in self.figures],
             "tables": finite(self.tables),
             "left_out": self.left_out,
-            "warnings": list(dict.fromkeys([*self.warnings, *_not_finite(self.figures)])),
+            "warnings": list(dict.fromkeys([*self.warnings, *lost])),
             "parts": [finite(part._asdict()) for part in self.parts],
             "pictures": self.pictures,
         }
@@ -123,11 +128,6 @@ class Record:
 def preferred(figures: Sequence[Figure]) -> Figure:
     """The first that is of the standard protocol, else the first."""
     return next((f for f in figures if f.protocol.get("standard")), figures[0])
-
-
-def part_names(part: Part, kind: Kind) -> dict[str, str]:
-    """What a part left of a kind: the evaluator's names to those in the record."""
-    return {"tables": part.tables, "rows": part.rows, "files": part.files}[kind]
 
 
 def next_rows(stem: str) -> str:
@@ -191,10 +191,16 @@ def _read(folder: Path, stem: str) -> Record:
         figures = [_figure(figure) for figure in saved["figures"]]
         record = Record(
             dict(saved["subject"]), dict(saved["protocol"]), figures, dict(saved["tables"]), rows,
-            _texts(dict(saved["left_out"])), [*_texts(dict(enumerate(saved["warnings"]))).values()],
+            _texts(dict(saved["left_out"])), _listed_texts(saved["warnings"]),
             [_part(part) for part in saved.get("parts", ())], str(saved.get("pictures", PICTURES)),
         )  # fmt: skip
-        return _checked(record)
+        if not FOLDER.fullmatch(record.pictures):
+            raise ValueError(f"{record.pictures!r} is no folder of pictures")
+        for part in record.parts:
+            for names, there in ((part.tables, record.tables), (part.rows, record.rows)):
+                if lost := set(names.values()) - there.keys():
+                    raise ValueError(f"{min(lost)!r} is not there")
+        return record
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
@@ -214,8 +220,8 @@ def _part(saved: Mapping[str, Any]) -> Part:
     names = {kind: _texts(dict(saved[kind])) for kind in ("tables", "rows", "files")}
     if unfit := [n for n in names["files"].values() if not FILE.fullmatch(n)]:
         raise ValueError(f"{unfit[0]!r} is no name of a picture")
-    figures = _texts(dict(enumerate(saved["figures"]))).values()
-    return Part(str(saved["evaluator"]), str(saved["key"]), tuple(figures), **names)
+    figures = tuple(_listed_texts(saved["figures"]))
+    return Part(str(saved["evaluator"]), str(saved["key"]), figures, **names)
 
 
 def _texts(table: dict[Any, Any]) -> dict[Any, str]:
@@ -225,16 +231,8 @@ def _texts(table: dict[Any, Any]) -> dict[Any, str]:
     return table
 
 
-def _checked(record: Record) -> Record:
-    """A record whose parts have what they name, and whose pictures lie beside it."""
-    if not FOLDER.fullmatch(record.pictures):
-        raise ValueError(f"{record.pictures!r} is no folder of pictures")
-    named = [(part.tables, record.tables) for part in record.parts]
-    named += [(part.rows, record.rows) for part in record.parts]
-    for names, there in named:
-        if lost := set(names.values()) - there.keys():
-            raise ValueError(f"{min(lost)!r} is not there")
-    return record
+def _listed_texts(values: Any) -> list[str]:
+    return list(_texts(dict(enumerate(values))).values())
 
 
 def _sealed(path: Path) -> tuple[dict[str, Any], str | None]:
@@ -272,8 +270,7 @@ def _rows(folder: Path, stem: str, wanted: str | None) -> dict[str, Tensor]:
             return rows
     raise DataError(
         f"{usual} is missing or damaged: the SHA-256 of its outcomes is not the one in "
-        f"{stem}.json. "
-        "`jemkit evaluate` measures it again"
+        f"{stem}.json. `jemkit evaluate` measures it again"
     )
 
 
@@ -287,11 +284,6 @@ def pictures(folder: Path, record: Record | None = None) -> dict[str, Path]:
     """The pictures beside a record, by name."""
     where = folder / (record.pictures if record else PICTURES)
     return {path.stem: path for path in sorted(where.glob("*.png"))}
-
-
-def _not_finite(figures: list[Figure]) -> list[str]:
-    names = [figure.name for figure in figures if not math.isfinite(figure.value)]
-    return [f"{name} is not a finite number" for name in names]
 
 
 def _number(value: object) -> float:

@@ -71,8 +71,8 @@ def render(folders: Sequence[Path]) -> str:
 
 
 def _document(title: str, *body: Html) -> str:
-    css, js = (files(__package__).joinpath(f"parts.{kind}") for kind in ("css", "js"))
-    style, script = charts.style() + css.read_text("utf-8"), js.read_text("utf-8")
+    style = charts.style() + files(__package__).joinpath("parts.css").read_text("utf-8")
+    script = files(__package__).joinpath("parts.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
