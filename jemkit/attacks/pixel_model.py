@@ -48,7 +48,8 @@ class PixelModel(nn.Module):
     def scored(self, x: Tensor) -> Scores:
         """The model's scores of images in its own range, at least float32."""
         x = x if self.dtype is None else x.to(self.dtype)
-        return Scores(*(_at_least_float32(part) for part in self.model(x)))
+        parts = self.model(x)
+        return Scores(*(z.to(torch.promote_types(z.dtype, torch.float32)) for z in parts))
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.scores(pixels).logits
@@ -114,10 +115,6 @@ def check_unit(pixels: Tensor) -> None:
         )
 
 
-def _at_least_float32(scores: Tensor) -> Tensor:
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
-
-
 def _nothing() -> None:
     return None
 
@@ -156,8 +153,7 @@ def in_own_type(subject: PixelModel, pixels: Tensor) -> PixelModel:
             return subject if dtype == subject.dtype else converted
     raise MisfitError(
         "the model takes images neither in float32 nor in the types of its weights, "
-        f"{', '.join(other_types(subject))}: "
-        f"{reason}. Convert it to one type, model.float()"
+        f"{', '.join(other_types(subject))}: {reason}. Convert it to one type, model.float()"
     )
 
 

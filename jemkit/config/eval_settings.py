@@ -42,15 +42,11 @@ class Settings(Options):
     eps_px: Radius | None = None  # None: the data set's, which is L-inf
     max_images: int | None = Field(None, ge=1)  # a subset of the test images; None: all
     selection: Selection = "stratified"  # how the subset is drawn; first: as in RobustBench
-    batch_size: int = Field(
-        250, ge=1
-    )  # batch size of AutoAttack; the result of a seed depends on it
+    batch_size: int = Field(250, ge=1)  # AutoAttack's; the result of a seed depends on it
     seed: int = Field(0, ge=0, lt=2**32)
     protocol: Literal["standard", "released"] = "standard"
     quick: bool = False
-    refine_steps: int = Field(
-        0, ge=0
-    )  # k of JEM-k: steps of SGLD from the image before it is classified
+    refine_steps: int = Field(0, ge=0)  # k of JEM-k: steps of SGLD before an image is classified
     only: Names = ()  # evaluators; none: all
     skip: Names = ()
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)  # of an attack or evaluator
@@ -160,14 +156,14 @@ def evaluators_of(settings: Settings, registry: Registry) -> dict[str, Evaluator
 def _check_options(settings: Settings, registry: Registry, running: list[str]) -> None:
     known = [*registry["attack"], *registry["evaluator"]]
     for name in settings.options:
-        if name in known and name not in running:
-            raise ConfigError(
-                f"options of {name!r} are set, but it does not run; running are "
-                f"{', '.join(running)}"
-            )
         if name not in known:
             raise ConfigError(
                 f"no attack or evaluator {name!r} to set options of{nearest(name, known)}"
+            )
+        if name not in running:
+            there = ", ".join(running)
+            raise ConfigError(
+                f"options of {name!r} are set, but it does not run; running are {there}"
             )
 
 

@@ -27,15 +27,13 @@ DEEPEST = 40
 OPTIMIZERS: dict[str, type[Options]] = {"sgd": SGD, "adam": Adam, "adamw": Adam}
 
 
-class Layer(NamedTuple):
-    """One source of settings."""
-
-    origin: str
-    table: Table
-
-
 RETAIN = "retain"
 """A key beside `use`: the options of the previous part that the new one keeps, by name."""
+
+
+class Layer(NamedTuple):
+    origin: str
+    table: Table
 
 
 class Stack:
@@ -135,7 +133,9 @@ class Stack:
         """The kind of part in a field of this table, if any."""
         if kind is None or kind == "optimizer":
             return None
-        return part_kind(self.registry[kind][table["use"]], name)
+        field = self.registry[kind][table["use"]].model_fields.get(name)
+        marks = field.metadata if field is not None else ()
+        return next((mark.kind for mark in marks if isinstance(mark, PartOf)), None)
 
 
 def _retained(new: Table, origin: str) -> list[str]:
@@ -152,13 +152,6 @@ def spoken(origin: str) -> str:
     """The origin of a mistake, for the end of a message; none for a default."""
     words = {"option": "a named option", "": "", "default": ""}.get(origin, origin)
     return f" (from {words})" if words else ""
-
-
-def part_kind(part: type[Options], name: str) -> str | None:
-    """The kind of part in a field, if any."""
-    field = part.model_fields.get(name)
-    marks = field.metadata if field is not None else ()
-    return next((mark.kind for mark in marks if isinstance(mark, PartOf)), None)
 
 
 def part_defaults(part: type[Options], registry: Registry) -> Table:
@@ -231,22 +224,20 @@ FETCHING = frozenset({"download", "pretrained"})
 BOOL = TypeAdapter(bool)
 
 
-def offline(table: Table) -> Table:
+def offline(tree: Any) -> Any:
     """The same tables without permissions to download.
 
     A run's config.json may be untrusted: only an option of the command itself may access the
     network.
     """
+    if isinstance(tree, list):
+        return [offline(one) for one in tree]
+    if not isinstance(tree, dict):
+        return tree
     return {
-        name: False if name in FETCHING and _means_true(value) else _offline(value)
-        for name, value in table.items()
+        name: False if name in FETCHING and _means_true(value) else offline(value)
+        for name, value in tree.items()
     }
-
-
-def _offline(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_offline(one) for one in value]
-    return offline(value) if isinstance(value, dict) else value
 
 
 def _means_true(value: Any) -> bool:
@@ -279,14 +270,14 @@ def override_layers(texts: Iterable[str]) -> list[Layer]:
 
     So `network.width=8 network.use=smallcnn` means the same in both orders.
     """
-    ordered = sorted(texts, key=_choice_first)
+
+    def choice_first(text: str) -> tuple[bool, int]:
+        key = text.partition("=")[0].strip()
+        key = KEYS.get(key, key)
+        return not key.endswith(".use"), key.count(".") if key.endswith(".use") else 0
+
+    ordered = sorted(texts, key=choice_first)
     return [Layer(f"--set {text}", _override(text)) for text in ordered]
-
-
-def _choice_first(text: str) -> tuple[bool, int]:
-    key = text.partition("=")[0].strip()
-    key = KEYS.get(key, key)
-    return not key.endswith(".use"), key.count(".") if key.endswith(".use") else 0
 
 
 def _override(text: str) -> Table:

@@ -1,5 +1,6 @@
 """Recipes: everything that determines a run, merged from layers of settings."""
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ from jemkit.config.layers import (
 from jemkit.config.messages import explain
 from jemkit.config.optim import SGD, OptimizerOptions, Schedule
 from jemkit.config.registry import Registry
-from jemkit.config.unused import before_layers, check_unused
+from jemkit.config.unused import check_unused
 from jemkit.data import Dataset
 from jemkit.errors import ConfigError
 from jemkit.objective import NamesStreams, Objective, ObjectiveSpec
@@ -63,9 +64,7 @@ class Run(Options):
     deterministic: bool = False
     threads: int | None = Field(None, ge=1, le=4096)  # of the CPU; None: torch's own choice
     eval_images: int = Field(256, ge=1)  # validation images for PGD-10 after each epoch
-    test_images: int | None = Field(
-        None, ge=1
-    )  # test images of the final evaluation; None: a tenth of training
+    test_images: int | None = Field(None, ge=1)  # of the final evaluation; None: a tenth of n_train
     shard: bool = False  # with torchrun: FSDP-sharded weights
     tensorboard: bool = False  # write TensorBoard files beside metrics.csv
     keep: int = Field(2, ge=1)  # newest checkpoints to keep, besides the best and the sentinel's
@@ -136,7 +135,7 @@ def resolve(
     usual: Table = {}
     for at, layer in enumerate([*proposed, *own]):
         if at == len(proposed):
-            usual = before_layers(stack.tables)
+            usual = copy.deepcopy(stack.tables)
         replaced = _replaced(layer, picked)
         for table in replaced:
             stack.lose(layer.origin, PARTS[table], table, layer.table[table])
@@ -144,7 +143,8 @@ def resolve(
         stack.lay(layer._replace(table=rest))
     _log_lost(stack, own)
     recipe = build(stack.tables, registry, stack.origins)
-    saved = {str(path) for path in (base, config) if _is_saved(path)}
+    paths = [path for path in (base, config) if isinstance(path, Path)]
+    saved = {str(path) for path in paths if path.suffix.lower() == ".json"}  # as a run saved them
     said = {layer.origin for layer in own} - saved
     check_unused(recipe, stack.tables, usual, stack.origins, said)
     return Resolved(recipe, stack.tables, stack.origins)
@@ -226,10 +226,7 @@ def _check_whole(own: list[Layer], picked: Mapping[str, Layer]) -> None:
     for layer in own:
         name = layer.origin.removeprefix("preset/")
         for table in PARTS if name != layer.origin else ():
-            use, other = (
-                layer.table.get(table, {}).get("use"),
-                picked[table].table[table]["use"],
-            )
+            use, other = layer.table.get(table, {}).get("use"), picked[table].table[table]["use"]
             if use is not None and use != other:
                 raise ConfigError(
                     f"the preset {name} is of the {table} {use}, and {other} is "
@@ -262,14 +259,10 @@ def _part_layers(registry: Registry, names: Mapping[str, str]) -> list[Layer]:
     """The layers that the plug-ins provide for these parts."""
     data, backbone, objective = names["data"], names["backbone"], names["objective"]
     keys = (
-        f"data/{data}",
-        f"backbone/{backbone}",
-        f"backbone/{backbone}/{data}",
-        f"objective/{objective}",
-        f"run/{backbone}/{objective}",
-        f"objective/{objective}/{data}",
+        f"data/{data}", f"backbone/{backbone}", f"backbone/{backbone}/{data}",
+        f"objective/{objective}", f"run/{backbone}/{objective}", f"objective/{objective}/{data}",
         f"run/{backbone}/{objective}/{data}",
-    )
+    )  # fmt: skip
     layers = [Layer(k, read_layer(registry.recipes[k])) for k in keys if k in registry.recipes]
     for layer in layers:
         _check_tables(layer)
@@ -292,11 +285,6 @@ def _preset(registry: Registry, name: str | None) -> list[Layer]:
         there = ", ".join(sorted(presets))
         raise ConfigError(f"no preset {name!r}{nearest(name, presets)}. There are: {there}")
     return [Layer(f"preset/{name}", read_layer(presets[name]))]
-
-
-def _is_saved(config: Path | Table | None) -> bool:
-    """Whether settings come from the config.json of a run, which can still be evaluated."""
-    return isinstance(config, Path) and config.suffix.lower() == ".json"
 
 
 def _config(config: Path | Table | None) -> list[Layer]:

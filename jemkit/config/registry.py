@@ -240,16 +240,22 @@ def installed(*, third_party: bool = True) -> Registry:
     plugins: list[Plugin] = []
     faults: list[Fault] = []
     slow: list[str] = []
-    entries = [Guest(entry, *_origin(entry)) for entry in _entry_points()]
+    found = set(entry_points(group="jemkit"))  # an editable install may list its own twice
+    ordered = sorted(found, key=lambda entry: (entry.name, entry.value))
+    entries = [Guest(entry, *_origin(entry)) for entry in ordered]
     own = [plugin for plugin in entries if plugin.distribution == OURS]
     guests = [plugin for plugin in entries if plugin.distribution != OURS] if third_party else []
     verdicts = [""] * len(own) + lethal(guests)
     for (entry, whose, version), verdict in zip([*own, *guests], verdicts, strict=True):
         began = time.monotonic()
         try:
-            module = _imported(entry, verdict)
+            if verdict:
+                raise Refused(verdict)
+            with contained():
+                module = entry.load()
         except Refused as error:
-            faults.append(Fault(entry.name, whose, version, str(error)))
+            why = "is not imported" if verdict else "cannot be imported"
+            faults.append(Fault(entry.name, whose, version, f"{why}: {error}"))
             continue
         plugins.append(Plugin(entry.name, module, whose, version))
         spent = time.monotonic() - began
@@ -265,17 +271,6 @@ SLOW = 5.0
 """Seconds after which a plug-in's import is reported as slow; each command waits for it."""
 
 
-def _imported(entry: EntryPoint, fault: str) -> Any:
-    """The module of a plug-in; Refused if it cannot be imported."""
-    if fault:
-        raise Refused(f"is not imported: {fault}")
-    try:
-        with contained():
-            return entry.load()
-    except Refused as error:
-        raise Refused(f"cannot be imported: {error}") from None
-
-
 def _origin(entry: EntryPoint) -> tuple[str, str]:
     """The distribution of a plug-in, and its version, as far as its metadata contain them."""
     try:
@@ -283,8 +278,3 @@ def _origin(entry: EntryPoint) -> tuple[str, str]:
     except Exception:  # metadata that are damaged
         name = version = None
     return str(name or "(unknown)"), str(version or "")
-
-
-def _entry_points() -> list[EntryPoint]:
-    """Each once, though an editable install may list its distribution twice."""
-    return sorted(set(entry_points(group="jemkit")), key=lambda e: (e.name, e.value))

@@ -1,8 +1,7 @@
 """Options without effect given the others: rejected if a user has set them."""
 
-import copy
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from jemkit.config.layers import Table, flat, spoken, table_at
@@ -19,9 +18,14 @@ def check_unused(
 
     `usual` are the tables without any such layer: repeating their values is allowed.
     """
-    for key, value, needs in _idle(recipe, tables):
-        before = dict(_leaves(key, _at(usual, key)))
-        for leaf, now in _leaves(key, value):
+    idle = [
+        (f"{path}.{name}", needs)
+        for path, part in parts_of(recipe)
+        for name, needs in part.unused().items()
+    ]
+    for key, needs in idle:
+        before = dict(_leaves(key, usual))
+        for leaf, now in _leaves(key, tables):
             origin = origins.get(leaf, "default")
             if origin not in said or before.get(leaf, now) == now:
                 continue
@@ -54,23 +58,8 @@ def _value_and_default(part: Options, name: str, what: str) -> tuple[Any, Any]:
     return getattr(holder, last), field.get_default(call_default_factory=True)
 
 
-def before_layers(tables: Table) -> Table:
-    """A copy of tables as they stand, for `check_unused`."""
-    return copy.deepcopy(tables)
-
-
-def _idle(recipe: Options, tables: Table) -> Iterator[tuple[str, Any, str]]:
-    """Dotted keys of options without effect, their values and what they would need."""
-    for path, part in parts_of(recipe):
-        for name, needs in part.unused().items():
-            key = f"{path}.{name}"
-            yield key, _at(tables, key), needs
-
-
-def _at(tables: Table, key: str) -> Any:
+def _leaves(key: str, tables: Table) -> list[tuple[str, Any]]:
+    """The values at a dotted key, by their own dotted keys."""
     *where, name = key.split(".")
-    return table_at(tables, where).get(name)
-
-
-def _leaves(key: str, value: Any) -> list[tuple[str, Any]]:
+    value = table_at(tables, where).get(name)
     return flat(value, f"{key}.") if isinstance(value, dict) else [(key, value)]

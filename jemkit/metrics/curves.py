@@ -69,11 +69,9 @@ def epochs(folder: Path) -> list[dict[str, Any]]:
 
 def save(folder: Path) -> None:
     """Losses, energies, gaps and accuracies of a run against the step, as curves.svg."""
-    chart_html, judged = metrics(folder), epochs(folder)
+    columns, judged = metrics(folder), epochs(folder)
     panels = [
-        _panel(
-            title, {name: (c.x, c.y) for name, c in chart_html.items() if name.startswith(start)}
-        )
+        _panel(title, {n: (c.x, c.y) for n, c in columns.items() if n.startswith(start)})
         for title, start in (("terms", "loss"), ("mean energies", "E("), ("energy gaps", "gap"))
     ]
     accuracies = {
@@ -122,13 +120,9 @@ def _thinned(steps: list[float], words: list[str]) -> Curve:
     width = max(1, math.ceil(len(pairs) / POINTS))
     parts = [pairs[at : at + width] for at in range(0, len(pairs), width)]
     x = [part[-1][0] for part in parts]
-    y = [_mean([value for _, value in part]) for part in parts]
+    means = [sum(value for _, value in part) / len(part) for part in parts]
+    y = [mean if math.isfinite(mean) else math.nan for mean in means]
     return Curve(x, y, sum(not math.isfinite(value) for _, value in pairs))
-
-
-def _mean(values: list[float]) -> float:
-    total = sum(values)
-    return total / len(values) if math.isfinite(total) else math.nan
 
 
 def _number(word: Any) -> float:

@@ -95,20 +95,23 @@ def probe_outputs(subject: PixelModel, data: Images, device: torch.device) -> Ou
 
 def _finding(reason: str | None, logits: Tensor, dead: int, n: int) -> Finding:
     low, high = (float(f(logits)) for f in (torch.min, torch.max))
-    vanish = surely(dead, n, DEAD)
     about = f"outputs from {low:.4g} to {high:.4g}; {said(dead, n)} give the loss no gradient"
-    means = "gradients vanish on images as they are: the logits are too large for the loss, or no "
-    means += "path leads from them to the pixels"
-    do = "divide the logits by their scale, or mend the path; trust no gradient attack alone"
     if reason:
-        about = f"{reason}; {about}"
-        means = (
-            "the outputs are not logits: their bound flattens the loss, so an attack finds less "
+        return Finding(
+            name="outputs",
+            flag=True,
+            found=f"{reason}; {about}",
+            means="the outputs are not logits: their bound flattens the loss, so an attack finds "
+            "less than there is to find",
+            do="take the last sigmoid, tanh, clip or normalisation off and judge the logits",
         )
-        means += "than there is to find"
-        do = "take the last sigmoid, tanh, clip or normalisation off and judge the logits"
     return Finding(
-        name="outputs", flag=vanish or reason is not None, found=about, means=means, do=do
+        name="outputs",
+        flag=surely(dead, n, DEAD),
+        found=about,
+        means="gradients vanish on images as they are: the logits are too large for the loss, or "
+        "no path leads from them to the pixels",
+        do="divide the logits by their scale, or mend the path; trust no gradient attack alone",
     )
 
 
@@ -241,7 +244,8 @@ def _bounded(node: Any, depth: int) -> str | None:
     if node is None or depth == 0:
         return None
     kind, parts = _kind(node), [part for part, _ in node.next_functions]
-    if kind in SQUASHING or (kind == "Clamp" and _both_sides(node)):
+    saved = (getattr(node, f"_saved_{side}", None) for side in ("min", "max"))
+    if kind in SQUASHING or (kind == "Clamp" and None not in saved):
         return str(kind).lower()
     if kind == "Div":
         if len(parts) > 1 and parts[1] is not None:
@@ -257,10 +261,6 @@ def _bounded(node: Any, depth: int) -> str | None:
 
 def _kind(node: Any) -> str:
     return re.sub(r"Backward\d*$", "", type(node).__name__)
-
-
-def _both_sides(node: Any) -> bool:
-    return all(getattr(node, f"_saved_{side}", None) is not None for side in ("min", "max"))
 
 
 def _divides_by_size(node: Any, depth: int) -> bool:

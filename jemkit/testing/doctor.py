@@ -184,20 +184,20 @@ def self_test(device: torch.device) -> Check:
     return Check(f"self-test {device}", "fail", f"broken: {'; '.join(broken)}", advice)
 
 
-def _subject(device: torch.device) -> PixelModel:
+def _toys(device: torch.device) -> tuple[PixelModel, torch.Tensor, torch.Generator]:
+    """A small network, images and a generator, the same at each call."""
     with seeded_init(torch.Generator().manual_seed(0)):
         model = LogSumExpEnergy(SmallCNN(channels=4).build((1, 8, 8)), 10)
-    return PixelModel(model.to(device))
-
-
-def _pixels(rng: torch.Generator) -> torch.Tensor:
-    return torch.rand((16, 1, 8, 8), generator=rng, device=rng.device)
+    rng = torch.Generator(device).manual_seed(0)
+    x = torch.rand((16, 1, 8, 8), generator=rng, device=device)
+    return PixelModel(model.to(device)), x, rng
 
 
 def _energies(device: torch.device) -> bool:
     """logsumexp over y of -E(x, y) is -E(x) (Eqs. 1, 3)."""
+    subject, x, _ = _toys(device)
     with torch.no_grad():
-        scores = _subject(device).scores(_pixels(torch.Generator(device).manual_seed(0)))
+        scores = subject.scores(x)
     y = torch.arange(10, device=device).expand(16, 10)
     joint = torch.stack([scores.joint(y[:, k]) for k in range(10)], dim=1)
     return torch.allclose((-joint).logsumexp(dim=1), -scores.energy, atol=1e-4)
@@ -205,9 +205,7 @@ def _energies(device: torch.device) -> bool:
 
 def _chain(device: torch.device) -> bool:
     """A noise-free chain of small steps goes down in energy, and never to NaN."""
-    subject = _subject(device)
-    rng = torch.Generator(device).manual_seed(0)
-    x = _pixels(rng)
+    subject, x, rng = _toys(device)
     end = run(SGLD(step_size=0.01, noise=0.0), lambda z: subject.scores(z).energy, x, rng, 20)
     with torch.no_grad():
         before, after = subject.scores(x).energy, subject.scores(end).energy
@@ -216,9 +214,8 @@ def _chain(device: torch.device) -> bool:
 
 def _attack(device: torch.device) -> bool:
     """PGD stays in its ball and in [0, 1], and raises the cross-entropy of some image."""
-    subject = _subject(device)
-    rng = torch.Generator(device).manual_seed(0)
-    x, threat = _pixels(rng), Threat("Linf", 8)
+    subject, x, rng = _toys(device)
+    threat = Threat("Linf", 8)
     with torch.no_grad():
         y = subject(x).argmax(1)
     (perturb,) = PGD(steps=5).bind(subject, threat).values()
