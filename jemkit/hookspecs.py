@@ -63,5 +63,4 @@ def _nothing() -> Mapping[str, Any]:
     return {}
 
 
-SPECS = type("Specs", (), dict.fromkeys(HOOKS, _nothing))
-"""The hooks as pluggy takes them."""
+SPECS = type("Specs", (), dict.fromkeys(HOOKS, _nothing))  # the hooks as pluggy takes them

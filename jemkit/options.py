@@ -20,8 +20,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
-LARGEST_USUAL = 32
-"""In 1/255: L-inf radii up to here are whole numbers, which a fraction rounds."""
+LARGEST_USUAL = 32  # in 1/255: L-inf radii up to here are whole numbers, which a fraction rounds
 
 
 class Options(BaseModel):
@@ -71,8 +70,7 @@ def parts_of(part: Any, path: str = "") -> Iterator[tuple[str, Options]]:
             yield from parts_of(item, path)
 
 
-LARGEST = 2**63
-"""No number of an option is as large: neither a tensor nor a loop could take it."""
+LARGEST = 2**63  # no number of an option is as large: neither a tensor nor a loop could take it
 
 
 def _no_number(value: Any, *, bools: bool) -> str:
@@ -244,8 +242,7 @@ def _registry(info: ValidationInfo | SerializationInfo) -> Any:
     return context["registry"]
 
 
-SIZES = (8, 64)
-"""The image sizes, in pixels, that the networks are built for."""
+SIZES = (8, 64)  # the image sizes, in pixels, that the networks are built for
 
 
 def expanded(path: Path) -> Path:

@@ -16,11 +16,8 @@ from jemkit.runtime.modes import preserved_random_state
 
 Part = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
 
-TARGETS = 9
-"""Classes that a targeted part aims at, the likeliest wrong ones; CIFAR-10 has no more."""
-
-QUERIES = 5000
-"""Of Square within AutoAttack, which takes the first half of its authors' schedule of 10,000."""
+TARGETS = 9  # classes that a targeted part aims at, the likeliest wrong ones; CIFAR-10 has no more
+QUERIES = 5000  # of Square within AutoAttack: the first half of its authors' schedule of 10,000
 
 LOG = logging.getLogger(__name__)
 LOG.addHandler(logging.NullHandler())  # pyautoattack's warnings are for whoever listens

@@ -10,8 +10,9 @@ from jemkit.data import Bounds
 from jemkit.errors import ConfigError, MisfitError
 from jemkit.sampling.kernels import Ball
 
-AttackLoss = Callable[[Tensor], Tensor]
-"""Of x~ [B, C, H, W]; [B], and higher is worse for the classifier."""
+AttackLoss = Callable[
+    [Tensor], Tensor
+]  # x~ [B, C, H, W] to [B]; higher is worse for the classifier
 
 Norm = Literal["Linf", "L2", "L1"]
 

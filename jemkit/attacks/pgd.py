@@ -31,8 +31,7 @@ STARTS = {
     "uniform": "uniform in the ball",
     "gaussian": "x plus Gaussian noise of 0.001, as TRADES's code has it",
 }
-NOISE_PX = 0.255
-"""The standard deviation of a Gaussian start, 0.001 of the pixel range."""
+NOISE_PX = 0.255  # the standard deviation of a Gaussian start, 0.001 of the pixel range
 
 
 class Criterion(NamedTuple):
@@ -43,8 +42,7 @@ class Criterion(NamedTuple):
     rank: Tensor | None = None  # [B], the highest is kept; None: the loss
 
 
-CriterionFn = Callable[[Tensor], Criterion]
-"""Of x~ [B, C, H, W]."""
+CriterionFn = Callable[[Tensor], Criterion]  # of x~ [B, C, H, W]
 
 
 def cross_entropy(model: nn.Module, y: Tensor) -> AttackLoss:

@@ -14,8 +14,7 @@ from jemkit.runtime.modes import eval_mode
 from jemkit.sampling.density import Density
 from jemkit.sampling.init_dists import Start
 
-UNIT = Bounds(0.0, 1.0)
-"""The range in which whatever judges a model sees images."""
+UNIT = Bounds(0.0, 1.0)  # the range in which whatever judges a model sees images
 
 
 class PixelModel(nn.Module):
@@ -94,8 +93,7 @@ class LoadedModel(PixelModel):
         return super().scores(pixels)
 
 
-FAR = 10.0
-"""Images may exceed [0, 1] by noise; images of 0..255 have larger values."""
+FAR = 10.0  # images may exceed [0, 1] by noise; images of 0..255 have larger values
 
 
 def check_unit(pixels: Tensor) -> None:

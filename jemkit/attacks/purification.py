@@ -16,11 +16,8 @@ from jemkit.options import Options
 from jemkit.runtime.rng import generator
 from jemkit.sampling.kernels import gradient, noise_like
 
-Draw = Callable[[Tensor], Tensor]
-"""Standard normal noise of a tensor's shape."""
-
-Slope = Literal["exact", "straight_through"]
-"""How the purification is differentiated: through every step, or as the identity (BPDA)."""
+Draw = Callable[[Tensor], Tensor]  # standard normal noise of a tensor's shape
+Slope = Literal["exact", "straight_through"]  # through every step, or as the identity (BPDA)
 
 
 class Refinement(Options):

@@ -24,8 +24,7 @@ ORDER = ("accuracy", "robustness", "energies", "calibration", "ood", "generation
 """The order of the evaluators; those of other plug-ins follow."""
 
 
-RELEASED_STEP_PX = 0.5
-"""PGD's step in EB-JDAT's evaluator: 1/255 of [-1, 1] is half of that on [0, 1] images."""
+RELEASED_STEP_PX = 0.5  # in EB-JDAT's evaluator: 1/255 of [-1, 1], half of that on [0, 1] images
 
 
 Names = Annotated[

@@ -19,16 +19,13 @@ Table = dict[str, Any]
 PARTS = {"data": "dataset", "backbone": "backbone", "objective": "objective", "updater": "updater"}
 """The tables that select a part, and its kind."""
 
-TABLES = (*PARTS, "run", "optimizer", "schedule", "sentinel")
-"""Top-level tables of a recipe."""
-DEEPEST = 40
-"""Limit on nested tables; those of a recipe have four levels."""
+TABLES = (*PARTS, "run", "optimizer", "schedule", "sentinel")  # top-level tables of a recipe
+DEEPEST = 40  # limit on nested tables; those of a recipe have four levels
 
 OPTIMIZERS: dict[str, type[Options]] = {"sgd": SGD, "adam": Adam, "adamw": Adam}
 
 
-RETAIN = "retain"
-"""A key beside `use`: the options of the previous part that the new one keeps, by name."""
+RETAIN = "retain"  # beside `use`: the options of the previous part that the new one keeps
 
 
 class Layer(NamedTuple):
@@ -218,8 +215,7 @@ def read_layer(source: Path | Mapping[str, Any]) -> Table:
     return offline(without_retired(recipe)) if is_json else recipe
 
 
-FETCHING = frozenset({"download", "pretrained"})
-"""Options that allow a part to access the network."""
+FETCHING = frozenset({"download", "pretrained"})  # options that allow a part to access the network
 
 BOOL = TypeAdapter(bool)
 

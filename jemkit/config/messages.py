@@ -18,8 +18,7 @@ OTHERWISE = {
 }  # fmt: skip
 """Other programs' names of options."""
 
-LONGEST = 200
-"""Characters of a wrong value that a message repeats."""
+LONGEST = 200  # characters of a wrong value that a message repeats
 
 
 def explain(

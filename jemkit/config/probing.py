@@ -25,11 +25,9 @@ from typing import Any, NamedTuple
 from jemkit.errors import memory_ran_out
 from jemkit.runtime.files import cache_folder, read_json, write_json
 
-IMPORT, END, LAST = 60, 10, 600
-"""Seconds that a child may take to import a plug-in, to end after that, and in total."""
+IMPORT, END, LAST = 60, 10, 600  # seconds: to import a plug-in, to end after that, and in total
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-MOST = 5000
-"""Limit on the files of a plug-in that are examined for changes."""
+MOST = 5000  # limit on the files of a plug-in that are examined for changes
 
 
 class Refused(Exception):

@@ -177,8 +177,7 @@ def _given(manager: pluggy.PluginManager, hook: str, what: str) -> dict[Any, Any
     return merged
 
 
-LAYERS = ("data", "backbone", "objective", "run", "preset", "study")
-"""What a layer may apply to; `jemkit.hookspecs` describes the keys."""
+LAYERS = ("data", "backbone", "objective", "run", "preset", "study")  # see `jemkit.hookspecs`
 
 
 def _check_layer(key: Any, layer: Any) -> None:
@@ -267,8 +266,7 @@ def installed(*, third_party: bool = True) -> Registry:
 
 
 OURS = "jemkit"
-SLOW = 5.0
-"""Seconds after which a plug-in's import is reported as slow; each command waits for it."""
+SLOW = 5.0  # seconds after which a plug-in's import is reported as slow; each command waits for it
 
 
 def _origin(entry: EntryPoint) -> tuple[str, str]:

@@ -21,11 +21,8 @@ def without_retired(table: Table) -> Table:
     }
 
 
-OBJECTIVES = ("ebjdat", "ebjdatreleased")
-"""What `ebjdat` of 0.1 is now."""
-
-ASCENTS = {"sign": "sign", "gradient": "sgld", "normalised": "l2"}
-"""`step`, and the ascent that it is now."""
+OBJECTIVES = ("ebjdat", "ebjdatreleased")  # what `ebjdat` of 0.1 is now
+ASCENTS = {"sign": "sign", "gradient": "sgld", "normalised": "l2"}  # `step` of 0.1, as it is now
 SIZES = {"sign": "step_px", "sgld": "step_size", "l2": "step_px"}
 """The ascents, and the option that was their size, as it is now."""
 
@@ -50,8 +47,7 @@ INSTEAD = {
 
 GONE = ("step", "step_px", "step_size", "margin", "start_px", *FIXED)
 
-KEYS = {"objective.step": "objective.ascent.use"}
-"""Keys that choose a part now."""
+KEYS = {"objective.step": "objective.ascent.use"}  # keys that choose a part now
 
 
 def old_names(options: Table) -> list[str]:

@@ -46,8 +46,7 @@ from jemkit.runtime.timing import settle
 from jemkit.runtime.work_cache import WHOLE, Shard
 from jemkit.selection import Part, missing_classes_warning, part_of
 
-QUICK = 256
-"""Number of images with --quick."""
+QUICK = 256  # number of images with --quick
 
 
 def evaluate(

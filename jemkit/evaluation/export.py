@@ -34,8 +34,7 @@ from jemkit.training.opened import Which, open_model, run_folder
 
 log = logging.getLogger(__name__)
 
-LARGEST_PICTURE = 16 * 2**20
-"""Bytes of a sample grid that goes with a model."""
+LARGEST_PICTURE = 16 * 2**20  # bytes of a sample grid that goes with a model
 
 
 class Exported(NamedTuple):

@@ -72,8 +72,7 @@ COLUMNS = (
     Column("ece", "ECE", -1, "--only calibration", "calibration"),
     Column("auroc", "AUROC", 1, "--only ood", "ood"),
 )
-HASH = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{56}\b")
-"""A SHA-256, of which the first digits are enough to read."""
+HASH = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{56}\b")  # a SHA-256 is shown by its first digits
 
 UNATTACKED = ("clean", "ece", "nll", "brier", "auroc", "fid", "fd", "kid", "is")
 """Figures on which norm and radius have no bearing, unless their card names an attack."""

@@ -39,8 +39,7 @@ from jemkit.training.pinned import SAMPLED
 from jemkit.training.reshard import gather_state
 from jemkit.training.restore import restored
 
-STEPS = 40
-"""Of a fresh chain, where none are given."""
+STEPS = 40  # of a fresh chain, where none are given
 
 
 class Samples(NamedTuple):

@@ -26,8 +26,7 @@ from jemkit.runtime.modes import preserved_random_state
 from jemkit.runtime.timing import settle
 from jemkit.runtime.work_cache import Piece, ResultCache, tensors_hash
 
-SLACK = 1e-5
-"""Tolerance of the radius for rounding, relative and in [0, 1] units."""
+SLACK = 1e-5  # tolerance of the radius for rounding, relative and in [0, 1] units
 
 
 class Attacked(NamedTuple):

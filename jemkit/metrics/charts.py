@@ -11,8 +11,7 @@ WIDTH, HEIGHT = 360.0, 236.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 10.0, 12.0, 36.0
 MARKS = ("circle", "square", "diamond", "up", "down", "cross", "plus", "ring")
 COLOURS = len(MARKS)
-LARGEST = 1e150
-"""What is larger is no number that a chart has room for; it is a gap like NaN."""
+LARGEST = 1e150  # what is larger is no number that a chart has room for; it is a gap like NaN
 Pair = tuple[float, float]
 
 

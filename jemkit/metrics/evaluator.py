@@ -43,8 +43,7 @@ class Notes:
     ledgers: list[ResultCache] = field(default_factory=list)  # of no use once recorded
 
 
-Progress = Callable[[str, int, int], None]
-"""Called with the progress of long work: its name, how much is done, of how much."""
+Progress = Callable[[str, int, int], None]  # the name of long work, how much is done, of how much
 
 
 def no_progress(*_: Any) -> None:

@@ -11,8 +11,7 @@ from torch import Generator, Tensor
 
 from jemkit.attacks.base import nonstandard
 
-Z = 1.959964
-"""Of a two-sided 95 % interval."""
+Z = 1.959964  # of a two-sided 95 % interval
 
 
 class Figure(NamedTuple):

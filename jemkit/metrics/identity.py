@@ -20,8 +20,7 @@ from jemkit.metrics.bytecode import content, followed_methods, globals_of, home,
 from jemkit.metrics.scripted import scripted_parts
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
-MODULE_STATE = frozenset(nn.Module().__dict__)
-"""What every module keeps; its weights, children and hooks are hashed one by one."""
+MODULE_STATE = frozenset(nn.Module().__dict__)  # weights, children and hooks are hashed one by one
 
 NOT_CODE = frozenset(
     {"__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__annotations__"}

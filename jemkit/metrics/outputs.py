@@ -19,24 +19,19 @@ from jemkit.metrics.figures import wilson
 from jemkit.runtime.modes import frozen
 from jemkit.selection import stratified
 
-IMAGES, NOISE = 32, 16
-"""How many images of the test split are looked at, and how many of noise."""
+IMAGES, NOISE = 32, 16  # how many images of the test split are looked at, and how many of noise
 
 SCALES = (1e2, 1e4, 1e6)
 """By how much images are blown up around grey; a float32 sigmoid is 1 above 17."""
 
-NEAR = 0.02
-"""How far probabilities may lie off: bfloat16 rounds their sums by 0.4 %."""
-
-AT_END = 1e-3
-"""What counts as at a bound, as a share of the outputs' range."""
+NEAR = 0.02  # how far probabilities may lie off: bfloat16 rounds their sums by 0.4 %
+AT_END = 1e-3  # what counts as at a bound, as a share of the outputs' range
 
 PILED, TIED, ALL = 0.5, 0.2, 0.9
 """Rows that reach both ends; entries that are one and the same number; entries at an end where
 images are blown up. Honest logits reach each end in one or two rows of all."""
 
-DEAD = 0.25
-"""Images without a gradient that are let pass; honest models that were measured have none."""
+DEAD = 0.25  # images without a gradient that are let pass; honest models have none
 
 
 Z = 3.29

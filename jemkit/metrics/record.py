@@ -46,17 +46,13 @@ __all__ = [
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
-WORK = ".evaluation"
-"""Unfinished work of an evaluation, next to its record."""
-
-LOCK, PATIENCE = ".evaluation.lock", 60.0
-"""Lock held while a record is read, merged and written; maximum seconds of waiting."""
+WORK = ".evaluation"  # unfinished work of an evaluation, next to its record
+LOCK, PATIENCE = ".evaluation.lock", 60.0  # held while a record is merged; seconds of waiting
 
 ADVERSARIAL = "adversarial-"
 KINDS: tuple[Kind, ...] = ("tables", "rows")
 
-Owner = tuple[Any, Any, str | None]
-"""Whose a record is: the hash of the model, the network of weights alone, the test images."""
+Owner = tuple[Any, Any, str | None]  # model's hash, network of weights alone, test images
 
 
 def save(folder: Path, record: Record, notes: Notes, *, adversarial: bool = False) -> Path:

@@ -17,8 +17,7 @@ from jemkit.metrics.figures import Figure, finite
 from jemkit.runtime.files import load_tensors, read_json, write_json, write_tensors
 from jemkit.runtime.work_cache import tensors_hash
 
-FORMAT, WITHOUT_PARTS, UNSEALED = 3, 2, 1
-"""Of a record; the oldest has no hashes of its own."""
+FORMAT, WITHOUT_PARTS, UNSEALED = 3, 2, 1  # of a record; the oldest has no hashes of its own
 
 STEM = "evaluation"
 JSON, ROWS, PICTURES = f"{STEM}.json", f"{STEM}.safetensors", STEM

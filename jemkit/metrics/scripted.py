@@ -19,8 +19,7 @@ DEFINITION = re.compile(r"^(?:class|def) (\w+)", re.MULTILINE)
 FIELD = re.compile(r"  \w+ : ")
 """In code: a name with its modules, the beginning of a class or function, a field of a class."""
 
-MANGLED = re.compile(r"___torch_mangle_\d+\.?")
-"""In a name: a number that depends on what the process compiled before."""
+MANGLED = re.compile(r"___torch_mangle_\d+\.?")  # depends on what was compiled before
 
 
 def scripted_parts(module: torch.jit.ScriptModule) -> Iterator[tuple[str, bytes]]:

@@ -13,8 +13,7 @@ from jemkit.errors import MisfitError
 from jemkit.options import Options
 from jemkit.runtime.microbatch import microbatched
 
-EnergyFn = Callable[[Tensor], Tensor]
-"""E: [B, ...] to [B]; low where data is likely."""
+EnergyFn = Callable[[Tensor], Tensor]  # E: [B, ...] to [B]; low where data is likely
 
 
 class Scores(NamedTuple):

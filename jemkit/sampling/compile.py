@@ -15,11 +15,8 @@ from jemkit.runtime.run_dir import RunFolder
 from jemkit.sampling.kernels import eager_gradient, gradients_by, slope_at
 
 Backend = Literal["inductor", "aot_eager", "eager"]
-CUDA_MODE = "reduce-overhead"
-"""torch.compile's mode on CUDA: kernels are recorded as CUDA graphs."""
-
-GRAPHS = 64
-"""Limit on compiled graphs; torch's own limit counts all runs of a process together."""
+CUDA_MODE = "reduce-overhead"  # torch.compile's mode on CUDA: kernels are recorded as CUDA graphs
+GRAPHS = 64  # limit on compiled graphs; torch's own limit counts all runs of a process together
 
 
 class Compilation(NamedTuple):

@@ -18,8 +18,7 @@ from jemkit.runtime.modes import BatchNormMode, batch_norms, sampling_mode
 from jemkit.sampling.init_dists import Start
 from jemkit.sampling.kernels import Boxed, Sampler, run
 
-LEAST = 64
-"""Minimum number of chains that run together if batch norm couples them."""
+LEAST = 64  # minimum number of chains that run together if batch norm couples them
 
 
 @runtime_checkable

@@ -9,8 +9,7 @@ from torch import Generator
 from jemkit.runtime.microbatch import retry_on_oom
 from jemkit.runtime.work_cache import Piece, ResultCache
 
-TOGETHER = 500
-"""Chains that run together at the most, where images are drawn to be looked at or judged."""
+TOGETHER = 500  # chains at the most, where images are drawn to be looked at or judged
 
 
 def even_batches(n: int, most: int = TOGETHER) -> list[int]:

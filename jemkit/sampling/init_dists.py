@@ -81,8 +81,7 @@ class NoiseStart:
         return self.bounds.clamp(sum(self.bounds) / 2 + self.std * z)
 
 
-GATHERED = 2**28
-"""Numbers of Cholesky factors that are gathered at a time: 1 GiB of float32."""
+GATHERED = 2**28  # numbers of Cholesky factors that are gathered at a time: 1 GiB of float32
 
 
 class GaussianStart:

@@ -70,12 +70,10 @@ class StatefulKernel(Protocol[S]):
         """One transition of every row; the wrappers below may have moved `state.x` before it."""
 
 
-Sampler = StatelessKernel | StatefulKernel[Any]
-"""A transition kernel."""
+Sampler = StatelessKernel | StatefulKernel[Any]  # a transition kernel
 
 
-Gradient = Callable[[EnergyFn, Tensor], Tensor]
-"""An energy and x [B, ...] to dE/dx, row by row."""
+Gradient = Callable[[EnergyFn, Tensor], Tensor]  # an energy and x [B, ...] to dE/dx, row by row
 
 
 def eager_gradient(energy: EnergyFn, x: Tensor) -> Tensor:

@@ -20,26 +20,13 @@ notices = logging.getLogger("jemkit.data")
 
 Kind = Literal["gaussian", "mixture"]
 
-JITTER = 1e-4
-"""Added to a covariance's diagonal, as in JEM++, so that few images still give full rank."""
-
-WIDEST = 32
-"""Maximum image size, in pixels, for whole covariances."""
-
-LARGEST = 200_000_000
-"""Maximum bytes of a file of moments."""
-
-RANK = 256
-"""Maximum rank of a low-rank form."""
-
-EXACT = 2048
-"""Maximum rows or columns for an eigendecomposition; above, a randomised method is used."""
-
-LIMIT = 2**30
-"""Maximum bytes of all files in the cache; the least recently used are removed first."""
-
-MOMENTS = "moments.safetensors"
-"""The file of moments in an exported model."""
+JITTER = 1e-4  # on a covariance's diagonal, as in JEM++, so that few images still give full rank
+WIDEST = 32  # maximum image size, in pixels, for whole covariances
+LARGEST = 200_000_000  # maximum bytes of a file of moments
+RANK = 256  # maximum rank of a low-rank form
+EXACT = 2048  # rows or columns for an eigendecomposition; above, a randomised method is used
+LIMIT = 2**30  # maximum bytes of all files in the cache; the least recently used are removed first
+MOMENTS = "moments.safetensors"  # the file of moments in an exported model
 
 
 class Form(NamedTuple):

@@ -25,10 +25,8 @@ from jemkit.training.pinned import CONFIG
 from jemkit.training.run import resume_from
 from jemkit.training.trainer import Trainer
 
-LOOKED_AT = 8
-"""Validation images under PGD after an epoch: enough to run what an epoch's end runs."""
-CLOCK = ("seconds", "images/s")
-"""What the clock writes; all else is compared."""
+LOOKED_AT = 8  # validation images under PGD after an epoch: enough to run what an epoch's end runs
+CLOCK = ("seconds", "images/s")  # what the clock writes; all else is compared
 
 
 class Cut(NamedTuple):

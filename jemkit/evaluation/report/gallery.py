@@ -12,8 +12,7 @@ from jemkit.metrics import record as records
 from jemkit.runtime.html import Html, tag
 from jemkit.runtime.opening import MIB, read_file
 
-LARGEST = 64 * MIB
-"""Of a picture, in bytes."""
+LARGEST = 64 * MIB  # of a picture, in bytes
 PNG = b"\x89PNG\r\n\x1a\n"
 LEGACY_PICTURES = {
     "energies": "energies", "energy_path": "energy_path", "reliability": "reliability",
