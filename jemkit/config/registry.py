@@ -239,8 +239,8 @@ def installed(*, third_party: bool = True) -> Registry:
     plugins: list[Plugin] = []
     faults: list[Fault] = []
     slow: list[str] = []
-    found = set(entry_points(group="jemkit"))  # an editable install may list its own twice
-    ordered = sorted(found, key=lambda entry: (entry.name, entry.value))
+    distinct = set(entry_points(group="jemkit"))  # an editable install may list its own twice
+    ordered = sorted(distinct, key=lambda entry: (entry.name, entry.value))
     entries = [Guest(entry, *_origin(entry)) for entry in ordered]
     own = [plugin for plugin in entries if plugin.distribution == OURS]
     guests = [plugin for plugin in entries if plugin.distribution != OURS] if third_party else []

@@ -255,8 +255,8 @@ class _Walk:
         if isinstance(parts, str):
             self._say("global", parts)
             return
-        made, args, *rest = parts
-        self._sequence("reduced", (made, args, *map(_listed, rest)), where)
+        made, args, *rest = (list(p) if isinstance(p, Iterator) else p for p in parts)
+        self._sequence("reduced", (made, args, *rest), where)
 
     def _name(self, value: Any) -> None:
         version = package(home(value))
@@ -353,8 +353,3 @@ def _state(value: Any) -> Iterator[tuple[str, Any]]:
             if not name.startswith("__") and hasattr(value, name):
                 yield name, getattr(value, name)
     yield from getattr(value, "__dict__", {}).items()
-
-
-def _listed(part: Any) -> Any:
-    """The items that a reduced object yields, in a list."""
-    return list(part) if isinstance(part, Iterator) else part

@@ -76,8 +76,12 @@ def save(folder: Path, record: Record, notes: Notes, *, adversarial: bool = Fals
         for other in _split(_loaded(folder, STEM, warned)):
             if _owner(other) == owner:
                 mine = other if mine is None else _joined(other, mine)
-            else:
-                _keep(folder, other, warned)
+                continue
+            theirs = _stem(_owner(other))  # another model, or other data: under a name of its own
+            write(folder, _joined(other, _loaded(folder, theirs, warned)), theirs)
+            log.warning(
+                "the record of another model, or of other images, is kept as %s.json", theirs
+            )
         if mine is None:
             record = replace(record, pictures=_free_pictures(folder, stem))
         notes.warnings.extend(w for w in warned if w not in notes.warnings)
@@ -207,13 +211,6 @@ def _split(record: Record | None) -> Iterator[Record]:
         own_record = _without(record, others, tables=images == tables_of)
         card = record.protocol if images == main else figures[0].protocol
         yield replace(own_record, protocol={**card, "test_sha256": images})
-
-
-def _keep(folder: Path, record: Record, warned: list[str]) -> None:
-    """Keep the record of another model or other data under a name of its own."""
-    stem = _stem(_owner(record))
-    write(folder, _joined(record, _loaded(folder, stem, warned)), stem)
-    log.warning("the record of another model, or of other images, is kept as %s.json", stem)
 
 
 def _free_pictures(folder: Path, stem: str) -> str:

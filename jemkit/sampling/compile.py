@@ -2,8 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from jemkit.models.energy import EnergyFn
 from jemkit.runtime.microbatch import cuts
 from jemkit.runtime.run_dir import RunFolder
-from jemkit.sampling.kernels import eager_gradient, gradients_by, slope_at
+from jemkit.sampling.kernels import eager_gradient, slope_at
 
 Backend = Literal["inductor", "aot_eager", "eager"]
 CUDA_MODE = "reduce-overhead"  # torch.compile's mode on CUDA: kernels are recorded as CUDA graphs
@@ -98,15 +97,6 @@ def pays_after(warm_up: float, eager: float, compiled: float) -> float:
     return warm_up / (eager - compiled) if compiled < eager else float("inf")
 
 
-@contextmanager
-def compiled_gradients(backend: Backend = "inductor") -> Iterator[CompiledGradient]:
-    """Chains inside the block use compiled gradients; yields the gradient, which lists its
-    compilations."""
-    unit = CompiledGradient(backend)
-    with gradients_by(unit):
-        yield unit
-
-
 MISSING = {"InvalidCxxCompiler", "TritonMissing", "CppCompileError", "CalledProcessError"}
 """Errors of a machine without a C++ compiler, or on a GPU without Triton or a C compiler."""
 
@@ -115,14 +105,9 @@ NO_C_COMPILER = "Failed to find C compiler"  # Triton's RuntimeError
 
 def lacks_compiler(error: BaseException) -> str | None:
     """What the machine lacks, as a line; None if the energy is at fault."""
-    for cause in _causes(error):
-        if type(cause).__name__ in MISSING or NO_C_COMPILER in str(cause):
-            return " ".join(str(cause).split()) or type(cause).__name__
-    return None
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
     cause: BaseException | None = error
     while cause is not None:
-        yield cause
+        if type(cause).__name__ in MISSING or NO_C_COMPILER in str(cause):
+            return " ".join(str(cause).split()) or type(cause).__name__
         cause = getattr(cause, "inner_exception", None) or cause.__cause__ or cause.__context__
+    return None

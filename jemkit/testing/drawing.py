@@ -96,11 +96,8 @@ def check_start(spec: StartSpec) -> None:
     """The laws of a distribution that chains begin from."""
     task = toy_task()
     start = spec.build(task, torch.device("cpu"))
-    require(
-        callable(getattr(start, "draw", None)),
-        spec,
-        f"builds what has `draw`: {description(start)}",
-    )
+    draws = callable(getattr(start, "draw", None))
+    require(draws, spec, f"builds what has `draw`: {description(start)}")
     random = torch.get_rng_state()
     for y in (None, torch.arange(5) % task.n_classes):
         with unchanged(spec, "the labels that it is given", *([] if y is None else [y])):

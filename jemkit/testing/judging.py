@@ -39,9 +39,8 @@ def check_distance(distance: Distance, task: Task | None = None) -> None:
     require(isinstance(distance.min_size, int), distance, "says the smallest image it takes")
     with untouched(model, distance), frozen(model), eval_mode(model):
         far = distance.bind(model, x, task.bounds)
-        require(
-            callable(far), distance, f"`bind` gives a function of x~; it gave {description(far)}"
-        )
+        law = f"`bind` gives a function of x~; it gave {description(far)}"
+        require(callable(far), distance, law)
         with unchanged(distance, "the images that it is given", x, moved):
             d = far(moved)
         require_tensor(d, distance, "d(x, x~)", shape=(len(x),), attached=None)
@@ -65,8 +64,8 @@ def check_dataset(dataset: Dataset) -> None:
     radius = dataset.radius_px
     law = f"`radius_px` is a positive number of 1/255; it gave {radius!r}"
     require(isinstance(radius, int | float) and radius > 0, dataset, law)
-    kind = Augmentation
-    require_kind(dataset.augmentation, kind, dataset, "`augmentation` is an Augmentation")
+    law = "`augmentation` is an Augmentation"
+    require_kind(dataset.augmentation, Augmentation, dataset, law)
     shapes = set()
     splits: tuple[Split, ...] = ("train", "test")
     for split in splits:
@@ -80,9 +79,8 @@ def check_dataset(dataset: Dataset) -> None:
         require(typed, dataset, f"{law}; it gave {description(images.x)}")
         unit = images.unit()
         inside = bool(unit.isfinite().all()) and 0 <= float(unit.min()) <= float(unit.max()) <= 1
-        require(
-            unit.dim() == 4 and inside, dataset, f"{law}, [N, C, H, W]; it gave {description(unit)}"
-        )
+        law = f"{law}, [N, C, H, W]; it gave {description(unit)}"
+        require(unit.dim() == 4 and inside, dataset, law)
         counted = images.y.dtype == torch.int64 and images.y.shape == (len(images.x),)
         law = f"labels are int64, one for each image; it gave {description(images.y)}"
         require(counted, dataset, law)

@@ -1,12 +1,10 @@
 """Toys to try parts on: a task of small random images, a small model, a batch."""
 
-from typing import Literal
-
 import torch
-from torch import Generator, Tensor
+from torch import Generator
 
 from jemkit.backbone import Backbone
-from jemkit.data import Augmentation, Batch, Bounds, Images, Task, Views, images_hash
+from jemkit.data import Augmentation, Batch, Bounds, Images, Task, images_hash
 from jemkit.models.energy import EnergyModel, EnergyModelSpec, LogSumExp
 from jemkit.models.networks import NetworkSpec, SmallCNN, seeded_init
 from jemkit.sampling.density import Buffer, Contrastive, DensitySpec, ReplayBuffer
@@ -34,21 +32,14 @@ def toy_task(
 ) -> Task:
     """A task of images that a small network can learn."""
     whole = toy_images(2 * n_train, n_classes, size, channels, seed)
-    parts = {
-        "train": Images(whole.x[:n_train], whole.y[:n_train]),
-        "valid": Images(whole.x[n_train:], whole.y[n_train:]),
-    }
-
-    def images(split: Literal["train", "valid"]) -> Images:
-        return parts[split]
-
+    parts = {"train": whole.take(slice(n_train)), "valid": whole.take(slice(n_train, None))}
     return Task(
         shape=(channels, size, size),
         n_classes=n_classes,
         radius_px=25.5,
         n_train=n_train,
         total_steps=10,
-        images=images,
+        images=lambda split: parts[split],
         hash=images_hash(parts["train"]),
         bounds=bounds,
         augmentation=Augmentation(pad=1, flip=True),
@@ -62,10 +53,9 @@ def toy_model(
     seed: int = 0,
 ) -> EnergyModel:
     """A small convolutional network with batch norm, unless another is named."""
-    network = SmallCNN(channels=2, norm="batch") if network is None else network
+    network = network or SmallCNN(channels=2, norm="batch")
     with seeded_init(Generator().manual_seed(seed)):
-        built = network.build(task.shape)
-        return (LogSumExp() if energy is None else energy).build(built, task.n_classes)
+        return (energy or LogSumExp()).build(network.build(task.shape), task.n_classes)
 
 
 def toy_backbone(
@@ -81,23 +71,16 @@ def toy_backbone(
 ) -> Backbone:
     """A backbone with a density: two steps of SGLD from a buffer of twelve slots."""
     rng = Generator().manual_seed(seed)
-    p0 = (Uniform() if start is None else start).build(task, rng.device)
-    options = Buffer(capacity=4 * task.n_classes) if buffer is None else buffer
-    states = ReplayBuffer(options, p0, task.n_classes, rng)
-    spec = Contrastive() if density is None else density
-    kernel = SGLD(step_size=1.0, noise=0.01) if sampler is None else sampler
-    built_density = spec.build(kernel, steps, p0, states, task.bounds)
-    return Backbone(
-        toy_model(task) if model is None else model,
-        built_density,
-        views=Views(),
-        bounds=task.bounds,
-        radius_px=task.radius_px,
-    )
+    p0 = (start or Uniform()).build(task, rng.device)
+    states = ReplayBuffer(buffer or Buffer(capacity=4 * task.n_classes), p0, task.n_classes, rng)
+    kernel = sampler or SGLD(step_size=1.0, noise=0.01)
+    built = (density or Contrastive()).build(kernel, steps, p0, states, task.bounds)
+    model = toy_model(task) if model is None else model
+    return Backbone(model, built, bounds=task.bounds, radius_px=task.radius_px)
 
 
 def toy_batch(task: Task, n: int = 6, positives: int | None = None) -> Batch:
     """The first n training images, plain in both views."""
-    images = task.images("train")
-    x: Tensor = task.bounds.from_unit(Images(images.x[:n], images.y[:n]).unit())
-    return Batch(x, images.y[:n], x[: n if positives is None else positives], torch.arange(n))
+    images = task.images("train").take(slice(n))
+    x = task.bounds.from_unit(images.unit())
+    return Batch(x, images.y, x[: n if positives is None else positives], torch.arange(n))

@@ -33,14 +33,11 @@ def check_objective(
     `energy` is for an objective that needs an energy model of its own.
     """
     task = toy_task()
-    backbone, batch = (
-        toy_backbone(task, toy_model(task, energy=energy)),
-        toy_batch(task, 6, positives=4),
-    )
+    backbone = toy_backbone(task, toy_model(task, energy=energy))
+    batch = toy_batch(task, 6, positives=4)
     backbone.model.train()
-    built = (
-        objective.build(task, generator()) if isinstance(objective, ObjectiveSpec) else objective
-    )
+    spec = isinstance(objective, ObjectiveSpec)
+    built: Any = objective.build(task, generator()) if spec else objective  # type: ignore[union-attr]
     require(isinstance(built.needs_density, bool), built, "says whether it needs a density")
     if not built.needs_density:
         plainer = Backbone(backbone.model, bounds=task.bounds, radius_px=task.radius_px)

@@ -17,11 +17,10 @@ from jemkit.sampling.compile import (
     CUDA_MODE,
     CompiledGradient,
     as_cuda_graph,
-    compiled_gradients,
     lacks_compiler,
     pays_after,
 )
-from jemkit.sampling.kernels import eager_gradient, gradient, slope_at
+from jemkit.sampling.kernels import eager_gradient, gradient, gradients_by, slope_at
 from jemkit.testing import toy_batch, toy_model, toy_task
 from jemkit.training.objective_contexts import compiled_chains
 
@@ -55,7 +54,7 @@ def test_a_compiled_gradient_is_the_eager_one(mode: Any, network: Any) -> None:
 
 def test_a_chain_compiles_once_however_long_and_however_the_weights_move() -> None:
     model = toy_model(TASK)
-    with compiled_gradients("eager") as unit:
+    with gradients_by(unit := CompiledGradient("eager")):
         for _ in range(3):
             with sampling_mode(model, "batch_stats"):
                 run(SGLD(), ModelEnergy(model), BATCH.x, gen(), 4)
@@ -100,7 +99,7 @@ def test_a_step_with_compiled_chains_ends_where_an_eager_one_does() -> None:
 
 def test_outside_the_block_gradients_are_eager() -> None:
     model = toy_model(TASK).eval()
-    with compiled_gradients("eager") as unit:
+    with gradients_by(unit := CompiledGradient("eager")):
         pass
     gradient(ModelEnergy(model), BATCH.x)
     assert not unit.compilations

@@ -25,7 +25,7 @@ from jemkit import (
     gradient,
     run,
 )  # fmt: skip
-from jemkit.sampling.compile import compiled_gradients
+from jemkit.sampling.compile import CompiledGradient
 from jemkit.sampling.kernels import eager_gradient, gradients_by
 from jemkit.sampling.reports import reports
 from jemkit.sampling.stateful_kernels import MALAState, MomentumState
@@ -111,7 +111,7 @@ class TestAChain:
         energy, x = ModelEnergy(toy_model(TASK).eval()), uniform(0, 4, *TASK.shape)
         kernel = Boxed(SGLDMomentum(), TASK.bounds)
         eager = run(kernel, energy, x, gen(), 3)
-        with compiled_gradients("eager"):
+        with gradients_by(CompiledGradient("eager")):
             torch.testing.assert_close(run(kernel, energy, x, gen(), 3), eager)
 
 

@@ -75,15 +75,9 @@ def _caption(name: str, run: Judged) -> str:
 
 def _newest_samples(folder: Path) -> dict[str, Path]:
     """The last epoch's grid, by its number; names, not times, so that a copy gives the same."""
-    numbered = [
-        (int(match[1]), path)
-        for path in (folder / "samples").glob("epoch-*.png")
-        if (match := re.fullmatch(r"epoch-(\d+)", path.stem))
-    ]
-    if not numbered:
-        return {}
-    epoch, newest = max(numbered)
-    return {f"During training, after epoch {epoch}": newest}
+    names = ((re.fullmatch(r"epoch-(\d+)", p.stem), p) for p in (folder / "samples").glob("*.png"))
+    numbered = [(int(match[1]), path) for match, path in names if match]
+    return {f"During training, after epoch {n}": path for n, path in sorted(numbered)[-1:]}
 
 
 def _picture(title: str, path: Path, run: str) -> Html:
