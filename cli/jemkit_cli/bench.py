@@ -8,7 +8,7 @@ from jemkit_cli.selection import LAYERS, RecipeOptions
 from jemkit_cli.terminal import say, say_json, show_table, takes
 
 if TYPE_CHECKING:
-    from jemkit.training.profiling.roofline import Floor
+    from jemkit.training.profiling.roofline import Roofline
 
 MODEL = (
     "backbone",
@@ -26,11 +26,12 @@ app = typer.Typer(
 )
 
 
+@app.command("floor", hidden=True)  # its name before 0.2
 @app.command()
 @takes(
     RecipeOptions, *MODEL, "objective", "sampler", "updater", "batch_size", "precision", "compile"
 )
-def floor(
+def roofline(
     recipe: RecipeOptions,
     rounds: Annotated[
         int, typer.Option(min=0, help="Steps to time; 0 prints only the roofline.")
@@ -43,15 +44,15 @@ def floor(
     """Compute the roofline of a training step, and time the step."""
     resolved = recipe.resolve(recipe.registry())
     from jemkit.training.build import build_run
-    from jemkit.training.profiling.roofline import floor_of, protocol
+    from jemkit.training.profiling.roofline import protocol, roofline_of
 
     parts = build_run(resolved.recipe)
     card = protocol(resolved, parts, rounds)
-    roofline = floor_of(parts, resolved.recipe, rounds=rounds, patience=patience)
+    bound = roofline_of(parts, resolved.recipe, rounds=rounds, patience=patience)
     if as_json:
-        say_json({"protocol": card, **roofline.figures()})
+        say_json({"protocol": card, **bound.figures()})
         return
-    _show(roofline)
+    _show(bound)
     _show_protocol(card)
 
 
@@ -78,7 +79,7 @@ def accuracy(
     _show_protocol(card)
 
 
-def _show(roofline: "Floor") -> None:
+def _show(roofline: "Roofline") -> None:
     from jemkit.training.profiling.roofline import rows
 
     show_table(["", ""], rows(roofline))

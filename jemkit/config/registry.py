@@ -253,8 +253,8 @@ def installed(*, third_party: bool = True) -> Registry:
             with contained():
                 module = entry.load()
         except Refused as error:
-            why = "is not imported" if verdict else "cannot be imported"
-            faults.append(Fault(entry.name, whose, version, f"{why}: {error}"))
+            why = f"is not imported: {error}" if verdict else f"cannot be imported: {error}"
+            faults.append(Fault(entry.name, whose, version, why))
             continue
         plugins.append(Plugin(entry.name, module, whose, version))
         spent = time.monotonic() - began

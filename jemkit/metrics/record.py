@@ -77,11 +77,9 @@ def save(folder: Path, record: Record, notes: Notes, *, adversarial: bool = Fals
             if _owner(other) == owner:
                 mine = other if mine is None else _joined(other, mine)
                 continue
-            theirs = _stem(_owner(other))  # another model, or other data: under a name of its own
-            write(folder, _joined(other, _loaded(folder, theirs, warned)), theirs)
-            log.warning(
-                "the record of another model, or of other images, is kept as %s.json", theirs
-            )
+            name = _stem(_owner(other))  # another model, or other data: under a name of its own
+            write(folder, _joined(other, _loaded(folder, name, warned)), name)
+            log.warning("the record of another model, or of other images, is kept as %s.json", name)
         if mine is None:
             record = replace(record, pictures=_free_pictures(folder, stem))
         notes.warnings.extend(w for w in warned if w not in notes.warnings)

@@ -120,6 +120,7 @@ RENAMED = {
     "Anchored": "ZeroGradientModel", "Stranger": "LogitEnergy", "Nothing": "NoDistance",
     "Remembering": "StatefulObjective", "Within": "ObjectiveInContext", "lent": "seeded_init",
     "fitted": "retry_on_oom", "passed": "microbatched", "trilemma": "comparison",
+    "Floor": "Roofline", "floor_of": "roofline_of",
 }  # fmt: skip
 """Names that are other names now."""
 

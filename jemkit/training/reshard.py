@@ -85,7 +85,7 @@ class Resharded(Protocol):
     """A density whose state can be redistributed over another number of processes.
 
     `deals` declares for each entry of its state what a process has of it: "slots", every N-th row
-    of a tensor; "count", a number that is summed; "alike", the same in all processes.
+    of a tensor; "count", a number that is summed; "same", equal in all processes.
     """
 
     deals: Mapping[str, str]
@@ -93,7 +93,8 @@ class Resharded(Protocol):
 
 def reshard_state(saved: list[State], density: Density, me: Shard) -> State:
     """This process's part of the states that len(saved) processes had."""
-    deals = density.deals if isinstance(density, Resharded) else {}
+    declared = density.deals if isinstance(density, Resharded) else {}
+    deals = {name: "same" if how == "alike" else how for name, how in declared.items()}  # of 0.1
     if any(set(deals) != set(state) for state in saved) or not {*deals.values()} <= {*DEALS}:
         raise MisfitError(
             f"this density's state cannot be redistributed: resume with {len(saved)} "
@@ -124,5 +125,5 @@ def _same(parts: list[Any], _: Shard) -> Any:
 
 
 DEALS: dict[str, Callable[[list[Any], Shard], Any]] = {
-    "slots": _slots, "count": _count, "alike": _same,
+    "slots": _slots, "count": _count, "same": _same,
 }  # fmt: skip

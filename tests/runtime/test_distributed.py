@@ -140,7 +140,7 @@ def test_a_density_says_itself_how_its_state_is_dealt(before: int, after: int, s
 
 
 @pytest.mark.parametrize(
-    "deals", [None, {}, {"momenta": "slots"}, {"momenta": "rows", "t": "alike"}]
+    "deals", [None, {}, {"momenta": "slots"}, {"momenta": "rows", "t": "same"}]
 )
 def test_a_density_that_does_not_say_how_its_state_is_dealt_is_refused(deals: Any) -> None:
     stranger: Any = SimpleNamespace(**({} if deals is None else {"deals": deals}))

@@ -40,7 +40,7 @@ from jemkit.training.profiling.flops import (  # fmt: skip
     traffic,
 )
 from jemkit.training.profiling.machine import measured, seconds
-from jemkit.training.profiling.roofline import floor_of, rows
+from jemkit.training.profiling.roofline import roofline_of, rows
 from jemkit.updaters import SAM, Plain
 
 sys.path.insert(0, str(root() / "benchmarks"))
@@ -157,19 +157,19 @@ def test_the_fastest_of_some_calls_counts() -> None:
 
 def test_the_floor_is_the_higher_of_the_two_and_below_the_step() -> None:
     recipe = toy_recipe(toy_registry()).recipe
-    found = floor_of(build_run(recipe), recipe, rounds=1, patience=0)
+    found = roofline_of(build_run(recipe), recipe, rounds=1, patience=0)
     figures = found.figures()
     assert figures["floor_arithmetic_s"] > 0
     assert figures["floor_memory_s"] > 0
-    assert found.floor == max(found.arithmetic, found.memory)
-    assert figures["reached"] == pytest.approx(found.floor / figures["step_s"])
+    assert found.bound == max(found.arithmetic, found.memory)
+    assert figures["reached"] == pytest.approx(found.bound / figures["step_s"])
     assert figures["flops_step"] == figures["flops_draw"] + figures["flops_update"]
     assert all(len(row) == 2 for row in rows(found))
 
 
 def test_no_round_gives_the_floors_alone() -> None:
     recipe = toy_recipe(toy_registry(), "classifier", "ce").recipe
-    found = floor_of(build_run(recipe), recipe, rounds=0, patience=0)
+    found = roofline_of(build_run(recipe), recipe, rounds=0, patience=0)
     assert found.taken is None
     assert found.reached is None
     assert "the step took" not in dict(rows(found))
@@ -323,7 +323,7 @@ def test_the_command_prints_the_floors(form: list[str]) -> None:
 
     parts = ["--backbone", "classifier", "--objective", "ce", "--batch-size", "8"]
     done = CliRunner().invoke(
-        app, ["floor", *parts, "--rounds", "1", "--patience", "0", "--no-plugins", *form]
+        app, ["roofline", *parts, "--rounds", "1", "--patience", "0", "--no-plugins", *form]
     )
     assert done.exit_code == 0, done.output
     if form:

@@ -31,7 +31,7 @@ def protocol(resolved: Resolved, parts: RunState, rounds: int) -> dict[str, Any]
     }
 
 
-class Floor(NamedTuple):
+class Roofline(NamedTuple):
     """The FLOPs of a step, the time they need on this machine, and the time a step took."""
 
     machine: Machine
@@ -42,14 +42,14 @@ class Floor(NamedTuple):
     taken: float | None  # seconds of a step; None if none was run
 
     @property
-    def floor(self) -> float:
+    def bound(self) -> float:
         """The larger of the two bounds."""
         return max(self.arithmetic, self.memory)
 
     @property
     def reached(self) -> float | None:
         """The roofline divided by the time taken: 1 for a step that does nothing else."""
-        return None if self.taken is None else self.floor / self.taken
+        return None if self.taken is None else self.bound / self.taken
 
     @property
     def rate(self) -> float:
@@ -77,9 +77,9 @@ class Floor(NamedTuple):
         }
 
 
-def floor_of(
+def roofline_of(
     parts: RunState, recipe: Recipe, *, rounds: int = 3, patience: float = PATIENCE
-) -> Floor:
+) -> Roofline:
     """Count a step of newly built parts, measure the machine at its shapes, run `rounds` steps."""
     run = recipe.run
     with numerics(precision=run.precision, deterministic=run.deterministic, threads=run.threads):
@@ -91,10 +91,10 @@ def floor_of(
         memory = traffic(step.whole) / machine.bandwidth
         taken = _step_time(parts, recipe, batch, rounds) if rounds else None
         model_passes = passes(parts.backbone.model, batch.x)
-    return Floor(machine, step, model_passes, arithmetic, memory, taken)
+    return Roofline(machine, step, model_passes, arithmetic, memory, taken)
 
 
-def rows(roofline: Floor) -> list[list[str]]:
+def rows(roofline: Roofline) -> list[list[str]]:
     """The figures as a table."""
     machine, step = roofline.machine, roofline.step
     parts = dict(zip(("forward", "to the input", "to the weights"), roofline.passes, strict=True))
