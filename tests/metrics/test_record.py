@@ -197,7 +197,7 @@ def test_a_mixed_record_of_the_older_format_is_taken_apart(tmp_path: Path) -> No
     assert torch.equal(other.rows_of(other.figures[0]), new.rows_of(new.figures[1]))  # type: ignore[arg-type]
 
 
-STOPS = ("write", "_write_files", "_keep", "_drop_files")
+STOPS = ("write", "_write_files", "_drop_files")
 
 
 @pytest.mark.parametrize("where", STOPS)
