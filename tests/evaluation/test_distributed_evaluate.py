@@ -1,18 +1,20 @@
 """One evaluation, or one drawing, by several processes: what one process alone finds."""
 
+import os
 import re
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from cli_tools import SHORT, Outcome, jemkit
+from forks import commands
 from ranks import every_rank, torchrun
 
 from jemkit import ConfigError
 from jemkit.runtime import distributed
+from jemkit.runtime.work_cache import Piece, ResultCache
 from jemkit.sampling.fresh import TOGETHER
 
 PGD = ("--attack", "pgd", "--only", "robustness", "--set", "robustness.indicators=false")
@@ -27,19 +29,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def together(cwd: Path, *arguments: str, **options: Any) -> Outcome:
-    """Two processes of torchrun; their output without torchrun's own reports."""
-    done = torchrun(*arguments, cwd=cwd, **options)
-    return Outcome(done.returncode, done.stdout, done.stderr)
+def errors(outcomes: list[Outcome]) -> list[str]:
+    lines = [line for outcome in outcomes for line in outcome.err.splitlines()]
+    return [line for line in lines if line.startswith("error: ")]
 
 
-def errors(outcome: Outcome) -> list[str]:
-    return [line for line in outcome.err.splitlines() if line.startswith("error: ")]
-
-
-def ends(outcome: Outcome) -> set[int]:
-    """The exit codes that torchrun reports."""
-    return {int(code) for code in re.findall(r"exitcode *: (-?\d+)", outcome.err)}
+def ends(outcomes: list[Outcome]) -> set[int]:
+    return {outcome.code for outcome in outcomes}
 
 
 def figures(outcome: Outcome) -> dict[str, Any]:
@@ -54,69 +50,71 @@ def figures(outcome: Outcome) -> dict[str, Any]:
 
 
 def test_processes_that_share_an_evaluation_find_what_one_finds(run: Path, tmp_path: Path) -> None:
-    asked = (
-        "evaluate",
-        str(run),
-        *PGD,
-        "--only",
-        "energies",
-        "--batch-size",
-        "60",
-        "--json",
-        "--out",
-    )
-    one = jemkit(*asked, str(tmp_path / "one"))
-    two = together(tmp_path, *asked, "two")
-    assert two.code == 0, two.err
-    assert len(two.out.splitlines()) == 1  # one of them speaks
-    assert figures(two) == figures(one)
+    """Started by torchrun."""
+    evaluate = (
+        "evaluate", str(run), *PGD, "--only", "energies", "--batch-size", "20", "--max-images",
+        "60", "--set", "pgd.steps=5", "--json", "--out",
+    )  # fmt: skip
+    one = jemkit(*evaluate, str(tmp_path / "one"))
+    two = torchrun(*evaluate, "two", cwd=tmp_path)
+    assert two.returncode == 0, two.stderr
+    assert len(two.stdout.splitlines()) == 1  # the first process alone prints
+    assert figures(Outcome(0, two.stdout, two.stderr)) == figures(one)
     rows = [(tmp_path / name / "evaluation.safetensors").read_bytes() for name in ("one", "two")]
     assert rows[0] == rows[1]
-    assert not (tmp_path / "two" / ".evaluation").exists()  # nothing half-done is left
+    assert not (tmp_path / "two" / ".evaluation").exists()  # no unfinished work is left
 
 
-def test_a_mistake_is_said_once_and_ends_all(run: Path, tmp_path: Path) -> None:
-    ended = together(tmp_path, "evaluate", str(run), *PGD, "--eps-px", "0.031", "--out", "new")
-    assert len(errors(ended)) == 1
-    assert "probably a fraction" in errors(ended)[0]
-    assert ended.code != 0
-    assert 3 in ends(ended)
-    assert ends(ended) <= {3, -signal.SIGTERM}  # torchrun may end one before it has ended itself
+def test_a_mistake_is_reported_once_and_ends_all(run: Path, tmp_path: Path) -> None:
+    wrong = ("evaluate", str(run), *PGD, "--eps-px", "0.031", "--out", "new")
+    outcomes = commands(*wrong, cwd=tmp_path)
+    assert len(errors(outcomes)) == 1
+    assert "probably a fraction" in errors(outcomes)[0]
+    assert ends(outcomes) == {3}
     assert not (tmp_path / "new").exists()
 
 
-def pieces(out: str, n: int) -> Callable[[Path], bool]:
-    """Whether so many pieces of the work are finished."""
-    return lambda cwd: len(list((cwd / out).glob(".*/*/*.safetensors"))) >= n
+def sigterm_after_a_piece() -> None:
+    """Send this process SIGTERM once the first piece of its work is written."""
+    write = ResultCache._write
+
+    def written(self: ResultCache, name: str, piece: Piece) -> None:
+        write(self, name, piece)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    ResultCache._write = written  # type: ignore[method-assign]
+
+
+def require_stopped(outcomes: list[Outcome]) -> None:
+    """Every process ended as preempted, said so, and left what it had finished."""
+    assert ends(outcomes) == {5}
+    for outcome, prefix in zip(outcomes, ("", "process 1 of 2: "), strict=True):
+        (message,) = re.findall(rf"(?m)^{prefix}stopped; .*$", outcome.err)
+        assert "same command continues" in message
 
 
 def test_a_stop_ends_all_processes_and_the_same_command_goes_on(run: Path, tmp_path: Path) -> None:
-    slow = ("--max-images", "160", "--set", "pgd.steps=600", "--batch-size", "20")
-    asked = ("evaluate", str(run), *PGD, *slow, "--json", "--out")
-    stopped = together(tmp_path, *asked, "a", kill=pieces("a", 3), by=signal.SIGTERM)
-    assert stopped.code != 0
-    assert ends(stopped) == {5}
-    told = re.findall(r"(?m)^process \d of 2: stopped; .*$", stopped.err)
-    assert told
-    assert all("same command continues" in line for line in told)
-    assert pieces("a", 3)(tmp_path)
-    again, whole = (jemkit(*asked, str(tmp_path / out)) for out in "ab")
+    small = ("--max-images", "80", "--set", "pgd.steps=5", "--batch-size", "20")
+    evaluate = ("evaluate", str(run), *PGD, *small, "--json", "--out")
+    require_stopped(commands(*evaluate, "a", cwd=tmp_path, prepare=sigterm_after_a_piece))
+    assert len(list((tmp_path / "a").glob(".*/*/*.safetensors"))) == 2
+    again, whole = (jemkit(*evaluate, str(tmp_path / out)) for out in "ab")
     assert figures(again) == figures(whole)
 
 
 def images(outcome: Outcome, cwd: Path) -> Any:
-    with np.load(cwd / outcome.record["npz"]) as found:
-        return found["image"]
+    with np.load(cwd / outcome.record["npz"]) as saved:
+        return saved["image"]
 
 
 def test_processes_that_share_a_drawing_draw_what_one_draws(run: Path, tmp_path: Path) -> None:
-    n = 2 * TOGETHER + 7
-    asked = ("sample", str(run), "-n", str(n), "--steps", "2", "--class", "all", "--json", "--out")
-    one, two = jemkit(*asked, str(tmp_path / "one")), together(tmp_path, *asked, "two")
-    assert two.code == 0, two.err
-    assert len(two.out.splitlines()) == 1
-    assert two.record["protocol"] == one.record["protocol"]
-    assert np.array_equal(images(one, tmp_path), images(two, tmp_path))
+    n = str(2 * TOGETHER + 7)
+    sample = ("sample", str(run), "-n", n, "--steps", "2", "--class", "all", "--json", "--out")
+    one, two = jemkit(*sample, str(tmp_path / "one")), commands(*sample, "two", cwd=tmp_path)
+    assert ends(two) == {0}, two
+    assert two[1].out == ""
+    assert two[0].record["protocol"] == one.record["protocol"]
+    assert np.array_equal(images(one, tmp_path), images(two[0], tmp_path))
     parts = np.split(images(one, tmp_path)[: 2 * TOGETHER], 2)
     assert not np.array_equal(*parts)  # each batch of chains has a stream of its own
     assert not (tmp_path / "two" / ".drawing").exists()
@@ -125,20 +123,15 @@ def test_processes_that_share_a_drawing_draw_what_one_draws(run: Path, tmp_path:
 def test_a_drawing_that_is_stopped_goes_on_from_its_finished_batches(
     run: Path, tmp_path: Path
 ) -> None:
-    n = str(3 * TOGETHER)
-    asked = ("sample", str(run), "-n", n, "--steps", "150", "--json", "--out")
-    stopped = together(tmp_path, *asked, "a", kill=pieces("a", 1), by=signal.SIGTERM)
-    assert ends(stopped) == {5}, stopped.err
-    told = re.findall(r"(?m)^process \d of 2: stopped; .*$", stopped.err)
-    assert told
-    assert all("same command continues" in line for line in told)
-    again, whole = jemkit(*asked, str(tmp_path / "a")), jemkit(*asked, str(tmp_path / "b"))
+    sample = ("sample", str(run), "-n", str(3 * TOGETHER), "--steps", "2", "--json", "--out")
+    require_stopped(commands(*sample, "a", cwd=tmp_path, prepare=sigterm_after_a_piece))
+    again, whole = jemkit(*sample, str(tmp_path / "a")), jemkit(*sample, str(tmp_path / "b"))
     assert np.array_equal(images(again, tmp_path), images(whole, tmp_path))
 
 
 def prepared(folder: str) -> list[str]:
     """What each process gets of a preparation that fails in all, in one, and in none."""
-    told: list[str] = []
+    received: list[str] = []
     me = distributed.shard().rank
 
     def fails(ranks: tuple[int, ...]) -> str:
@@ -148,12 +141,12 @@ def prepared(folder: str) -> list[str]:
 
     for ranks in ((0, 1), (1,), ()):
         try:
-            told.append(distributed.prepared(lambda ranks=ranks: fails(ranks)))
+            received.append(distributed.prepared(lambda ranks=ranks: fails(ranks)))
         except ConfigError as error:
-            told.append(f"{error}, {error.reported}")
+            received.append(f"{error}, {error.reported}")
     (Path(folder) / str(me)).touch()
     distributed.barrier()
-    return [*told, str(len(list(Path(folder).iterdir())))]
+    return [*received, str(len(list(Path(folder).iterdir())))]
 
 
 def test_an_error_of_rank_0_too_is_reported_by_rank_0_alone(tmp_path: Path) -> None:

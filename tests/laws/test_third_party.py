@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from cli_tools import SHORT, Outcome, process
+from forks import forked
+from ranks import in_a_new_process
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "plugin"
@@ -54,7 +56,7 @@ def made(home: Path, name: str, module: str, code: str) -> None:
 
 
 def with_site(site: Path, *arguments: str, cwd: Path) -> Outcome:
-    return process(*arguments, cwd=cwd, PYTHONPATH=str(site))
+    return forked(*arguments, cwd=cwd, site=site)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_variant_in_one_short_module_trains_by_its_name(example: Path, tmp_path: Path) -> None:
     assert len((EXAMPLE / "jemkit_tempered.py").read_text().splitlines()) < 45
     assert (EXAMPLE / "jemkit_tempered.py").read_text().count("from jemkit") == 1
-    listed = with_site(example, "plugins", "list", "--json", cwd=tmp_path)
+    listed = process("plugins", "list", "--json", cwd=tmp_path, PYTHONPATH=str(example))
     assert listed.err == ""
     rows = [row for row in json.loads(listed.out) if row["name"] == "tempered"]
     assert {row["kind"] for row in rows} == {"backbone", "energy"}
@@ -135,5 +137,9 @@ def test_the_guide_quotes_the_example_and_its_laws_hold(example: Path) -> None:
         "from jemkit_tempered import Tempered\n"
         "check_backbone(Tempered(network=SmallCNN(channels=2), buffer=Buffer(capacity=20)))\n"
     )
-    code = f"import sys\nsys.path.insert(0, {str(example)!r})\n{laws}{more}"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    in_a_new_process(executed, f"import sys\nsys.path.insert(0, {str(example)!r})\n{laws}{more}")
+
+
+def executed(code: str) -> None:
+    """The code of a guide, in a process that ends with it."""
+    exec(code, {})  # noqa: S102
