@@ -15,7 +15,7 @@ from strategies import seeds, uniform
 from torch import Tensor, nn
 from toys import gen, linear_model
 
-from jemkit.attacks.autoattack import Stage
+from jemkit.attacks.autoattack import QUERIES, Stage
 from jemkit.attacks.base import ModelAttack, Norm, Threat
 from jemkit.attacks.pgd import PGD
 from jemkit.attacks.pixel_model import UNIT, PixelModel, pixel_model
@@ -64,7 +64,7 @@ def trained_cnn(data: Images, n_classes: int) -> PixelModel:
 
 
 def theirs(
-    subject: PixelModel, data: Images, threat: Threat, version: str, batch_size: int
+    subject: PixelModel, data: Images, threat: Threat, version: str, batch_size: int, queries: int
 ) -> tuple[Tensor, Tensor]:
     """pyautoattack's own driver: its images and which are still right."""
     from pyautoattack import AutoAttack as Driver
@@ -72,15 +72,17 @@ def theirs(
     logging.getLogger("auto-attack").addHandler(logging.NullHandler())
     with torch.random.fork_rng(), frozen(subject), eval_mode(subject):
         driver = Driver(subject, norm=threat.norm, eps=threat.eps, seed=3, version=version)
+        if queries != QUERIES:
+            driver.square.n_queries, driver.square.rescale_schedule = queries, True
         x_adv, y_adv = driver.run_standard_evaluation(data.unit(), data.y, batch_size=batch_size)
     return x_adv, y_adv == data.y
 
 
 def require_equal(
-    subject: PixelModel, data: Images, threat: Threat, version: Any, batch_size: int
+    subject: PixelModel, data: Images, threat: Threat, version: Any, batch_size: int, queries: int
 ) -> Tensor:
     ours = under(subject, AutoAttack(version=version), data, threat, batch_size)
-    x_adv, right = theirs(subject, data, threat, version, batch_size)
+    x_adv, right = theirs(subject, data, threat, version, batch_size, queries)
     assert torch.equal(ours.right, right)
     assert torch.equal(ours.x_adv[~right], x_adv[~right])
     return right
@@ -88,20 +90,24 @@ def require_equal(
 
 slow = pytest.mark.slow
 CASES = [  # radii at which some images fall and some stand
-    pytest.param("standard", "Linf", 32),
-    pytest.param("rand", "L2", 190),
-    pytest.param("standard", "L2", 190, marks=slow),
-    pytest.param("standard", "L1", 650, marks=slow),
-    pytest.param("plus", "Linf", 32, marks=slow),
+    pytest.param("standard", "Linf", 32, 300),
+    pytest.param("standard", "Linf", 32, QUERIES, marks=slow),
+    pytest.param("rand", "L2", 190, QUERIES, marks=slow),
+    pytest.param("standard", "L2", 190, QUERIES, marks=slow),
+    pytest.param("standard", "L1", 650, QUERIES, marks=slow),
+    pytest.param("plus", "Linf", 32, QUERIES, marks=slow),
 ]
 
 
-@pytest.mark.parametrize(("version", "norm", "radius"), CASES)
+@pytest.mark.parametrize(("version", "norm", "radius", "queries"), CASES)
 def test_every_image_ends_as_under_the_packages_own_driver(
-    version: str, norm: Norm, radius: float
+    version: str, norm: Norm, radius: float, queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With few queries of the Square attack, and in the slow tests with AutoAttack's 5,000."""
+    monkeypatch.setattr(aa, "QUERIES", queries)
     data = toy_images(6, 10, 8, 1, 1)
-    right = require_equal(trained_cnn(data, 10), data, Threat(norm, radius), version, 5)
+    threat = Threat(norm, radius)
+    right = require_equal(trained_cnn(data, 10), data, threat, version, 5, queries)
     assert 0 < int(right.sum()) < len(right)
 
 
@@ -138,8 +144,9 @@ KNOWN = [
 
 @pytest.mark.parametrize(("attack", "norm"), KNOWN, ids=lambda v: getattr(v, "label", v))
 def test_the_exact_radius_of_a_linear_model_is_found_to_one_percent(
-    attack: ModelAttack, norm: Norm
+    attack: ModelAttack, norm: Norm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(aa, "QUERIES", 50)  # other stages find the radius
     subject, data = linear_case(4 if isinstance(attack, AutoAttack) else 2)
     radii = exact_radii(subject, data, norm)
     middle = float(radii.median())
@@ -352,7 +359,7 @@ def test_on_published_classifiers_every_image_ends_as_under_the_packages_driver(
 ) -> None:
     data = zoo.cifar10(200)
     subject = pixel_model(getattr(zoo, name)())
-    right = require_equal(subject, data, Threat("Linf", radius), "standard", 100)
+    right = require_equal(subject, data, Threat("Linf", radius), "standard", 100, QUERIES)
     share = float(right.float().mean())
     # published on all 10,000 images: 0 at 8/255; verified 26.88 % and PGD 54.82 % at 2/255
     assert share == 0 if name == "resnet20" else 0.20 < share < 0.62

@@ -1,14 +1,13 @@
 """Settings to a record: the right radius, the right parts, and a label where it is not standard."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import every_rank
 from toys import REGISTRY, gen, linear_model
 
 import jemkit as api
@@ -26,6 +25,7 @@ from jemkit.metrics import record as records
 from jemkit.metrics.evaluator import Notes
 from jemkit.metrics.figures import paired_difference
 from jemkit.metrics.record_file import Record
+from jemkit.runtime.distributed import shard
 from jemkit.runtime.files import load_tensors
 from jemkit.testing import toy_task
 
@@ -267,25 +267,15 @@ def test_a_record_killed_between_its_two_files_is_whole(tmp_path: Path, state: s
 MANY = 8
 
 
+def written_many(folder: str) -> int:
+    """What each of two processes writes."""
+    for i in range(MANY):
+        written(Path(folder), f"{'ab'[shard().rank]}{i}")
+    return MANY
+
+
 def test_evaluations_that_write_at_once_lose_no_figure(tmp_path: Path) -> None:
-    code = (
-        "import sys, torch; from pathlib import Path; sys.path[:0] = sys.argv[1].split(':');"
-        "from test_evaluate import MANY, written; print(flush=True); input();"
-        "[written(Path(sys.argv[2]), f'{sys.argv[3]}{i}') for i in range(MANY)]"
-    )
-    given = [sys.executable, "-c", code, ":".join(sys.path), str(tmp_path)]
-    running = [
-        subprocess.Popen([*given, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for name in "ab"
-    ]
-    for child in running:
-        assert child.stdout is not None
-        child.stdout.readline()  # it has imported all; both begin together
-    for child in running:
-        assert child.stdin is not None
-        child.stdin.write("\n")
-        child.stdin.flush()
-    assert [child.wait(60) for child in running] == [0, 0]
+    assert every_rank(written_many, str(tmp_path)) == [MANY, MANY]
     names = {figure.name for figure in records.load(tmp_path).figures}
     assert names == {f"{name}{i}" for name in "ab" for i in range(MANY)}
     assert set(records.load(tmp_path).rows) == names

@@ -8,6 +8,7 @@ from toys import (
     MATRIX,
     MISFITS,
     OBJECTIVES,
+    QUICK,
     UPDATERS,
     backbone_for,
     backbone_of,
@@ -23,6 +24,10 @@ from jemkit.testing.law import plain, state_of
 
 TASK = toy_task()
 BATCH = toy_batch(TASK, 6, positives=4)
+WHOLE = [
+    pytest.param(names, id="-".join(names), marks=() if names in QUICK else pytest.mark.slow)
+    for names in MATRIX
+]
 PAIRS = sorted({(b, o) for b, o, _ in MATRIX})
 
 
@@ -38,7 +43,7 @@ def after_two_steps(names: tuple[str, str, str]) -> tuple[Backbone, list[dict[st
     return backbone, seen
 
 
-@pytest.mark.parametrize("names", MATRIX, ids="-".join)
+@pytest.mark.parametrize("names", WHOLE)
 def test_two_steps_repeat_bit_for_bit_and_stay_finite(names: tuple[str, str, str]) -> None:
     began = state_of(backbone_for(names[1], names[0]).model)["tensors"]
     (one, seen), (other, again) = after_two_steps(names), after_two_steps(names)
@@ -86,4 +91,6 @@ def test_the_matrix_is_whole() -> None:
     pairs = len(BACKBONES) * len(OBJECTIVES)
     assert len(MATRIX) + len(MISFITS) * len(UPDATERS) == pairs * len(UPDATERS)
     assert {b for b, _ in MISFITS} == {"classifier"}
+    for part, names in enumerate((BACKBONES, OBJECTIVES, UPDATERS)):
+        assert {taken[part] for taken in QUICK} == set(names)
     assert {o for _, o in MISFITS} == {"jem", "jeat", "ebjdat", "ebjdatreleased"}

@@ -42,7 +42,9 @@ FITTING = {  # whose builders want an option, or whose last layer is none of the
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FITTING)
+@pytest.mark.parametrize(
+    "name", [n if n != "vgg11" else pytest.param(n, marks=pytest.mark.slow) for n in FITTING]
+)
 def test_every_family_gives_features_in_both_modes(name: str) -> None:
     with seeded_init(Generator().manual_seed(0)):
         network = Torchvision(model=name).build(SHAPE)

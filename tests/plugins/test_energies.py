@@ -249,7 +249,7 @@ def test_chains_that_end_in_nan_are_counted_and_leave_figures_that_say_so() -> N
 
 
 def test_energies_keep_the_laws_of_an_evaluator() -> None:
-    testing.check_evaluator(Energies())
+    testing.check_evaluator(Energies(n=20, steps=3))
 
 
 def test_a_quick_look_draws_few_chains() -> None:

@@ -4,14 +4,14 @@ import logging
 import os
 import shutil
 import socket
-import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cli_tools import process
+from forks import forked
 from imagefolders import image, split_folder
 from PIL import Image
 
@@ -405,21 +405,20 @@ class TestPixels:
 
 
 def test_a_folder_that_is_not_there_is_a_fault_of_the_data(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "jemkit", "train", "--dataset", "folder", "--data-dir",
-               str(tmp_path / "gone"), "--dry-run"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == DataError.exit_code
-    assert "gone: does not exist" in done.stderr
-    assert "Traceback" not in done.stderr
+    train = ("train", "--dataset", "folder", "--data-dir", str(tmp_path / "gone"), "--dry-run")
+    done = forked(*train, cwd=tmp_path)
+    assert done.code == DataError.exit_code
+    assert "gone: does not exist" in done.err
+    assert "Traceback" not in done.err
 
 
-def test_a_command_shows_what_it_found(tmp_path: Path) -> None:
+def test_a_command_shows_how_many_images_the_folder_has(tmp_path: Path) -> None:
     root = split_folder(tmp_path / "data", n=30)
     image(root / "train" / "cat" / ".hidden" / "x.png")
-    command = [sys.executable, "-m", "jemkit", "train", "--dataset", "folder", "--data-dir",
-               str(root), "--backbone", "classifier", "--objective", "ce", "--network", "mlp",
-               "--dry-run", "--out", str(tmp_path / "run")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stderr.count("60 images to train on, 60 to test; ignored: hidden 1") == 1
+    train = ("train", "--dataset", "folder", "--data-dir", str(root), "--backbone", "classifier",
+             "--objective", "ce", "--network", "mlp", "--dry-run", "--out", "run")  # fmt: skip
+    done = process(*train, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.err.count("60 images to train on, 60 to test; ignored: hidden 1") == 1
     assert not (tmp_path / "run").exists()
     assert torch.is_tensor(Folder(dir=root).load("train").x)

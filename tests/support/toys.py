@@ -93,6 +93,16 @@ def fits(backbone: str, objective: str) -> bool:
 
 
 MATRIX = [(b, o, u) for b, o, u in itertools.product(BACKBONES, OBJECTIVES, UPDATERS) if fits(b, o)]
+QUICK = [
+    (b, o, u)
+    for b, o, u in MATRIX
+    if o == "ebjdat"
+    or (b, u) in {("classifier", "sam"), ("sadajem", "plain")}
+    or (o, b) == ("ce", "classifier")
+    or ((b, u) == ("jem", "sam") and not fits("classifier", o))
+]
+"""Every backbone and updater with EB-JDAT, and every objective with a classifier and a density
+and with both kinds of updates: what the quick tests take of the whole matrix."""
 MISFITS = [(b, o) for b, o in itertools.product(BACKBONES, OBJECTIVES) if not fits(b, o)]
 
 
