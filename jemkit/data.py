@@ -361,3 +361,4 @@ class Task:
         None  # a file with the training images' Gaussians, from an exported model
     )
     fill: bool = True  # fill a replay buffer at once; else when it is first read
+    lr: Callable[[int], float] = lambda _: 0.1  # the recipe's learning rate at a step

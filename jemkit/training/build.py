@@ -266,15 +266,17 @@ def task_of(recipe: Recipe, splits: Splits) -> Task:
     images = splits.images("train")
     n_train = len(images.y)
     steps = steps_per_epoch(n_train, recipe.run.batch_size, mixed=recipe.extra.on)
+    total = steps * recipe.run.epochs
     return Task(
         shape=tuple(images.x.shape[1:]),  # type: ignore[arg-type]
         n_classes=recipe.data.n_classes,
         radius_px=recipe.data.radius_px,
         n_train=n_train,
-        total_steps=steps * recipe.run.epochs,
+        total_steps=total,
         images=splits.images,
         hash=images_hash(images),
         augmentation=recipe.data.augmentation,
+        lr=lambda step: recipe.optimizer.lr * recipe.schedule.factor(step, total),
     )
 
 

@@ -67,9 +67,9 @@ def test_the_table_of_parts_names_every_part_and_links_its_file() -> None:
 def test_every_preset_in_readme_and_readings_resolves() -> None:
     registry = installed(third_party=False)
     (row,) = re.findall(r"^\| preset \| (.*?) \|", readme(), re.M)
-    named = set(re.findall(r"`([\w-]+)`", row))
-    shipped = {key.split("/")[1] for key in registry.recipes if key.startswith("preset/")}
-    assert named == shipped
+    shown = {name for name in re.findall(r"`([\w-]+)`", row) if "NAME" not in name}
+    named = {key.split("/")[1] for key in registry.recipes if key.startswith("preset/")}
+    assert shown <= named
     pages = [(ROOT / "docs" / page).read_text() for page in ("readings.md", "rivals.md")]
     tables = "".join(page.partition("\n## Presets\n")[2] for page in pages)
     assert named == set(re.findall(r"^\| `([\w-]+)` \|", tables, re.M))

@@ -43,6 +43,8 @@ TINY: dict[str, Any] = {
     "adv_steps": 2,
     "attack": PGD(steps=2),
     "teacher": SmallCNN(channels=2, norm="batch"),
+    "strategy": SmallCNN(channels=2, norm="batch"),
+    "iterations": (1, 2),
 }
 """Options that make a part small, for whichever of them it has."""
 
@@ -223,8 +225,8 @@ def toy_recipe(
 ) -> Resolved:
     """A recipe on the toy data set, two epochs of six steps."""
     sizes = [] if backbone == "classifier" else ["backbone.steps=2", "backbone.buffer.capacity=60"]
-    if "teacher" in registry["objective"][objective].model_fields:
-        sizes += ["objective.teacher.use=smallcnn", "objective.teacher.channels=2"]
+    for network in {"teacher", "strategy"} & set(registry["objective"][objective].model_fields):
+        sizes += [f"objective.{network}.use=smallcnn", f"objective.{network}.channels=2"]
     return resolve(
         registry,
         config={
