@@ -1,4 +1,4 @@
-"""AutoAttack (Croce and Hein, ICML 2020; for L1 ICML 2021), by pyautoattack's parts."""
+"""AutoAttack (Croce and Hein, ICML 2020; for L1 ICML 2021), computed by pyautoattack."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -18,11 +18,12 @@ RELEASED = (
 
 
 class AutoAttack(Options):
-    """Parts of AutoAttack one after the other, each on the images that stood those before.
+    """The attacks of AutoAttack in sequence, each on the images still classified correctly.
 
-    `standard`, `plus` (more restarts, untargeted parts) and `rand` (gradients averaged over 20
-    passes, for models that draw) are the published ones, down to the image at an equal seed and
-    batch size; `released` is what EB-JDAT's code calls AutoAttack.
+    `standard`, `plus` (more restarts, untargeted attacks) and `rand` (gradients averaged over 20
+    passes, for randomised models) are the published versions. With the same seed and batch size
+    their result is the same for every image. `released` is what the released code of EB-JDAT calls
+    AutoAttack.
     """
 
     everyone: ClassVar[bool] = False
@@ -52,7 +53,7 @@ class AutoAttack(Options):
 
 
 def stages(version: Version, norm: Norm) -> list[Stage]:
-    """The parts of a version, as pyautoattack sets them for a norm."""
+    """The attacks of a version, with pyautoattack's settings for a norm."""
     l1 = norm == "L1"
     square = Stage("square", steps=QUERIES)
     if version == "standard":

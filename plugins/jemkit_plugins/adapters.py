@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm, by the names that these give them."""
+"""Networks of torchvision and timm, by their names in these packages."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from jemkit.models.networks import check_features
 from jemkit.options import nearest
 
 CLASSES = 1000
-"""Of ImageNet, for which torchvision builds its networks."""
+"""The number of ImageNet classes, for which torchvision builds its networks."""
 
 Layer = nn.Linear | nn.Conv2d
 
@@ -44,7 +44,7 @@ class Torchvision(Options):
 
 
 class Timm(Options):
-    """A network of timm that gives features, `timm-NAME`; timm is not installed with jemkit."""
+    """A network of timm without its classifier, `timm-NAME`; timm is not installed with jemkit."""
 
     positional: ClassVar[tuple[str, ...]] = ("model",)
 
@@ -71,8 +71,8 @@ def _three_channels(shape: Shape, what: str) -> None:
 
 
 def _options(model: str, px: int) -> dict[str, Any]:
-    """What a builder of torchvision wants for one output, and for images of this size."""
-    if model in ("googlenet", "inception_v3"):  # which give a tuple with their auxiliary heads
+    """Arguments of a torchvision builder for a single output and images of this size."""
+    if model in ("googlenet", "inception_v3"):  # with auxiliary heads they return a tuple
         return {"aux_logits": False, "transform_input": False, "init_weights": True}
     if model.startswith("vit_"):
         return {"image_size": px}
@@ -80,7 +80,7 @@ def _options(model: str, px: int) -> dict[str, Any]:
 
 
 def _timm(create: Callable[..., nn.Module], model: str, shape: Shape) -> Network:
-    """With the size of the images where the network depends on it, as transformers do."""
+    """Arguments with the image size, if the network depends on it as transformers do."""
     fixed: dict[str, Any] = {"pretrained": False, "num_classes": 0, "in_chans": shape[0]}
     try:
         module = create(model, **fixed, img_size=shape[1])
@@ -97,7 +97,7 @@ def _timm(create: Callable[..., nn.Module], model: str, shape: Shape) -> Network
 
 @contextmanager
 def _shape_errors(what: str, shape: Shape) -> Iterator[None]:
-    """Whatever a network raises of images that it cannot take, as one message."""
+    """Any exception that a network raises for images of this size, as one message."""
     try:
         yield
     except Exception as error:
@@ -109,7 +109,7 @@ def _shape_errors(what: str, shape: Shape) -> Iterator[None]:
 
 
 def _without_head(module: nn.Module, what: str) -> int:
-    """Take off the last layer, the one of ImageNet's classes; give back what came into it."""
+    """Remove the final layer, that of the ImageNet classes; return the number of its inputs."""
     layers = [(path, m) for path, m in module.named_modules() if isinstance(m, Layer)]
     path, last = layers[-1] if layers else ("", None)
     classes = getattr(last, "out_features", getattr(last, "out_channels", 0))

@@ -1,4 +1,4 @@
-"""Auto-PGD (Croce and Hein, ICML 2020; for L1 ICML 2021) alone: it sets its own step."""
+"""Auto-PGD (Croce and Hein, ICML 2020; for L1 ICML 2021): PGD with an adaptive step size."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -12,7 +12,7 @@ from jemkit.attacks.autoattack import Stage, package
 class APGD(Options):
     """Auto-PGD on the cross-entropy or the difference-of-logits ratio.
 
-    In L1 it begins in wider balls, as AutoAttack's does.
+    In L1 it starts in larger balls, as in AutoAttack.
     """
 
     everyone: ClassVar[bool] = False
@@ -20,7 +20,7 @@ class APGD(Options):
     steps: int = Field(100, ge=3)
     restarts: int = Field(1, ge=1)
     loss: Literal["ce", "dlr"] = "ce"
-    eot: int = Field(1, ge=1)  # gradients that a step averages, for a model that draws
+    eot: int = Field(1, ge=1)  # gradients to average per step, for a randomised model
 
     @property
     def label(self) -> str:

@@ -14,10 +14,10 @@ from jemkit import (
 
 
 class AWP(Options):
-    """Each weight matrix moves by gamma times its own norm up the loss; the step is taken there.
+    """Perturbs each weight matrix by gamma times its norm to increase the loss, then updates there.
 
-    The released code climbs with a proxy network and an optimizer of its own; one ascent step of
-    that, rescaled layer by layer, is this direction.
+    The released code computes the perturbation with a proxy network and its own optimizer. One
+    ascent step of the proxy, rescaled per layer, has this direction.
     """
 
     gamma: float = Field(0.01, ge=0)  # AT-AWP; TRADES-AWP uses 0.005
@@ -27,7 +27,7 @@ class AWP(Options):
 
 
 class AWPUpdater:
-    """The gradient is taken where every layer stands worst; the model alone is moved there."""
+    """Computes the update's gradient at the perturbed weights; only the model is perturbed."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, gamma: float) -> None:
         self.model, self.optimizer, self.gamma = model, optimizer, gamma
@@ -39,7 +39,7 @@ class AWPUpdater:
         guard.update(self.optimizer, perturbed)
 
     def ascent(self) -> dict[nn.Parameter, Tensor]:
-        """gamma |theta_l| g_l / |g_l| for every layer's matrix; biases and norms stay."""
+        """gamma |theta_l| g_l / |g_l| for every weight matrix; biases and norms are unchanged."""
         shifts = {}
         for p in self.model.parameters():
             if p.grad is None or p.ndim < 2:

@@ -1,4 +1,4 @@
-"""Calibration (Guo et al., ICML 2017): does a model's confidence say how often it is right?"""
+"""Calibration (Guo et al., ICML 2017): whether confidence equals the share of correct answers."""
 
 import math
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ from jemkit import (
 from jemkit.metrics.figures import plain
 
 COLDEST, HOTTEST = 0.01, 100.0
-"""Between which a temperature is looked for."""
+"""The range in which the temperature is fitted."""
 
 QUICK = 512
-"""Validation images of a quick look."""
+"""Validation images with --quick."""
 
 
 class Calibration(Options):
-    """Expected calibration error, log-likelihood and Brier score, before and after one temperature.
+    """Expected calibration error, log-likelihood and Brier score, with and without a temperature.
 
-    The temperature is fitted on validation images alone; without any its figures are left out.
+    The temperature is fitted on validation images only; without any, its figures are omitted.
     """
 
     bins: int = Field(20, ge=1)  # of equal width, as in the JEM papers
@@ -42,7 +42,7 @@ class Calibration(Options):
     def _scaled(
         self, subject: PixelModel, logits: Tensor, y: Tensor, ctx: Context, card: dict[str, Any]
     ) -> list[Figure]:
-        """The temperature, and what the test images say once it is in place."""
+        """The temperature, and the figures of the test images scaled by it."""
         try:
             valid = ctx.split("valid")
         except (ConfigError, DataError) as error:
@@ -68,7 +68,7 @@ class Calibration(Options):
 
 
 class Reliability(NamedTuple):
-    """Bins of confidence: how sure the model is in each, and how often it is right."""
+    """Bins of confidence: the mean confidence and the accuracy in each."""
 
     edges: list[float]
     confidence: list[float | None]  # mean of the bin; None where it is empty
@@ -85,7 +85,7 @@ class Reliability(NamedTuple):
 
     @property
     def ece(self) -> float:
-        """Mean of |accuracy - confidence| over the bins, weighted by their images."""
+        """Mean of |accuracy - confidence| over the bins, weighted by their number of images."""
         gaps = [
             n * abs(right - sure)
             for n, right, sure in zip(self.images, self.accuracy, self.confidence, strict=True)
@@ -95,13 +95,13 @@ class Reliability(NamedTuple):
 
 
 def reliability(logits: Tensor, y: Tensor, bins: int) -> Reliability:
-    """The table of logits [N, K] with labels y [N]."""
+    """The reliability table of logits [N, K] with labels y [N]."""
     sure, label = logits.double().softmax(1).max(1)
     return binned(sure, label == y, bins)
 
 
 def binned(confidence: Tensor, right: Tensor, bins: int) -> Reliability:
-    """Bins (low, high] of equal width over [0, 1]; the first one holds 0 too."""
+    """Bins (low, high] of equal width over [0, 1]; the first one includes 0."""
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
     index = torch.bucketize(confidence.double(), edges[1:-1])
     count = torch.bincount(index, minlength=bins)
@@ -125,22 +125,22 @@ def brier(logits: Tensor, y: Tensor) -> float:
 
 
 def temperature(logits: Tensor, y: Tensor) -> float:
-    """T > 0 for which logits / T are likeliest.
+    """The T > 0 that maximises the likelihood of logits / T.
 
-    In 1 / T the log-likelihood is concave, so T lies where its slope changes sign: bisection of
-    the logarithm finds it. Where the slope does not change sign T is the end of the range.
+    The log-likelihood is concave in 1 / T, so the optimum is where its slope changes sign; it is
+    found by bisection of log T. If the slope does not change sign, T is the end of the range.
     """
     z = logits.double()
     truth = z.gather(1, y[:, None]).squeeze(1)
 
     def slope(t: float) -> float:
-        """Of the NLL in 1 / T: the mean logit that the model expects, less the label's."""
+        """The slope in 1 / T: the mean of the expected logit less the label's logit."""
         return float(((z / t).softmax(1).mul(z).sum(1) - truth).mean())
 
     here = slope(1.0)
     if math.isnan(here):
         return here
-    if here == 0:  # the best there is, or a flat model, which no temperature changes
+    if here == 0:  # the end of the range, or a constant model, which no temperature changes
         return 1.0
     if slope(COLDEST) <= 0 or slope(HOTTEST) >= 0:
         return COLDEST if slope(COLDEST) <= 0 else HOTTEST

@@ -1,4 +1,4 @@
-"""A classifier without density: the ground for adversarial training."""
+"""A classifier without a density: the backbone of adversarial training."""
 
 from collections.abc import Mapping
 from typing import Annotated
@@ -12,7 +12,7 @@ from jemkit import (
 
 
 class Classifier(Options):
-    """A network and its logits; its energies can be read, but nothing draws from them."""
+    """A network and its logits; its energies can be computed, but nothing samples from them."""
 
     network: Annotated[NetworkSpec, PartOf("network")] = WRN()
     energy: Annotated[EnergyModelSpec, PartOf("energy")] = LogSumExp()

@@ -11,10 +11,11 @@ from jemkit.attacks.random_search import margin
 
 
 class CW(PGDAttack):
-    """Projected gradient ascent of max_{k != y} z_k - z_y, which is their f_6 without a target.
+    """Projected gradient ascent on max_{k != y} z_k - z_y, their f_6 without a target.
 
-    A difference of logits: its slope does not fade where the softmax is sure of the label. The
-    other form of their attack, the smallest L2 perturbation, is not this one.
+    Unlike that of the cross-entropy, the gradient of a logit difference does not vanish where the
+    softmax is confident. The other form of their attack, the smallest L2 perturbation, is not
+    implemented here.
     """
 
     steps: int = Field(20, ge=0)

@@ -16,9 +16,9 @@ from jemkit import Augmentation, DataError, Dataset, Images, Options, Split, che
 from jemkit.runtime.files import read_json
 from jemkit.runtime.torchvision_compat import torchvision
 
-Published = dict[Path, str]  # files, each with the md5 its publisher gives
+Published = dict[Path, str]  # files, each with its published md5
 LARGEST = 2**28
-"""Bytes; the largest published file, SVHN's training images, has 182 million."""
+"""In bytes; the largest published file, the training images of SVHN, has 182 million."""
 
 DIGIT_NAMES = tuple("0123456789")
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
@@ -33,11 +33,11 @@ CIFAR100_CLASSES = """
     sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip
     turtle wardrobe whale willow_tree wolf woman worm
 """
-"""CIFAR's classes, the fine ones of CIFAR-100, in the publishers' order."""
+"""The classes of CIFAR-10, and the fine classes of CIFAR-100, in the publishers' order."""
 
 
 class Digits(Options):
-    """8 x 8 grey digits (Alpaydin and Kaynak 1998), which come with scikit-learn."""
+    """8 x 8 greyscale digits (Alpaydin and Kaynak 1998), which are included in scikit-learn."""
 
     radius_px: ClassVar[float] = 25.5
     augmentation: ClassVar[Augmentation] = Augmentation()
@@ -59,15 +59,17 @@ class Digits(Options):
 
 
 SPLIT = Path(__file__).with_name("digits.json")
-"""The stratified split that scikit-learn draws of the digits, 500 of them to test on: kept, since
-to redraw it would import all of scikit-learn."""
+"""The stratified split of the digits that scikit-learn draws, with 500 test images.
+
+It is stored, since drawing it would import all of scikit-learn.
+"""
 
 
 def _digits() -> NDArray[np.float64]:
-    """Pixels and labels [1797, 65], from scikit-learn's own file.
+    """Pixels and labels [1797, 65], read from scikit-learn's own file.
 
-    Importing scikit-learn takes longer than anything else in a run's start, so that is left to
-    releases which keep the file elsewhere.
+    Importing scikit-learn would take longer than the rest of a run's start-up. It is imported only
+    if its release has the file elsewhere.
     """
     spec = find_spec("sklearn")
     for folder in (spec and spec.submodule_search_locations) or ():
@@ -81,7 +83,7 @@ def _digits() -> NDArray[np.float64]:
 
 
 class CIFAR10(Options):
-    """CIFAR-10 (Krizhevsky 2009), from the published python batches."""
+    """CIFAR-10 (Krizhevsky 2009), read from the published python batches."""
 
     radius_px: ClassVar[float] = 8
     augmentation: ClassVar[Augmentation] = Augmentation(pad=4, flip=True)
@@ -104,7 +106,7 @@ class CIFAR10(Options):
 
 
 class CIFAR100(Options):
-    """CIFAR-100 (Krizhevsky 2009) with its fine labels, from the published python batches."""
+    """CIFAR-100 (Krizhevsky 2009) with its fine labels, read from the published python batches."""
 
     radius_px: ClassVar[float] = 8
     augmentation: ClassVar[Augmentation] = Augmentation(pad=4, flip=True)
@@ -130,7 +132,7 @@ class SVHN(Options):
     """Street View House Numbers (Netzer et al. 2011), cropped digits; without its extra set."""
 
     radius_px: ClassVar[float] = 8
-    augmentation: ClassVar[Augmentation] = Augmentation(pad=4)  # a mirrored digit is no digit
+    augmentation: ClassVar[Augmentation] = Augmentation(pad=4)  # a mirrored digit is not a digit
     shape: ClassVar[tuple[int, int, int]] = (3, 32, 32)
 
     dir: Path = Path("data")
@@ -168,7 +170,7 @@ def jemkit_datasets() -> Mapping[str, type[Dataset]]:
 
 
 def _cifar(kind: Any, root: Path, download: bool, split: Split) -> Images:
-    """Read the batches with torchvision's class, once every file is known to be the original."""
+    """Read the batches with torchvision's class, after every file has been verified."""
     listed = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
     files = {root / kind.base_folder / name: md5 for name, md5 in listed}
     if download and _flaw(files):
@@ -181,13 +183,13 @@ def _cifar(kind: Any, root: Path, download: bool, split: Split) -> Images:
 
 
 def _intact(files: Published) -> None:
-    """Refuse a missing or changed file before anything in it is unpickled."""
+    """Reject a missing or changed file before anything in it is unpickled."""
     if flaw := _flaw(files):
         raise DataError(flaw)
 
 
 def _flaw(files: Published) -> str:
-    """What is wrong with the first file that is missing or changed; empty where none is."""
+    """The error of the first file that is missing or changed; empty if there is none."""
     for path, published in files.items():
         if path.exists() and not path.is_file():
             raise DataError(f"{path} is not a regular file; put the original there")

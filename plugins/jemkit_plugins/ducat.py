@@ -1,4 +1,4 @@
-"""DUCAT (arXiv 2410.12671): a dummy class beside each class takes the adversarial images."""
+"""DUCAT (arXiv 2410.12671): adversarial images are trained towards a dummy class per class."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,11 +17,11 @@ from jemkit import (
 from jemkit.metrics.figures import share
 
 Fold = Literal["lse", "max"]
-"""How f[c] and f[c + K] become the logit of class c."""
+"""How f[c] and f[c + K] are combined to the logit of class c."""
 
 
 class Dummies(Options):
-    """2K logits, class c and its dummy c + K, folded to K; E(x) is of all 2K."""
+    """2K logits, of class c and its dummy c + K, folded to K; E(x) is computed from all 2K."""
 
     fold: Fold = "lse"
 
@@ -30,7 +30,7 @@ class Dummies(Options):
 
 
 class DummyEnergy(EnergyModel):
-    """A head of 2K logits, read through a folding; "none" reads them as they are."""
+    """A head of 2K logits that returns folded logits; with "none" it returns all of them."""
 
     def __init__(self, network: Network, n_classes: int, fold: Fold) -> None:
         super().__init__()
@@ -44,13 +44,13 @@ class DummyEnergy(EnergyModel):
 
 
 def folded(raw: Tensor, fold: Fold = "lse") -> Tensor:
-    """2K logits [B, 2K] as K [B, K]."""
+    """Fold logits [B, 2K] to [B, K]."""
     pairs: Tensor = raw.view(len(raw), 2, -1)
     return pairs.logsumexp(1) if fold == "lse" else pairs.amax(1)
 
 
 def with_dummies(model: EnergyModel) -> DummyEnergy:
-    """The same model; a MisfitError where it has no dummy classes."""
+    """The model's energy with dummies; raises MisfitError if it has no dummy classes."""
     if not isinstance(model, DummyEnergy):
         raise MisfitError(
             "the objective ducat needs a dummy class for each class: set "
@@ -61,7 +61,7 @@ def with_dummies(model: EnergyModel) -> DummyEnergy:
 
 @contextmanager
 def read_as(model: EnergyModel, fold: Fold | Literal["none"]) -> Iterator[None]:
-    """The model with another folding inside the block."""
+    """Use another folding of the model inside the block."""
     folded = with_dummies(model)
     before, folded.fold = folded.fold, fold
     try:
@@ -71,16 +71,16 @@ def read_as(model: EnergyModel, fold: Fold | Literal["none"]) -> Iterator[None]:
 
 
 class DUCAT(Options):
-    """PGD-AT with 2K classes; towards the end x~ has its dummy as label, x a part of it.
+    """PGD-AT with 2K classes; late in training x~ is labelled with its dummy, x partly.
 
     From the step of `start` on, targets are (1 - b) e_y + b e_(y + K) with b = `clean_dummy` for x
-    and `adv_dummy` for x~, these times `adv_mass`; the loss is the mean over both. The attack is on
-    the 2K logits, as released.
+    and `adv_dummy` for x~. Those of x~ are multiplied by `adv_mass`; the loss is the mean over
+    both. As in the released code, the attack is on the 2K logits.
     """
 
     needs_density: ClassVar[bool] = False
 
-    start: float = Field(0.8, ge=0, le=1)  # share of the run: 104 of 130 epochs
+    start: float = Field(0.8, ge=0, le=1)  # fraction of the run: 104 of 130 epochs
     clean_dummy: float = Field(0.25, ge=0, le=1)
     adv_dummy: float = Field(1.0, ge=0, le=1)
     adv_mass: float = Field(1.0, gt=0)
@@ -95,7 +95,7 @@ class DUCAT(Options):
 
 
 class DUCATObjective:
-    """Knows when the dummies begin."""
+    """The objective at a step: knows whether the dummy labels have begun."""
 
     needs_density: ClassVar[bool] = False
     streams: ClassVar[tuple[Stream, ...]] = ("x", "x_adv")
@@ -130,15 +130,15 @@ class DUCATObjective:
 
 
 def target(raw: Tensor, y: Tensor, dummy: float) -> Tensor:
-    """(1 - b) on class y and b on its dummy, [B, 2K]."""
+    """Targets with 1 - b on class y and b on its dummy, [B, 2K]."""
     label = torch.zeros_like(raw).scatter(1, y[:, None], 1 - dummy)
     return label.scatter_add(1, y[:, None] + raw.shape[1] // 2, torch.full_like(raw[:, :1], dummy))
 
 
 class Foldings(Options):
-    """PGD accuracy of a model with dummy classes, attacked through each folding and on 2K logits.
+    """Accuracy under PGD of a model with dummy classes, for each folding and on all 2K logits.
 
-    An attack on 2K logits is misdirected: it counts the dummy of the true class as its success.
+    An attack on 2K logits is misled: it counts the dummy of the true class as a success.
     """
 
     steps: int = Field(20, ge=0)
@@ -164,7 +164,7 @@ class Foldings(Options):
 
 
 JUDGED: dict[Fold | Literal["none"], Fold] = {"lse": "lse", "max": "max", "none": "max"}
-"""What an attack goes up, and the folding that its images are classified through."""
+"""The loss of an attack, and the folding with which its images are classified."""
 
 
 @hookimpl

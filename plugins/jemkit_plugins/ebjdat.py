@@ -1,4 +1,4 @@
-"""EB-JDAT (arXiv 2505.19459): the joint density of x, x~ and y, learnt by Algorithm 1."""
+"""EB-JDAT (arXiv 2505.19459): learns the joint density of x, x~ and y by Algorithm 1."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -15,15 +15,16 @@ from jemkit import (
 
 
 class Draws(NamedTuple):
-    x_neg: Tensor | None  # x^- ~ p(x), [P, C, H, W]; None where w1 is 0
-    x_adv: Tensor | None  # x~ ~ p(x~ | x), [B, C, H, W]; None where w2 and w3 are 0
+    x_neg: Tensor | None  # x^- ~ p(x), [P, C, H, W]; None if w1 is 0
+    x_adv: Tensor | None  # x~ ~ p(x~ | x), [B, C, H, W]; None if w2 and w3 are 0
 
 
 class EBJDAT(Options):
     """log p(x, x~, y) = log p(y | x~, x) + log p(x~ | x) + log p(x) (Eq. 8).
 
-    M is the backbone's, M_theta the run's. Where the paper is silent, docs/readings.md gives the
-    reason for each default; `ebjdatreleased` is its authors' program, which differs.
+    M is an option of the backbone, M_theta of the run. Where the paper leaves a choice open,
+    docs/readings.md gives the reason for each default. `ebjdatreleased` implements the authors'
+    released code, which differs.
     """
 
     needs_density: ClassVar[bool] = True
@@ -36,7 +37,7 @@ class EBJDAT(Options):
     radius_px: Radius | None = None  # of Omega, Eq. 5, in 1/255; None: the data set's
     norm: Ball = "Linf"
     ascent: Annotated[Ascent, PartOf("ascent")] = SignAscent()
-    inner: Literal["joint", "marginal", "ce"] = "joint"  # what x~ climbs; Eq. 12: joint
+    inner: Literal["joint", "marginal", "ce"] = "joint"  # what x~ maximises; Eq. 12: joint
     outer: Literal["align", "squared", "contrastive"] = "align"  # h2; Eq. 11: align
     distance: Annotated[Distance, PartOf("distance")] = NoDistance()  # d of Eq. 13
     distance_weight: float = 1.0  # lambda of Eq. 12
@@ -88,7 +89,7 @@ class EBJDAT(Options):
 
     @property
     def streams(self) -> tuple[Stream, ...]:
-        """Those that a term of weight above 0 needs."""
+        """The streams that a term with a weight above 0 needs."""
         weights: dict[Stream, float] = {"x": self.w2 + self.clean, "x_pos": self.w1}
         weights |= {"x_neg": self.w1, "x_adv": self.w2 + self.w3}
         return tuple(stream for stream, weight in weights.items() if weight)

@@ -1,4 +1,4 @@
-"""EB-JDAT as its authors' program of May 2025 has it, for comparison with `ebjdat`."""
+"""EB-JDAT as in the code that its authors released in May 2025, for comparison with `ebjdat`."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -19,10 +19,11 @@ class Draws(NamedTuple):
 
 
 class EBJDATReleased(Options):
-    """x~ becomes easier, and h2 raises its energy; docs/readings.md compares this with the paper.
+    """The inner loop lowers E(x~, y), and h2 raises it; docs/readings.md has the differences.
 
-    x~ is in no ball: it goes adv_steps * step_px from its start. It is pushed away from x in the
-    direction of its logits, and h2 compares it with the density's images. All terms are computed.
+    x~ is not projected: it moves at most adv_steps * step_px from its start. The distance term
+    pushes its logits away from those of x, and h2 compares it with the density's images. All terms
+    are computed.
     """
 
     needs_density: ClassVar[bool] = True
@@ -32,9 +33,9 @@ class EBJDATReleased(Options):
     w3: float = Field(1.0, gt=0)
     w_clean: float = Field(1.0, gt=0)
     adv_steps: int = Field(5, ge=0)
-    start_px: Radius = 4.0  # the program's 8/255, in [-1, 1]
-    step_px: float = Field(1.0, ge=0)  # its 2/255
-    climbs: Literal["logit", "ce"] = "logit"  # f(x~)[y]; the cross-entropy is commented out there
+    start_px: Radius = 4.0  # 8/255 of the released code, in [-1, 1]
+    step_px: float = Field(1.0, ge=0)  # its step size 2/255
+    climbs: Literal["logit", "ce"] = "logit"  # f(x~)[y]; there, ce is commented out
 
     @property
     def streams(self) -> tuple[Stream, ...]:

@@ -1,4 +1,4 @@
-"""Energies of clean, attacked and generated images, and how far apart they lie (Figure 1)."""
+"""Energies of clean, attacked and generated images, and the gaps between them (Figure 1)."""
 
 import hashlib
 import itertools
@@ -26,22 +26,22 @@ from jemkit.runtime.rng import generator
 from jemkit.sampling.init_dists import start_name
 
 SHORT = {"clean": "clean", "adversarial": "adv", "generated": "gen"}
-"""The sets as names of figures have them."""
+"""The names of the sets in figures."""
 
 QUANTILES = (0.1, 0.9)
-"""Between which an attack's path is drawn."""
+"""The attack whose path is plotted."""
 
 POINTS = 500
-"""Images in the table of energy against confidence."""
+"""Number of images in the table of energy against confidence."""
 
 
 class Energies(Options):
-    """E(x) and E(x, y) of clean images, of PGD-20's and of fresh chains.
+    """E(x) and E(x, y) of clean images, of images under PGD-20 and of new chains.
 
-    Pairs of x and x~ give the gaps of the paper's Table 1; any two sets give the overlap of their
-    histograms and the Wasserstein-1 distance of their energies. E(x, y) has the image's label, and
-    for a generated image the class that the model reads it as. A model without a density generates
-    nothing; an attack in the L1 norm is not PGD's, so there only clean and generated images stay.
+    Pairs of x and x~ give the gaps of the paper's Table 1. Any two sets give the overlap of their
+    histograms and the Wasserstein-1 distance of their energies. E(x, y) uses the label of an image,
+    and for a generated image its predicted class. A model without a density has no generated
+    images. PGD-20 does not support L1, so in L1 only clean and generated images are compared.
     """
 
     standard_at_any: ClassVar = frozenset({"path_images"})
@@ -75,7 +75,7 @@ class Energies(Options):
         return figures + _distances(sets, self.bins, ctx)
 
     def _generated(self, subject: PixelModel, ctx: Context) -> "_Set":
-        """The ends of fresh chains, batch by batch, each batch from a generator of its own."""
+        """Final states of new chains, batch by batch, each batch from its own generator."""
         n = self.n or (64 if ctx.quick else 500)
         sizes = [min(ctx.batch_size, n - at) for at in range(0, n, ctx.batch_size)]
         side = together(subject.density, subject.model, sizes)
@@ -104,11 +104,11 @@ class Energies(Options):
 
 
 class _Set(NamedTuple):
-    """The energies of a set of images, and how the set came about."""
+    """The energies of a set of images, and the protocol of that set."""
 
     energy: Tensor  # [N], E(x), float64
     joint: Tensor  # [N], E(x, y)
-    card: dict[str, Any]  # beside the context's
+    card: dict[str, Any]  # added to the context's
 
     @classmethod
     def of(cls, subject: PixelModel, data: Images, ctx: Context, card: dict[str, Any]) -> "_Set":
@@ -122,7 +122,7 @@ def _adversarial(subject: PixelModel, data: Images, ctx: Context) -> _Set:
 
 
 def _origin(subject: PixelModel, ctx: Context) -> dict[str, Any]:
-    """All that a chain's end depends on beside its seed and its length."""
+    """Everything except seed and length that the result of a chain depends on."""
     density = subject.density
     first = density.start.draw(4, Generator(ctx.rng.device).manual_seed(0))
     return {
@@ -138,7 +138,7 @@ def _origin(subject: PixelModel, ctx: Context) -> dict[str, Any]:
 
 
 def energy_path(subject: PixelModel, data: Images, ctx: Context) -> dict[str, Any]:
-    """E(x) and E(x, y) at each state of PGD-20: its random start, then every step."""
+    """E(x) and E(x, y) at each state of PGD-20: the random start and every step."""
     norm, rows = ball_of(ctx.threat, "pgd"), []
     for x, y in batches(data, ctx, "energy along the attack"):
         rng = Generator(ctx.rng.device).manual_seed(ctx.seed)
@@ -163,7 +163,7 @@ def energy_path(subject: PixelModel, data: Images, ctx: Context) -> dict[str, An
 
 
 def _confidence(subject: PixelModel, data: Images, ctx: Context) -> list[list[float]]:
-    """[E(x), the largest p(y | x), whether it is right] of a part of the clean images."""
+    """[E(x), the largest p(y | x), whether it is correct] for some of the clean images."""
     points: list[list[float]] = []
     with torch.no_grad():
         for x, y in batches(data.take(_spread(len(data.y), POINTS)), ctx):
@@ -194,7 +194,7 @@ def _distances(sets: Mapping[str, _Set], bins: int, ctx: Context) -> list[Figure
 
 
 def overlap(a: Tensor, b: Tensor, bins: int) -> float:
-    """What the histograms of a [N] and b [M] share, 0 to 1, in bins over the range of both."""
+    """The overlap, 0 to 1, of histograms of a [N] and b [M] with bins over the range of both."""
     if not (a.isfinite().all() and b.isfinite().all()):
         return float("nan")
     edges = bin_edges([a, b], bins)
@@ -210,7 +210,7 @@ def wasserstein(a: Tensor, b: Tensor) -> float:
 
 
 def _spread(n: int, most: int) -> Tensor:
-    """The indices of at most `most` of n images, evenly spread over their order."""
+    """The indices of at most `most` of n images, evenly spaced in their order."""
     return torch.linspace(0, n - 1, min(n, most), dtype=torch.float64).round().long()
 
 

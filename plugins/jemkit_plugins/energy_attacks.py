@@ -1,4 +1,4 @@
-"""Attacks on what a JEM has beside its classifier: its energy, and a detector made of it."""
+"""Attacks on the energy of a JEM, and on a detector based on it."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -12,9 +12,10 @@ from jemkit import Criterion, CriterionFn, ModelAttack, PGDAttack, PixelModel, T
 
 
 class EnergyAttack(PGDAttack):
-    """Projected gradient ascent of E(x, y), or of E(x); it keeps the highest energy it meets.
+    """Projected gradient ascent on E(x, y), or on E(x); returns the state of highest energy.
 
-    No label is asked to change: accuracy under it says what is lost on the way.
+    The attack does not try to change the predicted class. Accuracy under it is the accuracy at high
+    energies.
     """
 
     of: Literal["x", "xy"] = "xy"
@@ -41,16 +42,17 @@ class EnergyAttack(PGDAttack):
 
 
 class Detector(PGDAttack):
-    """Fool the classifier and a detector that refuses images of high energy, both at once.
+    """Attacks the classifier and a detector that rejects images of high energy, both at once.
 
-    An image falls where it is misclassified and its E(x~) is no higher than the detector lets
-    pass: the 95th percentile of E over the clean images of its batch; an energy that is given;
-    or, with `limit = "own"`, its own clean E(x), which passes wherever x did. Where no such x~
-    is found the attack gives x itself. Accuracy under it is thus the share of images that are
-    right and were not made wrong unseen; an image that is wrong from the start counts as wrong,
-    whether the detector would see it or not.
+    An attack succeeds if the image is misclassified and its E(x~) is at most the limit of the
+    detector: the 95th percentile of E over the clean images of the batch; a given energy; or, with
+    `limit = "own"`, E(x) of the clean image, which accepts every x. If no such x~ is found the
+    attack returns x. Accuracy under it is therefore the share of images that are correct and were
+    not changed to an accepted wrong one. An image that is misclassified from the start counts as
+    wrong, whether or not the detector would reject it.
 
-    A step goes up the cross-entropy; from a point that is wrong but seen it goes down E(x).
+    A step increases the cross-entropy; from a point that is misclassified but rejected it decreases
+    E(x).
     """
 
     limit: float | Literal["percentile", "own"] = "percentile"  # a number is an energy
@@ -78,14 +80,14 @@ class Detector(PGDAttack):
             scores = subject.scores(z)
             loss = F.cross_entropy(scores.logits, y, reduction="none")
             wrong, detected = scores.logits.argmax(1) != y, ~(scores.energy <= limit)
-            fallen = wrong & ~detected  # x stays where none falls
+            fallen = wrong & ~detected  # x if no attack succeeds
             raised = torch.where(wrong & detected, -scores.energy, loss)
             return Criterion(raised, fallen, rank=loss.where(fallen, -torch.inf))
 
         return evaluated
 
     def limits(self, clean: Tensor) -> Tensor:
-        """The highest energy that passes, for each image of clean energies [B]."""
+        """The highest accepted energy, for each image of clean energies [B]."""
         if self.limit == "own":
             return clean + self.tolerance
         if self.limit == "percentile":

@@ -1,4 +1,4 @@
-"""FGSM (Goodfellow et al., ICLR 2015): one step of the whole radius up the cross-entropy."""
+"""FGSM (Goodfellow et al., ICLR 2015): a single step of the size of the radius."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -13,11 +13,11 @@ from jemkit.attacks.pixel_model import UNIT
 
 
 class FGSM(Options):
-    """x + eps sign(grad); in the L2 norm x + eps grad / |grad|. It keeps where the step ends."""
+    """x + eps sign(grad); in L2 x + eps grad / |grad|. Returns the final state."""
 
     everyone: ClassVar[bool] = True
 
-    random_start: bool = False  # uniform in the ball, and the step is projected back into it
+    random_start: bool = False  # start uniformly in the ball; the step is projected onto it
 
     @property
     def label(self) -> str:

@@ -1,7 +1,7 @@
-"""JEAT (Zhu et al., ICCV 2021), reconstructed: JEM whose positives are adversarial images.
+"""JEAT (Zhu et al., ICCV 2021), reconstructed: JEM with adversarial images as positives.
 
-The authors released no code. The loss follows a second-hand statement of it; the constants are
-jemkit's own (docs/rivals.md).
+The authors released no code. The loss follows a second-hand description; the constants are jemkit's
+own (docs/rivals.md).
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from jemkit import (
 
 
 class Draws(NamedTuple):
-    """What the chains of one step gave."""
+    """The results of the chains of one step."""
 
     x_neg: Tensor | None  # x_K ~ p(x), [P, C, H, W]
     x_adv: Tensor  # [B, C, H, W]

@@ -15,7 +15,7 @@ from jemkit import (
 
 
 class JEM(JEMVariant):
-    """A WideResNet without normalisation, 20 steps of SGLD from uniform noise, noisy views."""
+    """A WideResNet without normalisation, 20 steps of SGLD from uniform noise, noisy inputs."""
 
     network: NetworkPart = WRN(norm="none")
     density: DensityPart = Contrastive(box=False)
@@ -26,14 +26,14 @@ class JEM(JEMVariant):
 
 
 class Draws(NamedTuple):
-    """Negatives, and the classes that they were drawn of."""
+    """Negatives, and the classes from which they were drawn."""
 
     x_neg: Tensor | None  # [P, C, H, W]
     y: Tensor | None  # [P]
 
 
 class JEMObjective(Options):
-    """log p(x) + log p(y | x), or log p(x | y) in place of the first with conditional negatives."""
+    """log p(x) + log p(y | x); with conditional negatives log p(x | y) replaces log p(x)."""
 
     needs_density: ClassVar[bool] = True
 

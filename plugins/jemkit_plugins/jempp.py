@@ -1,4 +1,4 @@
-"""JEM++ (Yang and Ji, ICCV 2021): proximal YOPO-Langevin chains from an informative start."""
+"""JEM++ (Yang and Ji, ICCV 2021): chains by proximal YOPO-Langevin dynamics, informative start."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ from jemkit import PYLD, BackboneSpec, JEMVariant, SamplerPart, Table, Views, ho
 
 
 class JEMPP(JEMVariant):
-    """A WideResNet with batch norm, 10 steps of PYLD from class-wise Gaussians, noisy views."""
+    """A WideResNet with batch norm, 10 steps of PYLD from class-wise Gaussians, noisy inputs."""
 
     sampler: SamplerPart = PYLD(inner_steps=5, step_size=0.2, clip=1.0)
     views: Views = Views(noise_x=0.03, noise_pos=0.03)

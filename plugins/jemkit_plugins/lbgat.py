@@ -1,4 +1,4 @@
-"""LBGAT (Cui et al., ICCV 2021): robust logits are fitted to those of a teacher of clean images."""
+"""LBGAT (Cui et al., ICCV 2021): fits robust logits to those of a teacher of clean images."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
@@ -15,17 +15,17 @@ from jemkit import (
 
 
 class LBGAT(Options):
-    """MSE(f(x~), g(x)) + CE(g(x), y) + beta KL(p(. | x) || p(. | x~)), student f and teacher g.
+    """MSE(f(x~), g(x)) + CE(g(x), y) + beta KL(p(. | x) || p(. | x~)) of student f and teacher g.
 
-    The teacher is trained beside the student. The squared error is a mean over images and classes
-    and pulls both at each other; labels reach the student through the teacher alone.
+    The teacher is trained together with the student. The squared error is a mean over images and
+    classes, with a gradient for both. Labels reach the student only through the teacher.
     """
 
     needs_density: ClassVar[bool] = False
 
     beta: float = Field(6.0, ge=0)
     attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10, start="gaussian")
-    teacher: NetworkPart = WRN(depth=16, width=4)  # the recipe objective/lbgat has the paper's
+    teacher: NetworkPart = WRN(depth=16, width=4)  # the recipe objective/lbgat sets the paper's
 
     def build(self, task: Task, rng: Generator) -> Objective[Any]:
         built = assemble(task, rng, network=self.teacher, energy=LogSumExp(), views=Views())
@@ -33,7 +33,7 @@ class LBGAT(Options):
 
 
 class LBGATObjective:
-    """Holds the teacher, which is always in train mode: its running statistics are never used."""
+    """Has the teacher, which is always in train mode: its running statistics are never used."""
 
     needs_density: ClassVar[bool] = False
 

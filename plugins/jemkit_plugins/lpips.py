@@ -20,9 +20,9 @@ from jemkit.runtime.opening import read_file
 from jemkit.runtime.torchvision_compat import torchvision
 
 MOST = 2 * 2**30
-"""Bytes of a file of weights; torchvision's VGG-16 has 530 million."""
+"""Largest size of a weights file in bytes; torchvision's VGG-16 has 530 million."""
 
-TRUNKS = {  # torchvision's names of the weights that the heads were fitted on
+TRUNKS = {  # torchvision's names of the weights for which the heads were trained
     "alex": "AlexNet_Weights",
     "vgg": "VGG16_Weights",
     "squeeze": "SqueezeNet1_1_Weights",
@@ -30,9 +30,9 @@ TRUNKS = {  # torchvision's names of the weights that the heads were fitted on
 
 
 class LPIPS(Options):
-    """Perceptual distance d(x, x~), the P of the papers' tables."""
+    """Perceptual distance d(x, x~): P in the papers' tables."""
 
-    min_size: ClassVar[int] = 31  # AlexNet's last pooling has nothing left of smaller images
+    min_size: ClassVar[int] = 31  # AlexNet's last pooling needs this size
 
     net: Literal["alex", "vgg", "squeeze"] = "alex"
     weights: Path | None = None  # .pth, .safetensors or .npz; else torchvision's cache
@@ -59,7 +59,7 @@ def jemkit_distances() -> Mapping[str, type[Distance]]:
 
 
 class Perceptual(nn.Module):
-    """The lpips package's network, its two passes apart; frozen and in eval mode."""
+    """The network of the lpips package, split into two passes; frozen and in eval mode."""
 
     def __init__(self, package: nn.Module) -> None:
         super().__init__()
@@ -69,14 +69,14 @@ class Perceptual(nn.Module):
         self.requires_grad_(False).eval()
 
     def features(self, x: Tensor) -> Iterator[Tensor]:
-        """Images [B, 3, H, W] in [-1, 1] to the unit features [B, D, h, w] of each layer."""
+        """Maps images [B, 3, H, W] in [-1, 1] to the unit features [B, D, h, w] of each layer."""
         h = self.scale(x)
         for layer in self.slices:
             h = layer(h)
             yield h / (torch.linalg.vector_norm(h, dim=1, keepdim=True) + 1e-10)
 
     def compare(self, clean: list[Tensor], x_adv: Tensor) -> Tensor:
-        """The sum over layers of the weighted squared differences, mean over places, [B]."""
+        """The sum over layers of the weighted squared differences, averaged over positions, [B]."""
         total = x_adv.new_zeros(len(x_adv))
         for head, ours, theirs in zip(self.heads, clean, self.features(x_adv), strict=True):
             total = total + head((ours - theirs).square()).mean((1, 2, 3))
@@ -85,7 +85,7 @@ class Perceptual(nn.Module):
 
 @lru_cache(maxsize=4)
 def network(spec: LPIPS, device: torch.device, dtype: torch.dtype) -> Perceptual:
-    """Build the network of these options once for each device and precision."""
+    """Build the network of these options, once per device and precision."""
     source, weights = _trunk_weights(spec)
     package = _package(spec.net)
     _fill(package, spec, weights, source)
@@ -105,21 +105,21 @@ def _fits(x: Tensor) -> None:
 
 
 def _network_input(x: Tensor, bounds: Bounds) -> Tensor:
-    """Images as the network was trained to see them: three channels in [-1, 1]."""
+    """Images in [-1, 1] with three channels, as the network was trained."""
     middle, half = (bounds.high + bounds.low) / 2, (bounds.high - bounds.low) / 2
     return ((x - middle) / half).expand(-1, 3, -1, -1)
 
 
 def _package(net: str) -> nn.Module:
-    """The package's network with its own heads and an empty trunk; nothing is downloaded."""
-    torchvision()  # first: the package imports it on its own
+    """The package's network with its own heads and an untrained trunk; nothing is downloaded."""
+    torchvision()  # first, since the package imports it on its own
     try:
         import lpips
     except ImportError as error:
         raise ConfigError(
             f"the distance lpips needs the package lpips ({error}): pip install lpips"
         ) from error
-    # Its random trunk is replaced; the fork keeps those draws from moving anybody's generator.
+    # Its random trunk is replaced; the fork leaves the global generator unchanged.
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         built: nn.Module = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
@@ -127,7 +127,7 @@ def _package(net: str) -> nn.Module:
 
 
 def _trunk_weights(spec: LPIPS) -> tuple[str, dict[str, Tensor]]:
-    """The trunk's weights and where they came from: the path, torchvision's cache, a download."""
+    """The trunk's weights and their source: the path, torchvision's cache or a download."""
     if spec.weights is not None:
         path = spec.weights.expanduser()
         if not path.is_file():
@@ -153,7 +153,7 @@ def _trunk_weights(spec: LPIPS) -> tuple[str, dict[str, Tensor]]:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, without running anything that is in it."""
+    """The tensors of a file, read without executing anything in it."""
     try:
         match path.suffix:
             case ".npz":
@@ -174,7 +174,7 @@ def _state_dict(loaded: Any) -> dict[str, Tensor]:
 
 
 def _fill(package: nn.Module, spec: LPIPS, weights: dict[str, Tensor], source: str) -> None:
-    """Put a file's weights into the network: the whole trunk, and the heads where it has them."""
+    """Load a file's weights into the network: the whole trunk, and the heads if it has them."""
     slots = {_file_name(name): slot for name, slot in package.named_parameters()}
     if not any(name.startswith("lin") for name in weights):
         slots = {name: slot for name, slot in slots.items() if not name.startswith("lin")}
@@ -183,7 +183,7 @@ def _fill(package: nn.Module, spec: LPIPS, weights: dict[str, Tensor], source: s
     if missing := [name for name in slots if name not in given]:
         raise DataError(f"{source}: {wanted}, missing {_some(missing)}")
     if unknown := [name for name in given if name not in slots]:
-        raise DataError(f"{source}: {wanted}, got beside them {_some(unknown)}")
+        raise DataError(f"{source}: {wanted}, got additionally {_some(unknown)}")
     for name, slot in slots.items():
         if given[name].shape != slot.shape:
             came, shape = list(given[name].shape), list(slot.shape)

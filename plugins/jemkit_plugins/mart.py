@@ -1,4 +1,4 @@
-"""MART (Wang et al., ICLR 2020): misclassified images weigh more in the divergence."""
+"""MART (Wang et al., ICLR 2020): misclassified images have a larger weight in the divergence."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
@@ -16,8 +16,8 @@ from jemkit import (
 class MART(Options):
     """BCE(f(x~), y) + beta mean KL(p(. | x) || p(. | x~)) (1 - p(y | x)).
 
-    BCE is the cross-entropy plus -log(1 - q), q the largest probability of another class. Nothing
-    is detached: the divergence has a gradient for both of its arguments and for its weight.
+    BCE is the cross-entropy plus -log(1 - q), where q is the largest probability of another class.
+    Nothing is detached: the divergence has a gradient for both arguments and for its weight.
     """
 
     needs_density: ClassVar[bool] = False
@@ -44,7 +44,7 @@ class MART(Options):
 
 
 def boosted_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """The cross-entropy, and -log(1 - q) of the likeliest wrong class, a scalar."""
+    """The cross-entropy, and -log(1 - q) of the most probable wrong class, a scalar."""
     p = logits.softmax(1)
     wrong = p.scatter(1, y[:, None], -1.0).argmax(1, keepdim=True)
     q = p.gather(1, wrong).squeeze(1)
@@ -52,7 +52,7 @@ def boosted_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def uncertainty(logits: Tensor, y: Tensor) -> Tensor:
-    """1 - p(y | x) of each row, [B]; 0 where the model is sure of y."""
+    """1 - p(y | x) of each row, [B]; 0 if the model is certain of y."""
     return 1.0000001 - logits.softmax(1).gather(1, y[:, None]).squeeze(1)
 
 

@@ -1,4 +1,4 @@
-"""M-EBM (Yang and Ji, PAKDD 2023): an energy head beside the classifier, one Gaussian start."""
+"""M-EBM (Yang and Ji, PAKDD 2023): a separate energy head, chains from a single Gaussian."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from jemkit import (
 
 
 class MEBM(JEMVariant):
-    """The energy head's density, 5 steps of SGLD; with a classifier objective it is M-JEM."""
+    """A density by an energy head, 5 steps of SGLD; with the objective `jem` it is M-JEM."""
 
     energy: EnergyPart = LinearHead()
     density: DensityPart = Contrastive(penalty=0.5, penalty_on="positives")

@@ -1,4 +1,4 @@
-"""Out-of-distribution detection (Grathwohl et al., ICLR 2020): test images told from others."""
+"""Out-of-distribution detection (Grathwohl et al., ICLR 2020): test images against other images."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
@@ -16,7 +16,7 @@ from jemkit.runtime.work_cache import tensors_hash
 from jemkit.runtime.rng import generator
 
 Made = Literal["interpolation", "uniform", "gaussian", "constant", "rotation"]
-"""Sets that need no files."""
+"""Image sets that need no files."""
 
 SCORES = {
     "logp": "-E(x), log p(x) up to a constant",
@@ -24,24 +24,24 @@ SCORES = {
     "gradnorm": "-|dE/dx|, the approximate mass; x in [0, 1]",
     "joint": "max over y of -E(x, y)",
 }
-"""Each score by name; larger says in-distribution."""
+"""The scores by name; larger means in-distribution."""
 
 LUMA = (0.299, 0.587, 0.114)
-"""Of red, green and blue, where a model of grey images judges coloured ones."""
+"""Weights of red, green and blue, for coloured images in a model of greyscale images."""
 
 
 class OOD(Options):
-    """How well each score tells test images from others; the test images are the positive class.
+    """How well each score separates test images (the positive class) from other images.
 
-    By default against sets that need no files: means of two test images, uniform and Gaussian
-    noise, images of one colour, and quarter turns where images are grey; and against other data
-    sets whose files lie beside the judged one's. `against` names registered ones instead:
-    --set ood.against=[{use="svhn",dir="data"}]
+    By default the other sets are those that need no files (means of two test images, uniform and
+    Gaussian noise, images of a single colour, and rotations by 90 degrees if images are greyscale),
+    and other data sets whose files are in the same folder. `against` selects registered data sets
+    instead: --set ood.against=[{use="svhn",dir="data"}]
     """
 
-    standard_at_any: ClassVar = frozenset({"made"})  # each set has figures of its own
+    standard_at_any: ClassVar = frozenset({"made"})  # each set has its own figures
 
-    made: tuple[Made, ...] | None = None  # None: all, rotation where images are grey
+    made: tuple[Made, ...] | None = None  # None: all; rotation only for greyscale images
     against: tuple[Annotated[Dataset, PartOf("dataset")], ...] = ()
 
     def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
@@ -63,7 +63,7 @@ class OOD(Options):
         return figures
 
     def _sets(self, x: Tensor, ctx: Context) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
-        """Each set's name, its images [M, C, H, W] in [0, 1], and how it came about."""
+        """Each set's name, its images [M, C, H, W] in [0, 1], and how they were made."""
         usual = [m for m in get_args(Made) if m != "rotation" or x.shape[1] == 1]
         for made in dict.fromkeys(usual if self.made is None else self.made):
             rng = generator(torch.device("cpu"), ctx.seed, "ood", made)
@@ -72,7 +72,7 @@ class OOD(Options):
         taken: dict[str, int] = {}
         others = {} if self.against else ctx.others()
         for dataset in self.against:
-            word = type(dataset).__name__.lower()  # as it is registered
+            word = type(dataset).__name__.lower()  # as registered
             taken[word] = taken.get(word, 0) + 1
             name = word if taken[word] == 1 else f"{word}{taken[word]}"
             others = {**others, name: dataset.load("test")}
@@ -82,10 +82,10 @@ class OOD(Options):
 
 
 def scores(subject: PixelModel, data: Images, ctx: Context, what: str = "") -> dict[str, Tensor]:
-    """Every score of every image, each [N], float64 on the CPU; one pass forward, one back."""
+    """Every score of every image, each [N], float64 on the CPU; one forward, one backward pass."""
     rows = []
     for x, _ in batches(data, ctx, what):
-        logp: list[Tensor] = []  # log p(y | x) and E(x) of the pass that the gradient comes from
+        logp: list[Tensor] = []  # log p(y | x) and E(x) of the pass that gives the gradient
 
         def energy(z: Tensor, collected: list[Tensor] = logp) -> Tensor:
             scored = subject.scores(z)
@@ -99,7 +99,7 @@ def scores(subject: PixelModel, data: Images, ctx: Context, what: str = "") -> d
 
 
 class Detection(NamedTuple):
-    """How well a score tells positives from negatives."""
+    """How well a score separates positives from negatives."""
 
     auroc: float
     low: float  # of the AUROC's 95 % interval (DeLong et al. 1988)
@@ -113,7 +113,7 @@ class Detection(NamedTuple):
 
 
 def detection(positive: Tensor, negative: Tensor) -> Detection:
-    """Of scores [N] and [M]; NaN throughout where a score is NaN."""
+    """The statistics of scores [N] and [M]; all NaN if a score is NaN."""
     if positive.isnan().any() or negative.isnan().any():
         return Detection(*[float("nan")] * 5)
     low, high = auroc_interval(positive, negative)
@@ -122,19 +122,19 @@ def detection(positive: Tensor, negative: Tensor) -> Detection:
 
 
 def wins(a: Tensor, b: Tensor) -> Tensor:
-    """The share of b [M] that each of a [N] is larger than; a tie is half a win."""
+    """For each a [N] the share of b [M] that is smaller; a tie counts half."""
     ordered = b.sort().values
     below = torch.searchsorted(ordered, a) + torch.searchsorted(ordered, a, right=True)
     return below.double() / (2 * len(b))
 
 
 def auroc(positive: Tensor, negative: Tensor) -> float:
-    """The chance that a positive scores higher than a negative, ties counted half."""
+    """The probability that a positive scores higher than a negative; ties count half."""
     return float(wins(positive, negative).mean())
 
 
 def auroc_interval(positive: Tensor, negative: Tensor) -> tuple[float, float]:
-    """The 95 % interval of the AUROC (DeLong et al. 1988); one image says nothing of its spread."""
+    """The 95 % interval of the AUROC (DeLong et al. 1988); a single image has no spread."""
     if min(len(positive), len(negative)) < 2:
         return 0.0, 1.0
     area, variance = auroc(positive, negative), 0.0
@@ -151,7 +151,7 @@ def aupr(positive: Tensor, negative: Tensor) -> float:
 
 
 def fpr_at(positive: Tensor, negative: Tensor, *, percent: int) -> float:
-    """The share of negatives let through where `percent` of the positives are."""
+    """The share of negatives accepted at the threshold that accepts `percent` of the positives."""
     let_in = -(-percent * len(positive) // 100)
     threshold = positive.sort(descending=True).values[let_in - 1 : let_in]
     return float(at_least(negative, threshold) / len(negative))
@@ -207,7 +207,7 @@ MADE: dict[str, tuple[str, Callable[[Tensor, Generator], Tensor]]] = {
 def _random_subset(
     whole: Tensor, name: str, x: Tensor, rng: Generator
 ) -> tuple[Tensor, dict[str, Any]]:
-    """As many test images of another data set as there are of x, with the channels of x."""
+    """At most as many test images of another data set as x has, with the channels of x."""
     if whole.shape[2:] != x.shape[2:]:
         raise MisfitError(
             f"ood: the images of {name} are {list(whole.shape[1:])}, the model's "

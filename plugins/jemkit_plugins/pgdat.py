@@ -1,4 +1,4 @@
-"""PGD-AT (Madry et al., ICLR 2018): training on the worst images of a ball."""
+"""PGD-AT (Madry et al., ICLR 2018): adversarial training with PGD."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar

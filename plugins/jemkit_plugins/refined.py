@@ -1,4 +1,4 @@
-"""Attacks on models whose answer is random, or that refine their input before they classify it."""
+"""Attacks on randomised models, and on models that purify their input."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -18,26 +18,26 @@ from jemkit.attacks.purification import Refined, Slope
 class EOT(PGDAttack):
     """PGD on a gradient averaged over draws of the model's noise (Athalye et al., ICML 2018b).
 
-    Where the model refines its input the gradient goes through every step of the chain. Any
-    other model is asked `samples` times over.
+    If the model purifies its input, the gradient is taken through every step of the chain. Any
+    other model is evaluated `samples` times.
     """
 
     slope: ClassVar[Slope] = "exact"
 
     steps: int = Field(20, ge=0)
     step_px: float | None = Field(None, ge=0)  # None: a quarter of the radius
-    samples: int = Field(10, ge=1)  # passes to a gradient; one where nothing is drawn
+    samples: int = Field(10, ge=1)  # passes per gradient; one if nothing is random
 
     @property
     def label(self) -> str:
         return f"eot{self.steps}"
 
     def criterion(self, subject: PixelModel, x: Tensor, y: Tensor, rng: Generator) -> CriterionFn:
-        """Losses and logits are means over the passes, and so is the slope of the loss."""
+        """Losses and logits are means over the passes, as is the gradient of the loss."""
         passes = 1 if isinstance(subject, Refined) and not subject.random else self.samples
 
         def evaluated(z: Tensor) -> Criterion:
-            """Linear in z with the mean slope, so that one pass's graph is in memory at a time."""
+            """Linear in z with the mean gradient, so that only one pass's graph is in memory."""
             slope, losses, answers = torch.zeros_like(z), [], []
             for _ in range(passes):
                 logits = self._logits(subject, z, rng)
@@ -66,10 +66,10 @@ class EOT(PGDAttack):
 
 
 class BPDA(EOT):
-    """PGD that goes back through a refinement as if it were the identity (Athalye et al., 2018a).
+    """PGD that treats purification as the identity in the backward pass (Athalye et al., 2018a).
 
-    The forward pass refines in full; the gradient at the refined image is taken for that at x.
-    It is averaged over the noise as in `eot`.
+    The forward pass purifies fully; the gradient at the purified image is used as that at x. It is
+    averaged over the noise as in `eot`.
     """
 
     slope: ClassVar[Slope] = "straight_through"

@@ -11,7 +11,7 @@ from jemkit import Network, NetworkSpec, Options, Shape, hookimpl
 from jemkit.models.norms import Norm, norm_layer
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
-"""Blocks in each of the four stages, by depth."""
+"""Number of blocks in each of the four stages, by depth."""
 
 
 class ResNet(Options):
@@ -29,7 +29,7 @@ class ResNet(Options):
 
 
 class BasicBlock(nn.Module):
-    """Two convolutions and what they pass by; the stride sits on the first."""
+    """Two convolutions and a shortcut; the stride is in the first convolution."""
 
     def __init__(self, inner: int, outer: int, stride: int, norm: Norm) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class BasicBlock(nn.Module):
 
 
 class ResidualNetwork(Network):
-    """A stem, four stages and the mean over the image."""
+    """A stem, four stages and a mean over positions."""
 
     def __init__(self, shape: Shape, options: ResNet) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Robustness: accuracy under every attack that is asked for, and whether to believe it."""
+"""Robustness: accuracy under every requested attack, with failure indicators."""
 
 from collections.abc import Mapping
 from typing import ClassVar, Literal
@@ -14,10 +14,10 @@ from jemkit_plugins.indicators.plan import QUICK_SHARE
 
 
 class Robustness(Options):
-    """Accuracy under each attack, with the failure indicators of each figure.
+    """Accuracy under each attack, with failure indicators for each figure.
 
-    The indicators cost at most as much as the attacks that they guard, in passes of the model, and
-    half of that in a quick look; what is left out for it the record names. "full" runs them all.
+    The indicators use at most as many passes through the model as the attacks, or half as many with
+    --quick. The record lists the indicators that were omitted. "full" runs them all.
     """
 
     standard_at_any: ClassVar = frozenset({"indicators", "indicator_images"})

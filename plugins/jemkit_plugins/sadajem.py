@@ -1,4 +1,4 @@
-"""SADA-JEM (Yang, Su and Ji, CVPR 2023): sharpness-aware, its density without augmentation."""
+"""SADA-JEM (Yang, Su and Ji, CVPR 2023): SAM, and a density of images without augmentation."""
 
 from collections.abc import Mapping
 

@@ -19,7 +19,7 @@ class SCORE(Options):
     needs_density: ClassVar[bool] = False
 
     beta: float = Field(4.0, ge=0)  # the released checkpoints: 3
-    c: float = Field(0.0, ge=0, le=2)  # no squared distance of two distributions is larger
+    c: float = Field(0.0, ge=0, le=2)  # the largest squared distance of two distributions
     smoothing: float = Field(0.0, ge=0, lt=1)  # of the label
     attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10)
 

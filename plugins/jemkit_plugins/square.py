@@ -1,4 +1,4 @@
-"""Square Attack (Andriushchenko et al., ECCV 2020) alone: random squares, no gradients."""
+"""Square Attack (Andriushchenko et al., ECCV 2020): random squares, no gradients."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -10,10 +10,10 @@ from jemkit.attacks.autoattack import QUERIES, Stage, package
 
 
 class Square(Options):
-    """A search by squares at random places; it sees logits alone.
+    """A random search with square windows, which uses only logits.
 
-    The squares shrink over the queries, as in its authors' program. With 5,000 it is AutoAttack's
-    part, which takes the first half of a schedule of 10,000.
+    The squares shrink with the number of queries, as in the authors' program. With 5,000 queries it
+    equals the Square attack of AutoAttack, which uses the first half of a schedule of 10,000.
     """
 
     everyone: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""TDAT (AAAI 2024): single-step adversarial training from the last step's perturbation."""
+"""TDAT (AAAI 2024): single-step adversarial training, started at the previous perturbation."""
 
 import math
 from collections.abc import Mapping
@@ -16,19 +16,19 @@ from jemkit import (
 
 
 class TDAT(Options):
-    """CE with relaxed labels of x~, and lambda mean |f(x_0) - f(x~)|^2 tanh(1 - p(y | x_0)).
+    """CE of x~ with relaxed labels, and lambda mean |f(x_0) - f(x~)|^2 tanh(1 - p(y | x_0)).
 
-    x_0 is x + m, m the perturbation that the last step left in the same place of the batch, and x~
-    is one sign step of the radius from it. "paper" is the text's regulariser: f(x) for f(x_0), the
-    norm not squared, tanh in the schedule of the labels, a momentum of 0.75 for m.
+    x_0 is x + m, where m is the last perturbation of the same position in the batch; x~ is one sign
+    step of the size of the radius from x_0. With "paper" the regulariser has f(x) instead of f(x_0)
+    and the norm is not squared, the label schedule uses tanh, and m has a momentum of 0.75.
     """
 
     needs_density: ClassVar[bool] = False
     norm: ClassVar[Ball] = "Linf"
 
     weight: float = Field(0.6, ge=0)  # lambda
-    gamma_min: float = Field(0.15, gt=0, le=1)  # the least weight of the true label
-    relaxation: float = Field(0.6, ge=0)  # beta of the labels' schedule
+    gamma_min: float = Field(0.15, gt=0, le=1)  # the smallest weight of the true label
+    relaxation: float = Field(0.6, ge=0)  # beta of the label schedule
     radius_px: Radius | None = None  # None: the data set's
     variant: Literal["released", "paper"] = "released"
 
@@ -40,14 +40,14 @@ class TDAT(Options):
 
 
 class Draws(NamedTuple):
-    """The perturbation that a step began from, and where it ended; both [B, C, H, W]."""
+    """The perturbation at the start of a step and at its end; both [B, C, H, W]."""
 
     m: Tensor
     x_adv: Tensor
 
 
 class TDATObjective:
-    """Keeps m, one perturbation a place of the batch; at first a random corner of the cube."""
+    """Keeps m, one perturbation per position in the batch; at first a random corner of the ball."""
 
     needs_density: ClassVar[bool] = False
 
@@ -60,7 +60,7 @@ class TDATObjective:
         return ("x", "x_adv") if self.options.weight else ("x_adv",)
 
     def gamma(self, step: int) -> float:
-        """The weight of y: from relaxation tan(1) (paper: tanh(1)) down to `gamma_min`."""
+        """The weight of y, which falls by tan (paper: tanh) to `gamma_min` during training."""
         left = 1 - step / self.task.total_steps
         curve = math.tan if self.options.variant == "released" else math.tanh
         return min(1.0, max(self.options.gamma_min, self.options.relaxation * curve(left)))
@@ -82,7 +82,7 @@ class TDATObjective:
         return Draws(m, bounds.clamp(batch.x + delta))
 
     def relaxed(self, batch: Batch) -> Tensor:
-        """The labels that the step climbs away from, [B, K]: gamma on y, the rest shared out."""
+        """The labels of the attack, [B, K]: gamma on y, the rest distributed over other classes."""
         gamma, k = self.gamma(batch.step), self.task.n_classes
         label = torch.full((len(batch.y), k), (1 - gamma) / (k - 1), device=batch.y.device)
         return label.scatter_(1, batch.y[:, None], gamma)

@@ -1,4 +1,4 @@
-"""TRADES (Zhang et al., ICML 2019): accuracy traded for smoothness by a divergence."""
+"""TRADES (Zhang et al., ICML 2019): trades accuracy for smoothness by a KL term."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar

@@ -17,7 +17,7 @@ class WEAT(Options):
     """mean w CE + beta mean w KL(p(. | x) || p(. | x~)), w = 1 / log(1 + exp |E(x)|), detached.
 
     The cross-entropy is of x~, or of x with `of = "natural"`. The weights are largest at E(x) = 0,
-    where they are 1 / log 2, and are not normalised.
+    where they are 1 / log 2; they are not normalised.
     """
 
     needs_density: ClassVar[bool] = False
@@ -54,7 +54,7 @@ class WEAT(Options):
 
 
 def weights(energy: Tensor) -> Tensor:
-    """1 / log(1 + exp |E|), [B]; near 1 / |E| for large energies."""
+    """1 / log(1 + exp |E|), [B]; close to 1 / |E| for large energies."""
     return 1 / F.softplus(energy.abs())
 
 

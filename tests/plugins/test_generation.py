@@ -173,7 +173,7 @@ def test_a_buffer_of_fewer_states_than_asked_for_is_taken_whole() -> None:
 
 
 def test_a_buffer_that_no_training_filled_is_no_sample() -> None:
-    with pytest.raises(Unmeasurable, match="buffer that training left"):
+    with pytest.raises(Unmeasurable, match="trained replay buffer"):
         judged(source="buffer")
 
 

@@ -22,17 +22,17 @@ log = logging.getLogger("jemkit.data")
 
 
 class Folder(Options):
-    """Image files in a folder a class: DIR/train/CLASS/* and DIR/test/CLASS/*, or DIR/CLASS/*.
+    """Image files, one folder per class: DIR/train/CLASS/* and DIR/test/CLASS/*, or DIR/CLASS/*.
 
-    Splits may have any of their usual names; images of valid/ beside train/ and test/ validate.
-    Images are read upright as their EXIF says, and where they are transparent on white.
+    Splits may have any of their usual names. The images of valid/ beside train/ and test/ are the
+    validation split. EXIF orientation is applied, and transparent pixels are blended with white.
     """
 
     radius_px: ClassVar[float] = 8
-    augmentation: ClassVar[Augmentation] = Augmentation()  # nobody knows what a flip means here
+    augmentation: ClassVar[Augmentation] = Augmentation()  # flips may change a class
 
     dir: Path
-    size: int | None = Field(None, ge=SIZES[0], le=SIZES[1])  # px: the centre square, resized
+    size: int | None = Field(None, ge=SIZES[0], le=SIZES[1])  # px: centre square, resized
 
     @property
     def n_classes(self) -> int:
@@ -40,7 +40,7 @@ class Folder(Options):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The class folders' names."""
+        """The names of the class folders."""
         return tuple(layout(self.dir).classes)
 
     def files(self, split: Role) -> tuple[str, ...]:
@@ -49,11 +49,11 @@ class Folder(Options):
         return tuple(path.relative_to(self.dir).as_posix() for path in paths)
 
     def load(self, split: Split) -> Images:
-        """All images of a split; grey where all of both are. Float pixels are taken as [0, 1]."""
+        """All images of a split; greyscale if both splits are. Float pixels must be in [0, 1]."""
         return self._load(split)
 
     def validation(self) -> Images | None:
-        """The images of valid/, where there is one beside train/ and test/."""
+        """The images of valid/, if it exists beside train/ and test/."""
         return self._load("valid") if "valid" in layout(self.dir).splits else None
 
     def _load(self, split: Role) -> Images:
@@ -75,7 +75,7 @@ def jemkit_datasets() -> Mapping[str, type[Dataset]]:
 
 
 def _parts(files: Listing) -> dict[Role, list[Sample]]:
-    """The image files of each split; where the folders set no test images apart, a fifth is."""
+    """The image files of each split; without a test folder a fifth is the test split."""
     if "test" in files.images:
         return {"train": files.images["train"], "valid": [], **files.images}
     samples, classes = files.images["train"], files.layout.classes
@@ -98,7 +98,7 @@ def _log_contents(
     parts: Mapping[Role, list[Sample]],
     remarks: list[str],
 ) -> None:
-    """Say what lies in the folder, and what of it is left out; once a process."""
+    """Print the contents of the folder and the ignored files, once per process."""
     classes = files.layout.classes
     counts = [f"{len(parts['train'])} images to train on, {len(parts['test'])} to test"]
     if "test" not in files.images:

@@ -57,7 +57,7 @@ def listing(root: Path) -> Listing:
 
 
 class _Folder(NamedTuple):
-    """A folder to look at."""
+    """A folder to be listed."""
 
     path: str
     group: Group | None  # None: above or beside the class folders

@@ -22,7 +22,7 @@ FORMATS = (
     "PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "TIFF", "WEBP", "AVIF", "PPM", "JPEG2000", "TGA",
     "PCX",
 )  # fmt: skip
-"""Formats that are decoded, whatever the extension; none of these starts another program."""
+"""Formats that are decoded, whatever the extension; none of them starts another program."""
 
 SIXTEEN = 65535
 """White in 16-bit greyscale."""
@@ -32,7 +32,7 @@ class Survey(NamedTuple):
     """The contents of all images' headers."""
 
     grey: bool  # all of them
-    remarks: list[str]  # how some of them are read, as text
+    remarks: list[str]  # how special images are read, as text
 
 
 def survey(paths: Iterable[str], size: int | None) -> Survey:
@@ -68,7 +68,7 @@ def _check_size(path: str, px: tuple[int, int], first: tuple[str, tuple[int, int
 
 
 def pixels(path: str, *, grey: bool, size: int | None) -> Tensor:
-    """One image, [C, H, W], uint8 or float32 in [0, 1]: upright, and on white where transparent."""
+    """One image, [C, H, W], uint8 or float32 in [0, 1]: EXIF applied, blended with white."""
     with opened(path) as raw:
         image = ImageOps.exif_transpose(raw)
         image = _on_white(image) if _transparent(image) else image
@@ -89,7 +89,7 @@ def _transparent(image: Image.Image) -> bool:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """The image on white, so that invisible colours are not part of the data."""
+    """The image blended with white, so that invisible colours are not part of the data."""
     if image.mode[0] == "I":  # one grey value means transparent
         clear = np.asarray(image) == image.info["transparency"]
         return Image.fromarray(np.where(clear, SIXTEEN, np.asarray(image)).astype(np.uint16))
@@ -99,7 +99,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _unit(image: Image.Image, path: str) -> Image.Image:
-    """Float pixels as they are, 16-bit greyscale divided by its maximum; both in [0, 1]."""
+    """Float pixels unchanged, 16-bit greyscale divided by its maximum; both in [0, 1]."""
     values = np.asarray(image, dtype=np.float32)
     if image.mode == "F":
         if not (values.min() >= 0 and values.max() <= 1):  # NaN fails both
@@ -125,7 +125,7 @@ def _centre(image: Image.Image) -> Image.Image:
 def opened(path: str) -> Iterator[Image.Image]:
     """Decode an image file in the block; whatever a decoder raises becomes a DataError."""
     with _file(path) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd metadata
+        warnings.simplefilter("ignore")  # warnings about odd metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(file, formats=_formats()) as image:

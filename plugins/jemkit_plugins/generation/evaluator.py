@@ -1,4 +1,4 @@
-"""Generation: how near samples come to the data, by FID and its family."""
+"""Generation: the distance between samples and the data, by FID and related measures."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,14 +30,14 @@ from jemkit_plugins.generation.samples import GeneratedImages, fresh, buffer_sta
 
 CPU = torch.device("cpu")
 ENOUGH = 2048
-"""Images below which a covariance of Inception's 2,048 features has no full rank."""
+"""With fewer images a covariance of Inception's 2,048 features does not have full rank."""
 
 QUICK, QUICK_REFERENCE = 256, 2_500
 GRID, SHOWN, NEIGHBOURS = 100, 20, 5  # of the pictures
 SPLITS, K, TOP_SHARE = 10, 3, 0.9  # of an Inception score; of precision and recall; of top90
 SUBSETS, SUBSET = 100, 1000  # of the kernel distance
 OTHERWISE = {"fid": "fd", "kid": "kd"}
-"""Measures whose names are Inception's alone, and what they are called in other features."""
+"""Measures named so only with Inception features, and their names with other features."""
 
 QUANTISATION = "8 bits, rounded and clamped"
 
@@ -49,27 +49,27 @@ def _part(value: Any) -> Any:
 class Generation(Options):
     """Frechet and kernel distance, precision and recall of samples against training images.
 
-    In Inception's features, where its weights are there, these are FID and KID, and an Inception
-    score stands beside them. In any other features they are called by the features' name, such as
-    `fd-self` for the judged model's own: no FID, and of no use between models.
+    With Inception features, which need their weights, these are FID and KID, and an Inception score
+    is added. With other features the names contain the features, such as `fd-self` for features of
+    the evaluated model itself: this is not FID, and cannot be compared between models.
     """
 
-    standard_at_any: ClassVar = frozenset({"n", "inception"})  # both stand in the card
+    standard_at_any: ClassVar = frozenset({"n", "inception"})  # both are part of the protocol
 
     n: int = Field(2_500, ge=16)  # papers take 10,000 or 50,000: fewer make every distance larger
     steps: int = Field(STEPS, ge=0)
     start: Annotated[Annotated[StartSpec, PartOf("start")] | None, BeforeValidator(_part)] = None
     source: Literal["chains", "buffer"] = "chains"  # the buffer is an artefact of training
-    selection: Literal["none", "top90"] = "none"  # top90: the surest of each predicted class
+    selection: Literal["none", "top90"] = "none"  # top90: the most confident of each class
     reference: Literal["train", "train+test"] = "train"
     max_reference: int | None = Field(None, ge=16)  # drawn at random; None: all
-    inception: Path | None = None  # torch-fidelity's weights; None: those in torch's cache, if any
+    inception: Path | None = None  # torch-fidelity's weights; None: those in torch's cache
     features: SkipJsonSchema[InstanceOf[Features] | None] = Field(None, exclude=True, repr=False)
 
     @field_validator("inception")
     @classmethod
     def _there(cls, path: Path | None) -> Path | None:
-        """Before any attack runs: FID that was asked for needs its weights."""
+        """Before any attack runs: a requested FID needs its weights."""
         if path is not None:
             inception_file(path)
         return path
@@ -88,7 +88,8 @@ class Generation(Options):
         if samples.x.shape[1:] != reference.x.shape[1:]:
             raise MisfitError(
                 f"samples are {list(samples.x.shape[1:])} and the reference's images "
-                f"{list(reference.x.shape[1:])}; judge the model on the data set it is trained on"
+                f"{list(reference.x.shape[1:])}; evaluate the model on the data set that it was "
+                "trained on"
             )
         label = "" if self.selection == "none" else f"-{self.selection}"
         x = samples.most_confident(TOP_SHARE).x if self.selection == "top90" else samples.x
@@ -107,7 +108,7 @@ class Generation(Options):
         ]
 
     def _features(self, subject: PixelModel, ctx: Context) -> Features:
-        """The ones that were handed in, Inception, or the model's own: the first there is."""
+        """The extractor to use: the given one, else Inception, else the model's own network."""
         if self.features is not None:
             return self.features
         try:
@@ -118,11 +119,13 @@ class Generation(Options):
             own_features, reason = own(subject), str(error)
         if own_features is None:
             raise Unmeasurable(f"the model has no network whose features could serve; {reason}")
-        ctx.notes.warnings.append(f"{reason}. Measured instead: fd-self and its kin, no FID")
+        ctx.notes.warnings.append(
+            f"{reason}. Measured instead: fd-self and similar, which are not FID"
+        )
         return own_features
 
     def _reference(self, ctx: Context) -> Images:
-        """What samples are compared with: all that the data set has to train and validate on."""
+        """The reference images: all training and validation images of the data set."""
         names = ["train", "valid", *(["test"] if self.reference == "train+test" else [])]
         parts = [ctx.split(name) for name in names]
         whole = Images(torch.cat([p.x.cpu() for p in parts]), torch.cat([p.y.cpu() for p in parts]))
@@ -133,7 +136,7 @@ class Generation(Options):
         return whole.take(torch.randperm(len(whole.y), generator=rng)[:limit].sort().values)
 
     def _count(self, ctx: Context) -> int:
-        """How many samples are drawn."""
+        """The number of samples to draw."""
         return min(self.n, QUICK) if ctx.quick else self.n
 
     def _generated(self, subject: PixelModel, ctx: Context, reference: Images) -> GeneratedImages:
@@ -202,7 +205,7 @@ def _bytes(images: Images) -> Tensor:
 
 
 def _name(measure: str, features: Features) -> str:
-    """A figure's name: the bare measure in Inception's features alone."""
+    """The name of a figure: the bare measure only with Inception features."""
     if features.is_inception:
         return measure
     return f"{OTHERWISE.get(measure, measure)}-{features.name}"
@@ -211,7 +214,7 @@ def _name(measure: str, features: Features) -> str:
 def _measured(
     ours: Extracted, theirs: Extracted, ctx: Context
 ) -> dict[str, tuple[float, dict[str, Any]]]:
-    """Every measure by name: its value, and what joins its protocol."""
+    """Every measure by name: its value, and additions to its protocol."""
     rng = generator(CPU, ctx.seed, "generation", "subsets")
     a, b = (side.features.to(ctx.rng.device) for side in (ours, theirs))
     near, far = (fid.moments(torch.split(rows, PIECE)) for rows in (a, b))
@@ -233,7 +236,7 @@ def _measured(
 
 
 def _show(x: Tensor, ctx: Context, label: str) -> None:
-    """The first samples, and the training images nearest to them: copies would stand out."""
+    """The first samples with the training images nearest to them, which would show copies."""
     samples, train = x[:SHOWN].float() / 255, ctx.split("train")
     k = min(NEIGHBOURS, len(train.y))
     distances, nearest = fid.nearest_rows(samples, train.unit().cpu(), k)

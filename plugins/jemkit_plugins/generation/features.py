@@ -1,4 +1,4 @@
-"""Feature extractors: what networks see in images of 8 bits, for measures between sets of them."""
+"""Feature extractors: networks applied to 8-bit images, for distances between sets of images."""
 
 import hashlib
 import io
@@ -21,26 +21,26 @@ from jemkit.runtime.opening import read_file
 from jemkit.runtime.torchvision_compat import torchvision
 
 PIECE = 1000
-"""Images whose features are kept together."""
+"""Number of images whose features are cached together."""
 
 INCEPTION = "inception"
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
-"""The file of torch-fidelity's InceptionV3, which is TensorFlow's graph of 2015."""
+"""The file of torch-fidelity's InceptionV3, converted from the TensorFlow graph of 2015."""
 
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
 
 
 class Extracted(NamedTuple):
-    """What an extractor finds in a batch."""
+    """The outputs of an extractor for a batch."""
 
     features: Tensor  # [B, D], float32
-    logits: Tensor | None = None  # [B, K]; where there are any, an Inception score
+    logits: Tensor | None = None  # [B, K]; needed for an Inception score
 
 
 class Features(NamedTuple):
-    """A network as measures see it."""
+    """A feature extractor."""
 
-    name: str  # part of a figure's name, unless it is Inception
+    name: str  # part of a figure's name, except for Inception
     extract: Callable[[Tensor], Extracted]  # of uint8 images [B, C, H, W] on the network's device
     card: dict[str, Any]  # which network, and the SHA-256 of its weights
 
@@ -50,7 +50,7 @@ class Features(NamedTuple):
 
 
 def of_module(module: nn.Module, name: str, bounds: Bounds = UNIT) -> Features:
-    """The features [B, D] that a module gives of images in `bounds`, under a name of one's own."""
+    """The features [B, D] of a module for images in `bounds`, under a name of your own."""
     if name == INCEPTION:
         raise ConfigError(f"{name!r} names the network of FID; call this one by another name")
 
@@ -67,13 +67,13 @@ def of_module(module: nn.Module, name: str, bounds: Bounds = UNIT) -> Features:
 
 
 def own(subject: PixelModel) -> Features | None:
-    """The features of the judged model's own network, under the name `self`; None without one."""
+    """The features of the evaluated model's own network, named `self`; None if it has none."""
     network = getattr(subject.model, "network", None)
     return of_module(network, "self", subject.bounds) if isinstance(network, nn.Module) else None
 
 
 def extracted(features: Features, images: Tensor, ctx: Context, what: str) -> Extracted:
-    """What an extractor sees in uint8 images [N, C, H, W], kept on disk piece by piece."""
+    """The outputs of an extractor for uint8 images [N, C, H, W], cached batch by batch."""
     sha = hashlib.sha256(images.contiguous().numpy().data).hexdigest()
     parts = torch.split(images, PIECE)
 
@@ -100,12 +100,12 @@ def extracted(features: Features, images: Tensor, ctx: Context, what: str) -> Ex
 
 
 def inception_file(named: Path | None) -> Path:
-    """Inception's weights, named or in torch's cache; else one message with the ways out."""
+    """The path of Inception's weights, given or in torch's cache; raises with how to get them."""
     cached = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
     path = cached if named is None else named.expanduser()
     if path.is_file():
         return path
-    home = str(Path.home())  # a record is given to others
+    home = str(Path.home())  # since records may be published
     place, cache = (str(p).replace(home, "~", 1) for p in (path, cached.parent))
     raise DataError(
         f"{place} is missing: FID and IS need torch-fidelity's Inception weights, which are not "
@@ -115,7 +115,7 @@ def inception_file(named: Path | None) -> Path:
 
 
 def inception(path: Path, device: torch.device) -> Features:
-    """torch-fidelity's InceptionV3 with the weights in a file; grey images as three channels."""
+    """torch-fidelity's InceptionV3 with the weights of a file; grey images get three channels."""
     extractor = _extractor(path).to(device)
 
     def extract(images: Tensor) -> Extracted:
@@ -127,19 +127,19 @@ def inception(path: Path, device: torch.device) -> Features:
 
 
 def _extractor(path: Path) -> nn.Module:
-    torchvision()  # first: the package imports it on its own
+    torchvision()  # first, since the package imports it on its own
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise ConfigError(
             f"FID and IS need the package torch-fidelity ({error}): {install('metrics')}"
         ) from error
-    # The package unpickles whatever it is given, so it is given a copy of tensors alone.
+    # The package unpickles the file that it is given, so it gets a copy that has only tensors.
     copy = io.BytesIO()
     torch.save(_tensors(path), copy)
     copy.seek(0)
     try:
-        # Its first weights are replaced; the fork keeps their draws from moving any generator.
+        # Its initial weights are replaced; the fork leaves the global generator unchanged.
         with torch.random.fork_rng(devices=[]):
             built: nn.Module = FeatureExtractorInceptionV3(
                 INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=copy
@@ -152,7 +152,7 @@ def _extractor(path: Path) -> nn.Module:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, without running anything that is in it."""
+    """The tensors of a file, read without executing anything in it."""
     try:
         if path.suffix == ".safetensors":
             weights: Any = load_tensors(path)

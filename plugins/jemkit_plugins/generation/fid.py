@@ -1,4 +1,4 @@
-"""How far one set of images is from another, in a network's features: FID's family of measures."""
+"""Distances between two sets of images in the features of a network: FID and related measures."""
 
 from collections.abc import Iterable, Iterator
 from functools import reduce
@@ -8,18 +8,18 @@ import torch
 from torch import Generator, Tensor
 
 ROWS = 1000
-"""Of a block of distances that is held at a time."""
+"""Number of rows whose distances are in memory at a time."""
 
 
 class Spread(NamedTuple):
-    """A mean over parts of the data, and the standard deviation of the parts."""
+    """A mean over parts of the data, and the standard deviation over the parts."""
 
     mean: float
     std: float
 
 
 class Moments(NamedTuple):
-    """Count, mean and scatter of rows of features; those of parts add up to those of the whole."""
+    """Count, mean and scatter of rows of features; the moments of parts can be added."""
 
     n: int
     mean: Tensor  # [D], float64
@@ -27,14 +27,14 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, rows: Tensor) -> "Moments":
-        """Those of rows [N, D]."""
+        """The moments of rows [N, D]."""
         wide = rows.double()
         mean = wide.sum(dim=0) / max(1, len(rows))
         centred = wide - mean
         return cls(len(rows), mean, centred.T @ centred)
 
     def merged(self, other: "Moments") -> "Moments":
-        """Those of both sets together (Chan, Golub and LeVeque 1979)."""
+        """The moments of both sets together (Chan, Golub and LeVeque 1979)."""
         n = self.n + other.n
         gap = other.mean - self.mean
         share = other.n / max(1, n)
@@ -45,7 +45,7 @@ class Moments(NamedTuple):
 
     @property
     def covariance(self) -> Tensor:
-        """[D, D], divided by N - 1."""
+        """The covariance [D, D], divided by N - 1."""
         if self.n < 2:
             raise ValueError(f"{self.n} row(s) of features have no covariance; expected 2 or more")
         return self.scatter / (self.n - 1)
@@ -59,9 +59,9 @@ def moments(batches: Iterable[Tensor]) -> Moments:
 def frechet(a: Moments, b: Moments) -> float:
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two Gaussians (Dowson and Landau 1982).
 
-    Features of Inception make it FID (Heusel et al. 2017). The root's trace is taken from the
-    symmetric S_a^(1/2) S_b S_a^(1/2), which has the same eigenvalues and no imaginary part; an
-    eigenvalue below 0 is rounding, for covariances have none.
+    With Inception features it is FID (Heusel et al. 2017). The trace of the root is computed from
+    the symmetric S_a^(1/2) S_b S_a^(1/2), which has the same eigenvalues and no imaginary part.
+    Negative eigenvalues are rounding errors, since covariances have none.
     """
     values, vectors = torch.linalg.eigh(a.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
@@ -80,11 +80,14 @@ def mmd2(a: Tensor, b: Tensor) -> float:
 def kernel_distance(
     a: Tensor, b: Tensor, rng: Generator, *, subsets: int = 100, size: int = 1000
 ) -> Spread:
-    """Mean and spread of `mmd2` over random subsets; KID in Inception's features (Binkowski et
-    al. 2018). A subset is no larger than the smaller set."""
+    """Mean and standard deviation of `mmd2` over random subsets.
+
+    With Inception features it is KID (Binkowski et al. 2018). A subset is at most as large as the
+    smaller set.
+    """
     size = min(size, len(a), len(b))
     if size < 2:
-        raise ValueError(f"a kernel distance wants 2 rows or more of each set, got {size}")
+        raise ValueError(f"a kernel distance needs 2 rows or more of each set, got {size}")
     estimates = [mmd2(*(_some(rows, size, rng) for rows in (a, b))) for _ in range(subsets)]
     return _spread(estimates)
 
@@ -92,12 +95,12 @@ def kernel_distance(
 def precision_recall(samples: Tensor, reference: Tensor, *, k: int = 3) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019) of rows [N, D] and [M, D].
 
-    Precision: the share of samples inside a ball around some reference row that reaches to its
-    k-th nearest neighbour. Recall: the same with the roles changed.
+    Precision: the share of samples in the ball around some reference row whose radius is the
+    distance to its k-th nearest neighbour. Recall: the same with the roles exchanged.
     """
     if min(len(samples), len(reference)) <= k:
         raise ValueError(
-            f"{k} neighbours want more than {k} rows of each set, got {len(samples)} and "
+            f"{k} neighbours need more than {k} rows of each set, got {len(samples)} and "
             f"{len(reference)}"
         )
     return _covered(samples, reference, k), _covered(reference, samples, k)
@@ -115,7 +118,7 @@ def inception_score(logits: Tensor, *, splits: int = 10) -> Spread:
 
 
 def nearest_rows(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Euclidean distances [N, k] from each of a to its k nearest of b, and which they are."""
+    """Euclidean distances [N, k] from each row of a to its k nearest of b, and their indices."""
     exact = "donot_use_mm_for_euclid_dist"
     flat = a.flatten(1)
     parts = [
@@ -126,7 +129,7 @@ def nearest_rows(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _information(p: Tensor) -> Tensor:
-    """H(mean p) - mean H(p), the mean KL(p || mean p), also where a class has no weight at all."""
+    """H(mean p) - mean H(p), the mean KL(p || mean p); also where a class has probability 0."""
     entropies: Tensor = torch.special.entr(p).sum(dim=1)
     marginal: Tensor = torch.special.entr(p.mean(dim=0)).sum()
     return marginal - entropies.mean()
@@ -147,16 +150,18 @@ def _some(rows: Tensor, n: int, rng: Generator) -> Tensor:
 
 
 def _covered(points: Tensor, centres: Tensor, k: int) -> float:
-    """The share of points that lie in some centre's ball."""
+    """The share of points in the ball of at least one centre."""
     own = _blocks(centres, centres)
-    radii = torch.cat([block.kthvalue(k + 1, dim=1).values for block in own])  # itself is the first
+    radii = torch.cat([block.kthvalue(k + 1, dim=1).values for block in own])  # itself is first
     inside = [(block <= radii).any(dim=1) for block in _blocks(points, centres)]
     return float(torch.cat(inside).double().mean())
 
 
 def _blocks(a: Tensor, b: Tensor) -> Iterator[Tensor]:
-    """Squared distances [ROWS, M] of each block of rows to all of b, in float64; those that are
-    mere rounding are 0, so that equal rows have none."""
+    """Squared distances [ROWS, M] of each block of rows to all of b, in float64.
+
+    Distances within rounding error are set to 0, so that equal rows have distance 0.
+    """
     wide = b.double()
     size_b = wide.square().sum(dim=1)
     for part in torch.split(a.double(), ROWS):

@@ -1,4 +1,4 @@
-"""Samples of a model to be judged: drawn piece by piece, so that a kill costs one at most."""
+"""Samples of the evaluated model, drawn and cached in batches: a kill loses one at most."""
 
 import hashlib
 import math
@@ -23,14 +23,14 @@ from jemkit.sampling.init_dists import Start
 
 
 class GeneratedImages(NamedTuple):
-    """Samples, and what the judged model takes them for."""
+    """Samples, with the classes and confidences that the evaluated model predicts for them."""
 
     x: Tensor  # [N, C, H, W], uint8
     y: Tensor  # [N], the predicted classes
     confidence: Tensor  # [N], the largest softmax
 
     def most_confident(self, share: float) -> "GeneratedImages":
-        """This share of each predicted class by confidence, rounded up, in their order."""
+        """This share of each predicted class, the most confident ones, rounded up, in order."""
         selected = torch.zeros(len(self.y), dtype=torch.bool)
         for label in torch.unique(self.y):
             members = (self.y == label).nonzero().squeeze(1)
@@ -42,9 +42,9 @@ class GeneratedImages(NamedTuple):
 def fresh(
     subject: PixelModel, ctx: Context, n: int, about: dict[str, Any], *, steps: int, start: Start
 ) -> GeneratedImages:
-    """The ends of n chains, each batch of them from a generator of its own.
+    """The final states of n chains, each batch from its own generator.
 
-    `about` holds what else they depend on: the data behind the start, and its options.
+    `about` contains what else they depend on: the options of the initial distribution and its data.
     """
 
     def draw(rows: slice, rng: Generator) -> Tensor:
@@ -55,19 +55,19 @@ def fresh(
 
 
 def buffer_states(subject: PixelModel, ctx: Context, n: int) -> GeneratedImages:
-    """n states of the replay buffer, all of them where it has fewer."""
+    """n states of the replay buffer; all of them if it has fewer."""
     if not isinstance(subject.density, Buffered):
-        raise Unmeasurable("this density keeps no buffer; draw fresh chains instead")
+        raise Unmeasurable("this density has no buffer; draw new chains instead")
     buffer = subject.density.buffer
     if not buffer.chains_begun:
         raise Unmeasurable(
-            "the buffer that training left is not here, and its first states are no samples; "
+            "the trained replay buffer is missing, and initial states are not samples; "
             "draw fresh chains instead"
         )
     rng = generator(torch.device("cpu"), ctx.seed, "generation", "buffer")
     if n > len(buffer.states):
         ctx.notes.warnings.append(
-            f"generation: {n} samples were asked for, and the buffer has {len(buffer.states)} "
+            f"generation: {n} samples were requested, but the buffer has {len(buffer.states)} "
             "states: these are measured"
         )
     order = torch.randperm(len(buffer.states), generator=rng)[:n]
@@ -86,7 +86,7 @@ def _judged(
     about: dict[str, Any],
     draw: Callable[[slice, Generator], Tensor],
 ) -> GeneratedImages:
-    """[0, 1] images, quantised and classified batch by batch."""
+    """Quantise and classify [0, 1] images, batch by batch."""
 
     def piece(rows: slice, rng: Generator) -> Piece:
         pixels = draw(rows, rng)
@@ -116,7 +116,7 @@ def _judged(
 
 
 def _classified(subject: PixelModel, x: Tensor, ctx: Context) -> dict[str, Tensor]:
-    """Kept beside the images, so that every process selects the same ones."""
+    """Cached with the images, so that every process selects the same ones."""
     guesses = []
     with torch.no_grad():
         for part in torch.split(x, ctx.batch_size):
@@ -129,7 +129,7 @@ def _classified(subject: PixelModel, x: Tensor, ctx: Context) -> dict[str, Tenso
 
 
 def describe(part: Any, depth: int = 2) -> Any:
-    """What a part's fields say of it, in JSON; tensors are left to what they are made from."""
+    """The fields of a part as JSON; tensors are replaced by what they were computed from."""
     if isinstance(part, Options | str | int | float | None):
         return repr(part)
     if isinstance(part, tuple | list):

@@ -1,7 +1,7 @@
-"""Failure indicators: signs that an accuracy under attack is higher than the truth.
+"""Failure indicators: signs that an accuracy under attack is too high.
 
-`plan` chooses probes within a budget of passes, `probes` runs them, `findings` reads them,
-`verdict` does so for every figure. A new indicator is a probe and a function of `findings`.
+`plan` selects probes within a budget of passes, `probes` runs them, `findings` interprets them, and
+`verdict` does so for every figure. A new indicator is a probe and a function in `findings`.
 """
 
 from jemkit_plugins.indicators.verdict import examine, outputs_of

@@ -1,4 +1,4 @@
-"""Gradient ascents whose every state is looked at, and attacks from a surrogate."""
+"""Gradient ascents that record every state, and transfer attacks from a surrogate."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from jemkit.models.networks import MLP, seeded_init
 from jemkit.sampling.kernels import run
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Logits [B, K] and labels [B] to [B]; higher is worse."""
+"""Maps logits [B, K] and labels [B] to a loss [B]; higher is worse."""
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -24,19 +24,19 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def lost_margin(logits: Tensor, y: Tensor) -> Tensor:
-    """The margin upside down: it has no exponential that could underflow."""
+    """The negative margin; it has no exponential that could underflow."""
     return -margin(logits, y)
 
 
 class Ascent(NamedTuple):
-    """Which images were wrong at each state of an ascent, and where it ended."""
+    """Which images were misclassified at each state of an ascent, and its final state."""
 
-    trail: Tensor  # [steps + 1, N], the start first
+    trail: Tensor  # [steps + 1, N], beginning with the start
     end: Tensor  # [N, C, H, W]
 
     @property
     def wrong(self) -> Tensor:
-        """At any state, [N]: what an attack that keeps the worst image finds."""
+        """Misclassified at any state, [N]: the result of an attack that keeps the worst image."""
         return self.trail.any(dim=0)
 
 
@@ -52,7 +52,7 @@ def ascend(
     step_px: float | None = None,
     start: Threat | None = None,
 ) -> Ascent:
-    """PGD from a random point of the ball, or of a smaller one, `start`."""
+    """PGD from a random point of the ball, or of the smaller ball `start`."""
     first = start or threat
     kernel = PGD(step_px=step_px).kernel(x, threat.radius_px, UNIT, ball_of(threat, "PGD"))
     z = kernel.project(perturbed(x, first.eps, rng, ball_of(first, "PGD")))
@@ -72,7 +72,7 @@ def ascend(
 def surrogate(
     model: nn.Module, images: Tensor, threat: Threat, rng: Generator, *, steps: int, batch: int
 ) -> nn.Module:
-    """A perceptron that learns the model's answers on noised images (Papernot et al. 2017)."""
+    """A perceptron that learns the model's predictions on noisy images (Papernot et al. 2017)."""
     with torch.no_grad():
         n_classes = model(images[:1]).shape[1]
     with seeded_init(rng):

@@ -1,4 +1,4 @@
-"""What the probes say of a model, and of an attack on it: one function an indicator."""
+"""What the probes find about a model, and about an attack on it: one function per indicator."""
 
 from collections.abc import Mapping
 
@@ -9,37 +9,48 @@ from jemkit.metrics.outputs import Finding, said, surely
 from jemkit_plugins.indicators.probes import Probes
 
 REPEAT = 1e-4
-"""A second pass may differ by this share of the logits' spread; float32 rounds at 1e-7, and
-a network's sums on a GPU, in no fixed order, at 1e-6 to 1e-5."""
+"""Allowed difference of a second pass, as a share of the spread of the logits.
+
+Rounding in float32 causes 1e-7, and on a GPU, where a network sums in no fixed order, 1e-6 to 1e-5.
+"""
 
 COMPANY, COUPLED = 1e-3, 0.1
-"""Beside other images, a tenth of the images may change by this share of the spread."""
+"""With other images in the batch, a tenth of the images may change by this share of the spread."""
 
 NOTHING = 0.05
-"""Images without a gradient, or right in the whole range, that are let pass; honest models
-that were measured have none."""
+"""Allowed share of images without a gradient, or correct in the whole pixel range.
+
+Intact models that were measured have none.
+"""
 
 STEADY = 0.03
-"""By how much accuracy may rise with radius or steps; honest models: at most 3 of 128 images."""
+"""Allowed rise of accuracy with radius or steps; intact models: at most 3 of 128 images."""
 
 RESTARTS = 0.05
-"""What more restarts may fell; honest models: up to 6 of 128 images, in L2."""
+"""Allowed gain of more restarts; intact models: up to 6 of 128 images, in L2."""
 
 BEYOND = 0.03
-"""Images that an attack without gradients may fell beside every gradient attack; honest models
-that were measured: at most 3 of 128."""
+"""Allowed share of images that only an attack without gradients fools.
+
+Intact models that were measured: at most 3 of 128.
+"""
 
 WEAKER = 0.08
-"""By how much more than this attack one without gradients may fell; honest models: 7 of 128, on
-a linear one, where the cross-entropy climbs towards the wrong class."""
+"""Allowed lead of an attack without gradients over this attack.
+
+Intact models: 7 of 128, on a linear one, where the gradient of the cross-entropy points to the
+wrong class.
+"""
 
 WEAK = 0.15
-"""By how much AutoAttack may lie under PGD on an honest model: on a linear one the ascent of the
-margin lies 16 points under that of the cross-entropy."""
+"""Allowed difference of accuracy under PGD and under AutoAttack.
+
+On a linear model accuracy is 16 points lower with the margin than with the cross-entropy.
+"""
 
 
 def of_model(probes: Probes) -> list[Finding]:
-    """What every probe of the model says that was run."""
+    """The findings of every probe of the model that was run."""
     indicators = (random, coupled, gradients, box, radius, steps, restarts)
     return [row for indicator in indicators if (row := indicator(probes)) is not None]
 
@@ -52,9 +63,9 @@ def random(probes: Probes) -> Finding | None:
         flag=probes.repeat > REPEAT,
         found=f"two passes over the same images differ by {probes.repeat:.2g} of the logits' "
         "spread",
-        means="the model answers at random: one gradient is no gradient of the answer that counts, "
-        "and an image that stood once may fall at the next try",
-        do="take the randomness out, or attack the mean over draws (EOT) and report that",
+        means="the model is randomised: a single gradient is not that of the next prediction, "
+        "and an attack that failed once may succeed the next time",
+        do="remove the randomness, or attack the mean over draws (EOT) and report that",
     )
 
 
@@ -66,16 +77,18 @@ def coupled(probes: Probes) -> Finding | None:
     return Finding(
         name="batch",
         flag=n > 1 and changed > COUPLED * n,
-        found=f"{said(changed, n)} have other logits beside other images or in another place; "
+        found=f"{said(changed, n)} have other logits in a batch with other images or at another "
+        "position; "
         f"the largest change is {float(company.max()):.2g} of the spread",
-        means="an image's answer hangs on its batch, as with batch norm in train mode: attacks "
-        "that drop images on their way, and any other batch size, see another model",
-        do="judge the model with running statistics: its eval() must reach every batch norm",
+        means="the prediction for an image depends on its batch, as with batch norm in train "
+        "mode: attacks "
+        "that drop images, and any other batch size, operate on another model",
+        do="evaluate the model with running statistics: its eval() must reach every batch norm",
     )
 
 
 def gradients(probes: Probes) -> Finding | None:
-    """Counted where PGD-20 left the image standing: a gradient that is not needed is no loss."""
+    """Counts only images that PGD-20 does not fool: for the others the gradient sufficed."""
     n, dead, saturated = probes.n, probes.dead, probes.saturated
     if dead is None or saturated is None:
         return None
@@ -85,18 +98,19 @@ def gradients(probes: Probes) -> Finding | None:
         margin = probes.pgd & False if probes.margin is None else probes.margin
         bad = right & (dead | (saturated & margin))
         more = (
-            f"; of {said(int(right.sum()), n)} that stand under PGD-20 on the "
-            f"cross-entropy, {int((right & margin).sum())} fall to the margin's"
+            f"; of {said(int(right.sum()), n)} correct under PGD-20 on the "
+            f"cross-entropy, {int((right & margin).sum())} are misclassified under that on the "
+            "margin"
         )
     return Finding(
         name="gradient",
         flag=surely(int(bad.sum()), n, NOTHING),
-        found=f"{said(int(dead.sum()), n)} give the cross-entropy no gradient and on "
-        f"{int(saturated.sum())} it is exactly 0{more}",
-        means="gradients vanish: the logits saturate, or the input is rounded or cut off from "
+        found=f"{said(int(dead.sum()), n)} have no gradient of the cross-entropy; for "
+        f"{int(saturated.sum())} the cross-entropy is exactly 0{more}",
+        means="gradients vanish: the logits saturate, or the input is rounded or detached from "
         "the graph, so a gradient attack does not move",
-        do="attack the margin of the logits or divide them by their scale; where rounding cuts the "
-        "graph, use the identity there in the backward pass (BPDA), and trust no such figure",
+        do="attack the margin of the logits or divide them by their scale. If rounding cuts the "
+        "graph, use the identity in the backward pass (BPDA). Do not trust this figure",
     )
 
 
@@ -107,10 +121,11 @@ def box(probes: Probes) -> Finding | None:
     return Finding(
         name="unbounded",
         flag=surely(stand, n, NOTHING),
-        found=f"{said(stand, n)} stand where PGD may set every pixel to anything",
-        means="an attack without a bound can turn an image into another one, so none can stand: "
+        found=f"{said(stand, n)} are correct although PGD may set every pixel to any value",
+        means="an attack without a bound can turn an image into another one, so none should be "
+        "correct: "
         "the attack does not work on this model",
-        do="mend the attack before its figure is read: loss, step, gradient",
+        do="fix the attack before you use its figure: loss, step size, gradient",
     )
 
 
@@ -121,10 +136,11 @@ def radius(probes: Probes) -> Finding | None:
     return Finding(
         name="radius",
         flag=surely(rise, n, STEADY),
-        found=f"standing of {n} by radius: {text}",
-        means="accuracy rises with the radius though the larger ball holds the smaller: the "
-        "attack finds less where there is more to find",
-        do="set the step for each radius, take more steps, or another loss",
+        found=f"correct of {n} by radius: {text}",
+        means="accuracy rises with the radius, although the larger ball contains the smaller "
+        "one: the "
+        "attack fails at larger radii",
+        do="set the step size for each radius, use more steps, or another loss",
     )
 
 
@@ -135,14 +151,14 @@ def steps(probes: Probes) -> Finding | None:
     return Finding(
         name="steps",
         flag=surely(rise, n, STEADY),
-        found=f"standing of {n} by steps, at the last state: {text}",
-        means="accuracy rises with the steps: the ascent does not go up",
-        do="take a smaller step, keep the worst image on the way, or look at the gradient",
+        found=f"correct of {n} by steps, at the last state: {text}",
+        means="accuracy rises with the steps: the ascent does not increase the loss",
+        do="use a smaller step size, keep the worst image of all steps, or check the gradient",
     )
 
 
 def _rise(right: Mapping[str, Tensor]) -> tuple[int, str]:
-    """The largest rise from any point to a later one, and every point."""
+    """The largest rise from any point to a later one, and all points as text."""
     rows = list(right.values())
     rise = max((net(b, a) for i, a in enumerate(rows) for b in rows[i + 1 :]), default=0)
     return rise, ", ".join(f"{k}: {int(v.sum())}" for k, v in right.items())
@@ -155,14 +171,14 @@ def restarts(probes: Probes) -> Finding | None:
     return Finding(
         name="restarts",
         flag=surely(more, n, RESTARTS),
-        found=f"{probes.plan.sizes.restarts} restarts of PGD-20 fell {said(more, n)} more than one",
-        means="the way up hangs on where it begins: one start finds too little",
-        do="report the attack with restarts, as many as still help",
+        found=f"{probes.plan.sizes.restarts} restarts of PGD-20 fool {said(more, n)} more than one",
+        means="the attack depends on its start: one start is not enough",
+        do="report the attack with as many restarts as still lower the accuracy",
     )
 
 
 def against(probes: Probes, attacked_images: Attacked) -> list[Finding]:
-    """What hold an attack against those without its gradient, where they were run."""
+    """Compares an attack with the gradient-free probes that were run."""
     rows = []
     if probes.search is not None:
         what = f"random search of {probes.plan.sizes.queries} queries"
@@ -176,41 +192,45 @@ def against(probes: Probes, attacked_images: Attacked) -> list[Finding]:
 def _without_gradient(
     name: str, what: str, wrong: Tensor, probes: Probes, attacked_images: Attacked
 ) -> Finding:
-    """Beyond the attack and every ascent the model masks gradients; over the attack it is weak."""
+    """Compares an attack with one that does not use gradients.
+
+    If the latter fools images that no gradient attack fools, the model masks gradients; if it fools
+    more images than this attack, this attack is weak.
+    """
     felled, n = ~attacked_images.right[probes.index], probes.n
     beyond = int((wrong & ~probes.felled(felled)).sum())
     masked = probes.pgd is not None and surely(beyond, n, BEYOND)
     weak = surely(net(wrong, felled), n, WEAKER)
     means = (
-        "gradients mislead: an attack without them finds what those with them do not"
+        "gradients mislead: an attack without them succeeds where those with gradients fail"
         if masked or not weak
-        else "this attack is weaker than one without gradients, though other ascents are not"
+        else "this attack is weaker than one without gradients, though other attacks are not"
     )
     return Finding(
         name=name,
         flag=masked or weak,
-        found=f"{what} fells {said(int(wrong.sum()), n)}, "
+        found=f"{what} fools {said(int(wrong.sum()), n)}, "
         f"{attacked_images.label} {int(felled.sum())}; "
-        f"{beyond} fall to no gradient attack",
+        f"{beyond} are fooled by no gradient attack",
         means=means,
-        do="trust no figure of a gradient attack alone: run aa or square, and look for what "
+        do="do not rely on gradient attacks alone: run aa or square, and look for what "
         "hides the gradient"
         if masked or not weak
-        else "read this figure as no bound on robustness: set its loss and step, or take aa",
+        else "this figure is no bound on robustness: change its loss and step size, or use aa",
     )
 
 
 def aa_under_pgd(pgd: Attacked, aa: Attacked) -> Finding:
-    """On all images that both judged."""
+    """Compares PGD and AutoAttack on all images of both."""
     n = len(pgd.right)
     fall = net(pgd.right, aa.right)
     return Finding(
         name="aa under pgd",
         flag=surely(fall, n, WEAK),
-        found=f"{pgd.label} leaves {said(int(pgd.right.sum()), n)}, {aa.label} "
+        found=f"{pgd.label} leaves {said(int(pgd.right.sum()), n)} correct, {aa.label} "
         f"{said(int(aa.right.sum()), n)}",
-        means="PGD does not reach what AutoAttack reaches: gradients or the loss mislead it",
-        do="report AutoAttack's figure, not PGD's",
+        means="PGD is much weaker than AutoAttack: gradients or the loss mislead it",
+        do="report the figure of AutoAttack, not that of PGD",
     )
 
 

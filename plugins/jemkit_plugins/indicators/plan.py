@@ -1,7 +1,7 @@
-"""Which probes run: all of them, or those that cost no more than the attacks that they guard.
+"""Which probes run: all of them, or those that cost no more than the attacks that they check.
 
-Cost is counted in passes of one image through the model, a gradient's as two: it depends on the
-attacks and their images alone, never on a clock.
+Cost is the number of passes of one image through the model, where a gradient counts as two. It
+depends only on the attacks and their images, not on the time.
 """
 
 from typing import NamedTuple
@@ -9,16 +9,16 @@ from typing import NamedTuple
 PGD_STEPS, BOX_STEPS = 20, 50
 STUDENT_STEPS, STUDENT_BATCH = 200, 128
 FEWEST = 4
-"""Images below which a probe says nothing: all of 3 may be wrong by accident."""
+"""With fewer images a probe is not meaningful: all of 3 may be misclassified by accident."""
 
 QUICK_SHARE = 0.5
-"""What the probes of a quick look may cost, as a share of its attacks."""
+"""The budget of the probes with --quick, as a share of the cost of the attacks."""
 
 
 class Sizes(NamedTuple):
-    """How much each probe takes."""
+    """The size of each probe."""
 
-    radii: tuple[float, ...]  # as shares of the radius; its own is one of them
+    radii: tuple[float, ...]  # as shares of the radius, which is one of them
     steps: tuple[int, ...]
     restarts: int
     queries: int
@@ -28,25 +28,28 @@ FULL = Sizes((0.25, 0.5, 1.0, 1.5, 2.0, 4.0), (1, 5, 20, 50), 5, 300)
 SMALL = Sizes((0.5, 1.0, 2.0), (1, 5, 20), 3, 100)
 
 CORE = ("logits", "gradient", "pgd", "margin", "search")
-"""The most telling for their cost: whether the model draws or couples images, gradients that
-vanish, what the margin finds beyond the cross-entropy, and what needs no gradient."""
+"""The most informative probes for their cost.
+
+They show whether the model is randomised or couples images, whether gradients vanish, what the
+margin finds beyond the cross-entropy, and what an attack without gradients finds.
+"""
 
 ORDER = (*CORE, "box", "steps", "radius", "restarts", "transfer")
-"""In which probes are chosen while the budget lasts."""
+"""The order in which probes are selected until the budget is spent."""
 
 ASCENTS = ("pgd", "margin", "box", "steps", "radius", "restarts", "transfer")
-"""Those that need a step of PGD, which L1 has none of."""
+"""Probes that need a step of PGD, which is not defined for L1."""
 
 FINDINGS = {
     "logits": "random, batch", "gradient": "gradient", "pgd": "PGD-20 of the probes",
     "margin": "ascent of the margin", "search": "black box", "box": "unbounded",
     "steps": "steps", "radius": "radius", "restarts": "restarts", "transfer": "transfer",
 }  # fmt: skip
-"""What a record calls them."""
+"""The names of the probes in a record."""
 
 
 class Plan(NamedTuple):
-    """Probes by name, on how many images, and what they cost."""
+    """The selected probes by name, the number of images of each, and the cost."""
 
     images: int
     sizes: Sizes
@@ -56,7 +59,7 @@ class Plan(NamedTuple):
 
 
 def cost(name: str, n: int, sizes: Sizes, batch_size: int) -> int:
-    """Passes of one image that a probe of n images takes."""
+    """Passes of one image that a probe of n images needs."""
     ascent = 2 * PGD_STEPS + 1
     each = {
         "logits": 4,
@@ -77,9 +80,10 @@ def cost(name: str, n: int, sizes: Sizes, batch_size: int) -> int:
 def planned(
     n: int, *, quick: bool, ascents: bool, batch_size: int, budget: int | None = None
 ) -> Plan:
-    """What runs on at most n images: everything without a budget, or where it is enough.
+    """The probes that run on at most n images.
 
-    Else as many images as the core can be afforded on, and of the rest what is left for.
+    All of them if there is no budget, or if it suffices. Otherwise the core probes run on as many
+    images as the budget allows, and the others if some of the budget is left.
     """
     order = tuple(name for name in ORDER if ascents or name not in ASCENTS)
     kinds = (SMALL,) if quick else (FULL, SMALL)

@@ -1,4 +1,4 @@
-"""The passes that indicators judge by, run once for a model and a threat."""
+"""The passes on which the indicators are based, run once for a model and a threat."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,22 +31,22 @@ BOX = Threat("Linf", 255.0)
 
 @dataclass
 class Probes:
-    """What was found on n images that the model has right; None where a probe was not run."""
+    """Results on n correctly classified images; None if a probe was not run."""
 
-    index: Tensor  # [n], their places in the data
-    examined: int  # images looked through for them
+    index: Tensor  # [n], their indices in the data
+    examined: int  # images that were classified to find them
     plan: Plan
     repeat: float | None = None  # largest change of a logit in a second pass, over their spread
-    company: Tensor | None = None  # [m], the same beside other images or in another place
+    company: Tensor | None = None  # [m], the same in a batch with other images or in another order
     dead: Tensor | None = None  # [n], no gradient at x nor at a random start
     saturated: Tensor | None = None  # [n], a cross-entropy of exactly 0
     search: Tensor | None = None  # [n], wrong under random search
-    pgd: Tensor | None = None  # [n], wrong under PGD-20 on the cross-entropy; in L1 it has no step
+    pgd: Tensor | None = None  # [n], wrong under PGD-20 on the cross-entropy; not defined in L1
     margin: Tensor | None = None  # [n], the same on the margin, which does not saturate
     restarts: Tensor | None = None  # [n], wrong under any of the restarts of PGD-20
-    box: Tensor | None = None  # [n], right under PGD that may change every pixel to anything
-    transfer: Tensor | None = None  # [n], wrong under what fools a surrogate
-    agreement: float = 0.0  # of the surrogate with the model on the images
+    box: Tensor | None = None  # [n], right under PGD that may set every pixel to any value
+    transfer: Tensor | None = None  # [n], wrong under a transfer attack from a surrogate
+    agreement: float = 0.0  # share of images on which the surrogate agrees with the model
     radius: dict[float, Tensor] = field(default_factory=dict)  # [n], right, by radius_px
     steps: dict[int, Tensor] = field(default_factory=dict)  # [n], right at the last state, by steps
 
@@ -55,7 +55,7 @@ class Probes:
         return len(self.index)
 
     def felled(self, wrong: Tensor) -> Tensor:
-        """These images [n], and all that an ascent within the radius fells."""
+        """These images [n] and all that an ascent within the radius fools."""
         for more in (self.pgd, self.margin, self.restarts):
             wrong = wrong if more is None else wrong | more
         return wrong
@@ -64,7 +64,7 @@ class Probes:
 def probe(
     subject: PixelModel, data: Images, ctx: Context, n_images: int, budget: int | None = None
 ) -> Probes | None:
-    """The probes that a budget of passes allows, on images that are right, by class; else None."""
+    """The probes within a budget of passes, on correct images stratified by class; else None."""
     n_images = min(n_images, QUICK_IMAGES) if ctx.quick else n_images
     plan = planned(
         min(n_images, len(data.y)),
@@ -80,8 +80,10 @@ def probe(
 
 
 def _right(subject: PixelModel, data: Images, ctx: Context, n: int) -> tuple[Tensor, int]:
-    """The places of n images that are right, in an order that has every class in proportion, and
-    how many were looked through."""
+    """The indices of n correct images, stratified by class.
+
+    Also returns how many images were classified to find them.
+    """
     order, known = by_class(data.y), ctx.notes.rows.get("clean")
     if known is None or len(known) != len(order):
         known = _clean(subject, data.take(order), ctx, n, order)
@@ -91,7 +93,7 @@ def _right(subject: PixelModel, data: Images, ctx: Context, n: int) -> tuple[Ten
 
 
 def _clean(subject: PixelModel, data: Images, ctx: Context, n: int, order: Tensor) -> Tensor:
-    """Which images are right, [N] by their places; of those after the n-th none."""
+    """Which images are correct, [N] by index; False for images after the n-th one found."""
     right = torch.zeros(len(order), dtype=torch.bool)
     at = 0
     with torch.no_grad():
@@ -104,7 +106,7 @@ def _clean(subject: PixelModel, data: Images, ctx: Context, n: int, order: Tenso
 
 
 class _Prober:
-    """One course of probes, with a generator of its own from the seed."""
+    """One run of the probes, with its own generator from the seed."""
 
     def __init__(
         self,
@@ -142,7 +144,7 @@ class _Prober:
         return random_search(self.subject, x, y, self.ctx.threat, self.rng, queries)
 
     def _logits(self) -> tuple[float, Tensor]:
-        """Of one batch twice, then with half of it replaced, then backwards."""
+        """The logits of one batch twice, then with half of it replaced, then in reverse order."""
         self._tick()
         x = self.x[: self.ctx.batch_size]
         half = (len(x) + 1) // 2
@@ -155,7 +157,7 @@ class _Prober:
         return float((again - first).abs().max()) / scale, (moved.amax(0) / scale).cpu()
 
     def _gradients(self) -> tuple[Tensor, Tensor]:
-        """Which images give the cross-entropy no gradient, and which saturate it."""
+        """Which images have no gradient of the cross-entropy, and which saturate it."""
         self._tick()
         sizes, losses = [], []
         for x, y in self._parts():
@@ -171,7 +173,7 @@ class _Prober:
         return size < torch.finfo(size.dtype).tiny, torch.cat(losses[::2]) == 0
 
     def _climb(self, probes: Probes) -> None:
-        """Every ascent that is planned."""
+        """Run every planned ascent."""
         threat, sizes, runs = self.ctx.threat, self.plan.sizes, self.plan.names
         for share in sizes.radii if "radius" in runs else (1.0,):
             radius_px = threat.radius_px * share
@@ -198,7 +200,7 @@ class _Prober:
         return ~self._ascend(BOX, steps=BOX_STEPS, step_px=step, start=start).wrong
 
     def _transfer(self) -> tuple[Tensor, float]:
-        """What fools a surrogate of the model, tried on the model itself."""
+        """Adversarial images of a surrogate, applied to the model."""
         some = self.data.take(stratified(self.data.y, STUDENT_IMAGES))
         student = surrogate(
             self.subject, some.to(self.device).unit(), self.ctx.threat, self.rng,
@@ -215,7 +217,7 @@ class _Prober:
         return self._fools(fool), agreement
 
     def _fools(self, attack: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Which images the model has wrong after an attack."""
+        """Which images the model misclassifies after an attack."""
         self._tick()
         wrong = []
         for x, y in self._parts():

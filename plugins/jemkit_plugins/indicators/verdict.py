@@ -1,4 +1,4 @@
-"""The indicators of every figure of a model, from one course of probes.
+"""The indicators of every figure of a model, from one run of the probes.
 
 After Athalye et al. (2018), Carlini et al. (2019) and Pintor et al. (2022).
 """
@@ -29,9 +29,9 @@ def examine(
 ) -> dict[str, list[Finding]]:
     """Findings for every figure by its label; the curves and the plan go to the notes.
 
-    `attacks` has what each attack made of the data, by the attack's name. The probes run on at most
-    `n_images` that the model has right, for at most `budget` passes of one image; where it has
-    none right there is nothing to find.
+    `attacks` has the result of each attack by name. The probes run on at most `n_images` correctly
+    classified images, for at most `budget` passes of one image. If no image is classified correctly
+    there are no findings.
     """
     first = outputs_of(ctx)
     probes = probe(subject, data, ctx, n_images, budget)
@@ -49,7 +49,7 @@ def examine(
 
 
 def outputs_of(ctx: Context) -> list[Finding]:
-    """What was found of the model's outputs before it was judged, if anything was looked at."""
+    """The finding about the model's outputs, if they were checked."""
     row = ctx.notes.tables.get("outputs")
     return [] if row is None else [row]
 
@@ -86,6 +86,6 @@ def _leave_curves(probes: Probes, ctx: Context) -> None:
 
 
 def _points(right: Mapping[Any, Tensor], examined: int) -> list[list[float]]:
-    """Accuracy on all images that were looked through, with its interval, at each point."""
+    """Accuracy with its interval at each point, on all images that were classified."""
     figures = {at: share("", int(rows.sum()), examined, {}) for at, rows in right.items()}
     return [[at, f.value, f.low or 0.0, f.high or 0.0] for at, f in figures.items()]
