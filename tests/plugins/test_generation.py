@@ -297,10 +297,12 @@ def test_features_that_are_not_finite_are_refused_by_name() -> None:
 # half-done work
 
 
-def drawn_in(work: Path | None, n: int = 1100, **settings: Any) -> tuple[list[Figure], Context]:
+def drawn_in(
+    work: Path | None, n: int = 1100, model: PixelModel | None = None, **settings: Any
+) -> tuple[list[Figure], Context]:
     ctx = context(work=work, batch_size=500, **settings)
     evaluator = Generation(n=n, steps=1, features=PIXELS)
-    return measure(subject(), images("test"), [evaluator], ctx), ctx
+    return measure(model or subject(), images("test"), [evaluator], ctx), ctx
 
 
 def test_interrupted_sampling_ends_in_the_same_figures_bit_for_bit(tmp_path: Path) -> None:
@@ -323,7 +325,11 @@ def test_processes_that_share_the_work_find_what_one_finds(tmp_path: Path) -> No
 
     whole, _ = drawn_in(None)
     with ThreadPoolExecutor(2) as pool:
-        parts = [pool.submit(drawn_in, tmp_path, shard=Shard(rank, 2)) for rank in range(2)]
+        models = [subject() for _ in range(2)]  # first weights are drawn from a global generator
+        parts = [
+            pool.submit(drawn_in, tmp_path, model=model, shard=Shard(rank, 2))
+            for rank, model in enumerate(models)
+        ]
         assert [part.result()[0] for part in parts] == [whole, whole]
 
 

@@ -63,7 +63,7 @@ class Generation(Options):
     selection: Literal["none", "top90"] = "none"  # top90: the most confident of each class
     reference: Literal["train", "train+test"] = "train"
     max_reference: int | None = Field(None, ge=16)  # drawn at random; None: all
-    inception: Path | None = None  # torch-fidelity's weights; None: those in torch's cache
+    inception: Path | None = None  # its weights; None: those in torch's cache or of a package
     features: SkipJsonSchema[InstanceOf[Features] | None] = Field(None, exclude=True, repr=False)
 
     @field_validator("inception")
@@ -112,7 +112,13 @@ class Generation(Options):
         if self.features is not None:
             return self.features
         try:
-            return inception(inception_file(self.inception), ctx.rng.device)
+            features = inception(inception_file(self.inception), ctx.rng.device)
+            if features.card["weights"] == "unknown":
+                ctx.notes.warnings.append(
+                    f"generation: Inception's weights of SHA-256 {features.card['sha256']} are not "
+                    f"known to give published FIDs"
+                )
+            return features
         except (DataError, ConfigError) as error:
             if self.inception is not None:
                 raise

