@@ -357,8 +357,6 @@ class Task:
     hash: str  # of the training images
     bounds: Bounds = Bounds()
     augmentation: Augmentation = Augmentation()
-    moments: Path | None = (
-        None  # a file with the training images' Gaussians, from an exported model
-    )
+    moments: Path | None = None  # a file of the training images' Gaussians, of an exported model
     fill: bool = True  # fill a replay buffer at once; else when it is first read
     lr: Callable[[int], float] = lambda _: 0.1  # the recipe's learning rate at a step

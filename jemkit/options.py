@@ -126,26 +126,18 @@ class PartOf:
         self.kind = kind
 
     def resolve(self, value: Any, source: Any, info: ValidationInfo) -> Any:
+        about = {"kind": self.kind, "came": type(value).__name__}
+        misfit = "expected a {kind}, got {came}"
         if isinstance(value, Mapping):
             table = dict(value)
             if "use" not in table:
-                raise PydanticCustomError(
-                    "part", "wanted `use`, the name of the {kind}", {"kind": self.kind}
-                )
-            shelf = _registry(info)[self.kind]
-            name = str(table.pop("use"))
-            part, named = shelf.named(name)
+                raise PydanticCustomError("part", "wanted `use`, the name of the {kind}", about)
+            about["name"] = str(table.pop("use"))
+            part, named = _registry(info)[self.kind].named(about["name"])
             value = part.model_validate({**named, **table}, context=info.context)
-            if not _serves(value, source):  # an attack may judge but not train
-                raise PydanticCustomError(
-                    "part", "the {kind} {name} cannot serve here", {"kind": self.kind, "name": name}
-                )
-            return value
+            misfit = "the {kind} {name} cannot serve here"  # an attack may judge but not train
         if not _serves(value, source):
-            came = type(value).__name__
-            raise PydanticCustomError(
-                "part", "expected a {kind}, got {came}", {"kind": self.kind, "came": came}
-            )
+            raise PydanticCustomError("part", misfit, about)
         return value
 
     def dump(self, value: Any, info: SerializationInfo) -> Any:

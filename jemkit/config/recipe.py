@@ -36,12 +36,6 @@ from jemkit.runtime.divergence_monitor import Sentinel
 from jemkit.runtime.precision import Layout
 from jemkit.updaters import UpdaterSpec
 
-__all__ = [
-    "Recipe", "Resolved", "Run", "about_preset", "build", "complete", "explain", "flat",
-    "part_schema", "read_layer", "resolve", "schema",
-]  # fmt: skip
-
-
 log = logging.getLogger(__name__)
 
 

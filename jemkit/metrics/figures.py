@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -48,22 +48,23 @@ def without_results(protocol: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _of_json(value: Any, number: Callable[[float], Any]) -> Any:
+    """A tree as JSON has it, with each float as `number` gives it."""
+    if isinstance(value, Mapping):
+        return {str(key): _of_json(inner, number) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_of_json(inner, number) for inner in value]
+    return number(value) if isinstance(value, float) else value
+
+
 def finite(value: Any) -> Any:
     """A tree as JSON has it; a number that is not finite has no JSON and becomes None."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return _of_json(value, lambda number: number if math.isfinite(number) else None)
 
 
 def canonical(value: Any) -> Any:
     """A tree in which equal numbers have one form: 8.0 is 8."""
-    if isinstance(value, Mapping):
-        return {key: canonical(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [canonical(inner) for inner in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    return _of_json(value, lambda number: int(number) if number.is_integer() else number)
 
 
 def joined(card: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

@@ -129,8 +129,7 @@ class _Walk:
         elif isinstance(value, nn.Module):
             self._module(value, where)
         elif isinstance(value, type | types.FunctionType):
-            self._name(value)
-            self._queue(value, where)
+            self._code_by_name(value, where)
         elif isinstance(value, list):
             self._sequence(type(value).__name__, value, where)
         elif isinstance(value, dict | types.MappingProxyType):
@@ -204,8 +203,13 @@ class _Walk:
         self._sequence("set", _ordered(value, where), where)
 
     def _module(self, value: nn.Module, where: str) -> None:
-        if isinstance(value, torch.jit.ScriptModule):
-            self._script(value, where)
+        if isinstance(value, torch.jit.ScriptModule):  # as it is saved
+            try:
+                for name, saved in scripted_parts(value):
+                    self._say(name, str(len(saved)))
+                    self.hash.update(saved)
+            except RuntimeError:
+                raise _Unknown(f"{where}, a scripted module that cannot be saved") from None
             return
         self.add(type(value), where)
         generated = hasattr(type(value), "_generated_forward") or _is(value, "GraphModule")
@@ -228,15 +232,6 @@ class _Walk:
             if hooks:
                 self._sequence(kind, hooks, f"{where}, a hook")
 
-    def _script(self, value: Any, where: str) -> None:
-        """A scripted or traced module as it is saved."""
-        try:
-            for name, content in scripted_parts(value):
-                self._say(name, str(len(content)))
-                self.hash.update(content)
-        except RuntimeError:
-            raise _Unknown(f"{where}, a scripted module that cannot be saved") from None
-
     def _object(self, value: Any, where: str) -> None:
         kind: Any = type(value)
         plain = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
@@ -258,15 +253,13 @@ class _Walk:
         made, args, *rest = (list(p) if isinstance(p, Iterator) else p for p in parts)
         self._sequence("reduced", (made, args, *rest), where)
 
-    def _name(self, value: Any) -> None:
+    def _code_by_name(self, value: Any, where: str) -> None:
+        """A class or function by its name; one's own is followed later."""
         version = package(home(value))
         self._say(type(value).__name__, value.__qualname__)
         if version is not None:
             self._say(home(value), version)
-
-    def _queue(self, value: Any, where: str) -> None:
-        local = isinstance(value, types.FunctionType)
-        if package(home(value)) is None or (local and value.__closure__):
+        if version is None or (isinstance(value, types.FunctionType) and value.__closure__):
             self.code.append((value, where))
 
     def _class_body(self, value: type, where: str) -> None:

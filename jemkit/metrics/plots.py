@@ -9,9 +9,9 @@ from torch import Tensor
 from jemkit.runtime.files import write_bytes
 
 
-def save_grid(path: Path, pixels: Tensor, *, columns: int = 10, scale: int | None = None) -> None:
+def save_grid(path: Path, pixels: Tensor) -> None:
     """`grid` in a file."""
-    write_bytes(path, grid(pixels, columns=columns, scale=scale))
+    write_bytes(path, grid(pixels))
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
@@ -19,19 +19,19 @@ def to_bytes(pixels: Tensor) -> Tensor:
     return (pixels.detach() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def grid(pixels: Tensor, *, columns: int = 10, scale: int | None = None) -> bytes:
-    """Images [N, C, H, W] in [0, 1] as one PNG, rounded to 8 bits; small ones are enlarged."""
-    return _png(_tiled(to_bytes(pixels), columns), scale or max(1, 64 // pixels.shape[-1]))
+def grid(pixels: Tensor) -> bytes:
+    """Images [N, C, H, W] in [0, 1] as one PNG, ten in a row, rounded to 8 bits; small ones are
+    enlarged."""
+    return _png(_tiled(to_bytes(pixels), 10), pixels.shape[-1])
 
 
-def neighbours(samples: Tensor, nearest: Tensor, *, scale: int | None = None) -> bytes:
+def neighbours(samples: Tensor, nearest: Tensor) -> bytes:
     """Samples [N, C, H, W] in the first row, and under a white line the training images [N, k, C,
     H, W] nearest to each, nearest first; a PNG."""
     top = _tiled(to_bytes(samples), len(samples))
     below = _tiled(to_bytes(nearest).transpose(0, 1).flatten(0, 1), len(samples))
     line = torch.full((top.shape[0], 2, top.shape[2]), 255, dtype=torch.uint8)
-    whole = torch.cat([top, line, below], dim=1)
-    return _png(whole, scale or max(1, 64 // samples.shape[-1]))
+    return _png(torch.cat([top, line, below], dim=1), samples.shape[-1])
 
 
 def _tiled(images: Tensor, columns: int) -> Tensor:
@@ -45,9 +45,11 @@ def _tiled(images: Tensor, columns: int) -> Tensor:
     return torch.nn.functional.pad(flat, (0, 1, 0, 1), value=128)
 
 
-def _png(canvas: Tensor, scale: int) -> bytes:
+def _png(canvas: Tensor, size: int) -> bytes:
+    """A PNG of images of `size` pixels, enlarged to about 64."""
     from PIL import Image
 
+    scale = max(1, 64 // size)
     array = canvas.permute(1, 2, 0).numpy()
     image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)

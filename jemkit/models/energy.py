@@ -38,9 +38,7 @@ class Network(nn.Module, ABC):
 
     width: int  # D
     has_stem: ClassVar[bool] = True  # False: `stem` is the identity, so PYLD cannot be used
-    recomputes: ClassVar[bool] = (
-        False  # whether it supports activation checkpointing, as `convolved` does
-    )
+    recomputes: ClassVar[bool] = False  # True: activation checkpointing, as `convolved` does it
 
     @abstractmethod
     def stem(self, x: Tensor) -> Tensor:

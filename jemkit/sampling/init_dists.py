@@ -99,7 +99,8 @@ class GaussianStart:
         else:
             if y is None:
                 y = torch.randint(k, (n,), generator=rng, device=rng.device)
-            x = self._by_class(z, y) if z.device.type == "cpu" else self._gathered(z, y)
+            on_cpu = z.device.type == "cpu"
+            x = self._by_class(z, y) if on_cpu else self.means[y] + _products(self.factors, z, y)
         return self.bounds.clamp(x).view(n, *self.shape)
 
     def _by_class(self, z: Tensor, y: Tensor) -> Tensor:
@@ -110,14 +111,13 @@ class GaussianStart:
             x[rows] = self.means[label] + (self.factors[label] @ z[rows].T).T
         return x
 
-    def _gathered(self, z: Tensor, y: Tensor) -> Tensor:
-        """A batched product in pieces; for GPUs, where reading y would synchronise."""
-        rows = max(1, GATHERED // self.factors[0].numel())
-        pieces = [
-            self.means[label] + torch.bmm(self.factors[label], part.unsqueeze(2)).squeeze(2)
-            for part, label in zip(torch.split(z, rows), torch.split(y, rows), strict=True)
-        ]
-        return torch.cat(pieces)
+
+def _products(factors: Tensor, z: Tensor, y: Tensor) -> Tensor:
+    """factors[y] z, row by row; in pieces, and without reading y, which would synchronise."""
+    rows = max(1, GATHERED // factors[0].numel())
+    pairs = zip(torch.split(z, rows), torch.split(y, rows), strict=True)
+    pieces = [torch.bmm(factors[label], part.unsqueeze(2)).squeeze(2) for part, label in pairs]
+    return torch.cat(pieces)
 
 
 class Labelled:
@@ -146,14 +146,8 @@ class LowRankStart:
             y = torch.zeros(n, dtype=torch.int64, device=rng.device)
         elif y is None:
             y = torch.randint(k, (n,), generator=rng, device=rng.device)
-        rows = max(1, GATHERED // (d * rank))
-        pieces = [
-            self.means[label]
-            + torch.bmm(self.basis[label], part.unsqueeze(2)).squeeze(2)
-            + self.spread[label] * rest
-            for part, rest, label in zip(*(torch.split(t, rows) for t in (z, e, y)), strict=True)
-        ]
-        return self.bounds.clamp(torch.cat(pieces)).view(n, *self.shape)
+        x = self.means[y] + _products(self.basis, z, y) + self.spread[y] * e
+        return self.bounds.clamp(x).view(n, *self.shape)
 
 
 class MomentStart:

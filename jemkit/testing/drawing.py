@@ -1,5 +1,6 @@
 """Laws of what draws: samplers, starts, densities."""
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ def check_density(spec: DensitySpec) -> None:
     with untouched(model, spec):
         x = density.draw(model, 4, generator())
     require_tensor(x, spec, "what it draws", shape=(4, *task.shape))
-    before = _copied(density.state_dict())
+    before = deepcopy(density.state_dict())
     fresh = Uniform().build(task, torch.device("cpu"))
     with untouched(model, spec):
         sampled = density.sample(model, 3, generator(), steps=2, start=fresh)
@@ -138,7 +139,7 @@ def check_density(spec: DensitySpec) -> None:
     require(torch.equal(first, repeat), spec, "one state and one generator give one draw")
     density.load_state_dict(before)
     density.draw(model, 4, generator())
-    after = _copied(density.state_dict())
+    after = deepcopy(density.state_dict())
     other = toy_backbone(task, model, spec, seed=1).density
     other.load_state_dict(before)
     other.draw(model, 4, generator())
@@ -148,7 +149,3 @@ def check_density(spec: DensitySpec) -> None:
     with untouched(model, spec), unchanged(spec, "the energies that it is given", energy.detach()):
         loss = density.loss(energy, energy[:3])
     require_tensor(loss, spec, "the loss", shape=(), attached=True)
-
-
-def _copied(state: dict[str, object]) -> dict[str, object]:
-    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}

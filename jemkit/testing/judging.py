@@ -94,21 +94,16 @@ def check_dataset(dataset: Dataset) -> None:
 
 def check_attack(attack: Attack | ModelAttack) -> None:
     """The laws of an attack: inside the ball and the range, repeatable, and a worse loss."""
-    if isinstance(attack, Attack) and _trains(attack):
-        _check_ascent(attack)
+    try:
+        if isinstance(attack, ForTraining):
+            attack.check_training()
+    except ConfigError:  # with these options it may judge a model, but not train it
+        pass
+    else:
+        if isinstance(attack, Attack):
+            _check_ascent(attack)
     if isinstance(attack, ModelAttack):
         _check_model_attack(attack)
-
-
-def _trains(attack: Attack) -> bool:
-    """Whether an attack, as its options are, may train a model and not only judge it."""
-    if not isinstance(attack, ForTraining):
-        return True
-    try:
-        attack.check_training()
-    except ConfigError:
-        return False
-    return True
 
 
 def _check_model_attack(attack: ModelAttack) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from jemkit.runtime.pytree import same
 
@@ -107,12 +108,6 @@ def untouched(model: nn.Module, part: object) -> Iterator[None]:
     require(own, part, "draws from the generator that it is given, never from torch's own")
 
 
-def plain(tensors: Any) -> list[Tensor]:
+def plain(tree: Any) -> list[Tensor]:
     """Every tensor in a tree of tuples, lists and dicts."""
-    if isinstance(tensors, Tensor):
-        return [tensors]
-    if isinstance(tensors, dict):
-        tensors = list(tensors.values())
-    if isinstance(tensors, list | tuple):
-        return [t for item in tensors for t in plain(item)]
-    return []
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -85,18 +85,13 @@ def check_backbone(spec: BackboneSpec, n_classes: int = 3) -> None:
     scores = backbone.scores({"x": batch.x, "x_adv": batch.x[:4]})
     require(scores["x"].logits.shape == (6, n_classes), spec, "gives logits [B, K] for a stream")
     require(scores["x_adv"].energy.shape == (4,), spec, "gives energies [B] for a stream")
-    if backbone.has_density:
-        _check_chains(spec, backbone, again, task.shape)
-
-
-def _check_chains(
-    spec: BackboneSpec, backbone: Backbone, again: Backbone, shape: tuple[int, int, int]
-) -> None:
+    if not backbone.has_density:
+        return
     backbone.model.train()
     again.model.train()
     with untouched(backbone.model, spec):
         x = backbone.density.draw(backbone.model, 4, generator())
-    require_tensor(x, spec, "what it draws", shape=(4, *shape))
+    require_tensor(x, spec, "what it draws", shape=(4, *task.shape))
     again.model.load_state_dict(backbone.model.state_dict())
     other = again.density.draw(again.model, 4, generator())
     require(torch.equal(x, other), spec, "one generator gives one draw")
