@@ -83,7 +83,7 @@ from jemkit.objective import (
     watched,
 )
 from jemkit.options import Options, PartOf, Radius
-from jemkit.runtime.modes import eval_mode, frozen, frozen_batch_stats
+from jemkit.runtime.modes import eval_mode, frozen, frozen_batch_norm, frozen_batch_stats
 from jemkit.sampling.density import Buffer, Contrastive, Density, DensitySpec, ReplayBuffer
 from jemkit.sampling.init_dists import Gaussian, Mixture, Start, StartSpec, Uniform
 from jemkit.sampling.kernels import (
@@ -129,7 +129,8 @@ __all__ = [
     "Task", "Terms", "Threat", "Trainer", "Uniform", "UnknownName", "Unmeasurable", "Updater",
     "UpdaterSpec", "Views", "adversary", "assemble", "backward", "ball_of", "batches",
     "ce_adversary", "chain", "check", "checked", "divergence", "eval_mode", "evaluate",
-    "frozen", "frozen_batch_stats", "gradient", "hookimpl", "installed", "kl_adversary", "load",
+    "frozen", "frozen_batch_norm", "frozen_batch_stats", "gradient", "hookimpl", "installed",
+    "kl_adversary", "load",
     "moved_weights", "noise_like", "nonstandard", "perturbed", "radius_of", "resolve", "run",
     "train", "train_step", "training_radius", "watched", "without_batch_norm",
 ]  # fmt: skip

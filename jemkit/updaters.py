@@ -233,15 +233,18 @@ class EMA:
         self._weights = {name for name, _ in named}
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: nn.Module, n: int | None = None) -> None:
+        """Move the average; given n, the updates so far, the decay is (1 + n) / (10 + n) at
+        most."""
+        decay = self.decay if n is None else min(self.decay, (1 + n) / (10 + n))
         live = {name: fsdp.local(t) for name, t in model.state_dict().items()}
         ours = {name: fsdp.local(t) for name, t in self.average.items()}
         if weights := [name for name in live if name in self._weights]:
             torch._foreach_lerp_(
-                [ours[n] for n in weights], [live[n] for n in weights], 1 - self.decay
+                [ours[name] for name in weights], [live[name] for name in weights], 1 - decay
             )
         rest = [name for name in live if name not in self._weights]
-        tensors.copy([ours[n] for n in rest], [live[n] for n in rest])
+        tensors.copy([ours[name] for name in rest], [live[name] for name in rest])
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:

@@ -234,6 +234,20 @@ def test_the_average_of_weights_is_exponential(decay: float, seed: int) -> None:
     assert torch.equal(model.w, values[-1])
 
 
+def test_the_decay_rises_by_the_number_of_updates_by_hand() -> None:
+    model = Holder(torch.zeros(1))
+    ema = EMA(model, 0.5)
+    with torch.no_grad():
+        model.w.fill_(1.0)
+    averages = []
+    for n in (0, 1, 8, 100):
+        ema.update(model, n)
+        averages.append(float(ema.average["w"]))
+    # what is left of 0: 1 / 10, 2 / 11, 9 / 18, and from there on the decay itself
+    left = [0.1, 0.1 * 2 / 11, 0.1 * 2 / 11 / 2, 0.1 * 2 / 11 / 4]
+    assert averages == pytest.approx([1 - x for x in left])
+
+
 def test_the_average_takes_buffers_as_they_are() -> None:
     model = toy_model(TASK).train()
     ema = EMA(model, 0.9)

@@ -30,6 +30,7 @@ from jemkit.sampling.kernels import (
 STARTS = {
     "uniform": "uniform in the ball",
     "gaussian": "x plus Gaussian noise of 0.001, as TRADES's code has it",
+    "clean": "x itself",
 }
 NOISE_PX = 0.255  # the standard deviation of a Gaussian start, 0.001 of the pixel range
 
@@ -131,10 +132,11 @@ class PGD(PGDAttack):
     step_px: float | None = Field(None, ge=0)  # None: a quarter of the radius
     norm: Ball = "Linf"
     restarts: int = Field(1, ge=1)
-    start: Literal["uniform", "gaussian"] = "uniform"
+    start: Literal["uniform", "gaussian", "clean"] = "uniform"
 
     def unused(self) -> dict[str, str]:
-        return {} if self.steps else {"step_px": "where steps is 0"}
+        idle = {} if self.steps else {"step_px": "where steps is 0"}
+        return {**idle, "restarts": 'where start is "clean"'} if self.start == "clean" else idle
 
     @property
     def label(self) -> str:
@@ -159,6 +161,8 @@ class PGD(PGDAttack):
     def begin(self, kernel: Projected, rng: Generator) -> Tensor:
         """The initial point of an attack: a point of the ball, inside the pixel range."""
         x = kernel.centre
+        if self.start == "clean":
+            return kernel.project(x)
         if self.start == "gaussian":
             return kernel.project(x + kernel.bounds.px(NOISE_PX) * noise_like(x, rng))
         return kernel.project(perturbed(x, kernel.radius, rng, kernel.norm))

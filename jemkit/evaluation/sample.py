@@ -31,7 +31,7 @@ from jemkit.runtime.preemption import PreemptionCheck
 from jemkit.runtime.rng import generator
 from jemkit.runtime.run_dir import versions
 from jemkit.runtime.work_cache import WHOLE, Piece, ResultCache, Shard
-from jemkit.sampling.density import Buffered, together
+from jemkit.sampling.density import Buffered, Classwise, together
 from jemkit.sampling.fresh import even_batches, in_batches
 from jemkit.sampling.init_dists import MomentStart, Start, start_name
 from jemkit.training.opened import Which, open_model
@@ -114,11 +114,12 @@ def sample_request(
         steps, how = 0, {"source": "buffer", "start": "buffer", "steps": 0}
     else:
         steps, density = STEPS if steps is None else steps, run.backbone.density
+        joint = y is not None or isinstance(density, Classwise)
         how = {
             "source": "chains",
             "start": start or run.table.get("start", {}).get("use", "the backbone's"),
             "steps": steps,
-            "energy": "E(x)" if y is None else "E(x, y)",
+            "energy": "E(x, y)" if joint else "E(x)",
             "together": together(density, run.backbone.model, even_batches(n)),
         }
         p0 = density.start if start is None else registry["start"][start]().build(run.task, on)

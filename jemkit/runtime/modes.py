@@ -58,6 +58,18 @@ def frozen_batch_stats(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def frozen_batch_norm(model: nn.Module) -> Iterator[None]:
+    """Batch norm in eval mode: it normalises by its running statistics, and does not update them.
+
+    Its affine parameters still require a gradient.
+    """
+    with ExitStack() as stack:
+        for norm in batch_norms(model):
+            stack.enter_context(_training(norm, on=False))
+        yield
+
+
+@contextmanager
 def sampling_mode(model: nn.Module, batch_norm: BatchNormMode) -> Iterator[None]:
     """The model as a chain uses it: frozen weights, no dropout, batch norm as requested."""
     with ExitStack() as stack:

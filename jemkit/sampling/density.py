@@ -283,6 +283,13 @@ class Buffered(Protocol):
     buffer: ReplayBuffer
 
 
+@runtime_checkable
+class Classwise(Protocol):
+    """A density whose chains have classes also where none are given."""
+
+    classwise: ClassVar[bool]
+
+
 def together(density: Density, model: EnergyModel, sizes: list[int]) -> int:
     """The number of chains that run together in the largest batch, for a protocol."""
     if isinstance(density, ContrastiveDensity):

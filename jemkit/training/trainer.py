@@ -179,7 +179,7 @@ class Trainer:
             self.journal.stopwatch.drop()
             raise
         if self.ema is not None:
-            self.ema.update(self.backbone.model)
+            self.ema.update(self.backbone.model, step if run.ema_warmup else None)
         known = {
             "step": step,
             "epoch": step // self.loader.steps_per_epoch + 1,

@@ -131,6 +131,23 @@ def test_on_a_linear_model_the_l2_attack_walks_along_the_weights(seed: int) -> N
     assert ((moved * up).sum(1) > 0.99 * moved.norm(dim=1)).all()
 
 
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_a_clean_start_is_the_image_itself_and_draws_nothing(norm: str) -> None:
+    model, x, rng = linear_model(12, 3), uniform(0, 4, 1, 3, 4), gen()
+    y, before = torch.zeros(4, dtype=torch.int64), rng.get_state()
+    settings = {"bounds": Bounds(-1, 1), "radius_px": 8}
+    none, one = (
+        PGD(steps=steps, norm=norm, start="clean").draw(
+            model, lambda z: cross_entropy(model(z).logits, y), x, rng, **settings
+        )
+        for steps in (0, 1)
+    )
+    assert torch.equal(none, x)
+    assert not torch.equal(one, x)
+    assert torch.equal(rng.get_state(), before)
+    assert "restarts" in PGD(start="clean").unused()
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 def test_odd_batches_and_single_images_are_attacked_too(n: int) -> None:
     model, y = toy_model(TASK), torch.arange(n) % 3

@@ -37,13 +37,18 @@ KNOWN = {
     "sampler sgld_momentum": "step_size momentum noise clip",
     "sampler sign": "step_size",
     "energy dummies": "fold",
+    "start blurred": "share",
+    "start foreign": "dataset",
     "start noise": "std",
+    "start shuffled": "squares",
     "density contrastive": "batch_norm box penalty penalty_on",
     "backbone classifier": "network energy views",
+    "backbone dat": "network energy density sampler start buffer steps views",
     "backbone jem": "network energy density sampler start buffer steps views",
     "backbone jempp": "network energy density sampler start buffer steps views",
     "backbone mebm": "network energy density sampler start buffer steps views",
     "backbone sadajem": "network energy density sampler start buffer steps views",
+    "objective dat": "step_px auc window max_steps freeze_batch_norm attack",
     "objective ducat": "start clean_dummy adv_dummy adv_mass attack",
     "objective ebjdat": "w1 w2 w3 w_clean adv_steps radius_px norm ascent inner outer distance "
     "distance_weight",
@@ -91,9 +96,9 @@ KNOWN = {
 
 PLAIN: dict[str, list[str]] = {
     "run": ["epochs", "batch_size", "micro_batch", "recompute", "seed", "theta_steps",
-            "valid_fraction", "max_train", "ema_decay", "device", "precision", "compile",
-            "channels_last", "deterministic", "threads", "eval_images", "test_images", "shard",
-            "tensorboard", "keep"],
+            "valid_fraction", "max_train", "ema_decay", "ema_warmup", "device", "precision",
+            "compile", "channels_last", "deterministic", "threads", "eval_images",
+            "test_images", "shard", "tensorboard", "keep"],
     "schedule": ["decay", "warmup", "warmup_share", "at", "by", "floor"],
     "sgd": ["use", "lr", "momentum", "nesterov", "weight_decay"],
     "adam": ["use", "lr", "betas", "weight_decay"],
@@ -131,11 +136,13 @@ def outcome(backbone: str, objective: str, *sets: str) -> dict[str, torch.Tensor
         train_step(parts.backbone, parts.objective, parts.updater, parts.loader.batch(), rng, guard)
     left = {name: t.detach().clone() for name, t in parts.backbone.model.state_dict().items()}
     if parts.backbone.has_density:
-        left["states"] = parts.backbone.density.state_dict()["states"].clone()
+        state = parts.backbone.density.state_dict()
+        left |= {name: t.clone() for name, t in state.items() if name == "states"}
     return left
 
 
 E = ("sadajem", "ebjdat", "objective")
+D = ("dat", "dat", "")
 J = ("jem", "jem", "")
 ACTS: list[tuple[tuple[str, str, str], list[str], str]] = [
     *[(E, [], f"objective.{s}") for s in (
@@ -223,6 +230,15 @@ ACTS: list[tuple[tuple[str, str, str], list[str], str]] = [
      "optimizer.lr=0.1", "objective.update.use=awp"], "objective.update.gamma=9"),
     (("classifier", "lasat", ""), ["objective.form=trades"], "objective.beta=[1]"),
     (("classifier", "lasat", ""), ["objective.form=trades"], "objective.every=2"),
+    *[(D, [], s) for s in (
+        "objective.step_px=5", "objective.auc=1", "objective.window=99",
+        "objective.freeze_batch_norm=false", "objective.attack.steps=1", "backbone.start.share=1",
+        "backbone.start.use=shuffled",
+    )],
+    (D, ["backbone.start.use=shuffled"], "backbone.start.squares=2"),
+    (("dat", "jem", ""), [], "backbone.steps=1"),
+    (("dat", "jem", ""), [], "backbone.sampler.step_size=0.1"),
+    (("dat", "jem", ""), [], "backbone.density.use=contrastive"),
     (("jem", "jeat", ""), [], "objective.w_px=0.5"),
     (("jem", "jeat", ""), [], "objective.attack.steps=1"),
     (("classifier", "pgdat", ""), ["objective.attack.radius_px=90"], "objective.attack.norm=L2"),
@@ -263,6 +279,8 @@ IDLE: list[tuple[list[str], str, str]] = [
     (["backbone.network.norm=none"], "backbone.density.batch_norm=released", "without batch norm"),
     (["backbone.network.use=wrn-10-1", "backbone.network.norm=group"],
      "backbone.network.bn_momentum=0.9", "without batch norm"),
+    ([], "run.ema_warmup=true", "where ema_decay is 0"),
+    (["objective.use=dat", "objective.max_steps=0"], "objective.auc=0.3", "max_steps is 0"),
     (["updater.use=sam", "updater.rho=0"], "updater.adaptive=false", "where rho is 0"),
     (["schedule.decay=cosine"], "schedule.at=[0.3]", 'unless decay = "steps"'),
     (["schedule.decay=constant"], "schedule.by=0.3", 'unless decay = "steps"'),

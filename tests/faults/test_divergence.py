@@ -119,7 +119,7 @@ def events(out: Path) -> list[dict[str, Any]]:
 
 
 def fits(backbone: str, fault: str) -> bool:
-    return backbone != "classifier" or fault != "buffer"
+    return backbone not in ("classifier", "dat") or fault != "buffer"
 
 
 CASES = [(b, f) for b in BACKBONES for f in FAULTS if fits(b, f)]

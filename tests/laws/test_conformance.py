@@ -31,6 +31,7 @@ KINDS = {
     "evaluator": testing.check_evaluator,
 }
 REFINED = {"bpda", "foldings"}  # need a model of their own: test_purification.py, test_ducat.py
+REFINED |= {"foreign"}  # needs a data set: test_dat.py
 QUICK: dict[tuple[str, str], dict[str, Any]] = {
     ("attack", "aa"): {"version": "released"},
     ("attack", "square"): {"queries": 50},

@@ -76,6 +76,7 @@ def wanted(objective: str, norm: str) -> tuple[Count, Count]:
         "score": (adversaries + Count(1, B), update(norm, B, B)),
         "ducat": (adversaries, update(norm, B)),  # before its dummies begin
         "lbgat": (adversaries + Count(1, B), update(norm, B, B)),  # beside the teacher's
+        "dat": (Count(2, 2 * P) + adversaries, update(norm, P, P, B)),  # the AUC; T is 0 at first
         "tdat": (Count(1, B), update(norm, B, B)),  # one step, not M_adv
         "jeat": (negatives + adversaries, update(norm, B, P)),
         "ebjdat": (negatives + adversaries, four),
@@ -86,7 +87,7 @@ def wanted(objective: str, norm: str) -> tuple[Count, Count]:
 
 def options(objective: str) -> dict[str, Any]:
     known = REGISTRY["objective"][objective].model_fields
-    given: dict[str, Any] = {"adv_steps": M_ADV, "attack": PGD(steps=M_ADV)}
+    given: dict[str, Any] = {"adv_steps": M_ADV, "attack": PGD(steps=M_ADV), "window": 1000}
     return {name: value for name, value in given.items() if name in known}
 
 
@@ -105,6 +106,7 @@ BUILT = [
     if b != "classifier" or o not in ("jem", "ebjdat", "ebjdatreleased")
 ] + [
     ("sadajem", "jeat"),
+    ("dat", "dat"),
     *(("classifier", o) for o in ("mart", "weat", "score", "tdat", "lbgat", "ducat")),
 ]
 

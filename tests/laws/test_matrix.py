@@ -93,4 +93,4 @@ def test_the_matrix_is_whole() -> None:
     assert {b for b, _ in MISFITS} == {"classifier"}
     for part, names in enumerate((BACKBONES, OBJECTIVES, UPDATERS)):
         assert {taken[part] for taken in QUICK} == set(names)
-    assert {o for _, o in MISFITS} == {"jem", "jeat", "ebjdat", "ebjdatreleased"}
+    assert {o for _, o in MISFITS} == {"jem", "jeat", "ebjdat", "ebjdatreleased", "dat"}

@@ -118,10 +118,13 @@ def test_a_step_stays_on_its_device_and_waits_for_nothing(names: tuple[str, str,
             terms = train_step(backbone, objective, updater, far_batch(), rng(), Unread())
     assert isinstance(terms.total, Far)
     assert terms.total.values.isfinite()
-    assert not mode.waits
+    if names[1] == "dat":  # how long its chains are depends on an AUC, which is read on the host
+        assert dict(mode.waits) == {"aten._local_scalar_dense": 2}
+    else:
+        assert not mode.waits
 
 
-STARTS = ["gaussian", "mixture", "noise", "uniform"]
+STARTS = ["blurred", "gaussian", "mixture", "noise", "shuffled", "uniform"]
 
 
 @pytest.mark.parametrize("sampler", sorted(REGISTRY["sampler"]))

@@ -42,6 +42,8 @@ TINY: dict[str, Any] = {
     "steps": 2,
     "adv_steps": 2,
     "attack": PGD(steps=2),
+    "auc": 0.0,  # a step more in every chain of `dat`
+    "window": 1,
     "teacher": SmallCNN(channels=2, norm="batch"),
     "strategy": SmallCNN(channels=2, norm="batch"),
     "iterations": (1, 2),
@@ -224,7 +226,10 @@ def toy_recipe(
     *overrides: str,
 ) -> Resolved:
     """A recipe on the toy data set, two epochs of six steps."""
-    sizes = [] if backbone == "classifier" else ["backbone.steps=2", "backbone.buffer.capacity=60"]
+    sizes = [] if backbone == "classifier" else ["backbone.steps=2"]
+    sizes += [] if backbone in ("classifier", "dat") else ["backbone.buffer.capacity=60"]
+    if objective == "dat":
+        sizes += ["objective.auc=0", "objective.window=1", "objective.attack.steps=2"]
     for network in {"teacher", "strategy"} & set(registry["objective"][objective].model_fields):
         sizes += [f"objective.{network}.use=smallcnn", f"objective.{network}.channels=2"]
     return resolve(

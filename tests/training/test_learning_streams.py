@@ -25,7 +25,7 @@ from jemkit.testing import toy_batch, toy_task
 from jemkit.training.build import build_run
 
 TASK = toy_task()
-PAIRS = sorted({(backbone, objective) for backbone, objective, _ in MATRIX})
+PAIRS = sorted({(backbone, objective) for backbone, objective, _ in MATRIX if objective != "dat"})
 
 
 def stepped(backbone: Backbone, objective: Any) -> None:

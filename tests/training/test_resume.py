@@ -43,7 +43,7 @@ def gone_on_with(cases: list[tuple[list[str], Path]], end: int) -> None:
 
 
 OTHERS = [
-    ["sadajem", "ebjdat", "sam", "run.ema_decay=0.9", "run.theta_steps=2"],
+    ["sadajem", "ebjdat", "sam", "run.ema_decay=0.9", "run.ema_warmup=true", "run.theta_steps=2"],
     ["jem", "jem", "plain", "optimizer.use=adam", "optimizer.lr=0.001", "schedule.decay=cosine"],
     ["jempp", "ebjdat", "awp", "run.precision=bf16"],
     ["mebm", "ebjdat", "plain", "backbone.buffer.conditional=true"],

@@ -458,6 +458,22 @@ def test_an_average_of_weights_begins_with_those_of_an_earlier_run(
     assert same(state["ema"], weights)
 
 
+def test_the_average_follows_weights_closely_at_first(tmp_path: Path) -> None:
+    options = ["run.ema_decay=0.9", "run.ema_warmup=true"]
+    recipe = toy_recipe(REGISTRY, "jem", "ce", "plain", *options)
+    trainer = Trainer(recipe, RunFolder.create(tmp_path / "run"))
+    seen = []
+    for decay in (0.1, 2 / 11):
+        before = {n: t.clone() for n, t in trainer.ema.average.items()} if trainer.ema else {}
+        trainer.one_step()
+        live, average = trainer.backbone.model.state_dict(), trainer.ema and trainer.ema.average
+        name = "head.weight"
+        expected = decay * before[name] + (1 - decay) * live[name]
+        torch.testing.assert_close((average or {})[name], expected)
+        seen.append(expected)
+    assert not torch.equal(*seen)
+
+
 def test_a_run_of_every_objective_takes_a_first_step(tmp_path: Path) -> None:
     for name in ("ce", "pgdat", "trades", "jem", "ebjdat"):
         folder = RunFolder.create(tmp_path / name)
