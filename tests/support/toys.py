@@ -102,7 +102,7 @@ QUICK = [
     for b, o, u in MATRIX
     if o == "ebjdat"
     or (b, u) in {("classifier", "sam"), ("sadajem", "plain")}
-    or (o, b) == ("ce", "classifier")
+    or (o, b) in {("ce", "classifier"), ("dat", "dat")}
     or ((b, u) == ("jem", "sam") and not fits("classifier", o))
 ]
 """Every backbone and updater with EB-JDAT, and every objective with a classifier and a density
