@@ -1,1 +1,1 @@
-"""The command line: it parses, calls one function of the core, prints."""
+"""The command line: parses options, calls one function of the library, prints its result."""

@@ -1,4 +1,4 @@
-"""The entry of the `jemkit` command: signals and streams first, then what takes time to import."""
+"""The entry of the command `jemkit`: sets up signals and streams before the slow imports."""
 
 import os
 import signal
@@ -6,21 +6,21 @@ import sys
 
 
 def _interrupted(*_: object) -> None:
-    """Nothing has begun that a ^C could harm."""
+    """Exit at once: nothing has started that ^C could harm."""
     os.write(2, b"interrupted\n")
     os._exit(130)
 
 
 if os.path.basename(sys.argv[0]) == "jemkit" and (
     signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):  # this is the command's own process, and importing has begun
+):  # this is the command's own process, which is importing
     signal.signal(signal.SIGINT, _interrupted)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command.
 
-    Exit codes: 1 unhealthy, 2 usage, 3 recipe, 4 diverged, 5 stopped, 6 data, 7 memory, 130 ^C.
+    Exit codes: 1 check failed, 2 usage, 3 recipe, 4 diverged, 5 stopped, 6 data, 7 memory, 130 ^C.
     """
     from jemkit_cli.process import listen, open_streams
 
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         run(arguments)
     finally:
-        if arguments is not None:  # a function of somebody's process, which goes on
+        if arguments is not None:  # called as a function, in a process that continues
             restore()
 
 

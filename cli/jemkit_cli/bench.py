@@ -1,4 +1,4 @@
-"""`jemkit bench`: what a training step costs here, against what it must cost."""
+"""`jemkit bench`: the time of a training step and its roofline, the error of each precision."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,7 +88,7 @@ def _show(roofline: "Roofline") -> None:
 
 
 def _show_protocol(card: dict[str, Any]) -> None:
-    """What figures were measured on, under their table."""
+    """The machine and versions of a measurement, under its table."""
     for name, value in card.items():
         text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
         say(f"  {name}: {text}")

@@ -19,7 +19,7 @@ from jemkit_cli.verify import verify_resume
 
 
 class _Group(TyperGroup):
-    """Says what is wrong with a value without pydantic's word for the kind of mistake."""
+    """Shows the error of a value without pydantic's prefix."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
@@ -70,5 +70,5 @@ def _jemkit(
 
 
 def run(arguments: list[str] | None) -> None:
-    """Read the command line and run its command."""
+    """Parse the command line and run the command."""
     app(args=arguments, prog_name="jemkit")

@@ -1,4 +1,4 @@
-"""`jemkit config`: what a recipe says, and where each of its values comes from."""
+"""`jemkit config`: the settings of a recipe, with the origin of each value."""
 
 import json
 from typing import Annotated, Any
@@ -19,9 +19,9 @@ def show(
         bool, typer.Option("--json", help="One JSON object: recipe and origins.")
     ] = False,
 ) -> None:
-    """Show the recipe that `train` would run with these options, each value with its origin.
+    """Show the recipe that `train` would run with these options, with the origin of each value.
 
-    Both forms, saved to a .toml or .json file, can be fed back by --config.
+    Saved as a .toml or .json file, either output can be passed to --config.
     """
     resolved = recipe.resolve(recipe.registry())
     if as_json:
@@ -44,7 +44,7 @@ def schema(recipe: RecipeOptions) -> None:
 
 
 def _assignment(key: str, value: Any) -> str:
-    """A line of TOML; TOML has no word for a value that is not set."""
+    """A line of TOML, which cannot express a value that is not set."""
     if value is None:
         return f"# {key} is not set"
     return f"{key} = {json.dumps(value, ensure_ascii=False)}"

@@ -1,4 +1,4 @@
-"""`jemkit doctor`: what this machine has of what jemkit needs."""
+"""`jemkit doctor`: checks the installation."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,8 @@ from jemkit_cli.terminal import NoPlugins, guarded, say, say_json
 def doctor(
     no_plugins: NoPlugins = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One line of JSON: whether all is well, every check.")
+        bool,
+        typer.Option("--json", help="One line of JSON: whether all checks passed, and each check."),
     ] = False,
 ) -> None:
     """Check torch, weights, plug-ins and disk, and test a small model; exit code 1 on a failure."""

@@ -1,4 +1,4 @@
-"""`jemkit evaluate`: every figure of a model, with how it was measured."""
+"""`jemkit evaluate`: the figures of a model, with their protocols."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -47,7 +47,7 @@ def evaluate(
         _option("--eps-px", "The radius in 1/255, 8 for 8/255; the data set's by default.", HOW),
     ] = None,
     norm: Annotated[
-        Literal["Linf", "L2", "L1"], typer.Option(help="Of the radius.", rich_help_panel=HOW)
+        Literal["Linf", "L2", "L1"], typer.Option(help="Norm of the radius.", rich_help_panel=HOW)
     ] = "Linf",
     max_images: Annotated[
         int | None,
@@ -63,7 +63,9 @@ def evaluate(
     batch_size: Annotated[
         int, typer.Option(help="Batch size of attacks.", rich_help_panel=HOW)
     ] = 250,
-    seed: Annotated[int, typer.Option(help="Of every generator.", rich_help_panel=HOW)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of all random generators.", rich_help_panel=HOW)
+    ] = 0,
     protocol: Annotated[
         Literal["standard", "released"],
         typer.Option(help="released: as in EB-JDAT's released evaluation.", rich_help_panel=HOW),
@@ -76,7 +78,7 @@ def evaluate(
     ] = 0,
     overrides: Annotated[
         list[str] | None,
-        _option("--set", "An option of an attack or evaluator, pgd.steps=50.", HOW, "K=V"),
+        _option("--set", "An option of an attack or evaluator, e.g. pgd.steps=50.", HOW, "K=V"),
     ] = None,
     indicators: Annotated[
         Literal["bounded", "full", "off"],
@@ -86,28 +88,30 @@ def evaluate(
         ),
     ] = "bounded",
     checkpoint: Annotated[
-        Literal["best", "last"], typer.Option(help="Which weights of a run.", rich_help_panel=WHERE)
+        Literal["best", "last"], typer.Option(help="Checkpoint of a run.", rich_help_panel=WHERE)
     ] = "best",
     network: Annotated[
-        str | None, _option("--network", "Of a .safetensors file, wrn-28-10.", WHERE, "NAME")
+        str | None,
+        _option("--network", "Network of a .safetensors file, e.g. wrn-28-10.", WHERE, "NAME"),
     ] = None,
     dataset: Annotated[
-        str | None, _option("--dataset", "Other images than the run's own.", WHERE, "NAME")
+        str | None, _option("--dataset", "Another data set than that of the run.", WHERE, "NAME")
     ] = None,
     data_dir: Annotated[
-        Path | None, _option("--data-dir", "Where the data set's files are.", WHERE)
+        Path | None, _option("--data-dir", "Folder of the data set's files.", WHERE)
     ] = None,
     download: Annotated[
-        bool, _option("--download", "Fetch the data set where it is missing.", WHERE)
+        bool, _option("--download", "Download the data set if it is missing.", WHERE)
     ] = False,
     device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run.", rich_help_panel=WHERE)
+        Literal["auto", "cpu", "cuda"],
+        typer.Option(help="Device to run on.", rich_help_panel=WHERE),
     ] = "auto",
     out: Annotated[
-        Path | None, _option("--out", "The record's folder; the run's by default.", WHERE)
+        Path | None, _option("--out", "Folder of the record; the run's by default.", WHERE)
     ] = None,
     save_adversarial: Annotated[
-        bool, typer.Option("--save-adversarial", help="Keep the attacked images.")
+        bool, typer.Option("--save-adversarial", help="Save the attacked images.")
     ] = False,
     no_plugins: NoPlugins = False,
     as_json: Annotated[
@@ -134,7 +138,7 @@ def evaluate(
         run, wanted, overrides, where, third_party=not no_plugins,
         keep_adversarial=save_adversarial, silent=as_json,
     )  # fmt: skip
-    if record is None:  # the first process speaks for all
+    if record is None:  # rank 0 writes the output
         return
     if as_json:
         say_json(record.to_json())
@@ -166,7 +170,7 @@ def _judged(
             tracking(silent=silent or me.rank > 0) as progress,
             stopping() as stop,
         ):
-            distributed.barrier()  # from here on any of them can be stopped
+            distributed.barrier()  # from here on every process can be stopped
             record = judge(
                 subject, settings, registry, shard=me, progress=progress, stop=stop,
                 keep_adversarial=keep_adversarial,
@@ -181,7 +185,7 @@ def _prepared(
     overrides: list[str],
     where: dict[str, Any],
 ) -> "tuple[EvalTarget, Settings]":
-    """What is judged, and how; a mistake is found before anything slow."""
+    """The model and the settings; errors are raised before any slow work."""
     from jemkit.config.eval_settings import options_of, settings_of
     from jemkit.evaluation.subjects import subject_at
     from jemkit.runtime.precision import device_of

@@ -1,4 +1,4 @@
-"""`jemkit import` and `jemkit export`: models from others and for others."""
+"""`jemkit import` and `jemkit export`: published weights in, model folders out."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,18 +21,18 @@ def import_model(
     ],
     format: Annotated[
         Literal["auto", "jem", "jempp", "sadajem", "mebm", "ebjdat", "wrn"],
-        typer.Option(help="The format of its names; auto detects and prints it."),
+        typer.Option(help="Format of the parameter names; auto detects it."),
     ] = "auto",
     dataset: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="What it was trained on; by its classes, cifar10 or cifar100.",
+            metavar="NAME", help="Its data set; by its classes, cifar10 or cifar100.",
             show_default=False,
         ),
     ] = None,
     data_dir: Annotated[
         Path | None,
-        typer.Option(help="Where the data set's files are.", show_default=False),
+        typer.Option(help="Folder of the data set's files.", show_default=False),
     ] = None,
     key: Annotated[
         str | None,
@@ -44,7 +44,7 @@ def import_model(
     norm: Annotated[
         Literal["instance"] | None,
         typer.Option(
-            help="If names do not tell instance from layer norm.", show_default=False
+            help="If names do not distinguish instance and layer norm.", show_default=False
         ),
     ] = None,
     sha256: Annotated[
@@ -54,7 +54,7 @@ def import_model(
     overrides: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="K=V", help="Any option of the recipe, data.size=64.",
+            "--set", metavar="K=V", help="Any option of the recipe, e.g. data.size=64.",
             show_default=False,
         ),
     ] = None,
@@ -65,7 +65,7 @@ def import_model(
     no_plugins: NoPlugins = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Read published weights, executing nothing in the file, into a model folder."""
+    """Convert published weights to a model folder, without executing any code in the file."""
     registry = installed_parts(third_party=not no_plugins)
     from jemkit.training.pretrained import import_checkpoint
 
@@ -97,10 +97,10 @@ def export_model(
         typer.Option(help="Folder to write; RUN/export by default.", show_default=False),
     ] = None,
     checkpoint: Annotated[
-        Literal["best", "last"], typer.Option(help="Which weights of the run.")
+        Literal["best", "last"], typer.Option(help="Checkpoint of the run.")
     ] = "best",
     license: Annotated[
-        str, typer.Option(metavar="ID", help="Of the weights, for the card: mit, cc-by-4.0.")
+        str, typer.Option(metavar="ID", help="License of the weights, e.g. cc-by-4.0.")
     ] = "unknown",
     push: Annotated[
         str | None,

@@ -1,4 +1,4 @@
-"""`jemkit plugins`: which parts there are, who offers them, and what their options are."""
+"""`jemkit plugins`: the registered parts, the packages that provide them, their options."""
 
 import inspect
 from typing import TYPE_CHECKING, Annotated, Any
@@ -110,7 +110,7 @@ def _about(offer: "Offer", registry: "Registry") -> dict[str, Any]:
 
 
 def _shown(option: dict[str, Any]) -> str:
-    return "(must be given)" if option["required"] else str(option["default"])
+    return "(required)" if option["required"] else str(option["default"])
 
 
 def _type(field: dict[str, Any]) -> str:

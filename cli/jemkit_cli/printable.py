@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 PRINTABLE = "\n\t\u200c\u200d"
-"""Line ends, tabs, and the joiners that some scripts and emoji are written with."""
+"""Line ends, tabs, and the joiners used by some scripts and emoji."""
 
 UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-"""Controls (escape sequences begin with one), marks that reverse text, halves of characters."""
+"""Control characters (which begin escape sequences), marks that reverse text, surrogates."""
 
 
 def printable(text: str) -> str:
@@ -23,7 +23,7 @@ def printable(text: str) -> str:
 
 
 def at_home(value: Any) -> Any:
-    """A path that was given to a command, or a list of them, with ~ as the user's home."""
+    """A path given to a command, or a list of paths, with ~ expanded."""
     if isinstance(value, list):
         return [at_home(one) for one in value]
     if isinstance(value, Path):

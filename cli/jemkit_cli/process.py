@@ -1,6 +1,6 @@
-"""The process of a command: what ^C does before, during and after it, and where its output goes.
+"""The process of a command: how it handles ^C before, during and after its work, and its output.
 
-Nothing here imports more than the standard library's smallest parts: it runs before all else.
+This module imports only small parts of the standard library, since it runs before everything else.
 """
 
 import errno
@@ -17,17 +17,17 @@ from typing import Any, TextIO
 
 INTERRUPTED = 130
 
-_working = False  # whether a command is under way, which ends its work by itself
-_interrupted = False  # whether SIGINT came
-_end_requested = False  # whether it was SIGINT that asked the command to end its work
+_working = False  # whether a command is running, which ends its work by itself
+_interrupted = False  # whether SIGINT was received
+_end_requested = False  # whether SIGINT was the signal that ended the command's work
 
 
 def listen() -> Callable[[], None]:
-    """Hear SIGINT from now on; what it gives back puts the handler before it in its place.
+    """Handle SIGINT from now on; the returned function restores the previous handler.
 
-    Before a command has begun, after it has ended and amid an import, where an exception could be
-    lost or turned into another one, the process ends at once. In between KeyboardInterrupt is
-    raised; a second SIGINT ends the process at once. Who ignores SIGINT goes on ignoring it.
+    Before a command begins, after it ends and during an import, where an exception could be lost or
+    converted, the process ends at once. Otherwise KeyboardInterrupt is raised; a second SIGINT ends
+    the process at once. If SIGINT is ignored it stays ignored.
     """
     global _interrupted, _end_requested
     _interrupted = _end_requested = False
@@ -54,23 +54,23 @@ def interrupt(_: int, frame: FrameType | None) -> None:
 
 
 def interrupted() -> bool:
-    """Whether SIGINT came, though what it raised may have become another exception."""
+    """Whether SIGINT was received, even if its exception was converted to another one."""
     return _interrupted
 
 
 def request_end(number: int) -> None:
-    """A signal came on which the command ends its work by itself."""
+    """A signal was received on which the command ends its work by itself."""
     global _end_requested
     _end_requested = number == signal.SIGINT
 
 
 def end_requested() -> bool:
-    """Whether that signal was a ^C."""
+    """Whether that signal was ^C."""
     return _end_requested
 
 
 class Working:
-    """A command is under way inside the block."""
+    """A command is running inside the block."""
 
     def __enter__(self) -> None:
         global _working
@@ -87,7 +87,7 @@ class Working:
 
 
 def leave() -> None:
-    """End the process now, with one line."""
+    """End the process at once, with one line."""
     PULSE.stop()
     with suppress(AttributeError, OSError, RuntimeError, ValueError):  # closed, or in use
         sys.stdout.flush()
@@ -98,7 +98,7 @@ def leave() -> None:
 
 
 def speaker() -> str:
-    """Which process of several it is, but for the first one."""
+    """The rank of this process, if it is not the first of several."""
     rank = os.environ.get("RANK", "0")
     return "" if rank == "0" else f"process {rank} of {os.environ.get('WORLD_SIZE')}: "
 
@@ -112,21 +112,21 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 def _unraisable(what: Any) -> None:
-    """An exception where nobody can catch it, in a destructor; a ^C is not lost there."""
+    """Handles an exception that cannot propagate, in a destructor: ^C must not be lost there."""
     if issubclass(what.exc_type, KeyboardInterrupt):
         leave()
     sys.__unraisablehook__(what)
 
 
 SILENCE = 2.0
-"""Seconds without a word on a terminal, after which a command gives a sign of life."""
+"""Seconds without output on a terminal, after which a command shows the elapsed time."""
 ERASED = b"\r\x1b[K"
 
 
 class Pulse:
-    """How long a command has worked, in a line that what it says next replaces.
+    """The elapsed time of a command, in a line that the next output replaces.
 
-    On a terminal alone; where a bar moves, nobody is silent.
+    Only on a terminal, and not while a progress bar is shown.
     """
 
     def __init__(self) -> None:
@@ -135,7 +135,7 @@ class Pulse:
         self._shown = False
 
     def spoken(self) -> None:
-        """Somebody writes now: take the line away."""
+        """Output follows: remove the line."""
         with self._lock:
             self._spoke = time.monotonic()
             if self._shown:
@@ -144,7 +144,7 @@ class Pulse:
                     os.write(2, ERASED)
 
     def beat(self, now: float) -> None:
-        """Show the time since the command began, where it has been silent until `now`."""
+        """Show the elapsed time if there has been no output until `now`."""
         with self._lock:
             if now - self._spoke > SILENCE:
                 self._shown = True
@@ -170,11 +170,11 @@ class Pulse:
 
 PULSE = Pulse()
 GONE = (errno.EPIPE, errno.EIO)
-"""How writing fails where a reader has ended or a terminal is closed."""
+"""Errors of a stream whose reader has ended or whose terminal is closed."""
 
 
 class Output(io.FileIO):
-    """A file descriptor whose reader may end: what is written later is dropped, work goes on."""
+    """A file descriptor whose reader may end: later output is dropped, and work continues."""
 
     def write(self, content: Any) -> int:
         PULSE.spoken()
@@ -194,8 +194,7 @@ class Output(io.FileIO):
 
     @classmethod
     def of(cls, stream: TextIO) -> TextIO:
-        """The same stream, by a descriptor of this kind and with a replacement for each character
-        that its encoding lacks."""
+        """The same stream on this kind of descriptor, with replacements for other characters."""
         raw = cls(stream.fileno(), "w", closefd=False)
         raw._terminal = stream.isatty()
         unbuffered = bool(getattr(stream, "write_through", False))
@@ -207,7 +206,7 @@ class Output(io.FileIO):
 
 
 def open_streams() -> None:
-    """Standard output and error as a command needs them; what somebody put in their place stays."""
+    """Set up standard output and error for a command; streams that a caller replaced stay."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):

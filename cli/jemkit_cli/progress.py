@@ -1,4 +1,4 @@
-"""How far long work is: bars with rate and time left on a terminal, else a line now and then."""
+"""Progress of long work: bars on a terminal, otherwise a line from time to time."""
 
 import sys
 import time
@@ -33,7 +33,7 @@ def watching(run: Path, *, silent: bool) -> Iterator[Watch | None]:
 
 
 def _progress(where: "Console", text: str, *fields: str) -> "Progress":
-    """A bar under a text, and beside it the time that is left and some fields of its task."""
+    """A bar below a text, with the remaining time and some fields of its task."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Left
 
@@ -69,7 +69,7 @@ def _lines(run: Path) -> Watch:
 
 
 def _message(run: Path, kind: str, what: Mapping[str, Any]) -> str:
-    """What is said of an event of a run; nothing of most."""
+    """The text for an event of a run; most events have none."""
     if kind == "start":
         complete = what["step"] == what["total"]
         return f"run {run}" + (": already complete, evaluated again" if complete else "")
@@ -92,14 +92,14 @@ def _message(run: Path, kind: str, what: Mapping[str, Any]) -> str:
 
 
 def _now(what: Mapping[str, Any]) -> str:
-    """The rate, the loss and the energy gaps of a step, as far as they are known."""
+    """The rate, the loss and the energy gaps of a step, if they are known."""
     shown = {"images/s": "{:.0f} images/s", "loss": "loss {:.3f}"}
     shown |= {"gap x+ x-": "E(x+) - E(x-) {:.3f}", "gap x~ x": "E(x~) - E(x) {:.3f}"}
     return "  ".join(text.format(what[key]) for key, text in shown.items() if key in what)
 
 
 def _brief(what: Mapping[str, Any]) -> str:
-    """The same for one line of a terminal: the gap is the density's, else the adversary's."""
+    """The same for one line of a terminal: the density's gap, or else the adversarial one."""
     parts = [f"{what['images/s']:.0f} images/s", f"loss {what['loss']:.2f}"]
     gaps = [what[key] for key in ("gap x+ x-", "gap x~ x") if key in what]
     return " ".join([*parts, *(f"gap {gap:.2f}" for gap in gaps[:1])])
@@ -109,7 +109,7 @@ Track = Callable[[str, int, int], None]
 
 
 SELDOM = 30.0
-"""Seconds between two plain lines about long work."""
+"""Seconds between two lines about long work."""
 
 
 @contextmanager
@@ -128,7 +128,9 @@ def tracking(*, silent: bool) -> Iterator[Track | None]:
 def _seldom() -> Track:
     """A line on standard error every SELDOM seconds, with the time that this part still takes, or
     has taken where nothing of it is done yet."""
-    began: dict[str, tuple[float, int]] = {}  # when a part was first heard of, and how far it was
+    began: dict[
+        str, tuple[float, int]
+    ] = {}  # when a part was first reported, and its progress then
     shown_at = [time.monotonic()]
 
     def track(what: str, done: int, total: int) -> None:

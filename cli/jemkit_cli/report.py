@@ -1,4 +1,4 @@
-"""`jemkit report` and `jemkit compare`: one run or several, to look at and to compare."""
+"""`jemkit report` and `jemkit compare`: figures and charts of one or several runs."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,11 +30,11 @@ def report(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="The file; report.html in the first run's folder by default.",
+        typer.Option(help="File to write; report.html in the first run's folder by default.",
                      show_default=False),
     ] = None,
 ) -> None:  # fmt: skip
-    """Write one HTML file with figures and charts of the runs; it needs no network."""
+    """Write one HTML file with figures and charts of the runs; it works offline."""
     from jemkit.evaluation.report import write
 
     say(f"report {write(runs or [LATEST], out)}")
@@ -49,11 +49,11 @@ def compare(
                      show_default=False),
     ] = None,
     seeds: Annotated[
-        bool, typer.Option("--seeds", help="Mean +- deviation over runs that differ in the seed.")
+        bool, typer.Option("--seeds", help="Mean +- deviation over runs that differ in their seed.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:  # fmt: skip
-    """Compare runs: their figures, and of two runs the differences image by image."""
+    """Compare runs: their figures and, for two runs, paired differences over the same images."""
     from jemkit.evaluation.compare import compare as build_run
     from jemkit.evaluation.compare import newest
 
@@ -84,7 +84,7 @@ def _show_lines(comparison: "Comparison") -> None:
 
 
 def _why(comparison: "Comparison", name: str, why: str) -> str:
-    """A reason, unless it stands beside the figure's line already."""
+    """A reason, unless it is already given in the line of the figure."""
     differences = ["; ".join(line.differs) for line in comparison.lines if line.column.name == name]
     return "protocols differ, see above" if why in differences else why
 
@@ -127,7 +127,7 @@ def _difference(difference: "Difference") -> list[str]:
 
 
 def _named(row: "Difference | Spread") -> str:
-    """A figure with what of its protocol tells it from others of its name."""
+    """A figure with the entries of its protocol that distinguish it from others of its name."""
     return f"{row.name}, {row.protocol}" if row.protocol else row.name
 
 

@@ -1,4 +1,4 @@
-"""How a run ended: as a table to read, or as a record for scripts."""
+"""The results of a run: as a table, or as JSON for scripts."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ TITLES = {
 
 
 def record(summary: "Summary", resolved: "Resolved") -> dict[str, Any]:
-    """What scripts may rely on."""
+    """The keys that scripts may rely on."""
     robust = next(figure for figure in summary.figures if figure.name == "pgd20")
     return {
         "run": str(summary.run),
@@ -43,7 +43,7 @@ def record(summary: "Summary", resolved: "Resolved") -> dict[str, Any]:
 
 
 def show(summary: "Summary") -> None:
-    """Every figure with its protocol, and where the run is."""
+    """Every figure with its protocol, and the path of the run."""
     card = summary.figures[0].protocol
     criterion = "best PGD-10 accuracy on validation"
     title = f"epoch {summary.best_epoch} of {summary.epochs} ({criterion})"
@@ -61,16 +61,16 @@ def show(summary: "Summary") -> None:
 
 
 def show_record(record: "Record") -> None:
-    """Every figure of an evaluation with its protocol, the indicators and what was left out."""
+    """Every figure of an evaluation with its protocol, the indicators and what was omitted."""
     shown = [figure for figure in record.figures if not _in_detail(figure)]
     _show_figures(shown, _title(record))
     if len(shown) < len(record.figures):
-        say(f"{len(record.figures) - len(shown)} figures more are in the record: --json, report")
+        say(f"{len(record.figures) - len(shown)} more figures are in the record: --json, report")
     for name, verdict in record.tables.get("indicators", {}).items():
         _show_indicators(name, verdict)
     plan = record.tables.get("indicators_plan", {})
     if plan.get("left_out"):
-        say(f"indicators left out, since they cost more than the attacks: "
+        say(f"indicators omitted, since they cost more than the attacks: "
             f"{', '.join(plan['left_out'])}; --indicators full runs them")  # fmt: skip
     for name, reason in record.left_out.items():
         say(f"left out: {name}: {reason}")
@@ -92,7 +92,7 @@ def _show_figures(figures: Sequence["Figure"], title: str) -> None:
 
 
 def _in_detail(figure: "Figure") -> bool:
-    """Of out-of-distribution detection a table has the AUROC of log p(x) alone."""
+    """For out-of-distribution detection the table has only the AUROC of log p(x)."""
     kind, _, rest = figure.name.partition("/")
     return kind in ("aupr", "fpr95") or (kind == "auroc" and "/" in rest)
 
@@ -105,7 +105,7 @@ def _title(record: "Record") -> str:
 
 
 def _show_indicators(attack: str, findings: list[dict[str, Any]]) -> None:
-    """The flags of one attack's figure, or that there is none."""
+    """The flagged indicators of one attack's figure, or a note that there are none."""
     flagged = [row for row in findings if row["flag"]]
     say(f"{attack}: {len(findings)} failure indicators, {len(flagged)} flagged")
     for row in flagged:
@@ -120,7 +120,7 @@ def _value(figure: "Figure") -> str:
 
 
 def protocol_text(figure: "Figure") -> str:
-    """How a figure was measured, beside it."""
+    """The protocol of a figure in a few words, next to it."""
     card = figure.protocol
     words = [f"{figure.n} {card['split']} images"]
     if "attack" in card:

@@ -19,7 +19,7 @@ def sample(
     ] = Path("runs/latest"),
     n: Annotated[int, typer.Option("--n", "-n", help="How many images.")] = 100,
     steps: Annotated[
-        int | None, typer.Option(help="Of each chain; 40 by default.", show_default=False)
+        int | None, typer.Option(help="Steps of each chain; 40 by default.", show_default=False)
     ] = None,
     start: Annotated[
         str | None,
@@ -41,19 +41,19 @@ def sample(
     data_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Where the training images are now, for starts that need them.",
+            help="Folder of the training images, for a start that needs them.",
             show_default=False,
         ),
     ] = None,
     download: Annotated[
-        bool, typer.Option("--download", help="Fetch those images where they are missing.")
+        bool, typer.Option("--download", help="Download those images if they are missing.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the chains.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the chains.")] = 0,
     device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run.")
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Device to run on.")
     ] = "auto",
     checkpoint: Annotated[
-        Literal["best", "last"], typer.Option(help="Which weights of the run.")
+        Literal["best", "last"], typer.Option(help="Checkpoint of the run.")
     ] = "best",
     out: Annotated[
         Path | None,
@@ -72,7 +72,7 @@ def sample(
         "dataset": {k: v for k, v in data.items() if v is not None} or None,
     }  # fmt: skip
     samples = _draw(run, wanted, out, third_party=not no_plugins, silent=as_json)
-    if samples is None:  # the first process speaks for all
+    if samples is None:  # rank 0 writes the output
         return
     from jemkit.evaluation.sample import save
 
@@ -98,7 +98,7 @@ def _draw(
         me = distributed.shard()
         request = distributed.prepared(lambda: sample_request(run, registry=registry, **wanted))
         with stopping() as stop, tracking(silent=silent or me.rank > 0) as progress:
-            distributed.barrier()  # from here on any of them can be stopped
+            distributed.barrier()  # from here on every process can be stopped
             reporting = {"progress": progress} if progress else {}
             work = place(request.protocol, out) / ".drawing"
             samples = draw_samples(request, work=work, shard=me, stop=stop, **reporting)

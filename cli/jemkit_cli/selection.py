@@ -1,4 +1,4 @@
-"""The options that choose a recipe, declared once for every command that takes some of them."""
+"""The options that select a recipe, declared once for all commands that use them."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,7 +24,7 @@ PARTS, RUN, RECIPE = "Parts (see `jemkit plugins list`)", "Run", "Recipe"
 
 @dataclass
 class RecipeOptions:
-    """What a command was given of a recipe.
+    """The options of a command that select parts of a recipe.
 
     A field is an option, in the order of `--help`, with the key of the recipe that it sets.
     """
@@ -33,11 +33,11 @@ class RecipeOptions:
         str | None, _option("--backbone", "A JEM variant.", PARTS, "NAME"), "backbone.use"
     ] = None
     objective: Annotated[
-        str | None, _option("--objective", "What to learn.", PARTS, "NAME"), "objective.use"
+        str | None, _option("--objective", "Training loss.", PARTS, "NAME"), "objective.use"
     ] = None
-    dataset: Annotated[
-        str | None, _option("--dataset", "What to learn from.", PARTS, "NAME"), "data.use"
-    ] = None
+    dataset: Annotated[str | None, _option("--dataset", "Data set.", PARTS, "NAME"), "data.use"] = (
+        None
+    )
     network: Annotated[
         str | None,
         _option("--network", "The backbone's network, e.g. wrn-28-10.", PARTS, "NAME"),
@@ -49,16 +49,16 @@ class RecipeOptions:
         "backbone.sampler.use",
     ] = None
     updater: Annotated[
-        str | None, _option("--updater", "How weights move.", PARTS, "NAME"), "updater.use"
+        str | None, _option("--updater", "Update rule.", PARTS, "NAME"), "updater.use"
     ] = None
     data_dir: Annotated[
         Path | None,
-        _option("--data-dir", "Where the data set's files are.", PARTS),
+        _option("--data-dir", "Folder of the data set's files.", PARTS),
         "data.dir",
     ] = None
     download: Annotated[
         bool | None,
-        _option("--download", "Fetch the data set where it is missing.", PARTS),
+        _option("--download", "Download the data set if it is missing.", PARTS),
         "data.download",
     ] = None
     extra_data: Annotated[
@@ -76,21 +76,23 @@ class RecipeOptions:
         _option("--extra-labels", "A model to label them, if they have no labels.", PARTS, "MODEL"),
         "extra.labels",
     ] = None
-    epochs: Annotated[
-        int | None, _option("--epochs", "Passes over the training images.", RUN), "run.epochs"
-    ] = None
+    epochs: Annotated[int | None, _option("--epochs", "Number of epochs.", RUN), "run.epochs"] = (
+        None
+    )
     batch_size: Annotated[
-        int | None, _option("--batch-size", "Images in a batch.", RUN), "run.batch_size"
+        int | None, _option("--batch-size", "Batch size.", RUN), "run.batch_size"
     ] = None
-    seed: Annotated[int | None, _option("--seed", "Of every generator.", RUN), "run.seed"] = None
+    seed: Annotated[
+        int | None, _option("--seed", "Seed of all random generators.", RUN), "run.seed"
+    ] = None
     device: Annotated[
         Literal["auto", "cpu", "cuda"] | None,
-        _option("--device", "Where to run.", RUN),
+        _option("--device", "Device to run on.", RUN),
         "run.device",
     ] = None
     precision: Annotated[
         Literal["fp32", "tf32", "bf16"] | None,
-        _option("--precision", "Of the passes; energies stay float32.", RUN),
+        _option("--precision", "Of forward passes; energies stay fp32.", RUN),
         "run.precision",
     ] = None
     compile: Annotated[
@@ -100,21 +102,21 @@ class RecipeOptions:
     ] = None
     channels_last: Annotated[
         Literal["auto", "yes", "no"] | None,
-        _option("--channels-last", "Memory layout of weights; auto is a rule.", RUN),
+        _option("--channels-last", "Memory format of weights.", RUN),
         "run.channels_last",
     ] = None
     deterministic: Annotated[
         bool | None,
-        _option("--deterministic", "Only deterministic algorithms.", RUN),
+        _option("--deterministic", "Use only deterministic algorithms.", RUN),
         "run.deterministic",
     ] = None
     shard: Annotated[
         bool | None,
-        _option("--shard/--no-shard", "Under torchrun, share the weights out over GPUs.", RUN),
+        _option("--shard/--no-shard", "With torchrun: FSDP-sharded weights.", RUN),
         "run.shard",
     ] = None
     preset: Annotated[
-        str | None, _option("--preset", "A layer that ships with jemkit.", RECIPE, "NAME")
+        str | None, _option("--preset", "Settings that reproduce a paper.", RECIPE, "NAME")
     ] = None
     config: Annotated[
         Path | None, _option("--config", "A TOML file, or a run's config.json.", RECIPE, "FILE")
@@ -123,15 +125,15 @@ class RecipeOptions:
         list[str] | None,
         _option("--set", "Any option, e.g. optimizer.lr=0.01; repeatable.", RECIPE, "K=V"),
     ] = None
-    no_plugins: Annotated[
-        bool, _option("--no-plugins", "Only the parts that come with jemkit.", RECIPE)
-    ] = False
+    no_plugins: Annotated[bool, _option("--no-plugins", "Use only jemkit's own parts.", RECIPE)] = (
+        False
+    )
 
     def registry(self) -> "Registry":
         return installed_parts(third_party=not self.no_plugins)
 
     def layers(self) -> dict[str, Any]:
-        """The layers of `resolve`; `named` has the tables of the options that were given."""
+        """The layers of `resolve`; `named` has the tables of the given options."""
         named: dict[str, Any] = {}
         for option in fields(self):
             _, *key = cast(Any, option.type).__metadata__
@@ -149,7 +151,7 @@ class RecipeOptions:
         }  # fmt: skip
 
     def resolve(self, registry: "Registry") -> "Resolved":
-        """The recipe of these options, every default written out."""
+        """The recipe of these options, with every default written out."""
         from jemkit.config.recipe import complete, resolve
 
         return complete(resolve(registry, **self.layers()), registry)

@@ -1,4 +1,4 @@
-"""What every command shares: the registry with its warnings, errors, JSON, tables, progress."""
+"""What all commands share: the registry with its warnings, errors, JSON, tables, progress."""
 
 import errno
 import json
@@ -24,15 +24,13 @@ if TYPE_CHECKING:
 
     from jemkit.config.registry import Registry
 
-NoPlugins = Annotated[
-    bool, typer.Option("--no-plugins", help="Only the parts that come with jemkit.")
-]
+NoPlugins = Annotated[bool, typer.Option("--no-plugins", help="Use only jemkit's own parts.")]
 P = ParamSpec("P")
 USAGE, STOPPED, DATA, INTERRUPTED = 2, 5, 6, process.INTERRUPTED
 
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
-    """A command whose user's mistakes end it by one message on stderr, without a traceback."""
+    """A command that reports a user's error as one message on stderr, without a traceback."""
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -50,9 +48,9 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             if getattr(error, "reported", False):  # by rank 0
                 raise typer.Exit(code) from None
             ended = error
-        if ended is not None:  # outside of `except`: what the error's frames held is let go
+        if ended is not None:  # outside of `except`, to free the tensors of the error's frames
             ended.__traceback__ = None
-            if code in (INTERRUPTED, STOPPED):  # by the user's own wish
+            if code in (INTERRUPTED, STOPPED):  # requested by the user
                 end(message, code)
             fail(message, code)
 
@@ -64,8 +62,8 @@ def takes(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a guarded command of a function whose first argument is made by `options`.
 
-    The command has the parameters of `options`, or those that are named, and then the function's
-    other ones.
+    The command has the parameters of `options`, or the given ones, followed by the others of the
+    function.
     """
     known = signature(options).parameters
     shared = [known[name] for name in known if name in (names or known)]
@@ -87,7 +85,7 @@ def takes(
 
 
 class _Notices(logging.Handler):
-    """Shows warnings, and what the first process says of data, on standard error."""
+    """Shows warnings, and the messages of rank 0 about data, on standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING or not process.speaker():
@@ -95,7 +93,7 @@ class _Notices(logging.Handler):
 
 
 def show_notices() -> None:
-    """Have commands say what goes on, and which data they found."""
+    """Let commands report their progress and the data that they found."""
     logger = logging.getLogger("jemkit")
     logging.getLogger("jemkit.data").setLevel(logging.INFO)
     if not any(isinstance(handler, _Notices) for handler in logger.handlers):
@@ -103,7 +101,7 @@ def show_notices() -> None:
 
 
 def _exit_of(error: BaseException) -> tuple[int, str]:
-    """The exit code and message of an error; 0 where it is a fault of the program."""
+    """The exit code and message of an error; 0 if it is a bug."""
     from jemkit.errors import JemkitError, OutOfMemory, Preempted, memory_ran_out
 
     if isinstance(error, KeyboardInterrupt) or process.interrupted():
@@ -138,7 +136,7 @@ def end(message: str, code: int, before: str = "") -> NoReturn:
 
 
 def installed_parts(*, third_party: bool) -> "Registry":
-    """All parts; one warning for each plug-in that was left out."""
+    """All parts, with one warning for each plug-in that was skipped."""
     from jemkit.config.registry import installed
 
     registry = installed(third_party=third_party)
@@ -154,19 +152,19 @@ def installed_parts(*, third_party: bool) -> "Registry":
 
 
 def say(text: str) -> None:
-    """A line as it is, whatever the terminal's width."""
+    """Print a line unchanged, whatever the width of the terminal."""
     print(printable(text), flush=True)
 
 
 def say_json(value: Any, *, indent: int | None = None) -> None:
-    """Valid JSON; a number that is not finite has none and becomes null."""
+    """Print valid JSON; a non-finite number becomes null."""
     from jemkit.metrics.figures import finite
 
     print(json.dumps(finite(value), allow_nan=False, indent=indent), flush=True)
 
 
 def console() -> "Console":
-    """Standard output; without colours where it is no terminal or NO_COLOR is set."""
+    """Standard output; without colours if it is not a terminal or NO_COLOR is set."""
     from rich.console import Console
 
     terminal = Console(highlight=False)
@@ -189,14 +187,14 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str
 
 STOPPING = b"\nstopping, what is done is kept; once more ends at once\n"
 TWICE = 2.0
-"""Seconds in which torchrun passes on a ^C that its processes got from the terminal already."""
+"""Seconds in which torchrun repeats a ^C that the terminal already sent to its processes."""
 
 
 @contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT, SIGTERM or SIGHUP came; a second SIGINT ends the command at once.
+    """Whether SIGINT, SIGTERM or SIGHUP was received; a second SIGINT ends the command at once.
 
-    SIGHUP is what a closed terminal sends. Under nohup it is ignored, and stays so.
+    A closed terminal sends SIGHUP. Under nohup it is ignored, and stays ignored.
     """
     came: list[float] = []
     twice = TWICE if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
@@ -208,7 +206,7 @@ def stopping() -> Iterator[Callable[[], bool]]:
         came.append(now)
         if len(came) == 1:
             process.request_end(number)
-            with suppress(OSError):  # the terminal may be gone
+            with suppress(OSError):  # the terminal may be closed
                 os.write(2, STOPPING)
 
     numbers = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}

@@ -1,4 +1,4 @@
-"""`jemkit train`: a recipe into a run folder, judged at its end."""
+"""`jemkit train`: trains a recipe in a run folder, and evaluates it."""
 
 import os
 import time
@@ -39,17 +39,17 @@ def train(
         Path | None,
         typer.Option(
             metavar="MODEL",
-            help="Start from its weights: a run, a checkpoint, an export.",
+            help="Initial weights: a run, a checkpoint or an exported model.",
             show_default=False,
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Build and check the run; write nothing.")
+        bool, typer.Option("--dry-run", help="Build and check the run, but write nothing.")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="End with one line of JSON on standard output.")
+        bool, typer.Option("--json", help="Print the results as one line of JSON.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show only the results.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only the results.")] = False,
 ) -> None:
     """Train any backbone with any objective, and evaluate the best epoch on the test split."""
     if resume and dry_run:
@@ -77,7 +77,7 @@ def train(
 
 
 def _saved(registry: "Registry", out: Path, recipe: RecipeOptions) -> "Resolved":
-    """The recipe of the run in `out`, with the options that were given again."""
+    """The recipe of the run in `out`, with the given options checked against it."""
     from jemkit.runtime.run_dir import RunFolder
     from jemkit.training.resuming import resolve_for_resume
 
@@ -86,9 +86,12 @@ def _saved(registry: "Registry", out: Path, recipe: RecipeOptions) -> "Resolved"
 
 
 def _new_run(resolved: "Resolved") -> Path:
-    """A name that no run has yet: the parts and the time."""
+    """An unused name for a run: the parts and the time."""
     parts = [resolved.tables[table]["use"] for table in ("backbone", "objective", "data")]
-    when = [time.strftime("%Y%m%d-%H%M%S"), str(os.getpid())]  # two may start in one second
+    when = [
+        time.strftime("%Y%m%d-%H%M%S"),
+        str(os.getpid()),
+    ]  # two runs may start in the same second
     name = RUNS / "-".join([*parts, *when])
     again = (name.with_name(f"{name.name}-{count}") for count in range(2, 1000))
     return next((path for path in (name, *again) if not path.exists()), name)

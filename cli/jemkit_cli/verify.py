@@ -1,4 +1,4 @@
-"""`jemkit verify-resume`: proof that a run of one's own goes on bit for bit."""
+"""`jemkit verify-resume`: tests that an interrupted run resumes bit for bit."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,7 +22,10 @@ def verify_resume(
         int, typer.Option(help="How many steps to train, with and without interruptions.")
     ] = 6,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One line of JSON: whether it is exact, every cut.")
+        bool,
+        typer.Option(
+            "--json", help="One line of JSON: whether it is exact, and each interruption."
+        ),
     ] = False,
 ) -> None:
     """Train a few steps of a recipe with and without interruptions; exit code 1 if any bit of the

@@ -56,7 +56,7 @@ def reproduce(
         ),
     ] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(help="Where the data set's files are.", show_default=False)
+        Path | None, typer.Option(help="Folder of the data set's files.", show_default=False)
     ] = None,
     jobs: Jobs = 1,
     dry_run: DryRun = False,

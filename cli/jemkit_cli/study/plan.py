@@ -1,4 +1,4 @@
-"""A study: rows of recipes, seeds, and one protocol; each run is known by its resolved recipe."""
+"""A study: rows of recipes, seeds and one protocol; a run is identified by its resolved recipe."""
 
 import hashlib
 import itertools
@@ -202,7 +202,7 @@ class _There(NamedTuple):
 
 
 def _existing(registry: Registry, out: Path) -> dict[Path, _There]:
-    """The runs in a folder; what is not a readable run is passed over."""
+    """The runs in a folder; anything else is ignored."""
     runs = {}
     for config in sorted(out.glob("*/config.json")):
         if config.parent.is_symlink():
