@@ -4,16 +4,15 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import typer
-from browser import Browser, browser, chromium
+from hostile_report import hostile_run, three_runs
 from hypothesis import example, given
 from hypothesis import strategies as st
-from report_runs import RECIPE, N, bare_run, card, full_record, metrics, png, record, whole_run
+from report_runs import N, bare_run, full_record, metrics, png, record, whole_run
 from typer.testing import CliRunner
 
 from jemkit.errors import DataError
@@ -22,25 +21,14 @@ from jemkit.metrics import charts
 from jemkit.metrics.curves import POINTS, epochs
 from jemkit.metrics.curves import metrics as curves
 from jemkit.metrics.curves import save as save_curves
-from jemkit.metrics.figures import plain
-from jemkit.metrics.record_file import Record
 from jemkit.runtime.html import data, tag, text
 from jemkit_cli.report import compare as compare_command
 from jemkit_cli.report import report as report_command
 
-HOSTILE = '<img src=x onerror="window.hurt=1">\'</script><script>window.hurt=1</script>&'
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two whole runs, and a third of which little is known."""
-    root = tmp_path_factory.mktemp("runs")
-    trades = {**RECIPE, "objective": {"use": "trades", "beta": 6.0}}
-    quick = record({"clean": 170, "pgd20": 90}, radius_px=4.0, standard=False)
-    return [
-        whole_run(root / "ebjdat"), whole_run(root / "trades", 1.0, trades),
-        bare_run(root / "quick", quick),
-    ]  # fmt: skip
+    return three_runs(tmp_path_factory.mktemp("runs"))
 
 
 class Elements(HTMLParser):
@@ -203,31 +191,6 @@ def test_one_run_shows_what_is_not_the_default_and_several_what_differs(runs: li
     assert "<code>run.epochs</code>" not in three
 
 
-def hostile_run(folder: Path) -> Path:
-    """Every text that a file may bring is an attack."""
-    folder = folder / "<b onclick=alert(1)>&'\""
-    found = full_record(1.0)
-    figures = [
-        *found.figures,
-        plain(HOSTILE, 1.0, N, card(**{HOSTILE: HOSTILE, "attack": HOSTILE})),
-    ]
-    row = dict.fromkeys(("name", "found", "means", "do"), HOSTILE)
-    tables = {
-        **found.tables, "ood": {HOSTILE: {HOSTILE: {"auroc": HOSTILE, "n": 3}}},
-        "indicators": {HOSTILE: [{**row, "flag": True}]},
-        "radius_curve": {**found.tables["radius_curve"], "attack": HOSTILE, "norm": HOSTILE},
-        "energies": {**found.tables["energies"], "n": {"clean": HOSTILE}},
-    }  # fmt: skip
-    subject = {**found.subject, "backbone": HOSTILE, "data": HOSTILE, "run": HOSTILE}
-    protocol = {**found.protocol, "checkpoint": HOSTILE, "versions": {HOSTILE: HOSTILE}}
-    bad = Record(subject, protocol, figures, tables, {}, {HOSTILE: HOSTILE}, [HOSTILE])
-    bare_run(folder, bad, {**RECIPE, HOSTILE: {HOSTILE: HOSTILE}})
-    (folder / "metrics.csv").write_text(f'step,"loss {HOSTILE.replace(chr(34), "")}"\n0,1\n1,2\n')
-    (folder / "evaluation").mkdir()
-    (folder / "evaluation" / "<img onerror=x>.png").write_bytes(b"no picture")
-    return folder
-
-
 def test_text_from_files_is_never_markup(tmp_path: Path) -> None:
     page = Elements(render([hostile_run(tmp_path)]))
     assert len(page.named("script")) == 2  # the data, and the page's own
@@ -370,160 +333,3 @@ def test_a_mistake_ends_the_command_by_one_message(tmp_path: Path) -> None:
     done = CliRunner().invoke(app(), ["compare", str(tmp_path)])
     assert done.exit_code == 6
     assert done.stderr.startswith("error: ")
-
-
-needs_chromium = pytest.mark.skipif(chromium() is None, reason="needs chromium")
-
-
-@pytest.fixture(scope="module")
-def window() -> Iterator[Browser]:
-    with browser() as found:
-        yield found
-
-
-@pytest.fixture
-def page(window: Browser, runs: list[Path], tmp_path: Path) -> Browser:
-    window.dark(False)
-    window.size(1200, 900)
-    window.open(write(runs, tmp_path / "report.html"))
-    return window
-
-
-OPEN = "[...document.querySelectorAll('.card:popover-open')].map((e) => e.textContent)"
-
-FRAMES = "new Promise((d) => requestAnimationFrame(() => requestAnimationFrame(() => d(0))))"
-
-
-@needs_chromium
-def test_it_opens_without_an_error_and_asks_for_nothing(page: Browser) -> None:
-    assert page.errors == []
-    asked = [url for url in page.requests if not url.startswith("data:")]
-    assert [url.rsplit("/", 1)[1] for url in asked] == ["report.html"]
-
-
-@needs_chromium
-def test_every_picture_shows(page: Browser) -> None:
-    widths = page.run("[...document.images].map((e) => e.naturalWidth)")
-    assert len(widths) == 10
-    assert min(widths) > 0
-
-
-@needs_chromium
-def test_a_click_on_its_head_sorts_a_column_and_missing_figures_stay_last(page: Browser) -> None:
-    names = "[...document.querySelectorAll('#comparison tbody th')].map((e) => e.textContent)"
-    heads = page.run(
-        "[...document.querySelectorAll('#comparison thead th')].map((e) => e.innerText)"
-    )
-    at = next(i for i, head in enumerate(heads, 1) if head == "AA")
-    column = f"#comparison thead th:nth-child({at})"
-    assert page.run(names) == ["ebjdat", "trades", "quick"]
-    page.click(f"{column} .sort")
-    assert page.run(names) == ["trades", "ebjdat", "quick"]
-    page.click(f"{column} .sort")
-    assert page.run(names) == ["ebjdat", "trades", "quick"]
-    assert page.run(f"document.querySelector('{column}').getAttribute('aria-sort')") == "ascending"
-    page.click("#comparison thead th:first-child .sort")
-    assert page.run(names) == ["ebjdat", "quick", "trades"]
-
-
-@needs_chromium
-@pytest.mark.parametrize("width", [320, 375, 768])
-def test_the_page_never_scrolls_sideways(page: Browser, width: int) -> None:
-    page.size(width, 800, phone=True)
-    page.run("document.querySelectorAll('details').forEach((e) => { e.open = true })")
-    assert page.run("document.documentElement.scrollWidth") <= width
-    assert page.run("innerWidth") == width
-
-
-@needs_chromium
-def test_dark_is_dark_and_its_words_are_light(page: Browser) -> None:
-    seen = "getComputedStyle(document.body)"
-    light = [page.run(f"{seen}.backgroundColor"), page.run(f"{seen}.color")]
-    page.dark(True)
-    dark = [page.run(f"{seen}.backgroundColor"), page.run(f"{seen}.color")]
-    paper, ink = ([sum(map(int, re.findall(r"\d+", c))) for c in pair] for pair in (light, dark))
-    assert paper[0] > 600 > 200 > paper[1]
-    assert ink[0] < 200 < 600 < ink[1]
-
-
-@needs_chromium
-def test_a_card_opens_on_a_tap_and_closes_on_the_next(page: Browser) -> None:
-    page.size(375, 800, phone=True)
-    page.tap("#comparison .number")
-    opened = page.run(OPEN)
-    assert len(opened) == 1
-    assert "clean of ebjdat" in opened[0]
-    assert "95 % interval85.06 to 93.43 %" in opened[0]
-    box = "document.querySelector('.card:popover-open').getBoundingClientRect()"
-    assert page.run(f"{box}.left") >= 0
-    assert page.run(f"{box}.right") <= 375
-    page.tap("#comparison h2")
-    assert page.run(OPEN) == []
-
-
-@needs_chromium
-def test_a_card_opens_on_the_keyboards_focus_and_closes_on_escape(page: Browser) -> None:
-    page.run("document.querySelector('#comparison .sort').focus()")
-    heads = len(page.run("[...document.querySelectorAll('#comparison .sort')].map(String)"))
-    for _ in range(heads + 1):  # a table wider than the page is a stop of its own
-        if not page.run(OPEN):
-            page.press("Tab")
-    assert "clean of ebjdat" in page.run(OPEN)[0]
-    page.press("Escape")
-    assert page.run(OPEN) == []
-
-
-@needs_chromium
-def test_a_card_follows_its_figure_when_focus_or_hand_scrolls_the_page(page: Browser) -> None:
-    page.size(1200, 300)
-    page.run("scrollTo(0, document.body.scrollHeight)")
-    page.run("document.querySelector('#comparison .sort').focus({preventScroll: true})")
-    heads = page.run("document.querySelectorAll('#comparison .sort').length")
-    for _ in range(heads + 1):
-        if not page.run(OPEN):
-            page.press("Tab")
-        page.run(FRAMES)  # the event of a scroll comes with the next frame
-    assert "clean of ebjdat" in page.run(OPEN)[0]
-    page.run("scrollBy(0, 20)")
-    page.run(FRAMES)
-    assert len(page.run(OPEN)) == 1
-    page.run("scrollTo(0, document.body.scrollHeight)")
-    page.run(FRAMES)
-    assert page.run(OPEN) == []
-
-
-@needs_chromium
-def test_a_card_opens_under_the_mouse(page: Browser) -> None:
-    x, y = page.middle("#comparison .number")
-    page.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-    assert "clean of ebjdat" in page.run(OPEN)[0]
-
-
-@needs_chromium
-def test_a_hostile_record_runs_nothing(window: Browser, tmp_path: Path) -> None:
-    window.open(write([hostile_run(tmp_path)], tmp_path / "report.html"))
-    assert window.run("window.hurt") is None
-    assert window.errors == []
-    assert window.run("document.querySelectorAll('img').length") == 0
-    assert "onerror" in window.run("document.body.textContent")
-
-
-@needs_chromium
-def test_a_script_that_is_not_the_pages_own_is_refused(page: Browser) -> None:
-    page.run(
-        "(() => { const s = document.createElement('script'); s.textContent = 'window.hurt = 1';"
-        "document.body.append(s) })()"
-    )
-    assert page.run("window.hurt") is None
-
-
-@needs_chromium
-def test_on_paper_nothing_is_cut_off_and_every_protocol_is_there(page: Browser) -> None:
-    page.size(760, 1000)  # A4 at 96 dots an inch, less its margins
-    page.run("dispatchEvent(new Event('beforeprint'))")
-    page.send("Emulation.setEmulatedMedia", media="print")
-    try:
-        assert page.run("document.documentElement.scrollWidth") <= 760
-        assert page.run("document.querySelectorAll('details:not([open])').length") == 0
-    finally:
-        page.send("Emulation.setEmulatedMedia", media="")

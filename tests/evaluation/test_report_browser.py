@@ -1,0 +1,172 @@
+"""The report in a browser: by touch, key and mouse, on paper, and with a hostile record."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import Browser, browser, chromium
+from hostile_report import hostile_run, three_runs
+
+from jemkit.evaluation.report import write
+
+needs_chromium = pytest.mark.skipif(chromium() is None, reason="needs chromium")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return three_runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def window() -> Iterator[Browser]:
+    with browser() as found:
+        yield found
+
+
+@pytest.fixture
+def page(window: Browser, runs: list[Path], tmp_path: Path) -> Browser:
+    window.dark(False)
+    window.size(1200, 900)
+    window.open(write(runs, tmp_path / "report.html"))
+    return window
+
+
+OPEN = "[...document.querySelectorAll('.card:popover-open')].map((e) => e.textContent)"
+
+FRAMES = "new Promise((d) => requestAnimationFrame(() => requestAnimationFrame(() => d(0))))"
+
+
+@needs_chromium
+def test_it_opens_without_an_error_and_asks_for_nothing(page: Browser) -> None:
+    assert page.errors == []
+    asked = [url for url in page.requests if not url.startswith("data:")]
+    assert [url.rsplit("/", 1)[1] for url in asked] == ["report.html"]
+
+
+@needs_chromium
+def test_every_picture_shows(page: Browser) -> None:
+    widths = page.run("[...document.images].map((e) => e.naturalWidth)")
+    assert len(widths) == 10
+    assert min(widths) > 0
+
+
+@needs_chromium
+def test_a_click_on_its_head_sorts_a_column_and_missing_figures_stay_last(page: Browser) -> None:
+    names = "[...document.querySelectorAll('#comparison tbody th')].map((e) => e.textContent)"
+    heads = page.run(
+        "[...document.querySelectorAll('#comparison thead th')].map((e) => e.innerText)"
+    )
+    at = next(i for i, head in enumerate(heads, 1) if head == "AA")
+    column = f"#comparison thead th:nth-child({at})"
+    assert page.run(names) == ["ebjdat", "trades", "quick"]
+    page.click(f"{column} .sort")
+    assert page.run(names) == ["trades", "ebjdat", "quick"]
+    page.click(f"{column} .sort")
+    assert page.run(names) == ["ebjdat", "trades", "quick"]
+    assert page.run(f"document.querySelector('{column}').getAttribute('aria-sort')") == "ascending"
+    page.click("#comparison thead th:first-child .sort")
+    assert page.run(names) == ["ebjdat", "quick", "trades"]
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [320, 375, 768])
+def test_the_page_never_scrolls_sideways(page: Browser, width: int) -> None:
+    page.size(width, 800, phone=True)
+    page.run("document.querySelectorAll('details').forEach((e) => { e.open = true })")
+    assert page.run("document.documentElement.scrollWidth") <= width
+    assert page.run("innerWidth") == width
+
+
+@needs_chromium
+def test_dark_is_dark_and_its_words_are_light(page: Browser) -> None:
+    seen = "getComputedStyle(document.body)"
+    light = [page.run(f"{seen}.backgroundColor"), page.run(f"{seen}.color")]
+    page.dark(True)
+    dark = [page.run(f"{seen}.backgroundColor"), page.run(f"{seen}.color")]
+    paper, ink = ([sum(map(int, re.findall(r"\d+", c))) for c in pair] for pair in (light, dark))
+    assert paper[0] > 600 > 200 > paper[1]
+    assert ink[0] < 200 < 600 < ink[1]
+
+
+@needs_chromium
+def test_a_card_opens_on_a_tap_and_closes_on_the_next(page: Browser) -> None:
+    page.size(375, 800, phone=True)
+    page.tap("#comparison .number")
+    opened = page.run(OPEN)
+    assert len(opened) == 1
+    assert "clean of ebjdat" in opened[0]
+    assert "95 % interval85.06 to 93.43 %" in opened[0]
+    box = "document.querySelector('.card:popover-open').getBoundingClientRect()"
+    assert page.run(f"{box}.left") >= 0
+    assert page.run(f"{box}.right") <= 375
+    page.tap("#comparison h2")
+    assert page.run(OPEN) == []
+
+
+@needs_chromium
+def test_a_card_opens_on_the_keyboards_focus_and_closes_on_escape(page: Browser) -> None:
+    page.run("document.querySelector('#comparison .sort').focus()")
+    heads = len(page.run("[...document.querySelectorAll('#comparison .sort')].map(String)"))
+    for _ in range(heads + 1):  # a table wider than the page is a stop of its own
+        if not page.run(OPEN):
+            page.press("Tab")
+    assert "clean of ebjdat" in page.run(OPEN)[0]
+    page.press("Escape")
+    assert page.run(OPEN) == []
+
+
+@needs_chromium
+def test_a_card_follows_its_figure_when_focus_or_hand_scrolls_the_page(page: Browser) -> None:
+    page.size(1200, 300)
+    page.run("scrollTo(0, document.body.scrollHeight)")
+    page.run("document.querySelector('#comparison .sort').focus({preventScroll: true})")
+    heads = page.run("document.querySelectorAll('#comparison .sort').length")
+    for _ in range(heads + 1):
+        if not page.run(OPEN):
+            page.press("Tab")
+        page.run(FRAMES)  # the event of a scroll comes with the next frame
+    assert "clean of ebjdat" in page.run(OPEN)[0]
+    page.run("scrollBy(0, 20)")
+    page.run(FRAMES)
+    assert len(page.run(OPEN)) == 1
+    page.run("scrollTo(0, document.body.scrollHeight)")
+    page.run(FRAMES)
+    assert page.run(OPEN) == []
+
+
+@needs_chromium
+def test_a_card_opens_under_the_mouse(page: Browser) -> None:
+    x, y = page.middle("#comparison .number")
+    page.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    assert "clean of ebjdat" in page.run(OPEN)[0]
+
+
+@needs_chromium
+def test_a_hostile_record_runs_nothing(window: Browser, tmp_path: Path) -> None:
+    window.open(write([hostile_run(tmp_path)], tmp_path / "report.html"))
+    assert window.run("window.hurt") is None
+    assert window.errors == []
+    assert window.run("document.querySelectorAll('img').length") == 0
+    assert "onerror" in window.run("document.body.textContent")
+
+
+@needs_chromium
+def test_a_script_that_is_not_the_pages_own_is_refused(page: Browser) -> None:
+    page.run(
+        "(() => { const s = document.createElement('script'); s.textContent = 'window.hurt = 1';"
+        "document.body.append(s) })()"
+    )
+    assert page.run("window.hurt") is None
+
+
+@needs_chromium
+def test_on_paper_nothing_is_cut_off_and_every_protocol_is_there(page: Browser) -> None:
+    page.size(760, 1000)  # A4 at 96 dots an inch, less its margins
+    page.run("dispatchEvent(new Event('beforeprint'))")
+    page.send("Emulation.setEmulatedMedia", media="print")
+    try:
+        assert page.run("document.documentElement.scrollWidth") <= 760
+        assert page.run("document.querySelectorAll('details:not([open])').length") == 0
+    finally:
+        page.send("Emulation.setEmulatedMedia", media="")
