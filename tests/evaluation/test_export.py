@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from exported_runs import CPU, averaged_run, clean, copied
 from imagefolders import split_folder
 from toys import REGISTRY, toy_recipe, toy_registry
 from typer.testing import CliRunner
@@ -19,25 +20,19 @@ from jemkit import evaluate, train
 from jemkit.attacks.pixel_model import pixel_model
 from jemkit.config.eval_settings import settings_of
 from jemkit.config.registry import Registry
-from jemkit.errors import ConfigError, DataError, MisfitError
+from jemkit.errors import ConfigError, DataError
 from jemkit.evaluation.evaluate import judge
 from jemkit.evaluation.export import export
-from jemkit.evaluation.sample import draw_samples, sample, sample_request
+from jemkit.evaluation.sample import sample
 from jemkit.evaluation.subjects import subject_at
 from jemkit.metrics import record as records
 from jemkit.runtime import checkpoint
 from jemkit.runtime.extras import install
 from jemkit.runtime.files import load_tensors, read_json, write_json
-from jemkit.sampling.fresh import TOGETHER
-from jemkit.sampling.moments import MOMENTS
-from jemkit.training import restore
 from jemkit.training.model_files import CARD, CONFIG, FORMAT, WEIGHTS, verify
 from jemkit.training.model_folder import push, write_model
-from jemkit.training.plan import plan
 from jemkit.training.restore import load
 from jemkit_cli.foreign import export_model
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -47,47 +42,7 @@ def parts() -> Registry:
 
 @pytest.fixture(scope="module")
 def averaged(parts: Registry, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two epochs that keeps an average of its weights."""
-    run = tmp_path_factory.mktemp("runs") / "averaged"
-    train(toy_recipe(parts, "sadajem", "ebjdat", "plain", "run.ema_decay=0.5"), run, registry=parts)
-    return run
-
-
-def copied(run: Path, to: Path) -> Path:
-    return Path(shutil.copytree(run, to / run.name))
-
-
-def clean(path: Path, parts: Registry) -> float:
-    subject = subject_at(path, parts, CPU)._replace(folder=None)
-    settings = settings_of({"only": ("accuracy",)})
-    return judge(subject, settings, parts).value("clean")
-
-
-def test_an_exported_model_draws_the_samples_of_its_run(
-    averaged: Path, parts: Registry, tmp_path: Path
-) -> None:
-    folder = export(averaged, out=tmp_path / "model").folder
-    ends = [sample(path, registry=parts, n=7, steps=3) for path in (averaged, folder)]
-    assert torch.equal(ends[0].pixels, ends[1].pixels)
-    assert ends[1].protocol["sha256"] == verify(folder)
-    with pytest.raises(MisfitError, match="an exported model has no buffer"):
-        sample(folder, registry=parts, n=7, source="buffer")
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-4])
-    with pytest.raises(DataError, match="SHA-256"):
-        sample(folder, registry=parts, n=7, steps=3)
-
-
-@pytest.mark.parametrize("steps", [0, 3])
-def test_sampling_tells_how_far_it_is(averaged: Path, parts: Registry, steps: int) -> None:
-    seen: list[int] = []
-    wanted: dict[str, Any] = {"start": None, "source": "chains", "classes": None, "seed": 0}
-    found = sample_request(
-        averaged, registry=parts, n=TOGETHER + 20, steps=steps, device="cpu", which="best", **wanted
-    )
-    draw_samples(found, progress=lambda what, done, total: seen.append(done))
-    assert seen == sorted(seen)
-    assert {TOGETHER // 2 + 10, TOGETHER + 20} <= set(seen)
-    assert len(set(seen)) == (2 if steps == 0 else 2 * steps)
+    return averaged_run(parts, tmp_path_factory.mktemp("runs"))
 
 
 def test_an_exported_model_is_the_best_checkpoint_averaged(averaged: Path, tmp_path: Path) -> None:
@@ -353,91 +308,6 @@ def test_jemkits_own_parts_are_enough_to_read_a_card(averaged: Path, tmp_path: P
     folder = export(averaged, out=tmp_path / "model").folder
     with pytest.raises(ConfigError, match="no dataset 'toy'"):
         subject_at(folder, REGISTRY, CPU)
-
-
-@pytest.fixture(scope="module")
-def begun_from_gaussians(
-    parts: Registry, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Path]:
-    """A run whose chains begin from class-wise Gaussians of a folder's images, and that folder."""
-    root = tmp_path_factory.mktemp("gaussians")
-    data = split_folder(root / "data", n=20)
-    overrides = ("backbone.start.use=mixture", "data.use=folder", f"data.dir={data}")
-    train(toy_recipe(parts, "sadajem", "ce", "plain", *overrides), root / "run", registry=parts)
-    return root / "run", data
-
-
-@pytest.fixture
-def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("JEMKIT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "moments"
-
-
-@pytest.mark.usefixtures("empty_cache")
-def test_an_exported_model_samples_where_no_training_image_is_left(
-    begun_from_gaussians: tuple[Path, Path],
-    parts: Registry,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    run, data = begun_from_gaussians
-    wanted = sample(run, registry=parts, n=7, steps=3).pixels
-    folder = export(run, out=tmp_path / "model", registry=parts).folder
-    hidden = data.rename(data.with_name("hidden"))
-    monkeypatch.setenv("JEMKIT_CACHE", str(tmp_path / "none"))
-    try:
-        assert torch.equal(sample(folder, registry=parts, n=7, steps=3).pixels, wanted)
-        assert restore.load(folder, registry=parts)(torch.rand(2, 1, 8, 8)).shape == (2, 2)
-        with pytest.raises(DataError, match=r"--data-dir DIR.*--start uniform"):
-            sample(folder, registry=parts, n=7, steps=3, start="gaussian")
-        there = {"dir": str(hidden)}
-        drawn = sample(folder, registry=parts, n=7, steps=3, start="gaussian", dataset=there)
-        assert drawn.pixels.shape == (7, 1, 8, 8)
-        (folder / MOMENTS).write_bytes(b"")
-        with pytest.raises(DataError, match=rf"{MOMENTS} is missing or damaged"):
-            sample(folder, registry=parts, n=7, steps=3)
-    finally:
-        hidden.rename(data)
-
-
-def test_an_evaluation_that_does_not_sample_estimates_no_gaussians(
-    begun_from_gaussians: tuple[Path, Path], parts: Registry, empty_cache: Path
-) -> None:
-    run, _ = begun_from_gaussians
-    clean(run, parts)
-    assert not empty_cache.exists()
-    sample(run, registry=parts, n=3, steps=1)
-    assert len(list(empty_cache.iterdir())) == 1
-
-
-def test_a_dry_run_estimates_no_gaussians_and_tells_what_they_take(
-    parts: Registry, tmp_path: Path, empty_cache: Path
-) -> None:
-    data = split_folder(tmp_path / "data", n=20)
-    overrides = ("backbone.start.use=mixture", "data.use=folder", f"data.dir={data}")
-    found = plan(toy_recipe(parts, "sadajem", "ce", "plain", *overrides), tmp_path / "run")
-    assert found["start"] == "mixture"
-    assert found["disk of the start"] == f"0.0 MB at most, in {empty_cache}"
-    one = r"\d+ checkpoints of [0-9.]+ MB, 0.0 MB of it the replay buffer; pictures and logs"
-    assert re.fullmatch(f"[0-9.]+ MB at most: {one}", found["disk of the run"])
-    assert not empty_cache.parent.exists()
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_class_is_sampled_by_its_name_where_the_run_knows_any(
-    parts: Registry, tmp_path: Path
-) -> None:
-    data = [f"data.dir={split_folder(tmp_path / 'images', n=20)}", "data.use=folder"]
-    run = tmp_path / "run"
-    train(toy_recipe(parts, "sadajem", "ebjdat", "plain", *data), run, registry=parts)
-    for path in (run, export(run, out=tmp_path / "model", registry=parts).folder):
-        named = sample(path, registry=parts, n=4, steps=1, classes=["dog", "cat"])
-        numbered = sample(path, registry=parts, n=4, steps=1, classes=["1", "0"])
-        assert torch.equal(named.pixels, numbered.pixels)
-        assert named.y is not None
-        assert named.y.tolist() == [1, 1, 0, 0]
-        with pytest.raises(ConfigError, match=r"'cot': expected .* name \(did you mean 'cat'\?\)"):
-            sample(path, registry=parts, n=4, steps=1, classes=["cot"])
 
 
 def test_a_run_is_loaded_as_its_exported_model_is(

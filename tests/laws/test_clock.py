@@ -13,7 +13,7 @@ MAY_READ_A_CLOCK = {
     "support/waiting.py",  # the one that waits
     "support/browser.py",  # the same, for a page
     "faults/lab.py",  # kills after some share of the time, where every outcome is right
-    "metrics/test_attack_runner.py",  # the same net as waiting's, inside of what is polled
+    "metrics/test_attack_cache.py",  # the same net as waiting's, inside of what is polled
 }
 
 
