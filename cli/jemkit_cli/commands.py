@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 from jemkit_cli import bench, config, plugins
 from jemkit_cli.doctor import doctor
 from jemkit_cli.evaluate import evaluate
+from jemkit_cli.fid_stats import fid_stats
 from jemkit_cli.foreign import export_model, import_model
 from jemkit_cli.report import compare, report
 from jemkit_cli.sample import sample
@@ -48,6 +49,7 @@ app.command("import")(import_model)
 app.command("export")(export_model)
 app.command()(doctor)
 app.command("verify-resume")(verify_resume)
+app.command("fid-stats")(fid_stats)
 app.add_typer(plugins.app, name="plugins")
 app.add_typer(config.app, name="config")
 app.add_typer(bench.app, name="bench")

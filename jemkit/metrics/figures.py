@@ -35,7 +35,9 @@ class Figure(NamedTuple):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-RESULTS = frozenset({"seconds", "accuracy_after", "max_delta_px", "std", "mean_distance"})
+RESULTS = frozenset(
+    {"seconds", "accuracy_after", "max_delta_px", "std", "mean_distance", "infinity"}
+)
 """Entries of a protocol that are found and not set."""
 
 

@@ -22,7 +22,7 @@ from jemkit.sampling.density import together
 from jemkit.sampling.fresh import even_batches
 from jemkit.sampling.init_dists import MomentStart, start_name
 from jemkit.data import images_hash
-from jemkit_plugins.generation import fid
+from jemkit_plugins.generation import fid, statistics
 from jemkit_plugins.generation.features import (
     PIECE, Features, Extracted, inception, inception_file, own, extracted,
 )  # fmt: skip
@@ -31,6 +31,9 @@ from jemkit_plugins.generation.samples import GeneratedImages, fresh, buffer_sta
 CPU = torch.device("cpu")
 ENOUGH = 2048
 """With fewer images a covariance of Inception's 2,048 features does not have full rank."""
+
+UNBIASED = 10_000
+"""Number of samples from which on a FID stands without its extrapolation."""
 
 QUICK, QUICK_REFERENCE = 256, 2_500
 GRID, SHOWN, NEIGHBOURS = 100, 20, 5  # of the pictures
@@ -63,6 +66,7 @@ class Generation(Options):
     selection: Literal["none", "top90"] = "none"  # top90: the most confident of each class
     reference: Literal["train", "train+test"] = "train"
     max_reference: int | None = Field(None, ge=16)  # drawn at random; None: all
+    statistics: Path | None = None  # of the reference, by `jemkit fid-stats`; FID alone
     inception: Path | None = None  # its weights; None: those in torch's cache or of a package
     features: SkipJsonSchema[InstanceOf[Features] | None] = Field(None, exclude=True, repr=False)
 
@@ -74,16 +78,34 @@ class Generation(Options):
             inception_file(path)
         return path
 
+    @field_validator("statistics")
+    @classmethod
+    def _readable(cls, path: Path | None) -> Path | None:
+        """Before any attack runs: these are statistics."""
+        if path is not None:
+            statistics.read(path)
+        return path
+
+    @staticmethod
+    def write_statistics(images: Images, out: Path, about: dict[str, Any], **how: Any) -> Any:
+        """`jemkit fid-stats`: see `statistics.write_of`."""
+        return statistics.write_of(images, out, about, **how)
+
     def unused(self) -> dict[str, str]:
-        if self.source == "chains":
-            return {}
-        return dict.fromkeys(("steps", "start"), 'where source = "buffer"')
+        idle = {} if self.source == "chains" else dict.fromkeys(
+            ("steps", "start"), 'where source = "buffer"'
+        )  # fmt: skip
+        fixed = ("reference", "max_reference") if self.statistics else ()
+        return idle | dict.fromkeys(fixed, "where statistics are given")
 
     def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
         if not subject.has_density:
             raise Unmeasurable("the model is a classifier without a density: nothing to sample")
         features = self._features(subject, ctx)
         reference = self._reference(ctx)
+        fixed = statistics.read(self.statistics) if self.statistics else None
+        if fixed is not None:
+            fixed.check(features, tuple(reference.x.shape[1:]))
         samples = self._generated(subject, ctx, reference)
         if samples.x.shape[1:] != reference.x.shape[1:]:
             raise MisfitError(
@@ -100,11 +122,16 @@ class Generation(Options):
             )
         _show(x, ctx, label)
         ours = extracted(features, x, ctx, "features of samples")
-        theirs = extracted(features, _bytes(reference), ctx, "features of the reference")
         card = self._card(subject, ctx, features, reference, len(x))
+        if fixed is None:
+            theirs = extracted(features, _bytes(reference), ctx, "features of the reference")
+            figures = _measured(ours, theirs, ctx)
+        else:
+            card["reference"] = {"set": "statistics", **fixed.about}
+            figures = {"fid": _frechet(ours.features, fixed.moments, ctx)}
         return [
             plain(_name(name, features) + label, value, len(x), {**card, **extra})
-            for name, (value, extra) in _measured(ours, theirs, ctx).items()
+            for name, (value, extra) in figures.items()
         ]
 
     def _features(self, subject: PixelModel, ctx: Context) -> Features:
@@ -223,14 +250,13 @@ def _measured(
     """Every measure by name: its value, and additions to its protocol."""
     rng = generator(CPU, ctx.seed, "generation", "subsets")
     a, b = (side.features.to(ctx.rng.device) for side in (ours, theirs))
-    near, far = (fid.moments(torch.split(rows, PIECE)) for rows in (a, b))
     kid = fid.kernel_distance(a, b, rng, subsets=SUBSETS, size=SUBSET)
     few = b[torch.randperm(len(b), generator=rng)[: len(a)].to(b.device)]
     precision, recall = fid.precision_recall(a, few, k=K)
     subsets = {"std": kid.std, "subsets": SUBSETS, "subset_size": min(SUBSET, len(a), len(b))}
     balls = {"neighbours": K, "reference_rows": len(few)}
     figures: dict[str, tuple[float, dict[str, Any]]] = {
-        "fid": (fid.frechet(near, far), {}),
+        "fid": _frechet(a, fid.moments(torch.split(b, PIECE)), ctx),
         "kid": (kid.mean, subsets),
         "precision": (precision, balls),
         "recall": (recall, balls),
@@ -239,6 +265,15 @@ def _measured(
         score = fid.inception_score(ours.logits, splits=SPLITS)
         figures["is"] = (score.mean, {"std": score.std, "splits": SPLITS})
     return figures
+
+
+def _frechet(rows: Tensor, reference: fid.Moments, ctx: Context) -> tuple[float, dict[str, Any]]:
+    """The distance, and where samples are few its extrapolation to infinitely many."""
+    distance = fid.frechet(fid.moments(torch.split(rows, PIECE)), reference)
+    if len(rows) >= UNBIASED:
+        return distance, {}
+    rng = generator(CPU, ctx.seed, "generation", "infinity")
+    return distance, {"infinity": fid.at_infinity(rows, reference, rng)}
 
 
 def _show(x: Tensor, ctx: Context, label: str) -> None:

@@ -78,6 +78,7 @@ def load(path: Path) -> InceptionBody:
         target
         for conv, norm in body.convolutions()
         for target in (conv.weight, norm.bias, norm.running_mean, norm.running_var)
+        if target is not None
     ]
     with zipfile.ZipFile(path) as archive, torch.no_grad():
         tensors = [name for name in archive.namelist() if "/data/" in name]

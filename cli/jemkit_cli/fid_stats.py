@@ -1,0 +1,61 @@
+"""`jemkit fid-stats`: the statistics of a data set that FID compares samples with."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from jemkit_cli.progress import tracking
+from jemkit_cli.terminal import NoPlugins, guarded, installed_parts, say, say_json, stopping
+
+
+@guarded
+def fid_stats(
+    dataset: Annotated[str, typer.Argument(help="A data set, cifar10.", metavar="DATASET")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The file to write.", show_default=False)
+    ],
+    split: Annotated[
+        Literal["train", "test"],
+        typer.Option(help="Which images; train includes those that validation takes."),
+    ] = "train",
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where the data set's files are.", show_default=False)
+    ] = None,
+    inception: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Its weights; else those in torch's cache or of a package.",
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a forward pass.")] = 100,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run.")
+    ] = "auto",
+    no_plugins: NoPlugins = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+) -> None:  # fmt: skip
+    """Compute Inception's mean and covariance of a data set once, for `generation.statistics`.
+
+    An interrupted computation continues with the same command.
+    """
+    registry = installed_parts(third_party=not no_plugins)
+    from jemkit.config.recipe import resolve
+    from jemkit.runtime.precision import device_of
+
+    given = {"use": dataset, **({"dir": str(data_dir)} if data_dir else {})}
+    data = resolve(registry, named={"data": given}).recipe.data
+    evaluator: Any = registry["evaluator"]["generation"]
+    with tracking(silent=as_json) as progress, stopping() as stop:
+        about = evaluator.write_statistics(
+            data.load(split), out, {"dataset": dataset, "split": split}, inception=inception,
+            device=device_of(device), batch_size=batch_size, progress=progress, stop=stop,
+        )  # fmt: skip
+    if as_json:
+        say_json({**about, "file": str(out)})
+        return
+    say(f"{about['count']} images of {dataset} ({split}), SHA-256 {about['sha256']}")
+    weights = about["features"]
+    say(f"features {weights['extractor']}, {weights['weights']}, SHA-256 {weights['sha256']}")
+    say(f"statistics {out}")
