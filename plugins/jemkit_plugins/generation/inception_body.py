@@ -63,8 +63,9 @@ class InceptionBody(nn.Module):
     def convolutions(self) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
         """Every convolution with its batch norm, in the order of the file."""
         for module in self.layers.modules():
-            if hasattr(module, "conv") and hasattr(module, "bn"):
-                yield module.conv, module.bn
+            conv, norm = getattr(module, "conv", None), getattr(module, "bn", None)
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                yield conv, norm
 
 
 def load(path: Path) -> InceptionBody:
