@@ -1,7 +1,6 @@
-"""Evaluating, comparing, sampling and exporting what was trained; the report.
+"""Evaluating, comparing, sampling and exporting trained models; the report.
 
-May import: training, and what training may import.
-A new file: what reads finished runs.
+May import: training, and what training may import. A new file: code that reads finished runs.
 """
 
 from jemkit.evaluation.evaluate import evaluate, judge

@@ -1,4 +1,4 @@
-"""Several runs beside each other: figures of one protocol, paired differences, seeds."""
+"""Comparison of runs: figures with one protocol, paired differences, means over seeds."""
 
 import json
 import math
@@ -30,7 +30,7 @@ from jemkit.training.resuming import MAY_DIFFER
 
 
 class Difference(NamedTuple):
-    """Mean of a - b over the same images, with its 95 % interval of the paired bootstrap."""
+    """Mean of a - b over the same images, with its 95 % interval from a paired bootstrap."""
 
     name: str
     mean: float
@@ -38,7 +38,7 @@ class Difference(NamedTuple):
     high: float
     n: int
     why: str = ""  # there is none
-    protocol: str = ""  # what tells it from others of its name
+    protocol: str = ""  # what distinguishes it from others of its name
 
     @property
     def holds_zero(self) -> bool:
@@ -46,7 +46,7 @@ class Difference(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """A figure over seeds: mean and standard deviation, which divides by n - 1."""
+    """A figure over seeds: mean and standard deviation, divided by n - 1."""
 
     runs: list[str]
     name: str
@@ -56,13 +56,13 @@ class Spread(NamedTuple):
     why: str = ""  # there is none
     settings: dict[str, Any] = {}  # those in which the groups of runs differ
     seeds: list[Any] = []
-    protocol: str = ""  # what tells the figure from others of its name
-    share: bool = False  # whether it is shown in per cent
+    protocol: str = ""  # what distinguishes the figure from others of its name
+    share: bool = False  # whether it is shown as a percentage
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that `jemkit compare` tells."""
+    """The result of `jemkit compare`."""
 
     runs: list[str]
     lines: list[Line]
@@ -91,7 +91,7 @@ class Comparison:
 def compare(
     folders: Sequence[Path], *, names: Sequence[str] = (), seeds: bool = False
 ) -> Comparison:
-    """Put runs side by side; of two also the paired differences, image by image."""
+    """Compare runs; for two runs also compute paired differences over the images."""
     runs = read_runs(folders, records.load)
     lines = comparison(runs, names)
     differences = paired(runs[0], runs[1]) if len(runs) == 2 else []
@@ -102,7 +102,7 @@ def compare(
 
 
 def paired(a: Judged, b: Judged, resamples: int = 10_000) -> list[Difference]:
-    """Clean accuracy and accuracy under each attack, a less b, where the images are the same."""
+    """Clean accuracy and accuracy under each attack, a minus b, if the images are the same."""
     names = dict.fromkeys(figure.name for figure in a.record.figures)
     differences = []
     for name in (name for name in names if b.figure(name) is not None):
@@ -115,8 +115,7 @@ def paired(a: Judged, b: Judged, resamples: int = 10_000) -> list[Difference]:
 
 
 def over_seeds(runs: Sequence[Judged], names: Sequence[str]) -> list[Spread]:
-    """Each figure's mean and spread over runs that differ in the seed, and in nothing else that
-    changes their outcome."""
+    """Each figure's mean and standard deviation over runs that differ only in the seed."""
     groups: dict[str, list[Judged]] = {}
     recipes: dict[str, dict[str, Any]] = {}
     for run in runs:
@@ -174,8 +173,10 @@ def _difference(
 
 
 def _but_seed(run: Judged) -> dict[str, Any]:
-    """The settings that change a run's outcome; images are known by their hash, not by their
-    folder, where the run pins them."""
+    """The settings that change a run's outcome.
+
+    If the run has recorded the hash of its images, the hash is used instead of their folder.
+    """
     recipe = dict(flat(run.config.get("recipe", {})))
     folder = recipe.get("data.dir")
     for key in ("run.seed", *MAY_DIFFER):
@@ -189,13 +190,13 @@ def _but_seed(run: Judged) -> dict[str, Any]:
 
 
 def newest(runs: Path, count: int = 2) -> list[Path]:
-    """The runs of a folder that were begun last and have figures, the newest at the end."""
+    """The most recently started runs of a folder that have figures, the newest last."""
     begun = [path for path in runs.glob("*/config.json") if not path.parent.is_symlink()]
     finished = [path for path in begun if (path.parent / records.JSON).exists()]
     finished.sort(key=lambda path: (path.stat().st_mtime, path.parent.name))
     if len(finished) < count:
         raise DataError(
-            f"{runs} holds {len(finished)} runs with figures, and a comparison is of {count}; name "
+            f"{runs} holds {len(finished)} runs with figures, but a comparison needs {count}; name "
             "the runs, or measure some by `jemkit evaluate`"
         )
     return [path.parent for path in finished[-count:]]

@@ -117,10 +117,9 @@ def judge(
 
 
 def _looked_at(model: PixelModel, data: Images, ctx: Context) -> Context:
-    """Reject a model that outputs probabilities; note other problems of its outputs for every
-    figure.
+    """Reject a model that outputs probabilities; attach other findings to every figure.
 
-    Clean accuracy does not depend on them.
+    Clean accuracy does not depend on the outputs' form.
     """
     ctx.progress("outputs", 0, 1)
     outputs = probe_outputs(model, data, ctx.rng.device)
@@ -134,7 +133,7 @@ def _looked_at(model: PixelModel, data: Images, ctx: Context) -> Context:
 
 
 class _Judgement:
-    """One evaluation on its way."""
+    """A running evaluation."""
 
     def __init__(self, subject: EvalTarget, settings: Settings, ctx: Context, data: Images) -> None:
         self.subject, self.settings, self.ctx, self.data = subject, settings, ctx, data
@@ -157,7 +156,7 @@ class _Judgement:
             self._write()
         if keep_adversarial:
             self._write(adversarial=True)
-        distributed.barrier(self.ctx.poll)  # others may still read
+        distributed.barrier(self.ctx.poll)  # other processes may still read it
         for ledger in self.ctx.notes.ledgers:
             ledger.remove()
         return self.record()
@@ -179,11 +178,11 @@ class _Judgement:
         began = time.monotonic()
         figures = measure(self.subject.model, self.data, [evaluator], ctx)
         settle(rng.device)
-        took = {"seconds": round(time.monotonic() - began, 3)}  # an attack has its own
+        took = {"seconds": round(time.monotonic() - began, 3)}  # an attack computes its own
         figures = [f._replace(protocol={**ctx.card, **took, **f.protocol}) for f in figures]
         if name == "accuracy" and figures[0].value < 1.5 / self.subject.n_classes:
             self.ctx.notes.warnings.append(
-                f"clean accuracy is {figures[0].value:.1%}, hardly more than guessing among "
+                f"clean accuracy is {figures[0].value:.1%}, close to chance for "
                 f"{self.subject.n_classes} classes: is the preprocessing inside the model?"
             )
         return figures

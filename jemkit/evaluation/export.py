@@ -1,4 +1,4 @@
-"""A run's model as a folder for others: config.json, model.safetensors and a model card."""
+"""Export of a run's model: config.json, model.safetensors and a model card."""
 
 import logging
 import os
@@ -38,14 +38,14 @@ LARGEST_PICTURE = 16 * 2**20  # bytes of a sample grid that goes with a model
 
 
 class Exported(NamedTuple):
-    """What was written, and from what."""
+    """The files that were written, and their source."""
 
     folder: Path
     checkpoint: str
-    weights: str  # averaged or live
+    weights: str  # EMA or current
     sha256: str  # of model.safetensors
     figures: int  # of the run's record
-    note: str  # why the card has none
+    note: str  # why the card has no figures
 
 
 def export(
@@ -56,9 +56,9 @@ def export(
     registry: Registry | None = None,
     license: str = "unknown",
 ) -> Exported:
-    """Write a run's model, its weights averaged where it keeps an average.
+    """Write a run's model, with averaged weights if the run has an EMA.
 
-    The folder stands alone: what must be known of the data is in config.json.
+    The folder is self-contained: config.json contains what is needed of the data.
     """
     _check_run(run)
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,40}", license):
@@ -92,7 +92,7 @@ def _check_run(run: Path) -> None:
 
 
 def _record_of(run: Path, sha: str, config: Mapping[str, Any]) -> tuple[Record | None, str]:
-    """The record of these weights on the run's own test images, or why there is none."""
+    """The record of these weights on the run's own test images, or the reason why there is none."""
     if not (run / record.JSON).exists():
         return None, "No figure was measured yet: `jemkit evaluate` measures them."
     data, pin = config["recipe"]["data"]["use"], config.get("data")
@@ -121,9 +121,9 @@ def _about_run(recipe: Mapping[str, Any], about: Mapping[str, Any]) -> str:
 
 
 def _of_data(config: Path, registry: Registry) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What the run's data tell, and the moments of its start; nothing where they are not at hand.
+    """Facts about the run's data, and the Gaussians of its initial distribution, if available.
 
-    They are needed by who samples from the model, and asked for then.
+    They are needed for sampling; without them the data set is requested then.
     """
     try:
         recipe = resolve(registry, config=config).recipe
@@ -131,7 +131,9 @@ def _of_data(config: Path, registry: Registry) -> tuple[dict[str, Any], dict[str
         task = replace(task_of(recipe, splits), fill=False)
         return {"task": task_table(task)}, _moments(recipe, task)
     except JemkitError as error:
-        log.warning("the model does not stand alone, its data are not at hand: %s", error)
+        log.warning(
+            "the exported model is not self-contained, since its data are missing: %s", error
+        )
         return {}, {}
 
 
@@ -143,7 +145,7 @@ def _moments(recipe: Recipe, task: Task) -> dict[str, Tensor]:
 
 
 def _without_home(value: Any) -> Any:
-    """A config whose paths do not name the user: a model is given to others, ~ is anybody's."""
+    """A config without user names in its paths, since a model may be published; ~ is kept."""
     if isinstance(value, dict):
         return {key: _without_home(inner) for key, inner in value.items()}
     home = f"{Path.home()}{os.sep}"
@@ -153,7 +155,7 @@ def _without_home(value: Any) -> Any:
 
 
 def _samples(run: Path) -> dict[str, bytes]:
-    """The newest grid of samples that the run drew."""
+    """The newest sample grid of the run."""
     grids = [p for p in (run / "samples").glob("*.png") if p.is_file() and not p.is_symlink()]
     newest = max(grids, key=lambda p: (p.stat().st_mtime, p.name), default=None)
     if newest is None or newest.stat().st_size > LARGEST_PICTURE:

@@ -1,4 +1,4 @@
-"""The figures of several runs: accuracy, robustness and generation, with how they compare."""
+"""The figures of several runs: accuracy, robustness and generation, and their comparability."""
 
 import json
 import math
@@ -19,12 +19,11 @@ NOT_PROTOCOL = frozenset(
     | {"trained_radius_px", "trained_norm"}
     | {"seconds", "seed", "batch_size", "accuracy_after", "why", "std"}
 )
-"""Entries of a card that tell of the model, the machine, chance or the result, and not of how it
-was measured."""
+"""Entries of a card that describe the model, the machine, chance or the result."""
 
 
 UNKNOWN_BEFORE = ("test_sha256", "ood_sha256", "precision")
-"""Entries that cards before 0.2.0 lack; compared where every card has them."""
+"""Entries that cards before 0.2.0 do not have; compared if every card has them."""
 
 
 class Judged(NamedTuple):
@@ -41,7 +40,7 @@ class Judged(NamedTuple):
         return preferred(matches) if matches else None
 
     def figures(self, name: str) -> dict[str, Figure]:
-        """A figure of each protocol that the name was measured by, the preferred one first."""
+        """A figure for each protocol with which the name was measured, the preferred one first."""
         groups: dict[str, list[Figure]] = {}
         for figure in self.record.figures:
             if figure.name == name:
@@ -75,7 +74,7 @@ COLUMNS = (
 HASH = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{56}\b")  # a SHA-256 is shown by its first digits
 
 UNATTACKED = ("clean", "ece", "nll", "brier", "auroc", "fid", "fd", "kid", "is")
-"""Figures on which norm and radius have no bearing, unless their card names an attack."""
+"""Figures that do not depend on norm and radius, unless their card names an attack."""
 
 HIGHER, LOWER = ("clean", "auroc", "aupr", "is"), ("fid", "fd", "kid", "gap", "ece", "nll", "brier")
 
@@ -85,12 +84,12 @@ class Line(NamedTuple):
 
     column: Column
     figures: list[Figure | None]
-    why: list[str]  # a figure is missing; empty where it is there
-    differs: list[str]  # how the protocols differ; then the figures cannot be compared
+    why: list[str]  # why a figure is missing; else empty
+    differs: list[str]  # how the protocols differ; if they do, the figures cannot be compared
 
     @property
     def best(self) -> list[int]:
-        """The best runs; none where there is nothing to choose between."""
+        """The best runs; none if there is no choice."""
         finite = [(i, f.value) for i, f in enumerate(self.figures) if f and math.isfinite(f.value)]
         if self.differs or len(finite) < 2 or not self.column.better:
             return []
@@ -100,16 +99,16 @@ class Line(NamedTuple):
 
 
 def read_runs(folders: Sequence[Path], read: Callable[[Path], Record]) -> list[Judged]:
-    """Each run by a name of its own."""
+    """Each run with a unique name."""
     missing = next((folder for folder in folders if not Path(folder).resolve().exists()), None)
     if missing is not None:
-        raise DataError(f"{missing} does not exist; name a run folder, or train one first")
+        raise DataError(f"{missing} does not exist; pass a run folder, or train a run first")
     paths = [Path(folder).resolve() for folder in folders]
     if not paths:
-        raise ConfigError("no run was given; name one or more run folders")
+        raise ConfigError("no run was given; pass one or more run folders")
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice is not None:
-        raise ConfigError(f"{twice} was given twice; name each run once")
+        raise ConfigError(f"{twice} was given twice; pass each run once")
     runs = []
     for name, path in zip(_names(paths), paths, strict=True):
         recipe = path / "config.json"
@@ -119,21 +118,21 @@ def read_runs(folders: Sequence[Path], read: Callable[[Path], Record]) -> list[J
 
 
 def comparison(runs: Sequence[Judged], names: Sequence[str] = ()) -> list[Line]:
-    """The figures that matter of a JEM, or those that are named, of every run."""
+    """The main figures of a JEM, or the named ones, of every run."""
     return [line for column in _columns(runs, names) for line in _lines(column, runs)]
 
 
 def differing(
     runs: Sequence[Judged], name: str, figures: Sequence[Figure | None] | None = None
 ) -> list[str]:
-    """In what the protocols of one figure differ between the runs that have it."""
+    """The differences between the protocols of a figure, over the runs that have it."""
     figures = [run.figure(name) for run in runs] if figures is None else figures
     having = [(run, f) for run, f in zip(runs, figures, strict=True) if f is not None]
     return _apart({run.name: {**_data(run), **_measured(figure)} for run, figure in having})
 
 
 def other_images(runs: Sequence[Judged], table: str = "") -> list[str]:
-    """In what the images differ that the runs, or a table of theirs, were judged on."""
+    """The differences between the images on which the runs, or their tables, were evaluated."""
     keys = ("split", "images", "selection")
     cards = {run.name: run.record.card_of("tables", table) for run in runs}
     differing = {run.name: {k: cards[run.name].get(k) for k in keys} | _data(run) for run in runs}
@@ -141,9 +140,9 @@ def other_images(runs: Sequence[Judged], table: str = "") -> list[str]:
 
 
 def aligned(runs: Sequence[Judged], name: str) -> list[list[Figure | None]]:
-    """Every figure of a name in rows: side by side stand those of one protocol.
+    """All figures of a name in rows: each row has figures with one protocol.
 
-    Runs whose protocols nobody shares have a row together, which then says in what they differ.
+    Runs with protocols that no other run has share a row, which then states the differences.
     """
     left = [run.figures(name) for run in runs]
     count = Counter(signature for figures in left for signature in figures)
@@ -161,7 +160,7 @@ def aligned(runs: Sequence[Judged], name: str) -> list[list[Figure | None]]:
 
 
 def distinguishing_settings(figures: Sequence[Figure]) -> list[str]:
-    """What of their protocols tells figures of one name apart, in few words; of one nothing."""
+    """What distinguishes the protocols of figures with the same name; empty for a single one."""
     cards = [_measured(figure) for figure in figures]
     keys = sorted({key for card in cards for key in card})
     different = [k for k in keys if len({json.dumps(c.get(k), default=str) for c in cards}) > 1]
@@ -177,7 +176,7 @@ def _words(card: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
         words.append(f"{card.get('images')} images")
     known = ("norm", "radius_px", "images", "data_sha256", "selection", "standard", "quick")
     radius = card.get("radius_px") or 0.0
-    usual = card.get("step_px") == radius / 4  # which the radius says
+    usual = card.get("step_px") == radius / 4  # which is part of the radius
     others = [key for key in keys if key not in known and card.get(key) is not None]
     others = [key for key in others if key != "step_px" or not usual]
     words += [f"{key.split('.')[-1].replace('_', ' ')} {card[key]}" for key in others[:3]]
@@ -189,7 +188,7 @@ def _words(card: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
 
 
 def _apart(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Every entry that is not the same in all cards, in words."""
+    """The entries that differ between the cards, as text."""
     differences = []
     keys = {key for card in cards.values() for key in card}
     unknown = {k for k in UNKNOWN_BEFORE if not all(k in card for card in cards.values())}
@@ -209,7 +208,7 @@ def _data(run: Judged) -> dict[str, Any]:
 
 
 def shown(figure: Figure) -> str:
-    """A figure's value as it is read: accuracies as a percentage."""
+    """A figure's value as displayed: accuracies as a percentage."""
     if not math.isfinite(figure.value):
         return "not finite"
     return f"{figure.value:.2%}" if is_share(figure) else f"{figure.value:.4g}"
@@ -229,7 +228,7 @@ def is_share(figure: Figure) -> bool:
 
 
 def _measured(figure: Figure) -> dict[str, Any]:
-    """What of a card decides what the figure means."""
+    """The entries of a card that determine the meaning of the figure."""
     card = {
         key: canonical(value)
         for key, value in flat(figure.protocol)
@@ -263,7 +262,7 @@ def _columns(runs: Sequence[Judged], names: Sequence[str]) -> list[Column]:
 
 
 def _column(name: str) -> Column:
-    """The column of a figure; one that the comparison does not know has no best."""
+    """The column of a figure; an unknown figure has no best."""
     known = next((c for c in COLUMNS if c.name == name), None)
     if known is not None:
         return known
@@ -275,7 +274,7 @@ def _column(name: str) -> Column:
 
 
 def _lines(column: Column, runs: Sequence[Judged]) -> list[Line]:
-    """A line for each protocol that a figure was measured by; of several its title says which."""
+    """A line for each protocol of a figure; if there are several, the title names it."""
     rows = aligned(runs, column.name)
     having = [next((f for f in row if f), None) for row in rows]
     descriptions = distinguishing_settings([f for f in having if f]) if len(rows) > 1 else [""]
@@ -302,7 +301,7 @@ def _why_missing(column: Column, run: Judged) -> str:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many of the folders above as tell them apart."""
+    """The names of the folders, with as many parents as needed to distinguish them."""
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):

@@ -1,4 +1,4 @@
-"""Images from a trained run: newly started chains of its density, or the states of its buffer."""
+"""Images of a trained run: new chains of its density, or the states of its replay buffer."""
 
 import hashlib
 import io
@@ -43,38 +43,38 @@ STEPS = 40  # of a fresh chain, where none are given
 
 
 class Samples(NamedTuple):
-    """Images, and all that tells how they were drawn."""
+    """Images, and the protocol of how they were drawn."""
 
     pixels: Tensor  # [N, C, H, W], float32 in [0, 1]
-    y: Tensor | None  # [N], the classes that were asked for
+    y: Tensor | None  # [N], the requested classes
     protocol: dict[str, Any]
 
 
 def sample(path: Path, *, registry: Registry, **request: Any) -> Samples:
-    """Draw images from the run, or the exported model, in `path`; as `sample_request` has it."""
+    """Draw images from the run or the exported model in `path`; see `sample_request`."""
     return draw_samples(sample_request(path, registry=registry, **request))
 
 
 class SampleSource(NamedTuple):
-    """A model that has a density."""
+    """A model with a density."""
 
     task: Task
     table: dict[str, Any]  # [backbone] of the run's recipe
     backbone: Backbone
-    state: dict[str, Any] | None  # all that the checkpoint holds; None of an exported model
-    card: dict[str, Any]  # what tells where the model came from
-    run: Run  # whose precision and switches chains are drawn in
-    conditional: bool  # whether its chains were drawn of given classes
-    classes: tuple[str, ...] = ()  # their names in the order of the labels, where they are known
+    state: dict[str, Any] | None  # contents of the checkpoint; None for an exported model
+    card: dict[str, Any]  # the origin of the model
+    run: Run  # with precision and switches of the chains
+    conditional: bool  # whether its chains were class-conditional
+    classes: tuple[str, ...] = ()  # names in the order of the labels, if known
 
 
 class SampleRequest(NamedTuple):
-    """Images that are to be drawn, with all that they depend on."""
+    """Images to draw, with everything on which they depend."""
 
     run: SampleSource
     n: int
     steps: int
-    start: Start | None  # None: the buffer's states
+    start: Start | None  # None: states of the buffer
     y: Tensor | None  # [N]
     seed: int
     device: torch.device
@@ -95,10 +95,11 @@ def sample_request(
     which: Which = "best",
     dataset: dict[str, Any] | None = None,
 ) -> SampleRequest:
-    """n images to draw; whatever cannot be drawn is refused here.
+    """n images to draw; requests that cannot be fulfilled are rejected here.
 
-    `dataset` says where the training images are now, for starts that need them. With `classes`,
-    chains go down E(x, y), and the images are shared evenly among them in order.
+    `dataset` is the current location of the training images, for initial distributions that need
+    them. With `classes`, chains descend E(x, y), and the images are distributed evenly over the
+    classes in order.
     """
     if n < 1:
         raise UsageError(f"{n} images: expected 1 or more")
@@ -138,10 +139,10 @@ def draw_samples(
     stop: Callable[[], bool] = bool,
     progress: Progress = no_progress,
 ) -> Samples:
-    """The images asked for; `progress` hears of "samples" how many are done, of how many.
+    """Draw the requested images; `progress` is called with "samples", the number done, the total.
 
-    With a folder `work` every finished batch of chains is kept there until the last one is: a stop
-    costs the one under way, and the processes of a group each draw their `shard` of them.
+    With a folder `work` every finished batch of chains is cached until the last one is done: a stop
+    loses only the current batch, and each process of a group draws its `shard`.
     """
     how, bounds = request.run.run, request.run.task.bounds
     if request.start is None:
@@ -155,10 +156,10 @@ def draw_samples(
 
 
 def save(samples: Samples, out: Path | None = None) -> tuple[Path, Path]:
-    """Write a PNG grid and an .npz of the images; the names hold a hash of the protocol.
+    """Write a PNG grid and an .npz of the images; the file names contain a hash of the protocol.
 
-    The .npz has `image` [N, H, W, C] in 0..255, `label` [N] where classes were asked for, and
-    `protocol`, a JSON string. `train --extra-data` reads it.
+    The .npz has `images` [N, H, W, C] in 0..255, `y` (empty if no classes were requested) and
+    `protocol`, a JSON string.
     """
     text = json.dumps(samples.protocol, sort_keys=True)
     folder = place(samples.protocol, out)
@@ -177,7 +178,7 @@ def save(samples: Samples, out: Path | None = None) -> tuple[Path, Path]:
 
 
 def place(protocol: dict[str, Any], out: Path | None) -> Path:
-    """The folder that images are written to: the run's own where none is named."""
+    """The folder to write to: by default the run's own."""
     if out is not None:
         return out
     folder = Path(protocol["run"]) / "samples"
@@ -186,7 +187,7 @@ def place(protocol: dict[str, Any], out: Path | None) -> Path:
 
 
 def _labels(classes: list[str], n: int, run: SampleSource, device: torch.device) -> Tensor | None:
-    """Each image's class: the classes asked for, in blocks as even as n allows."""
+    """The class of each image: the requested classes, in blocks as even as n allows."""
     if not classes:
         return None
     every = range(run.task.n_classes)
@@ -196,7 +197,7 @@ def _labels(classes: list[str], n: int, run: SampleSource, device: torch.device)
 
 
 def _label(text: str, run: SampleSource) -> int:
-    """A class by its number or its name."""
+    """A class from its number or its name."""
     last = run.task.n_classes - 1
     if text.isdecimal() and len(text) < 10 and int(text) <= last:
         return int(text)
@@ -207,10 +208,7 @@ def _label(text: str, run: SampleSource) -> int:
 
 
 def _from_buffer(request: SampleRequest) -> Tensor:
-    """n states of the buffer; of the classes y where it is class-conditional.
-
-    Refused are more states than it has, and classes that its chains were not drawn of.
-    """
+    """n states of the buffer; of the classes y if the buffer is class-conditional."""
     run, density = request.run, request.run.backbone.density
     if run.state is None:
         raise MisfitError(
@@ -244,7 +242,7 @@ def _fresh(
     stop: Callable[[], bool],
     progress: Progress,
 ) -> Tensor:
-    """The ends of n chains, each batch of them from a generator of its own."""
+    """The final states of n chains, each batch from its own generator."""
     run, model, most = request.run, request.run.backbone.model, max(1, request.steps)
     y = None if request.y is None else request.y.tolist()
     about = {"request": request.protocol, "backbone": run.table, "data": run.task.hash, "y": y}
@@ -272,7 +270,7 @@ def _fresh(
                 even_batches(request.n), draw, generators,
                 cache=ledger, poll=polling.between, done=report,
             )["x"]  # fmt: skip
-        distributed.barrier(polling.between)  # others may still read
+        distributed.barrier(polling.between)  # other processes may still read it
     except Preempted:
         raise Preempted(
             "stopped; finished batches are saved, and the same command continues"
@@ -288,9 +286,10 @@ def opened(
     which: Which,
     dataset: dict[str, Any] | None = None,
 ) -> SampleSource:
-    """What stands at `path`, with averaged weights where an average was kept.
+    """The model at `path`, with averaged weights if it has them.
 
-    `dataset` says where the training images are now, where the start needs them.
+    `dataset` is the current location of the training images, if the initial distribution needs
+    them.
     """
     model = open_model(path, which)
     source = restored(model, registry, device, dataset, advice=SAMPLED, same_data=True)

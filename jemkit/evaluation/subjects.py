@@ -1,4 +1,4 @@
-"""What can be evaluated: a run, one of its checkpoints, an exported model, weights, any module."""
+"""Models to evaluate: a run, a checkpoint, an exported model, weights, any module."""
 
 import logging
 from collections.abc import Callable
@@ -35,19 +35,19 @@ log = logging.getLogger(__name__)
 
 
 class EvalTarget(NamedTuple):
-    """A model with the images that it is judged on, and where it comes from."""
+    """A model with the images on which it is evaluated, and its origin."""
 
     model: PixelModel
     test: Images
     n_classes: int
-    radius_px: float  # the data set's usual one, in the L-infinity norm
+    radius_px: float  # the default of the data set, in L-infinity
     images: Callable[[str], Images] | None  # of "train" and "valid"
     about: dict[str, Any]
-    folder: Path | None  # where its record belongs
-    others: Callable[[], dict[str, Images]] = dict  # the test images of data sets beside its own
-    trained_on: int = 0  # test images that it was trained or validated on
+    folder: Path | None  # folder of its record
+    others: Callable[[], dict[str, Images]] = dict  # test images of other data sets beside its own
+    trained_on: int = 0  # number of test images on which it was trained or validated
     warnings: tuple[str, ...] = ()
-    threads: int | None = None  # of the CPU, as its recipe has them; None: torch's own choice
+    threads: int | None = None  # of the CPU, from its recipe; None: torch's own choice
 
 
 def subject_at(
@@ -59,13 +59,13 @@ def subject_at(
     network: str | None = None,
     dataset: dict[str, Any] | None = None,
 ) -> EvalTarget:
-    """What stands at a path; `dataset` replaces the one that it was trained on.
+    """The model at a path; `dataset` replaces the data set on which it was trained.
 
-    Weights alone, a .safetensors file, need a `network`.
+    A .safetensors file, which has only weights, needs a `network`.
     """
     if not path.exists():
         raise DataError(
-            f"{path} does not exist; name a run of `jemkit train`, a checkpoint folder, an "
+            f"{path} does not exist; pass a run of `jemkit train`, a checkpoint folder, an "
             "exported model or a .safetensors file"
         )
     if not path.is_dir():
@@ -79,7 +79,7 @@ def subject_at(
     backbone, test = run.backbone, run.splits.images("test")
     density, own = backbone.density_or_none, is_own(dataset)
     if isinstance(density, Buffered) and own and opened.state is not None:
-        with suppress(MisfitError):  # several processes may have kept parts that cannot be joined
+        with suppress(MisfitError):  # several processes may have saved parts that cannot be joined
             density.load_state_dict(gather_state(opened.state, density))
     trained_on, warnings = run.pin.overlap(test) if run.pin else (0, [])
     return EvalTarget(
@@ -100,7 +100,7 @@ def subject_at(
 def subject_of(
     module: nn.Module, dataset: Dataset | Images, n_classes: int | None = None
 ) -> EvalTarget:
-    """Any module that maps [0, 1] images to logits, on a data set or on labelled images."""
+    """Any module that maps [0, 1] images to logits, with a data set or labelled images."""
     named = dataset if isinstance(dataset, Dataset) else None
     test = named.load("test") if named else _images(dataset)
     if not test.y.numel():
@@ -131,7 +131,7 @@ def subject_of(
 
 
 def _width(model: PixelModel, pixels: Tensor) -> int:
-    """How many classes a model tells apart, by its outputs."""
+    """The number of classes of a model, by its outputs."""
     with torch.no_grad():
         classes = int(model(pixels).shape[1])
     if classes < 2:
@@ -143,7 +143,7 @@ def _width(model: PixelModel, pixels: Tensor) -> int:
 
 
 def _images(given: Any) -> Images:
-    """Labelled images, also where they come as a pair, or as arrays."""
+    """Labelled images, also from a pair or arrays."""
     try:
         x, y = given
         x, y = _tensor(x), _tensor(y)
@@ -156,7 +156,7 @@ def _images(given: Any) -> Images:
 
 
 def _tensor(given: Any) -> Tensor:
-    """Tensors, arrays however they lie in memory, and sequences of either."""
+    """Tensors, arrays with any memory layout, and sequences of them."""
     if isinstance(given, Tensor):
         return given.detach()
     if isinstance(given, list | tuple) and given and isinstance(given[0], Tensor):
@@ -166,7 +166,7 @@ def _tensor(given: Any) -> Tensor:
 
 
 def others_of(dataset: Dataset, registry: Registry) -> Callable[[], dict[str, Images]]:
-    """The test images of other data sets whose files lie in the same folder, of the same shape."""
+    """The test images of other data sets with the same shape whose files are in the same folder."""
 
     def read() -> dict[str, Images]:
         images_of: dict[str, Images] = {}
@@ -178,7 +178,7 @@ def others_of(dataset: Dataset, registry: Registry) -> Callable[[], dict[str, Im
             try:
                 other = part(dir=folder)
                 images = checked(other.load("test"), other.n_classes, name)
-            except (DataError, ValidationError):  # its files are not there
+            except (DataError, ValidationError):  # its files are missing
                 continue
             except ConfigError as error:  # a package that reads it is missing
                 unread.setdefault(str(error), []).append(name)
@@ -186,7 +186,7 @@ def others_of(dataset: Dataset, registry: Registry) -> Callable[[], dict[str, Im
             if images.x.shape[1:] == dataset.load("test").x.shape[1:]:
                 images_of[name] = images
         for why, names in unread.items():
-            log.warning("images of %s in %s are not looked for: %s", ", ".join(names), folder, why)
+            log.warning("images of %s in %s are skipped: %s", ", ".join(names), folder, why)
         return images_of
 
     return read

@@ -1,5 +1,5 @@
 """Evaluators, figures with their intervals, the attack runner, records, charts.
 
-May import: the core below it: data to step.
-A new file: what measures a model; a measure that one plug-in has alone goes to that plug-in.
+May import: the layers below, from data to step. A new file: code that measures a model; a measure
+that only one plug-in uses goes to that plug-in.
 """

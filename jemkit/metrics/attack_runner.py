@@ -64,12 +64,12 @@ def attacked(
     x, x_adv = data.unit().cpu(), course.x_adv
     protocol["accuracy_after"] = stages
     protocol["max_delta_px"] = check_bound(x, x_adv, ctx.threat, name)
-    protocol["seconds"] = round(course.seconds, 3)  # of all batches, whoever computed them
+    protocol["seconds"] = round(course.seconds, 3)  # of all batches, from all processes
     return Attacked(whole.label, x_adv, course.right, stages, protocol, course.passes)
 
 
 def robust_share(attacked_images: Attacked, ctx: Context) -> Figure:
-    """Accuracy under an attack; image by image it goes to the notes."""
+    """Accuracy under an attack; the outcome of each image goes to the notes."""
     ctx.notes.rows[attacked_images.label] = attacked_images.right
     ctx.notes.adversarial[attacked_images.label] = attacked_images.x_adv
     return share(
@@ -96,7 +96,7 @@ class AttackRun:
         self.right = clean["right"].bool()
 
     def run(self, stages: Mapping[str, Perturb], *, everyone: bool) -> dict[str, float]:
-        """The accuracy after each stage; the first one attacks `everyone`, or who is right."""
+        """The accuracy after each stage; the first attacks `everyone`, or the correct images."""
         accuracy = {}
         for at, (stage, perturb) in enumerate(stages.items()):
             whole = everyone and at == 0
@@ -178,7 +178,7 @@ def counted(model: nn.Module, on_pass: Callable[[], None]) -> Iterator[list[int]
 
 @contextmanager
 def repeatable(rng: Generator) -> Iterator[None]:
-    """Let a model that uses torch's global generators draw from `rng`; they are restored."""
+    """Let a model use torch's global generators, seeded from `rng`, and restore them afterwards."""
     with preserved_random_state():
         if rng.device.type == "cuda":
             torch.cuda.set_rng_state(rng.get_state(), rng.device)
@@ -207,7 +207,7 @@ class AscentOnModel:
 
 
 def as_model_attack(attack: AnyAttack, name: str) -> ModelAttack:
-    """The class that evaluates: the attack itself, or its ascent of the cross-entropy."""
+    """The attack on the model: the attack itself, or its ascent of the cross-entropy."""
     if isinstance(attack, ModelAttack):
         return attack
     return AscentOnModel(attack, name)  # type: ignore[return-value]
@@ -253,8 +253,8 @@ def _fingerprint(
         "batch_size": ctx.batch_size,
         "model": weights_hash(subject),
         "code": ctx.code or identity_of(subject).sha256,
-        "buffers": tensors_hash(dict(subject.named_buffers())),  # a state dict leaves some out
-        "subject": re.sub(r" at 0x[0-9a-f]+", "", repr(subject)),  # places in memory say nothing
+        "buffers": tensors_hash(dict(subject.named_buffers())),  # a state dict omits some of them
+        "subject": re.sub(r" at 0x[0-9a-f]+", "", repr(subject)),  # without addresses in memory
         "bounds": list(subject.bounds),
         "images": tensors_hash(data._asdict()),
         "device": ctx.rng.device.type,

@@ -1,4 +1,4 @@
-"""What a class or function refers to: its package, the global names that it reads, its methods."""
+"""The references of a class or function: its package, the global names it reads, its methods."""
 
 import dis
 import functools
@@ -10,14 +10,14 @@ from pathlib import PurePath
 from typing import Any
 
 BY_NAME = frozenset({"torch", "numpy", "jemkit", "jemkit_plugins", "jemkit_cli", "builtins"})
-"""Packages whose code is known by its name; their versions stand in every protocol."""
+"""Packages whose code is identified by name; every protocol contains their versions."""
 
 ENTRIES = ("forward", "__call__", "scores", "read", "stem", "trunk")
-"""Methods from which the code that a judged model runs is followed."""
+"""Methods from which the code that an evaluated model executes is followed."""
 
 
 def home(value: Any) -> str:
-    """The module in which a class or function was written."""
+    """The module that defines a class or function."""
     if isinstance(value, types.FunctionType):
         return str(value.__globals__.get("__name__", value.__module__))
     return str(value.__module__)
@@ -25,7 +25,7 @@ def home(value: Any) -> str:
 
 @functools.cache
 def package(module: str) -> str | None:
-    """The version of an installed package, "" of one that a protocol names; None of one's own."""
+    """The version of an installed package; "" if protocols contain it, None for the user's code."""
     top = module.split(".")[0]
     if top == "__main__":  # of a notebook or of `python -m` it has an installed package's file
         return None
@@ -48,7 +48,7 @@ def content(cell: types.CellType) -> Any:
 
 
 def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
-    """A function's code and that of the functions inside it."""
+    """A function's code and that of its inner functions."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -67,14 +67,14 @@ def globals_of(code: types.CodeType) -> list[str]:
 
 
 def names_in(code: types.CodeType) -> Iterator[str]:
-    """Names of attributes, and texts that may be names of some."""
+    """Names of attributes, and strings that may be such names."""
     for part in _nested(code):
         yield from part.co_names
         yield from (c for c in part.co_consts if isinstance(c, str))
 
 
 def followed_methods(kind: type) -> set[str]:
-    """The methods that judging a model may run, by the names that each of them holds."""
+    """The methods that an evaluation may execute, by the names that each of them reads."""
     entries = {name: entry for base in reversed(kind.__mro__) for name, entry in vars(base).items()}
     names: set[str] = set()
     queue = [name for name in ENTRIES if name in entries]

@@ -1,4 +1,4 @@
-"""Charts as SVG: lines with their bands, histograms, scatter plots; inline, or as a file."""
+"""Charts as SVG: lines with intervals, histograms, scatter plots; inline or as a file."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ Pair = tuple[float, float]
 
 
 class Series(NamedTuple):
-    """One curve: x and y [N], perhaps with an interval; a value that is not finite is a gap."""
+    """One curve: x and y [N], optionally with an interval; non-finite values are gaps."""
 
     label: str
     slot: int  # which colour, dash and marker
@@ -28,7 +28,7 @@ class Series(NamedTuple):
 
 
 class Axes(NamedTuple):
-    """What the axes are called, and what they must hold."""
+    """The labels of the axes, and values that they must include."""
 
     title: str
     x: str
@@ -39,7 +39,7 @@ class Axes(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """A chart of a file, with its title and its legend."""
+    """A chart in a file, with its title and legend."""
 
     title: str
     chart: Html
@@ -65,7 +65,7 @@ class _Scale(NamedTuple):
 
 
 def lines(series: Sequence[Series], axes: Axes) -> tuple[Html, dict[str, Any]]:
-    """Curves in one chart, and their values for whoever points at it."""
+    """Curves in one chart, with their values for tooltips."""
     xs = axes.x_range or _range([v for s in series for v in s.x])
     ys = axes.y_range or _range([v for s in series for v in (*s.y, *s.low, *s.high)], 0.05)
     scale = _Scale(xs, ys)
@@ -118,7 +118,7 @@ def histogram(
 
 
 def scatter(right: Sequence[Pair], wrong: Sequence[Pair], slot: int, axes: Axes) -> Html:
-    """Points (x, y) in two groups: round ones, and square ones in the next colour."""
+    """Points (x, y) in two groups: circles, and squares in the next colour."""
     xs = axes.x_range or _range([x for x, _ in (*right, *wrong)], 0.03)
     ys = axes.y_range or _range([y for _, y in (*right, *wrong)], 0.03)
     scale = _Scale(xs, ys)
@@ -138,7 +138,7 @@ def dots_key(slot: int, at: int) -> Html:
 
 
 def picture(panels: Sequence[Panel], columns: int = 2) -> str:
-    """A file: charts side by side, each under its title and over its legend."""
+    """A file with charts side by side, each with title and legend."""
     rows = max(len(panel.legend) for panel in panels)
     width, height = WIDTH + 24, HEIGHT + 52 + 16 * rows
     parts = []
@@ -168,7 +168,7 @@ def style() -> str:
 
 
 def mark(slot: int, x: float = 6.0, y: float = 6.0, r: float = 3.4) -> Html:
-    """A run's own sign."""
+    """The marker of a run."""
     kind = MARKS[slot % COLOURS]
     shapes = {
         "square": f"M{-r} {-r}H{r}V{r}H{-r}Z",
@@ -185,7 +185,7 @@ def mark(slot: int, x: float = 6.0, y: float = 6.0, r: float = 3.4) -> Html:
 
 
 def key(slot: int) -> Html:
-    """A run's line and sign for a legend."""
+    """A run's line and marker for a legend."""
     return _key(tag("path", d="M1 6H25", class_=f"line s{slot % COLOURS}"), mark(slot, 13))
 
 
@@ -196,7 +196,7 @@ def _key(*parts: Html) -> Html:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers within a range: steps of 1, 2 or 5 times a power of ten."""
+    """Round numbers within a range, in steps of 1, 2 or 5 times a power of ten."""
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * k for k in (1, 2, 5, 10) if power * k >= raw * 0.999)
@@ -243,7 +243,7 @@ def _curve(series: Series, scale: _Scale) -> Html:
 
 
 def _band(series: Series, scale: _Scale) -> Html:
-    """The interval of every point; a curve of points that have none draws none there."""
+    """The interval of each point; points without one have none drawn."""
     parts = []
     for x, low, high in zip(series.x, series.low, series.high, strict=True):
         if _there(low, high):
@@ -253,7 +253,7 @@ def _band(series: Series, scale: _Scale) -> Html:
 
 
 def _path(points: Sequence[Pair]) -> str:
-    """M and L through the points, started again after a gap; a point alone is a dot."""
+    """M and L through the points, restarting after a gap; a single point is a dot."""
     commands, pen = [], "M"
     for x, y in points:
         if not _there(x, y):
@@ -269,7 +269,7 @@ def _there(*values: float) -> bool:
 
 
 def _range(values: Sequence[float], margin: float = 0.0) -> Pair:
-    """What holds every finite value; never empty."""
+    """A range that contains every finite value; never empty."""
     good = [value for value in values if abs(value) < LARGEST]
     low, high = (min(good), max(good)) if good else (0.0, 1.0)
     if high - low <= 1e-12 * max(abs(low), abs(high), 1.0):
@@ -286,5 +286,5 @@ def _number(value: float) -> str:
 
 
 def _plain(values: Sequence[float]) -> list[float | None]:
-    """Five digits are more than a chart shows."""
+    """At most five digits, which is all that a chart can show."""
     return [float(f"{value:.5g}") if _there(value) else None for value in values]

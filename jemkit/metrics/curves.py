@@ -1,4 +1,4 @@
-"""Curves of a run: its metrics and events, thinned out to what a chart can show."""
+"""Curves of a run: its metrics and events, reduced to what a chart can show."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ LEGEND = {
     "loss": "weighted sum",
     "pgd10": "accuracy under PGD-10",
 }
-"""Columns of metrics.csv that a picture calls by another name."""
+"""Columns of metrics.csv with another name in charts."""
 
 
 class Curve(NamedTuple):
@@ -34,12 +34,12 @@ class Curve(NamedTuple):
 
 
 def metrics(folder: Path) -> dict[str, Curve]:
-    """The columns that a chart shows, by name; none where the run has no metrics.csv."""
+    """The columns that charts show, by name; none if the run has no metrics.csv."""
     reader = csv.reader(_text(folder / "metrics.csv").splitlines())
     try:
         names = next(reader, [])
         rows = [row for row in reader if len(row) == len(names)]  # a line cut off by a kill
-    except csv.Error:  # damaged: a run that goes on sets it aside
+    except csv.Error:  # damaged: a resumed run renames it
         return {}
     if "step" not in names:
         return {}
@@ -52,7 +52,7 @@ def metrics(folder: Path) -> dict[str, Curve]:
 
 
 def epochs(folder: Path) -> list[dict[str, Any]]:
-    """The epochs of events.jsonl, the last word on each; a resumed run tells some twice."""
+    """The epochs of events.jsonl, the last entry for each; a resumed run repeats some."""
     by_step: dict[int, dict[str, Any]] = {}
     for line in _text(folder / "events.jsonl").split("\n"):
         try:
@@ -102,7 +102,7 @@ def _panel(
 
 
 def _text(path: Path) -> str:
-    """What a log holds, as far as it is text; none where there is no log that can be read."""
+    """The text of a log, if it can be read; otherwise nothing."""
     if not path.exists():
         return ""
     try:
@@ -112,9 +112,9 @@ def _text(path: Path) -> str:
 
 
 def _thinned(steps: list[float], words: list[str]) -> Curve:
-    """Means of as many neighbours as leave some 400 points.
+    """Means of neighbours, so many that about 400 points are left.
 
-    A mean with a value that is not finite is a gap; an empty cell is no value.
+    A mean with a non-finite value is a gap; an empty cell is not counted.
     """
     pairs = [(x, _number(word)) for x, word in zip(steps, words, strict=True) if word]
     width = max(1, math.ceil(len(pairs) / POINTS))

@@ -1,4 +1,4 @@
-"""Accuracy under attack, and how far apart the attack drives the energies (the paper's Table 1)."""
+"""Accuracy under attack, and the energy gaps of the attack (the paper's Table 1)."""
 
 from typing import Annotated
 
@@ -19,7 +19,7 @@ PGD20 = PGD(steps=20)
 
 
 class Robustness(Options):
-    """Accuracy under one attack, and the gaps in energy that it opens."""
+    """Accuracy under one attack, and its energy gaps."""
 
     attack: Annotated[ModelAttack, PartOf("attack")] = PGD20
 
@@ -31,7 +31,7 @@ class Robustness(Options):
 def gaps(
     subject: PixelModel, attacked_images: Attacked, data: Images, ctx: Context
 ) -> list[Figure]:
-    """Statistics of one-to-one differences of energy between x~ and x."""
+    """Statistics of the energy differences between x~ and x, image by image."""
     clean, joint = energies(subject, data, ctx)
     adv, joint_adv = energies(subject, Images(attacked_images.x_adv, data.y), ctx)
     values = energy_gaps(clean, adv, joint, joint_adv)
@@ -52,11 +52,11 @@ def energies(subject: PixelModel, data: Images, ctx: Context) -> tuple[Tensor, T
 
 
 def energy_gaps(clean: Tensor, adv: Tensor, joint: Tensor, joint_adv: Tensor) -> dict[str, float]:
-    """Statistics of one-to-one differences of E(x) and E(x, y), each [N].
+    """Statistics of the differences of E(x) and E(x, y), each [N], image by image.
 
-    `gap_mean` and `gap_variance` are of |E(x~) - E(x)|, image by image; `gap_signed` is without
-    the bars, `gap_joint` of E(x, y); `gap_relative` is the mean over the standard deviation of
-    E(x), since the gap scales with the logits.
+    `gap_mean` and `gap_variance` are of |E(x~) - E(x)|; `gap_signed` is the mean without the
+    absolute value, `gap_joint` that of E(x, y). `gap_relative` is the mean over the standard
+    deviation of E(x), since the gap scales with the logits.
     """
     gap = (adv - clean).abs()
     return {

@@ -1,4 +1,4 @@
-"""Evaluators: measurements of a model, and what they work with."""
+"""Evaluators: measurements of a model, and the context that they get."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,9 +25,9 @@ AnyAttack = Attack | ModelAttack
 
 
 class Unmeasurable(MisfitError):
-    """An evaluator lacks something: a density, other splits, a file of weights.
+    """An evaluator lacks a requirement: a density, other splits, a file of weights.
 
-    It is left out with this as the reason, unless it was requested by name.
+    It is skipped with this reason, unless it was requested by name.
     """
 
 
@@ -40,7 +40,7 @@ class Notes:
     pictures: dict[str, bytes] = field(default_factory=dict)  # PNG, by name
     adversarial: dict[str, Tensor] = field(default_factory=dict)  # x~ by attack, [N, C, H, W]
     warnings: list[str] = field(default_factory=list)
-    ledgers: list[ResultCache] = field(default_factory=list)  # of no use once recorded
+    ledgers: list[ResultCache] = field(default_factory=list)  # not needed once recorded
 
 
 Progress = Callable[[str, int, int], None]  # the name of long work, how much is done, of how much
@@ -52,17 +52,17 @@ def no_progress(*_: Any) -> None:
 
 @dataclass(frozen=True)
 class Context:
-    """What an evaluator works with besides the model."""
+    """The context of an evaluator: everything that it needs besides the model."""
 
-    rng: Generator  # of this evaluator alone, from the seed and its name
+    rng: Generator  # for this evaluator only, from the seed and its name
     threat: Threat
     seed: int = 0
     batch_size: int = 250
-    card: dict[str, Any] = field(default_factory=dict)  # joins every figure's protocol
+    card: dict[str, Any] = field(default_factory=dict)  # part of every figure's protocol
     code: str = ""  # what cached work depends on besides the weights: see `identity_of`
-    attacks: Mapping[str, AnyAttack] = field(default_factory=dict)  # asked for, by name
-    images: Callable[[str], Images] | None = None  # of train, valid and test, where there are any
-    others: Callable[[], Mapping[str, Images]] = dict  # test images of data sets beside this one
+    attacks: Mapping[str, AnyAttack] = field(default_factory=dict)  # requested, by name
+    images: Callable[[str], Images] | None = None  # train, valid and test, as far as they exist
+    others: Callable[[], Mapping[str, Images]] = dict  # test images of other data sets beside it
     quick: bool = False  # quick: evaluators use few images
     no_logits: str | None = None  # why the model's outputs are not logits, if that was detected
     work: Path | None = None  # caches unfinished work; None caches nothing

@@ -1,4 +1,4 @@
-"""Figures: measured numbers with their intervals and the protocol that gave them."""
+"""Figures: measured values with their intervals and protocols."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ Z = 1.959964  # of a two-sided 95 % interval
 
 
 class Figure(NamedTuple):
-    """One measured number, with an interval where one is defined, and how it was measured."""
+    """One measured value, with its protocol, and an interval if one is defined."""
 
     name: str
     value: float
@@ -26,9 +26,9 @@ class Figure(NamedTuple):
 
     @property
     def key(self) -> str:
-        """What a record knows a figure by: a hash of its name and its whole protocol.
+        """The identity of a figure in a record: a hash of its name and its protocol.
 
-        Left out is what the measurement gave (RESULTS).
+        Measured entries of the protocol (RESULTS) are not part of it.
         """
         card = canonical(finite(without_results(self.protocol)))
         text = json.dumps([self.name, card], sort_keys=True, default=str)
@@ -38,11 +38,11 @@ class Figure(NamedTuple):
 RESULTS = frozenset(
     {"seconds", "accuracy_after", "max_delta_px", "std", "mean_distance", "infinity"}
 )
-"""Entries of a protocol that are found and not set."""
+"""Entries of a protocol that are measured, not set."""
 
 
 def without_results(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """A protocol less what the measurement gave."""
+    """A protocol without its measured entries."""
     return {
         key: without_results(value) if isinstance(value, Mapping) else value
         for key, value in protocol.items()
@@ -51,7 +51,7 @@ def without_results(protocol: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_json(value: Any, number: Callable[[float], Any]) -> Any:
-    """A tree as JSON has it, with each float as `number` gives it."""
+    """A tree as JSON, with `number` applied to each float."""
     if isinstance(value, Mapping):
         return {str(key): _of_json(inner, number) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -60,12 +60,12 @@ def _of_json(value: Any, number: Callable[[float], Any]) -> Any:
 
 
 def finite(value: Any) -> Any:
-    """A tree as JSON has it; a number that is not finite has no JSON and becomes None."""
+    """A tree as JSON, with None for non-finite numbers."""
     return _of_json(value, lambda number: number if math.isfinite(number) else None)
 
 
 def canonical(value: Any) -> Any:
-    """A tree in which equal numbers have one form: 8.0 is 8."""
+    """A tree in which equal numbers are written equally: 8.0 becomes 8."""
     return _of_json(value, lambda number: int(number) if number.is_integer() else number)
 
 
@@ -110,7 +110,7 @@ BINS = 50
 def histograms(values: Mapping[str, Tensor], bins: int = BINS) -> dict[str, Any]:
     """`edges`, and under each set's name its share in each bin; `n` and `mean` of every set.
 
-    A set that holds NaN or inf has no histogram: it is in `n` and `mean` alone.
+    A set that contains NaN or inf has no histogram, only `n` and `mean`.
     """
     finite = {name: v for name, v in values.items() if v.isfinite().all()}
     edges = bin_edges(list(finite.values()), bins) if finite else torch.empty(0)
@@ -123,7 +123,7 @@ def histograms(values: Mapping[str, Tensor], bins: int = BINS) -> dict[str, Any]
 
 
 def bin_edges(sets: list[Tensor], bins: int = BINS) -> Tensor:
-    """bins + 1 edges over the range of all sets; a single value gets a range of 1."""
+    """bins + 1 edges over the range of all sets; if all values are equal, a range of 1."""
     whole = torch.cat(sets).double()
     low, high = float(whole.min()), float(whole.max())
     margin = 0.0 if high > low else 0.5

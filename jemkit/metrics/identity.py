@@ -1,4 +1,4 @@
-"""Which model was judged: one hash of a module's weights, code and plain attributes."""
+"""The identity of an evaluated model: a hash of its weights, code and plain attributes."""
 
 import copyreg
 import enum
@@ -27,7 +27,7 @@ NOT_CODE = frozenset(
     | {"__firstlineno__", "__static_attributes__", "__orig_bases__", "__parameters__", "__hash__"}
     | {"__abstractmethods__", "_abc_impl", "__dataclass_fields__", "__dataclass_params__"}
 )
-"""Entries of a class that change no outcome, or have an address in them."""
+"""Entries of a class that do not change an outcome, or contain an address."""
 
 ATOMS = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented), range)
 NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -42,14 +42,14 @@ WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "Guard
 
 
 class Identity(NamedTuple):
-    """A model's hash; where something of it cannot be hashed, a hash that no other model has."""
+    """A model's hash; if something cannot be hashed, a hash that no other model has."""
 
     sha256: str
     unknown: str = ""  # what could not be hashed
 
     @property
     def card(self) -> dict[str, str]:
-        """What a record says of a hash that is of no use to another process."""
+        """The note in a record for a hash that no other process can reproduce."""
         if not self.unknown:
             return {}
         return {
@@ -58,11 +58,11 @@ class Identity(NamedTuple):
 
 
 def identity_of(module: nn.Module) -> Identity:
-    """The identity of a model: equal between processes for equal weights, code and attributes.
+    """The identity of a model: equal in all processes for equal weights, code and attributes.
 
-    Code is the bytecode of its classes and of the functions that they call, with closures,
-    defaults and the global names that they read; that of torch, of jemkit and of other installed
-    packages is known by name and version.
+    Code is the bytecode of its classes and of the functions that they call, with closures, defaults
+    and the global names that they read. Code of torch, jemkit and other installed packages is
+    identified by name and version.
     """
     walk = _Walk()
     try:
@@ -76,20 +76,20 @@ def identity_of(module: nn.Module) -> Identity:
 
 
 class _Unknown(Exception):
-    """A value that no hash stands for."""
+    """A value that cannot be hashed."""
 
 
 class _Walk:
-    """One walk over a model: every value in an order that depends on nothing but the model."""
+    """One traversal of a model, in an order that depends only on the model."""
 
     def __init__(self) -> None:
         self.hash = hashlib.sha256()
         self.numbers: dict[int, int] = {}
-        self.values: list[Any] = []  # so that no address is used twice
+        self.values: list[Any] = []  # so that no address is reused
         self.code: deque[tuple[Any, str]] = deque()
 
     def finish(self) -> None:
-        """Classes and functions, each once, in the order in which they were met."""
+        """Classes and functions, each once, in the order of their first occurrence."""
         while self.code:
             item, where = self.code.popleft()
             if isinstance(item, type):
@@ -100,7 +100,7 @@ class _Walk:
     def add(self, value: Any, where: str) -> None:
         if type(value) in ATOMS or isinstance(value, NAMED):
             self._say(type(value).__name__, repr(value))
-        elif type(value) in (tuple, torch.Size):  # without a memory: constants may be shared or not
+        elif type(value) in (tuple, torch.Size):  # without an index: constants may be shared or not
             self._sequence("tuple", value, where)
         elif isinstance(value, frozenset):
             self._unordered(value, where)
@@ -113,7 +113,7 @@ class _Walk:
             self.hash.update(f"{len(raw)}:".encode() + raw)
 
     def _new(self, value: Any) -> bool:
-        """Whether a value is met for the first time; else its number stands for it."""
+        """Whether a value occurs for the first time; otherwise its index is hashed."""
         number = self.numbers.setdefault(id(value), len(self.numbers))
         if number < len(self.values):
             self._say("again", str(number))
@@ -213,12 +213,12 @@ class _Walk:
             return
         self.add(type(value), where)
         generated = hasattr(type(value), "_generated_forward") or _is(value, "GraphModule")
-        if generated:  # its class holds the code that its graph gives
+        if generated:  # its class contains the code of its graph
             self._say("graph", str(value.code))
         own = {k: v for k, v in vars(value).items() if k not in MODULE_STATE}
         if generated or _is(value, *WRAPPERS):
-            own = {}  # the module inside is what is judged
-        if _is(value, "PixelModel"):  # a density's settings stand in the figures that it gives
+            own = {}  # the inner module is evaluated
+        if _is(value, "PixelModel"):  # a density's settings are part of its figures
             own = {k: v for k, v in own.items() if k not in ("density_or_none", "poll")}
         self._mapping(own, where)
         for kind in ("_parameters", "_buffers", "_modules"):
@@ -226,7 +226,7 @@ class _Walk:
                 self._say(kind, name)
                 self.add(part, f"{where}.{name}")
         if type(value).__module__.startswith("torch.nn.modules.container"):
-            self._say(*value._modules)  # a container runs its parts in their order
+            self._say(*value._modules)  # a container applies its parts in their order
         for kind in HOOKS:
             hooks = getattr(value, kind).values()
             if hooks:
@@ -245,7 +245,7 @@ class _Walk:
         try:
             reducer = copyreg.dispatch_table.get(kind)
             parts = value.__reduce_ex__(4) if reducer is None else reducer(value)
-        except Exception:  # whatever a type of somebody else's raises
+        except Exception:  # a foreign type may raise anything
             raise _Unknown(f"{where}, of type {kind.__qualname__},") from None
         if isinstance(parts, str):
             self._say("global", parts)
@@ -312,7 +312,7 @@ class _Walk:
 
 
 def _is(value: object, *names: str) -> bool:
-    """Whether a value is of a library's class of such a name, which need not be imported."""
+    """Whether a value has a library's class of this name, without importing the library."""
     return any(
         base.__name__ in names and base.__module__.split(".")[0] in ("torch", "jemkit")
         for base in type(value).__mro__
@@ -320,7 +320,7 @@ def _is(value: object, *names: str) -> bool:
 
 
 def _ordered(values: Iterable[Any], where: str) -> list[Any]:
-    """Keys or members in an order of their own, whatever order they were put in."""
+    """Keys or members in a canonical order, whatever the order of insertion."""
 
     def name(value: Any) -> tuple[str, str]:
         if isinstance(value, tuple | frozenset):

@@ -1,8 +1,9 @@
-"""What a model's outputs are: logits, or numbers that only look like them.
+"""Checks whether a model's outputs are logits.
 
-An attack goes up the cross-entropy of the outputs. Behind a softmax, a sigmoid, a tanh or a clip
-that is flat nearly everywhere, and the model passes for robust. So every model is probed before it
-is judged: on images, on noise, and on images far outside the range, where a bounded output shows.
+An attack increases the cross-entropy of the outputs. After a softmax, a sigmoid, a tanh or a clip
+this is flat almost everywhere, and the model seems robust. So every model is checked before it is
+evaluated: on images, on noise, and on images far outside the range, where a bounded output can be
+recognised.
 """
 
 import re
@@ -22,30 +23,35 @@ from jemkit.selection import stratified
 IMAGES, NOISE = 32, 16  # how many images of the test split are looked at, and how many of noise
 
 SCALES = (1e2, 1e4, 1e6)
-"""By how much images are blown up around grey; a float32 sigmoid is 1 above 17."""
+"""Factors by which images are scaled around grey; a float32 sigmoid is 1 above 17."""
 
 NEAR = 0.02  # how far probabilities may lie off: bfloat16 rounds their sums by 0.4 %
 AT_END = 1e-3  # what counts as at a bound, as a share of the outputs' range
 
 PILED, TIED, ALL = 0.5, 0.2, 0.9
-"""Rows that reach both ends; entries that are one and the same number; entries at an end where
-images are blown up. Honest logits reach each end in one or two rows of all."""
+"""Allowed shares of rows that reach both ends, of equal entries, of entries at an end.
+
+The last is for scaled images. Intact logits reach each end in one or two rows of all.
+"""
 
 DEAD = 0.25  # images without a gradient that are let pass; honest models have none
 
 
 Z = 3.29
-"""Of a one-sided 99.95 % bound: some ten indicators a figure then err in one of 200 at most,
-and only where the share stands at its tolerance already."""
+"""Standard deviations of a one-sided 99.95 % bound.
+
+With some ten indicators per figure, at most one in 200 intact models is flagged by chance, and only
+if its share is already at the tolerance.
+"""
 
 
 class Finding(TypedDict):
-    """One sign that an accuracy under attack is higher than the truth: a failure indicator."""
+    """A sign that an accuracy under attack is too high: a failure indicator."""
 
     name: str
     flag: bool
-    found: str  # a sentence with its numbers
-    means: str  # what a flag would mean
+    found: str  # a sentence with the numbers
+    means: str  # the meaning of a flag
     do: str  # what to do about it
 
 
@@ -55,7 +61,7 @@ def at_least(count: int, n: int) -> float:
 
 
 def surely(count: int, n: int, tolerance: float) -> bool:
-    """Whether a share is above what honest models show, chance allowed for."""
+    """Whether a share is above that of intact models by more than chance."""
     return at_least(count, n) > tolerance
 
 
@@ -64,16 +70,17 @@ def said(count: int, n: int) -> str:
 
 
 class Outputs(NamedTuple):
-    """What was found of the outputs."""
+    """The finding about the outputs."""
 
     finding: Finding
-    bounded: bool  # whether they are not logits at all
+    bounded: bool  # whether they are not logits
 
 
 def probe_outputs(subject: PixelModel, data: Images, device: torch.device) -> Outputs:
-    """Judge a model's outputs; a MisfitError where they are probabilities.
+    """Check a model's outputs; raises MisfitError if they are probabilities.
 
-    Log-probabilities are logits: a constant for each image is added, which no loss sees.
+    Log-probabilities are accepted as logits: they differ by a constant per image, which does not
+    change the loss.
     """
     part = data.take(stratified(data.y, IMAGES)).to(device)
     x, y = part.unit(), part.y
@@ -98,7 +105,7 @@ def _finding(reason: str | None, logits: Tensor, dead: int, n: int) -> Finding:
             found=f"{reason}; {about}",
             means="the outputs are not logits: their bound flattens the loss, so an attack finds "
             "less than there is to find",
-            do="take the last sigmoid, tanh, clip or normalisation off and judge the logits",
+            do="remove the final sigmoid, tanh, clip or normalisation and evaluate the logits",
         )
     return Finding(
         name="outputs",
@@ -106,7 +113,8 @@ def _finding(reason: str | None, logits: Tensor, dead: int, n: int) -> Finding:
         found=about,
         means="gradients vanish on images as they are: the logits are too large for the loss, or "
         "no path leads from them to the pixels",
-        do="divide the logits by their scale, or mend the path; trust no gradient attack alone",
+        do="divide the logits by their scale, or fix the path; do not rely on gradient attacks "
+        "alone",
     )
 
 
@@ -115,7 +123,7 @@ def _finite(outputs: Tensor) -> Tensor:
 
 
 def _in_range(z: Tensor) -> str | None:
-    """How outputs [B, K] on images and noise show that they are bounded, else None."""
+    """The evidence that outputs [B, K] on images and noise are bounded, else None."""
     varying = z[:, z.amax(0) > z.amin(0)]
     if varying.shape[1] < 2 or bool((z.logsumexp(1).abs() < 1e-3).all()):  # log-probabilities
         return None
@@ -128,7 +136,7 @@ def _in_range(z: Tensor) -> str | None:
 
 
 def _tied(z: Tensor) -> str | None:
-    """Whether many outputs [B, K], of several classes, are the lowest or the highest of all."""
+    """Whether many outputs [B, K], of several classes, equal the lowest or the highest of all."""
     for end, name in ((z.min(), "lowest"), (z.max(), "highest")):
         tied = z == end
         share = float(tied.double().mean())
@@ -146,7 +154,7 @@ def _steady(z: Tensor) -> str | None:
 
 
 def _ends(z: Tensor) -> tuple[Tensor, Tensor, str] | None:
-    """Which of some outputs [B, K] are the largest and the smallest of all, and both numbers.
+    """Which outputs [B, K] equal the largest and the smallest of all, and these two values.
 
     None unless several classes reach either end.
     """
@@ -160,19 +168,19 @@ def _ends(z: Tensor) -> tuple[Tensor, Tensor, str] | None:
 
 
 def _far(subject: PixelModel, x: Tensor, rng: Generator) -> list[Tensor]:
-    """Finite outputs on images blown up around grey, at each scale; none where it takes none."""
+    """Finite outputs for images scaled around grey, at each scale; none if the model rejects it."""
     noise = torch.rand((NOISE, *x.shape[1:]), generator=rng, device=x.device)
     base = torch.cat([x[:NOISE], noise]) - 0.5
     try:
         with torch.no_grad():
             logits = [_finite(subject(scale * base).double()) for scale in SCALES]
     except (RuntimeError, ValueError, AssertionError, IndexError, ArithmeticError):
-        return []  # a model may refuse what no image can be
+        return []  # a model may reject values outside the range
     return [z for z in logits if len(z) >= len(base) // 2]
 
 
 def _stays(far: list[Tensor]) -> str | None:
-    """Whether outputs meet in two numbers however large the images are, else None."""
+    """Whether outputs approach two values however large the images are, else None."""
     for z in far:
         ends = _ends(z)
         if ends is not None and float((ends[0] | ends[1]).double().mean()) >= ALL:
@@ -181,10 +189,10 @@ def _stays(far: list[Tensor]) -> str | None:
 
 
 def _check_no_probabilities(logits: Tensor, far: list[Tensor]) -> None:
-    """Refuse rows [B, K] in [0, 1] that sum to 1, up to rounding or a little noise, on any image.
+    """Reject rows [B, K] in [0, 1] that sum to 1, up to rounding or small noise, for any image.
 
-    The sums must be much steadier than what they add up, or logits that happen to be small and
-    positive would pass for probabilities; equal rows say nothing.
+    The sums must vary much less than the entries, since small positive logits are not
+    probabilities. Equal rows prove nothing.
     """
     sums, spread = logits.sum(dim=1), logits.std(dim=0, correction=0).norm()
     inside = all(bool(((z >= -NEAR) & (z <= 1 + NEAR)).all()) for z in (logits, *far))
@@ -199,7 +207,7 @@ def _check_no_probabilities(logits: Tensor, far: list[Tensor]) -> None:
 
 
 def _without_gradient(subject: PixelModel, x: Tensor, y: Tensor) -> tuple[int, int]:
-    """How many of the images the cross-entropy has no gradient on, of how many."""
+    """The number of images without a gradient of the cross-entropy, and the number checked."""
     model, z = anchored(subject, x[:2]), x.clone().requires_grad_()
     with frozen(model), torch.enable_grad():
         (grad,) = torch.autograd.grad(F.cross_entropy(model(z), y, reduction="sum"), z)
@@ -211,7 +219,7 @@ SQUASHING = {
     "Sigmoid", "Tanh", "Softmax", "Hardtanh", "Hardsigmoid", "Erf", "Atan", "Sin", "Cos",
     "CosineSimilarity",
 }  # fmt: skip
-"""Steps whose results are bounded whatever goes in, by torch's names of their gradients."""
+"""Operations with bounded results, by torch's names of their gradients."""
 
 KEEPING = {
     "View", "UnsafeView", "ReshapeAlias", "ToCopy", "Clone", "Alias", "Squeeze", "Unsqueeze", "T",
@@ -219,15 +227,15 @@ KEEPING = {
     "AvgPool2D", "MeanPool2D", "MaxPool2DWithIndices", "Mul", "Add", "Sub", "Rsub", "Cat", "Stack",
     "Where", "Maximum", "Minimum",
 }  # fmt: skip
-"""Steps whose result is bounded where all of what goes in is; weights are constants here."""
+"""Operations whose result is bounded if all inputs are; weights are constants here."""
 
 TO_DENOMINATOR = {"Expand", "ClampMin", "Clamp", "Add", "ToCopy", "Unsqueeze", "View", "Alias"}
 DENOMINATORS = {"LinalgVectorNorm", "Norm", "Abs"}
-"""What a normalisation divides by, and |z| of softsign, and what may stand between."""
+"""Operations in the denominator of a normalisation or of softsign, or between."""
 
 
 def _named(subject: PixelModel, x: Tensor) -> str | None:
-    """The bounded step that the outputs end in, by the graph of their gradient, else None."""
+    """The bounded operation in which the outputs end, by the graph of their gradient, or None."""
     z = x.clone().requires_grad_()
     with frozen(subject), torch.enable_grad():
         step = _bounded(subject(z).grad_fn, 40)
@@ -235,7 +243,7 @@ def _named(subject: PixelModel, x: Tensor) -> str | None:
 
 
 def _bounded(node: Any, depth: int) -> str | None:
-    """The name of what bounds a step of a graph, else None."""
+    """The name of the operation that bounds a node of the graph, else None."""
     if node is None or depth == 0:
         return None
     kind, parts = _kind(node), [part for part, _ in node.next_functions]
@@ -268,7 +276,7 @@ def _divides_by_size(node: Any, depth: int) -> bool:
 
 
 def _cosine(node: Any, parts: list[Any]) -> bool:
-    """Whether features of length 1 meet weights of one length."""
+    """Whether features of norm 1 are multiplied by weights of equal norms."""
     weights = getattr(node, "_saved_mat2", None)
     features = parts[0 if _kind(node) == "Mm" else 1]
     if weights is None or features is None or _kind(features) != "Div":

@@ -1,4 +1,4 @@
-"""Images side by side as PNG."""
+"""Grids of images as PNG."""
 
 import io
 from pathlib import Path
@@ -26,8 +26,10 @@ def grid(pixels: Tensor) -> bytes:
 
 
 def neighbours(samples: Tensor, nearest: Tensor) -> bytes:
-    """Samples [N, C, H, W] in the first row, and under a white line the training images [N, k, C,
-    H, W] nearest to each, nearest first; a PNG."""
+    """Samples [N, C, H, W] in the first row; below a white line the nearest training images, a PNG.
+
+    These are [N, k, C, H, W], the nearest first.
+    """
     top = _tiled(to_bytes(samples), len(samples))
     below = _tiled(to_bytes(nearest).transpose(0, 1).flatten(0, 1), len(samples))
     line = torch.full((top.shape[0], 2, top.shape[2]), 255, dtype=torch.uint8)

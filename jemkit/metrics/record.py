@@ -56,12 +56,12 @@ Owner = tuple[Any, Any, str | None]  # model's hash, network of weights alone, t
 
 
 def save(folder: Path, record: Record, notes: Notes, *, adversarial: bool = False) -> Path:
-    """Write a record into a folder, joined with what was measured of the same model and data.
+    """Write a record to a folder, merged with the figures of the same model and data.
 
-    Figures of the same protocol are replaced, and no others. The record of another model, or of
-    other data, is kept beside. Of several evaluations that write at once each joins what the one
-    before it wrote. With `adversarial` the attacked images are written too, [N, C, H, W] float32
-    in [0, 1], a file for each attack.
+    Only figures with the same protocol are replaced. The record of another model or other data is
+    kept under another name. Concurrent evaluations merge into what the previous one wrote. With
+    `adversarial` the attacked images are written too, [N, C, H, W] float32 in [0, 1], one file per
+    attack.
     """
     folder.mkdir(parents=True, exist_ok=True)
     check_place(folder)
@@ -116,10 +116,10 @@ def part(
 
 
 def check_place(folder: Path) -> None:
-    """Refuse what is no folder, or whose record would be written through links to elsewhere."""
+    """Reject a path that is not a folder, or whose record would be written through links."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir():
-        raise DataError(f"{there} is a file; the record wants a folder, such as --out judged")
+        raise DataError(f"{there} is a file; --out must be a folder, such as --out judged")
     pictures = (path.name for path in folder.glob(f"{PICTURES}*") if path.is_dir())
     refuse_links(folder, (LOCK, WORK, PICTURES, *pictures))
 
@@ -127,11 +127,11 @@ def check_place(folder: Path) -> None:
 def of_weights(
     folder: Path, sha256: str, data: str | None = None, test_sha256: str | None = None
 ) -> Record | None:
-    """The record of these weights in a folder, if any: that of evaluation.json first.
+    """The record of these weights in a folder, if any; evaluation.json is tried first.
 
-    Where `data` names a data set, only a record of its images counts; where `test_sha256` is
-    known, only one of exactly those test images. A damaged one beside evaluation.json is skipped
-    with a warning.
+    If `data` is given, only a record of this data set is returned; if `test_sha256` is known, only
+    one of exactly these test images. A damaged record other than evaluation.json is skipped with a
+    warning.
     """
     if not (folder / JSON).exists():
         return None
@@ -160,7 +160,7 @@ def _owner(record: Record) -> Owner:
 
 
 def _images(protocol: Mapping[str, Any]) -> str | None:
-    """The test images behind a protocol; before 0.2.0 known where all of them were judged."""
+    """The test images of a protocol; before 0.2.0 known only if all were evaluated."""
     if "test_sha256" in protocol:
         return str(protocol["test_sha256"])
     judged = protocol.get("data_sha256")
@@ -174,7 +174,7 @@ def _stem(owner: Owner) -> str:
 
 
 def _loaded(folder: Path, stem: str, warned: list[str]) -> Record | None:
-    """A record that can be joined; a damaged one is set aside, and the new one takes its place."""
+    """A record to be merged; a damaged one is renamed, and a new one replaces it."""
     if not (folder / f"{stem}.json").exists():
         return None
     try:
@@ -189,7 +189,7 @@ def _loaded(folder: Path, stem: str, warned: list[str]) -> Record | None:
 
 
 def _split(record: Record | None) -> Iterator[Record]:
-    """A record by the data that its figures are of, which those before 0.2.0 mixed."""
+    """A record split by the data of its figures, which records before 0.2.0 mixed."""
     if record is None:
         return
     main = _images(record.protocol)
@@ -217,13 +217,13 @@ def _free_pictures(folder: Path, stem: str) -> str:
     for other in beside(folder):
         try:
             taken.add(load(folder, other).pictures)
-        except DataError:  # nobody knows: leave the usual one to it
+        except DataError:  # unknown: leave the usual name to it
             taken.add(PICTURES)
     return stem if PICTURES in taken else PICTURES
 
 
 def _owned(record: Record, files: Iterable[str]) -> list[Part]:
-    """A record's parts; all is one part where nobody kept them apart."""
+    """A record's parts; a record without parts is a single one."""
     if record.parts or not (record.figures or record.tables or record.rows):
         return record.parts
     keys = tuple(figure.key for figure in record.figures)
@@ -232,7 +232,7 @@ def _owned(record: Record, files: Iterable[str]) -> list[Part]:
 
 
 def _joined(new: Record, old: Record | None) -> Record:
-    """Both records' figures, those of the same protocol once, each with what belongs to it."""
+    """The figures of both records, one per protocol, each with what belongs to it."""
     if old is None:
         return arranged(new)
     old = _without(old, {f.key for f in new.figures}, keys={part.key for part in new.parts})
@@ -251,9 +251,10 @@ def _joined(new: Record, old: Record | None) -> Record:
 def _without(
     record: Record, gone: Set[str], *, keys: Set[str] = frozenset(), tables: bool = True
 ) -> Record:
-    """A record less some figures and what belongs to them alone.
+    """A record without some figures and what belongs only to them.
 
-    A part goes with the last of its figures; one that never had any, where its key is in `keys`.
+    A part is removed with the last of its figures; a part that never had any is removed if its key
+    is in `keys`.
     """
     parts, tables_left = [], dict(record.tables)
     for part in record.parts:
@@ -332,7 +333,7 @@ def _write_files(
 
 
 def _drop_files(folder: Path, before: Record | None, whole: Record) -> None:
-    """Remove pictures of figures that were measured again and have new pictures."""
+    """Remove plots of figures that were measured again and have new plots."""
     left = {stored for part in whole.parts for stored in part.files.values()}
     gone = {s for part in (before.parts if before else ()) for s in part.files.values()} - left
     for stored in gone:

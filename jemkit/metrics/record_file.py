@@ -1,4 +1,4 @@
-"""A record and its files: evaluation.json and evaluation.safetensors, and how they are read."""
+"""The files of a record, evaluation.json and evaluation.safetensors, and how they are read."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ SEAL = "sha256"
 
 FOLDER = re.compile(rf"{STEM}(-[0-9a-f]{{8}})?")
 FILE = re.compile(r"[^./\\\x00][^/\\\x00]*")
-"""Names that a record may give: of the folder of its pictures, and of a file in it."""
+"""Allowed names in a record: of the folder of its plots, and of a file in it."""
 
 Kind = Literal["tables", "rows", "files"]
 
@@ -51,26 +51,26 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """Every figure of a model on a data set with its protocol, tables and plots."""
+    """All figures of a model on a data set, with protocols, tables and plots."""
 
-    subject: dict[str, Any]  # what was judged: path, SHA-256 of the weights, parts
-    protocol: dict[str, Any]  # what holds for the newest evaluation as a whole
+    subject: dict[str, Any]  # the evaluated model: path, SHA-256 of the weights, parts
+    protocol: dict[str, Any]  # entries of the newest evaluation as a whole
     figures: list[Figure]  # the newest first
     tables: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)  # one value an image
-    left_out: dict[str, str] = field(default_factory=dict)  # evaluators, and why
+    left_out: dict[str, str] = field(default_factory=dict)  # skipped evaluators, and why
     warnings: list[str] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)  # the newest first; none of older formats
-    pictures: str = PICTURES  # the folder of its pictures
+    pictures: str = PICTURES  # the folder of its plots
 
     def value(self, name: str, **protocol: Any) -> float:
         """A figure's value by its name, and by entries of its protocol: radius_px=8."""
         return self.figure(name, **protocol).value
 
     def figure(self, name: str, **protocol: Any) -> Figure:
-        """A figure by its name; of several the newest standard one, else the newest.
+        """A figure by its name; if there are several, the newest standard one, else the newest.
 
-        Entries of its protocol choose among them: norm="L2", radius_px=128.
+        Entries of the protocol select among them: norm="L2", radius_px=128.
         """
         named = [figure for figure in self.figures if figure.name == name]
         if not named:
@@ -83,7 +83,7 @@ class Record:
         return preferred(matches)
 
     def rows_of(self, figure: Figure) -> Tensor | None:
-        """A figure's outcomes, image by image; None where there are none."""
+        """A figure's outcomes, image by image; None if there are none."""
         name = figure.name
         if self.parts:
             owner = next((p for p in self.parts if figure.key in p.figures), None)
@@ -98,7 +98,7 @@ class Record:
         return sorted(stored, key=lambda one: one != name)
 
     def card_of(self, kind: Kind, stored: str) -> dict[str, Any]:
-        """The protocol under which a table, rows or a file came about."""
+        """The protocol of a table, rows or a file."""
         for part in self.parts:
             if stored in part.names(kind).values():
                 owned = [f for f in self.figures if f.key in part.figures]
@@ -125,13 +125,12 @@ class Record:
 
 
 def preferred(figures: Sequence[Figure]) -> Figure:
-    """The first that is of the standard protocol, else the first."""
+    """The first one with the standard protocol, else the first."""
     return next((f for f in figures if f.protocol.get("standard")), figures[0])
 
 
 def next_rows(stem: str) -> str:
-    """The rows until the JSON beside them is written: killed between the two, a record stays
-    whole."""
+    """Holds the rows until the JSON is written: if killed in between, the record stays intact."""
     return f".{stem}.next.safetensors"
 
 
@@ -143,7 +142,7 @@ def write(folder: Path, record: Record, stem: str = STEM) -> None:
 
 
 def settle(folder: Path) -> None:
-    """End what a kill broke off: the rows of the JSON that is there take their place."""
+    """Complete an interrupted write: the rows of the existing JSON replace the others."""
     for pattern in (f".{STEM}*.json.*", f".{STEM}*.safetensors.*", f"{STEM}*/.*.png.*"):
         for broken in folder.glob(pattern):
             broken.unlink()
@@ -164,7 +163,7 @@ def load(folder: Path, stem: str = STEM) -> Record:
     """The record in a run's folder: of the model and data that were evaluated last."""
     try:
         return _read(folder, stem)
-    except DataError:  # another process may have been between its two files
+    except DataError:  # another process may be between writing its two files
         return _read(folder, stem)
 
 
@@ -174,7 +173,7 @@ def beside(folder: Path) -> list[str]:
 
 
 def every(folder: Path) -> Iterator[Record]:
-    """Every record of a folder, that of evaluation.json first."""
+    """Every record of a folder, evaluation.json first."""
     yield load(folder)
     for stem in beside(folder):
         yield load(folder, stem)
@@ -224,7 +223,7 @@ def _part(saved: Mapping[str, Any]) -> Part:
 
 
 def _texts(table: dict[Any, Any]) -> dict[Any, str]:
-    """A table whose values are text."""
+    """A table whose values are strings."""
     if unfit := [value for value in table.values() if not isinstance(value, str)]:
         raise TypeError(f"{str(unfit[0])[:40]!r} stands where a text does")
     return table
@@ -235,7 +234,7 @@ def _listed_texts(values: Any) -> list[str]:
 
 
 def _sealed(path: Path) -> tuple[dict[str, Any], str | None]:
-    """What a record's JSON holds, as it was written, and the hash of its rows; None of old ones."""
+    """The contents of a record's JSON, and the hash of its rows; None for old formats."""
     saved = read_json(path)
     version = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
     if version not in (FORMAT, WITHOUT_PARTS, UNSEALED):
@@ -255,7 +254,7 @@ def _sealed(path: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def _rows(folder: Path, stem: str, wanted: str | None) -> dict[str, Tensor]:
-    """The rows that belong to a record's JSON, whose hash is `wanted`."""
+    """The rows of a record's JSON, whose hash is `wanted`."""
     usual = folder / f"{stem}.safetensors"
     there = [path for path in (folder / next_rows(stem), usual) if path.exists()]
     if wanted is None:
@@ -263,7 +262,7 @@ def _rows(folder: Path, stem: str, wanted: str | None) -> dict[str, Tensor]:
     for path in there:
         try:
             rows = load_tensors(path)
-        except DataError:  # half of what a kill broke off, or damaged
+        except DataError:  # an interrupted write, or damaged
             continue
         if tensors_hash(rows) == wanted:
             return rows
@@ -274,13 +273,13 @@ def _rows(folder: Path, stem: str, wanted: str | None) -> dict[str, Tensor]:
 
 
 def _hash(plain: Mapping[str, Any]) -> str:
-    """SHA-256 of a record's canonical JSON: keys in order, no spaces."""
+    """SHA-256 of a record's canonical JSON: sorted keys, no spaces."""
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def pictures(folder: Path, record: Record | None = None) -> dict[str, Path]:
-    """The pictures beside a record, by name."""
+    """The plots of a record, by name."""
     where = folder / (record.pictures if record else PICTURES)
     return {path.stem: path for path in sorted(where.glob("*.png"))}
 

@@ -1,4 +1,4 @@
-"""What a scripted or traced module is made of, without what names the process that compiled it."""
+"""The contents of a scripted or traced module, without names that depend on the process."""
 
 import io
 import re
@@ -8,25 +8,25 @@ from collections.abc import Iterator, Mapping
 import torch
 
 LEFT_OUT = re.compile(r"\.debug_pkl$|serialization_id$|traced_inputs")
-"""Files of a saved module that change no outcome: lines of its source, a number, example inputs."""
+"""Files of a saved module that do not change an outcome: source lines, a number, example inputs."""
 
 VALUES = "data.pkl"
 CLASS_OF_VALUE = re.compile(rb"c(__torch__[\w.]*)\n(\w+)\n")
-"""The file of a module's parts, and in it the class of a part."""
+"""The file of a module's parts, and the class of a part in it."""
 
 QUALIFIED = re.compile(r"__torch__[\w.]*")
 DEFINITION = re.compile(r"^(?:class|def) (\w+)", re.MULTILINE)
 FIELD = re.compile(r"  \w+ : ")
-"""In code: a name with its modules, the beginning of a class or function, a field of a class."""
+"""In code: a name with its modules, the start of a class or function, a field of a class."""
 
 MANGLED = re.compile(r"___torch_mangle_\d+\.?")  # depends on what was compiled before
 
 
 def scripted_parts(module: torch.jit.ScriptModule) -> Iterator[tuple[str, bytes]]:
-    """Names and contents, equal for equal modules; RuntimeError where it cannot be saved.
+    """Names and contents, equal for equal modules; RuntimeError if the module cannot be saved.
 
-    Each trace of a model gives its classes other names, so they are numbered instead, in the order
-    in which the module's parts are of them.
+    Each trace of a model gives its classes other names, so they are replaced by numbers, in the
+    order in which the module's parts use them.
     """
     loaded = torch.jit.load(_saved(module))  # type: ignore[no-untyped-call]
     with zipfile.ZipFile(_saved(loaded)) as saved:
@@ -60,7 +60,7 @@ def _values(content: bytes, numbers: Mapping[str, int]) -> bytes:
 
 
 def _definitions(module: str, code: str, numbers: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
-    """The classes and functions of a file of code, each with its fields in one order."""
+    """The classes and functions of a file of code, with the fields of each in a fixed order."""
     starts = [*DEFINITION.finditer(code)]
     ends = [*(start.start() for start in starts[1:]), len(code)]
     for start, end in zip(starts, ends, strict=True):
@@ -72,6 +72,6 @@ def _definitions(module: str, code: str, numbers: Mapping[str, int]) -> Iterator
 
 
 def _name(name: str, numbers: Mapping[str, int]) -> str:
-    """A name as it is in every process: with the number of the class, where a part is of it."""
+    """A name that is the same in every process: with the number of its class, if a part has it."""
     plain = MANGLED.sub("", name)
     return f"{plain}#{numbers[name]}" if name in numbers else plain

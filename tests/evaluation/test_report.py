@@ -93,7 +93,7 @@ def test_a_picture_stands_under_the_heading_of_what_it_shows_and_says_so(runs: l
     }
     of_samples, others = shown["pictures"], shown["others"]
     assert of_samples[0] == "During training, after epoch 10"
-    assert "Samples that the evaluation drew (surest)" in of_samples
+    assert "Samples drawn by the evaluation (surest)" in of_samples
     assert len(of_samples) == 4
     assert others == ["mine"]
 
@@ -114,7 +114,7 @@ def test_a_picture_that_0_1_left_is_shown_where_its_table_cannot_be_drawn(tmp_pa
     folder = bare_run(tmp_path / "a", found)
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "ood.png").write_bytes(png())
-    assert "E(x) of the test images and of images from elsewhere" in render([folder])
+    assert "E(x) of test images and of other images" in render([folder])
 
 
 def test_curves_of_other_numbers_of_images_say_whose_they_are(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_run_that_was_never_judged_shows_its_training_and_says_so(tmp_path: Pa
     folder = whole_run(tmp_path / "a")
     (folder / "evaluation.json").unlink()
     page = render([folder])
-    assert "not judged yet" in page
+    assert "not evaluated yet" in page
     assert 'id="training"' in page
 
 

@@ -108,7 +108,7 @@ def test_a_damaged_record_beside_is_skipped_with_a_warning(
 @pytest.mark.parametrize("below", ["", "folder"])
 def test_a_file_where_the_record_wants_a_folder_is_refused(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="file is a file; the record wants a folder"):
+    with pytest.raises(DataError, match="file is a file; --out must be a folder"):
         measured(tmp_path / "file" / below)
 
 

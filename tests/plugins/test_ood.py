@@ -277,4 +277,4 @@ def test_data_sets_that_no_installed_package_reads_are_told_and_the_figures_stay
     figures = measure(PixelModel(toy_model(TASK)), TASK.images("valid"), [OOD()], ctx)
     assert figures
     assert "images of cifar10, cifar100, svhn in" in caplog.text
-    assert "are not looked for: torchvision is not installed" in caplog.text
+    assert "are skipped: torchvision is not installed" in caplog.text

@@ -1,7 +1,7 @@
-"""The report: one HTML file with all there is to see of one or several runs.
+"""The report: one HTML file with figures, charts and samples of one or several runs.
 
-May import: evaluation, and what evaluation may import.
-A new file: a section of the page, listed in `page.SECTIONS`.
+May import: evaluation, and what evaluation may import. A new file: a section of the page, listed in
+`page.SECTIONS`.
 """
 
 from jemkit.evaluation.report.page import render, write

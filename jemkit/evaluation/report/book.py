@@ -1,4 +1,4 @@
-"""What the sections of a report share: the runs, figures with their cards, charts."""
+"""Code shared by the sections of a report: runs, figures with protocol cards, charts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,19 +12,19 @@ from jemkit.metrics.figures import Figure
 from jemkit.runtime.html import Html, join, tag
 
 LAST = ("checkpoint", "device", "evaluator", "versions", "seconds", "max delta")
-"""What a card tells after all that defines the figure."""
+"""Entries of a card that come after those that define the figure."""
 
 
 @dataclass
 class Book:
-    """The runs, and what the sections leave for the end of the page: cards, charts' values."""
+    """The runs, and what sections collect for the end of the page: cards and values of charts."""
 
     runs: Sequence[Judged]
     cards: list[Html] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)  # of the charts, by their ids
 
     def number(self, figure: Figure, run: Judged, *, best: bool = False) -> Html:
-        """A figure's value; pointed at, focused or tapped it shows its protocol card."""
+        """A figure's value; hover, focus or tap shows its protocol card."""
         name = f"card{len(self.cards)}"
         self.cards.append(_card(name, figure, run))
         return tag(
@@ -40,8 +40,11 @@ class Book:
     def judged_lines(
         self, series: Sequence[Series], axes: Axes, *extra_notes: object, table: str = ""
     ) -> Html:
-        """The same of what an evaluation measured: labelled where the protocol is not standard,
-        or the runs were not judged on the same images."""
+        """A chart of evaluated values.
+
+        It is labelled if the protocol is not standard or the runs were evaluated on different
+        images.
+        """
         slots = [s.slot for s in series]
         names = {slot: self.judged_name(slot, table) for slot in slots}
         if len(self.runs) == 1:
@@ -55,7 +58,7 @@ class Book:
     def chart(
         self, series: Sequence[Series], axes: Axes, names: Mapping[int, Html], notes: object
     ) -> Html:
-        """A chart with the names of its curves, and what else is to be said of it."""
+        """A chart with the names of its curves, and a note."""
         chart_html, values = charts.lines(series, axes)
         name = f"chart{len(self.values)}"
         self.values[name] = values
@@ -70,7 +73,7 @@ class Book:
         return tag("span", charts.key(slot), tag("span", name), class_="run")
 
     def judged_name(self, slot: int, table: str = "") -> Html:
-        """The run's name where figures of its record, or a table of it, stand."""
+        """The run's name where figures or tables of its record are shown."""
         return join(self.run_name(slot), " ", self.label(slot, table))
 
     def label(self, slot: int, table: str = "") -> Html | None:
@@ -98,7 +101,7 @@ def note(*parts: object) -> Html:
 
 
 def settings(protocol: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """A protocol card's entries as they are read; sizes in pixels as k/255."""
+    """The entries of a protocol card in readable form; sizes in pixels as k/255."""
     rows = []
     for key, value in flat(protocol):
         words = key.replace("_", " ").replace(".", " ")

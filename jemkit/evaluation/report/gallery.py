@@ -1,4 +1,4 @@
-"""The sections of a report that are pictures: samples, and what evaluators left beside a record."""
+"""The sections of a report with images: samples, and images saved by evaluators."""
 
 import base64
 import re
@@ -18,28 +18,28 @@ LEGACY_PICTURES = {
     "energies": "energies", "energy_path": "energy_path", "reliability": "reliability",
     "energy_confidence": "energy_confidence", "ood": "ood_energies",
 }  # fmt: skip
-"""Pictures that jemkit 0.1 left, with the tables that this page draws itself in their place."""
+"""Images saved by jemkit 0.1, with the tables that this page plots instead."""
 
 CAPTIONS = {
-    "samples": "Samples that the evaluation drew",
-    "neighbours": "Samples, each beside the training images nearest to it",
+    "samples": "Samples drawn by the evaluation",
+    "neighbours": "Samples, each with the nearest training images",
     "energies": "E(x) and E(x, y) of clean, adversarial and generated images",
     "energy_confidence": "Energy against confidence, image by image",
-    "energy_path": "Energies on the way of an attack",
+    "energy_path": "Energies along an attack",
     "reliability": "Accuracy against confidence",
-    "ood": "E(x) of the test images and of images from elsewhere",
+    "ood": "E(x) of test images and of other images",
 }
-"""What an evaluation's pictures show."""
+"""Captions of the images of an evaluation."""
 
 
 def samples(book: Book) -> Html | None:
-    """The newest samples of training, and those that an evaluation drew."""
+    """The newest samples of training, and those drawn by an evaluation."""
     pictures = [_newest_samples(run.folder) | _beside(run, of_samples=True) for run in book.runs]
     return _gallery(book, "pictures", "Samples", pictures)
 
 
 def others(book: Book) -> Html | None:
-    """Every other picture of the evaluation that no section draws itself."""
+    """All other images of the evaluation that no section plots itself."""
     pictures = [_beside(run, of_samples=False) for run in book.runs]
     return _gallery(book, "others", "Other pictures", pictures)
 
@@ -54,7 +54,7 @@ def _gallery(book: Book, name: str, title: str, pictures: Sequence[dict[str, Pat
 
 
 def _beside(run: Judged, *, of_samples: bool) -> dict[str, Path]:
-    """The pictures beside a run's record but for those of tables that this page draws."""
+    """The images of a run's record, except for those of tables that this page plots."""
     return {
         _caption(name, run): path
         for name, path in records.pictures(run.folder, run.record).items()
@@ -64,7 +64,7 @@ def _beside(run: Judged, *, of_samples: bool) -> dict[str, Path]:
 
 
 def _caption(name: str, run: Judged) -> str:
-    """What a picture shows; one of a selection, or of another protocol, says which."""
+    """The caption of an image; it states a selection or another protocol."""
     plain, at, _ = name.partition("@")
     stem, dash, rest = plain.partition("-")
     otherwise = f"; {protocol_words(run.record.card_of('files', name))} ({name})" if at else ""
@@ -74,7 +74,10 @@ def _caption(name: str, run: Judged) -> str:
 
 
 def _newest_samples(folder: Path) -> dict[str, Path]:
-    """The last epoch's grid, by its number; names, not times, so that a copy gives the same."""
+    """The grid of the last epoch, by number.
+
+    It is chosen by name, not by time, so that a copy of the run gives the same page.
+    """
     names = ((re.fullmatch(r"epoch-(\d+)", p.stem), p) for p in (folder / "samples").glob("*.png"))
     numbered = [(int(match[1]), path) for match, path in names if match]
     return {f"During training, after epoch {n}": path for n, path in sorted(numbered)[-1:]}

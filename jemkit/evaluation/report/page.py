@@ -1,4 +1,4 @@
-"""The whole page: sections that have something to show, styles and script, in one file."""
+"""The whole page: all sections with content, styles and script, in one file."""
 
 import base64
 import hashlib
@@ -30,22 +30,22 @@ SECTIONS: dict[str, tuple[Callable[[Book], Html | None], str]] = {
     "Recipe": (tables.recipe, "recipes: the folder has no config.json"),
     "Figures": (tables.every_figure, ""),
 }
-"""Each section with what to say where it has nothing to show."""
+"""Each section, with the hint to show if it has no content."""
 
 
 def write(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the report of one or several runs, by default into the first run's folder."""
+    """Write the report of one or several runs, by default to the first run's folder."""
     page = render(folders)
     path = Path(folders[0]).resolve() / "report.html" if out is None else out
     if path.is_dir():
-        raise DataError(f"{path} is a folder; --out wants the HTML file to write")
+        raise DataError(f"{path} is a folder; --out must be the HTML file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
     return path
 
 
 def render(folders: Sequence[Path]) -> str:
-    """The page as text; the same runs give the same bytes."""
+    """The page as HTML; the same runs give the same bytes."""
     book = Book(read_runs(folders, _read))
     shown = {name: _shown(book, name) for name in SECTIONS}
     missing = [
@@ -93,7 +93,7 @@ def _document(title: str, *body: Html) -> str:
 
 
 def _shown(book: Book, name: str) -> Html | None:
-    """A section; a table in a form that this jemkit cannot draw is said to be so."""
+    """A section, or a message if a table has a form that this version cannot plot."""
     try:
         return SECTIONS[name][0](book)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -102,10 +102,10 @@ def _shown(book: Book, name: str) -> Html | None:
 
 
 def _read(folder: Path) -> Record:
-    """The record of a run; of one that was not judged yet an empty one that says so."""
+    """The record of a run; if it was not evaluated yet, an empty one with a hint."""
     if (folder / records.JSON).exists() or not (folder / "config.json").exists():
         return records.load(folder)
-    return Record({}, {}, [], warnings=[f"not judged yet: `jemkit evaluate {folder}`"])
+    return Record({}, {}, [], warnings=[f"not evaluated yet: `jemkit evaluate {folder}`"])
 
 
 def _subjects(book: Book) -> Html:

@@ -1,4 +1,4 @@
-"""The sections of a report that are charts."""
+"""The sections of a report with charts."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ ATTACKED = {"radius_curve": "radius, in 1/255", "steps_curve": "steps"}
 
 
 def energies(book: Book) -> Html | None:
-    """Histograms of the energies of each run, against confidence, and on the way of an attack."""
+    """Histograms of each run's energies, energies against confidence, and along an attack."""
     panels = []
     for slot, run in enumerate(book.runs):
         table = run.record.tables.get("energies")
@@ -26,7 +26,10 @@ def energies(book: Book) -> Html | None:
             panels.append(_energies(book, slot, table["joint"], "E(x, y)"))
         if points := run.record.tables.get("energy_confidence"):
             panels.append(_confidence(book, slot, points))
-    for name, title in (("mean", "Mean E(x) on the way"), ("joint", "Mean E(x, y) on the way")):
+    for name, title in (
+        ("mean", "Mean E(x) along the attack"),
+        ("joint", "Mean E(x, y) along the attack"),
+    ):
         curves = [
             _way(run.name, slot, path, name)
             for slot, run in enumerate(book.runs)
@@ -43,7 +46,7 @@ def energies(book: Book) -> Html | None:
 
 
 def robustness(book: Book) -> Html | None:
-    """Accuracy against the radius, and against the steps, of an attack; one chart each."""
+    """Accuracy against the radius and the steps of an attack; one chart each."""
     panels = []
     for name, label in ATTACKED.items():
         kinds: dict[tuple[str, str], list[Series]] = {}
@@ -86,7 +89,7 @@ def calibration(book: Book) -> Html | None:
         return None
     unit = (0.0, 1.0)
     axes = Axes("Reliability", "confidence", "accuracy", unit, unit, diagonal=True)
-    remark = "On the dashed line confidence is accuracy."
+    remark = "On the dashed line, confidence equals accuracy."
     panels = [book.judged_lines(series, axes, remark, table="reliability")]
     for slot, edges, counts in tables:
         title = f"Confidences of {book.runs[slot].name}"
@@ -100,7 +103,7 @@ def calibration(book: Book) -> Html | None:
 
 
 def ood(book: Book) -> Html | None:
-    """Energies of other images beside those of the test images, a chart a run."""
+    """Energies of other images and of the test images, one chart per run."""
     panels = []
     for slot, run in enumerate(book.runs):
         if table := run.record.tables.get("ood_energies"):
@@ -116,7 +119,7 @@ def ood(book: Book) -> Html | None:
 
 
 def training(book: Book) -> Html | None:
-    """Terms, energies and gaps against the step, and the validation after each epoch."""
+    """Terms, energies and gaps against the step, and validation results after each epoch."""
     read = [metrics(run.folder) for run in book.runs]
     panels = _validation(book)
     for name in sorted({name for curves in read for name in curves}, key=_place):
@@ -154,7 +157,7 @@ def _confidence(book: Book, slot: int, points: Sequence[Sequence[float]]) -> Htm
 
 
 def _way(name: str, slot: int, path: Mapping[str, Any], which: str) -> Series:
-    """A mean energy at each step; the table has quantiles of E(x) alone."""
+    """The mean energy at each step; the table has quantiles only of E(x)."""
     steps, values = _numbers(path["steps"]), _numbers(path[which])
     if which != "mean" or "low" not in path or path.get("quantiles") != [0.1, 0.9]:
         return Series(name, slot, steps, values, marked=True)

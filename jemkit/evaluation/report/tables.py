@@ -1,4 +1,4 @@
-"""The sections of a report that are tables."""
+"""The sections of a report with tables."""
 
 import json
 import math
@@ -26,7 +26,7 @@ ABOUT = {
 
 
 def overview(book: Book) -> Html:
-    """The comparison: every run, every figure that matters, the best of each marked."""
+    """The comparison: all runs, the main figures, the best of each marked."""
     lines = comparison(book.runs)
     head = [_head("Run")]
     head += [_head(line.column.title, ABOUT.get(stem_of(line.column.name))) for line in lines]
@@ -39,7 +39,7 @@ def overview(book: Book) -> Html:
         for line in lines
         if line.differs
     ]
-    about = "Tap, focus or point at a figure for the protocol that gave it."
+    about = "Hover over, focus or tap a figure to see its protocol."
     if len(book.runs) > 1:
         about += " Bold and underlined: the best of a column."
     whole = table(head, rows, "sortable")
@@ -47,7 +47,7 @@ def overview(book: Book) -> Html:
 
 
 def cautions(book: Book) -> Html | None:
-    """Warnings, and what was left out and why, of each run."""
+    """Warnings of each run, and what was omitted and why."""
     parts = []
     for slot, run in enumerate(book.runs):
         items = [tag("li", coded(warning)) for warning in run.record.warnings]
@@ -62,7 +62,7 @@ def cautions(book: Book) -> Html | None:
 
 
 def indicators(book: Book) -> Html | None:
-    """Failure indicators: what speaks against an attack's figure."""
+    """Failure indicators: evidence that an attack's figure is too high."""
     parts = []
     for slot, run in enumerate(book.runs):
         for stored in run.record.named("tables", "indicators"):
@@ -73,12 +73,12 @@ def indicators(book: Book) -> Html | None:
                 parts.append(_verdict(name, f"{attack}{words}", findings))
     if not parts:
         return None
-    about = note("A flag means that the attack may have failed, and the accuracy be too high.")
+    about = note("A flag means that the attack may have failed and the accuracy is too high.")
     return section("indicators", "Failure indicators", about, *parts)
 
 
 def ood(book: Book) -> Html | None:
-    """How well each score tells other images from those of the data set."""
+    """How well each score separates other images from those of the data set."""
     rows: list[list[object]] = []
     for slot, run in enumerate(book.runs):
         for name, scores in sorted(run.record.tables.get("ood", {}).items()):
@@ -92,7 +92,7 @@ def ood(book: Book) -> Html | None:
 
 
 def recipe(book: Book) -> Html | None:
-    """In what the runs' recipes differ; of one run, in what it differs from the defaults."""
+    """The differences between the runs' recipes; for one run, from the defaults."""
     recipes = [dict(flat(run.config.get("recipe", {}))) for run in book.runs]
     keys = sorted({key for recipe in recipes for key in recipe})
     if not keys:
@@ -113,13 +113,13 @@ def recipe(book: Book) -> Html | None:
     ]
     title = "In what the recipes differ"
     if not rows:
-        return section("recipe", title, note("In nothing: the recipes are the same."))
+        return section("recipe", title, note("There are none: the recipes are the same."))
     names = [book.run_name(slot) for slot in range(len(book.runs))]
     return section("recipe", title, table(["Option", *names], rows))
 
 
 def every_figure(book: Book) -> Html:
-    """All figures with their protocols in words, as they are printed."""
+    """All figures with their protocols in words, for printing."""
     rows: list[list[object]] = []
     for slot, run in enumerate(book.runs):
         for figure in run.record.figures:
@@ -128,26 +128,28 @@ def every_figure(book: Book) -> Html:
             rows.append([*first_cells, shown_interval(figure) or "–", figure.n, _words(figure)])
     head = map(_head, ("Run", "Figure", "Value"))
     whole = table([*head, "95 % interval", "n", "Protocol"], rows, "sortable")
-    summary = tag("summary", f"{len(rows)} figures and how each was measured")
+    summary = tag("summary", f"{len(rows)} figures with their protocols")
     return section("figures", "Every figure", tag("details", summary, whole))
 
 
 def _measured_otherwise(run: Judged) -> list[str]:
-    """Which tables there are of several protocols; charts show the preferred one alone."""
+    """Tables that exist with several protocols; charts show only the preferred one."""
     notes = []
     for name in ("radius_curve", "energies", "reliability", "ood"):
         stored = run.record.named("tables", name)
         if len(stored) > 1:
             words = protocol_words(run.record.card_of("tables", stored[0]))
-            notes.append(f"{name} was measured in {len(stored)} ways; shown is that of {words}")
+            notes.append(
+                f"{name} was measured with {len(stored)} protocols; shown is that of {words}"
+            )
     stems = beside(run.folder)
     if stems:
-        notes.append(f"beside this record are those of other models or images: {', '.join(stems)}")
+        notes.append(f"there are also records of other models or images: {', '.join(stems)}")
     return notes
 
 
 def protocol_words(card: Mapping[str, Any]) -> str:
-    """A protocol in few words: norm, radius, images, seed."""
+    """A protocol in a few words: norm, radius, images, seed."""
     radius = card.get("radius_px")
     words = [f"{card.get('norm')} {radius:g}/255"] if isinstance(radius, int | float) else []
     words += [f"{card[key]} {key}" if key == "images" else f"{key} {card[key]}"
@@ -171,7 +173,7 @@ def _figure(book: Book, line: Line, slot: int) -> Html:
 
 
 def _cell(content: Html, value: float) -> Html:
-    """A cell that sorts by its value; what is not finite goes last."""
+    """A cell that is sorted by its value; non-finite values come last."""
     return tag("td", content, data_value=repr(value) if math.isfinite(value) else None)
 
 
