@@ -238,7 +238,6 @@ ACTS: list[tuple[tuple[str, str, str], list[str], str]] = [
     (D, ["backbone.start.use=shuffled"], "backbone.start.squares=2"),
     (("dat", "jem", ""), [], "backbone.steps=1"),
     (("dat", "jem", ""), [], "backbone.sampler.step_size=0.1"),
-    (("dat", "jem", ""), [], "backbone.density.use=contrastive"),
     (("jem", "jeat", ""), [], "objective.w_px=0.5"),
     (("jem", "jeat", ""), [], "objective.attack.steps=1"),
     (("classifier", "pgdat", ""), ["objective.attack.radius_px=90"], "objective.attack.norm=L2"),

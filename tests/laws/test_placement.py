@@ -44,7 +44,7 @@ def rng(seed: int = 1) -> FarGenerator:
 
 
 def far_batch() -> Batch:
-    x, y, x_pos, index, step = toy_batch(TASK, 6, positives=4)
+    x, y, x_pos, index, step, _ = toy_batch(TASK, 6, positives=4)
     return Batch(Far(x), Far(y), Far(x_pos), Far(index), step)
 
 
