@@ -86,6 +86,7 @@ KNOWN = {
     "attack square": "queries restarts",
     "evaluator calibration": "bins",
     "evaluator energies": "n steps bins path_images",
+    "evaluator et3": "steps radius_px step_px direction",
     "evaluator foldings": "steps",
     "evaluator generation": "n steps start source selection reference max_reference inception "
     "features",
@@ -391,6 +392,7 @@ EVALUATIONS: list[tuple[str, dict[str, Any], str]] = [
     ("eot", {"steps": 0, "step_px": 1}, "where steps is 0"),
     ("bpda", {"steps": 0, "step_px": 1}, "where steps is 0"),
     ("detector", {"limit": "own", "percentile": 5}, 'unless limit = "percentile"'),
+    ("et3", {"step_px": 1}, "where steps is 0"),
     ("robustness", {"indicators": False, "indicator_images": 9}, "where indicators is false"),
     ("generation", {"source": "buffer", "steps": 9}, 'where source = "buffer"'),
     ("generation", {"source": "buffer", "start": "noise"}, 'where source = "buffer"'),

@@ -37,6 +37,7 @@ QUICK: dict[tuple[str, str], dict[str, Any]] = {
     ("attack", "square"): {"queries": 50},
     ("attack", "eot"): {"steps": 3, "samples": 2},
     ("evaluator", "energies"): {"n": 20, "steps": 3},
+    ("evaluator", "et3"): {"steps": 1},
 }
 """Less work than the defaults, where those take seconds."""
 CASES = [(kind, name) for kind in KINDS for name in sorted(set(REGISTRY[kind]) - REFINED)]
