@@ -1,13 +1,13 @@
-"""Conformance laws: what every part of a kind keeps, for plug-in authors to run on theirs.
+"""Conformance checks of each kind of part, for the authors of plug-ins.
 
     from jemkit.testing import check_sampler
     check_sampler(MySampler(step_size=0.1))
 
-Each raises ConformanceError with the law that was broken. All run on the CPU, on toys of 8 x 8
+Each raises ConformanceError with the violated requirement. All run on the CPU, on toys of 8 x 8
 pixels, in about a second, and need no test framework.
 
 May import: evaluation, and what evaluation may import.
-A new file: a law that parts of a kind keep, or a check of an installation or a run.
+A new file: checks of a kind of part, of an installation or of a run.
 """
 
 from jemkit.testing.drawing import check_ascent, check_density, check_sampler, check_start

@@ -1,4 +1,4 @@
-"""What this machine has of what jemkit needs, and whether it computes what it should."""
+"""Checks of an installation: packages, devices, weights, and results on a small model."""
 
 import shutil
 import tempfile
@@ -28,12 +28,12 @@ State = Literal["ok", "warn", "fail"]
 
 
 class Check(NamedTuple):
-    """One thing that was looked at."""
+    """One check."""
 
     name: str
     state: State
     what: str
-    advice: str  # empty where all is well
+    advice: str  # empty if the check passed
 
 
 GIGABYTE = 2**30
@@ -43,17 +43,17 @@ EXTRAS = {
     "torch_fidelity": ("metrics", "FID and IS by Inception"),
     "tensorboard": ("tensorboard", "run.tensorboard"),
 }
-"""Packages that one feature alone needs: the extra, and that feature."""
+"""Packages that only one feature needs: the extra, and that feature."""
 
 CACHES = {
     "LPIPS trunk": ("alexnet-owt-7be5be79.pth", "objective.distance.use = lpips"),
     "Inception": ("weights-inception-2015-12-05-6726825d.pth", "FID and IS by Inception"),
 }
-"""Files of torch's cache of weights, and what they are for."""
+"""Files in torch's cache of weights, and their use."""
 
 
 def diagnose(registry: Registry, folder: Path) -> list[Check]:
-    """Every check; `folder` is where runs would be written. Downloads nothing."""
+    """All checks; `folder` is the place of future runs. Downloads nothing."""
     checks = [_torch(), _cuda(), _vision()]
     checks += [_package(name) for name in ("lpips", "pyautoattack", "safetensors", "sklearn")]
     checks += [_extra(name) for name in EXTRAS]
@@ -83,7 +83,7 @@ def _cuda() -> Check:
         built = torch.version.cuda or "none"
         return Check(
             "CUDA", "warn", f"no device; torch is built for CUDA {built}",
-            "small data sets run on the CPU; for CIFAR take a machine with a GPU",
+            "small data sets run on the CPU; for CIFAR use a machine with a GPU",
         )  # fmt: skip
     device = torch.cuda.get_device_properties(0)
     what = f"{device.name}, {device.total_memory / GIGABYTE:.0f} GiB, CUDA {torch.version.cuda}"
@@ -100,7 +100,7 @@ def _vision() -> Check:
         return Check("torchvision", "ok", f"{about} with its operators", "")
     return Check(
         "torchvision", "warn", f"{about}; its operators are of another torch",
-        "data sets and models work; for the operators install the pair that belongs together",
+        "data sets and models work; for the operators install matching versions of both",
     )  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def _package(name: str) -> Check:
     try:
         import_module(name)
         return Check(name, "ok", f"{distribution} {version(distribution)}", "")
-    except Exception as error:  # a broken package raises whatever it likes
+    except Exception as error:  # a broken package may raise anything
         return Check(
             name, "fail", f"{type(error).__name__}: {error}", f"pip install {distribution}"
         )
@@ -134,7 +134,7 @@ def _cached(name: str) -> Check:
 
 
 def _plugins(registry: Registry) -> list[Check]:
-    """A fault of a guest is a warning; one of jemkit's own means a broken install."""
+    """A fault of a third-party plug-in is a warning; one of jemkit's own means a broken install."""
     offers = [offer for shelf in registry.shelves.values() for offer in shelf.offers()]
     whose = sorted({offer.distribution for offer in offers})
     checks = [Check("plug-ins", "ok", f"{len(offers)} parts of {', '.join(whose)}", "")]
@@ -150,7 +150,7 @@ def _plugins(registry: Registry) -> list[Check]:
 def _disk(folder: Path) -> Check:
     free = shutil.disk_usage(_existing(folder)).free / GIGABYTE
     state: State = "fail" if free < 0.25 else "warn" if free < 5 else "ok"
-    advice = "a wrn-28-10 run with its buffer keeps 2 GiB: make room" if state != "ok" else ""
+    advice = "a wrn-28-10 run with its buffer needs 2 GiB: free some space" if state != "ok" else ""
     return Check("disk", state, f"{free:.1f} GiB free at {folder}", advice)
 
 
@@ -160,18 +160,18 @@ def _writable(name: str, folder: Path) -> Check:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        advice = "set JEMKIT_CACHE to a folder of yours" if name == "cache" else "choose another"
+        advice = "set JEMKIT_CACHE to a writable folder" if name == "cache" else "choose another"
         return Check(name, "fail", f"{folder} cannot be written: {error.strerror}", advice)
     return Check(name, "ok", f"{folder} can be written", "")
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
+    """The folder, or its nearest parent that exists."""
     return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
 
 
 def self_test(device: torch.device) -> Check:
-    """Three laws on a small network: energies, a chain, an attack in its ball."""
+    """Three checks on a small network: energies, a chain, an attack in its ball."""
     start = time.monotonic()
     try:
         broken = [name for name, law in LAWS.items() if not law(device)]
@@ -180,7 +180,7 @@ def self_test(device: torch.device) -> Check:
     what = f"{', '.join(LAWS)}, in {time.monotonic() - start:.1f} s"
     if not broken:
         return Check(f"self-test {device}", "ok", what, "")
-    advice = "this torch does not compute what it should on this device; install another"
+    advice = "this torch computes wrong results on this device; install another version"
     return Check(f"self-test {device}", "fail", f"broken: {'; '.join(broken)}", advice)
 
 
@@ -204,7 +204,7 @@ def _energies(device: torch.device) -> bool:
 
 
 def _chain(device: torch.device) -> bool:
-    """A noise-free chain of small steps goes down in energy, and never to NaN."""
+    """A noise-free chain of small steps lowers the energy and stays finite."""
     subject, x, rng = _toys(device)
     end = run(SGLD(step_size=0.01, noise=0.0), lambda z: subject.scores(z).energy, x, rng, 20)
     with torch.no_grad():
@@ -213,7 +213,7 @@ def _chain(device: torch.device) -> bool:
 
 
 def _attack(device: torch.device) -> bool:
-    """PGD stays in its ball and in [0, 1], and raises the cross-entropy of some image."""
+    """PGD stays in its ball and in [0, 1], and increases the cross-entropy of some image."""
     subject, x, rng = _toys(device)
     threat = Threat("Linf", 8)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Laws of what draws: samplers, starts, densities."""
+"""Conformance checks of samplers, ascents, initial distributions and densities."""
 
 from copy import deepcopy
 from typing import Any
@@ -18,7 +18,7 @@ from jemkit.testing.toys import toy_backbone, toy_batch, toy_model, toy_task
 
 
 def check_sampler(sampler: Sampler) -> None:
-    """The laws of a transition kernel, with a state or without."""
+    """Checks a transition kernel, with or without a state."""
     task = toy_task()
     model, x = toy_model(task), toy_batch(task).x
     energy = ModelEnergy(model)
@@ -75,7 +75,7 @@ def _check_state(sampler: Sampler, state: Any, x: Tensor, what: str) -> None:
 
 
 def _tensors(state: Any) -> dict[str, Any]:
-    """A state's tensors, by name; the state itself where it is no tuple."""
+    """A state's tensors by name; the state itself if it is not a tuple."""
     if not hasattr(state, "_asdict"):
         return {"x": state}
     fields = {**state._asdict(), **(state.info if isinstance(state, Reporting) else {})}
@@ -83,7 +83,7 @@ def _tensors(state: Any) -> dict[str, Any]:
 
 
 def check_ascent(ascent: Ascent) -> None:
-    """The laws of a step up a loss in a ball: its kernels are samplers, in both norms."""
+    """Checks an ascent: its kernels are samplers, in both norms."""
     task = toy_task()
     norms: tuple[Ball, ...] = ("Linf", "L2")
     for norm in norms:
@@ -94,7 +94,7 @@ def check_ascent(ascent: Ascent) -> None:
 
 
 def check_start(spec: StartSpec) -> None:
-    """The laws of a distribution that chains begin from."""
+    """Checks an initial distribution of chains."""
     task = toy_task()
     start = spec.build(task, torch.device("cpu"))
     draws = callable(getattr(start, "draw", None))
@@ -116,7 +116,7 @@ def check_start(spec: StartSpec) -> None:
 
 
 def check_density(spec: DensitySpec) -> None:
-    """The laws of how p(x) is drawn and learnt."""
+    """Checks a density: how samples of p(x) are drawn and how it is trained."""
     task = toy_task()
     backbone = toy_backbone(task, density=spec)
     density, model = backbone.density, backbone.model

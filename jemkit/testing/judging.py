@@ -1,4 +1,4 @@
-"""Laws of what measures: distances, attacks, evaluators."""
+"""Conformance checks of distances, data sets, attacks and evaluators."""
 
 import math
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ from jemkit.testing.toys import toy_backbone, toy_batch, toy_model, toy_task
 
 
 def check_distance(distance: Distance, task: Task | None = None) -> None:
-    """The laws of d(x, x~); give a task of larger images where the distance needs them."""
+    """Checks a distance d(x, x~); pass a task with larger images if the distance needs them."""
     task = toy_task(size=max(8, distance.min_size)) if task is None else task
     model, x = toy_model(task), toy_batch(task, 4).x
     moved = task.bounds.clamp(x + 0.2 * torch.randn(x.shape, generator=generator()))
@@ -50,7 +50,7 @@ def check_distance(distance: Distance, task: Task | None = None) -> None:
         law = "has a gradient for x~ where it is above 0: it is not computed from a detached copy"
         require(bool((d <= 0).all()) or bool((pulled != 0).any()), distance, law)
         slope = gradient(lambda z: far(z) + 0 * z.flatten(1).sum(1), x)
-        law = "pulls nowhere at x itself: its gradient there is 0"
+        law = "its gradient at x itself is 0"
         require(bool((slope.abs() <= 1e-5).all()), distance, law)
         single = distance.bind(model, x[:1], task.bounds)(moved[:1])
         law = "judges each image by itself, whatever stands beside it"
@@ -58,7 +58,7 @@ def check_distance(distance: Distance, task: Task | None = None) -> None:
 
 
 def check_dataset(dataset: Dataset) -> None:
-    """The laws of labelled images; its files must be there."""
+    """Checks a data set; its files must exist."""
     k = dataset.n_classes
     require(isinstance(k, int) and k >= 2, dataset, f"`n_classes` is 2 or more; it gave {k!r}")
     radius = dataset.radius_px
@@ -93,7 +93,7 @@ def check_dataset(dataset: Dataset) -> None:
 
 
 def check_attack(attack: Attack | ModelAttack) -> None:
-    """The laws of an attack: inside the ball and the range, repeatable, and a worse loss."""
+    """Checks an attack: in the ball and the range, repeatable, and the loss increases."""
     try:
         if isinstance(attack, ForTraining):
             attack.check_training()
@@ -159,7 +159,7 @@ def _check_ascent(attack: Attack) -> None:
 
 
 def check_evaluator(evaluator: Evaluator) -> None:
-    """The laws of a measurement: repeatable figures with their names, counts and protocol."""
+    """Checks an evaluator: repeatable figures with names, counts and protocols."""
     task = toy_task()
     backbone, data = toy_backbone(task), task.images("valid")
     model, subject = backbone.model, PixelModel(backbone.model, task.bounds, backbone.density)
@@ -198,6 +198,6 @@ def check_evaluator(evaluator: Evaluator) -> None:
 
 
 def comparable(figure: Figure) -> tuple[object, ...]:
-    """A figure without the seconds that it took."""
+    """A figure without its time in seconds."""
     protocol = {k: v for k, v in figure.protocol.items() if k != "seconds"}
     return (*figure[:-1], protocol)

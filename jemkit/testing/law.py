@@ -1,4 +1,4 @@
-"""The error of a broken law, and what many laws watch: a model and torch's own generator."""
+"""The error of a violated requirement, and checks shared by many kinds of parts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,18 +12,18 @@ from jemkit.runtime.pytree import same
 
 
 class ConformanceError(AssertionError):
-    """A part that breaks a law of its kind; the message is the law."""
+    """A part that violates a requirement of its kind; the message states the requirement."""
 
 
 def require(holds: bool, part: object, law: str) -> None:
-    """Raise ConformanceError with the law where it is not kept."""
+    """Raise ConformanceError with the requirement if it is violated."""
     if not holds:
         name = part.__name__ if isinstance(part, type) else type(part).__name__
         raise ConformanceError(f"{name}: {law}")
 
 
 def description(value: object) -> str:
-    """What came, in a few words."""
+    """A short description of a value."""
     if isinstance(value, Tensor):
         graph = ", attached to a graph" if value.requires_grad else ""
         return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}{graph}"
@@ -31,7 +31,7 @@ def description(value: object) -> str:
 
 
 def require_kind(value: object, kind: type | tuple[type, ...], part: object, law: str) -> None:
-    """Raise ConformanceError with what came where a value is of another kind."""
+    """Raise ConformanceError with a description of the value if it has another type."""
     require(isinstance(value, kind), part, f"{law}; it gave {description(value)}")
 
 
@@ -44,9 +44,9 @@ def require_tensor(
     dtype: torch.dtype = torch.float32,
     attached: bool | None = False,
 ) -> None:
-    """The laws of a tensor that a part gives: there, of that shape and type, finite, detached.
+    """Checks a tensor that a part returns: type, shape, dtype, finite, detached.
 
-    `attached` is whether it belongs to a graph, None where it may.
+    `attached` is whether it belongs to a graph; None allows both.
     """
     came = f"; it gave {description(value)}"
     require(isinstance(value, Tensor), part, f"{what} is a tensor {list(shape)}{came}")
@@ -63,7 +63,7 @@ def require_tensor(
 
 @contextmanager
 def unchanged(part: object, what: str, *given: Tensor) -> Iterator[None]:
-    """Tensors that a part is given come out of the block as they went in."""
+    """Checks that the block does not change the tensors given to a part."""
     before = [(t.detach().clone(), t.requires_grad) for t in given]
     yield
     for t, (value, required_grad) in zip(given, before, strict=True):
@@ -77,7 +77,7 @@ def generator(seed: int = 0) -> Generator:
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    """Everything of a model that a chain must leave alone."""
+    """Everything of a model that a chain must not change."""
     return {
         "tensors": {name: t.detach().clone() for name, t in model.state_dict().items()},
         "grads": {
@@ -90,7 +90,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def untouched(model: nn.Module, part: object) -> Iterator[None]:
-    """The model comes out of the block as it went in, and torch's own generator too."""
+    """Checks that the block changes neither the model nor torch's global generator."""
     before, random = state_of(model), torch.get_rng_state()
     switches = torch.is_grad_enabled(), torch.get_default_dtype()
     yield

@@ -1,4 +1,4 @@
-"""Laws of what is modelled: networks, energy models, backbones."""
+"""Conformance checks of networks, energy models and backbones."""
 
 import torch
 
@@ -19,7 +19,7 @@ from jemkit.testing.toys import toy_batch, toy_model, toy_task
 
 
 def check_network(spec: NetworkSpec, channels: int = 1) -> None:
-    """The laws of a network: features of its width, in two parts."""
+    """Checks a network: features of its width, computed in two parts."""
     task = toy_task(channels=channels)
     x = toy_batch(task, 4).x
     random = torch.get_rng_state()
@@ -44,7 +44,7 @@ def check_network(spec: NetworkSpec, channels: int = 1) -> None:
 
 
 def check_energy_model(spec: EnergyModelSpec) -> None:
-    """The laws of a reading: logits [B, K], an energy for each image, in float32."""
+    """Checks an energy model: logits [B, K] and an energy per image, in float32."""
     for n_classes in (3, 100):
         task = toy_task(n_classes=n_classes)
         model = toy_model(task, SmallCNN(channels=2), spec)
@@ -70,7 +70,7 @@ def check_energy_model(spec: EnergyModelSpec) -> None:
 
 
 def check_backbone(spec: BackboneSpec, n_classes: int = 3) -> None:
-    """The laws of a JEM variant; give it a small network and a small buffer."""
+    """Checks a JEM variant; pass one with a small network and a small buffer."""
     task = toy_task(n_classes=n_classes, n_train=8 * n_classes)
     random = torch.get_rng_state()
     backbone, again = spec.build(task, generator()), spec.build(task, generator())

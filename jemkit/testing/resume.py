@@ -38,7 +38,7 @@ class Cut(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What was compared, and how each cut came out."""
+    """The result of the comparison for each interruption."""
 
     device: str
     steps: int
@@ -59,11 +59,11 @@ def verify_resume(
     progress: Callable[[str], None] = lambda what: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Verdict:
-    """Train `steps` steps whole and cut, in `folder`; where they differ, part by part.
+    """Train `steps` steps with and without interruptions, in `folder`; report differing parts.
 
-    Fewer training images are taken, so that an epoch ends on the way. Raises ConfigError on CUDA
-    without deterministic algorithms: there two runs of one recipe differ without any cut; and
-    Preempted where `stop` says so.
+    Fewer training images are used, so that an epoch ends within these steps. Raises ConfigError on
+    CUDA without deterministic algorithms, since there two runs of one recipe differ even without an
+    interruption, and Preempted if `stop` returns true.
     """
     _check(resolved.recipe, steps)
     try:
@@ -101,7 +101,7 @@ def _verified(
 
 
 def check_run(folder: Path, registry: Registry) -> None:
-    """Refuse a run whose data or config.json are not those that it began with."""
+    """Reject a run whose data or config.json have changed since it started."""
     recipe = resolve(registry, config=folder / CONFIG).recipe
     if newest := checkpoint.newest(folder / "checkpoints"):
         saved_state(folder, newest)
@@ -109,7 +109,7 @@ def check_run(folder: Path, registry: Registry) -> None:
 
 
 def cut_points(steps: int, per_epoch: int) -> list[tuple[int, str]]:
-    """Where a run of `steps` is cut: within its first epoch, at its end, within a later one."""
+    """Where to interrupt a run of `steps` steps: in its first epoch, at its end, in a later one."""
     if per_epoch >= steps:
         within = sorted({1, steps // 2, steps - 1} - {0})
         return [(step, f"within epoch 1, after step {step}") for step in within]
@@ -124,7 +124,7 @@ def cut_points(steps: int, per_epoch: int) -> list[tuple[int, str]]:
 
 def _check(recipe: Recipe, steps: int) -> None:
     if steps < 2:
-        raise UsageError(f"{steps} step(s) cannot be cut; take 2 or more")
+        raise UsageError(f"{steps} step(s) cannot be interrupted; use 2 or more")
     if device_of(recipe.run.device).type == "cuda" and not recipe.run.deterministic:
         raise ConfigError(
             "this recipe runs on CUDA without deterministic algorithms: some kernels sum in a "
@@ -134,7 +134,7 @@ def _check(recipe: Recipe, steps: int) -> None:
 
 
 def _shortened(resolved: Resolved, steps: int) -> Resolved:
-    """The recipe with epochs of half as many steps, where the data set gives more."""
+    """The recipe with epochs of half as many steps, if the data set is large enough."""
     run, splits = resolved.recipe.run, splits_of(resolved.recipe)
     n_train, n_valid = len(splits.images("train").y), len(splits.images("valid").y)
     wanted = (steps // 2) * min(run.batch_size, n_train)
@@ -152,7 +152,7 @@ def _shortened(resolved: Resolved, steps: int) -> Resolved:
 
 
 def _cut(resolved: Resolved, path: Path, cut: int, steps: int, stop: Callable[[], bool]) -> Trainer:
-    """Saved after `cut` steps and gone on with, while torch's own generator stands elsewhere."""
+    """Saved after `cut` steps and resumed, with torch's global generator in another state."""
     first = Trainer(resolved, RunFolder.create(path))
     first.stop = stop
     first.run(until=cut)
@@ -167,7 +167,7 @@ def _cut(resolved: Resolved, path: Path, cut: int, steps: int, stop: Callable[[]
 
 
 def _ended(trainer: Trainer) -> dict[str, Any]:
-    """The state at the end, the log of every step, and nothing that the clock wrote."""
+    """The final state and the log of every step, without what depends on the clock."""
     state = {**trainer.state_dict(), "metrics": trainer.folder.metrics()}
     timeless: dict[str, Any] = _timeless(state)
     return timeless

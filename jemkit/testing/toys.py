@@ -1,4 +1,4 @@
-"""Toys to try parts on: a task of small random images, a small model, a batch."""
+"""Small examples for tests: a task of small random images, a small model, a batch."""
 
 import torch
 from torch import Generator

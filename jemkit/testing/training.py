@@ -1,4 +1,4 @@
-"""Laws of what trains: objectives and updaters."""
+"""Conformance checks of objectives and updaters."""
 
 from typing import Any
 
@@ -28,9 +28,9 @@ from jemkit.updaters import Guard, UpdaterSpec
 def check_objective(
     objective: Objective[Any] | ObjectiveSpec, energy: EnergyModelSpec | None = None
 ) -> None:
-    """The laws of an objective: draws that leave the model alone, a loss that may be repeated.
+    """Checks an objective: draws do not change the model, and the loss can be repeated.
 
-    `energy` is for an objective that needs an energy model of its own.
+    `energy` is for an objective that needs its own energy model.
     """
     task = toy_task()
     backbone = toy_backbone(task, toy_model(task, energy=energy))
@@ -43,7 +43,7 @@ def check_objective(
         plainer = Backbone(backbone.model, bounds=task.bounds, radius_px=task.radius_px)
         _check_draw(built, plainer, batch)
     draws = _check_draw(built, backbone, batch)
-    backbone.model.eval()  # so that batch norm's running statistics stand still between calls
+    backbone.model.eval()  # so that batch norm's running statistics do not change between calls
     terms, again = (_check_loss(built, backbone, batch, draws) for _ in range(2))
     law = "the loss is pure: called again it is the same"
     require(torch.equal(terms.total, again.total), built, law)
@@ -86,7 +86,7 @@ def _check_draw(objective: Objective[Any], backbone: Backbone, batch: Any) -> An
 
 
 def check_updater(spec: UpdaterSpec) -> None:
-    """The laws of an update rule."""
+    """Checks an update rule."""
     still, moved = _Step(spec, lr=0.0), _Step(spec, lr=0.1)
     law = "at a learning rate of 0 the weights stay bit for bit"
     require(same(still.before, still.after), spec, law)
@@ -107,7 +107,7 @@ def check_updater(spec: UpdaterSpec) -> None:
 
 
 class _Step:
-    """One step on a toy, and what it did."""
+    """One step on a small model, and its effects."""
 
     def __init__(self, spec: UpdaterSpec, lr: float, factor: float = 1.0) -> None:
         task = toy_task()
