@@ -1,4 +1,4 @@
-"""`jemkit fid-stats`: the statistics of a data set that FID compares samples with."""
+"""`jemkit fid-stats`: statistics of a data set, to which FID compares samples."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,16 +11,16 @@ from jemkit_cli.terminal import NoPlugins, guarded, installed_parts, say, say_js
 
 @guarded
 def fid_stats(
-    dataset: Annotated[str, typer.Argument(help="A data set, cifar10.", metavar="DATASET")],
+    dataset: Annotated[str, typer.Argument(help="A data set, e.g. cifar10.", metavar="DATASET")],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="The file to write.", show_default=False)
+        Path, typer.Option("--out", "-o", help="File to write.", show_default=False)
     ],
     split: Annotated[
         Literal["train", "test"],
-        typer.Option(help="Which images; train includes those that validation takes."),
+        typer.Option(help="Split; train includes the validation images."),
     ] = "train",
     data_dir: Annotated[
-        Path | None, typer.Option(help="Where the data set's files are.", show_default=False)
+        Path | None, typer.Option(help="Folder of the data set's files.", show_default=False)
     ] = None,
     inception: Annotated[
         Path | None,
@@ -31,7 +31,7 @@ def fid_stats(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a forward pass.")] = 100,
     device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run.")
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Device to run on.")
     ] = "auto",
     no_plugins: NoPlugins = False,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,

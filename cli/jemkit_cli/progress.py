@@ -19,7 +19,7 @@ Watch = Callable[[str, dict[str, Any]], None]
 
 @contextmanager
 def watching(run: Path, *, silent: bool) -> Iterator[Watch | None]:
-    """Who is told how a run goes: a bar on a terminal, else a plain line for each epoch."""
+    """Progress of a run: a bar on a terminal, otherwise a line per epoch."""
     where = console()
     if silent:
         yield None
@@ -114,7 +114,7 @@ SELDOM = 30.0
 
 @contextmanager
 def tracking(*, silent: bool) -> Iterator[Track | None]:
-    """Who is told how far long work is: a bar for each part of it, else a line now and then."""
+    """Progress of long work: a bar for each part, otherwise a line from time to time."""
     where = console()
     if silent:
         yield None
@@ -126,8 +126,7 @@ def tracking(*, silent: bool) -> Iterator[Track | None]:
 
 
 def _seldom() -> Track:
-    """A line on standard error every SELDOM seconds, with the time that this part still takes, or
-    has taken where nothing of it is done yet."""
+    """A line on standard error every SELDOM seconds, with the remaining or the elapsed time."""
     began: dict[
         str, tuple[float, int]
     ] = {}  # when a part was first reported, and its progress then

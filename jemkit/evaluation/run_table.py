@@ -32,7 +32,7 @@ class Judged(NamedTuple):
     name: str
     folder: Path
     record: Record
-    config: dict[str, Any]  # empty where the record stands alone
+    config: dict[str, Any]  # empty if there is no recipe
 
     def figure(self, name: str) -> Figure | None:
         """As `Record.figure`; None where there is none."""
@@ -255,7 +255,7 @@ def _columns(runs: Sequence[Judged], names: Sequence[str]) -> list[Column]:
     columns = []
     for column in COLUMNS:
         several = {"fid": ("fid", "fd-"), "auroc": ("auroc",)}.get(column.name)
-        most = int(column.name == "auroc")  # the set; a score of its own stands below the table
+        most = int(column.name == "auroc")  # the set; other scores are below the table
         kinds = [n for n in there if several and n.startswith(several) and n.count("/") <= most]
         columns += [_column(name) for name in kinds] or [column]
     return columns

@@ -70,7 +70,7 @@ def canonical(value: Any) -> Any:
 
 
 def joined(card: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """A protocol with more of it; where both say why a figure is not standard, both reasons."""
+    """A protocol with more entries; reasons for being non-standard are joined."""
     return {**card, **more, **nonstandard(part.get("why") for part in (card, more))}
 
 

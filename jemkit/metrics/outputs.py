@@ -20,12 +20,12 @@ from jemkit.metrics.figures import wilson
 from jemkit.runtime.modes import frozen
 from jemkit.selection import stratified
 
-IMAGES, NOISE = 32, 16  # how many images of the test split are looked at, and how many of noise
+IMAGES, NOISE = 32, 16  # test images that are checked, and images of noise
 
 SCALES = (1e2, 1e4, 1e6)
 """Factors by which images are scaled around grey; a float32 sigmoid is 1 above 17."""
 
-NEAR = 0.02  # how far probabilities may lie off: bfloat16 rounds their sums by 0.4 %
+NEAR = 0.02  # rounding of probabilities: bfloat16 rounds their sums by 0.4 %
 AT_END = 1e-3  # what counts as at a bound, as a share of the outputs' range
 
 PILED, TIED, ALL = 0.5, 0.2, 0.9
@@ -34,7 +34,7 @@ PILED, TIED, ALL = 0.5, 0.2, 0.9
 The last is for scaled images. Intact logits reach each end in one or two rows of all.
 """
 
-DEAD = 0.25  # images without a gradient that are let pass; honest models have none
+DEAD = 0.25  # allowed share of images without a gradient; intact models have none
 
 
 Z = 3.29
@@ -201,8 +201,9 @@ def _check_no_probabilities(logits: Tensor, far: list[Tensor]) -> None:
         return
     raise MisfitError(
         f"the model outputs probabilities, not logits: its rows lie in [0, 1] and sum to 1 (these "
-        f"to {mean:.4g}). The cross-entropy of an attack has no slope there: take the last softmax "
-        "off, or give log-probabilities"
+        f"to {mean:.4g}). The cross-entropy of an attack has no slope there: remove the last "
+        "softmax "
+        "or return log-probabilities"
     )
 
 

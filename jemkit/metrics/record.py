@@ -94,7 +94,7 @@ def save(folder: Path, record: Record, notes: Notes, *, adversarial: bool = Fals
 
 
 def left_by(notes: Notes) -> dict[Kind, dict[str, Any]]:
-    """What evaluators have left so far; `part` tells what another one adds."""
+    """The notes of evaluators so far; `part` returns what another one adds."""
     attacked = {f"{ADVERSARIAL}{label}": x for label, x in notes.adversarial.items()}
     files = {**notes.pictures, **attacked}
     return {"tables": dict(notes.tables), "rows": dict(notes.rows), "files": files}
@@ -153,7 +153,7 @@ def of_weights(
 
 
 def _owner(record: Record) -> Owner:
-    """Whose figures a record has; weights alone say only with their network what they are."""
+    """The model of a record; bare weights are identified together with their network."""
     network = record.subject.get("network")
     named = network if isinstance(network, str) else None
     return record.subject.get("sha256"), named, _images(record.protocol)

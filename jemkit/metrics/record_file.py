@@ -225,7 +225,7 @@ def _part(saved: Mapping[str, Any]) -> Part:
 def _texts(table: dict[Any, Any]) -> dict[Any, str]:
     """A table whose values are strings."""
     if unfit := [value for value in table.values() if not isinstance(value, str)]:
-        raise TypeError(f"{str(unfit[0])[:40]!r} stands where a text does")
+        raise TypeError(f"{str(unfit[0])[:40]!r} is not text")
     return table
 
 
@@ -288,5 +288,5 @@ def _number(value: object) -> float:
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{str(value)[:40]!r} stands where a number does")
+        raise TypeError(f"{str(value)[:40]!r} is not a number")
     return float(value)

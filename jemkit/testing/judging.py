@@ -97,7 +97,7 @@ def check_attack(attack: Attack | ModelAttack) -> None:
     try:
         if isinstance(attack, ForTraining):
             attack.check_training()
-    except ConfigError:  # with these options it may judge a model, but not train it
+    except ConfigError:  # with these options it can evaluate a model, but not train it
         pass
     else:
         if isinstance(attack, Attack):

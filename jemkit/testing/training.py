@@ -94,7 +94,7 @@ def check_updater(spec: UpdaterSpec) -> None:
     require(moved.calls >= 1, spec, "asks for the terms")
     law = "the guard lets one update through in a step"
     require(moved.guard.updates == 1, spec, law)
-    law = "running statistics learn once in an update, at the weights that it began with"
+    law = "running statistics are updated once per update, at the initial weights"
     require(same(moved.statistics, moved.of_one_pass), spec, law)
     require(same(moved.modes, still.modes), spec, "leaves train and eval modes alone")
     broken = _Step(spec, lr=0.1, factor=float("nan"))

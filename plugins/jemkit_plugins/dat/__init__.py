@@ -1,6 +1,6 @@
-"""DAT: `objective` trains on negatives from out of distribution, `chains` samples, `starts` begins.
+"""DAT: `objective` trains, `chains` samples, `starts` has initial distributions of the chains.
 
-It imports jemkit and its own folder; a new start goes to `starts`.
+It imports jemkit and its own folder; a new initial distribution goes to `starts`.
 """
 
 from collections.abc import Mapping

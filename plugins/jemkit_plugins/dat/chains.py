@@ -1,4 +1,4 @@
-"""DAT's backbone: a classifier that is sampled by new chains up its class logits."""
+"""DAT's backbone: a classifier from which new chains sample by ascent of a class logit."""
 
 from typing import Any, ClassVar
 
@@ -15,9 +15,9 @@ from jemkit_plugins.dat.starts import Blurred
 
 
 class FreshChains(Options):
-    """New chains down E(x, y) in every draw, in eval mode; binary cross-entropy as the loss.
+    """Draws new chains that descend E(x, y), in eval mode; the loss is binary cross-entropy.
 
-    Where no classes are given, image i has class i mod K. The replay buffer is not used.
+    If no classes are given, image i has class i mod K. There is no replay buffer.
     """
 
     def build(
@@ -73,17 +73,17 @@ class FreshDensity:
 
 
 def logistic_loss(positive: Tensor, negative: Tensor) -> Tensor:
-    """Binary cross-entropy, a mean over data [B] and negatives [n] together, of -E as the logit.
+    """Binary cross-entropy with -E as the logit, a mean over data [B] and negatives [n] together.
 
-    It fixes where the energy is 0, which a difference of energies leaves open.
+    It determines the zero of the energy, which a difference of energies does not.
     """
     return F.softplus(torch.cat([positive, -negative])).mean()
 
 
 class DATBackbone(JEMVariant):
-    """A WideResNet with batch norm, L2-normalised steps up the class logit from outside the data.
+    """A WideResNet with batch norm; L2-normalised steps of chains that start out of distribution.
 
-    The step is 0.2 in [0, 1]; that of training is the objective's.
+    The step size is 0.2 in [0, 1]; in training the objective's is used.
     """
 
     density: DensityPart = FreshChains()

@@ -1,7 +1,7 @@
-"""DAT (arXiv 2510.13872, ICLR 2026): adversarial training, and energies that tell data from chains.
+"""DAT (arXiv 2510.13872, ICLR 2026): adversarial training with a discriminative energy.
 
-Chains climb the class logit from outside the data; a curriculum makes them longer. Training
-begins from the weights of `pgdat` (--init-from).
+Chains increase the class logit, starting out of distribution; a curriculum makes them longer.
+Training starts from the weights of `pgdat` (--init-from).
 """
 
 import math
@@ -24,9 +24,9 @@ from jemkit_plugins.dat.chains import logistic_loss
 class DAT(Options):
     """mean [softplus(E(x)), softplus(-E(x-))] + CE(f(x~), y); the mean is over data and chains.
 
-    x- ends T steps up f[y], y the label of x, from the backbone's start: without a ball and
-    without noise. T begins at 0 and grows by 1 whenever the mean AUC of f(x)[y] against f(x-)[y]
-    over a window reaches `auc`; the window then begins anew.
+    x- is the result of T ascent steps on f[y], y the label of x, from the backbone's initial
+    distribution, without a ball and without noise. T starts at 0 and is increased by 1 when the
+    mean AUC of f(x)[y] against f(x-)[y] over a window reaches `auc`; then a new window starts.
     """
 
     needs_density: ClassVar[bool] = True
@@ -35,7 +35,7 @@ class DAT(Options):
     auc: float = Field(0.8, ge=0, le=1)
     window: int = Field(1000, ge=1)  # images; rounded up to whole steps
     max_steps: int = Field(50, ge=0)
-    freeze_batch_norm: bool = True  # normalise by the running statistics, as stage 1 left them
+    freeze_batch_norm: bool = True  # normalise by the running statistics of stage 1
     attack: Annotated[Attack, PartOf("attack")] = PGD(
         steps=10, norm="L2", radius_px=127.5, step_px=25.5, start="clean"
     )
@@ -49,7 +49,7 @@ class DAT(Options):
 
 
 class Draws(NamedTuple):
-    """What the chains of one step gave."""
+    """The results of the chains of one step."""
 
     x_neg: Tensor  # x-, [P, C, H, W]
     x_adv: Tensor  # x~, [B, C, H, W]
@@ -57,7 +57,7 @@ class Draws(NamedTuple):
 
 
 class DATObjective:
-    """Knows how long chains are, and how well the last ones were told from data."""
+    """Keeps the length of the chains and their last AUCs."""
 
     needs_density: ClassVar[bool] = True
     streams: ClassVar[tuple[Stream, ...]] = ("x_pos", "x_neg", "x_adv")
@@ -111,6 +111,6 @@ class DATObjective:
 
 
 def wins(positive: Tensor, negative: Tensor) -> Tensor:
-    """The AUC of scores [B] against [n]: the share of pairs in order, a tie is half, [B, n]."""
+    """The AUC of scores [B] against [n]: the share of pairs in order; a tie counts half."""
     above = positive[:, None] > negative
     return above.float() + 0.5 * (positive[:, None] == negative).float()

@@ -1,4 +1,4 @@
-"""Starts out of distribution: blurred or shuffled training images, images of another data set."""
+"""Initial distributions out of distribution: blurred or shuffled images, another data set."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from jemkit.runtime.lazy import Late
 class Blurred(Options):
     """Training images under a Gaussian blur."""
 
-    share: float = Field(0.125, gt=0, le=1)  # the blur's deviation as a share of the image's side
+    share: float = Field(0.125, gt=0, le=1)  # the blur's deviation, relative to the image's side
 
     def build(self, task: Task, device: torch.device) -> Start:
         sigma = self.share * task.shape[1]
@@ -26,7 +26,7 @@ class Blurred(Options):
 
 
 class Shuffled(Options):
-    """Training images cut into squares, which are put together in a random order."""
+    """Training images cut into squares, which are rearranged in a random order."""
 
     squares: int = Field(4, ge=2)  # along each side
 
@@ -50,7 +50,7 @@ class Foreign(Options):
 
 
 class Drawn(ABC):
-    """Images drawn at random from a set that is read at the first draw, whatever their classes."""
+    """Images drawn at random from a set that is read at the first draw; classes are ignored."""
 
     def __init__(self, task: Task, device: torch.device) -> None:
         self.task, self.device = task, device
@@ -66,7 +66,7 @@ class Drawn(ABC):
         return self.task.bounds.from_unit(self.altered(Images(x, x).unit(), rng))
 
     def altered(self, x: Tensor, rng: Generator) -> Tensor:
-        """What becomes of images [n, C, H, W] in [0, 1]."""
+        """The transformation of images [n, C, H, W] in [0, 1]."""
         return x
 
 
@@ -87,7 +87,7 @@ class Altered(Drawn):
 
 
 class Other(Drawn):
-    """Images of another data set, which must have the shape of this one's."""
+    """Images of another data set, which must have the same shape."""
 
     def __init__(self, task: Task, device: torch.device, dataset: Dataset) -> None:
         super().__init__(task, device)
@@ -106,7 +106,7 @@ class Other(Drawn):
 
 
 def blurred(x: Tensor, sigma: float) -> Tensor:
-    """Images [n, C, H, W] under a Gaussian blur; beyond an edge its pixels go on."""
+    """Images [n, C, H, W] with a Gaussian blur; edges are padded by their pixels."""
     reach = max(1, round(3 * sigma))
     at = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
     weight = (-(at**2) / (2 * sigma**2)).exp()
@@ -116,7 +116,7 @@ def blurred(x: Tensor, sigma: float) -> Tensor:
 
 
 def shuffled(x: Tensor, squares: int, rng: Generator) -> Tensor:
-    """Images [n, C, H, W] whose squares stand in an order drawn for each image."""
+    """Images [n, C, H, W] with their squares in an order drawn for each image."""
     size = x.shape[2] // squares
     pieces = F.unfold(x, size, stride=size)  # [n, C size size, squares squares]
     order = torch.rand((len(x), squares**2), generator=rng, device=x.device).argsort(1)

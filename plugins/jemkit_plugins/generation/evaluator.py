@@ -33,7 +33,7 @@ ENOUGH = 2048
 """With fewer images a covariance of Inception's 2,048 features does not have full rank."""
 
 UNBIASED = 10_000
-"""Number of samples from which on a FID stands without its extrapolation."""
+"""Number of samples from which on FID is reported without its extrapolation."""
 
 QUICK, QUICK_REFERENCE = 256, 2_500
 GRID, SHOWN, NEIGHBOURS = 100, 20, 5  # of the pictures
@@ -66,7 +66,7 @@ class Generation(Options):
     selection: Literal["none", "top90"] = "none"  # top90: the most confident of each class
     reference: Literal["train", "train+test"] = "train"
     max_reference: int | None = Field(None, ge=16)  # drawn at random; None: all
-    statistics: Path | None = None  # of the reference, by `jemkit fid-stats`; FID alone
+    statistics: Path | None = None  # of the reference, by `jemkit fid-stats`; only FID
     inception: Path | None = None  # its weights; None: those in torch's cache or of a package
     features: SkipJsonSchema[InstanceOf[Features] | None] = Field(None, exclude=True, repr=False)
 
@@ -81,7 +81,7 @@ class Generation(Options):
     @field_validator("statistics")
     @classmethod
     def _readable(cls, path: Path | None) -> Path | None:
-        """Before any attack runs: these are statistics."""
+        """Before any attack runs: check that the file contains statistics."""
         if path is not None:
             statistics.read(path)
         return path
@@ -268,7 +268,7 @@ def _measured(
 
 
 def _frechet(rows: Tensor, reference: fid.Moments, ctx: Context) -> tuple[float, dict[str, Any]]:
-    """The distance, and where samples are few its extrapolation to infinitely many."""
+    """The distance and, for few samples, its extrapolation to infinitely many."""
     distance = fid.frechet(fid.moments(torch.split(rows, PIECE)), reference)
     if len(rows) >= UNBIASED:
         return distance, {}

@@ -73,8 +73,8 @@ def frechet(a: Moments, b: Moments) -> float:
 def at_infinity(rows: Tensor, reference: Moments, rng: Generator, *, points: int = 5) -> float:
     """The distance extrapolated to infinitely many rows (Chong and Forsyth 2020).
 
-    Its bias falls with 1 / N: a line through the distances of random subsets of N/2 to N rows is
-    read off at 0.
+    Its bias is proportional to 1 / N, so a line is fitted to the distances of random subsets of N/2
+    to N rows and evaluated at 1 / N = 0.
     """
     sizes = torch.linspace(max(2, len(rows) // 2), len(rows), points).long().tolist()
     distances = [frechet(reference, Moments.of(_some(rows, size, rng))) for size in sizes]

@@ -23,7 +23,7 @@ class Statistics(NamedTuple):
     """The moments of a set of images in some features."""
 
     moments: fid.Moments
-    about: dict[str, Any]  # the features' card, and which images
+    about: dict[str, Any]  # the protocol of the features and of the images
 
     def check(self, network: Features, shape: tuple[int, ...]) -> None:
         """Raise ConfigError unless these are statistics of such images in these features."""
@@ -94,7 +94,7 @@ def write(path: Path, statistics: Statistics) -> None:
 
 
 def read(path: Path) -> Statistics:
-    """What `write` wrote; DataError for any other file."""
+    """The moments that `write` stored; DataError for any other file."""
     tensors = load_tensors(path)
     try:
         about = json.loads(bytes(tensors["about"].tolist()))

@@ -1,4 +1,4 @@
-"""LAS-AT: the objective `lasat`, whose attacks a strategy network chooses.
+"""LAS-AT: the objective `lasat`, whose attacks are chosen by a strategy network.
 
 It imports jemkit and its own folder; a new form goes to `forms`, a new reward to `reward`.
 """

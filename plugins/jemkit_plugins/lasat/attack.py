@@ -1,4 +1,4 @@
-"""Adversarial images by the attack that a strategy chose for each, and how hard they are."""
+"""Adversarial images by the attack that a strategy chose for each, and their loss."""
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ def adversary(
     form: FormName, radius_px: float, most: int, backbone: Backbone, batch: Batch, chosen: Chosen,
     rng: Generator,
 ) -> Tensor:  # fmt: skip
-    """x~ by PGD in eval mode; of at most `most` steps, image i moves in its first iterations[i]."""
+    """x~ by PGD in eval mode, at most `most` steps; image i moves in its first iterations[i]."""
     x, bounds, model = batch.x, backbone.bounds, backbone.model
     trades = form == "trades"
     pgd = PGD(start="gaussian" if trades else "uniform")

@@ -4,11 +4,11 @@ from typing import Literal, NamedTuple
 
 FormName = Literal["at", "trades", "awp"]
 USUAL_PX = 8.0
-"""The radius, in 1/255, that the sizes of every form belong to."""
+"""The radius, in 1/255, for which the sizes of every form are given."""
 
 
 class Form(NamedTuple):
-    """What a strategy chooses from, how it is rewarded and how it learns."""
+    """The choices of a strategy, its reward and its training."""
 
     eps_px: tuple[float, ...]
     iterations: tuple[int, ...]
@@ -17,11 +17,11 @@ class Form(NamedTuple):
     every: int  # steps from one update of the strategy to the next
     robust: float  # weight of the copy's accuracy under PGD in the reward
     clean: float  # weight of its clean accuracy
-    cap: float  # the most that the loss adds to the reward
+    cap: float  # maximum contribution of the loss to the reward
     momentum: float
     weight_decay: float
     clip: float  # limit of the norm of the strategy's gradient
-    drops: tuple[float, ...]  # shares of the run after which its learning rate is a tenth
+    drops: tuple[float, ...]  # fractions of the run after which its learning rate is divided by ten
 
     def scaled(self, radius_px: float) -> "Form":
         """The same for another radius."""
@@ -49,4 +49,4 @@ FORMS: dict[FormName, Form] = {
         momentum=0, weight_decay=0, clip=1, drops=(0.5, 0.75),
     ),
 }  # fmt: skip
-"""By name; C100 has other lists, which its presets state."""
+"""By name; the presets of CIFAR-100 state its other lists."""

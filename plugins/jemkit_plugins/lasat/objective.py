@@ -1,4 +1,4 @@
-"""LAS-AT (Jia et al., CVPR 2022): adversarial training by attacks that a network chooses."""
+"""LAS-AT (Jia et al., CVPR 2022): adversarial training with attacks chosen by a network."""
 
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -29,7 +29,7 @@ class Draws(NamedTuple):
 
 
 class LASATObjective:
-    """Holds the strategy; what a draw teaches it is kept once the model's own update is done."""
+    """Has the strategy; its update by a draw is kept once the model's own update has succeeded."""
 
     needs_density: ClassVar[bool] = False
 
@@ -53,7 +53,7 @@ class LASATObjective:
             return draws._replace(learnt=tensors.cloned(live), reward=value)
 
     def resampled(self, backbone: Backbone, batch: Batch, rng: Generator) -> Draws:
-        """x~ by actions of the strategy as it is, in eval mode."""
+        """x~ by actions of the current strategy, in eval mode."""
         with eval_mode(self.strategy), torch.no_grad():
             heads = self.strategy.heads(batch.x)
         return self.attacked(backbone, batch, heads, sampled(heads, rng), rng)
@@ -61,7 +61,7 @@ class LASATObjective:
     def attacked(
         self, backbone: Backbone, batch: Batch, heads: Chosen, index: Chosen, rng: Generator
     ) -> Draws:
-        """x~ by the attacks that the strategy's indices stand for."""
+        """x~ by the attacks with the strategy's indices."""
         name, most = self.options.form, max(self.form.iterations)
         chosen = self.strategy.values(heads, index)
         x_adv = adversary(name, self.radius_px, most, backbone, batch, chosen, rng)
@@ -76,7 +76,7 @@ class LASATObjective:
         hard = hardness(backbone, batch, draws.x_adv, draws.chosen.get("beta"))
 
         def terms() -> Terms:
-            torch.clear_autocast_cache()  # the weights move between two passes
+            torch.clear_autocast_cache()  # the weights change between two passes
             return self.loss(backbone, batch, draws)
 
         attack, lr = PGD(radius_px=self.radius_px), self.task.lr(batch.step)
@@ -124,6 +124,6 @@ class LASATObjective:
 
 
 def smoothed(logits: Tensor, y: Tensor, smoothing: float) -> Tensor:
-    """The cross-entropy of labels with 1 - smoothing on y and the rest shared by the others."""
+    """The cross-entropy of labels with 1 - smoothing on y and the rest on the other classes."""
     k = logits.shape[1]
     return F.cross_entropy(logits, y, label_smoothing=smoothing * k / (k - 1))

@@ -1,4 +1,4 @@
-"""The options of LAS-AT, and the part that they are."""
+"""The options of LAS-AT."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -19,12 +19,12 @@ Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 
 
 class LASAT(Options):
-    """CE(x~), its radius, number of steps and step size chosen image by image by a strategy.
+    """CE(x~) with radius, number of steps and step size chosen per image by a strategy.
 
-    The strategy is updated by REINFORCE: its reward is the loss of x~, and the accuracies of the
-    model after one SGD step on them. What is None is the form's (`forms.py`), whose sizes are
-    scaled to the radius. "trades" chooses the weight of the divergence too; "awp" projects x~ onto
-    the radius in the end, and is meant for the updater awp.
+    The strategy is trained by REINFORCE: its reward is the loss of x~, plus the accuracies of the
+    model after one SGD step on them. Options that are None have the values of the form
+    (`forms.py`), with sizes scaled to the radius. "trades" also chooses the weight of the
+    divergence. "awp" projects x~ onto the radius at the end, and is meant for the updater awp.
     """
 
     needs_density: ClassVar[bool] = False
@@ -41,7 +41,7 @@ class LASAT(Options):
     robust: float | None = Field(None, ge=0)  # weights of the accuracies in the reward
     clean: float | None = Field(None, ge=0)
     baseline: Literal["none", "ema"] = "none"  # what the reward is compared with
-    strategy: NetworkPart = WRN(depth=16, width=4)  # the recipe objective/lasat has the paper's
+    strategy: NetworkPart = WRN(depth=16, width=4)  # the recipe objective/lasat sets the paper's
     strategy_lr: float = Field(1e-4, gt=0)
     update: Annotated[UpdaterSpec, PartOf("updater")] = Plain()  # of the reward's step
 

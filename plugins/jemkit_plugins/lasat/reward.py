@@ -1,4 +1,4 @@
-"""The reward of a strategy: the loss of its attacks, and the model after one step on them."""
+"""The reward of a strategy: the loss of its attacks, and accuracies after one step on them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,11 +15,11 @@ from jemkit.runtime import distributed, fsdp, tensors
 from jemkit_plugins.lasat.forms import Form
 
 RESTARTS = 2
-"""Of the PGD that the model is tested with after its step."""
+"""Steps of the PGD by which the model is evaluated after its step."""
 
 
 class Unguarded(Guard):
-    """Applies every update: the weights are put back, and what is not finite is in the reward."""
+    """Applies every update: weights are restored, and non-finite values are in the reward."""
 
     def update(self, optimizer: Optimizer, terms: Terms) -> None:
         optimizer.step()
@@ -27,7 +27,7 @@ class Unguarded(Guard):
 
 @contextmanager
 def restored(live: Sequence[Tensor], model: nn.Module | None = None) -> Iterator[None]:
-    """Put back, after the block, the tensors and the gradients of a model."""
+    """Restore the tensors and the gradients of a model after the block."""
     params = [] if model is None else [*model.parameters()]
     before, grads = tensors.cloned(live), [p.grad for p in params]
     try:

@@ -1,4 +1,4 @@
-"""The strategy network: chooses how each image is attacked, and learns by REINFORCE."""
+"""The strategy network: chooses the attack on each image; trained by REINFORCE."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ from jemkit_plugins.lasat.forms import Form
 Heads = dict[str, Tensor]
 """For each attribute of an attack, logits [B, choices] or chosen indices [B]."""
 DECAY = 0.9
-"""Of the moving average of rewards, with `baseline = "ema"`."""
+"""Decay of the moving average of rewards, with `baseline = "ema"`."""
 
 
 class Strategy(nn.Module):
@@ -30,20 +30,20 @@ class Strategy(nn.Module):
         self.average = first.new_zeros(())  # of rewards
 
     def heads(self, x: Tensor) -> Heads:
-        """Logits of every choice, each head's own."""
+        """Logits of every choice, per head."""
         sizes = [len(values) for values in self.choices.values()]
         logits = self.network(x).logits.float()
         return dict(zip(self.choices, torch.split(logits, sizes, 1), strict=True))
 
     def values(self, heads: Heads, chosen: Heads) -> Heads:
-        """The chosen sizes and numbers, [B] each; not finite where the network is not."""
+        """The chosen sizes and numbers, [B] each; not finite if the network's outputs are not."""
         return {
             name: values[chosen[name]] + 0 * heads[name].detach().sum(1)
             for name, values in self.choices.items()
         }
 
     def reinforce(self, heads: Heads, chosen: Heads, reward: Tensor, form: Form, lr: float) -> None:
-        """One step on -log p(chosen) times the reward, which is one number for the batch."""
+        """One step on -log p(chosen) times the reward, a single number for the batch."""
         unlikely = [F.cross_entropy(logits, chosen[name]) for name, logits in heads.items()]
         params = [*self.network.parameters()]
         loss = reward * torch.stack(unlikely).sum()
@@ -59,7 +59,7 @@ class Strategy(nn.Module):
                 p.sub_(lr * step)
 
     def advantage(self, reward: Tensor) -> Tensor:
-        """The reward less the moving average of those before, which it joins."""
+        """The reward minus the moving average of earlier ones, which is then updated."""
         gain = reward - self.average
         self.average.add_((1 - DECAY) * gain)
         return gain
