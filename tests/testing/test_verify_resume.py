@@ -99,7 +99,7 @@ def test_a_memory_that_is_not_saved_is_found_and_where_it_shows_is_named(tmp_pat
 
 
 def test_one_step_cannot_be_cut(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="take 2 or more"):
+    with pytest.raises(ConfigError, match="use 2 or more"):
         verify_resume(toy_recipe(REGISTRY), tmp_path, steps=1)
 
 
