@@ -10,7 +10,7 @@ from jemkit.data import Batch
 from jemkit.objective import Objective, StatefulObjective, Terms
 from jemkit.runtime import tensors
 from jemkit.sampling.reports import reports
-from jemkit.updaters import Guard, Updater, pooled
+from jemkit.updaters import Guard, StepAware, Updater, pooled
 
 
 def train_step(
@@ -43,6 +43,8 @@ def train_step(
             backbone.check_learning(backbone.passed)
             return evaluated[-1]
 
+        if isinstance(updater, StepAware):
+            updater.begin(backbone, batch)
         for _ in range(theta_steps):
             updater.step(terms, guard)
     except BaseException:

@@ -9,6 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from jemkit.backbone import Backbone
+from jemkit.data import Batch
 from jemkit.errors import Diverged
 from jemkit.objective import Terms
 from jemkit.options import Options
@@ -103,6 +105,17 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class StepAware(Protocol):
+    """An updater whose rule depends on the batch, or on how far the run is."""
+
+    total_steps: int  # of the run, set when it is built; 0 if unknown
+
+    def begin(self, backbone: Backbone, batch: Batch) -> None:
+        """Called once a step, before its updates."""
+        ...
 
 
 @runtime_checkable

@@ -28,7 +28,7 @@ from jemkit.splits import Pinned, Splits
 from jemkit.training import memory_format, mixing, reshard
 from jemkit.training.compatibility import check_adversary, check_parts
 from jemkit.training.objective_contexts import compiled_chains, in_bf16
-from jemkit.updaters import EMA, Stateful, Updater
+from jemkit.updaters import EMA, Stateful, StepAware, Updater
 
 log = logging.getLogger(__name__)
 
@@ -165,6 +165,9 @@ def build_run(recipe: Recipe, pinned: Pinned | None = None, *, fill: bool = True
     remembered = objective.parameters() if isinstance(objective, StatefulObjective) else ()
     parameters = [*model.parameters(), *remembered]
     optimizer = recipe.optimizer.build(parameters, fused=fsdp.fusable(parameters))
+    updater = shardable(recipe.updater.build(model, optimizer), model)
+    if isinstance(updater, StepAware):
+        updater.total_steps = own["task"].total_steps
     unit = CompiledGradient() if run.compile else None
     if unit is not None:
         objective = compiled_chains(objective, unit)
@@ -173,7 +176,7 @@ def build_run(recipe: Recipe, pinned: Pinned | None = None, *, fill: bool = True
     return RunState(
         **{**own, "objective": objective},
         optimizer=optimizer,
-        updater=shardable(recipe.updater.build(model, optimizer), model),
+        updater=updater,
         ema=EMA(model, run.ema_decay) if run.ema_decay else None,
         micro=MicroBatch(run.micro_batch, recompute=run.recompute),
         compiled=unit,

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from jemkit import (
-    Guard, Options, Terms, Updater, UpdaterSpec, backward, frozen_batch_stats, hookimpl,
-    moved_weights,
+    Backbone, Batch, Guard, Options, Terms, Updater, UpdaterSpec, backward, frozen_batch_stats,
+    hookimpl, moved_weights,
 )  # fmt: skip
 
 
@@ -21,19 +21,31 @@ class AWP(Options):
     """
 
     gamma: float = Field(0.01, ge=0)  # AT-AWP; TRADES-AWP uses 0.005
+    start: float = Field(0.0, ge=0, le=1)  # share of the run; TRADES-AWP: 9 of 200 epochs
+
+    def unused(self) -> dict[str, str]:
+        reasons = {} if self.gamma else {"start": "where gamma is 0"}
+        return reasons if self.start < 1 else {**reasons, "gamma": "where start is 1"}
 
     def build(self, model: nn.Module, optimizer: Optimizer) -> Updater:
-        return AWPUpdater(model, optimizer, self.gamma)
+        return AWPUpdater(model, optimizer, self)
 
 
 class AWPUpdater:
     """Computes the update's gradient at the perturbed weights; only the model is perturbed."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, gamma: float) -> None:
-        self.model, self.optimizer, self.gamma = model, optimizer, gamma
+    def __init__(self, model: nn.Module, optimizer: Optimizer, options: AWP) -> None:
+        self.model, self.optimizer, self.options = model, optimizer, options
+        self.total_steps, self.acts = 0, True
+
+    def begin(self, backbone: Backbone, batch: Batch) -> None:
+        self.acts = batch.step >= self.options.start * self.total_steps
 
     def step(self, terms: Callable[[], Terms], guard: Guard) -> None:
-        backward(self.optimizer, terms)
+        evaluated = backward(self.optimizer, terms)
+        if not self.acts:
+            guard.update(self.optimizer, evaluated)
+            return
         with moved_weights(self.ascent()), frozen_batch_stats(self.model):
             perturbed = backward(self.optimizer, terms)
         guard.update(self.optimizer, perturbed)
@@ -45,7 +57,7 @@ class AWPUpdater:
             if p.grad is None or p.ndim < 2:
                 continue
             size = p.grad.float().norm()
-            factor = torch.where(size == 0, 0.0, self.gamma * p.detach().norm() / size)
+            factor = torch.where(size == 0, 0.0, self.options.gamma * p.detach().norm() / size)
             shifts[p] = factor * p.grad
         return shifts
 

@@ -1,28 +1,32 @@
 """TRADES (Zhang et al., ICML 2019): trades accuracy for smoothness by a KL term."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor
 
 from jemkit import (
-    PGD, Attack, Backbone, Batch, Objective, Options, PartOf, Stream, Terms, divergence, hookimpl,
-    kl_adversary, watched,
+    PGD, Attack, Backbone, Batch, Objective, Options, PartOf, Stream, Terms, ce_adversary,
+    divergence, hookimpl, kl_adversary, watched,
 )  # fmt: skip
 
 
 class TRADES(Options):
-    """-log p(y | x) + beta KL(p(. | x) || p(. | x~)), with x~ by PGD on the divergence."""
+    """-log p(y | x) + beta KL(p(. | x) || p(. | x~)), with x~ by PGD on the divergence.
+
+    With climbs = "ce" x~ maximises the cross-entropy, as in AGR-TRADES.
+    """
 
     needs_density: ClassVar[bool] = False
 
     beta: float = Field(6.0, ge=0)
+    climbs: Literal["kl", "ce"] = "kl"
     attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10)
 
     def unused(self) -> dict[str, str]:
-        return {} if self.beta else {"attack": "where beta is 0"}
+        return {} if self.beta else dict.fromkeys(("attack", "climbs"), "where beta is 0")
 
     @property
     def streams(self) -> tuple[Stream, ...]:
@@ -31,6 +35,8 @@ class TRADES(Options):
     def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> Tensor | None:
         if not self.beta:
             return None
+        if self.climbs == "ce":
+            return ce_adversary(self.attack, backbone, batch.x, batch.y, rng)
         return kl_adversary(self.attack, backbone, batch.x, rng)
 
     def loss(self, backbone: Backbone, batch: Batch, x_adv: Tensor | None) -> Terms:

@@ -1,0 +1,87 @@
+"""AGR (Li et al., ACM MM 2024): the gradient combined with that of clean images, by tensor."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from jemkit import (
+    Backbone, Batch, Guard, MisfitError, Options, Terms, Updater, UpdaterSpec, backward,
+    frozen_batch_stats, hookimpl,
+)  # fmt: skip
+from jemkit.runtime import fsdp
+
+
+class AGR(Options):
+    """Late in a run each tensor's gradient g1 meets g2, that of the clean cross-entropy.
+
+    With c = cos(g1, g2): g1 without its part along g2 where c <= 0, else c g2 + (1 - c) g1. The
+    norm of each tensor's gradient is then limited to `clip`. Until `start` updates are plain.
+    """
+
+    start: float = Field(0.775, ge=0, le=1)  # share of the run: 155 of 200 epochs
+    clip: float = Field(0.1, gt=0)
+
+    def unused(self) -> dict[str, str]:
+        return {"clip": "where start is 1"} if self.start == 1 else {}
+
+    def build(self, model: nn.Module, optimizer: Optimizer) -> Updater:
+        return AGRUpdater(model, optimizer, self)
+
+
+class AGRUpdater:
+    """Knows the batch, for its clean cross-entropy, from `begin`."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, options: AGR) -> None:
+        if fsdp.is_shared(next(model.parameters())):
+            raise MisfitError(
+                "run.shard: the updater agr compares whole gradients, which no process has; omit "
+                "--shard, or use another updater"
+            )
+        self.model, self.optimizer, self.options = model, optimizer, options
+        self.total_steps = 0  # unknown: it acts from the first step on
+        self.clean: Callable[[], Terms] | None = None
+
+    def begin(self, backbone: Backbone, batch: Batch) -> None:
+        def clean() -> Terms:
+            logits = backbone.model(batch.x).logits
+            return Terms.weighted({"p(y|x)": (1.0, F.cross_entropy(logits, batch.y))})
+
+        late = batch.step >= self.options.start * self.total_steps
+        self.clean = clean if late else None
+
+    def step(self, terms: Callable[[], Terms], guard: Guard) -> None:
+        if self.clean is None:
+            guard.update(self.optimizer, backward(self.optimizer, terms))
+            return
+        with frozen_batch_stats(self.model):  # they learn from the objective's own passes
+            backward(self.optimizer, self.clean)
+        towards = {p: p.grad for p in self.model.parameters() if p.grad is not None}
+        evaluated = backward(self.optimizer, terms)
+        for p in self.model.parameters():
+            if p.grad is not None:
+                combined = surgery(p.grad, towards[p]) if p in towards else p.grad
+                p.grad = clipped(combined, self.options.clip)
+        guard.update(self.optimizer, evaluated)
+
+
+def surgery(g1: Tensor, g2: Tensor) -> Tensor:
+    """g1 and g2 combined by their angle; g1 where g2 is 0."""
+    dot, size = (g1 * g2).sum(), g2.norm()
+    c = dot / (g1.norm() * size + 1e-20)
+    along = torch.where(size == 0, 0.0, dot / size.square())
+    return torch.where(c <= 0, g1 - along * g2, c * g2 + (1 - c) * g1)
+
+
+def clipped(g: Tensor, most: float) -> Tensor:
+    """g, shortened where its norm is larger."""
+    size = g.norm()
+    return g * torch.where(size > most, most / size, 1.0)
+
+
+@hookimpl
+def jemkit_updaters() -> Mapping[str, type[UpdaterSpec]]:
+    return {"agr": AGR}
