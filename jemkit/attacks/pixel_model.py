@@ -136,7 +136,7 @@ def in_own_type(subject: PixelModel, pixels: Tensor) -> PixelModel:
 
     MisfitError if it accepts none; other errors of a float32 model are passed on.
     """
-    others = _other_types(subject)
+    others = other_types(subject)
     if type(subject) is not PixelModel or not others:
         return subject
     reason = ""
@@ -151,16 +151,16 @@ def in_own_type(subject: PixelModel, pixels: Tensor) -> PixelModel:
             return subject if dtype == subject.dtype else converted
     raise MisfitError(
         "the model takes images neither in float32 nor in the types of its weights, "
-        f"{', '.join(other_types(subject))}: {reason}. Convert it to one type, model.float()"
+        f"{names_of(others)}: {reason}. Convert it to one type, model.float()"
     )
 
 
-def other_types(subject: PixelModel) -> list[str]:
-    """The types of a model's weights and buffers beside float32, by torch's names of them."""
-    return [str(dtype).removeprefix("torch.") for dtype in _other_types(subject)]
+def names_of(types: list[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in types)
 
 
-def _other_types(subject: PixelModel) -> list[torch.dtype]:
+def other_types(subject: PixelModel) -> list[torch.dtype]:
+    """The types of a model's weights and buffers beside float32."""
     weights = (*subject.model.parameters(), *subject.model.buffers())
     floats = [t.dtype for t in weights if t.is_floating_point()]
     return list(dict.fromkeys(dtype for dtype in floats if dtype != torch.float32))

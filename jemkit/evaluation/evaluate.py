@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from jemkit.attacks.pixel_model import PixelModel, check_subject, other_types
+from jemkit.attacks.pixel_model import PixelModel, check_subject, names_of, other_types
 from jemkit.attacks.purification import Refined, Refinement, refined
 from jemkit.config.eval_settings import (
     Settings,
@@ -207,7 +207,7 @@ def _context(
     if subject.trained_on:
         card |= {"standard": False, "trained_on": subject.trained_on}
     if others := other_types(subject.model):
-        card["weight_types"] = ", ".join(others)
+        card["weight_types"] = names_of(others)
     if isinstance(subject.model, Refined):
         card |= subject.model.card
     return Context(

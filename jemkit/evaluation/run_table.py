@@ -128,15 +128,18 @@ def differing(
     """The differences between the protocols of a figure, over the runs that have it."""
     figures = [run.figure(name) for run in runs] if figures is None else figures
     having = [(run, f) for run, f in zip(runs, figures, strict=True) if f is not None]
-    return _apart({run.name: {**_data(run), **_measured(figure)} for run, figure in having})
+    cards = {r.name: {"data": r.record.subject.get("data"), **_measured(f)} for r, f in having}
+    return _apart(cards)
 
 
 def other_images(runs: Sequence[Judged], table: str = "") -> list[str]:
     """The differences between the images on which the runs, or their tables, were evaluated."""
-    keys = ("split", "images", "selection")
-    cards = {run.name: run.record.card_of("tables", table) for run in runs}
-    differing = {run.name: {k: cards[run.name].get(k) for k in keys} | _data(run) for run in runs}
-    return _apart(differing)
+    cards: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        card = run.record.card_of("tables", table)
+        cards[run.name] = {key: card.get(key) for key in ("split", "images", "selection")}
+        cards[run.name]["data"] = run.record.subject.get("data")
+    return _apart(cards)
 
 
 def aligned(runs: Sequence[Judged], name: str) -> list[list[Figure | None]]:
@@ -201,10 +204,6 @@ def _apart(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
             each = (f"{value} in {', '.join(names)}" for value, names in groups.items())
             differences.append(HASH.sub(r"\1...", f"{key} is {' and '.join(each)}"))
     return differences
-
-
-def _data(run: Judged) -> dict[str, Any]:
-    return {"data": run.record.subject.get("data")}
 
 
 def shown(figure: Figure) -> str:

@@ -83,7 +83,7 @@ def probe_outputs(subject: PixelModel, data: Images, device: torch.device) -> Ou
     change the loss.
     """
     part = data.take(stratified(data.y, IMAGES)).to(device)
-    x, y = part.unit(), part.y
+    x = part.unit()
     rng = Generator(device).manual_seed(0)
     noise = torch.rand((NOISE, *x.shape[1:]), generator=rng, device=device)
     with torch.no_grad():
@@ -91,8 +91,8 @@ def probe_outputs(subject: PixelModel, data: Images, device: torch.device) -> Ou
     far = _far(subject, x, rng)
     _check_no_probabilities(logits, far)
     reason = _named(subject, x[:2]) or _in_range(logits) or _stays(far)
-    dead, n = _without_gradient(subject, x, y)
-    return Outputs(_finding(reason, logits, dead, n), reason is not None)
+    dead = _without_gradient(subject, x, part.y)
+    return Outputs(_finding(reason, logits, dead, len(x)), reason is not None)
 
 
 def _finding(reason: str | None, logits: Tensor, dead: int, n: int) -> Finding:
@@ -207,13 +207,13 @@ def _check_no_probabilities(logits: Tensor, far: list[Tensor]) -> None:
     )
 
 
-def _without_gradient(subject: PixelModel, x: Tensor, y: Tensor) -> tuple[int, int]:
-    """The number of images without a gradient of the cross-entropy, and the number checked."""
+def _without_gradient(subject: PixelModel, x: Tensor, y: Tensor) -> int:
+    """The number of images without a gradient of the cross-entropy."""
     model, z = anchored(subject, x[:2]), x.clone().requires_grad_()
     with frozen(model), torch.enable_grad():
         (grad,) = torch.autograd.grad(F.cross_entropy(model(z), y, reduction="sum"), z)
     size = grad.flatten(1).abs().amax(1)
-    return int((size < torch.finfo(size.dtype).tiny).sum()), len(x)
+    return int((size < torch.finfo(size.dtype).tiny).sum())
 
 
 SQUASHING = {

@@ -81,16 +81,18 @@ def moments_of(task: Task, *, classwise: bool) -> dict[str, Tensor]:
     rest.
     """
     form = form_of(task, classwise=classwise)
-    brought = _brought(task, form)
-    if brought is not None:
-        return brought
-    path = _cached(task, form)
-    stored = _from_cache(path, form) if path is not None else None
-    if stored is None:
-        stored = _estimate(task, form)
-        if path is not None:
-            _keep(path, stored)
-    return stored
+    if task.moments is not None and (stored := _brought(task.moments, task, form)):
+        return stored
+    if not task.hash:  # nobody knows which images these are
+        return _estimate(task, form)
+    about = f"{task.hash} {tuple(task.bounds)} {form} {JITTER} packed"
+    key = hashlib.sha256(about.encode()).hexdigest()
+    path = cache_folder() / "moments" / f"{key[:32]}.safetensors"
+    cached = _from_cache(path, form)
+    if cached is None:
+        cached = _estimate(task, form)
+        _keep(path, cached)
+    return cached
 
 
 def brought(config: Path) -> Path | None:
@@ -115,24 +117,14 @@ def expanded(triangles: Tensor, size: int) -> Tensor:
     return whole
 
 
-def _brought(task: Task, form: Form) -> dict[str, Tensor] | None:
-    if task.moments is None:
-        return None
+def _brought(file: Path, task: Task, form: Form) -> dict[str, Tensor]:
+    """The moments of this form in an exported model's file; empty if it has none."""
     prefix = f"{form.kind}."
-    tensors = load_tensors(task.moments)
+    tensors = load_tensors(file)
     moments = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     if moments and not _fits(moments, form):
-        raise DataError(f"{task.moments} does not fit images of {list(task.shape)}")
-    return moments or None
-
-
-def _cached(task: Task, form: Form) -> Path | None:
-    """The path in the cache; None if the hash of the images is unknown."""
-    if not task.hash:
-        return None
-    about = f"{task.hash} {tuple(task.bounds)} {form} {JITTER} packed"
-    key = hashlib.sha256(about.encode()).hexdigest()
-    return cache_folder() / "moments" / f"{key[:32]}.safetensors"
+        raise DataError(f"{file} does not fit images of {list(task.shape)}")
+    return moments
 
 
 def _from_cache(path: Path, form: Form) -> dict[str, Tensor] | None:

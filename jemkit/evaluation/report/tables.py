@@ -188,11 +188,12 @@ def _verdict(run: Html, attack: str, findings: list[dict[str, Any]]) -> Html:
     count = f"{flagged} of {len(findings)} flagged"
     chip = tag("span", count, class_="badge" if flagged else "fine")
     flag = tag("span", "flag", class_="badge")
+    words = ("found", "means", "do")
     rows = [
         [
             row.get("name", ""),
             flag if row.get("flag") else "clear",
-            *(row.get(key, "") for key in ("found", "means", "do")),
+            *(row.get(k, "") for k in words),
         ]
         for row in findings
     ]
