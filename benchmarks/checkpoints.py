@@ -21,6 +21,7 @@ from jemkit.models.energy import LogSumExpEnergy
 from jemkit.models.networks import WRN
 from jemkit.runtime import checkpoint
 from jemkit.runtime.disk import state_bytes
+from jemkit.runtime.pytree import same
 
 ROUNDS = 6
 
@@ -90,7 +91,7 @@ def measured(device: torch.device, folder: Path) -> dict[str, Any]:
         beside.append(steps_per_second(device, lambda written=written: bool(written)))  # type: ignore[misc]
         behind.append(written[0] - began)
         writer.wait()
-    if not checkpoint.same(checkpoint.load(folder / "best"), state):
+    if not same(checkpoint.load(folder / "best"), state):
         raise SystemExit("what was read is not what was written")
     return {
         "device": device.type,

@@ -39,10 +39,10 @@ from jemkit.runtime.timing import settle
 from jemkit.sampling.compile import CompiledGradient
 from jemkit.sampling.density import Buffer
 from jemkit.sampling.init_dists import Uniform
-from jemkit.training.memory_format import laid_out
+from jemkit.training.build import laid_out
 from jemkit.training.objective_contexts import compiled_chains, in_bf16
 from jemkit.training.profiling.flops import flops, step_work, traffic
-from jemkit.training.profiling.machine import measured, product_rate, seconds
+from jemkit.training.profiling.roofline import measured, product_rate, seconds
 from jemkit.updaters import SAM, Plain
 
 REGISTRY = installed(third_party=False)

@@ -1,7 +1,6 @@
 """A part of the images stands for the whole: every class has its share, whatever the order."""
 
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,8 +13,7 @@ from jemkit import ConfigError, Images
 from jemkit.config.recipe import resolve
 from jemkit.selection import missing, missing_classes_warning, part_of, stratified
 from jemkit.training.build import build_run
-from jemkit.training.trainer import images_to_judge
-from jemkit.training.validation import Validator
+from jemkit.training.validation import Validator, images_to_judge
 
 
 def images(y: torch.Tensor) -> Images:
@@ -76,22 +74,15 @@ def test_classes_without_an_image_are_named(labels: list[int], more: int) -> Non
     assert (told is None) == (not missing(y, classes))
 
 
-class Ran(NamedTuple):
-    """What of a trainer the size of its last judgement depends on."""
-
-    recipe: SimpleNamespace
-    backbone: SimpleNamespace
-    loader: SimpleNamespace
-    total_steps: int
-
-
 def ran(total_steps: int, chain: int | None = None, asked: int | None = None) -> int:
     """Test images that a run judges at its end."""
     density = None if chain is None else SimpleNamespace(steps=chain)
-    backbone = SimpleNamespace(density_or_none=density)
-    recipe = SimpleNamespace(run=SimpleNamespace(test_images=asked))
-    trainer = Ran(recipe, backbone, SimpleNamespace(batch_size=100), total_steps)
-    return images_to_judge(trainer)  # type: ignore[arg-type]
+    parts = SimpleNamespace(
+        backbone=SimpleNamespace(density_or_none=density),
+        loader=SimpleNamespace(batch_size=100),
+        task=SimpleNamespace(total_steps=total_steps),
+    )
+    return images_to_judge(parts, asked)  # type: ignore[arg-type]
 
 
 def test_the_last_judgement_takes_a_tenth_of_the_passes_of_training_and_at_least_1000_images() -> (

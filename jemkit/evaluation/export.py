@@ -21,15 +21,8 @@ from jemkit.runtime.opening import read_file
 from jemkit.sampling.init_dists import MomentStart
 from jemkit.training import pinned
 from jemkit.training.build import splits_of, task_of
-from jemkit.training.model_card import figures_table, table_of
-from jemkit.training.model_files import (
-    CONFIG,
-    FIGURES,
-    SAMPLES,
-    WEIGHTS,
-    task_table,
-)
-from jemkit.training.model_folder import check_vacant, write_model
+from jemkit.training.model_card import CONFIG, FIGURES, SAMPLES, WEIGHTS, figures_table, table_of
+from jemkit.training.model_folder import check_vacant, task_table, write_model
 from jemkit.training.opened import Which, open_model, run_folder
 
 log = logging.getLogger(__name__)

@@ -20,8 +20,7 @@ from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.metrics.identity import identity_of
 from jemkit.models.energy import LogSumExpEnergy
 from jemkit.models.networks import seeded_init
-from jemkit.runtime import checkpoint
-from jemkit.runtime.files import load_tensors
+from jemkit.runtime.files import file_hash, load_tensors
 from jemkit.runtime.labels import count_classes
 from jemkit.runtime.modes import eval_mode, preserved_random_state
 from jemkit.sampling.density import Buffered
@@ -222,6 +221,6 @@ def _weights(
     name = registry["dataset"].name_of(type(data))
     about = {"file": path.name, "network": network, "data": name, "trained_radius_px": None}
     target = subject_of(PixelModel(model), data)
-    sha = checkpoint.file_hash(path)
+    sha = file_hash(path)
     folder = path.with_name(f"{path.stem}-evaluation")
     return target._replace(about={**about, "sha256": sha}, folder=folder)

@@ -119,7 +119,7 @@ class AttackRun:
 
         hashes = [hashlib.sha256(part.contiguous().numpy().data).hexdigest()[:8] for part in parts]
         names = [f"{at}-{b:05d}-{part}" for b, part in enumerate(hashes)]
-        pieces = self.ledger.each(names, compute, self.ctx.poll, done)
+        pieces = self.ledger.pieces(names, compute, self.ctx.poll, done)
         for part, piece in zip(parts, pieces, strict=True):
             self.x_adv[part] = piece["x_adv"]
             self.right[part] &= piece["right"].bool()

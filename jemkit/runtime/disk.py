@@ -52,11 +52,7 @@ def momenta_bytes(optimizer: Optimizer) -> int:
 
 
 def run_bytes(checkpoint: int, *, keep: int, steps: int, epochs: int) -> int:
-    """The size of a run: `keep` checkpoints, the best and the one being written, its log and
-    pictures.
-
-    Each epoch writes one picture.
-    """
+    """The size of a run: `keep` checkpoints, the best, the one being written, log, pictures."""
     return checkpoint * (keep + 2) + steps * ROW + epochs * PICTURE
 
 
@@ -79,8 +75,8 @@ def check_room(
     there = free(folder)
     if needed > there:
         raise DataError(
-            f"{folder} needs {readable(needed)} but its disk has {readable(there)} free: free "
-            f"some space, choose another --out, or lower run.keep or backbone.buffer.capacity"
+            f"{folder} needs {readable(needed)} but its disk has {readable(there)} free: free some "
+            "space, choose another --out, or lower run.keep or backbone.buffer.capacity"
         )
     if needed > TIGHT * there:
         return f"{folder} needs {readable(needed)} of the {readable(there)} that its disk has free"
@@ -88,7 +84,6 @@ def check_room(
 
 
 def readable(size: int) -> str:
-    """Bytes in a readable unit."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
@@ -107,8 +102,7 @@ class Patience:
         if self.stop():
             raise DataError(
                 f"the disk of {path} is full and a stop was requested: this file is not written; "
-                f"everything saved before it is intact. Free some space, then continue with "
-                f"--resume"
+                "everything saved before it is intact. Free some space, then continue with --resume"
             )
         self.sleep(self.every)
 
@@ -131,17 +125,16 @@ def until_room(path: Path, write: Callable[[], T]) -> T:
 
     It must leave nothing behind if it fails.
     """
-    waited = 0
+    patience, waited = _patience.get(), 0
     while True:
         try:
             done = write()
         except OSError as error:
-            patience = _patience.get()
             if patience is None or error.errno not in FULL:
                 raise
             patience.wait(path, waited)
             waited += 1
-        else:
-            if waited and (patience := _patience.get()) is not None:
-                patience.warn(f"there is free space again: {path.name} is written")
-            return done
+            continue
+        if waited and patience is not None:
+            patience.warn(f"there is free space again: {path.name} is written")
+        return done

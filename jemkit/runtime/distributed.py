@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 from torch.autograd.function import FunctionCtx
 
 from jemkit.errors import ConfigError, JemkitError
@@ -25,8 +26,8 @@ from jemkit.runtime.work_cache import WHOLE, Shard
 
 T = TypeVar("T")
 
-BUCKET = 25_000_000
-"""Number of values in one all_reduce: 100 MB of float32."""
+BUCKET = 100_000_000
+"""Bytes in one all_reduce."""
 
 STEP, WAIT = timedelta(minutes=30), timedelta(days=2)
 """Timeout of a step's collectives, and of those that wait while rank 0 evaluates."""
@@ -56,28 +57,23 @@ def group(
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(_own_gpu())
     store, *_ = next(dist.rendezvous(init, me.rank, me.size, timeout=STEP))  # type: ignore[attr-defined]
-    life = f"{_restarts()}/{me.size}"  # the store may still know ports of lost processes
+    life = f"{restarts()}/{me.size}"  # the store may still know ports of lost processes
     store = dist.PrefixStore(life, store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.size, timeout=STEP)
     token = _host.set(dist.new_group(backend="gloo", timeout=WAIT))
     try:
         yield
-    except RuntimeError as error:
-        if not _is_lost(error):
+    except RuntimeError as error:  # also of a collective, where a process has ended
+        if not (isinstance(error, dist.DistError) or any(b in str(error) for b in BACKENDS)):
             raise
         raise JemkitError(
-            f"another process was lost ({str(error).splitlines()[0]}). What is "
-            "finished is kept: train --resume goes on from the newest checkpoint, torchrun "
-            "--max-restarts by itself; evaluate and sample go on when they are run again"
+            f"another process was lost ({str(error).splitlines()[0]}). What is finished is kept: "
+            "train --resume goes on from the newest checkpoint, torchrun --max-restarts by itself; "
+            "evaluate and sample go on when they are run again"
         ) from None
     finally:
         _host.reset(token)
         dist.destroy_process_group()
-
-
-def _is_lost(error: RuntimeError) -> bool:
-    """Whether a collective failed, which it does where a process has ended."""
-    return isinstance(error, dist.DistError) or any(name in str(error) for name in BACKENDS)
 
 
 def _own_gpu() -> int:
@@ -95,12 +91,8 @@ def shard() -> Shard:
     return WHOLE if _host.get() is None else Shard(dist.get_rank(), dist.get_world_size())
 
 
-def restarted() -> bool:
-    """Whether torchrun restarted the processes after one was lost."""
-    return _restarts() > 0
-
-
-def _restarts() -> int:
+def restarts() -> int:
+    """How often torchrun restarted the processes after one was lost."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
@@ -129,29 +121,23 @@ class _Sum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: FunctionCtx, slope: Tensor) -> Tensor:
-        return _total(slope)
-
-
-def _total(x: Tensor) -> Tensor:
-    return _Sum.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+    def backward(ctx: FunctionCtx, slope: Tensor) -> Any:
+        return _Sum.apply(slope)  # type: ignore[no-untyped-call]
 
 
 def average(x: Tensor) -> Tensor:
     """The average over processes, differentiable.
 
-    With gradients that are averaged afterwards, the weights get the gradient that one process with
-    all rows would compute.
+    Once gradients are averaged, they are those that one process with all rows would compute.
     """
     n = size()
-    return x if n == 1 else _total(x) / n
+    return x if n == 1 else _Sum.apply(x) / n  # type: ignore[no-untyped-call]
 
 
 def mean(x: Tensor) -> Tensor:
     """The mean of a whole batch of which each process has a part [b, ...]; differentiable.
 
-    It is for anything that is not linear in a batch mean, such as its square; for all else
-    averaging gradients is exact.
+    It is for what is not linear in a batch mean, such as its square; else gradients are averaged.
     """
     return average(x.mean())
 
@@ -173,29 +159,15 @@ def reduce(tensors: Iterable[Tensor]) -> None:
     if n == 1:
         return
     pending = []
-    for bucket in _buckets(tensors):
-        flat = torch.cat([t.flatten() for t in bucket])
+    for bucket in _take_tensors([t for t in tensors if t.numel()], BUCKET):  # type: ignore[no-untyped-call]
+        flat = _flatten_dense_tensors(bucket)  # type: ignore[no-untyped-call]
         pending.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
     for bucket, flat, work in pending:
-        if work is not None:
-            work.wait()
+        work.wait()
         flat /= n
-        parts = torch.split(flat, [t.numel() for t in bucket])
+        parts = _unflatten_dense_tensors(flat, bucket)  # type: ignore[no-untyped-call]
         for t, part in zip(bucket, parts, strict=True):
-            t.copy_(part.view(t.shape))
-
-
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive tensors of one type, up to BUCKET values."""
-    bucket: list[Tensor] = []
-    for t in tensors:
-        full = sum(b.numel() for b in bucket) + t.numel() > BUCKET
-        if bucket and (full or t.dtype != bucket[0].dtype):
-            yield bucket
-            bucket = []
-        bucket.append(t)
-    if bucket:
-        yield bucket
+            t.copy_(part)
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:

@@ -26,23 +26,19 @@ class Sentinel(Options):
 
     on: bool = True
     tries: int = Field(3, ge=0)  # number of rollbacks before the run ends
-    policy: tuple[Remedy, ...] = Field(
-        ("rate", "rate", "steps"), min_length=1
-    )  # one remedy per attempt
+    # one remedy per attempt
+    policy: tuple[Remedy, ...] = Field(("rate", "rate", "steps"), min_length=1)
     quiet: int = Field(100, ge=1)  # steps that prove a checkpoint healthy; an epoch at most
     window: int = Field(200, ge=20)  # steps for the median and the spread
     far: float = Field(20.0, gt=0)  # spreads from the median
     nats: float = Field(100.0, ge=0)  # and at least so many nats: below, it may be learning
     patience: int = Field(3, ge=1)  # consecutive steps outside; a single one is an outlier
-    steep: float = Field(
-        1e3, gt=1
-    )  # times the median of earlier epochs: gradient norms, batch variances
-    stuck: float = Field(
-        0.5, gt=0, lt=1
-    )  # share of pixels, and of slots, at the boundary of the range
-    collapse: int = Field(
-        2, ge=1
-    )  # consecutive epochs at chance; a single one may be due to batch norm
+    # times the median of earlier epochs: gradient norms, batch variances
+    steep: float = Field(1e3, gt=1)
+    # share of pixels, and of slots, at the boundary of the range
+    stuck: float = Field(0.5, gt=0, lt=1)
+    # consecutive epochs at chance; a single one may be due to batch norm
+    collapse: int = Field(2, ge=1)
 
     def unused(self) -> dict[str, str]:
         rest = set(type(self).model_fields) - {"on"}
@@ -69,9 +65,6 @@ class Finding(NamedTuple):
 
 class Unhealthy(Diverged):
     """A finding, raised to trigger a rollback."""
-
-    def __init__(self, signal: str, since: int, message: str) -> None:
-        super().__init__(signal, since, message)
 
     @property
     def finding(self) -> Finding:
@@ -132,8 +125,7 @@ class RunStatistics:
         self.levels: dict[str, list[float]] = {}  # of earlier epochs
 
     def row(self, row: Mapping[str, Any]) -> Finding | None:
-        """Check a step's metrics: values that are not finite, and energies and gaps that run
-        away."""
+        """Check a step's metrics: not finite values, and energies and gaps that run away."""
         step = int(row["step"])
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -143,10 +135,8 @@ class RunStatistics:
                 continue
             drift = self.drifts.setdefault(name, Drift(self.options))
             if drift.reads(step, value):
-                message = (
-                    f"{name} diverged: {value:.4g} at step {step}, where {drift.middle:.4g} +- "
-                    f"{drift.spread:.2g} was usual"
-                )
+                usual = f"{drift.middle:.4g} +- {drift.spread:.2g} was usual"
+                message = f"{name} diverged: {value:.4g} at step {step}, where {usual}"
                 return Finding(name, drift.since, message)
         return None
 
@@ -167,17 +157,14 @@ class RunStatistics:
     ) -> Finding | None:
         """Silent collapse: validation accuracy at chance after it was clearly above.
 
-        `accuracies` has the accuracies of all epochs; both bounds are in standard deviations of the
-        accuracy of guessing.
+        `accuracies` are those of all epochs; the bounds are in standard deviations of guessing.
         """
         noise = math.sqrt(chance * (1 - chance) / images)
         latest, earlier = accuracies[-self.options.collapse :], accuracies[: -self.options.collapse]
         if not earlier or max(earlier) <= chance + 6 * noise or max(latest) > chance + noise:
             return None
-        message = (
-            f"validation accuracy fell to chance: {accuracies[-1]:.1%}, after "
-            f"{max(earlier):.1%} and guessing gives {chance:.1%}"
-        )
+        before = f"after {max(earlier):.1%} and guessing gives {chance:.1%}"
+        message = f"validation accuracy fell to chance: {accuracies[-1]:.1%}, {before}"
         return Finding("accuracy", since, message)
 
     def state_dict(self) -> dict[str, Any]:

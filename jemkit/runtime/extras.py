@@ -7,11 +7,14 @@ from urllib.parse import unquote, urlparse
 
 def install(extra: str) -> str:
     """The command that installs an extra in the way this jemkit was installed."""
-    return command(extra, _direct_url())
+    try:
+        direct_url = distribution("jemkit").read_text("direct_url.json")
+    except (PackageNotFoundError, OSError):
+        direct_url = None
+    return command(extra, direct_url)
 
 
 def command(extra: str, direct_url: str | None) -> str:
-    """The same, given the contents of direct_url.json: a checkout, or nothing."""
     try:
         about = json.loads(direct_url or "{}")
         url, folder = str(about.get("url", "")), about.get("dir_info")
@@ -22,10 +25,3 @@ def command(extra: str, direct_url: str | None) -> str:
         return f"pip install 'jemkit[{extra}]'"
     option = "-e " if editable else ""
     return f"pip install {option}'.[{extra}]' in {unquote(urlparse(url).path)}"
-
-
-def _direct_url() -> str | None:
-    try:
-        return distribution("jemkit").read_text("direct_url.json")
-    except (PackageNotFoundError, OSError):
-        return None

@@ -5,12 +5,14 @@ import io
 import json
 import math
 import os
+import shutil
 import struct
 import tempfile
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,13 +42,12 @@ MOST_BYTES = 64 * 2**30
 UNREADABLE = (
     OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
 )  # fmt: skip
-"""The errors that a damaged safetensors file raises."""
-
+"""The errors that a damaged JSON or safetensors file raises."""
 DAMAGED = (
-    OSError, EOFError, ValueError, KeyError, TypeError, SyntaxError, zlib.error,
-    zipfile.BadZipFile, NotImplementedError, RuntimeError, tokenize.TokenError,
+    *UNREADABLE, EOFError, RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error,
+    tokenize.TokenError,
 )  # fmt: skip
-"""The errors that a damaged .npz or .npy file raises."""
+"""Those of a damaged .npz or .npy file."""
 
 MOST_HEADER = 100_000_000
 """Limit for the header of a safetensors file, as in the format."""
@@ -75,8 +76,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_pieces(path: Path, pieces: Sequence[Piece]) -> str:
     """Write to a temporary file next to `path`, fsync, then rename; returns the SHA-256.
 
-    The hash is that of the data to be written, so it also detects a disk that stored something
-    else.
+    The hash is of the data to be written: it also detects a disk that stored something else.
     """
     return until_room(path, lambda: _written(path, pieces))
 
@@ -107,8 +107,7 @@ def _written(path: Path, pieces: Sequence[Piece]) -> str:
 def append_text(path: Path, text: str) -> None:
     """Append to a file: all of `text`, or nothing if the disk is full.
 
-    A link is rejected. A file with several names (hard links) is copied first, so that only this
-    one changes.
+    A link is rejected. A file with other names (hard links) is copied, so that they stay.
     """
 
     def added() -> None:
@@ -153,18 +152,16 @@ def write_json(path: Path, value: Any) -> str:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write a safetensors file directly from the tensors' memory; returns its SHA-256."""
     flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    order = sorted(
-        flat, key=lambda name: (-flat[name].element_size(), name)
-    )  # keeps everything aligned
+    # the largest elements first, which keeps everything aligned
+    order = sorted(flat, key=lambda name: (-flat[name].element_size(), name))
     header: dict[str, Any] = {}
     at = 0
     for name in order:
-        end = at + flat[name].nbytes
-        header[name] = {
-            "dtype": _dtype(flat[name], name),
-            "shape": list(flat[name].shape),
-            "data_offsets": [at, end],
-        }
+        tensor, end = flat[name], at + flat[name].nbytes
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"a safetensors file cannot store {tensor.dtype} (at {name})")
+        kind, shape = DTYPES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -173,21 +170,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return write_pieces(path, pieces)
 
 
-def _dtype(tensor: Tensor, name: str) -> str:
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"a safetensors file cannot store {tensor.dtype} (at {name})")
-    return DTYPES[tensor.dtype]
-
-
-def read_json(path: Path) -> Any:
+@contextmanager
+def reading(
+    path: Path, fault: str, errors: tuple[type[Exception], ...] = UNREADABLE
+) -> Iterator[None]:
+    """A block that reads a file; its errors are raised as DataError."""
     try:
-        return json.loads(decoded(read_file(path, JSON_LIMIT)))
+        yield
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
     except DataError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}") from None
+    except errors as error:
+        raise DataError(f"{fault}: {error}") from None
+
+
+def read_json(path: Path) -> Any:
+    with reading(path, f"{path} cannot be read as JSON"):
+        return json.loads(decoded(read_file(path, JSON_LIMIT)))
 
 
 def set_aside(path: Path) -> Path:
@@ -201,7 +201,6 @@ def set_aside(path: Path) -> Path:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
     try:
         with opened(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -214,18 +213,12 @@ def load_tensors(path: Path, most: int = MOST_BYTES) -> dict[str, Tensor]:
 
     At most `most` bytes are read, and only if the header accounts for each of them.
     """
-    try:
-        check_header(path, most)
+    with reading(path, f"{path} is not a safetensors file, or is damaged"):
+        _check_header(path, most)
         return safetensors.torch.load(read_file(path, most))
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing") from None
-    except DataError:
-        raise
-    except UNREADABLE as error:
-        raise DataError(f"{path} is not a safetensors file, or is damaged: {error}") from None
 
 
-def check_header(path: Path, most: int = MOST_BYTES) -> None:
+def _check_header(path: Path, most: int) -> None:
     """Reject a safetensors file whose header does not match its size; only the header is read."""
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -236,10 +229,10 @@ def check_header(path: Path, most: int = MOST_BYTES) -> None:
             raise ValueError(f"its header declares {length:,} bytes of {size:,}")
         header = json.loads(file.read(length))
     ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
-    if max(ends, default=0) != size - 8 - length:
+    declared, there = max(ends, default=0), size - 8 - length
+    if declared != there:
         raise ValueError(
-            f"its header declares {max(ends, default=0):,} bytes of tensors, but there are "
-            f"{size - 8 - length:,}"
+            f"its header declares {declared:,} bytes of tensors, but there are {there:,}"
         )
 
 
@@ -248,7 +241,7 @@ def load_arrays(path: Path, most: int = MOST_BYTES) -> dict[str, Tensor]:
 
     Memory is allocated only after the sizes of the entries match the headers of the arrays.
     """
-    try:
+    with reading(path, f"{path} is not an .npz file, or is damaged", DAMAGED):
         with opened(path) as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             whole = sum(entry.file_size for entry in entries)
@@ -260,10 +253,6 @@ def load_arrays(path: Path, most: int = MOST_BYTES) -> dict[str, Tensor]:
                 _check_array(archive, entry)
         with np.load(io.BytesIO(read_file(path, most)), allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing") from None
-    except DAMAGED as error:
-        raise DataError(f"{path} is not an .npz file, or is damaged: {error}") from None
 
 
 def _check_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
@@ -287,6 +276,41 @@ def array_header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.
     if version not in readers:
         raise ValueError(f"{name} is an array of format {version}")
     return readers[version](file)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A block that fills a temporary folder, which then becomes `path`; whole or not at all.
+
+    A previous folder `path` is deleted last, or restored on an error. After a kill between the two
+    renames it is under its other name, where `checkpoint.recover` finds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = until_room(
+        path, lambda: Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    )
+    aside = work.with_name(f"{work.name}.old")
+
+    def put() -> None:
+        if path.exists():
+            os.replace(path, aside)
+        try:
+            os.replace(work, path)
+        except BaseException:
+            if aside.exists():
+                os.replace(aside, path)
+            raise
+
+    try:
+        yield work
+        os.chmod(work, 0o755)
+        sync_folder(work)
+        until_room(path, put)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,8 +1,7 @@
 """FSDP-sharded weights: each process stores a part of them (torch's FSDP2, fully_shard).
 
 The weights of a block are gathered for each of its passes and freed afterwards, in a chain as in an
-update. Gradients are averaged, and each process gets those of its own shard. So gradients, momentum
-buffers and averages are sharded too.
+update. Gradients, which are averaged, momentum buffers and averages are sharded too.
 
 Every function is the identity on tensors that are not sharded.
 """
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from jemkit.errors import ConfigError, MisfitError
 from jemkit.runtime.modes import eval_mode
@@ -21,12 +21,9 @@ from jemkit.runtime.modes import eval_mode
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
 
 def shard(model: nn.Module, x: Tensor) -> None:
-    """Shard the weights, so that this process keeps its part; all processes call it at once, with
-    any x.
+    """Shard the weights: this process keeps its part. All processes call it at once, with any x.
 
     A part of the model may still be called on its own, as PYLD's steps do.
     """
@@ -41,9 +38,8 @@ def shard(model: nn.Module, x: Tensor) -> None:
 
 
 def units(module: nn.Module, *, listed: bool = False) -> Iterator[nn.Module]:
-    """What is gathered at once, inner modules first: the blocks of a list, and all else by
-    layer."""
-    inside = isinstance(module, LISTS)
+    """What is gathered at once, inner modules first: blocks of lists, and all else by layer."""
+    inside = isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
     if listed and not inside:
         yield from [module] if any(True for _ in module.parameters()) else []
         return
@@ -53,26 +49,11 @@ def units(module: nn.Module, *, listed: bool = False) -> Iterator[nn.Module]:
         yield module
 
 
-def check(model: nn.Module, network: nn.Module, *, by_stem: bool) -> None:
-    """Reject a network whose weights cannot be gathered block by block."""
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    twice = sorted(set(names) - {name for name, _ in model.named_parameters()})
-    if twice:
-        raise MisfitError(
-            f"run.shard: {twice[0]} is the weight of two layers, but each layer gathers its own "
-            f"weights; omit run.shard"
-        )
-    own = [name for name, _ in network.named_parameters(recurse=False)]
-    if by_stem and own:
-        raise MisfitError(
-            f"run.shard: the network itself has the weight {own[0]}, which is not gathered by a "
-            f"sampler that evaluates only the first layer; move it into a layer, or choose "
-            f"another sampler, such as sgld"
-        )
-
-
-def check_options(*, compiled: bool, channels_last: str) -> None:
-    """Reject what torch cannot do with sharded weights."""
+def check(
+    model: nn.Module, network: nn.Module, *, by_stem: bool, compiled: bool = False,
+    channels_last: str = "auto",
+) -> None:  # fmt: skip
+    """Reject options, and networks whose weights cannot be gathered block by block."""
     if compiled:
         raise ConfigError(
             "run.shard: FSDP-sharded weights cannot be part of a compiled graph; omit run.shard "
@@ -83,10 +64,23 @@ def check_options(*, compiled: bool, channels_last: str) -> None:
             "run.shard: FSDP-sharded weights are contiguous; set run.channels_last "
             'to "auto" or "no"'
         )
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    twice = sorted(set(names) - {name for name, _ in model.named_parameters()})
+    if twice:
+        raise MisfitError(
+            f"run.shard: {twice[0]} is the weight of two layers, but each layer gathers its own "
+            "weights; omit run.shard"
+        )
+    own = [name for name, _ in network.named_parameters(recurse=False)]
+    if by_stem and own:
+        raise MisfitError(
+            f"run.shard: the network itself has the weight {own[0]}, which is not gathered by a "
+            f"sampler that evaluates only the first layer; move it into a layer, or choose "
+            f"another sampler, such as sgld"
+        )
 
 
 def is_shared(t: Tensor) -> "TypeGuard[DTensor]":
-    """Whether a tensor is sharded."""
     if type(t) in (Tensor, nn.Parameter):  # importing DTensor takes a second
         return False
     from torch.distributed.tensor import DTensor
@@ -95,8 +89,7 @@ def is_shared(t: Tensor) -> "TypeGuard[DTensor]":
 
 
 def fusable(parameters: Sequence[Tensor]) -> bool:
-    """Whether an optimizer can use its fused kernel: on a GPU, with weights that are not
-    sharded."""
+    """Whether an optimizer can use its fused kernel."""
     return parameters[0].is_cuda and not is_shared(parameters[0])
 
 
@@ -127,14 +120,13 @@ def reshard_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]
         return state
     names = [i for group in state["param_groups"] for i in group["params"]]
     owner = dict(zip(names, params, strict=True))
-    parts = {
-        i: {k: _momentum(v, owner[i]) for k, v in s.items()} for i, s in state["state"].items()
-    }
+
+    def part(value: Any, p: Tensor) -> Any:
+        return like(value, p) if isinstance(value, Tensor) and value.shape == p.shape else value
+
+    saved = state["state"].items()
+    parts = {i: {name: part(v, owner[i]) for name, v in own.items()} for i, own in saved}
     return {**state, "state": parts}
-
-
-def _momentum(value: Any, p: Tensor) -> Any:
-    return like(value, p) if isinstance(value, Tensor) and value.shape == p.shape else value
 
 
 def whole(tree: Any, *, keep: bool = True) -> Any:
@@ -142,14 +134,14 @@ def whole(tree: Any, *, keep: bool = True) -> Any:
 
     A process with `keep` False takes part, but keeps only what is not sharded.
     """
-    if isinstance(tree, dict):
-        return {k: whole(v, keep=keep) for k, v in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [whole(v, keep=keep) for v in tree]
-    if isinstance(tree, Tensor) and is_shared(tree):
-        full: Tensor = tree.full_tensor().detach()
+
+    def gathered(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not is_shared(value):
+            return value
+        full: Tensor = value.full_tensor().detach()
         return full.cpu() if keep else None
-    return tree
+
+    return tree_map(gathered, tree)
 
 
 def total(values: Tensor, of: Sequence[Tensor]) -> Tensor:

@@ -25,16 +25,8 @@ def git_state() -> dict[str, Any] | None:
 
     `dirty` is None if that would execute a filter, or if git fails.
     """
-    try:
-        head = _git({}, "rev-parse", "--verify", "HEAD")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    if not head:
-        return None
-    try:
-        return {"commit": head.decode("ascii", "replace"), "dirty": _dirty()}
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": head.decode("ascii", "replace"), "dirty": None}
+    head = _git({}, "rev-parse", "--verify", "HEAD")
+    return {"commit": head.decode("ascii", "replace"), "dirty": _dirty()} if head else None
 
 
 def _dirty() -> bool | None:
@@ -58,8 +50,11 @@ def _git(settings: dict[str, str], *arguments: str) -> bytes | None:
     passed = {**ENVIRONMENT, "GIT_CONFIG_COUNT": str(first + len(given))}
     for at, (key, value) in enumerate(given.items(), first):
         passed |= {f"GIT_CONFIG_KEY_{at}": key, f"GIT_CONFIG_VALUE_{at}": value}
-    done = subprocess.run(
-        ["git", "--no-pager", *arguments], stdin=subprocess.DEVNULL, capture_output=True,
-        timeout=10, check=False, env={**os.environ, **passed},
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            ["git", "--no-pager", *arguments], stdin=subprocess.DEVNULL, capture_output=True,
+            timeout=10, check=False, env={**os.environ, **passed},
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
     return done.stdout.strip(b"\n") if done.returncode == 0 else None

@@ -27,7 +27,6 @@ def text(value: object) -> Html:
 
 
 def join(*parts: object) -> Html:
-    """Parts one after the other; None is nothing."""
     return Html("".join(text(part) for part in parts if part is not None))
 
 

@@ -26,8 +26,7 @@ def class_indices(y: Tensor, n_classes: int, source: str) -> Tensor:
 
 
 def count_classes(y: Tensor) -> int:
-    """The number of classes according to the labels: columns of one-hot rows, or the largest label
-    plus one."""
+    """The number of classes: columns of one-hot rows, or the largest label plus one."""
     if y.ndim == 2 and y.shape[1] > 1:
         return y.shape[1]
     if y.is_complex() or not y.numel() or (y.is_floating_point() and not y.isfinite().all()):
@@ -44,25 +43,22 @@ def _from_one_hot(y: Tensor, n_classes: int, source: str) -> Tensor:
     rows = y.double()
     wrong = ~(((rows == 0) | (rows == 1)).all(dim=1) & (rows.sum(dim=1) == 1))
     if wrong.any():
-        first = int(wrong.nonzero()[0])
         raise DataError(
-            f"{source}: row {first} of the labels {list(y.shape)} is not one-hot; soft labels, "
-            f"and several labels per image, are not supported: expected one class each, such as "
-            "y.argmax(dim=1)"
+            f"{source}: row {int(wrong.nonzero()[0])} of the labels {list(y.shape)} is not "
+            "one-hot; soft labels, and several labels per image, are not supported: expected one "
+            "class each, such as y.argmax(dim=1)"
         )
     return rows.argmax(dim=1)
 
 
 def _check_whole(y: Tensor, source: str) -> None:
     values = y.detach().double()
-    wrong = ~(values == values.round())  # NaN differs from everything
-    wrong |= ~values.isfinite()
+    wrong = (values != values.round()) | ~values.isfinite()
     if wrong.any():
         first = int(wrong.nonzero()[0])
         raise DataError(
             f"{source}: the label of image {first} is {float(values[first]):.6g}, not a whole "
-            f"number; "
-            "expected the index of a class"
+            "number; expected the index of a class"
         )
 
 

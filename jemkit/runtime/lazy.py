@@ -7,8 +7,7 @@ T = TypeVar("T")
 
 
 class Late(Generic[T]):
-    """A value, or the function that creates it; without fields, so that it is in no description of
-    a part."""
+    """A value, or the function that creates it; no description of a part shows it."""
 
     __slots__ = ("_made", "_make")
 

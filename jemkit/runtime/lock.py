@@ -31,9 +31,8 @@ AGAIN = 0.02
 def locked(path: Path, what: str, *, patience: float = 0.0) -> Iterator[None]:
     """Hold the lock file `path` inside the block; raise if another process holds it.
 
-    It is first waited for, up to `patience` seconds. `what` says what the holder does, for the
-    error message of others: "trains in runs/a". The kernel releases the lock however the process
-    ends, so no stale lock remains.
+    It is first waited for, up to `patience` seconds. `what` tells others what the holder does, such
+    as "trains in runs/a". The kernel releases the lock however the process ends.
     """
     with opened_in_place(path) as file:
         try:
@@ -43,10 +42,8 @@ def locked(path: Path, what: str, *, patience: float = 0.0) -> Iterator[None]:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise OSError(error.errno, error.strerror, str(path)) from None
-            log.warning(
-                "%s cannot be locked on this file system; do not start a second run in this folder",
-                path.parent,
-            )
+            cannot = f"{path.parent} cannot be locked on this file system"
+            log.warning("%s; do not start a second run in this folder", cannot)
         _sign(file, path, what)
         yield
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jemkit.errors import DataError
-from jemkit.runtime.files import DAMAGED, array_header
+from jemkit.runtime.files import DAMAGED, array_header, reading
 from jemkit.runtime.opening import opened
 
 Arrays = dict[str, NDArray[Any]]
@@ -28,19 +28,12 @@ def map_arrays(path: Path, names: Iterable[str]) -> Arrays:
     They are read-only. Nothing is unpickled, and compressed members are refused.
     """
     wanted = list(names)
-    try:
-        with opened(path) as file:
-            start = file.read(6)
-            if start.startswith(b"PK"):
-                return _members(file, path, wanted)
-            if start == b"\x93NUMPY":
-                return {wanted[0]: _mapped(file, 0, os.fstat(file.fileno()).st_size, path.name)}
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing") from None
-    except DataError:
-        raise
-    except DAMAGED as error:
-        raise DataError(f"{path} is damaged, or cut short: {error}") from None
+    with reading(path, f"{path} is damaged, or cut short", DAMAGED), opened(path) as file:
+        start = file.read(6)
+        if start.startswith(b"PK"):
+            return _members(file, path, wanted)
+        if start == b"\x93NUMPY":
+            return {wanted[0]: _mapped(file, 0, os.fstat(file.fileno()).st_size, path.name)}
     raise DataError(f"{path} is neither an .npz nor an .npy file; expected what numpy.savez writes")
 
 

@@ -20,20 +20,16 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-RECOMPUTE = "run.recompute=true"
-
 
 class MicroBatch:
     """The maximum number of images per pass of a network; 0 means no limit.
 
     The batch, its draws and its loss stay whole. A pass is split, its scores are concatenated, and
-    the backward pass recomputes each slice, so that the activations of only one slice are in memory
-    at a time.
+    the backward pass recomputes each slice, so that memory holds the activations of one slice.
 
     That is exact if rows are independent. With batch statistics of batch norm they are not, and a
     pass is not split. Instead `recompute` enables activation checkpointing for updates, if the
-    network supports it; on a GPU, if that is not enough, all saved tensors are offloaded to host
-    memory.
+    network supports it; if that is not enough, a GPU's saved tensors are offloaded to the host.
     """
 
     def __init__(self, size: int = 0, *, recompute: bool = False) -> None:
@@ -63,9 +59,8 @@ class MicroBatch:
         """Do the work, and repeat it with less memory after each OOM.
 
         First activation checkpointing is enabled, if the network supports it; then the micro-batch
-        is halved, as often as needed. Work that fails must have no effects; `rng` is restored for
-        it. If `moved` has changed, or other processes take part, it cannot be repeated. `on_change`
-        is called for each change.
+        is halved, as often as needed; `on_change` is called each time. Work that fails must have no
+        effects but on `rng`; with other processes, or if `moved` has changed, it is not repeated.
         """
         state, before = rng.get_state() if rng else None, moved()
         while True:
@@ -79,8 +74,10 @@ class MicroBatch:
                     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             # outside of `except`: the error and the frames that referenced the work are freed
             self._check(reason, undone=moved() == before)
-            release()
-            on_change(**(self._halve(reason) if self._keeps_little else self._keep_less(reason)))
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            on_change(**self._use_less(reason))
             if rng is not None and state is not None:
                 rng.set_state(state)
 
@@ -90,20 +87,23 @@ class MicroBatch:
         return 0 < self.size < n
 
     def microbatched(self, part: Callable[[Tensor], Tensor], x: Tensor, of: nn.Module) -> Tensor:
-        """part(x), [B, ...] for x [B, ...], slice by slice; `of` is the module that it belongs
-        to."""
+        """part(x), [B, ...] for x [B, ...], slice by slice; `of` is the module of `part`."""
         cut = self.cuts(len(x))
         tied = any(m.training or m.running_mean is None for m in batch_norms(of))
         self._whole, hosted = tied and cut, tied and cut and x.is_cuda
         needs_graph = torch.is_grad_enabled() and any(p.requires_grad for p in of.parameters())
         self._able = needs_graph and can_recompute(of) and not hosted
         if hosted:
-            return self._on_host(part, x)
+            self._hosted = True
+            try:
+                with save_on_cpu():
+                    return part(x)
+            finally:
+                self._hosted = False
         if tied or not cut:
             return part(x)
-        slices = x.tensor_split(
-            -(-len(x) // self.size)
-        )  # even: a product of one row rounds differently
+        # even slices, since a product of one row rounds differently
+        slices = x.tensor_split(-(-len(x) // self.size))
         if not torch.is_grad_enabled():
             return torch.cat([part(piece) for piece in slices])
         return torch.cat([checkpointed(part, piece, of) for piece in slices])
@@ -118,44 +118,30 @@ class MicroBatch:
         """Whether the last pass used as little memory as its network can."""
         return self.recompute or not self._able
 
-    def _on_host(self, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        self._hosted = True
-        try:
-            with save_on_cpu():
-                return part(x)
-        finally:
-            self._hosted = False
-
     @property
     def _images(self) -> int:
         """The images of the largest pass, or slice of one, in the current work."""
         return min(self.size or self._most, self._most)
 
-    def _keep_less(self, reason: str) -> dict[str, Any]:
-        self.recompute = True
-        log.warning(
-            "out of memory with %d images in a pass (%s); continuing with activation checkpointing",
-            self._images,
-            reason,
-        )
-        return {"was": self._images, "images": self._images, "recompute": True, "reason": reason}
-
-    def _halve(self, reason: str) -> dict[str, Any]:
+    def _use_less(self, reason: str) -> dict[str, Any]:
+        """Recompute activations, else halve the micro-batch; returns what changed."""
         was = self._images
-        self.size = was // 2
-        log.warning(
-            "out of memory with %d images in a pass (%s); continuing with micro-batches of %d, "
-            "of the same batches",
-            was,
-            reason,
-            self.size,
-        )
-        return {"was": was, "images": self.size, "reason": reason}
+        change: dict[str, Any] = {"was": was, "images": was, "reason": reason}
+        if self._keeps_little:
+            self.size = change["images"] = was // 2
+            cure = f"micro-batches of {self.size}, of the same batches"
+        else:
+            self.recompute = change["recompute"] = True
+            cure = "activation checkpointing"
+        log.warning("out of memory with %d images in a pass (%s); continuing with %s",
+                    was, reason, cure)  # fmt: skip
+        return change
 
     def _check(self, reason: str, *, undone: bool) -> None:
         """Raise OutOfMemory if smaller slices would not help, or the step cannot be repeated."""
         most = self._images
-        cure = f"run.micro_batch={max(1, most // 2)}" if self._keeps_little else RECOMPUTE
+        smaller = f"run.micro_batch={max(1, most // 2)}"
+        cure = smaller if self._keeps_little else "run.recompute=true"
         if distributed.size() > 1:
             raise OutOfMemory(
                 f"process {distributed.shard().rank} of {distributed.size()} ran out of memory "
@@ -172,26 +158,18 @@ class MicroBatch:
         if self._whole and self._keeps_little:
             raise OutOfMemory(
                 f"out of memory ({reason}) with {self._most} images in a pass that cannot be "
-                f"split, since batch norm computes its statistics over all of them: use a "
-                f"smaller batch, a network with another norm, or backbone.density.batch_norm = "
-                f"running_stats if it "
-                "was a chain's"
+                "split, since batch norm computes its statistics over all of them: use a smaller "
+                "batch, a network with another norm, or backbone.density.batch_norm = "
+                "running_stats if it was a chain's"
             )
         if most < 2 and self._keeps_little:
             raise OutOfMemory(
                 f"out of memory ({reason}) with {most} image(s) in a pass, and smaller passes "
-                f"would not help: use a smaller batch, a smaller network or a larger device"
+                "would not help: use a smaller batch, a smaller network or a larger device"
             )
 
 
 _HELD: ContextVar[MicroBatch | None] = ContextVar("micro_batch", default=None)
-
-
-def release() -> None:
-    """Free cached memory that is not in use."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def can_recompute(network: nn.Module) -> bool:
@@ -202,12 +180,10 @@ def can_recompute(network: nn.Module) -> bool:
 def checkpointed(
     part: Callable[[Tensor], Tensor], x: Tensor, of: nn.Module, *, draws: bool = True
 ) -> Tensor:
-    """part(x) with activation checkpointing: only x is saved, and the backward pass recomputes the
-    rest.
+    """part(x) with activation checkpointing: the backward pass recomputes all but x.
 
     The second pass has the modes, and the group of processes, of the first: on a GPU the backward
-    pass runs in a thread of torch's, which knows neither. `draws` is whether torch's generators are
-    used.
+    pass runs in a thread of torch's, which knows neither. `draws`: whether it uses generators.
     """
     now = copy_context()
     return checkpoint(  # type: ignore[no-any-return]

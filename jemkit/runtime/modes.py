@@ -1,7 +1,7 @@
 """Context managers for a model's modes and torch's random state; each restores the previous one."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Literal
 
 import torch
@@ -16,11 +16,9 @@ mode as in the released code.
 """
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> AbstractContextManager[None]:
     """Eval mode: running statistics, no dropout."""
-    with _training(model, on=False):
-        yield
+    return _training(model, on=False)
 
 
 @contextmanager
@@ -74,10 +72,7 @@ def sampling_mode(model: nn.Module, batch_norm: BatchNormMode) -> Iterator[None]
     """The model as a chain uses it: frozen weights, no dropout, batch norm as requested."""
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
-        if batch_norm == "released":
-            stack.enter_context(_training(model, on=True))
-        else:
-            stack.enter_context(eval_mode(model))
+        stack.enter_context(_training(model, on=batch_norm == "released"))
         if batch_norm == "batch_stats":
             stack.enter_context(frozen_batch_stats(model))
             for norm in batch_norms(model):

@@ -39,9 +39,7 @@ def opened(path: Path) -> Iterator[BufferedReader]:
 
     OSError, with the file's name, if it is missing or may not be read.
     """
-    _check_kind(
-        os.stat(path), path
-    )  # checked before opening: some devices act when they are opened
+    _check_kind(os.stat(path), path)  # before opening: some devices act when they are opened
     with os.fdopen(os.open(path, os.O_RDONLY | QUICKLY), "rb") as file:
         _check_kind(os.fstat(file.fileno()), path)
         yield file
@@ -49,8 +47,7 @@ def opened(path: Path) -> Iterator[BufferedReader]:
 
 @contextmanager
 def opened_in_place(path: Path, *, create: bool = True) -> Iterator[FileIO]:
-    """Open a regular file to read, truncate and append to, created if missing; never through a
-    link."""
+    """Open a regular file to read, truncate and append to, created if missing; no link."""
     refuse_link(path)
     flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | (os.O_CREAT if create else 0) | QUICKLY
     # unbuffered, since a buffer would be written when it is closed
@@ -79,7 +76,6 @@ def read_text(path: Path, limit: int = TOML_LIMIT) -> str:
 
 
 def decoded(content: bytes) -> str:
-    """Bytes as text; ValueError if they are not text."""
     coding = next((name for mark, name in MARKS if content.startswith(mark)), "utf-8")
     try:
         return content.decode(coding)
@@ -94,10 +90,7 @@ def make_folder(path: Path) -> None:
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:
-    """Reject a run of which one of these files or folders is a link, before anything is written.
-
-    The run's own folder, and folders above it, may be links.
-    """
+    """Reject a run with a link among these files or folders; its own folder may be one."""
     for name in names:
         refuse_link(folder / name)
 

@@ -1,13 +1,15 @@
 """Devices, precision and determinism, which methods need not know."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from jemkit.errors import ConfigError
+
+T = TypeVar("T")
 
 Precision = Literal["fp32", "tf32", "bf16"]
 
@@ -44,20 +46,17 @@ def memory_of(device: torch.device) -> int:
 def as_trained(
     device_type: str, precision: Precision, *, deterministic: bool, threads: int | None
 ) -> Iterator[None]:
-    """Torch's settings, and autocast, for the chains of a run while it trains."""
+    """Torch's settings, and autocast, as a run has them while it trains."""
     narrow = torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16")
     with numerics(precision=precision, deterministic=deterministic, threads=threads), narrow:
         yield
 
 
-@contextmanager
 def judging(
     device: torch.device, *, deterministic: bool = False, threads: int | None = None
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Torch's settings for every figure, also inside a caller's autocast."""
-    whole = torch.autocast(device.type, enabled=False)
-    with numerics(precision=JUDGED_IN, deterministic=deterministic, threads=threads), whole:
-        yield
+    return as_trained(device.type, JUDGED_IN, deterministic=deterministic, threads=threads)
 
 
 @contextmanager
@@ -123,7 +122,8 @@ def _float32(precision: Precision) -> Iterator[None]:
     consistent if they were, since torch raises when the two differ, and a model may read them. For
     that, a GPU's convolutions, which are tf32 by default, are set to tf32 explicitly afterwards.
     """
-    generic, older, convolution = read_switch(GENERIC), _older(), _older_convolution()
+    generic, older = read_switch(GENERIC), _consistent(torch.get_float32_matmul_precision)
+    convolution = _consistent(lambda: torch.backends.cudnn.allow_tf32)
     backends = _own(BACKENDS, (GENERIC,))
     operations = _own(OPERATIONS, (GENERIC, *BACKENDS))
     wanted = {"cuda": "tf32" if precision == "tf32" else "ieee", "mkldnn": "ieee"}
@@ -161,18 +161,10 @@ def _own(switches: tuple[Switch, ...], above: tuple[Switch, ...]) -> dict[Switch
     return {s: v for s, v in own.items() if v != "none" or s[1] in ("all", "matmul")}
 
 
-def _older() -> str | None:
-    """`float32_matmul_precision`; None if the newer settings contradict it."""
+def _consistent(read: Callable[[], T]) -> T | None:
+    """An older setting; None if the newer ones contradict it."""
     try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:
-        return None
-
-
-def _older_convolution() -> bool | None:
-    """`cudnn.allow_tf32`; None if the newer settings contradict it."""
-    try:
-        return torch.backends.cudnn.allow_tf32
+        return read()
     except RuntimeError:
         return None
 

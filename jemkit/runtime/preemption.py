@@ -21,7 +21,6 @@ class PreemptionCheck:
         self._checked, self._before = 0.0, 0
 
     def between(self) -> None:
-        """Check between steps."""
         self._checked = time.monotonic()
         if self.stop():
             raise Preempted
@@ -31,15 +30,13 @@ class PreemptionCheck:
         self._checked, self._before = time.monotonic(), self.updates()
 
     def inside(self) -> None:
-        """Check inside a step."""
         late = time.monotonic() >= self._checked + self.patience
         if late and self.updates() == self._before:
             self.between()
 
     @contextmanager
     def passes(self, model: nn.Module, *, on: bool) -> Iterator[None]:
-        """Check in every pass of the model, so that chains, attacks and validation can be
-        interrupted.
+        """Check in every pass of the model, so that chains and attacks can be interrupted.
 
         Passes of its first layer are checked too, since PYLD's steps use that layer alone.
         """

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
 from jemkit.errors import DataError
 
@@ -15,8 +16,7 @@ def packed(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
         tensors[key] = value
         return {"tensor": key}
     if isinstance(value, dict):
-        items = [[k, packed(v, f"{key}/{k}", tensors)] for k, v in value.items()]
-        return {"items": items}
+        return {"items": [[k, packed(v, f"{key}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
         return {"list": [packed(v, f"{key}/{i}", tensors) for i, v in enumerate(value)]}
     if value is None or isinstance(value, bool | int | float | str):
@@ -44,31 +44,25 @@ class Snapshot:
     """
 
     def __init__(self) -> None:
-        self._copies: dict[str, Tensor] = {}
+        self._copies: dict[tuple[Any, ...], Tensor] = {}  # by their paths
 
     def of(self, tree: Any) -> Any:
         """The tree with every tensor copied; the previous copy is overwritten."""
-        used: dict[str, Tensor] = {}
-        copy = self._copied(tree, "", used)
-        self._copies = used
-        if any(t.is_pinned() for t in used.values()):
+        values, structure = tree_flatten_with_path(tree)
+        self._copies = {
+            path: _copied(value.detach(), self._copies.get(path))
+            for path, value in values
+            if isinstance(value, Tensor)
+        }
+        if any(t.is_pinned() for t in self._copies.values()):
             torch.cuda.synchronize()  # the copies are asynchronous
-        return copy
+        return tree_unflatten([self._copies.get(path, v) for path, v in values], structure)
 
-    def _copied(self, value: Any, key: str, used: dict[str, Tensor]) -> Any:
-        if isinstance(value, Tensor):
-            used[key] = self._tensor(value.detach(), self._copies.get(key))
-            return used[key]
-        if isinstance(value, dict):
-            return {k: self._copied(v, f"{key}/{k}", used) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._copied(v, f"{key}/{i}", used) for i, v in enumerate(value)]
-        return value
 
-    def _tensor(self, tensor: Tensor, buffer: Tensor | None) -> Tensor:
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        return buffer.copy_(tensor, non_blocking=tensor.is_cuda)
+def _copied(tensor: Tensor, buffer: Tensor | None) -> Tensor:
+    if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+        buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return buffer.copy_(tensor, non_blocking=tensor.is_cuda)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -90,13 +84,6 @@ def differing(a: Any, b: Any, at: str = "") -> Iterator[str]:
             yield from differing(one, other, f"{at}/{i}")
     elif not _equal(a, b):
         yield at or "/"
-
-
-def leaves(tree: Any) -> int:
-    """The number of tensors and plain values in a tree."""
-    if isinstance(tree, dict):
-        return sum(map(leaves, tree.values()))
-    return sum(map(leaves, tree)) if isinstance(tree, list | tuple) else 1
 
 
 def _equal(a: Any, b: Any) -> bool:

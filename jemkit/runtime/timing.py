@@ -29,7 +29,6 @@ class Stopwatch:
         self._newest = 0.0
 
     def begin(self) -> None:
-        """A step begins."""
         self._newest = self._clock()
         if self._first is None:
             self._first = self._newest

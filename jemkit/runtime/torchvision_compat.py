@@ -38,8 +38,7 @@ def torchvision() -> ModuleType:
     except (ImportError, RuntimeError) as error:
         raise ConfigError(
             f"torchvision {version('torchvision')} cannot be imported with torch "
-            f"{torch.__version__} "
-            f"({error}); install matching versions"
+            f"{torch.__version__} ({error}); install matching versions"
         ) from error
 
 
@@ -57,8 +56,7 @@ def _load_operators(package: Path) -> None:
 
 @cache
 def _declare_missing() -> Library | None:
-    """Declare missing operators without a kernel; cached, since they last as long as the library
-    object."""
+    """Declare missing operators without a kernel; they last as long as the cached library."""
     missing = [name for name in OPERATORS if getattr(torch.ops.torchvision, name, None) is None]
     if not missing:
         return None

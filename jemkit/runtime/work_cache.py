@@ -1,5 +1,4 @@
-"""Cached parts of unfinished work: tensors on disk, so that a killed run repeats at most one
-part."""
+"""Cached parts of unfinished work, so that a killed run repeats at most one of them."""
 
 import hashlib
 import json
@@ -60,21 +59,12 @@ class ResultCache:
         compute: Callable[[int], Piece],
         poll: Callable[[], None],
         done: Callable[[int], None],
-    ) -> list[Piece]:
+    ) -> Iterator[Piece]:
         """Every part, in order: read, computed here, or waited for if another process computes it.
 
-        `compute(i)` returns part i; `done(n)` is called with the number of complete parts.
+        `compute(i)` returns part i; `done(n)` is called with the number of complete parts. They
+        come one by one, so that only one of them is in memory.
         """
-        return list(self.each(names, compute, poll, done))
-
-    def each(
-        self,
-        names: list[str],
-        compute: Callable[[int], Piece],
-        poll: Callable[[], None],
-        done: Callable[[int], None],
-    ) -> Iterator[Piece]:
-        """`pieces` one by one, so that only one of them is in memory."""
         for i, name in enumerate(names):
             if self.shard.owns(i) and not self._has(name):
                 poll()
@@ -84,9 +74,7 @@ class ResultCache:
             while (piece := self._read(name)) is None:
                 poll()
                 if self.folder is not None and not self.folder.exists():
-                    piece = compute(
-                        i
-                    )  # another process that did the same work has finished and removed it
+                    piece = compute(i)  # another process did the same, and removed it at its end
                     break
                 if self.shard.owns(i):
                     self._write(name, compute(i))
@@ -95,8 +83,7 @@ class ResultCache:
             yield piece
 
     def remove(self) -> None:
-        """Delete every part; only rank 0 does, since others may still read. `work` is deleted with
-        its last folder."""
+        """Delete every part, on rank 0, since others may still read; an empty `work`, too."""
         self._pieces.clear()
         if self.folder is not None and self.shard.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -42,5 +42,5 @@ def in_batches(
         return retry_on_oom(lambda: draw(slice(ends[i], ends[i + 1]), rng), rng)
 
     names = [f"{i:05d}-{size}" for i, size in enumerate(sizes)]
-    pieces = cache.pieces(names, compute, poll, lambda batches: done(ends[batches]))
+    pieces = list(cache.pieces(names, compute, poll, lambda batches: done(ends[batches])))
     return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}

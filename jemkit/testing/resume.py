@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from jemkit.config.recipe import Recipe, Resolved, resolve, with_run
 from jemkit.config.registry import Registry
 from jemkit.errors import ConfigError, Preempted, UsageError
 from jemkit.runtime import checkpoint
 from jemkit.runtime.precision import device_of
-from jemkit.runtime.pytree import differing, leaves
+from jemkit.runtime.pytree import differing
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.training import pinned
 from jemkit.training.build import splits_of
@@ -96,7 +97,7 @@ def _verified(
         parts = sorted(whole.keys() | resumed.keys())
         first = {p: next(differing(whole.get(p), resumed.get(p), p), None) for p in parts}
         cuts.append(Cut(step, where, {part: at for part, at in first.items() if at}))
-    compared = {part: leaves(value) for part, value in sorted(whole.items())}
+    compared = {part: len(tree_leaves(value)) for part, value in sorted(whole.items())}
     return Verdict(str(trainer.parts.device), steps, per_epoch, compared, cuts)
 
 

@@ -20,12 +20,12 @@ from jemkit.models.energy import EnergyModel
 from jemkit.objective import Objective, ObjectiveSpec, StatefulObjective
 from jemkit.runtime import distributed, fsdp
 from jemkit.runtime.microbatch import MicroBatch
-from jemkit.runtime.precision import device_of, memory_of
+from jemkit.runtime.precision import Layout, device_of, memory_of
 from jemkit.runtime.rng import generator
 from jemkit.sampling.compile import CompiledGradient
 from jemkit.sampling.density import Buffer
 from jemkit.splits import Pinned, Splits
-from jemkit.training import memory_format, mixing, reshard
+from jemkit.training import mixing, reshard
 from jemkit.training.compatibility import check_adversary, check_parts
 from jemkit.training.objective_contexts import compiled_chains, in_bf16
 from jemkit.updaters import EMA, Stateful, StepAware, Updater
@@ -68,14 +68,10 @@ class RunState(NamedTuple):
         }
 
     def _own_state(self) -> State:
-        """The state of one process."""
-        density = self.backbone.density_or_none
-        remembered = self.objective if isinstance(self.objective, StatefulObjective) else None
-        return {
-            "density": density.state_dict() if density else None,
-            "objective": remembered.state_dict() if remembered else None,
-            "rng": self.rng.get_state(),
-        }
+        density, objective = self.backbone.density_or_none, self.objective
+        remembered = objective.state_dict() if isinstance(objective, StatefulObjective) else None
+        chains = density.state_dict() if density else None
+        return {"density": chains, "objective": remembered, "rng": self.rng.get_state()}
 
     def weights(self) -> State:
         """The model's weights and their average, whole on rank 0."""
@@ -122,9 +118,7 @@ class RunState(NamedTuple):
         if self.ema is not None:
             for name, tensor in self.ema.average.items():
                 fsdp.fill(tensor, state["ema"][name])
-        saved = {**state["optimizer"], "param_groups": self._groups(state["optimizer"])}
-        self.optimizer.load_state_dict(fsdp.reshard_state(saved, self.optimizer))
-        lay_like_parameters(self.optimizer)
+        self._load_optimizer(state["optimizer"])
         if isinstance(self.updater, Stateful):
             self.updater.load_state_dict(state["updater"])
         self.loader.load_state_dict(state["loader"])
@@ -140,20 +134,22 @@ class RunState(NamedTuple):
         self.micro.recompute |= state.get("recompute", False)
         self.rng.set_state(own["rng"])
 
-    def _groups(self, saved: State) -> list[State]:
-        """The recipe's options of the optimizer, with the saved learning rates."""
-        own = self.optimizer.state_dict()["param_groups"]
-        pairs = zip(own, saved["param_groups"], strict=True)
-        rates = ("lr", "weight_decay", "momentum")
-        return [
-            {**group, **{k: was[k] for k in rates if k in group and k in was}}
-            for group, was in pairs
-        ]
+    def _load_optimizer(self, saved: State) -> None:
+        """Load its buffers and rates; its other options are the recipe's."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        for group, was in zip(groups, saved["param_groups"], strict=True):
+            rates = {"lr", "weight_decay", "momentum"} & group.keys() & was.keys()
+            group.update({name: was[name] for name in rates})
+        saved = fsdp.reshard_state({**saved, "param_groups": groups}, self.optimizer)
+        self.optimizer.load_state_dict(saved)
+        for p, state in self.optimizer.state.items():  # a fused kernel needs p's memory format
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == p.shape:
+                    state[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
 def build_run(recipe: Recipe, pinned: Pinned | None = None, *, fill: bool = True) -> RunState:
-    """Build and check, with data that match `pinned`; without `fill` nothing is drawn from the
-    initial distribution.
+    """Build and check, with data that match `pinned`; with `fill`, the replay buffer is filled.
 
     Raises ConfigError or DataError.
     """
@@ -161,7 +157,7 @@ def build_run(recipe: Recipe, pinned: Pinned | None = None, *, fill: bool = True
     objective, backbone, device = own["objective"], own["backbone"], own["device"]
     with distributed.together():
         distributed.broadcast(backbone.model.state_dict().values())
-    model, twin = laid_out(backbone, run, own["task"])
+    model, twin = placed(backbone, run, own["task"])
     remembered = objective.parameters() if isinstance(objective, StatefulObjective) else ()
     parameters = [*model.parameters(), *remembered]
     optimizer = recipe.optimizer.build(parameters, fused=fsdp.fusable(parameters))
@@ -197,12 +193,16 @@ def _own_parts(recipe: Recipe, pinned: Pinned | None, fill: bool) -> dict[str, A
         buffer.check_memory(task.shape, memory_of(device))
     rng = generator(device, run.seed, "chains")
     backbone = recipe.backbone.build(task, rng)
-    objective = built_objective(recipe, task, rng)
+    objective = recipe.objective
+    if isinstance(objective, ObjectiveSpec):
+        objective = objective.build(task, rng)
     check_parts(backbone, objective, task, run)
     if run.shard and distributed.shard().size > 1:
-        fsdp.check_options(compiled=run.compile, channels_last=run.channels_last)
-        by_stem = backbone.has_density and backbone.density.sampler.needs_stem
-        fsdp.check(backbone.model, backbone.model.network, by_stem=by_stem)
+        fsdp.check(
+            backbone.model, backbone.model.network, compiled=run.compile,
+            channels_last=run.channels_last,
+            by_stem=backbone.has_density and backbone.density.sampler.needs_stem,
+        )  # fmt: skip
     return {
         "device": device, "splits": splits, "task": task, "backbone": backbone,
         "objective": objective, "rng": reshard.split(backbone, rng, run.seed),
@@ -215,7 +215,15 @@ def leads() -> bool:
     return distributed.shard().rank == 0
 
 
-def laid_out(backbone: Backbone, run: Run, task: Task) -> tuple[EnergyModel, EnergyModel | None]:
+def laid_out(model: nn.Module, choice: Layout, device: torch.device) -> nn.Module:
+    """Use channels last if requested. `auto` uses it except with instance norm on a CPU, which
+    alone was slower with it in measurements (docs/performance.md)."""
+    slower = device.type == "cpu" and any(isinstance(m, nn.InstanceNorm2d) for m in model.modules())
+    last = choice == "yes" or (choice == "auto" and not slower)
+    return model.to(memory_format=torch.channels_last) if last else model  # type: ignore[call-overload]
+
+
+def placed(backbone: Backbone, run: Run, task: Task) -> tuple[EnergyModel, EnergyModel | None]:
     """The model in its memory format, or sharded, with a whole twin on rank 0's host."""
     model, device = backbone.model, next(backbone.model.parameters()).device
     if not run.shard or distributed.shard().size == 1:
@@ -224,7 +232,7 @@ def laid_out(backbone: Backbone, run: Run, task: Task) -> tuple[EnergyModel, Ene
                 "run.shard shards nothing in one process; the weights are contiguous, not "
                 "channels last"
             )
-        memory_format.laid_out(model, run.layout, device)
+        laid_out(model, run.layout, device)
         return model, None
     twin = copy.deepcopy(model).to("cpu") if leads() else None
     fsdp.shard(model, torch.zeros((1, *task.shape), device=device))
@@ -283,20 +291,6 @@ def task_of(recipe: Recipe, splits: Splits) -> Task:
     )
 
 
-def built_objective(recipe: Recipe, task: Task, rng: Generator) -> Objective[Any]:
-    objective = recipe.objective
-    return objective.build(task, rng) if isinstance(objective, ObjectiveSpec) else objective
-
-
-def lay_like_parameters(optimizer: Optimizer) -> None:
-    """Give loaded momentum buffers their parameters' memory format, which fused optimizers
-    require."""
-    for p, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == p.shape:
-                state[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
-
-
 def load_model(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load weights into a model; every name and shape must match."""
     wanted = model.state_dict()
@@ -305,14 +299,12 @@ def load_model(model: nn.Module, weights: dict[str, Tensor]) -> None:
         for name, t in wanted.items()
         if name in weights and weights[name].shape != t.shape
     ]
-    missing, extra = sorted(wanted.keys() - weights), sorted(weights.keys() - wanted)
-    if wrong or missing or extra:
-        raise DataError(
-            "the weights do not fit the model: "
-            + "; ".join(
-                f"{label} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-                for label, names in (("shapes", wrong), ("missing", missing), ("unknown", extra))
-                if names
-            )
-        )
+    missing, unknown = sorted(wanted.keys() - weights), sorted(weights.keys() - wanted)
+    faults = [
+        f"{label} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        for label, names in (("shapes", wrong), ("missing", missing), ("unknown", unknown))
+        if names
+    ]
+    if faults:
+        raise DataError(f"the weights do not fit the model: {'; '.join(faults)}")
     model.load_state_dict({name: fsdp.like(weights[name], t) for name, t in wanted.items()})

@@ -1,12 +1,13 @@
 """Parts that do not fit together, rejected before the first step."""
 
 import logging
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
 
 from jemkit.attacks.base import ForTraining, InBall, Norm, Threat, check_width, radius_of
 from jemkit.backbone import Backbone, check_stem
+from jemkit.config.recipe import Run
 from jemkit.config.registry import installed
 from jemkit.data import Task, positives
 from jemkit.errors import ConfigError, MisfitError
@@ -19,13 +20,10 @@ from jemkit.runtime.microbatch import can_recompute
 from jemkit.runtime.modes import eval_mode
 from jemkit.sampling.density import Buffered
 
-if TYPE_CHECKING:
-    from jemkit.config.recipe import Run
-
 log = logging.getLogger(__name__)
 
 
-def check_parts(backbone: Backbone, objective: Objective[Any], task: Task, run: "Run") -> None:
+def check_parts(backbone: Backbone, objective: Objective[Any], task: Task, run: Run) -> None:
     """Reject, before the first step, whatever in a run does not fit together."""
     check(backbone, objective)
     check_distances(objective, task, backbone)
@@ -33,7 +31,13 @@ def check_parts(backbone: Backbone, objective: Objective[Any], task: Task, run: 
     check_chains(objective, backbone, chains)
     if isinstance(objective, NamesStreams):
         backbone.check_learning(objective.streams)
-    check_graph(backbone, distributed.shard().size if run.compile else 1)
+    processes = distributed.shard().size
+    synced = any(isinstance(m, SyncBatchNorm) for m in backbone.model.modules())
+    if run.compile and processes > 1 and synced:
+        raise MisfitError(
+            f"run.compile: batch norm over {processes} processes communicates inside each pass, "
+            'which cannot be part of a compiled graph; omit --compile, or set norm = "batch"'
+        )
     if run.precision == "tf32" and not next(backbone.model.parameters()).is_cuda:
         log.warning("run.precision: tf32 needs a GPU; this run would compute in fp32")
     if run.recompute and not can_recompute(backbone.model.network):
@@ -46,7 +50,7 @@ def check_parts(backbone: Backbone, objective: Objective[Any], task: Task, run: 
 def check_adversary(objective: Any, usual_px: float, pixels: int | None = None) -> None:
     """Reject an attack that cannot train, and a ball whose norm has no radius.
 
-    Given the number of values of an image, a radius wider than the pixel range is rejected, too.
+    Given the number of values of an image, also a radius wider than the pixel range.
     """
     for path, part in parts_of(objective, "objective"):
         if isinstance(part, ForTraining):
@@ -90,8 +94,7 @@ def check_distances(objective: Objective[Any], task: Task, backbone: Backbone) -
             raise MisfitError(
                 f"the distance {_name('distance', distance)} needs images of at least "
                 f"{distance.min_size} px; these have {task.shape[1]}. Choose another "
-                f"objective.{path}, "
-                "such as none, l2 or logits"
+                f"objective.{path}, such as none, l2 or logits"
             )
         device = next(backbone.model.parameters()).device
         x = task.bounds.from_unit(task.images("train").take(torch.arange(1)).unit()).to(device)
@@ -112,17 +115,8 @@ def check_chains(objective: Objective[Any], backbone: Backbone, chains: int) -> 
         )
     if isinstance(objective, Conditional) and objective.conditional and not buffer.conditional:
         raise MisfitError(
-            "chains of given classes need a class-conditional buffer: "
-            "set backbone.buffer.conditional = true"
-        )
-
-
-def check_graph(backbone: Backbone, processes: int) -> None:
-    """Reject compiling passes in which processes communicate."""
-    if processes > 1 and any(isinstance(m, SyncBatchNorm) for m in backbone.model.modules()):
-        raise MisfitError(
-            f"run.compile: batch norm over {processes} processes communicates inside each pass, "
-            'which cannot be part of a compiled graph; omit --compile, or set norm = "batch"'
+            "chains of given classes need a class-conditional buffer: set "
+            "backbone.buffer.conditional = true"
         )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from jemkit.data import Bounds, Images
-from jemkit.models.energy import EnergyModel, ModelEnergy
+from jemkit.models.energy import ModelEnergy
 from jemkit.runtime.divergence_monitor import Finding, RunStatistics, Sentinel, Unhealthy
 from jemkit.runtime.microbatch import retry_on_oom
 from jemkit.runtime.modes import batch_norms, sampling_mode
@@ -25,6 +25,8 @@ class HealthMonitor:
 
     def __init__(self, options: Sentinel, parts: RunState) -> None:
         self.options, self.parts, self.vitals = options, parts, RunStatistics(options)
+        learns = parts.objective.needs_density
+        self.chains = parts.backbone.density_or_none if learns else None  # that it draws from
         valid = parts.splits.images("valid").y
         self._images, self._chance = len(valid), float(valid.bincount().max() / len(valid))
         self.limit = edge_limit(parts.splits.images("train"), options.stuck)
@@ -32,9 +34,7 @@ class HealthMonitor:
     @property
     def buffer(self) -> ReplayBuffer | None:
         """The replay buffer, if the objective learns with one."""
-        learns = self.parts.objective.needs_density
-        density = self.parts.backbone.density_or_none if learns else None
-        return density.buffer if isinstance(density, Buffered) else None
+        return self.chains.buffer if isinstance(self.chains, Buffered) else None
 
     def rows(self, rows: Iterable[dict[str, Any]]) -> None:
         """Check every step's metrics, in order."""
@@ -42,8 +42,7 @@ class HealthMonitor:
             _raise(self.vitals.row(row))
 
     def body(self, step: int, average: Mapping[str, Tensor]) -> dict[str, float]:
-        """After an epoch: check weights, running statistics and buffer; returns statistics that
-        must not grow."""
+        """Check weights, statistics and buffer after an epoch; returns sizes that must not grow."""
         if not self.options.on:
             return {}
         since, model = step - self.parts.loader.steps_per_epoch, self.parts.backbone.model
@@ -57,7 +56,11 @@ class HealthMonitor:
             sizes["running variance of batch norm"] = float(largest)
         if self.buffer is not None:
             _raise(self._stuck(self.buffer, since))
-            sizes["gradient norm of the chains' energies"] = steepness(model, self.buffer)
+            states = self.buffer.states[:CHAINS]
+            with sampling_mode(model, "batch_stats"):  # nothing is drawn or moved
+                slopes = retry_on_oom(lambda: gradient(ModelEnergy(model), states))
+            steepness = slopes.flatten(1).norm(dim=1).median()
+            sizes["gradient norm of the chains' energies"] = float(steepness)
         return sizes
 
     def _stuck(self, buffer: ReplayBuffer, since: int) -> Finding | None:
@@ -66,11 +69,8 @@ class HealthMonitor:
         share = float(sick_slots(buffer, self.parts.task.bounds, self.limit).float().mean())
         if share <= self.options.stuck:
             return None
-        message = (
-            f"{share:.0%} of the replay buffer's chains are stuck at the boundary of the pixel "
-            "range"
-        )
-        return Finding("buffer", since, message)
+        stuck = f"{share:.0%} of the replay buffer's chains are stuck"
+        return Finding("buffer", since, f"{stuck} at the boundary of the pixel range")
 
     def epoch(self, step: int, sizes: Mapping[str, float], accuracies: list[float]) -> None:
         """Check the statistics from `body`, and validation accuracy after every epoch so far."""
@@ -108,8 +108,7 @@ def unfit(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def sick_slots(buffer: ReplayBuffer, bounds: Bounds, limit: float) -> Tensor:
-    """Slots [N] with a pixel that is not finite, or with more than `limit` of them at the
-    boundary."""
+    """Slots [N] with a pixel that is not finite, or more than `limit` of them at the boundary."""
     states = buffer.states.flatten(1)
     edge = (states <= bounds.low) | (states >= bounds.high)
     return ~states.isfinite().all(dim=1) | (edge.float().mean(dim=1) > limit)
@@ -122,10 +121,3 @@ def renew(buffer: ReplayBuffer, sick: Tensor, rng: Generator) -> int:
         y = slots * buffer.n_classes // buffer.options.capacity
         buffer.states[slots] = buffer.start.draw(len(slots), rng, y)
     return len(slots)
-
-
-def steepness(model: EnergyModel, buffer: ReplayBuffer) -> float:
-    """The median of |dE/dx| over some chains of the buffer; nothing is drawn or moved."""
-    with sampling_mode(model, "batch_stats"):
-        slopes = retry_on_oom(lambda: gradient(ModelEnergy(model), buffer.states[:CHAINS]))
-    return float(slopes.flatten(1).norm(dim=1).median())

@@ -36,22 +36,17 @@ def initial(path: Path) -> Initial:
     return Initial(path, weights, config if isinstance(config, dict) else {})
 
 
-def initial_source(path: Path) -> dict[str, str]:
-    """The entry of a run for its initial weights."""
-    return {"given": str(path), "path": str(path.resolve())}
-
-
 def doubts(start: Initial, recipe: Recipe, total_steps: int) -> list[str]:
     """What may harm these weights, or their meaning, in a run of this recipe."""
     warnings = [_other_classes(start, recipe.data)]
     rate, factor = recipe.optimizer.lr, recipe.schedule.factor(0, total_steps)
-    trained = dict(flat(start.config)).get("recipe.optimizer.lr")
-    use = dict(flat(start.config)).get("recipe.optimizer.use")
+    began = dict(flat(start.config))
+    trained, use = began.get("recipe.optimizer.lr"), began.get("recipe.optimizer.use")
     if factor >= STEEP:
         warnings.append(
             f"the first step already uses {factor:.0%} of optimizer.lr = {rate:g}, which may "
-            f"destroy the weights of {start.path}: use a lower optimizer.lr, or "
-            "a longer warm-up by schedule.warmup (steps) and schedule.warmup_share (of the run)"
+            f"destroy the weights of {start.path}: use a lower optimizer.lr, or a longer warm-up "
+            "by schedule.warmup (steps) and schedule.warmup_share (of the run)"
         )
     if use == recipe.optimizer.use and isinstance(trained, float) and rate > trained:
         warnings.append(
@@ -69,7 +64,7 @@ def check_same(start: Path, config: Mapping[str, Any]) -> None:
         began = known.get("given", "randomly initialised weights")
         raise UsageError(
             f"--init-from {start}: the run was started with {began}. Omit it with --resume, or "
-            f"start a new run"
+            "start a new run"
         )
 
 

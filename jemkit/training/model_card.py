@@ -2,11 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jemkit.metrics.figures import Figure
-from jemkit.training.model_files import CONFIG, FIGURES, SAMPLES, WEIGHTS
+
+CONFIG, CARD, WEIGHTS = "config.json", "README.md", "model.safetensors"
+FIGURES, SAMPLES = "figures.json", "samples.png"
+"""The files of an exported model."""
 
 MOST = 10
 """Number of figures in a card; figures.json has all of them with their protocols."""
@@ -65,12 +68,13 @@ def table_of(rows: Rows) -> str:
 
 def figures_table(figures: Sequence[Figure], common: Mapping[str, Any]) -> str:
     """The headline figures, each with its protocol in short form."""
-    shown = sorted(figures, key=_rank)[:MOST]
-    rows = "".join(
-        f"| {escaped(f.name)}{_label(f)} | {f.value:.4g} | {_interval(f)} | {f.n} | "
-        f"{escaped(_compact({**common, **f.protocol}))} |\n"
-        for f in shown
-    )
+
+    def rank(figure: Figure) -> tuple[bool, int]:
+        place = HEADLINES.index(figure.name) if figure.name in HEADLINES else len(HEADLINES)
+        return not figure.protocol.get("standard", True), place
+
+    shown = sorted(figures, key=rank)[:MOST]
+    rows = "".join(_row(figure, {**common, **figure.protocol}) for figure in shown)
     left = len(figures) - len(shown)
     more = f"{left} more, and all protocols in full, are" if left else "The protocols in full are"
     return (
@@ -79,33 +83,18 @@ def figures_table(figures: Sequence[Figure], common: Mapping[str, Any]) -> str:
     )
 
 
-def _rank(figure: Figure) -> tuple[bool, int]:
-    place = HEADLINES.index(figure.name) if figure.name in HEADLINES else len(HEADLINES)
-    return not figure.protocol.get("standard", True), place
-
-
-def _label(figure: Figure) -> str:
-    return "" if figure.protocol.get("standard", True) else " (NON-STANDARD protocol)"
-
-
-def _interval(figure: Figure) -> str:
-    if figure.low is None or figure.high is None:
-        return ""
-    return f"{figure.low:.4g} to {figure.high:.4g}"
-
-
-def _compact(protocol: Mapping[str, Any]) -> str:
-    flat = {**protocol, **_scalars(protocol.get("attack"))}
-    words = [f"{key} {flat[key]}" for key in COMPACT if _simple(flat.get(key))]
-    return ", ".join([f"evaluator {protocol.get('evaluator', '?')}", *words])
-
-
-def _scalars(table: Any) -> dict[str, Any]:
-    return dict(table) if isinstance(table, Mapping) else {}
-
-
-def _simple(value: Any) -> bool:
-    return isinstance(value, str | int | float)
+def _row(figure: Figure, protocol: Mapping[str, Any]) -> str:
+    label = "" if figure.protocol.get("standard", True) else " (NON-STANDARD protocol)"
+    known = figure.low is not None and figure.high is not None
+    interval = f"{figure.low:.4g} to {figure.high:.4g}" if known else ""
+    attack = protocol.get("attack")
+    flat = {**protocol, **(attack if isinstance(attack, Mapping) else {})}
+    words = [
+        f"{key} {flat[key]}" for key in COMPACT if isinstance(flat.get(key), str | int | float)
+    ]
+    short = escaped(", ".join([f"evaluator {protocol.get('evaluator', '?')}", *words]))
+    name = f"{escaped(figure.name)}{label}"
+    return f"| {name} | {figure.value:.4g} | {interval} | {figure.n} | {short} |\n"
 
 
 def page(
@@ -120,26 +109,30 @@ def page(
 ) -> str:
     """The whole card."""
     parts = [str(recipe[table]["use"]) for table in ("backbone", "objective")]
-    tags = "".join(
-        f"- {quoted(tag)}\n" for tag in dict.fromkeys(["joint-energy-based-model", *parts])
-    )
+    named = dict.fromkeys(["joint-energy-based-model", *parts])
+    tags = "".join(f"- {quoted(tag)}\n" for tag in named)
+    papers = "".join(f"- {CITED[part]}\n" for part in dict.fromkeys(parts) if part in CITED)
     head = (
         f"---\nlibrary_name: jemkit\npipeline_tag: image-classification\n"
         f"license: {quoted(license)}\ntags:\n{tags}---\n"
     )
+    licence = escaped(license)
+    if license == "unknown":
+        licence = "No licence is stated for these weights: ask their authors before you "
+        licence += "redistribute them"
     picture = f"\n## Samples\n\n![Samples]({SAMPLES})\n" if samples else ""
     return (
         f"{head}\n# {escaped(name)}\n\n{about}{picture}\n{_use(name, task)}\n"
         f"`{WEIGHTS}` has SHA-256 `{sha}`; `{CONFIG}` holds the recipe.\n\n"
-        f"## Licence\n\n{_licence(license)}\n\n{_citation(parts)}"
+        f"## Licence\n\n{licence}. jemkit itself is under Apache-2.0.\n\n"
+        f"## Citation\n\n- jemkit (CITATION.cff of its repository)\n{papers}"
     )
 
 
 def _use(name: str, task: Mapping[str, Any] | None) -> str:
     """How to load the model; nothing is read but the folder."""
-    where = (
-        name if re.fullmatch(r"\w[\w.+=-]*", name, re.ASCII) else "."
-    )  # a name that needs quotes
+    plain = re.fullmatch(r"\w[\w.+=-]*", name, re.ASCII)  # no name that needs quotes
+    where = name if plain else "."
     shape = ", ".join(str(int(size)) for size in task["shape"]) if task else "3, 32, 32"
     return (
         "## Use\n\n```python\nimport torch\nimport jemkit\n\n"
@@ -149,18 +142,3 @@ def _use(name: str, task: Mapping[str, Any] | None) -> str:
         "energy = model.scores(images).energy\n```\n\n"
         f"```\njemkit evaluate {where}\n```\n"
     )
-
-
-def _licence(license: str) -> str:
-    if license == "unknown":
-        return (
-            "No licence is stated for these weights: ask their authors before you redistribute "
-            "them. "
-            "jemkit itself is under Apache-2.0."
-        )
-    return f"{escaped(license)}. jemkit itself is under Apache-2.0."
-
-
-def _citation(parts: Iterable[str]) -> str:
-    papers = "".join(f"- {CITED[part]}\n" for part in dict.fromkeys(parts) if part in CITED)
-    return f"## Citation\n\n- jemkit (CITATION.cff of its repository)\n{papers}"

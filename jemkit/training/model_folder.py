@@ -1,24 +1,83 @@
-"""A model's folder, written whole or not at all, and pushed to a hub."""
+"""An exported model's folder: checked before anything is read, written whole, pushed to a hub."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
+from jemkit.config.recipe import Recipe
+from jemkit.data import Task
 from jemkit.errors import ConfigError, DataError
-from jemkit.runtime import checkpoint
 from jemkit.runtime.extras import install
-from jemkit.runtime.files import sync_folder, write_bytes, write_json, write_tensors, write_text
+from jemkit.runtime.files import (
+    file_hash,
+    new_folder,
+    read_json,
+    write_bytes,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from jemkit.runtime.opening import refuse_link
 from jemkit.runtime.run_dir import versions
 from jemkit.sampling.moments import MOMENTS
-from jemkit.training.model_card import page
-from jemkit.training.model_files import CARD, CONFIG, FORMAT, SAMPLES, WEIGHTS, verify
+from jemkit.splits import Splits
+from jemkit.training.model_card import CARD, CONFIG, SAMPLES, WEIGHTS, page
+
+FORMAT = 1
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether a folder is an exported or imported model, and not a run."""
+    return (folder / CONFIG).exists() and (folder / WEIGHTS).exists()
+
+
+def verify(folder: Path) -> str:
+    """Check a model's files against its config.json; returns the SHA-256 of its weights."""
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        came = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise DataError(f"{folder} has export format {came!r}; this jemkit reads {FORMAT}")
+    hashes = config.get("sha256")
+    wanted = hashes if isinstance(hashes, dict) else {}
+    for name in dict.fromkeys([WEIGHTS, *map(str, wanted)]):
+        path, sha = folder / name, wanted.get(name)
+        if Path(name).name != name or not path.is_file() or file_hash(path) != sha:
+            raise DataError(f"{path} is missing or damaged: its SHA-256 is not {sha}")
+    return str(wanted[WEIGHTS])
+
+
+Size = Annotated[int, Field(gt=0, le=2**16, strict=True)]
+"""The side of an image, or the number of its channels."""
+
+
+class TaskTable(BaseModel):
+    """The table `task` of config.json: what the parts must know of the data, to build a model."""
+
+    shape: tuple[Size, Size, Size]
+    n_classes: int = Field(ge=1)
+    radius_px: float = Field(ge=0)
+    n_train: int
+    total_steps: int
+    hash: str
+
+
+def task_table(task: Task) -> dict[str, Any]:
+    return {name: getattr(task, name) for name in TaskTable.model_fields}
+
+
+def saved_task(config: Mapping[str, Any], recipe: Recipe, splits: Splits) -> Task | None:
+    """The task in config.json; None if it has none, as in 0.1.0."""
+    if config.get("task") is None:
+        return None
+    try:
+        table = TaskTable.model_validate(config["task"])
+    except ValidationError:
+        raise DataError(f"{CONFIG}: [task] is damaged; export or import the model again") from None
+    return Task(**dict(table), images=splits.images, augmentation=recipe.data.augmentation)
 
 
 def write_model(
@@ -35,16 +94,12 @@ def write_model(
     """Write the folder of a model, whole or not at all; returns the SHA-256 of the weights.
 
     `config` has the recipe; `card` is the text of the model card; `beside` are additional files,
-    `moments` the Gaussians of the initial distribution. `check` reads the folder before it is
-    renamed to its final name.
+    `moments` the Gaussians of the initial distribution. `check` reads the folder at the end.
     """
     check_vacant(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     extra = beside or {}
-    try:
-        write_tensors(work / WEIGHTS, weights)
-        sha = checkpoint.file_hash(work / WEIGHTS)
+    with new_folder(folder) as work:
+        sha = write_tensors(work / WEIGHTS, weights)
         hashes = {WEIGHTS: sha}
         if moments:
             hashes[MOMENTS] = write_tensors(work / MOMENTS, moments)
@@ -62,14 +117,7 @@ def write_model(
         write_text(work / CARD, text)
         if check is not None:
             check(work)
-        os.chmod(work, 0o755)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(work, folder)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    sync_folder(folder.parent)
+        check_vacant(folder)  # another process may have been faster
     return sha
 
 

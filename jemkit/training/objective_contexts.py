@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Generator, nn
+from torch import Generator
 
 from jemkit.backbone import Backbone
 from jemkit.data import Batch
@@ -18,17 +17,17 @@ from jemkit.sampling.kernels import gradients_by
 Around = Callable[[], AbstractContextManager[Any]]
 
 
-@dataclass(frozen=True)
 class ObjectiveInContext:
     """An objective whose phases run inside contexts, which are entered each time."""
 
-    inner: Objective[Any]
-    drawing: Around
-    losing: Around = nullcontext
-
-    @property
-    def needs_density(self) -> bool:
-        return self.inner.needs_density
+    def __init__(
+        self, inner: Objective[Any], drawing: Around, losing: Around = nullcontext
+    ) -> None:
+        self.inner, self.drawing, self.losing = inner, drawing, losing
+        self.needs_density = inner.needs_density
+        if isinstance(inner, StatefulObjective):
+            self.after, self.parameters = inner.after, inner.parameters
+            self.state_dict, self.load_state_dict = inner.state_dict, inner.load_state_dict
 
     def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> Any:
         with self.drawing():
@@ -37,20 +36,6 @@ class ObjectiveInContext:
     def loss(self, backbone: Backbone, batch: Batch, draws: Any) -> Terms:
         with self.losing():
             return self.inner.loss(backbone, batch, draws)
-
-    def after(self, backbone: Backbone, batch: Batch, draws: Any, rng: Generator) -> None:
-        if isinstance(self.inner, StatefulObjective):
-            self.inner.after(backbone, batch, draws, rng)
-
-    def parameters(self) -> list[nn.Parameter]:
-        return self.inner.parameters() if isinstance(self.inner, StatefulObjective) else []
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.inner.state_dict() if isinstance(self.inner, StatefulObjective) else {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if isinstance(self.inner, StatefulObjective):
-            self.inner.load_state_dict(state)
 
 
 def compiled_chains(objective: Objective[Any], unit: CompiledGradient) -> ObjectiveInContext:

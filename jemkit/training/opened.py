@@ -9,7 +9,8 @@ from jemkit.errors import DataError
 from jemkit.runtime import checkpoint
 from jemkit.runtime.files import load_tensors
 from jemkit.runtime.run_dir import RunFolder
-from jemkit.training.model_files import WEIGHTS, is_exported, verify
+from jemkit.training.model_card import WEIGHTS
+from jemkit.training.model_folder import is_exported, verify
 from jemkit.training.pinned import CONFIG
 from jemkit.training.resuming import check_config
 from jemkit.training.saved_state import weights_of
@@ -39,8 +40,14 @@ def open_model(path: Path, which: Which = "best") -> Opened:
                 "it is. Give the run, or its model.safetensors with --network"
             )
     else:
-        folder = run_folder(path)
-        run, path = folder.path, select_checkpoint(folder, which)
+        run = run_folder(path).path
+        steps = run / "checkpoints"
+        chosen = steps / "best" if which == "best" else checkpoint.newest(steps)
+        if chosen is None or not chosen.exists():
+            hint = "; no epoch is complete yet; --checkpoint last uses the newest step"
+            hint = hint if which == "best" else ""
+            raise DataError(f"{run} has no complete {which} checkpoint{hint}")
+        path = chosen
     state = saved_state(run, path)
     weights, averaged = weights_of(state, path)
     return Opened(run, dict(weights), about_checkpoint(run, path, averaged=averaged), state)
@@ -71,17 +78,3 @@ def run_folder(path: Path) -> RunFolder:
             "`jemkit train` and `jemkit export` make them"
         )
     return RunFolder(path.resolve())
-
-
-def select_checkpoint(folder: RunFolder, which: Which) -> Path:
-    """The requested checkpoint of a run."""
-    best = folder.checkpoints / "best"
-    path = best if which == "best" else checkpoint.newest(folder.checkpoints)
-    if path is None or not path.exists():
-        hint = (
-            "; no epoch is complete yet; --checkpoint last uses the newest step"
-            if which == "best"
-            else ""
-        )
-        raise DataError(f"{folder.path} has no complete {which} checkpoint{hint}")
-    return path

@@ -104,10 +104,13 @@ class Pin(NamedTuple):
                     f"{described(dataset)} has {dataset.n_classes}. {advice}"
                 )
         elif came != known:
+            order = ""
+            if Counter(known) == Counter(came):
+                at = next(i for i, name in enumerate(known) if came[i] != name)
+                order = f", in another order: label {at} was {known[at]} and is now {came[at]}"
             raise DataError(
                 f"the run in {self.folder} has the classes {names(known, came)}; "
-                f"{described(dataset)} has "
-                f"{names(came, known)}{_reordered(known, came)}. {advice}"
+                f"{described(dataset)} has {names(came, known)}{order}. {advice}"
             )
 
     def named(self, dataset: Dataset) -> "Pin":
@@ -117,10 +120,8 @@ class Pin(NamedTuple):
         if self.table.classes is None or class_names(dataset) is None:
             log.warning(
                 "class names are missing: whether %s has the classes of the run in %s, in their "
-                "order, cannot be checked",
-                described(dataset),
-                self.folder,
-            )
+                "order, cannot be checked", described(dataset), self.folder,
+            )  # fmt: skip
         return named
 
     def check_images(self, splits: Splits, split: Part, images: Images) -> None:
@@ -128,9 +129,8 @@ class Pin(NamedTuple):
         wanted: SplitPin | None = getattr(self.table, split)
         if wanted is None or images_hash(images) == wanted.sha256:
             return
-        count = len(images.y)
+        count, details = len(images.y), self.details()
         now = f"{count} images" + (f", instead of {wanted.images}" * (count != wanted.images))
-        details = self.details()
         reasons = [] if details is None else _reasons(details, splits, split, images)
         difference = "; ".join([now, *reasons])
         raise DataError(
@@ -163,12 +163,11 @@ class Pin(NamedTuple):
             ]
         known = {*details.images["train"], *details.images["valid"]}
         count = sum(image in known for image in image_hashes(test))
-        if not count:
-            return 0, []
-        return count, [
+        warning = (
             f"{count} of the {len(test.y)} test images are training or validation images of the "
             "run: the figures are not on held-out images"
-        ]
+        )
+        return count, [warning] * bool(count)
 
 
 SPLIT_NAMES: dict[Part, str] = {"train": "training", "valid": "validation", "test": "test"}
@@ -178,17 +177,18 @@ def pin(splits: Splits) -> tuple[Table, Details]:
     """What a run stores about its data: in config.json, and in data.json."""
     dataset, images = splits.dataset, {part: splits.images(part) for part in PARTS}
     fields: dict[str, Any] = {
-        part: SplitPin(images=len(images[part].y), sha256=images_hash(images[part]))
-        for part in PARTS
+        part: SplitPin(images=len(own.y), sha256=images_hash(own)) for part, own in images.items()
     }
     files = files_of(dataset, PARTS if splits.own_validation else ("train", "test"))
-    hashes = None if files is None else {split: _hash(names) for split, names in files.items()}
+    named = (files or {}).items()
+    hashes = {n: hashlib.sha256("\0".join(names).encode()).hexdigest() for n, names in named}
     table = Table(
-        n_classes=dataset.n_classes, classes=class_names(dataset), files=hashes,
+        n_classes=dataset.n_classes, classes=class_names(dataset),
+        files=None if files is None else hashes,
         test_sha256=tensors_hash(images["test"]._asdict()), **fields,
     )  # fmt: skip
     rows: dict[str, list[int]] = {part: splits.rows(part) for part in PARTS}
-    hashed: dict[str, list[str]] = {part: image_hashes(images[part]) for part in PARTS}
+    hashed: dict[str, list[str]] = {part: image_hashes(own) for part, own in images.items()}
     return table, Details(images=hashed, rows=rows, files=files)
 
 
@@ -217,9 +217,8 @@ def read(config: Path, advice: str = AGAIN) -> Pin | None:
     if table is None:
         log.warning(
             "%s has no record of its data, as in jemkit 0.1: whether its classes and images are "
-            "unchanged cannot be checked",
-            config,
-        )
+            "unchanged cannot be checked", config,
+        )  # fmt: skip
         return None
     try:
         return Pin(Table.model_validate(table), config.parent, advice)
@@ -253,10 +252,6 @@ def _text(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _hash(names: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(names).encode()).hexdigest()
-
-
 def image_hashes(images: Images) -> list[str]:
     """64 bits for each image, from its pixels as 8-bit RGB, whatever their type."""
     hashes: list[str] = []
@@ -273,11 +268,11 @@ def described(dataset: Dataset) -> str:
     return f"the {name} data set" + (f" in {folder}" if folder is not None else "")
 
 
-def listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str], most: int = LISTED) -> str:
     """The first few names, and how many there are."""
     every = list(names)
-    more = f" and {len(every) - LISTED} more" if len(every) > LISTED else ""
-    return ", ".join(every[:LISTED]) + more
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(every[:most]) + more
 
 
 def names(names: Sequence[str], others: Sequence[str]) -> str:
@@ -286,13 +281,6 @@ def names(names: Sequence[str], others: Sequence[str]) -> str:
         return ", ".join(names)
     own = [name for name in names if name not in set(others)]
     return f"{len(names)} classes" + (f", among them {listed(own)}" if own else "")
-
-
-def _reordered(known: Sequence[str], came: Sequence[str]) -> str:
-    if Counter(known) != Counter(came):
-        return ""
-    at = next(i for i, name in enumerate(known) if came[i] != name)
-    return f", in another order: label {at} was {known[at]} and is now {came[at]}"
 
 
 def _reasons(details: Details, splits: Splits, split: Part, images: Images) -> list[str]:

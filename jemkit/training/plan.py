@@ -1,6 +1,7 @@
 """A dry run: the recipe is built and checked, and nothing is written."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +32,20 @@ def plan(resolved: Resolved, out: Path, *, init_from: Path | None = None) -> dic
             log.warning("%s", doubt)
     names = {table: part["use"] for table, part in resolved.tables.items() if "use" in part}
     network = resolved.tables["backbone"].get("network", {})
-    steps = parts.loader.steps_per_epoch
     return {
         "run": str(out),
         "dataset": names["data"],
         "image shape": list(parts.task.shape),
         "training images": parts.task.n_train,
         **_generated(parts.loader),
-        "backbone": names["backbone"],
-        "objective": names["objective"],
-        "updater": names["updater"],
-        "optimizer": names["optimizer"],
+        **{kind: names[kind] for kind in ("backbone", "objective", "updater", "optimizer")},
         "network": network.get("use", type(model.network).__name__),
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": str(parts.device),
         "precision": resolved.recipe.run.precision,
         "epochs": resolved.recipe.run.epochs,
         "steps": parts.task.total_steps,
-        "steps per epoch": steps,
+        "steps per epoch": parts.loader.steps_per_epoch,
         **_disk(parts, resolved.recipe),
     }
 
@@ -65,13 +62,12 @@ def _disk(parts: RunState, recipe: Recipe) -> dict[str, str]:
     """The disk space that the run will use, and that of its initial distribution."""
     one = disk.state_bytes(parts.weights()) + disk.momenta_bytes(parts.optimizer)
     rows: dict[str, str] = {}
-    states = 0
-    density = parts.backbone.density_or_none
+    buffer, density = "", parts.backbone.density_or_none
     if density is not None:
         rows["start"] = start_name(density.start)
         if isinstance(density, Buffered):
-            pixels = parts.task.shape[0] * parts.task.shape[1] * parts.task.shape[2]
-            states = 4 * density.buffer.options.capacity * pixels
+            states = 4 * density.buffer.options.capacity * math.prod(parts.task.shape)
+            buffer = f", {disk.readable(states)} of it the replay buffer"
             one += states
         if isinstance(density.start, MomentStart):
             density.start.check()
@@ -79,9 +75,6 @@ def _disk(parts: RunState, recipe: Recipe) -> dict[str, str]:
             rows["disk of the start"] = f"{size} at most, in {cache_folder() / 'moments'}"
     keep = checkpoint_count(recipe, parts.loader.steps_per_epoch)
     steps, epochs = parts.task.total_steps, recipe.run.epochs
-    whole = disk.run_bytes(one, keep=keep, steps=steps, epochs=epochs)
-    buffer = f", {disk.readable(states)} of it the replay buffer" if states else ""
-    size_of_run = (
-        f"{disk.readable(whole)} at most: {keep + 2} checkpoints of {disk.readable(one)}{buffer}"
-    )
-    return {**rows, "disk of the run": f"{size_of_run}; pictures and logs"}
+    whole = disk.readable(disk.run_bytes(one, keep=keep, steps=steps, epochs=epochs))
+    parts_of_it = f"{keep + 2} checkpoints of {disk.readable(one)}{buffer}; pictures and logs"
+    return {**rows, "disk of the run": f"{whole} at most: {parts_of_it}"}

@@ -30,25 +30,17 @@ def split(backbone: Backbone, rng: Generator, seed: int) -> Generator:
         return rng
     density = backbone.density_or_none
     if isinstance(density, Buffered):
-        buffer = density.buffer
-        check_slots(buffer.options.capacity, backbone, me)
-        capacity = buffer.options.capacity // me.size
-        buffer.options = buffer.options.model_copy(update={"capacity": capacity})
+        buffer, capacity = density.buffer, density.buffer.options.capacity
+        shares = me.size * (buffer.n_classes if buffer.options.conditional else 1)
+        if capacity % shares:
+            raise ConfigError(
+                f"{me.size} processes cannot divide a buffer of {capacity} slots evenly; set "
+                f"backbone.buffer.capacity to a multiple of {shares}"
+            )
+        own = {"capacity": capacity // me.size}
+        buffer.options = buffer.options.model_copy(update=own)
         buffer.states = buffer.states[me.rank :: me.size].clone()
     return rng if me.rank == 0 else generator(rng.device, seed, "chains", me.rank)
-
-
-def check_slots(capacity: int, backbone: Backbone, me: Shard) -> None:
-    """Reject a buffer that cannot be divided evenly among the processes, class by class."""
-    buffer = backbone.density.buffer if isinstance(backbone.density, Buffered) else None
-    shares = me.size
-    if buffer is not None and buffer.options.conditional:
-        shares *= buffer.n_classes
-    if capacity % shares:
-        raise ConfigError(
-            f"{me.size} processes cannot divide a buffer of {capacity} slots evenly; set "
-            f"backbone.buffer.capacity to a multiple of {shares}"
-        )
 
 
 def share_of(state: State, rng: Tensor, density: Density | None, *, ended: bool = False) -> State:
@@ -102,28 +94,16 @@ def reshard_state(saved: list[State], density: Density, me: Shard) -> State:
             f"{', '.join(sorted(saved[0]))} is distributed: {', '.join(DEALS)}"
         )
     try:
-        return {
-            name: DEALS[how]([state[name] for state in saved], me) for name, how in deals.items()
-        }
+        parts = {name: [state[name] for state in saved] for name in deals}
+        return {name: DEALS[how](parts[name], me) for name, how in deals.items()}
     except (TypeError, ValueError, RuntimeError) as error:
-        raise MisfitError(
-            f"the processes' parts of a density do not fit together: {error}"
-        ) from None
-
-
-def _slots(parts: list[Tensor], me: Shard) -> Tensor:
-    """Every `me.size`-th row of those of which each part has every len(parts)-th."""
-    return torch.stack(parts, dim=1).flatten(0, 1)[me.rank :: me.size]
-
-
-def _count(parts: list[int], me: Shard) -> int:
-    return sum(map(int, parts)) // me.size
-
-
-def _same(parts: list[Any], _: Shard) -> Any:
-    return parts[0]
+        what = "the processes' parts of a density do not fit together"
+        raise MisfitError(f"{what}: {error}") from None
 
 
 DEALS: dict[str, Callable[[list[Any], Shard], Any]] = {
-    "slots": _slots, "count": _count, "same": _same,
-}  # fmt: skip
+    # every `size`-th row of those of which each part has every len(parts)-th
+    "slots": lambda parts, me: torch.stack(parts, dim=1).flatten(0, 1)[me.rank :: me.size],
+    "count": lambda parts, me: sum(map(int, parts)) // me.size,
+    "same": lambda parts, _: parts[0],
+}

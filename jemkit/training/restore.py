@@ -18,10 +18,9 @@ from jemkit.runtime.files import read_json
 from jemkit.runtime.rng import generator
 from jemkit.sampling.moments import brought
 from jemkit.splits import Splits
-from jemkit.training.build import load_model, splits_of, task_of
+from jemkit.training.build import laid_out, load_model, splits_of, task_of
 from jemkit.training.compatibility import trained_threat
-from jemkit.training.memory_format import laid_out
-from jemkit.training.model_files import saved_task
+from jemkit.training.model_folder import saved_task
 from jemkit.training.opened import Opened, open_model
 from jemkit.training.pinned import CONFIG, JUDGED, Pin, read
 
@@ -76,8 +75,7 @@ def restored(
 def _own_start(task: Task, config: Path, registry: Registry, pin: Pin | None) -> Task:
     """The task of other data; chains start from the run's own training images.
 
-    They are read at the first draw of an initial distribution that needs them, if the cache has no
-    moments.
+    They are read at the first draw of a distribution that needs them and has no cached moments.
     """
 
     def images(split: Literal["train", "valid"]) -> Images:
@@ -110,9 +108,10 @@ def _check_shape(backbone: Backbone, task: Task, config: Path) -> None:
     except (ValueError, RuntimeError) as error:
         if "meta" in str(error).lower():  # the network needs real tensors
             return
+        shape = " x ".join(map(str, task.shape))
         raise DataError(
-            f"{config}: [task] names images of {' x '.join(map(str, task.shape))}, which the "
-            f"model does not accept; export or import it again"
+            f"{config}: [task] names images of {shape}, which the model does not accept; export or "
+            "import it again"
         ) from None
 
 
@@ -122,8 +121,7 @@ def is_own(dataset: dict[str, Any] | None) -> bool:
 
 
 def about_parts(tables: dict[str, Any], recipe: Recipe, radius_px: float | None) -> dict[str, Any]:
-    """The entry of a record for the recipe of the weights; the radius is the default of the data
-    that they were trained on."""
+    """The entry of a record for the recipe of the weights, trained on data of this radius."""
     parts = {kind: tables[kind]["use"] for kind in ("backbone", "objective", "data")}
     trained = None if radius_px is None else trained_threat(recipe.objective, radius_px)
     other = {} if trained is None or trained.norm == "Linf" else {"trained_norm": trained.norm}

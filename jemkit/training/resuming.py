@@ -1,5 +1,6 @@
 """The recipe with which a run resumes: its own, except for what may differ."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +16,7 @@ MAY_DIFFER = (
     *MOVES, "run.micro_batch", "run.recompute", "run.keep", "run.tensorboard", "data.dir",
     "data.download", "extra.file", "extra.labels",
 )  # fmt: skip
-"""Settings that do not change a run's outcome; that images, generated ones and the model that
-labels them are the same is checked by their hashes."""
+"""Settings that do not change a run's outcome; what they name is compared by its hash."""
 EPOCHS = "run.epochs"
 
 
@@ -31,15 +31,6 @@ class Change(NamedTuple):
         return f"{self.key} = {_shown(self.now)}: the run was started with {_shown(self.was)}"
 
 
-class Agreed(NamedTuple):
-    """How a run resumes."""
-
-    resolved: Resolved
-    config: dict[str, Any]  # the content of config.json from now on
-    changed: bool  # whether it differs from before
-    epochs: int  # that of the run's newest checkpoint
-
-
 def changes(was: Table, now: Table) -> list[Change]:
     """The settings in which the tables of two recipes differ."""
     one, other = dict(flat(was)), dict(flat(now))
@@ -49,8 +40,8 @@ def changes(was: Table, now: Table) -> list[Change]:
 
 def refused(was: Table, now: Table) -> list[Change]:
     """The changes with which a run cannot resume; more epochs are allowed."""
-    differing = [change for change in changes(was, now) if change.key not in MAY_DIFFER]
-    return [change for change in differing if not _longer(change)]
+    differing = changes(was, now)
+    return [c for c in differing if c.key not in MAY_DIFFER and not _longer(c)]
 
 
 def resolve_for_resume(
@@ -85,14 +76,13 @@ def resolve_for_resume(
 
 def agreed(
     given: Resolved, folder: Path, state: dict[str, Any], path: Path, registry: Registry
-) -> Agreed:
-    """The recipe with which the run in `folder` resumes from the checkpoint `path`.
+) -> dict[str, Any]:
+    """The `config` to resume from the checkpoint `path`, if it `changed`, and that one's `epochs`.
 
     Raises DataError if config.json was changed, and UsageError if another recipe is given.
     """
     config = check_config(folder / "config.json", state, path)
     was = complete(resolve(registry, config=folder / "config.json"), registry)
-    origins = config.get("origins", {})
     if wrong := refused(was.tables, given.tables):
         short = any(change.key == EPOCHS for change in wrong)
         more = "; a run can be extended, not shortened" if short else ""
@@ -100,27 +90,31 @@ def agreed(
             f"--resume continues with the recipe that the run was started with{more}: "
             f"{'; '.join(map(str, wrong))}. Omit what differs, or start a new run"
         )
+    began = dict(flat((_stored_config(state, path) or config)["recipe"]))
+    recipe, sources = deepcopy(config["recipe"]), dict(config.get("origins", {}))
     adopted = [change for change in changes(was.tables, given.tables) if change.key not in MOVES]
-    recipe, sources = config["recipe"], dict(origins)
     for change in adopted:
-        recipe = _with(recipe, change.key.split("."), change.now)
+        table, (*tables, option) = recipe, change.key.split(".")
+        for name in tables:
+            table = table.setdefault(name, {})
+        table[option] = change.now
         sources[change.key] = given.origins.get(change.key, "option")
-    began = dict(flat(_stored_config(state, path) or {"recipe": config["recipe"]}))
+    epochs = int(began.get(EPOCHS, given.recipe.run.epochs))
     config = {**config, "recipe": recipe, "origins": sources}
-    epochs = began.get(f"recipe.{EPOCHS}", given.recipe.run.epochs)
-    return Agreed(given, config, bool(adopted), int(epochs))
+    return {"config": config, "changed": bool(adopted), "epochs": epochs}
 
 
 def check_config(config: Path, state: dict[str, Any], path: Path) -> dict[str, Any]:
     """A run's config.json; DataError if it is not the one that a checkpoint was saved with."""
-    current = _config_of(config.parent)
+    current = read_json(config)
+    if not isinstance(current, dict) or not isinstance(current.get("recipe"), dict):
+        raise DataError(f"{config} contains no recipe; it is not a run's config")
     saved = _stored_config(state, path)
     if saved is None:  # of jemkit 0.1
         return current
     differences = [
         f"{change.key} is {_shown(change.now)} and was {_shown(change.was)}"
-        for change in changes(saved["recipe"], current["recipe"])
-        if change.key not in MAY_DIFFER and not _longer(change)
+        for change in refused(saved["recipe"], current["recipe"])
     ]
     if "data" in saved and saved["data"] != current.get("data"):
         differences.append("its entry for the data differs")
@@ -137,8 +131,8 @@ def extension(before: int, now: int, rates: tuple[float, float]) -> str:
     return (
         f"the run was started with {before} epochs and continues to {now}. From here on its "
         f"learning rate follows the schedule of {now} epochs ({rates[1]:.3g} at this step, where "
-        f"it was {rates[0]:.3g}), so "
-        f"it is not bit-for-bit identical to a run of {now} epochs from the start"
+        f"it was {rates[0]:.3g}), so it is not bit-for-bit identical to a run of {now} epochs from "
+        "the start"
     )
 
 
@@ -150,24 +144,9 @@ def _stored_config(state: dict[str, Any], path: Path) -> dict[str, Any] | None:
     raise DataError(f"{path} is damaged: its copy of the run's config.json is not a recipe")
 
 
-def _config_of(folder: Path) -> dict[str, Any]:
-    content = read_json(folder / "config.json")
-    if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
-        raise DataError(f"{folder / 'config.json'} contains no recipe; it is not a run's config")
-    return content
-
-
 def _longer(change: Change) -> bool:
     numbers = isinstance(change.was, int) and isinstance(change.now, int)
     return change.key == EPOCHS and numbers and change.now > change.was
-
-
-def _with(table: Table, path: list[str], value: Any) -> Table:
-    """A table with one value changed."""
-    first, *rest = path
-    if rest:
-        return {**table, first: _with(table.get(first, {}), rest, value)}
-    return {**table, first: value}
 
 
 def _shown(value: Any) -> str:

@@ -1,23 +1,17 @@
 """Rollback: an unhealthy run returns to a healthy checkpoint and continues with a remedy."""
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any
 
-from jemkit.config.recipe import Recipe
-from jemkit.data import Loader
-from jemkit.errors import DataError, Diverged, OutOfMemory
+from jemkit.errors import DataError
 from jemkit.runtime import checkpoint, distributed
-from jemkit.runtime.divergence_monitor import Finding, Remedy, Sentinel, Unhealthy
+from jemkit.runtime.divergence_monitor import Finding, Remedy, Sentinel
 from jemkit.runtime.rng import generator
-from jemkit.runtime.run_dir import RunFolder
 from jemkit.sampling.density import Penalised, penalty_of
 from jemkit.training.build import RunState
 from jemkit.training.health import HealthMonitor, renew, sick_slots
-from jemkit.training.metrics_log import Journal
-from jemkit.updaters import Guard
 
 PENALTY = 0.1
 """Weight of the penalty on squared mean energies, as recommended to users of JEM whose runs
@@ -35,8 +29,7 @@ class RollbackPolicy:
         self.options, self.parts, self.seed = options, parts, seed
         self.monitor = HealthMonitor(options, parts)
         self.tried: list[dict[str, Any]] = []  # one entry per rollback
-        learns = parts.objective.needs_density
-        self.chains = parts.backbone.density_or_none if learns else None  # that it draws from
+        self.chains = self.monitor.chains
         self._steps = self.chains.steps if self.chains else 0
         self._epoch = parts.loader.steps_per_epoch
 
@@ -46,14 +39,12 @@ class RollbackPolicy:
 
     @property
     def rate(self) -> float:
-        """The factor on the learning rate."""
         return float(0.5 ** self._times("rate"))
 
     def proven(self, folder: Path, since: int) -> Iterator[Path]:
         """Checkpoints after which `quiet` steps, or an epoch, raised no finding; newest first.
 
-        Only ends of epochs, and the start, count, since every run has those however often it was
-        interrupted.
+        Only the start and ends of epochs count: a run has them however often it is interrupted.
         """
         for path in reversed(checkpoint.complete(folder)):
             step = step_of(path)
@@ -61,6 +52,13 @@ class RollbackPolicy:
                 step % self._epoch == 0 and step + self.options.proof(self._epoch) <= since
             ):
                 yield path
+
+    def newest_proven(self, folder: Path, since: int) -> tuple[str, dict[str, Any] | None]:
+        """The name of the newest of these that is not damaged, and its state."""
+        for path in self.proven(folder, since):
+            with suppress(DataError):
+                return path.name, checkpoint.load(path)
+        return "", None
 
     def prune(self, folder: Path, step: int, keep: int) -> None:
         """Keep the newest `keep`, and those that a later finding may roll back to."""
@@ -80,13 +78,22 @@ class RollbackPolicy:
             "what": finding.message, "step": step, "since": finding.since, "to": back,
             "remedy": self._remedy(attempt), "renewed": 0,
         }  # fmt: skip
-        (entry["renewed"],) = distributed.total(reseed_chains(self.monitor, self.seed, attempt))
+        (entry["renewed"],) = distributed.total(self._reseed_chains(attempt))
         self.apply_remedies([*self.tried, entry])
         entry["with"] = self.continued_with()
         return entry
 
+    def _reseed_chains(self, attempt: int) -> int:
+        """Give this process's chains another stream; restart the unhealthy and count them."""
+        monitor, parts, rank = self.monitor, self.parts, distributed.shard().rank
+        words = ("chains", "attempt", attempt, *([rank] if rank else []))
+        parts.rng.set_state(generator(parts.device, self.seed, *words).get_state())
+        buffer = monitor.buffer
+        if buffer is None:
+            return 0
+        return renew(buffer, sick_slots(buffer, parts.task.bounds, monitor.limit), parts.rng)
+
     def apply_remedies(self, tried: list[dict[str, Any]]) -> None:
-        """Apply the remedies of these attempts."""
         self.tried = list(tried)
         if self.chains is None:
             return
@@ -104,14 +111,12 @@ class RollbackPolicy:
         return ", ".join(words)
 
     def _remedy(self, attempt: int) -> Remedy:
-        """The next remedy of the policy that changes anything; its last serves all later attempts.
-        If none does, the learning rate is lowered, which is always possible."""
+        """The next remedy of the policy that changes anything, or the last; else the rate."""
         policy = self.options.policy
         left = policy[min(attempt, len(policy)) - 1 :]
         return next((remedy for remedy in left if self._changes(remedy)), "rate")
 
     def _changes(self, remedy: Remedy) -> bool:
-        """Whether a remedy would change anything."""
         if remedy == "rate":
             return True
         if remedy == "steps":
@@ -130,130 +135,16 @@ class RollbackPolicy:
         self.apply_remedies(state["tried"])
 
 
-def reseed_chains(monitor: HealthMonitor, seed: int, attempt: int) -> int:
-    """Give this process's chains another stream and restart its unhealthy ones; returns their
-    number."""
-    parts, buffer, rank = monitor.parts, monitor.buffer, distributed.shard().rank
-    words = ("chains", "attempt", attempt, *([rank] if rank else []))
-    parts.rng.set_state(generator(parts.device, seed, *words).get_state())
-    if buffer is None:
-        return 0
-    return renew(buffer, sick_slots(buffer, parts.task.bounds, monitor.limit), parts.rng)
-
-
-class Recoverable(Protocol):
-    """The parts of a trainer that a rollback restores."""
-
-    best: dict[str, Any]
-    guard: Guard
-    journal: Journal
-    rollback: RollbackPolicy
-    loader: Loader
-    recipe: Recipe
-    folder: RunFolder
-    writer: checkpoint.Writer
-    watch: Callable[[str, dict[str, Any]], None]
-
-    @property
-    def seconds(self) -> float: ...
-
-    @property
-    def step(self) -> int: ...
-
-    def gather(self) -> object: ...
-
-    def save(self) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-def roll_back(trainer: Recoverable, error: Diverged) -> None:
-    """Roll a run back to a healthy checkpoint, or raise Diverged.
-
-    The rolled-back state is saved in place of that checkpoint, and later checkpoints are deleted;
-    the best epoch is kept, whichever attempt it is from.
-    """
-    distributed.on_rank_zero(trainer.writer.wait)
-    policy, folder, step = trainer.rollback, trainer.folder, trainer.step
-    finding = _earliest(trainer, error)
-    name, state = distributed.on_rank_zero(
-        lambda: _readable(policy.proven(folder.checkpoints, finding.since))
-    )
-    cause = None if policy.options.on else "the sentinel is off"
-    if not trainer.loader.images.unit().isfinite().all():
-        cause = SPOILT
-    if state is None or cause or not policy.may_try:
-        distributed.on_rank_zero(lambda: _give_up(trainer, finding, name, cause))
-    tried, best, seconds = policy.tried, trainer.best, trainer.seconds
-    trainer.load_state_dict(state)
-    trainer.best, trainer.journal.seconds, trainer.guard = best, seconds, Guard()
-    policy.apply_remedies(tried)
-    entry = policy.try_next(finding, step, trainer.step)
-    rolled_back = trainer.state_dict()
-
-    def put_back() -> None:
-        for path in reversed(checkpoint.complete(folder.checkpoints)):
-            if path.name > name:  # newest first: a run killed here repeats the rollback
-                checkpoint.remove(path)
-        checkpoint.save(folder.checkpoints / name, rolled_back)
-        folder.drop_metrics_from(trainer.step)
-        folder.event("rollback", **entry)
-
-    distributed.on_rank_zero(put_back)
-    trainer.watch("rollback", entry)
-
-
-def _give_up(trainer: Recoverable, finding: Finding, name: str, cause: str | None) -> NoReturn:
-    folder = trainer.folder
-    where = folder.checkpoints / name if name else None
-    where = checkpoint.newest(folder.checkpoints) if cause else where
-    tried = trainer.rollback.tried
-    folder.event("diverged", step=trainer.step, reason=finding.message, tried=tried)
-    raise Diverged(diagnosis(finding, trainer.step, trainer, where, cause))
-
-
-def saved(trainer: Recoverable, error: OutOfMemory) -> NoReturn:
-    """End a run that ran out of memory, once its state is saved."""
-    message = str(error)
-    if error.undone:
-        try:
-            trainer.save()
-            distributed.on_rank_zero(trainer.writer.wait)  # before any process ends
-        except Diverged as sick:  # of its last steps; the checkpoint to roll back to is saved
-            roll_back(trainer, sick)
-        message += f". Step {trainer.step} is saved; --resume continues from it with more memory"
-        distributed.on_rank_zero(lambda: _end(trainer, message, undone=True))
-    _end(trainer, message, undone=False)
-
-
-def _end(trainer: Recoverable, message: str, *, undone: bool) -> NoReturn:
-    if distributed.shard().rank == 0:
-        trainer.folder.event("memory", step=trainer.step, ended=message)
-    raise OutOfMemory(message, undone=undone) from None
-
-
-def _earliest(trainer: Recoverable, error: Diverged) -> Finding:
-    """A finding in metrics that were not read yet takes precedence over the error."""
-    try:
-        trainer.gather()
-    except Unhealthy as earlier:
-        return earlier.finding
-    if isinstance(error, Unhealthy):
-        return error.finding
-    message = re.sub(r"^update \d+: ", "", str(error))  # counted again in every process
-    return Finding("update", trainer.step, message)
-
-
 def diagnosis(
-    finding: Finding, step: int, trainer: Recoverable, where: Path | None, cause: str | None
-) -> str:
+    finding: Finding, step: int, policy: RollbackPolicy, rate: float, where: Path | None,
+    cause: str | None,
+) -> str:  # fmt: skip
     """What was detected and since when, what was tried, and what to do, as a short list.
 
-    The initial weights are not suggested, since the run diverged from them.
+    `rate` is the learning rate of the recipe, and `where` the checkpoint to start from. The initial
+    weights are not suggested, since the run diverged from them.
     """
-    tried, policy = trainer.rollback.tried, trainer.rollback
+    tried = policy.tried
     head = f"diverged at step {step}: {finding.message} (since step {finding.since})"
     lines = [f"{len(tried) - SHOWN} attempts before these: see events.jsonl"] * (len(tried) > SHOWN)
     for entry in tried[-SHOWN:]:
@@ -262,8 +153,8 @@ def diagnosis(
             f"attempt {entry['attempt']} {back}, continued with {entry['with']}: {entry['what']}"
         )
     if cause != SPOILT:
-        rate = trainer.recipe.optimizer.lr * policy.rate
-        lines.append(f"start a new run with optimizer.lr below {rate:.3g}, or a longer warm-up")
+        below = f"optimizer.lr below {rate * policy.rate:.3g}"
+        lines.append(f"start a new run with {below}, or a longer warm-up")
         if policy.chains is not None:
             lighter = penalty_of(policy.chains) < PENALTY
             penalty = f" or backbone.density.penalty = {PENALTY}" if lighter else ""
@@ -271,14 +162,6 @@ def diagnosis(
     if where is not None and step_of(where) > 0:
         lines.append(f"--init-from {where} starts from its weights, of step {step_of(where)}")
     return "\n  - ".join([f"{head}; {cause}" if cause else head, *lines])
-
-
-def _readable(paths: Iterator[Path]) -> tuple[str, dict[str, Any] | None]:
-    """The name of the first that is not damaged, and its state."""
-    for path in paths:
-        with suppress(DataError):
-            return path.name, checkpoint.load(path)
-    return "", None
 
 
 def step_of(path: Path) -> int:

@@ -11,13 +11,13 @@ from jemkit.config.recipe import Recipe, Resolved, complete
 from jemkit.config.registry import Registry
 from jemkit.errors import DataError, JemkitError, memory_ran_out
 from jemkit.runtime import checkpoint, disk, distributed
-from jemkit.runtime.files import write_json
+from jemkit.runtime.files import set_aside, write_json
 from jemkit.runtime.lock import LOCK, locked
 from jemkit.runtime.precision import device_of
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.training import mixing, pinned, resuming
 from jemkit.training.build import leads
-from jemkit.training.initial_weights import check_same, doubts, initial, initial_source
+from jemkit.training.initial_weights import check_same, doubts, initial
 from jemkit.training.trainer import Summary, Trainer, Watch
 
 log = logging.getLogger(__name__)
@@ -39,8 +39,7 @@ def train(
     """Train a recipe into the folder `out` and evaluate its best epoch on the test split.
 
     A link `latest` points to the run. If the disk is full, writing waits for space (`patience`).
-    Raises ConfigError or DataError before the first step, Diverged, or Preempted once the run is
-    saved.
+    Raises ConfigError or DataError before the first step; Diverged; Preempted once it is saved.
     """
     whole, folder = complete(resolved, registry), RunFolder(out)
     with ExitStack() as held:
@@ -81,7 +80,7 @@ def train(
 
 def _opened(folder: RunFolder, resume: bool, held: ExitStack) -> bool:
     """Whether there is a run to resume, which is locked then."""
-    goes_on = resume or (distributed.restarted() and (folder.path / pinned.CONFIG).exists())
+    goes_on = resume or (distributed.restarts() > 0 and (folder.path / pinned.CONFIG).exists())
     if goes_on:
         RunFolder.open(folder.path)
         _lock(folder, held)
@@ -120,12 +119,9 @@ def _fresh(
 
 
 def _resumed(
-    whole: Resolved,
-    folder: RunFolder,
-    registry: Registry,
-    init_from: Path | None,
+    whole: Resolved, folder: RunFolder, registry: Registry, init_from: Path | None,
     watch: Watch | None,
-) -> tuple[Trainer, dict[str, Any]]:
+) -> tuple[Trainer, dict[str, Any]]:  # fmt: skip
     """A run in the state of its newest checkpoint, with its recipe and its data."""
 
     def read() -> dict[str, Any]:
@@ -133,8 +129,8 @@ def _resumed(
         path = folder.checkpoints / start["name"]
         going = resuming.agreed(whole, folder.path, start["state"], path, registry)
         if init_from is not None:
-            check_same(init_from, going.config)
-        return {**start, "config": going.config, "changed": going.changed, "epochs": going.epochs}
+            check_same(init_from, going["config"])
+        return {**start, **going}
 
     start = distributed.on_rank_zero(read)
     config = folder.path / pinned.CONFIG
@@ -144,9 +140,7 @@ def _resumed(
     distributed.on_rank_zero(lambda: bool(trainer.splits.images("test")))
     distributed.on_rank_zero(lambda: mixing.check_same(trainer.loader, start["config"]))
     resume_from(trainer, folder, start)
-    trainer.config = {
-        name: start["config"][name] for name in CONFIG_KEYS if name in start["config"]
-    }
+    trainer.config = {name: start["config"][name] for name in STORED if name in start["config"]}
     return trainer, start
 
 
@@ -157,15 +151,13 @@ def _go_on(trainer: Trainer, start: dict[str, Any]) -> None:
         rate = trainer.recipe.optimizer.lr * trainer.rollback.rate
         totals = (trainer.total_steps // now * before, trainer.total_steps)
         factor = trainer.recipe.schedule.factor
-        rates = [rate * factor(min(trainer.step, total - 1), total) for total in totals]
-        _warn_event(
-            trainer.folder, "extended", resuming.extension(before, now, (rates[0], rates[1]))
-        )
+        was, becomes = (rate * factor(min(trainer.step, n - 1), n) for n in totals)
+        _warn_event(trainer.folder, "extended", resuming.extension(before, now, (was, becomes)))
     if start["changed"]:
         write_json(trainer.folder.path / pinned.CONFIG, start["config"])
 
 
-CONFIG_KEYS = ("recipe", "data")
+STORED = ("recipe", "data")
 """The part of config.json that a checkpoint stores, so that a change is detected."""
 
 
@@ -176,8 +168,7 @@ def _begin(
     init_from: Path | None,
     state: checkpoint.State,
 ) -> None:
-    """Make the folder a run: config.json is written last, when there is a checkpoint to resume
-    from."""
+    """Make the folder a run: config.json is written last, when there is a checkpoint."""
     folder = trainer.folder
     _check_vacant(folder)  # another process may have been faster
     for part in (folder.checkpoints, folder.samples):
@@ -189,9 +180,10 @@ def _begin(
     trainer.config = {"recipe": whole.tables, "data": table}
     state = {**state, "config": trainer.config}
     checkpoint.save(folder.checkpoints / f"step-{trainer.step:08d}", state)
-    weights = {} if init_from is None else {"init_from": initial_source(init_from)}
-    extra = mixing.record(trainer.loader)
-    folder.write_config(whole.tables, whole.origins, data=table, **weights, **extra)
+    also: dict[str, Any] = {"data": table, **mixing.record(trainer.loader)}
+    if init_from is not None:
+        also["init_from"] = {"given": str(init_from), "path": str(init_from.resolve())}
+    folder.write_config(whole.tables, whole.origins, **also)
 
 
 WRITTEN = (pinned.CONFIG, pinned.DETAILS)
@@ -211,12 +203,9 @@ def unborn(out: Path) -> bool:
 
 def still_needed(trainer: Trainer, state: checkpoint.State) -> int:
     """The bytes that a run will write in addition to its existing checkpoints."""
-    loader = trainer.loader
     one = disk.state_bytes(state) + disk.momenta_bytes(trainer.optimizer)
-    steps = max(0, trainer.total_steps - trainer.step)
-    per_epoch = loader.steps_per_epoch
-    epochs = -(-steps // per_epoch)
-    keep = checkpoint_count(trainer.recipe, per_epoch)
+    steps, per_epoch = trainer.total_steps - trainer.step, trainer.loader.steps_per_epoch
+    keep, epochs = checkpoint_count(trainer.recipe, per_epoch), -(-steps // per_epoch)
     there = disk.used_bytes(trainer.folder.checkpoints)
     return max(0, disk.run_bytes(one, keep=keep, steps=steps, epochs=epochs) - there)
 
@@ -232,8 +221,8 @@ def newest_state(folder: RunFolder) -> dict[str, Any]:
     """The newest readable checkpoint, and why newer ones cannot be read."""
     checkpoint.recover(folder.checkpoints)
     path, state, damaged = checkpoint.sound(folder.checkpoints)
-    broken = {checkpoint_path.name: str(reason) for checkpoint_path, reason in damaged.items()}
-    return {"name": path.name, "state": state, "damaged": broken}
+    reasons = {newer.name: str(error) for newer, error in damaged.items()}
+    return {"name": path.name, "state": state, "damaged": reasons}
 
 
 def _load(trainer: Trainer, state: checkpoint.State, path: Path) -> None:
@@ -247,9 +236,9 @@ def _load(trainer: Trainer, state: checkpoint.State, path: Path) -> None:
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         if memory_ran_out(error):
             raise
+        what = f"{type(error).__name__}: {error}"
         raise DataError(
-            f"{path} does not fit this run: {type(error).__name__}: {error}; check whether its "
-            f"config.json was changed"
+            f"{path} does not fit this run: {what}; check whether its config.json was changed"
         ) from None
 
 
@@ -262,7 +251,7 @@ def resume_from(trainer: Trainer, folder: RunFolder, start: dict[str, Any] | Non
 
     def mend() -> dict[str, Any]:
         for name, reason in damaged.items():
-            aside = checkpoint.set_aside(folder.checkpoints / name)
+            aside = set_aside(folder.checkpoints / name)
             note = f"the damaged one is kept as {aside.name}"
             _warn_event(folder, "damaged", f"{reason}. Continuing from {path.name}; {note}")
         _check_best(trainer, folder, state)
@@ -277,18 +266,16 @@ def _check_best(trainer: Trainer, folder: RunFolder, state: checkpoint.State) ->
     """A missing or damaged best checkpoint is written again, or chosen from later epochs."""
     best = folder.checkpoints / "best"
     if not trainer.best:
-        return
+        return None
     try:
         checkpoint.verify(best)
     except DataError as error:
         if best.exists():
-            checkpoint.set_aside(best)
+            set_aside(best)
         if trainer.best["epoch"] * trainer.loader.steps_per_epoch == trainer.step:
             checkpoint.save(best, state)
-            _warn_event(
-                folder, "damaged", f"{error}. The best epoch is the newest and is written again"
-            )
-            return
+            now = "The best epoch is the newest and is written again"
+            return _warn_event(folder, "damaged", f"{error}. {now}")
         if trainer.step == trainer.total_steps:
             raise DataError(f"{error}. The run is complete and its best epoch is lost") from None
         trainer.best = {}

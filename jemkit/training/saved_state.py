@@ -20,6 +20,9 @@ from jemkit.updaters import EMA
 
 LARGEST = 2**53
 """No count of a run is as large, and every smaller whole number is exact in a float."""
+LONGEST = 4 + 10**6
+"""The numbers of a drift: its own four, and a window of metrics."""
+ADAM = {"step", "exp_avg", "exp_avg_sq"}
 
 Count = Annotated[int, Field(ge=0, lt=LARGEST)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -89,8 +92,6 @@ class Position(Part):
 
 
 class Own(Part):
-    """The state of one process."""
-
     density: dict[str, Any] | None
     objective: dict[str, Any] | None
     rng: Tensor
@@ -150,19 +151,17 @@ def check(state: Mapping[str, Any], trainer: Resumable) -> None:
     model = trainer.backbone.model.state_dict()
     _same_tensors("model", saved.model, model)
     if (saved.ema is None) != (trainer.ema is None):
-        raise _wrong(
-            "ema", "it has an average of the weights and the recipe has none, or the reverse"
-        )
+        which = "it has an average of the weights and the recipe has none, or the reverse"
+        raise _wrong("ema", which)
     if saved.ema is not None:
         _same_tensors("ema", saved.ema, model)
-    own = (("", saved), *((f"ranks/{i}/", rank) for i, rank in enumerate(saved.ranks)))
-    for where, part in own:
+    for where, part in (("", saved), *((f"ranks/{i}/", r) for i, r in enumerate(saved.ranks))):
         _same_kind(f"{where}rng", part.rng, trainer.rng.get_state())
     _check_optimizer(saved.optimizer, trainer)
     _check_position(saved.loader, trainer)
     _check_epochs(saved, trainer)
     if saved.rollback is not None:
-        _check_rollback(saved.rollback, trainer)
+        _check_rollback(saved.rollback, trainer.recipe.sentinel.tries)
 
 
 def _check_optimizer(saved: OptimizerState, trainer: Resumable) -> None:
@@ -186,9 +185,6 @@ def _check_optimizer(saved: OptimizerState, trainer: Resumable) -> None:
                     raise _wrong(f"{where}/step", f"{float(tensor)} is not a count of steps")
             else:
                 _same_kind(f"{where}/{name}", tensor, params[index])
-
-
-ADAM = {"step", "exp_avg", "exp_avg_sq"}
 
 
 def _check_position(saved: Position, trainer: Resumable) -> None:
@@ -218,10 +214,9 @@ def _check_epochs(saved: SavedRun, trainer: Resumable) -> None:
         raise _wrong("best", "a complete run has a best epoch")
 
 
-def _check_rollback(saved: RollbackPolicy, trainer: Resumable) -> None:
-    options = trainer.recipe.sentinel
-    if len(saved.tried) > options.tries:
-        raise _wrong("care/tried", f"{len(saved.tried)} attempts of {options.tries}")
+def _check_rollback(saved: RollbackPolicy, tries: int) -> None:
+    if len(saved.tried) > tries:
+        raise _wrong("care/tried", f"{len(saved.tried)} attempts of {tries}")
     for at, entry in enumerate(saved.tried):
         if entry.attempt != at + 1:
             raise _wrong(f"care/tried/{at}/attempt", f"{entry.attempt} in place of {at + 1}")
@@ -232,10 +227,6 @@ def _check_rollback(saved: RollbackPolicy, trainer: Resumable) -> None:
         counts = drift[2:4]
         if not drift[2:].isfinite().all() or (counts < 0).any() or (counts > LARGEST).any():
             raise _wrong(where, "it contains something other than numbers")
-
-
-LONGEST = 4 + 10**6
-"""The numbers of a drift: its own four, and a window of metrics."""
 
 
 def _validated(kind: type[Any], state: Mapping[str, Any], source: str = "") -> Any:

@@ -1,5 +1,6 @@
 """Training: the loop over the steps of a run."""
 
+import re
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from jemkit.metrics import record as records
 from jemkit.metrics.evaluator import Notes
 from jemkit.metrics.figures import Figure
 from jemkit.runtime import checkpoint, distributed
+from jemkit.runtime.divergence_monitor import Finding, Unhealthy
 from jemkit.runtime.precision import judging, numerics
 from jemkit.runtime.preemption import PreemptionCheck
 from jemkit.runtime.run_dir import RunFolder
@@ -24,16 +26,13 @@ from jemkit.training.compatibility import trained_threat
 from jemkit.training.metrics_log import GATHER, PATIENCE, Journal
 from jemkit.training.opened import about_checkpoint
 from jemkit.training.restore import about_parts
-from jemkit.training.rollback import RollbackPolicy, roll_back, saved
+from jemkit.training.rollback import SPOILT, RollbackPolicy, diagnosis
 from jemkit.training.saved_state import check as check_saved
 from jemkit.training.saved_state import weights_of
-from jemkit.training.validation import Validator
+from jemkit.training.validation import Validator, images_to_judge
 from jemkit.updaters import Guard
 
-__all__ = [
-    "Summary", "Trainer", "Watch", "train_step",
-]  # fmt: skip
-
+__all__ = ["Summary", "Trainer", "Watch", "train_step"]
 
 REDRAW = 10.0
 """Seconds between two updates of curves.svg, which take longer than a short epoch."""
@@ -87,13 +86,13 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
         self._redrawn = 0.0
+        run = self.recipe.run
+        self._settings: Any = {"deterministic": run.deterministic, "threads": run.threads}
         # several processes stop between steps alone; a compiled graph has no place for a check
-        single_process = distributed.shard().size == 1
-        self._stops_inside = single_process and not self.recipe.run.compile
+        self._stops_inside = distributed.shard().size == 1 and not run.compile
 
     @property
     def step(self) -> int:
-        """Steps done."""
         return self.loader.step
 
     @property
@@ -108,14 +107,12 @@ class Trainer:
     def run(self, until: int | None = None) -> None:
         """Train to the end of the recipe, or until `until` steps are done; then save."""
         run, last = self.recipe.run, min(until or self.total_steps, self.total_steps)
-        begun: dict[str, Any] = {"step": self.step, "total": self.total_steps, "epochs": run.epochs}
-        self.watch("start", begun)
+        self.watch("start", {"step": self.step, "total": self.total_steps, "epochs": run.epochs})
         self.backbone.model.train()
         if self.recipe.sentinel.on and self.step == 0:
             self.save()  # the checkpoint to roll back to before the end of the first epoch
         passes = self.polling.passes(self.backbone.model, on=self._stops_inside)
-        switches = partial(numerics, deterministic=run.deterministic, threads=run.threads)
-        with switches(precision=run.precision), passes:
+        with numerics(precision=run.precision, **self._settings), passes:
             try:
                 self._recovering(last)
             finally:
@@ -126,11 +123,13 @@ class Trainer:
             try:
                 return self._steps(last)
             except Preempted:
-                self._preempted()
+                self._save_at_end()
+                message = f"stopped at step {self.step}; continue with --resume"
+                distributed.on_rank_zero(partial(self._end, message))
             except Diverged as error:
-                roll_back(self, error)
+                self._roll_back(error)
             except OutOfMemory as error:
-                saved(self, error)
+                self._out_of_memory(error)
 
     def _steps(self, last: int) -> None:
         per_epoch = self.loader.steps_per_epoch
@@ -215,7 +214,7 @@ class Trainer:
         """What validation finds, the sizes that the sentinel follows, and the micro-batch."""
         polls = not self._stops_inside  # otherwise `run` checks in every pass
         run = self.recipe.run
-        strict = judging(self.parts.device, deterministic=run.deterministic, threads=run.threads)
+        strict = judging(self.parts.device, **self._settings)
         with self.polling.passes(self.backbone.model, on=polls), strict:
             sizes = self.rollback.monitor.body(self.step, self.ema.average if self.ema else {})
             validator = self.validator(epoch)
@@ -237,8 +236,39 @@ class Trainer:
         return Validator(self.backbone, self.task, self.splits, seed, epoch, micro, trained)
 
     def finish(self) -> Summary:
-        """Evaluate the best epoch on the test split, at full size."""
-        return judged(self)
+        """Evaluate the weights of the best epoch on the test split, at full size."""
+        with self.parts.whole_model():
+            figures = distributed.on_rank_zero(self._judge)
+        best, epochs = self.best["epoch"], self.recipe.run.epochs
+        reloaded = [Figure(**figure) for figure in figures]
+        summary = Summary(self.folder.path, epochs, best, self.seconds, reloaded)
+        self.watch("end", {"summary": summary})
+        return summary
+
+    def _judge(self) -> list[dict[str, Any]]:
+        """The figures of the best epoch, once its record is written."""
+        folder, run, path = self.folder, self.recipe.run, self.folder.checkpoints / "best"
+        state = checkpoint.load(path)
+        about = about_checkpoint(folder.path.resolve(), path, averaged=bool(state["ema"]))
+        about |= about_parts(self.tables, self.recipe, self.task.radius_px)
+        count = images_to_judge(self.parts, run.test_images)
+        self.polling.begin()
+        with judging(self.parts.device, **self._settings):
+            load_model(self.backbone.model, weights_of(state, path)[0])
+            try:
+                with self.polling.passes(self.backbone.model, on=True):
+                    record = self.validator(0).judge(about, count)
+                    self.validator(0).draw_energies(folder.path / "energies.svg")
+            except Preempted:  # everything trained is saved
+                self._end("stopped during the final evaluation; continue with --resume")
+        records.save(folder.path, record, Notes())
+        figures = [figure._asdict() for figure in record.figures]
+        folder.event("end", figures=figures)
+        return figures
+
+    def _end(self, message: str) -> NoReturn:
+        self.folder.event("preempted", step=self.step)
+        raise Preempted(message)
 
     def save(self, *, replace: bool = False, best: bool = False) -> None:
         """Write a checkpoint of this step in the background; `replace` overwrites one."""
@@ -281,72 +311,79 @@ class Trainer:
             distributed.on_rank_zero(lambda: compiled.report(self.folder, self.watch))
         return rows[-1] if rows else {}
 
-    def _preempted(self) -> NoReturn:
+    def _save_at_end(self) -> None:
         try:
             self.save()
             distributed.on_rank_zero(self.writer.wait)  # before any process ends
         except Diverged as error:  # of its last steps; the checkpoint to roll back to is saved
-            roll_back(self, error)
-        message = f"stopped at step {self.step}; continue with --resume"
-        distributed.on_rank_zero(lambda: preempted(self, message))
+            self._roll_back(error)
 
+    def _out_of_memory(self, error: OutOfMemory) -> NoReturn:
+        """End a run that ran out of memory, once its state is saved."""
+        message = str(error)
+        if error.undone:
+            self._save_at_end()
+            message += f". Step {self.step} is saved; --resume continues from it with more memory"
 
-FEWEST = 1000
-"""Minimum number of test images in the final evaluation, if there are as many."""
+        def end() -> NoReturn:
+            if distributed.shard().rank == 0:
+                self.folder.event("memory", step=self.step, ended=message)
+            raise OutOfMemory(message, undone=error.undone) from None
 
-PER_IMAGE = 44
-"""Forward-pass equivalents per image of the final evaluation: clean accuracy, PGD-20 and the
-energies."""
+        if error.undone:
+            distributed.on_rank_zero(end)
+        end()
 
+    def _roll_back(self, error: Diverged) -> None:
+        """Roll back to a healthy checkpoint, or raise Diverged.
 
-def images_to_judge(trainer: "Trainer") -> int:
-    """`run.test_images`, or as many as take a tenth of the passes of training.
+        The rolled-back state is saved in place of that checkpoint, and later checkpoints are
+        deleted; the best epoch is kept, whichever attempt it is from.
+        """
+        distributed.on_rank_zero(self.writer.wait)
+        policy, folder, step = self.rollback, self.folder.checkpoints, self.step
+        finding = self._earliest(error)
+        newest = distributed.on_rank_zero(lambda: policy.newest_proven(folder, finding.since))
+        name, state = newest
+        cause = None if policy.options.on else "the sentinel is off"
+        if not self.loader.images.unit().isfinite().all():
+            cause = SPOILT
+        if state is None or cause or not policy.may_try:
+            distributed.on_rank_zero(lambda: self._give_up(finding, name, cause))
+        tried, best, seconds = policy.tried, self.best, self.seconds
+        self.load_state_dict(state)
+        self.best, self.journal.seconds, self.guard = best, seconds, Guard()
+        policy.apply_remedies(tried)
+        entry = policy.try_next(finding, step, self.step)
+        rolled_back = self.state_dict()
 
-    Forward and backward passes of the updates and the chains are counted, so that the number
-    depends on the recipe alone and not on a clock.
-    """
-    requested = trainer.recipe.run.test_images
-    if requested is not None:
-        return requested
-    density = trainer.backbone.density_or_none
-    steps = density.steps if density else 0
-    passes = trainer.total_steps * trainer.loader.batch_size * (2 + 2 * steps)
-    return max(FEWEST, passes // (10 * PER_IMAGE))
+        def put_back() -> None:
+            for path in reversed(checkpoint.complete(folder)):
+                if path.name > name:  # newest first: a run killed here repeats the rollback
+                    checkpoint.remove(path)
+            checkpoint.save(folder / name, rolled_back)
+            self.folder.drop_metrics_from(self.step)
+            self.folder.event("rollback", **entry)
 
+        distributed.on_rank_zero(put_back)
+        self.watch("rollback", entry)
 
-def preempted(trainer: "Trainer", message: str) -> NoReturn:
-    trainer.folder.event("preempted", step=trainer.step)
-    raise Preempted(message)
+    def _give_up(self, finding: Finding, name: str, cause: str | None) -> NoReturn:
+        folder, policy = self.folder.checkpoints, self.rollback
+        where = folder / name if name else None
+        where = checkpoint.newest(folder) if cause else where
+        what = {"reason": finding.message, "tried": policy.tried}
+        self.folder.event("diverged", step=self.step, **what)
+        rate = self.recipe.optimizer.lr
+        raise Diverged(diagnosis(finding, self.step, policy, rate, where, cause))
 
-
-def judged(trainer: "Trainer") -> Summary:
-    """Load the best epoch's weights and evaluate them at full size."""
-    with trainer.parts.whole_model():
-        figures = distributed.on_rank_zero(lambda: _judged(trainer))
-    reloaded = [Figure(**figure) for figure in figures]
-    best, epochs = trainer.best["epoch"], trainer.recipe.run.epochs
-    summary = Summary(trainer.folder.path, epochs, best, trainer.seconds, reloaded)
-    trainer.watch("end", {"summary": summary})
-    return summary
-
-
-def _judged(trainer: "Trainer") -> list[dict[str, Any]]:
-    """The figures of the best epoch, once its record is written."""
-    folder, run = trainer.folder, trainer.recipe.run
-    path = folder.checkpoints / "best"
-    state = checkpoint.load(path)
-    about = about_checkpoint(folder.path.resolve(), path, averaged=bool(state["ema"]))
-    about |= about_parts(trainer.tables, trainer.recipe, trainer.task.radius_px)
-    trainer.polling.begin()
-    with judging(trainer.parts.device, deterministic=run.deterministic, threads=run.threads):
-        load_model(trainer.backbone.model, weights_of(state, path)[0])
+    def _earliest(self, error: Diverged) -> Finding:
+        """A finding in metrics that were not read yet takes precedence over the error."""
         try:
-            with trainer.polling.passes(trainer.backbone.model, on=True):
-                record = trainer.validator(0).judge(about, images_to_judge(trainer))
-                trainer.validator(0).draw_energies(folder.path / "energies.svg")
-        except Preempted:  # everything trained is saved
-            preempted(trainer, "stopped during the final evaluation; continue with --resume")
-    records.save(folder.path, record, Notes())
-    figures = [figure._asdict() for figure in record.figures]
-    folder.event("end", figures=figures)
-    return figures
+            self.gather()
+        except Unhealthy as earlier:
+            return earlier.finding
+        if isinstance(error, Unhealthy):
+            return error.finding
+        message = re.sub(r"^update \d+: ", "", str(error))  # counted again in every process
+        return Finding("update", self.step, message)

@@ -29,6 +29,13 @@ from jemkit.runtime.rng import generator
 from jemkit.sampling.init_dists import Labelled
 from jemkit.selection import part_of
 from jemkit.splits import Splits
+from jemkit.training.build import RunState
+
+FEWEST = 1000
+"""Minimum number of test images in the final evaluation, if there are as many."""
+
+PER_IMAGE = 44
+"""Forward-pass equivalents per image of the final evaluation: accuracy, PGD-20 and energies."""
 
 GRID, GRID_STEPS = 100, 40
 """Images in an epoch's sample grid, and the number of steps of their newly started chains."""
@@ -57,8 +64,7 @@ class Validator:
         return {"accuracy": clean.value, "pgd10": robust.value}
 
     def draw_grid(self, path: Path) -> None:
-        """Samples of newly started chains, one row per class if the initial distribution has
-        classes."""
+        """Samples of newly started chains, by the classes of their initial distribution."""
         if not self.backbone.has_density:
             return
         with self.micro.active():
@@ -142,3 +148,17 @@ class Validator:
         """Seeded by the seed, the epoch and the name of its purpose."""
         device = next(self.backbone.model.parameters()).device
         return generator(device, self.seed, self.epoch, name)
+
+
+def images_to_judge(parts: RunState, requested: int | None) -> int:
+    """The images that are `requested`, or as many as take a tenth of the passes of training.
+
+    Forward and backward passes of the updates and the chains are counted, so that the number
+    depends on the recipe alone and not on a clock.
+    """
+    if requested is not None:
+        return requested
+    density = parts.backbone.density_or_none
+    steps = density.steps if density else 0
+    passes = parts.task.total_steps * parts.loader.batch_size * (2 + 2 * steps)
+    return max(FEWEST, passes // (10 * PER_IMAGE))

@@ -28,9 +28,10 @@ from jemkit.evaluation.subjects import subject_at
 from jemkit.metrics import record as records
 from jemkit.runtime import checkpoint
 from jemkit.runtime.extras import install
-from jemkit.runtime.files import load_tensors, read_json, write_json
-from jemkit.training.model_files import CARD, CONFIG, FORMAT, WEIGHTS, verify
-from jemkit.training.model_folder import push, write_model
+from jemkit.runtime.files import file_hash, load_tensors, read_json, write_json
+from jemkit.runtime.pytree import same
+from jemkit.training.model_card import CARD, CONFIG, WEIGHTS
+from jemkit.training.model_folder import FORMAT, push, verify, write_model
 from jemkit.training.restore import load
 from jemkit_cli.foreign import export_model
 
@@ -50,8 +51,8 @@ def test_an_exported_model_is_the_best_checkpoint_averaged(averaged: Path, tmp_p
     state = checkpoint.load(averaged / "checkpoints" / "best")
     weights = load_tensors(found.folder / WEIGHTS)
     assert found.weights == "averaged"
-    assert checkpoint.same(weights, state["ema"])
-    assert not checkpoint.same(weights, state["model"])
+    assert same(weights, state["ema"])
+    assert not same(weights, state["model"])
 
 
 def test_an_exported_model_is_judged_as_its_run(
@@ -79,7 +80,7 @@ def test_the_config_says_what_it_is(averaged: Path, tmp_path: Path) -> None:
     assert config["format"] == FORMAT
     assert config["jemkit"]
     assert config["recipe"] == read_json(averaged / CONFIG)["recipe"]
-    assert config["sha256"] == {WEIGHTS: checkpoint.file_hash(found.folder / WEIGHTS)}
+    assert config["sha256"] == {WEIGHTS: file_hash(found.folder / WEIGHTS)}
     assert config["source"]["checkpoint"] == "best"
 
 

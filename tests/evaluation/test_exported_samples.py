@@ -18,7 +18,8 @@ from jemkit.evaluation.sample import draw_samples, sample, sample_request
 from jemkit.sampling.fresh import TOGETHER
 from jemkit.sampling.moments import MOMENTS
 from jemkit.training import restore
-from jemkit.training.model_files import WEIGHTS, verify
+from jemkit.training.model_card import WEIGHTS
+from jemkit.training.model_folder import verify
 from jemkit.training.plan import plan
 
 

@@ -20,6 +20,7 @@ from jemkit.metrics.evaluator import Notes
 from jemkit.metrics.figures import plain
 from jemkit.runtime import checkpoint
 from jemkit.runtime.checkpoint import FILES, MANIFEST
+from jemkit.runtime.files import file_hash
 from jemkit.runtime.pytree import same
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.training.run import resume_from
@@ -47,7 +48,7 @@ class Kept(NamedTuple):
 
     def vouch(self) -> None:
         """Make the manifest agree with whatever the files hold."""
-        hashes = {n: checkpoint.file_hash(self.folder / "checkpoint" / n) for n in FILES}
+        hashes = {n: file_hash(self.folder / "checkpoint" / n) for n in FILES}
         manifest = {"format": checkpoint.FORMAT, "sha256": hashes}
         (self.folder / "checkpoint" / MANIFEST).write_text(json.dumps(manifest))
 

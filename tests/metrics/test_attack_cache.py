@@ -194,7 +194,7 @@ def test_a_ledger_waits_for_a_piece_and_a_stop_ends_the_wait(tmp_path: Path) -> 
         raise Preempted("stopped")
 
     with pytest.raises(Preempted):
-        ledger.pieces(["a"], lambda _: {}, poll, lambda _: None)
+        next(ledger.pieces(["a"], lambda _: {}, poll, lambda _: None))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -209,7 +209,7 @@ def test_pieces_that_an_equal_evaluation_tidied_up_are_computed_by_whoever_still
             raise Preempted("waited in vain")
 
     def pieces_of(ledger: ResultCache) -> Iterator[Piece]:
-        return ledger.each(names, lambda i: {"x": torch.tensor(i)}, poll, lambda _: None)
+        return ledger.pieces(names, lambda i: {"x": torch.tensor(i)}, poll, lambda _: None)
 
     work = tmp_path / "work"
     late, other = ResultCache(work, {}, Shard(rank, 2)), ResultCache(work, {}, Shard(1 - rank, 2))
@@ -231,7 +231,7 @@ def test_the_folder_of_half_done_work_goes_with_the_last_of_it(tmp_path: Path) -
     assert other.folder.exists()
     other.remove()
     assert not work.exists()
-    other.pieces(["a"], lambda _: {"x": torch.ones(1)}, lambda: None, lambda _: None)
+    next(other.pieces(["a"], lambda _: {"x": torch.ones(1)}, lambda: None, lambda _: None))
 
 
 def test_a_piece_that_an_equal_evaluation_tidied_up_is_computed_again(tmp_path: Path) -> None:
@@ -241,8 +241,8 @@ def test_a_piece_that_an_equal_evaluation_tidied_up_is_computed_again(tmp_path: 
         other.remove()
 
     asked = iter(range(9))
-    found = ledger.pieces(["a"], lambda _: {"x": torch.ones(2)}, lambda: next(asked), done)
-    assert torch.equal(found[0]["x"], torch.ones(2))
+    (found,) = ledger.pieces(["a"], lambda _: {"x": torch.ones(2)}, lambda: next(asked), done)
+    assert torch.equal(found["x"], torch.ones(2))
 
 
 class Slow(nn.Module):

@@ -14,6 +14,7 @@ from states import state, tensors
 from jemkit import DataError
 from jemkit.runtime import checkpoint
 from jemkit.runtime.checkpoint import FILES, MANIFEST, MODEL
+from jemkit.runtime.files import file_hash
 from jemkit.runtime.pytree import same
 
 
@@ -109,7 +110,7 @@ def test_a_pickle_in_place_of_any_file_is_refused_and_never_executed(
         checkpoint.load(saved)
     if name in FILES:  # even where the manifest vouches for it
         manifest = json.loads((saved / MANIFEST).read_text())
-        manifest["sha256"][name] = checkpoint.file_hash(saved / name)
+        manifest["sha256"][name] = file_hash(saved / name)
         (saved / MANIFEST).write_text(json.dumps(manifest))
         with pytest.raises(DataError):
             checkpoint.load(saved)
@@ -222,7 +223,7 @@ def test_a_manifest_that_vouches_for_a_state_of_no_run_changes_nothing(saved: Pa
     for tree in ({"items": [["a"]]}, {"tensor": "gone"}, [1], {"items": [[[], 1]]}, {"odd": 1}, 1):
         (saved / "state.json").write_text(json.dumps({"format": 1, "tree": tree}))
         manifest = json.loads((saved / MANIFEST).read_text())
-        manifest["sha256"]["state.json"] = checkpoint.file_hash(saved / "state.json")
+        manifest["sha256"]["state.json"] = file_hash(saved / "state.json")
         (saved / MANIFEST).write_text(json.dumps(manifest))
         with pytest.raises(DataError, match="not a state of a run"):
             checkpoint.load(saved)

@@ -9,6 +9,7 @@ from states import state
 from jemkit import DataError
 from jemkit.runtime import checkpoint
 from jemkit.runtime.checkpoint import FILES, MANIFEST, MODEL
+from jemkit.runtime.files import set_aside
 from jemkit.runtime.pytree import same
 
 
@@ -44,9 +45,9 @@ def test_the_newest_that_can_be_read_is_found_and_what_is_damaged_is_named(tmp_p
     assert found.path.name == "step-1"
     assert same(found.state, state(1))
     assert [p.name for p in found.damaged] == ["step-3", "step-2"]
-    assert checkpoint.set_aside(tmp_path / "step-3").name == "damaged-step-3"
+    assert set_aside(tmp_path / "step-3").name == "damaged-step-3"
     checkpoint.save(tmp_path / "step-3", state(3))
-    assert checkpoint.set_aside(tmp_path / "step-3").name == "damaged-step-3-1"
+    assert set_aside(tmp_path / "step-3").name == "damaged-step-3-1"
     (tmp_path / "step-1" / MODEL).unlink()
     with pytest.raises(DataError, match=r"no checkpoint in .* can be read"):
         checkpoint.sound(tmp_path)

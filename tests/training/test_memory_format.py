@@ -7,7 +7,7 @@ import torch
 
 from jemkit.models.networks import SmallCNN
 from jemkit.testing import toy_model, toy_task
-from jemkit.training.memory_format import laid_out
+from jemkit.training.build import laid_out
 
 TASK = toy_task()
 CPU = torch.device("cpu")

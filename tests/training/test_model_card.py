@@ -20,8 +20,7 @@ from jemkit.evaluation.export import export
 from jemkit.metrics.figures import Figure
 from jemkit.runtime.extras import command, install
 from jemkit.training.model_card import LONGEST, MOST, escaped, figures_table, page, quoted
-from jemkit.training.model_files import verify
-from jemkit.training.model_folder import write_model
+from jemkit.training.model_folder import verify, write_model
 from jemkit.training.restore import load
 
 HOSTILE = [

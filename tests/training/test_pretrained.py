@@ -26,7 +26,7 @@ from jemkit.errors import ConfigError, DataError
 from jemkit.evaluation.subjects import subject_at
 from jemkit.models.energy import LinearHead, LogSumExp
 from jemkit.runtime.modes import eval_mode
-from jemkit.training.model_files import verify
+from jemkit.training.model_folder import verify
 from jemkit.training.pretrained import FORMATS, Format, import_checkpoint, read_checkpoint
 from jemkit.training.pretrained.layouts import looks_like, read_layout
 from jemkit_cli.foreign import import_model

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from jemkit.config.layers import Table
 from jemkit.config.recipe import Resolved, complete, resolve
@@ -13,7 +13,7 @@ from jemkit.models.networks import stages_for
 from jemkit.models.norms import Norm
 from jemkit.training import pinned
 from jemkit.training.model_card import table_of
-from jemkit.training.model_folder import check_vacant, write_model
+from jemkit.training.model_folder import TaskTable, check_vacant, write_model
 from jemkit.training.pretrained.layouts import (
     Format,
     Reading,
@@ -22,7 +22,8 @@ from jemkit.training.pretrained.layouts import (
     read_layout,
     recognised,
 )
-from jemkit.training.pretrained.reading import Contents, read_checkpoint
+from jemkit.training.pretrained.probing import StateDict
+from jemkit.training.pretrained.reading import read_checkpoint
 from jemkit.training.restore import load
 
 DATASETS = {10: "cifar10", 100: "cifar100"}
@@ -39,8 +40,6 @@ PARTS = {  # backbone, objective
 
 
 class Imported(NamedTuple):
-    """The result of an import."""
-
     folder: Path
     format: Format
     network: str
@@ -52,17 +51,6 @@ class Imported(NamedTuple):
     sha256: str  # of model.safetensors
     left_out: list[str]  # other contents of the file
     notes: list[str]  # what was guessed or chosen
-
-
-class Wanted(NamedTuple):
-    """The options of an import besides the file."""
-
-    format: Format | Literal["auto"] = "auto"
-    dataset: Table | str | None = None  # a name, or the table [data]
-    norm: Norm | None = None  # if names do not distinguish instance norm from layer norm
-    key: str | None = None  # of several state dicts
-    sha256: str | None = None  # the file must have this hash
-    overrides: tuple[str, ...] = ()  # of the recipe
 
 
 def import_checkpoint(
@@ -80,10 +68,8 @@ def import_checkpoint(
     """Read the weights of a published checkpoint and write them as an exported model.
 
     `norm` is needed if names do not distinguish instance norm from layer norm, `key` if several
-    state dicts fit; with `sha256` the file must have this hash. The written folder is opened before
-    it is renamed to its final name.
+    state dicts fit; with `sha256` the file must have this hash. The folder is opened as a check.
     """
-    wanted = Wanted(format, dataset, norm, key, sha256, tuple(overrides))
     folder = path.with_name(f"{path.stem}-imported") if out is None else out
     check_vacant(folder)
     contents = read_checkpoint(path, None if format == "auto" else format, key)
@@ -94,102 +80,74 @@ def import_checkpoint(
         reading = read_layout(contents.weights, kind, norm)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
-    resolved, shape = _recipe(reading, kind, registry, wanted)
-    return _write(folder, contents, kind, reading, resolved, shape, wanted, registry)
-
-
-def _write(
-    folder: Path,
-    contents: Contents,
-    kind: Format,
-    reading: Reading,
-    resolved: Resolved,
-    shape: Shape,
-    wanted: Wanted,
-    registry: Registry,
-) -> Imported:
-    left_out = [*contents.beside, *reading.unused]
-    energy = energy_of(contents.weights, kind)
-    notes = _notes(contents, kind, wanted)
+    resolved, shape = _recipe(reading, kind, registry, dataset, overrides)
+    energy, left_out = energy_of(contents.weights, kind), [*contents.beside, *reading.unused]
+    notes = _notes(contents, kind, guessed=format == "auto")
     source = {
-        "file": contents.file,
-        "key": contents.key,
-        "sha256": contents.sha256,
-        "format": kind,
-        "energy": energy,
-        "left_out": left_out,
-        "notes": notes,
-    }
-    data = resolved.recipe.data
-    classes = pinned.Table(n_classes=data.n_classes, classes=pinned.class_names(data))
-    about = {
-        "recipe": resolved.tables,
-        "source": source,
-        "data": classes.model_dump(mode="json"),
-        "task": _task(resolved, shape),
-    }
+        "file": contents.file, "key": contents.key, "sha256": contents.sha256, "format": kind,
+        "energy": energy, "left_out": left_out, "notes": notes,
+    }  # fmt: skip
     written = write_model(
-        folder, about, reading.weights, _card(source, reading, resolved),
+        folder, _config(resolved, shape, source), reading.weights, _card(source, reading, resolved),
         check=lambda made: load(made, registry=registry),
     )  # fmt: skip
-    network = f"wrn-{reading.network.depth}-{reading.network.width}"
     tables = resolved.tables
     return Imported(
-        folder, kind, network, tables["backbone"]["use"], tables["data"]["use"], energy,
+        folder, kind, _name(reading), tables["backbone"]["use"], tables["data"]["use"], energy,
         contents.key, contents.sha256, written, left_out, notes,
     )  # fmt: skip
 
 
-def _task(resolved: Resolved, shape: Shape) -> Table:
-    """What a model must know of images of this shape; no image is read."""
+def _config(resolved: Resolved, shape: Shape, source: Table) -> Table:
+    """The config.json of the model; its authors' training images are unknown, and none is read."""
     data = resolved.recipe.data
+    classes = pinned.Table(n_classes=data.n_classes, classes=pinned.class_names(data))
+    task = TaskTable(
+        shape=shape, n_classes=data.n_classes, radius_px=data.radius_px, n_train=0,
+        total_steps=0, hash="",
+    )  # fmt: skip
     return {
-        "shape": list(shape),
-        "n_classes": data.n_classes,
-        "radius_px": data.radius_px,
-        "n_train": 0,  # the authors' training images are unknown
-        "total_steps": 0,
-        "hash": "",
+        "recipe": resolved.tables,
+        "source": source,
+        "data": classes.model_dump(mode="json"),
+        "task": task.model_dump(mode="json"),
     }
 
 
-def _notes(contents: Contents, kind: Format, wanted: Wanted) -> list[str]:
+def _notes(contents: StateDict, kind: Format, *, guessed: bool) -> list[str]:
     """What a reader could not know: the choices made, and the alternatives."""
     notes = []
-    if wanted.format == "auto":
+    if guessed:
         others = [f for f in looks_like(contents.weights) if f != kind]
         fits = f"; its names fit {', '.join(others)} too (--format)" if others else ""
         notes.append(f"read as {kind} by its names and shapes{fits}")
     if contents.averaged:
-        notes.append(
-            f"averaged weights, of {contents.key}; {contents.averaged} is ignored (--key selects "
-            f"it)"
-        )
+        ignored = f"{contents.averaged} is ignored (--key selects it)"
+        notes.append(f"averaged weights, of {contents.key}; {ignored}")
     return notes
 
 
 def _recipe(
-    reading: Reading, format: Format, registry: Registry, wanted: Wanted
+    reading: Reading,
+    format: Format,
+    registry: Registry,
+    given: Table | str | None,
+    overrides: Sequence[str],
 ) -> tuple[Resolved, Shape]:
     """The published method's recipe around the network that the file holds, and its images."""
-    given = wanted.dataset
     data: Table = {"use": given} if isinstance(given, str) else dict(given or {})
     data.setdefault("use", DATASETS.get(reading.n_classes))
     if data["use"] is None:
-        raise ConfigError(
-            f"the weights have {reading.n_classes} classes, and no data set is known for that "
-            f"many: pass it by --dataset"
-        )
+        count = f"{reading.n_classes} classes, and no data set is known for that many"
+        raise ConfigError(f"the weights have {count}: pass it by --dataset")
     backbone, objective = PARTS[format]
     if format == "ebjdat":  # its program has three folders, one for each backbone
-        backbone = _ebjdat_backbone(reading)
+        plain = "jem" if reading.network.norm == "none" else "sadajem"
+        backbone = "jempp" if reading.yopo else plain
     network: Table = {"use": "wrn", **reading.network.model_dump(mode="json")}
-    named = {
-        "data": data,
-        "backbone": {"use": backbone, "network": network},
-        "objective": {"use": objective},
-    }
-    resolved = resolve(registry, named=named, overrides=wanted.overrides)
+    backbone_table = {"use": backbone, "network": network}
+    named = {"data": data, "backbone": backbone_table, "objective": {"use": objective}}
+    resolved = resolve(registry, named=named, overrides=tuple(overrides))
     known = resolved.recipe.data.n_classes
     if known != reading.n_classes:
         raise DataError(
@@ -217,20 +175,17 @@ def _shape(reading: Reading, name: str, data: Dataset) -> Shape:
     return shape
 
 
-def _ebjdat_backbone(reading: Reading) -> str:
-    if reading.yopo:
-        return "jempp"
-    return "jem" if reading.network.norm == "none" else "sadajem"
+def _name(reading: Reading) -> str:
+    return f"wrn-{reading.network.depth}-{reading.network.width}"
 
 
-def _card(source: dict[str, Any], reading: Reading, resolved: Resolved) -> str:
-    network = f"wrn-{reading.network.depth}-{reading.network.width}, norm {reading.network.norm}"
+def _card(source: Table, reading: Reading, resolved: Resolved) -> str:
     rows = [
         ("authors' format", source["format"]),
         ("file", source["file"]),
         ("under the key", source["key"] or "none"),
         ("SHA-256 of the file", source["sha256"]),
-        ("network", network),
+        ("network", f"{_name(reading)}, norm {reading.network.norm}"),
         ("energy", source["energy"]),
         ("data set", resolved.tables["data"]["use"]),
         ("left out", ", ".join(source["left_out"]) or "nothing"),
@@ -239,6 +194,5 @@ def _card(source: dict[str, Any], reading: Reading, resolved: Resolved) -> str:
     return (
         f"Published weights under jemkit's names.\n\n{table_of(rows)}\n"
         "The recipe is jemkit's for the published method, not read from the file; the weights "
-        "are the authors'. No figure was measured yet: `jemkit evaluate` measures "
-        "them.\n"
+        "are the authors'. No figure was measured yet: `jemkit evaluate` measures them.\n"
     )

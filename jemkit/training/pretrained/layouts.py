@@ -7,11 +7,11 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from jemkit.data import Shape
 from jemkit.errors import DataError
-from jemkit.models.energy import EnergyModel, LinearHead, LogSumExp
+from jemkit.models.energy import LinearHead, LogSumExp
 from jemkit.models.networks import WRN
 from jemkit.models.norms import Norm
+from jemkit.training.pinned import listed
 
 Format = Literal["jem", "jempp", "sadajem", "mebm", "ebjdat", "wrn"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -38,8 +38,7 @@ class Reading(NamedTuple):
 
 
 def looks_like(names: Iterable[str]) -> list[Format]:
-    """The formats with such names; there may be several, since the programs derive from each
-    other."""
+    """The formats with such names; several, where the programs derive from each other."""
     there = set(names)
     if {"conv1.bias", "layer1.0.conv1.bias", "linear.weight"} <= there:
         return ["wrn"]
@@ -66,7 +65,7 @@ def recognised(weights: Mapping[str, Tensor]) -> Format:
     like = looks_like(weights)
     if not like:
         raise DataError(
-            f"its names match no known format: {_some(weights)}; "
+            f"its names match no known format: {listed(weights, 3)}; "
             f"expected those of {', '.join(FORMATS)}"
         )
     if "mebm" in like and head_moved(weights):
@@ -96,60 +95,53 @@ def energy_of(weights: Mapping[str, Tensor], format: Format) -> str:
         return "E(x) = -logsumexp of the class head's logits"
     moved = head_moved(weights)
     if format == "mebm":
-        doubt = "" if moved else (
+        doubt = (
             "; nothing in the file shows that this head was trained: if the classifier's logits "
             "are the energy, choose another format"
-        )  # fmt: skip
-        return f"E(x) = -energy_output(x), from the energy head{doubt}"
-    doubt = (
-        "it was trained: --format mebm computes E(x) from it"
-        if moved
-        else "if it was trained (--uncond), --format mebm computes E(x) from it"
+        )
+        return f"E(x) = -energy_output(x), from the energy head{'' if moved else doubt}"
+    trained = "it was trained:" if moved else "if it was trained (--uncond),"
+    return (
+        "E(x) = -logsumexp of the class head's logits; energy_output is ignored; "
+        f"{trained} --format mebm computes E(x) from it"
     )
-    return f"E(x) = -logsumexp of the class head's logits; energy_output is ignored; {doubt}"
 
 
 def read_layout(weights: Mapping[str, Tensor], format: Format, norm: Norm | None = None) -> Reading:
     """Every tensor under jemkit's name, with its shape checked.
 
-    Mean pooling is assumed: the authors' `sum_pool`, which is off by default, cannot be seen in a
-    file.
+    Mean pooling is assumed: no file shows the authors' `sum_pool`, which is off by default.
     """
-    _check_format(weights, format)
-    _check_stages(weights, "" if format == "wrn" else "f.")
     prefix, head = ("", "linear") if format == "wrn" else ("f.", "class_output")
+    _check_format(weights, format, prefix, head)
+    _check_stages(weights, prefix)
     network = _network(weights, prefix, norm)
     stages = 4 if f"{prefix}layer4.0.conv1.weight" in weights else 3
     channels = _size(weights, f"{prefix}conv1.weight", 4, 1)
     n_classes = _size(weights, f"{head}.weight", 2, 0)
-    model = _meta_model(network, (channels, *2 * (64 if stages == 4 else 32,)), n_classes, format)
-    wanted = model.state_dict()
+    size = 64 if stages == 4 else 32
+    energy = LinearHead() if format == "mebm" else LogSumExp()
+    with torch.device("meta"):  # names and shapes alone: no memory, no random numbers
+        wanted = energy.build(network.build((channels, size, size)), n_classes).state_dict()
     blocks = (network.depth - 4) // 6
     theirs = {name: _their_name(name, prefix, head, blocks) for name in wanted}
-    aliases = {n: _alias(n, stages) for n in weights if _alias(n, stages)}
+    aliases = {name: layer for name in weights if (layer := _alias(name, stages))}
     read = {*theirs.values()}
     unused = [n for n in weights if re.match(r"f\.linear\.|energy_output\.", n)] if prefix else []
     _check_names(weights, read, {*read, *aliases, *unused})
     _check_aliases(weights, aliases)
     _check_shapes(weights, {theirs[name]: tensor for name, tensor in wanted.items()})
-    return Reading(
-        {name: _like(weights[theirs[name]], wanted[name]) for name in wanted},
-        network,
-        channels,
-        stages,
-        n_classes,
-        bool(aliases),
-        sorted(n for n in unused if n not in read),
-    )
+    ours = {n: weights[theirs[n]].detach().to(t.dtype).contiguous() for n, t in wanted.items()}
+    left = sorted(n for n in unused if n not in read)
+    return Reading(ours, network, channels, stages, n_classes, bool(aliases), left)
 
 
-def _check_format(weights: Mapping[str, Tensor], format: Format) -> None:
+def _check_format(weights: Mapping[str, Tensor], format: Format, prefix: str, head: str) -> None:
     like = looks_like(weights)
     if not like:
         raise DataError(
-            f"its names match no known format: {_some(weights)}; expected, for "
-            f"{format}, {'conv1' if format == 'wrn' else 'f.conv1'}.weight with a bias, "
-            f"{'linear' if format == 'wrn' else 'class_output'}.weight and so on"
+            f"its names match no known format: {listed(weights, 3)}; expected, for {format}, "
+            f"{prefix}conv1.weight with a bias, {head}.weight and so on"
         )
     if format not in like:
         raise DataError(
@@ -167,12 +159,9 @@ def _check_stages(weights: Mapping[str, Tensor], prefix: str) -> None:
             blocks.setdefault(match[1], set()).add(match[2])
     depths = {stage: len(names) for stage, names in sorted(blocks.items())}
     if len(depths) < 3 or len(set(depths.values())) > 1:
-        stages_text = (
-            ", ".join(f"layer{stage} has {n} blocks" for stage, n in depths.items()) or "none"
-        )
+        came = ", ".join(f"layer{stage} has {n} blocks" for stage, n in depths.items()) or "none"
         raise DataError(
-            f"the names are not those of a WideResNet, whose 3 or 4 stages are equally deep: "
-            f"{stages_text}"
+            f"the names are not those of a WideResNet, whose 3 or 4 stages are equally deep: {came}"
         )
 
 
@@ -201,8 +190,8 @@ def _norm(weights: Mapping[str, Tensor], layer: str, given: Norm | None) -> Norm
     if given != "instance":
         raise DataError(
             f"{layer} has a scale and a shift but no statistics: instance or layer norm, whose "
-            f"names are the same. Pass --norm instance for instance norm; layer norm is not "
-            f"supported"
+            "names are the same. Pass --norm instance for instance norm; layer norm is not "
+            "supported"
         )
     return given
 
@@ -214,13 +203,6 @@ def _size(weights: Mapping[str, Tensor], name: str, dimensions: int, axis: int) 
     if len(shape) != dimensions or not all(shape):
         raise DataError(f"{name} is {shape}; expected {dimensions} dimensions, none of them 0")
     return shape[axis]
-
-
-def _meta_model(network: WRN, shape: Shape, n_classes: int, format: Format) -> EnergyModel:
-    """Names and shapes alone: no memory, no random numbers."""
-    energy = LinearHead() if format == "mebm" else LogSumExp()
-    with torch.device("meta"):
-        return energy.build(network.build(shape), n_classes)
 
 
 def _their_name(name: str, prefix: str, head: str, blocks: int) -> str:
@@ -253,7 +235,7 @@ def _check_names(weights: Mapping[str, Tensor], wanted: set[str], known: set[str
     missing, unknown = sorted(wanted - set(weights)), sorted(set(weights) - known)
     if missing or unknown:
         lists = (("missing", missing), ("unknown", unknown))
-        message = "; ".join(f"{label}: {_some(names)}" for label, names in lists if names)
+        message = "; ".join(f"{label}: {listed(names, 3)}" for label, names in lists if names)
         raise DataError(f"the names do not form a complete network; {message}")
 
 
@@ -272,12 +254,3 @@ def _check_shapes(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -
             raise DataError(f"{name} is of type {came.dtype}; expected {like.dtype}")
         if name.endswith("running_var") and bool((came < 0).any()):
             raise DataError(f"{name} contains a variance below 0")
-
-
-def _like(tensor: Tensor, wanted: Tensor) -> Tensor:
-    return tensor.detach().to(wanted.dtype).contiguous()
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

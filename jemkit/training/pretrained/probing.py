@@ -1,13 +1,13 @@
 """Finds the state dict in the contents of a file, by its names, however it is nested."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from jemkit.errors import DataError
+from jemkit.runtime.pytree import same
 from jemkit.training.pretrained.layouts import MARKER, Format, looks_like, top_names
 
 WRAPPERS = frozenset(
@@ -45,18 +45,13 @@ class Leaf(NamedTuple):
 class StateDict(NamedTuple):
     """Weights that match a layout, and where they are."""
 
-    key: str  # their common prefix; empty if there is none
+    key: str  # their common prefix; empty if the file contains nothing else
     weights: dict[str, Tensor]  # by the authors' names
-    beside: list[str]  # other contents of the file
+    places: set[Path]  # of these tensors
+    beside: Sequence[str] = ()  # other contents of the file, such as a replay buffer
     averaged: str = ""  # the plain weights to which it was preferred
-
-
-class Candidate(NamedTuple):
-    """Weights that match a layout, and the positions of their tensors."""
-
-    key: str
-    weights: dict[str, Tensor]
-    places: set[Path]
+    file: str = ""
+    sha256: str = ""  # of the file
 
 
 def state_dict_in(loaded: Any, format: Format | None = None, key: str | None = None) -> StateDict:
@@ -78,7 +73,7 @@ def state_dict_in(loaded: Any, format: Format | None = None, key: str | None = N
     if not candidates:
         return _largest(leaves)
     selected, averaged = _select(candidates)
-    return StateDict(selected.key, selected.weights, _beside(leaves, selected.places), averaged)
+    return selected._replace(beside=_beside(leaves, selected.places), averaged=averaged)
 
 
 def _leaves(loaded: Any) -> list[Leaf]:
@@ -90,9 +85,8 @@ def _leaves(loaded: Any) -> list[Leaf]:
         path, home, value = stack.pop()
         visited += 1
         if len(path) > MOST_PARTS:
-            raise DataError(
-                f"a name in it has more than {MOST_PARTS} parts; this is not a checkpoint"
-            )
+            what = f"a name in it has more than {MOST_PARTS} parts"
+            raise DataError(f"{what}; this is not a checkpoint")
         if visited > MOST:
             raise DataError(f"it contains more than {MOST:,} values; this is not a checkpoint")
         if isinstance(value, Mapping | list | tuple) and len(path) < DEEPEST:
@@ -112,7 +106,7 @@ def _unwrapped(leaves: list[Leaf]) -> list[Leaf]:
     return bare if len(set(names)) == len(names) else leaves
 
 
-def _candidates(leaves: list[Leaf]) -> list[Candidate]:
+def _candidates(leaves: list[Leaf]) -> list[StateDict]:
     """Every position whose names match a layout."""
     homes: dict[Path, int] = {}
     for leaf in leaves:
@@ -137,7 +131,7 @@ def _candidates(leaves: list[Leaf]) -> list[Candidate]:
     return [state for base, state in states.items() if base not in inner]
 
 
-def _at(base: Path, home: int, under: list[Leaf]) -> Candidate | None:
+def _at(base: Path, home: int, under: list[Leaf]) -> StateDict | None:
     """The weights whose names follow `base`, if they match a layout."""
     tops = top_names([".".join(leaf.path[len(base) :]) for leaf in under])
     members: dict[str, Tensor] = {}
@@ -151,12 +145,11 @@ def _at(base: Path, home: int, under: list[Leaf]) -> Candidate | None:
             paths.add(leaf.path)
     if not looks_like(members):
         return None
-    return Candidate(".".join(base), members, paths)
+    return StateDict(".".join(base), members, paths)
 
 
 def _beside(leaves: list[Leaf], members: set[Path]) -> list[str]:
-    """The other contents beside these members, each by the shortest name that contains none of
-    them."""
+    """The other contents, each by the shortest name that contains none of these members."""
     holders = {path[:depth] for path in members for depth in range(len(path))}
     names: dict[str, None] = {}
     for leaf in leaves:
@@ -167,7 +160,7 @@ def _beside(leaves: list[Leaf], members: set[Path]) -> list[str]:
     return sorted(names)
 
 
-def _keyed(candidates: list[Candidate], key: str) -> list[Candidate]:
+def _keyed(candidates: list[StateDict], key: str) -> list[StateDict]:
     wanted = ".".join(p for p in key.split(".") if p not in WRAPPERS)
     here = [c for c in candidates if c.key == wanted or c.key.startswith(f"{wanted}.")]
     if not here:
@@ -176,15 +169,14 @@ def _keyed(candidates: list[Candidate], key: str) -> list[Candidate]:
     return here
 
 
-def _select(candidates: list[Candidate]) -> tuple[Candidate, str]:
+def _select(candidates: list[StateDict]) -> tuple[StateDict, str]:
     """The only one; of averaged and plain weights the averaged, with the name of the plain."""
     if len(candidates) > MANY:
-        raise DataError(
-            f"it contains {len(candidates)} state dicts that fit; select one by --key NAME"
-        )
-    distinct: list[Candidate] = []
+        count = f"{len(candidates)} state dicts that fit"
+        raise DataError(f"it contains {count}; select one by --key NAME")
+    distinct: list[StateDict] = []
     for state in candidates:
-        if not any(_same(state.weights, other.weights) for other in distinct):
+        if not any(same(state.weights, other.weights) for other in distinct):
             distinct.append(state)
     if len(distinct) == 1:
         return distinct[0], ""
@@ -198,14 +190,7 @@ def _select(candidates: list[Candidate]) -> tuple[Candidate, str]:
     )
 
 
-def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(
-        x is b[name] or (x.shape == b[name].shape and torch.equal(x, b[name]))
-        for name, x in a.items()
-    )
-
-
-def _named(state: Candidate) -> str:
+def _named(state: StateDict) -> str:
     return state.key or "the names without a key"
 
 
@@ -215,19 +200,13 @@ def _largest(leaves: list[Leaf]) -> StateDict:
     for leaf in leaves:
         if leaf.tensor is not None:
             homes.setdefault(leaf.home, {})[".".join(leaf.path)] = leaf.tensor
-    return StateDict("", max(homes.values(), key=len), [])
+    return StateDict("", max(homes.values(), key=len), set())
 
 
 def _kinds(loaded: Any) -> str:
     """What the file contains instead of weights."""
-
-    def contents() -> Iterator[str]:
-        if not isinstance(loaded, Mapping):
-            yield type(loaded).__name__
-            return
-        for name, value in list(loaded.items())[:3]:
-            yield f"{name!r} is {type(value).__name__}"
-        if len(loaded) > 3:
-            yield f"{len(loaded) - 3} more"
-
-    return ", ".join(contents()) or "it is empty"
+    if not isinstance(loaded, Mapping):
+        return type(loaded).__name__
+    kinds = [f"{name!r} is {type(value).__name__}" for name, value in [*loaded.items()][:3]]
+    more = [f"{len(loaded) - 3} more"] if len(loaded) > 3 else []
+    return ", ".join([*kinds, *more]) or "it is empty"

@@ -8,7 +8,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from jemkit.errors import DataError
 from jemkit.runtime.opening import read_file
 from jemkit.training.pretrained.layouts import Format
-from jemkit.training.pretrained.probing import state_dict_in
+from jemkit.training.pretrained.probing import StateDict, state_dict_in
 
 LIMIT = 4 * 2**30
 """Size limit of a file; a wrn-28-10 with its buffer has 270 million bytes."""
@@ -44,32 +44,22 @@ PARTS = {
 bytearray(10**12)."""
 
 
-class Contents(NamedTuple):
-    """The contents of a file."""
-
-    weights: dict[str, Tensor]  # by the authors' names
-    beside: list[str]  # other contents, such as a replay buffer
-    sha256: str
-    file: str
-    key: str  # the key of the weights; empty if the file contains nothing else
-    averaged: str  # the plain weights beside them, if these are their average
-
-
-def read_checkpoint(path: Path, format: Format | None = None, key: str | None = None) -> Contents:
+def read_checkpoint(path: Path, format: Format | None = None, key: str | None = None) -> StateDict:
     """The weights of a .pt, .pth or .safetensors file; DataError if it is anything else.
 
     They are found by their names, under any key and prefix; if several state dicts fit, `format`
     and `key` select one. In a folder the only checkpoint is read.
     """
     path = _file(path)
-    data = _bytes(path)
+    if not path.is_file():
+        raise DataError(f"{path} is not a file; expected a checkpoint, .pt, .pth or .safetensors")
+    data = read_file(path, LIMIT)
     try:
         state = state_dict_in(loaded(data), format, key)
         _check_weights(state.weights, len(data))
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
-    sha = hashlib.sha256(data).hexdigest()
-    return Contents(state.weights, state.beside, sha, path.name, state.key, state.averaged)
+    return state._replace(file=path.name, sha256=hashlib.sha256(data).hexdigest())
 
 
 def _file(path: Path) -> Path:
@@ -84,15 +74,8 @@ def _file(path: Path) -> Path:
     raise DataError(f"{path} is a folder; expected one checkpoint in it, it has {names}. Name one")
 
 
-def _bytes(path: Path) -> bytes:
-    if not path.is_file():
-        raise DataError(f"{path} is not a file; expected a checkpoint, .pt, .pth or .safetensors")
-    return read_file(path, LIMIT)
-
-
 def loaded(data: bytes) -> Any:
-    """The object that torch.save or safetensors wrote; DataError if it is anything else, or
-    damaged."""
+    """The object that torch.save or safetensors wrote; DataError if it is anything else."""
     try:
         return _loaded(data)
     except DataError:
@@ -100,10 +83,9 @@ def loaded(data: bytes) -> Any:
     except pickle.UnpicklingError:  # torch's own text suggests loading without its protection
         raise DataError("its pickle is damaged or contains more than weights") from None
     except Exception as error:  # a damaged file raises many types of errors
-        what = " ".join(str(error).split())[:200] or "no reason given"
-        raise DataError(
-            f"it is damaged or not a checkpoint: {type(error).__name__}: {what}"
-        ) from None
+        why = " ".join(str(error).split())[:200] or "no reason given"
+        what = f"{type(error).__name__}: {why}"
+        raise DataError(f"it is damaged or not a checkpoint: {what}") from None
 
 
 def _loaded(data: bytes) -> Any:
@@ -147,8 +129,7 @@ def _clean_zip(data: bytes) -> bytes:
 
 
 def _check_entries(archive: zipfile.ZipFile, size: int) -> None:
-    """Check that every entry has a unique name inside the folder and is stored uncompressed, with
-    one pickle of parts."""
+    """Every entry has a name of its own inside the folder, uncompressed; one is a pickle."""
     entries = archive.infolist()
     names = [entry.filename for entry in entries]
     for name in names:
@@ -165,8 +146,8 @@ def _check_entries(archive: zipfile.ZipFile, size: int) -> None:
     if packed or declared > size:
         raise DataError(
             f"the archive declares {declared:,} bytes in a file with {size:,}, compressed or "
-            f"overlapping; torch.save stores entries uncompressed, so this may be a zip bomb and "
-            f"is not read"
+            "overlapping; torch.save stores entries uncompressed, so this may be a zip bomb and is "
+            "not read"
         )
     if last.count("data.pkl") != 1:
         raise DataError("a zip archive that torch.save did not write: it has no data.pkl")
@@ -182,8 +163,7 @@ def _check_legacy(data: bytes) -> None:
 
 
 def _scan(stream: io.BytesIO) -> set[int]:
-    """Read a pickle's operations without executing any; reject what no weights need. Returns its
-    integers."""
+    """The integers of a pickle, of which nothing is executed; reject what no weights need."""
     numbers: set[int] = set()
     for operation, argument, _ in pickletools.genops(stream):
         if operation.name in ("GLOBAL", "INST") and argument not in PARTS:
@@ -205,19 +185,16 @@ def _scan(stream: io.BytesIO) -> set[int]:
 def _check_weights(weights: Mapping[str, Tensor], size: int) -> None:
     """Reject tensors that the file cannot contain, or with which no network can compute."""
     for name, tensor in weights.items():
-        _check_tensor(name, tensor)
+        stored = tensor.untyped_storage().nbytes()
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise DataError(f"{name} is not a plain dense tensor")
+        if tensor.nbytes > stored:
+            raise DataError(
+                f"{name} unfolds to {list(tensor.shape)} from {stored:,} bytes; expected one "
+                "stored number per element"
+            )
+        if not tensor.isfinite().all():
+            raise DataError(f"{name} contains NaN or inf")
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in weights.values()}
     if sum(storage.nbytes() for storage in storages.values()) > size:
         raise DataError(f"its tensors declare more bytes than the file's {size:,}")
-
-
-def _check_tensor(name: str, tensor: Tensor) -> None:
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        raise DataError(f"{name} is not a plain dense tensor")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise DataError(
-            f"{name} unfolds to {list(tensor.shape)} from {tensor.untyped_storage().nbytes():,} "
-            "bytes; expected one stored number per element"
-        )
-    if not tensor.isfinite().all():
-        raise DataError(f"{name} contains NaN or inf")

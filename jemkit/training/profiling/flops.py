@@ -1,7 +1,9 @@
 """The FLOPs of a step: every operation that torch counts, with its shapes and its count."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,11 +36,9 @@ class Like:
 
     @property
     def bytes(self) -> int:
-        size: int = torch.Size(self.shape).numel() * self.dtype.itemsize
-        return size
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def tensor(self, rng: Generator) -> Tensor:
-        """Noise of this shape and layout."""
         t = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=rng.device)
         return t.normal_(generator=rng) if self.dtype.is_floating_point else t.zero_()
 
@@ -60,13 +60,13 @@ class Operation(NamedTuple):
 
     def call(self, rng: Generator) -> Callable[[], Any]:
         """The operation on noise, for timing."""
-        filled = [_filled(argument, rng) for argument in self.arguments]
+        filled = tree_map(lambda v: v.tensor(rng) if isinstance(v, Like) else v, self.arguments)
         function = self.function
         return lambda: function(*filled)
 
 
-Work = Mapping[Operation, int]
-"""Operations, and how often each is called."""
+Work = Counter[Operation]
+"""How often each operation is called."""
 
 
 def flops(work: Work) -> int:
@@ -78,24 +78,12 @@ def traffic(work: Work) -> int:
     return sum(operation.bytes * calls for operation, calls in work.items())
 
 
-def times(work: Work, n: int) -> Work:
-    return {operation: n * calls for operation, calls in work.items()}
-
-
-def together(*works: Work) -> Work:
-    total: dict[Operation, int] = {}
-    for work in works:
-        for operation, calls in work.items():
-            total[operation] = total.get(operation, 0) + calls
-    return total
-
-
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records every operation for which torch's flop counter has a formula."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.work: dict[Operation, int] = {}
+        self.work: Work = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -110,22 +98,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 int(formula(*args, **(kwargs or {}), out_val=out)),
                 sum(Like.of(t).bytes for t in tensors),
             )
-            self.work[operation] = self.work.get(operation, 0) + 1
+            self.work[operation] += 1
         return out
 
 
 @contextmanager
-def counted() -> Iterator[dict[Operation, int]]:
-    """The operations inside the block, which computes as usual."""
-    with Recorder() as recorder:
+def counted(*, fake: bool = False) -> Iterator[Work]:
+    """The operations inside the block; with `fake` only their shapes are computed."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
+    with mode, Recorder() as recorder:
         yield recorder.work
-
-
-@contextmanager
-def imagined() -> Iterator[dict[Operation, int]]:
-    """The operations inside the block, without computing them: only shapes are propagated."""
-    with FakeTensorMode(allow_non_fake_inputs=True), counted() as work:
-        yield work
 
 
 class Passes(NamedTuple):
@@ -139,33 +121,26 @@ class Passes(NamedTuple):
 def passes(model: EnergyModel, x: Tensor) -> Passes:
     """One forward pass of x [B, C, H, W], and each backward pass from the mean energy."""
     with eval_mode(model):
-        with imagined() as forward, torch.no_grad():
+        with counted(fake=True) as forward, torch.no_grad():
             model(x)
-        with imagined() as both, frozen(model), torch.enable_grad():
+        with counted(fake=True) as both, frozen(model), torch.enable_grad():
             leaf = x.detach().requires_grad_()
             torch.autograd.grad(model(leaf).energy.sum(), leaf)
-        with imagined() as whole, torch.enable_grad():
+        with counted(fake=True) as whole, torch.enable_grad():
             _gradients(model, model(x).energy.mean())
-    return Passes(forward, less(both, forward), less(whole, forward))
-
-
-def less(whole: Work, part: Work) -> Work:
-    """`whole` without `part`."""
-    rest = {operation: calls - part.get(operation, 0) for operation, calls in whole.items()}
-    return {operation: calls for operation, calls in rest.items() if calls}
+    return Passes(forward, both - forward, whole - forward)
 
 
 class StepWork(NamedTuple):
-    """The FLOPs of a training step: its chains, one evaluation of the loss and its gradient, and
-    how often the latter."""
+    """The FLOPs of a training step."""
 
-    draw: Work
-    update: Work
-    updates: int  # 1 for plain descent, 2 under SAM
+    draw: Work  # of its chains
+    update: Work  # of one evaluation of the loss and its gradient
+    updates: int  # how many of them: 1 for plain descent, 2 under SAM
 
     @property
     def whole(self) -> Work:
-        return together(self.draw, times(self.update, self.updates))
+        return self.draw + Counter({op: self.updates * n for op, n in self.update.items()})
 
 
 def step_work(
@@ -212,9 +187,3 @@ def _gradients(model: nn.Module, loss: Tensor) -> None:
 
 def _hashable(value: Any) -> Any:
     return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
-
-
-def _filled(value: Any, rng: Generator) -> Any:
-    if isinstance(value, Like):
-        return value.tensor(rng)
-    return [_filled(item, rng) for item in value] if isinstance(value, tuple) else value

@@ -39,7 +39,6 @@ def accuracy_of(parts: RunState, images: int = 16) -> list[Accuracy]:
 
 
 def protocol(resolved: Resolved, parts: RunState, accuracies: list[Accuracy]) -> dict[str, Any]:
-    """What the figures were measured on, and what they are."""
     tables, run = resolved.tables, resolved.recipe.run
     return {
         "images": accuracies[0].images,

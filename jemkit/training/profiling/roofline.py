@@ -1,21 +1,34 @@
 """The roofline of a training step: its FLOPs and memory traffic at the machine's measured rates."""
 
+import statistics
+import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+from torch import Generator
+
 from jemkit.config.recipe import Recipe, Resolved
-from jemkit.data import Batch, positives
+from jemkit.data import positives
 from jemkit.runtime.precision import numerics
 from jemkit.runtime.run_dir import versions
-from jemkit.runtime.timing import PATIENCE
+from jemkit.runtime.timing import PATIENCE, Clock, elapsed, fastest
 from jemkit.step import train_step
 from jemkit.training.build import RunState
-from jemkit.training.profiling.flops import Passes, StepWork, flops, passes, step_work, traffic
-from jemkit.training.profiling.machine import Machine, measured, seconds, typical
+from jemkit.training.profiling.flops import (
+    Operation,
+    Passes,
+    StepWork,
+    Work,
+    flops,
+    passes,
+    step_work,
+    traffic,
+)  # fmt: skip
 from jemkit.updaters import Guard
 
 
 def protocol(resolved: Resolved, parts: RunState, rounds: int) -> dict[str, Any]:
-    """What a roofline was measured on."""
     tables, run = resolved.tables, resolved.recipe.run
     return {
         "step": f"{tables['backbone']['use']} x {tables['objective']['use']}, "
@@ -29,6 +42,50 @@ def protocol(resolved: Resolved, parts: RunState, rounds: int) -> dict[str, Any]
         "seed": run.seed,
         "versions": versions(),
     }
+
+
+SQUARE = {"cpu": 1024, "cuda": 8192}
+LARGE = 2**26  # bytes, beyond any cache
+
+
+class Machine(NamedTuple):
+    """Measured rates of one device, with torch's current number of threads."""
+
+    device: str
+    threads: int
+    matmul: float  # FLOP/s of a product of two square matrices
+    bandwidth: float  # bytes/s of a copy, read and written
+
+
+def measured(device: torch.device, patience: float = PATIENCE) -> Machine:
+    matmul = product_rate(device, torch.float32, patience)
+    source = torch.zeros(LARGE // 4, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * LARGE / fastest(lambda: target.copy_(source), device, patience)
+    return Machine(device.type, torch.get_num_threads(), matmul, bandwidth)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype, patience: float = PATIENCE) -> float:
+    """FLOP/s of a product of two square matrices, large enough for the device."""
+    n, rng = SQUARE[device.type], Generator(device).manual_seed(0)
+    a, b = (torch.empty(n, n, device=device).normal_(generator=rng).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    return 2 * n**3 / fastest(lambda: torch.mm(a, b, out=product), device, patience)
+
+
+def seconds(
+    work: Work, device: torch.device, patience: float = PATIENCE, clock: Clock = time.perf_counter
+) -> dict[Operation, float]:
+    """The fastest time of one call of each operation, at its own shapes."""
+    rng = Generator(device).manual_seed(0)
+    with torch.no_grad():
+        return {op: fastest(op.call(rng), device, patience, clock) for op in work}
+
+
+def typical(call: Callable[[], Any], device: torch.device, rounds: int) -> float:
+    """The median time of `rounds` calls, after one warm-up call."""
+    call()
+    return statistics.median(elapsed(call, device) for _ in range(rounds))
 
 
 class Roofline(NamedTuple):
@@ -89,13 +146,21 @@ def roofline_of(
         each = seconds(step.whole, parts.device, patience)
         arithmetic = sum(each[operation] * calls for operation, calls in step.whole.items())
         memory = traffic(step.whole) / machine.bandwidth
-        taken = _step_time(parts, recipe, batch, rounds) if rounds else None
+        guard = Guard()
+
+        def one() -> None:
+            train_step(
+                parts.backbone, parts.objective, parts.updater, batch, parts.rng, guard,
+                run.theta_steps,
+            )  # fmt: skip
+
+        taken = typical(one, parts.device, rounds) if rounds else None
+        guard.settle()
         model_passes = passes(parts.backbone.model, batch.x)
     return Roofline(machine, step, model_passes, arithmetic, memory, taken)
 
 
 def rows(roofline: Roofline) -> list[list[str]]:
-    """The figures as a table."""
     machine, step = roofline.machine, roofline.step
     parts = dict(zip(("forward", "to the input", "to the weights"), roofline.passes, strict=True))
     lines = [["device", f"{machine.device}, {machine.threads} threads"]]
@@ -118,17 +183,3 @@ def rows(roofline: Roofline) -> list[list[str]]:
 
 def _giga(value: float, unit: str) -> str:
     return f"{value / 1e9:.3g} G{unit}"
-
-
-def _step_time(parts: RunState, recipe: Recipe, batch: Batch, rounds: int) -> float:
-    guard = Guard()
-
-    def one() -> None:
-        train_step(
-            parts.backbone, parts.objective, parts.updater, batch, parts.rng, guard,
-            recipe.run.theta_steps,
-        )  # fmt: skip
-
-    seconds = typical(one, parts.device, rounds)
-    guard.settle()
-    return seconds
