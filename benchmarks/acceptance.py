@@ -1,4 +1,4 @@
-"""`make acceptance`: the table of digits; same network, epochs and seeds for every row."""
+"""`make acceptance`: the table of digits, with the same network, epochs and seeds in every row."""
 
 import argparse
 import re

@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep what a step frees for the next step."""
+"""Lets the C library's allocator retain the pages that a step frees."""
 
 import ctypes
 import sys

@@ -1,7 +1,7 @@
-"""What jemkit's driver costs: AutoAttack through it against pyautoattack's own, in turn.
+"""Compares the time of AutoAttack in jemkit and in pyautoattack, run alternately.
 
-Beside seconds on the clock it counts those of the processor, which other work on the machine
-moves less.
+Besides wall-clock time it measures processor time, which depends less on other programs on the
+machine.
 """
 
 import argparse

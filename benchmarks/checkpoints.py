@@ -1,9 +1,10 @@
-"""How long training stands still for a checkpoint: WRN-28-10, momentum, 10,000 images kept.
+"""The pause of training for a checkpoint: WRN-28-10, momentum, a buffer of 10,000 images.
 
     python benchmarks/checkpoints.py [--device cuda]
 
-The stall is the time that `Writer.save` takes, beside that of `checkpoint.save`, which writes all
-before it returns; and how much slower the training thread computes while the file is written.
+The pause is the time of `Writer.save`. It is compared with `checkpoint.save`, which writes
+everything before it returns. Also measured is how much slower the training thread computes while
+the file is written.
 """
 
 import argparse

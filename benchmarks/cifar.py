@@ -1,4 +1,4 @@
-"""A real CIFAR-10 run on two cores: 5,000 images, WRN-10-2, three epochs, SADA-JEM x EB-JDAT."""
+"""A short CIFAR-10 run on two cores: 5,000 images, WRN-10-2, three epochs, SADA-JEM x EB-JDAT."""
 
 import argparse
 import csv

@@ -1,8 +1,8 @@
-"""What of a training step is spent on data: batches of CIFAR-10 against whole steps.
+"""The share of data loading in a training step: batches of CIFAR-10 against whole steps.
 
     python benchmarks/data.py --data-dir DIR
 
-The step of plain cross-entropy is the cheapest that there is, so its share is the largest.
+A step of plain cross-entropy is the cheapest, so its share is the largest.
 """
 
 import argparse

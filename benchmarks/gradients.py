@@ -1,10 +1,10 @@
-"""The gradient of a chain, eager and compiled, against the bare network's forward and backward.
+"""The gradient of a chain, eager and compiled, against forward and backward of the bare network.
 
-    python benchmarks/gradients.py           wrn-16-2, 3 x 32 x 32: 32 images by their own
-                                             statistics (chains), 64 by the running ones (attacks)
-    python benchmarks/gradients.py --small   of toys, to see that all of it runs; writes no file
+    python benchmarks/gradients.py           wrn-16-2, 3 x 32 x 32: 32 images with batch
+                                             statistics (chains), 64 with running ones (attacks)
+    python benchmarks/gradients.py --small   on toy models, as a smoke test; writes no file
 
-`bare` is the network as torch lays it out, weights asking for gradients, as a first sketch has it.
+`bare` is the network in torch's default memory format, with weights that require gradients.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""EB-JDAT as the released codes run it: their schedule of passes, micro-batches, copies
-and kept graphs, re-enacted in plain torch on jemkit's networks, to measure against.
+"""EB-JDAT with the schedule of the released code, in plain torch on jemkit's networks.
 
-What a step does here and jemkit's does not: x~ is made from two images at a time, in three passes
-a step where one is enough, f(x) among them, which never changes; every graph is kept until the
-next one replaces it, with the weights asking for gradients; the buffer lives on the host; fresh
-starts are drawn for every row, image by image; E(x+), E(x~) and f(x~) have passes of their own
-in the update, all of them again in the second pass of SAM; the loss is read by the host.
+It reproduces the passes, micro-batches, copies and retained graphs of the released code, to compare
+with jemkit. A step differs from jemkit's in these points. x~ is computed two images at a time, with
+three passes per step where one is enough; one of them is f(x), which never changes. Every graph is
+retained until the next one replaces it, and the weights require gradients. The replay buffer is in
+host memory. Initial states are drawn for every row, image by image. E(x+), E(x~) and f(x~) have
+separate passes in the update, and again in the second pass of SAM. The loss is read by the host.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""`make bench`: what a step costs, as ratios within one run, and the main job of three seeds."""
+"""`make bench`: the cost of a step, as ratios within one run, and the default run, three seeds."""
 
 import argparse
 import resource

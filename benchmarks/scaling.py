@@ -1,7 +1,7 @@
-"""What sharing a step among processes costs: collectives measured by gloo, and a model of the rest.
+"""The cost of distributed training: collectives measured with gloo, and a model of the rest.
 
 `python benchmarks/scaling.py` writes results/scaling.json. `--step SECONDS --bandwidth GB/S` prints
-the expected efficiency for a step and a network of your own.
+the expected efficiency for the step time and network bandwidth of your own system.
 """
 
 import argparse

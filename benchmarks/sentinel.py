@@ -1,4 +1,4 @@
-"""What the sentinel costs a step, and how often it cries wolf in healthy runs of the main job."""
+"""The cost of the sentinel per step, and its false alarms in healthy runs of the default recipe."""
 
 import argparse
 import json

@@ -3,11 +3,11 @@
     python benchmarks/steps.py                      SADA-JEM x EB-JDAT, wrn-16-2, 3 x 32 x 32, 64
     python benchmarks/steps.py --what parts         every backbone with every objective
     python benchmarks/steps.py --what scaling       in M, M_adv, batch, width and image size
-    python benchmarks/steps.py --small              of toys, to see that all of it runs
+    python benchmarks/steps.py --small              on toy models, as a smoke test
 
-Each contestant lives in a process of its own, so that each has a peak of memory of its own, and
-they step in turn, so that other load on a machine affects all equally. Ratios are taken round by
-round; `cpu` is the time that the processor spent, which other work on the machine moves less.
+Each configuration runs in its own process, so that its peak of memory is its own. They take steps
+alternately, so that other load on the machine affects all equally. Ratios are computed per round.
+`cpu` is processor time, which depends less on other programs.
 """
 
 import argparse

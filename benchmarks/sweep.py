@@ -1,4 +1,4 @@
-"""What the digits recipe of EB-JDAT was chosen from: one seed of the main job for each setting."""
+"""The settings from which EB-JDAT's recipe for digits was chosen, with one seed each."""
 
 import argparse
 import re

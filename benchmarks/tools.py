@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's kind, ratios within one run, results as JSON."""
+"""Shared code of the benchmarks: the machine's kind, ratios within one run, results as JSON."""
 
 import json
 import os

@@ -1,9 +1,8 @@
-"""CIFAR-10's batch files as lossless WebP and back, byte for byte; a part of them as PNG files.
+"""CIFAR-10's batch files as lossless WebP and back, byte for byte; some of them as PNG files.
 
-A batch file holds the pixels of 10,000 images in one block, 30 MB, and little else. `squeeze`
-stores that block as one picture, a grid of the images, and the bytes around it compressed:
-17 MB a file. `restore` gives the file back and checks its md5, so that a reader that checks it too
-accepts it. Nothing is unpickled here.
+A batch file contains the pixels of 10,000 images in one block, 30 MB, and little else. `squeeze`
+stores this block as one image, a grid, and the remaining bytes compressed: 17 MB per file.
+`restore` recreates the file and checks its md5. Nothing is unpickled here.
 """
 
 import hashlib

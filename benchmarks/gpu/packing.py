@@ -1,12 +1,12 @@
-"""Gather what a bare GPU machine lacks in one folder that travels.
+"""Pack everything that a GPU machine without a network needs into one folder.
 
     benchmarks/gpu/pack --data-dir DIR         the kit in .gpu/kit, more images in .gpu/rest
     benchmarks/gpu/pack --python 3.11          for another Python than 3.12, without images
 
-The GPU machine is taken to have Python, torch, torchvision, numpy, pillow, scikit-learn,
-safetensors, typer, rich, tqdm, pluggy, pytest and hypothesis. Wheels of what it lacks are fetched
-by pip at the versions of constraints.txt; jemkit travels as a wheel too, since its parts are found
-through the metadata of an installation.
+The GPU machine is assumed to have Python, torch, torchvision, numpy, pillow, scikit-learn,
+safetensors, typer, rich, tqdm, pluggy, pytest and hypothesis. Other wheels are downloaded by pip at
+the versions of constraints.txt. jemkit is packed as a wheel, since its parts are found through the
+metadata of an installation.
 """
 
 import argparse

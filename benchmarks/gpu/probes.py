@@ -1,10 +1,10 @@
-"""What most likely breaks on a first GPU, one function a risk; each returns what it saw.
+"""Checks of what is most likely to fail on a first GPU, one function each.
 
     python probes.py NAME --out DIR --work DIR --seconds S    one of them, in this process
 
-Run through `stage_probes.py`, each in a process of its own: one that hangs or dies costs the others
-nothing. On the CPU, in a rehearsal, alarm, graphs and memory limits that only CUDA has are left
-out, and the rest runs.
+Each returns its results. `stage_probes.py` runs each in its own process, so that one that hangs or
+crashes does not affect the others. In a rehearsal on the CPU, checks of synchronisation, CUDA
+graphs and memory limits are skipped.
 """
 
 import json

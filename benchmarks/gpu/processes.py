@@ -1,4 +1,4 @@
-"""A command in a process group of its own, under a time limit."""
+"""Runs a command in its own process group, with a time limit."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What a stage measured, as one JSON file that is whole at any moment."""
+"""The measurements of a stage, as one JSON file that is complete at any time."""
 
 import json
 import os

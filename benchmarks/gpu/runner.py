@@ -1,11 +1,11 @@
-"""Prove the CUDA side in one call: install the packed wheels, then stage after stage.
+"""Test the CUDA code in one call: install the packed wheels, then run one stage after another.
 
     benchmarks/gpu/run                  on a machine with a GPU, all stages in 540 s
-    benchmarks/gpu/run --rehearse       on the CPU, every stage on toys
+    benchmarks/gpu/run --rehearse       on the CPU, every stage on toy models
     benchmarks/gpu/run --stages training --images DIR    one stage, with more images
 
-Each stage has a process, a time limit and a record of its own, OUT/STAGE.json, so that one that
-fails costs the next nothing. The exit code is 1 where a stage failed, 2 where none could run.
+Each stage has its own process, time limit and record, OUT/STAGE.json, so that a failure does not
+affect the next stage. The exit code is 1 if a stage failed, and 2 if none could run.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""One stage in a process of its own: `python stage.py NAME --out DIR --work DIR --seconds S`."""
+"""One stage in its own process: `python stage.py NAME --out DIR --work DIR --seconds S`."""
 
 import argparse
 import importlib

@@ -1,4 +1,4 @@
-"""Is everything there: the packed jemkit, all of its parts, the device, a compiler."""
+"""Checks the packaged jemkit, its parts, the device and the compiler."""
 
 import shutil
 import sysconfig

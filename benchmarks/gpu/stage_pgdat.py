@@ -1,4 +1,4 @@
-"""PGD-AT, the baseline without a density, for as many epochs as the stage `training` had."""
+"""PGD-AT, the baseline without a density, for the number of epochs of the stage `training`."""
 
 from records import Record
 from stage import Given

@@ -1,4 +1,4 @@
-"""The probes of probes.py, some at a time, each in a process and under a limit of its own."""
+"""Runs the probes of probes.py, each in its own process with a time limit, several at a time."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`jemkit verify-resume --deterministic`: a run that is cut goes on bit for bit on the device."""
+"""`jemkit verify-resume --deterministic`: an interrupted run resumes bit for bit on the device."""
 
 import json
 

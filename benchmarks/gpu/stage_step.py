@@ -1,8 +1,8 @@
-"""What a training step takes: two networks, each precision, compiled, and as released.
+"""The time of a training step: two networks, each precision, compiled, and the released schedule.
 
-Every contestant is a process of its own, under a limit of its own, the most wanted first. Times are
-medians of steps after the first one, the device waited for; `of_product_rate` is the share of the
-measured rate of a large bf16 product, `forecast_hours` are 100 epochs of 45,000 images.
+Each configuration has its own process and time limit; the most important ones run first. Times are
+medians of steps after the first one, with synchronisation. `of_product_rate` is the share of the
+measured rate of a large bf16 product, `forecast_hours` the time for 100 epochs of 45,000 images.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The tests marked `cuda`; in a rehearsal, where these skip, one file of others beside them."""
+"""Runs the tests marked `cuda`; in a rehearsal, where they are skipped, also another file."""
 
 import re
 from importlib.util import find_spec

@@ -1,7 +1,7 @@
-"""A real run in the time that is left: SADA-JEM with EB-JDAT on CIFAR-10, judged and brought back.
+"""A training run in the remaining time: SADA-JEM with EB-JDAT on CIFAR-10, then its evaluation.
 
-Each command is the one that a user would type. Training has as many epochs as fit; where its time
-runs out all the same it is asked to stop, which saves it, and the best epoch is judged.
+Each command is one that a user would type. Training has as many epochs as fit. If its time runs out
+nevertheless, it is asked to stop and saves its state; the best epoch is evaluated.
 """
 
 import json
