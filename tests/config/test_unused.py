@@ -40,6 +40,7 @@ KNOWN = {
     "start blurred": "share",
     "start foreign": "dataset",
     "start noise": "std",
+    "start pca": "variance sigma",
     "start shuffled": "squares",
     "density contrastive": "batch_norm box penalty penalty_on",
     "backbone classifier": "network energy views",
@@ -191,6 +192,8 @@ ACTS: list[tuple[tuple[str, str, str], list[str], str]] = [
     *[(J, ["backbone.sampler.use=mala"], f"backbone.sampler.{s}")
       for s in ("step_size=0.5", "temperature=0.1")],
     (J, ["backbone.start.use=noise"], "backbone.start.std=0.1"),
+    (J, ["backbone.start.use=pca"], "backbone.start.variance=0.2"),
+    (J, ["backbone.start.use=pca"], "backbone.start.sigma=0.005"),
     (J, ["backbone.buffer.conditional=true"], "objective.negatives=conditional"),
     (J, ["backbone.network.use=mlp"], "backbone.network.hidden=8"),
     (J, ["backbone.network.use=mlp"], "backbone.network.layers=1"),

@@ -124,7 +124,7 @@ def test_a_step_stays_on_its_device_and_waits_for_nothing(names: tuple[str, str,
         assert not mode.waits
 
 
-STARTS = ["blurred", "gaussian", "mixture", "noise", "shuffled", "uniform"]
+STARTS = ["blurred", "gaussian", "mixture", "noise", "pca", "shuffled", "uniform"]
 
 
 @pytest.mark.parametrize("sampler", sorted(REGISTRY["sampler"]))
