@@ -1,4 +1,4 @@
-"""AGR (Li et al., ACM MM 2024): the gradient combined with that of clean images, by tensor."""
+"""AGR (Li et al., ACM MM 2024): combines the gradient with that of clean images, per tensor."""
 
 from collections.abc import Callable, Mapping
 
@@ -16,13 +16,14 @@ from jemkit.runtime import fsdp
 
 
 class AGR(Options):
-    """Late in a run each tensor's gradient g1 meets g2, that of the clean cross-entropy.
+    """From `start` on, combines the gradient g1 of each tensor with g2, that of the clean loss.
 
-    With c = cos(g1, g2): g1 without its part along g2 where c <= 0, else c g2 + (1 - c) g1. The
-    norm of each tensor's gradient is then limited to `clip`. Until `start` updates are plain.
+    The clean loss is the cross-entropy. With c = cos(g1, g2), the result is g1 without its
+    component along g2 if c <= 0, else c g2 + (1 - c) g1. The norm of each tensor's gradient is then
+    limited to `clip`. Until `start` updates are plain.
     """
 
-    start: float = Field(0.775, ge=0, le=1)  # share of the run: 155 of 200 epochs
+    start: float = Field(0.775, ge=0, le=1)  # fraction of the run: 155 of 200 epochs
     clip: float = Field(0.1, gt=0)
 
     def unused(self) -> dict[str, str]:
@@ -33,7 +34,7 @@ class AGR(Options):
 
 
 class AGRUpdater:
-    """Knows the batch, for its clean cross-entropy, from `begin`."""
+    """Gets the batch from `begin`, to compute its clean cross-entropy."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, options: AGR) -> None:
         if fsdp.is_shared(next(model.parameters())):
@@ -42,7 +43,7 @@ class AGRUpdater:
                 "--shard, or use another updater"
             )
         self.model, self.optimizer, self.options = model, optimizer, options
-        self.total_steps = 0  # unknown: it acts from the first step on
+        self.total_steps = 0  # unknown: active from the first step on
         self.clean: Callable[[], Terms] | None = None
 
     def begin(self, backbone: Backbone, batch: Batch) -> None:
@@ -57,7 +58,7 @@ class AGRUpdater:
         if self.clean is None:
             guard.update(self.optimizer, backward(self.optimizer, terms))
             return
-        with frozen_batch_stats(self.model):  # they learn from the objective's own passes
+        with frozen_batch_stats(self.model):  # they are updated by the objective's passes
             backward(self.optimizer, self.clean)
         towards = {p: p.grad for p in self.model.parameters() if p.grad is not None}
         evaluated = backward(self.optimizer, terms)
@@ -69,7 +70,7 @@ class AGRUpdater:
 
 
 def surgery(g1: Tensor, g2: Tensor) -> Tensor:
-    """g1 and g2 combined by their angle; g1 where g2 is 0."""
+    """g1 and g2 combined by their angle; g1 if g2 is 0."""
     dot, size = (g1 * g2).sum(), g2.norm()
     c = dot / (g1.norm() * size + 1e-20)
     along = torch.where(size == 0, 0.0, dot / size.square())
@@ -77,7 +78,7 @@ def surgery(g1: Tensor, g2: Tensor) -> Tensor:
 
 
 def clipped(g: Tensor, most: float) -> Tensor:
-    """g, shortened where its norm is larger."""
+    """g, rescaled to the maximum norm if it is larger."""
     size = g.norm()
     return g * torch.where(size > most, most / size, 1.0)
 

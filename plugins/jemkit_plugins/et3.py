@@ -25,11 +25,12 @@ OBLIVIOUS = "the attack ignores the defence, so it overestimates robustness"
 
 
 class ET3(Options):
-    """Accuracy of a model that classifies the end of `steps` down -logsumexp f(x) in a small ball.
+    """Accuracy of a model that first descends -logsumexp f(x) by `steps` steps in a small ball.
 
-    Clean, and under each attack. The attack is run through the defence, by its exact gradient
-    (that of a sign is 0), and on the model without it, since a defence can hide the gradient: an
-    image counts as robust if it withstands both. The second alone is a figure labelled oblivious.
+    Measured on clean images and under each attack. Each attack is run through the defence with its
+    exact gradient (that of a sign is 0), and on the model without the defence, since a defence can
+    hide the gradient. An image counts as robust if it withstands both. The second attack alone is a
+    figure labelled oblivious.
     """
 
     steps: int = Field(0, ge=0)  # the paper's 1 or 2; 0: no defence, nothing is measured
@@ -43,7 +44,7 @@ class ET3(Options):
 
     def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
         if not self.steps:
-            raise Unmeasurable("no test-time defence was asked for: set et3.steps to 1 or 2")
+            raise Unmeasurable("no test-time defence was requested: set et3.steps to 1 or 2")
         radius = ctx.threat.radius_px if self.radius_px is None else self.radius_px
         defended = Descended(subject, self, radius, ball_of(ctx.threat, "et3"))
         card = joined(ctx.card, {"defence": defended.card, "standard": False, "why": defended.why})
@@ -68,7 +69,7 @@ class ET3(Options):
 
 
 class Descended(PixelModel):
-    """A model that moves its input down the energy of its logits, each image by itself."""
+    """A model that first lowers the energy of its input, each image by itself."""
 
     def __init__(self, subject: PixelModel, options: ET3, radius_px: float, norm: Ball) -> None:
         super().__init__(subject.model, subject.bounds, subject.density_or_none, subject.dtype)
@@ -79,7 +80,7 @@ class Descended(PixelModel):
 
     @property
     def card(self) -> dict[str, Any]:
-        """What the protocol of a figure says of the defence."""
+        """The entries of a figure's protocol about the defence."""
         sizes = {"radius_px": self.radius_px, "step_px": self.step_px, "norm": self.norm}
         return {"name": "et3", **self.options.model_dump(), **sizes}
 
@@ -93,7 +94,7 @@ class Descended(PixelModel):
         return self.scored(self.bounds.from_unit(self.descend(pixels)))
 
     def descend(self, pixels: Tensor) -> Tensor:
-        """The ends of the steps from images in [0, 1]; attached to them if they want a gradient."""
+        """The final states of the steps from images in [0, 1], with a graph if these need one."""
         size = UNIT.px(self.step_px)
         ball = Projected(SignDescent(), pixels, UNIT.px(self.radius_px), UNIT, self.norm)
         x = pixels
@@ -110,13 +111,13 @@ class Descended(PixelModel):
         return torch.where(moving, slope / torch.where(moving, squares, 1.0).sqrt(), 0.0)
 
     def _slope(self, x: Tensor) -> Tensor:
-        """The gradient of -logsumexp f at each image; attached where x is and it has a slope."""
+        """The gradient of -logsumexp f at each image, with a graph if x has one."""
         attached = x.requires_grad and torch.is_grad_enabled()
         curved = attached and self.options.direction != "sign"
         with torch.enable_grad():
             z = x if attached else x.detach().requires_grad_()
             energy = -self.scored(self.bounds.from_unit(z)).logits.logsumexp(1)
-            if not energy.requires_grad:  # a model without gradients has nowhere to go
+            if not energy.requires_grad:  # a model without gradients does not move its input
                 return torch.zeros_like(x)
             (slope,) = torch.autograd.grad(energy.sum(), z, create_graph=curved)
         return slope

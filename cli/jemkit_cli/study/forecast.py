@@ -1,4 +1,4 @@
-"""How long the missing runs of a study take, from a few measured training steps."""
+"""A forecast of the time of a study's missing runs, from a few measured training steps."""
 
 import math
 import time
@@ -15,13 +15,14 @@ from jemkit_cli.study.plan import Study, Unit
 from jemkit_cli.study.running import state_of
 
 STEPS = 3
-"""Timed training steps of a recipe, after one that is not."""
+"""Number of timed training steps of a recipe, after one that is not timed."""
 
 
 def forecast(study: Study, units: Sequence[Unit], jobs: int) -> list[dict[str, Any]]:
-    """A line for each run with the seconds that its training and evaluation take, and a total.
+    """A line for each run with the seconds of its training and evaluation, and a total.
 
-    The seconds of an evaluation are those of runs that are evaluated; None where there is none.
+    The seconds of an evaluation are taken from runs that are already evaluated; None if there are
+    none.
     """
     states = {unit.key: state_of(unit) for unit in units}
     complete = [unit for unit in units if states[unit.key].evaluated == study.evaluate]
@@ -49,7 +50,7 @@ def forecast(study: Study, units: Sequence[Unit], jobs: int) -> list[dict[str, A
 
 
 def _training_seconds(unit: Unit) -> float:
-    """All steps of the run at the rate of a few, without validation and checkpoints."""
+    """The time of all steps of the run at the rate of a few, without validation and checkpoints."""
     recipe = unit.resolved.recipe
     parts = build_run(recipe)
     with numerics(
@@ -72,7 +73,7 @@ def _training_seconds(unit: Unit) -> float:
 
 
 def _evaluation_seconds(unit: Unit) -> float:
-    """What the evaluators of a record took together."""
+    """The total time of the evaluators of a record."""
     record = records.load(unit.folder)
     seconds = {(f.protocol.get("evaluator"), f.protocol.get("seconds", 0)) for f in record.figures}
     return float(sum(each for _, each in seconds))

@@ -20,7 +20,7 @@ from jemkit.runtime.files import read_json
 from jemkit.training.resuming import MAY_DIFFER
 
 SAME_IMAGES = ("data.dir", "data.download")
-"""Settings of the place of the images, which a run pins by their hash."""
+"""Settings of the location of the images; a run records the hash of its images."""
 
 
 class Row(Options):
@@ -77,7 +77,7 @@ def read_study(source: Path | Table, origin: str) -> Study:
         raise ConfigError(f"{origin}: {explain(error, given)}") from None
     names = [row.name for row in study.rows]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ConfigError(f"{origin} has two rows {twice!r}; give each a name of its own")
+        raise ConfigError(f"{origin} has two rows {twice!r}; give each its own name")
     for name in (study.reference, *(row.after for row in study.rows)):
         if name is not None:
             study.row(name)
@@ -104,9 +104,9 @@ def find_study(registry: Registry, name: str, scale: str) -> Study:
 
 
 def part_of(study: Study, seeds: Sequence[int], rows: Sequence[str]) -> Study:
-    """The study of these seeds and rows; of all where none is named."""
+    """The study with only these seeds and rows; with all if none is given."""
     wanted = [study.row(name) for name in rows] or list(study.rows)
-    for row in wanted:  # the loop reaches what it appends
+    for row in wanted:  # the loop also visits what it appends
         if row.after is not None and study.row(row.after) not in wanted:
             wanted.append(study.row(row.after))
     reference = study.reference if any(r.name == study.reference for r in wanted) else None
@@ -143,7 +143,7 @@ def _repeated(option: str, values: Iterable[str]) -> list[str]:
 def study_resolver(
     study: Study, registry: Registry, extra: Mapping[str, Any]
 ) -> Callable[[Row, int], Resolved]:
-    """Resolves a row of a study file; `extra` are tables that come last."""
+    """Resolves a row of a study file; `extra` are tables that are applied last."""
 
     def resolved(row: Row, seed: int) -> Resolved:
         config = merged(merged(study.common, row.recipe), extra)
@@ -156,7 +156,7 @@ def study_resolver(
 
 
 def sweep_resolver(registry: Registry, layers: Mapping[str, Any]) -> Callable[[Row, int], Resolved]:
-    """Resolves a combination of a sweep; `layers` are those of the other options."""
+    """Resolves a combination of a sweep; `layers` are the other options."""
 
     def resolved(row: Row, seed: int) -> Resolved:
         named = merged(layers["named"], {"run": {"seed": seed}})
@@ -168,10 +168,10 @@ def sweep_resolver(registry: Registry, layers: Mapping[str, Any]) -> Callable[[R
 def units(
     study: Study, registry: Registry, out: Path, resolver: Callable[[Row, int], Resolved]
 ) -> list[Unit]:
-    """The runs of a study, all rows of a seed before the next seed.
+    """The runs of a study, all rows of one seed before the next seed.
 
-    A run that is in `out` under any name is found by its key; a new one gets a folder named after
-    its row, seed and key. Raises ConfigError where that folder is a run of another recipe.
+    A run that exists in `out` under any name is found by its key; a new one gets a folder named
+    after its row, seed and key. Raises ConfigError if that folder is a run of another recipe.
     """
     there = _existing(registry, out)
     by_key = {run.key: folder for folder, run in there.items() if run.fresh}
@@ -198,7 +198,7 @@ class _There(NamedTuple):
     """A run that is in the folder."""
 
     key: str
-    fresh: bool  # whether it started from weights of its own
+    fresh: bool  # whether it started from its own weights
 
 
 def _existing(registry: Registry, out: Path) -> dict[Path, _There]:

@@ -1,4 +1,4 @@
-"""Train and evaluate the runs of a study that are missing, each in a process of its own."""
+"""Trains and evaluates the missing runs of a study, each in its own process."""
 
 import json
 import subprocess
@@ -18,13 +18,13 @@ from jemkit_cli.study.plan import Unit
 from jemkit_cli.terminal import STOPPED
 
 MARK = "study.json"
-"""In a run's folder: what was done for a study, and with which options."""
+"""File in a run's folder: what has been done for a study, and with which options."""
 POLL = 0.2
-"""Seconds between two looks at a process and at the signals."""
+"""Seconds between two checks of a process and of signals."""
 
 
 Call = Callable[[list[str], threading.Event, Path], str]
-"""Runs a jemkit command that works in a folder, and returns its standard output."""
+"""Runs a jemkit command in a folder, and returns its standard output."""
 
 
 class Failed(JemkitError):
@@ -32,7 +32,7 @@ class Failed(JemkitError):
 
 
 class State(NamedTuple):
-    """What is done of a run."""
+    """The progress of a run."""
 
     trained: dict[str, Any] | None  # the JSON line of `jemkit train`, or {"diverged": message}
     evaluated: tuple[str, ...] | None  # the options of the evaluation that is complete
@@ -46,7 +46,7 @@ class State(NamedTuple):
 
 
 def state_of(unit: Unit) -> State:
-    """What the run's folder says; nothing is done where the folder is of another recipe."""
+    """The progress stored in the run's folder; empty if the folder is of another recipe."""
     path = unit.folder / MARK
     if not path.exists():
         return State(None, None)
@@ -67,7 +67,7 @@ def run_all(
     stop: Callable[[], bool],
     call: Call | None = None,
 ) -> None:
-    """Do what is missing of every run; runs that diverge are marked, and the others go on.
+    """Complete every run; runs that diverge are marked, and the others continue.
 
     Raises Preempted if `stop` returns true: the runs are saved, and the same call continues.
     """
@@ -135,7 +135,7 @@ def _summary(trained: dict[str, Any]) -> str:
 
 
 def _train(unit: Unit, first: Unit | None, stopped: threading.Event, call: Call) -> dict[str, Any]:
-    """Start the run or continue it; the last line that the command printed."""
+    """Start or continue the run; returns the last line that the command printed."""
     arguments = ["train", "--out", str(unit.folder), "--json", "--quiet"]
     if (unit.folder / "config.json").exists():
         arguments.append("--resume")
@@ -159,7 +159,7 @@ def _recipe_file(unit: Unit) -> Path:
 
 
 def _call(arguments: list[str], stopped: threading.Event, folder: Path) -> str:
-    """Run a jemkit command; its standard output, or the error that its exit code stands for."""
+    """Run a jemkit command; returns its standard output or raises the error of its exit code."""
     _wait_for_lock(folder, stopped)
     if stopped.is_set():
         raise Preempted("stopped: run the same command again to continue")

@@ -17,7 +17,7 @@ from jemkit_cli.study.plan import Study, Unit
 from jemkit_cli.study.running import state_of
 
 DRAWS, CHUNK = 2000, 250
-"""Resamples of an interval, and how many of them are drawn at once."""
+"""Number of bootstrap samples of an interval, and how many are drawn at once."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Table:
 
 
 def table_of(study: Study, units: Sequence[Unit]) -> Table:
-    """The table of the runs that are complete; what was not measured stays empty."""
+    """The table of the complete runs; missing figures are empty."""
     groups = {row.name: [unit for unit in units if unit.row.name == row.name] for row in study.rows}
     judged = {name: _judged(group, study) for name, group in groups.items()}
     everything = list({run.folder: run for runs in judged.values() for run in runs}.values())
@@ -132,7 +132,7 @@ def _why(runs: Sequence[Judged], name: str) -> str:
 
 
 def _rows(runs: Sequence[Judged], name: str) -> Tensor | None:
-    """The outcome of every image of every run [seeds, images]; None where a run has none."""
+    """The outcome of every image of every run [seeds, images]; None if a run has none."""
     rows = []
     for run in runs:
         figure = run.figure(name)
@@ -144,7 +144,7 @@ def _rows(runs: Sequence[Judged], name: str) -> Tensor | None:
 
 
 def _difference(own: Tensor | None, reference: Tensor | None) -> Cell | None:
-    """The row less the reference, seed by seed and image by image."""
+    """The row minus the reference, seed by seed and image by image."""
     if own is None or reference is None or own.shape != reference.shape:
         return None
     gap = own - reference

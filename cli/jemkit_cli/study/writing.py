@@ -85,7 +85,7 @@ def comma_separated(table: Table) -> str:
 
 
 def footnotes(table: Table) -> list[str]:
-    """What the figures mean: seeds, intervals, and the protocol of each column."""
+    """Notes on the figures: seeds, intervals, and the protocol of each column."""
     seeds = ", ".join(map(str, table.study.seeds))
     several = len(table.study.seeds) > 1
     spread = (
@@ -150,7 +150,7 @@ def _number(value: float | None) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text as LaTeX has it."""
+    """Text escaped for LaTeX."""
     for plain, written in (("%", r"\%"), ("_", r"\_"), ("&", r"\&"), ("+-", r"$\pm$"), ("–", "--")):
         text = text.replace(plain, written)
     return text
