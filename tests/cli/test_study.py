@@ -144,6 +144,20 @@ def test_a_run_is_found_under_another_name(tmp_path: Path) -> None:
     assert len(calls.commands) == 2
 
 
+def test_a_run_that_started_from_another_is_found_by_both(tmp_path: Path) -> None:
+    given = study("second", "first")
+    rows = (given.rows[0].model_copy(update={"after": "first"}), given.rows[1])
+    given = given.model_copy(update={"rows": rows})
+    calls = Calls()
+    first, second = done(given, tmp_path, calls)
+    config = json.loads((second.folder / "config.json").read_text())
+    start = {"given": str(first.folder), "path": str(first.folder)}
+    write_json(second.folder / "config.json", {**config, "init_from": start})
+    second.folder.rename(tmp_path / "mine")
+    assert done(given, tmp_path, calls)[1].folder == tmp_path / "mine"
+    assert len(calls.commands) == 4
+
+
 def test_a_folder_of_another_recipe_is_refused_before_anything_runs(tmp_path: Path) -> None:
     (unit,) = planned(study("a"), tmp_path)
     other = planned(study("a"), tmp_path, run={"epochs": 3})[0].resolved.tables

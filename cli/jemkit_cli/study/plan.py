@@ -174,18 +174,19 @@ def units(
     after its row, seed and key. Raises ConfigError if that folder is a run of another recipe.
     """
     there = _existing(registry, out)
-    by_key = {run.key: folder for folder, run in there.items() if run.fresh}
+    known = {run: folder for folder, run in there.items()}
     planned: dict[tuple[str, int], Unit] = {}
     for seed, row in itertools.product(study.seeds, list(_ordered(study))):
         try:
             resolved = complete(resolver(row, seed), registry)
         except (ConfigError, DataError) as error:
             raise type(error)(f"row {row.name!r}: {error}") from None
-        before = planned[row.after, seed].key if row.after else ""
-        key, plain = _key(resolved, before), _key(resolved)
+        first = planned[row.after, seed] if row.after else None
+        run = _Run(_key(resolved), first and first.folder.resolve())
+        key = _key(resolved, first.key) if first else run.key
         slug = re.sub(r"[^a-z0-9]+", "-", row.name.lower()).strip("-")
-        folder = by_key.get(key, out / f"{slug}-{seed}-{key[:8]}")
-        if folder in there and there[folder].key != plain:
+        folder = known.get(run, out / f"{slug}-{seed}-{key[:8]}")
+        if folder in there and there[folder] != run:
             raise ConfigError(
                 f"{folder} is a run of another recipe than the row {row.name!r}: move it away, or "
                 f"choose another --out"
@@ -194,25 +195,26 @@ def units(
     return list(planned.values())
 
 
-class _There(NamedTuple):
-    """A run that is in the folder."""
+class _Run(NamedTuple):
+    """What identifies a run that is in the folder."""
 
-    key: str
-    fresh: bool  # whether it started from its own weights
+    key: str  # of its recipe, as this version of jemkit resolves it
+    start: Path | None  # the run whose weights it started from
 
 
-def _existing(registry: Registry, out: Path) -> dict[Path, _There]:
+def _existing(registry: Registry, out: Path) -> dict[Path, _Run]:
     """The runs in a folder; anything else is ignored."""
     runs = {}
-    for config in sorted(out.glob("*/config.json")):
+    for config in sorted(out.glob("*/config.json"), reverse=True):
         if config.parent.is_symlink():
             continue
         try:
             resolved = complete(resolve(registry, config=config), registry)
-            fresh = read_json(config).get("init_from") is None
+            start = read_json(config).get("init_from")
         except JemkitError:
             continue
-        runs[config.parent] = _There(_key(resolved), fresh)
+        path = Path(start["path"]).resolve() if start else None
+        runs[config.parent] = _Run(_key(resolved), path)
     return runs
 
 

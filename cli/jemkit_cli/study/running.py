@@ -46,12 +46,12 @@ class State(NamedTuple):
 
 
 def state_of(unit: Unit) -> State:
-    """The progress stored in the run's folder; empty if the folder is of another recipe."""
+    """The progress stored in the run's folder."""
     path = unit.folder / MARK
     if not path.exists():
         return State(None, None)
     mark = read_json(path)
-    if not isinstance(mark, dict) or mark.get("key") != unit.key:
+    if not isinstance(mark, dict):
         return State(None, None)
     evaluated = mark.get("evaluated")
     return State(mark.get("trained"), None if evaluated is None else tuple(evaluated))
@@ -201,4 +201,4 @@ def _wait_for_lock(folder: Path, stopped: threading.Event) -> None:
 
 def _mark(unit: Unit, state: State) -> None:
     unit.folder.mkdir(parents=True, exist_ok=True)
-    write_json(unit.folder / MARK, {"key": unit.key, **state._asdict()})
+    write_json(unit.folder / MARK, state._asdict())
