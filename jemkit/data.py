@@ -202,6 +202,14 @@ class Views(Options):
     noise_pos: float = Field(0.0, ge=0)
     pos_share: float = Field(1.0, gt=0, le=1)  # share of the batch that the density uses
     stats_from: tuple[Stream, ...] = ("x", "x_adv")
+    cutmix: bool = False  # paste a box of another image into the classifier's view
+
+
+class Mixed(NamedTuple):
+    """CutMix (Yun et al. 2019): which row a box of an image comes from, and what is left."""
+
+    partner: Tensor  # [B], rows of the batch
+    weight: Tensor  # [B], the share of the image's own pixels
 
 
 class Batch(NamedTuple):
@@ -213,6 +221,7 @@ class Batch(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # [B], which training images these are
     step: int = 0
     generated: Tensor | None = None  # [B], bool, which images are generated; None: none are
+    mixed: Mixed | None = None
 
 
 class Loader:
@@ -249,7 +258,8 @@ class Loader:
         x = self._view(images, augment=views.augment_x, noise=views.noise_x)
         pos = images.take(slice(n_pos))
         x_pos = self._view(pos, augment=views.augment_pos, noise=views.noise_pos)
-        batch = Batch(x, images.y, x_pos, index, self.step, generated)
+        x, mixed = cut_mixed(x, self.rng, self.shard) if views.cutmix else (x, None)
+        batch = Batch(x, images.y, x_pos, index, self.step, generated, mixed)
         self.step += 1
         return batch
 
@@ -332,6 +342,24 @@ def augmented(
         return x
     each = torch.arange(n, device=x.device).view(-1, 1, 1)
     return x.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def cut_mixed(x: Tensor, rng: Generator, shard: Shard = WHOLE) -> tuple[Tensor, Mixed]:
+    """Each of x [B, C, H, W] with a box of the row before it, of a uniformly drawn area."""
+    n, _, height, width = x.shape
+    share, *centre = torch.rand((3, n * shard.size), generator=rng, device=x.device)[
+        :, shard.rank :: shard.size
+    ]
+    inside = []
+    for size, middle in zip((height, width), centre, strict=True):
+        half = share.sqrt() * size / 2
+        low, high = (middle * size - half).round(), (middle * size + half).round()
+        at = torch.arange(size, device=x.device)
+        inside.append((at >= low[:, None]) & (at < high[:, None]))
+    box = inside[0][:, :, None] & inside[1][:, None, :]
+    partner = torch.arange(n, device=x.device).roll(1)
+    weight = 1 - box.float().mean((1, 2))
+    return torch.where(box[:, None], x[partner], x), Mixed(partner, weight)
 
 
 def reflected(index: Tensor, size: int) -> Tensor:

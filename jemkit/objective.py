@@ -60,6 +60,21 @@ def divergence(clean: Tensor, adv: Tensor) -> Tensor:
     ).sum(1)
 
 
+def soft_labels(
+    batch: Batch, n_classes: int, smoothing: float = 0.0, *, only_generated: bool = False
+) -> Tensor:
+    """The labels of a batch as distributions [B, K], smoothed, and mixed as CutMix mixed x."""
+    share = torch.full((len(batch.y), 1), smoothing, device=batch.y.device)
+    if only_generated:
+        real = torch.zeros_like(batch.y) if batch.generated is None else batch.generated
+        share = share * real[:, None]
+    labels = (1 - share) * F.one_hot(batch.y, n_classes) + share / n_classes
+    if batch.mixed is None:
+        return labels
+    own = batch.mixed.weight[:, None]
+    return own * labels + (1 - own) * labels[batch.mixed.partner]
+
+
 class Terms(NamedTuple):
     """A loss by name, and the weighted sum that training minimises."""
 

@@ -80,6 +80,7 @@ from jemkit.objective import (
     ce_adversary,
     divergence,
     kl_adversary,
+    soft_labels,
     watched,
 )
 from jemkit.options import Options, PartOf, Radius
@@ -132,5 +133,5 @@ __all__ = [
     "frozen", "frozen_batch_norm", "frozen_batch_stats", "gradient", "hookimpl", "installed",
     "kl_adversary", "load",
     "moved_weights", "noise_like", "nonstandard", "perturbed", "radius_of", "resolve", "run",
-    "train", "train_step", "training_radius", "watched", "without_batch_norm",
+    "soft_labels", "train", "train_step", "training_radius", "watched", "without_batch_norm",
 ]  # fmt: skip

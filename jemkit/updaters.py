@@ -248,8 +248,8 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module, n: int | None = None) -> None:
         """Move the average; given n, the updates so far, the decay is (1 + n) / (10 + n) at
-        most."""
-        decay = self.decay if n is None else min(self.decay, (1 + n) / (10 + n))
+        most, and 0 where n is negative."""
+        decay = self.decay if n is None else min(self.decay, (1 + n) / (10 + n) if n >= 0 else 0.0)
         live = {name: fsdp.local(t) for name, t in model.state_dict().items()}
         ours = {name: fsdp.local(t) for name, t in self.average.items()}
         if weights := [name for name in live if name in self._weights]:

@@ -26,6 +26,7 @@ from jemkit.sampling.kernels import (
     perturbed,
     run,
 )
+from jemkit.sampling.stateful_kernels import AdamDescent
 
 STARTS = {
     "uniform": "uniform in the ball",
@@ -33,6 +34,9 @@ STARTS = {
     "clean": "x itself",
 }
 NOISE_PX = 0.255  # the standard deviation of a Gaussian start, 0.001 of the pixel range
+
+ADAM_PX = 25.5
+"""The rate of Adam on pixels, 0.1 of the pixel range."""
 
 
 class Criterion(NamedTuple):
@@ -129,10 +133,11 @@ class PGD(PGDAttack):
 
     steps: int = Field(10, ge=0)
     radius_px: Radius | None = None  # None: the data set's, or the evaluation's
-    step_px: float | None = Field(None, ge=0)  # None: a quarter of the radius
+    step_px: float | None = Field(None, ge=0)  # None: a quarter of the radius; of adam 25.5
     norm: Ball = "Linf"
     restarts: int = Field(1, ge=1)
     start: Literal["uniform", "gaussian", "clean"] = "uniform"
+    optimizer: Literal["sign", "adam"] = "sign"  # adam: a tenth of the step in the second half
 
     def unused(self) -> dict[str, str]:
         idle = {} if self.steps else {"step_px": "where steps is 0"}
@@ -140,7 +145,8 @@ class PGD(PGDAttack):
 
     @property
     def label(self) -> str:
-        return f"pgd{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "")
+        times = f"x{self.restarts}" if self.restarts > 1 else ""
+        return f"pgd{self.steps}{times}" + ("-adam" if self.optimizer == "adam" else "")
 
     def draw(
         self,
@@ -192,10 +198,11 @@ class PGD(PGDAttack):
         return evaluated
 
     def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
-        step = threat.radius_px / 4 if self.step_px is None else self.step_px
+        adam = {"optimizer": "adam, a tenth of the step in the second half"}
         return {
             "steps": self.steps,
-            "step_px": step,
+            "step_px": self._step_px(threat.radius_px),
+            **(adam if self.optimizer == "adam" else {}),
             "restarts": self.restarts,
             "start": STARTS[self.start],
             "kept": "the worst of all steps",
@@ -220,11 +227,18 @@ class PGD(PGDAttack):
 
     def kernel(self, x: Tensor, radius_px: float, bounds: Bounds, norm: Ball) -> Projected:
         """Steepest ascent around x, projected, as descent on the negative loss."""
-        step = bounds.px(radius_px / 4 if self.step_px is None else self.step_px)
+        step = bounds.px(self._step_px(radius_px))
         inner: Sampler = (
             SignDescent(step_size=step) if norm == "Linf" else L2Descent(step_size=step)
         )
+        if self.optimizer == "adam":
+            inner = AdamDescent(step_size=step, drop=self.steps // 2)
         return Projected(inner, x, bounds.px(radius_px), bounds, norm)
+
+    def _step_px(self, radius_px: float) -> float:
+        if self.step_px is not None:
+            return self.step_px
+        return ADAM_PX if self.optimizer == "adam" else radius_px / 4
 
     @property
     def _pgd(self) -> "PGD":

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Iterable
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from jemkit.errors import ConfigError
 from jemkit.options import Options
 
+Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 
 
@@ -24,6 +25,10 @@ class SGD(Options):
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = False
     weight_decay: float = Field(5e-4, ge=0)
+    decay_norms: bool = True  # whether batch norm's weights and offsets decay too
+
+    def unused(self) -> dict[str, str]:
+        return {} if self.weight_decay else {"decay_norms": "where weight_decay is 0"}
 
     @model_validator(mode="after")
     def _momentum_to_look_ahead_by(self) -> "SGD":
@@ -31,7 +36,7 @@ class SGD(Options):
             raise ConfigError("optimizer.nesterov needs a momentum above 0")
         return self
 
-    def build(self, params: Iterable[nn.Parameter], *, fused: bool) -> Optimizer:
+    def build(self, params: Parameters, *, fused: bool) -> Optimizer:
         return without_dynamo(torch.optim.SGD)(
             params,
             lr=self.lr,
@@ -49,8 +54,12 @@ class Adam(Options):
     lr: float = Field(1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
+    decay_norms: bool = True
 
-    def build(self, params: Iterable[nn.Parameter], *, fused: bool) -> Optimizer:
+    def unused(self) -> dict[str, str]:
+        return {} if self.weight_decay else {"decay_norms": "where weight_decay is 0"}
+
+    def build(self, params: Parameters, *, fused: bool) -> Optimizer:
         kind = torch.optim.AdamW if self.use == "adamw" else torch.optim.Adam
         return without_dynamo(kind)(
             params,
@@ -77,11 +86,15 @@ OptimizerOptions = Annotated[SGD | Adam, Field(discriminator="use")]
 class Schedule(Options):
     """A factor on the learning rate: linear warm-up, then constant, steps or cosine decay.
 
+    `onecycle` is PyTorch's OneCycleLR with its defaults, step by step: half a cosine from 1/25 up
+    to 1 in the warm-up, another one down to 1/250,000, and the momentum of SGD from 0.95 to 0.85
+    and back.
+
     Warm-up ends after `warmup` steps or `warmup_share` of the run, whichever comes first. Its first
     step has a rate above 0; in the released code the first step has rate 0.
     """
 
-    decay: Literal["constant", "steps", "cosine"] = "steps"
+    decay: Literal["constant", "steps", "cosine", "onecycle"] = "steps"
     warmup: int = Field(1000, ge=0)  # steps
     warmup_share: float = Field(0.05, ge=0, le=1)
     at: tuple[float, ...] = (0.5, 0.75)  # of `steps`: shares of the run; jemkit's choice
@@ -104,8 +117,25 @@ class Schedule(Options):
             reasons["warmup"] = "if warmup_share is 0"
         return reasons
 
+    def momentum(self, step: int, total: int) -> float | None:
+        """The momentum at a step; None where it is the optimizer's own."""
+        if self.decay != "onecycle":
+            return None
+        along, rising = self._cycle(step, total)
+        return _between(0.95, 0.85, along) if rising else _between(0.85, 0.95, along)
+
+    def _cycle(self, step: int, total: int) -> tuple[float, bool]:
+        """How far along its half of the cycle a step is, and whether that is the first half."""
+        top = max(0, min(self.warmup, math.ceil(self.warmup_share * total)) - 1)
+        if step < top:
+            return step / top, True
+        return min(1.0, (step - top) / max(1, total - 1 - top)), False
+
     def factor(self, step: int, total: int) -> float:
         """The factor at `step` of 0, ..., total - 1."""
+        if self.decay == "onecycle":
+            along, rising = self._cycle(step, total)
+            return _between(1 / 25, 1.0, along) if rising else _between(1.0, 1 / 25e4, along)
         warmup = min(self.warmup, math.ceil(self.warmup_share * total))
         rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
         if self.decay == "constant":
@@ -115,3 +145,8 @@ class Schedule(Options):
             return rise * math.pow(self.by, passed)
         along = min(1.0, max(0.0, (step - warmup) / max(1, total - warmup)))
         return rise * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * along)))
+
+
+def _between(first: float, last: float, along: float) -> float:
+    """Half a cosine from `first` to `last`."""
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * along))

@@ -52,6 +52,7 @@ class Run(Options):
     max_train: int | None = Field(None, ge=2)  # use only this many images of the training split
     ema_decay: float = Field(0.0, ge=0, lt=1)  # decay of the EMA of the weights; 0: none
     ema_warmup: bool = False  # a decay of at most (1 + n) / (10 + n) after n updates
+    ema_copy: float = Field(0.0, ge=0, le=1)  # share of the run in which the average is a copy
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     compile: bool = False
@@ -65,7 +66,8 @@ class Run(Options):
     keep: int = Field(2, ge=1)  # newest checkpoints to keep, besides the best and the sentinel's
 
     def unused(self) -> dict[str, str]:
-        return {} if self.ema_decay else {"ema_warmup": "where ema_decay is 0"}
+        idle = {} if self.ema_warmup else {"ema_copy": "without ema_warmup"}
+        return idle if self.ema_decay else {**idle, "ema_warmup": "where ema_decay is 0"}
 
     @property
     def layout(self) -> Layout:

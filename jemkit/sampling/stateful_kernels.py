@@ -50,6 +50,38 @@ class SGLDMomentum(Options):
         return MomentumState(x + self.noise * noise_like(x, rng) if self.noise else x, velocity)
 
 
+class AdamState(NamedTuple):
+    """The images of an ascent by Adam, its two moments, and the number of steps."""
+
+    x: Tensor  # [B, ...]
+    mean: Tensor
+    square: Tensor
+    steps: int = 0
+
+
+class AdamDescent(Options):
+    """Adam on pixels, as inner maximisation in Gowal et al. (2021); after `drop` steps its rate is
+    a tenth."""
+
+    needs_stem: ClassVar[bool] = False
+
+    step_size: float = Field(0.2, ge=0)  # in model units
+    drop: int = Field(5, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def init(self, x: Tensor, rng: Generator) -> AdamState:
+        return AdamState(x, torch.zeros_like(x), torch.zeros_like(x))
+
+    def step(self, energy: EnergyFn, state: AdamState, rng: Generator) -> AdamState:
+        slope, steps = gradient(energy, state.x), state.steps + 1
+        mean = torch.lerp(slope, state.mean, self.betas[0])
+        square = torch.lerp(slope.square(), state.square, self.betas[1])
+        first, second = (1 - beta**steps for beta in self.betas)
+        rate = self.step_size * (1.0 if steps <= self.drop else 0.1)
+        move = rate * (mean / first) / ((square / second).sqrt() + 1e-9)
+        return AdamState(state.x - move, mean, square, steps)
+
+
 class MALAState(NamedTuple):
     """The images of a chain, and what the step that led to them reports."""
 

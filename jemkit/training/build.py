@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 from jemkit.backbone import Backbone
+from jemkit.config.optim import OptimizerOptions
 from jemkit.config.recipe import Recipe, Run
 from jemkit.data import Loader, Task, Views, images_hash, steps_per_epoch
 from jemkit.errors import ConfigError, DataError, MisfitError
@@ -20,6 +21,7 @@ from jemkit.models.energy import EnergyModel
 from jemkit.objective import Objective, ObjectiveSpec, StatefulObjective
 from jemkit.runtime import distributed, fsdp
 from jemkit.runtime.microbatch import MicroBatch
+from jemkit.runtime.modes import batch_norms
 from jemkit.runtime.precision import Layout, device_of, memory_of
 from jemkit.runtime.rng import generator
 from jemkit.sampling.compile import CompiledGradient
@@ -160,7 +162,9 @@ def build_run(recipe: Recipe, pinned: Pinned | None = None, *, fill: bool = True
     model, twin = placed(backbone, run, own["task"])
     remembered = objective.parameters() if isinstance(objective, StatefulObjective) else ()
     parameters = [*model.parameters(), *remembered]
-    optimizer = recipe.optimizer.build(parameters, fused=fsdp.fusable(parameters))
+    optimizer = recipe.optimizer.build(
+        _groups(recipe.optimizer, model, parameters), fused=fsdp.fusable(parameters)
+    )
     updater = shardable(recipe.updater.build(model, optimizer), model)
     if isinstance(updater, StepAware):
         updater.total_steps = own["task"].total_steps
@@ -208,6 +212,18 @@ def _own_parts(recipe: Recipe, pinned: Pinned | None, fill: bool) -> dict[str, A
         "objective": objective, "rng": reshard.split(backbone, rng, run.seed),
         "loader": _loader(recipe, task, backbone.views, device),
     }  # fmt: skip
+
+
+def _groups(
+    optimizer: OptimizerOptions, model: EnergyModel, parameters: list[nn.Parameter]
+) -> list[nn.Parameter] | list[dict[str, Any]]:
+    """The parameters; those of the model's batch norm apart, if they have no weight decay."""
+    norms = {id(p) for norm in batch_norms(model) for p in norm.parameters()}
+    if optimizer.decay_norms or not norms:
+        return parameters
+    decaying: dict[str, Any] = {"params": [p for p in parameters if id(p) not in norms]}
+    others: dict[str, Any] = {"params": [p for p in parameters if id(p) in norms]}
+    return [decaying, {**others, "weight_decay": 0.0}]
 
 
 def leads() -> bool:

@@ -26,6 +26,11 @@ log = logging.getLogger(__name__)
 def check_parts(backbone: Backbone, objective: Objective[Any], task: Task, run: Run) -> None:
     """Reject, before the first step, whatever in a run does not fit together."""
     check(backbone, objective)
+    if backbone.views.cutmix and not getattr(objective, "mixes_labels", False):
+        raise MisfitError(
+            f"backbone.views.cutmix mixes labels, which the objective "
+            f"{_name('objective', objective)} does not take; choose trades or score, or omit it"
+        )
     check_distances(objective, task, backbone)
     chains = positives(min(run.batch_size, task.n_train), backbone.views)
     check_chains(objective, backbone, chains)

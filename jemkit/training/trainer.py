@@ -160,9 +160,12 @@ class Trainer:
         step, run = self.step, self.recipe.run
         self.journal.stopwatch.begin()
         factor = self.recipe.schedule.factor(step, self.total_steps) * self.rollback.rate
+        momentum = self.recipe.schedule.momentum(step, self.total_steps)
         self.polling.begin()
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.optimizer.lr * factor
+            if momentum is not None and "momentum" in group:
+                group["momentum"] = momentum
         before = self.loader.state_dict()
         try:
             with distributed.together():
@@ -178,7 +181,7 @@ class Trainer:
             self.journal.stopwatch.drop()
             raise
         if self.ema is not None:
-            self.ema.update(self.backbone.model, step if run.ema_warmup else None)
+            self.ema.update(self.backbone.model, self._ema_updates(step))
         known = {
             "step": step,
             "epoch": step // self.loader.steps_per_epoch + 1,
@@ -187,6 +190,11 @@ class Trainer:
         self.journal.note(known, self.loader.batch_size, terms, self.guard)
         if self.step % GATHER == 0:
             self._report()
+
+    def _ema_updates(self, step: int) -> int | None:
+        """The EMA's updates since it stopped being a copy; None where its decay is constant."""
+        run = self.recipe.run
+        return step - round(run.ema_copy * self.total_steps) if run.ema_warmup else None
 
     def end_epoch(self) -> None:
         """Validate, draw a sample grid, update the best epoch, save."""

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from jemkit import (
     PGD, Attack, Backbone, Batch, Objective, Options, PartOf, Stream, Terms, adversary, eval_mode,
-    hookimpl, watched,
+    hookimpl, soft_labels, watched,
 )  # fmt: skip
 
 
@@ -17,6 +17,7 @@ class SCORE(Options):
     """mean |p(x) - t|^2 + beta mean max(0, |p(x~) - p(x)|^2 - c), t the label as a vector."""
 
     needs_density: ClassVar[bool] = False
+    mixes_labels: ClassVar[bool] = True
 
     beta: float = Field(4.0, ge=0)  # the released checkpoints: 3
     c: float = Field(0.0, ge=0, le=2)  # the largest squared distance of two distributions
@@ -46,16 +47,12 @@ class SCORE(Options):
         images: dict[Stream, Tensor] = {} if x_adv is None else {"x_adv": x_adv}
         scores = backbone.scores({"x": batch.x, **images})
         clean = scores["x"].logits.softmax(1)
-        terms = {"p(y|x)": (1.0, squared(clean, self.target(batch.y, clean)).mean())}
+        target = soft_labels(batch, clean.shape[1], self.smoothing)
+        terms = {"p(y|x)": (1.0, squared(clean, target).mean())}
         if x_adv is not None:
             far = squared(scores["x_adv"].logits.softmax(1), clean)
             terms["|p(x~) - p(x)|^2"] = (self.beta, (far - self.c).relu().mean())
         return Terms.weighted(terms, watched(scores, batch.y))
-
-    def target(self, y: Tensor, like: Tensor) -> Tensor:
-        """The labels as distributions, [B, K]."""
-        hard = torch.zeros_like(like).scatter(1, y[:, None], 1.0)
-        return (1 - self.smoothing) * hard + self.smoothing / like.shape[1]
 
 
 def squared(p: Tensor, q: Tensor) -> Tensor:

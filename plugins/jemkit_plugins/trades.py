@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from jemkit import (
     PGD, Attack, Backbone, Batch, Objective, Options, PartOf, Stream, Terms, ce_adversary,
-    divergence, hookimpl, kl_adversary, watched,
+    divergence, hookimpl, kl_adversary, soft_labels, watched,
 )  # fmt: skip
 
 
@@ -20,13 +20,18 @@ class TRADES(Options):
     """
 
     needs_density: ClassVar[bool] = False
+    mixes_labels: ClassVar[bool] = True
 
     beta: float = Field(6.0, ge=0)
     climbs: Literal["kl", "ce"] = "kl"
     attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10)
+    smoothing: float = Field(0.0, ge=0, lt=1)  # of the labels
+    smooth: Literal["all", "generated"] = "all"  # images whose labels are smoothed
 
     def unused(self) -> dict[str, str]:
-        return {} if self.beta else dict.fromkeys(("attack", "climbs"), "where beta is 0")
+        idle = {} if self.smoothing else {"smooth": "where smoothing is 0"}
+        attacks = dict.fromkeys(("attack", "climbs"), "where beta is 0")
+        return idle if self.beta else {**idle, **attacks}
 
     @property
     def streams(self) -> tuple[Stream, ...]:
@@ -44,10 +49,17 @@ class TRADES(Options):
             {"x": batch.x} if x_adv is None else {"x": batch.x, "x_adv": x_adv}
         )
         clean = scores["x"].logits
-        terms = {"p(y|x)": (1.0, F.cross_entropy(clean, batch.y))}
+        terms = {"p(y|x)": (1.0, F.cross_entropy(clean, self._target(batch, clean.shape[1])))}
         if x_adv is not None:
             terms["KL"] = (self.beta, divergence(clean, scores["x_adv"].logits).mean())
         return Terms.weighted(terms, watched(scores, batch.y))
+
+    def _target(self, batch: Batch, n_classes: int) -> Tensor:
+        """Class indices [B], or distributions [B, K] if labels are smoothed or mixed."""
+        if not self.smoothing and batch.mixed is None:
+            return batch.y
+        only = self.smooth == "generated"
+        return soft_labels(batch, n_classes, self.smoothing, only_generated=only)
 
 
 @hookimpl

@@ -104,6 +104,7 @@ class TestParts:
             "lr": 1e-4,
             "betas": [0.9, 0.999],
             "weight_decay": 0.0,
+            "decay_norms": True,
         }
         assert found.origins["optimizer.lr"] == "default"
         assert found.origins["optimizer.use"] == "--set optimizer.use=adam"

@@ -13,6 +13,7 @@ from toys import REGISTRY, gen, toy_recipe, toy_registry
 
 from jemkit import Guard, Options, resolve, train_step
 from jemkit.config.eval_settings import Settings, attacks_of, evaluators_of
+from jemkit.config.extra import Extra
 from jemkit.config.optim import SGD, Adam, Schedule
 from jemkit.config.recipe import Run
 from jemkit.config.unused import check_given
@@ -26,6 +27,7 @@ TOYS = toy_registry()
 KNOWN = {
     "network mlp": "hidden layers",
     "network resnet": "depth width strides norm",
+    "network swishwrn": "depth width norm bn_momentum offset mean std",
     "network smallcnn": "channels norm",
     "network timm": "model",
     "network torchvision": "model",
@@ -63,7 +65,7 @@ KNOWN = {
     "objective pgdat": "attack",
     "objective score": "beta c smoothing attack",
     "objective tdat": "weight gamma_min relaxation radius_px variant",
-    "objective trades": "beta climbs attack",
+    "objective trades": "beta climbs attack smoothing smooth",
     "objective weat": "of beta attack",
     "updater agr": "start clip",
     "updater awp": "gamma start",
@@ -84,7 +86,7 @@ KNOWN = {
     "attack energy": "of steps step_px restarts",
     "attack eot": "steps step_px samples",
     "attack fgsm": "random_start",
-    "attack pgd": "steps radius_px step_px norm restarts start",
+    "attack pgd": "steps radius_px step_px norm restarts start optimizer",
     "attack square": "queries restarts",
     "evaluator calibration": "bins",
     "evaluator energies": "n steps bins path_images",
@@ -99,13 +101,15 @@ KNOWN = {
 
 PLAIN: dict[str, list[str]] = {
     "run": ["epochs", "batch_size", "micro_batch", "recompute", "seed", "theta_steps",
-            "valid_fraction", "max_train", "ema_decay", "ema_warmup", "device", "precision",
-            "compile", "channels_last", "deterministic", "threads", "eval_images",
+            "valid_fraction", "max_train", "ema_decay", "ema_warmup", "ema_copy", "device",
+            "precision", "compile", "channels_last", "deterministic", "threads", "eval_images",
             "test_images", "shard", "tensorboard", "keep"],
     "schedule": ["decay", "warmup", "warmup_share", "at", "by", "floor"],
-    "sgd": ["use", "lr", "momentum", "nesterov", "weight_decay"],
-    "adam": ["use", "lr", "betas", "weight_decay"],
-    "views": ["augment_x", "augment_pos", "noise_x", "noise_pos", "pos_share", "stats_from"],
+    "sgd": ["use", "lr", "momentum", "nesterov", "weight_decay", "decay_norms"],
+    "adam": ["use", "lr", "betas", "weight_decay", "decay_norms"],
+    "views": ["augment_x", "augment_pos", "noise_x", "noise_pos", "pos_share", "stats_from",
+              "cutmix"],
+    "extra": ["file", "fraction", "labels"],
     "buffer": ["capacity", "restart", "conditional"],
     "sentinel": ["on", "tries", "policy", "quiet", "window", "far", "nats", "patience", "steep",
                  "stuck", "collapse"],
@@ -121,7 +125,7 @@ def test_every_option_of_every_part_is_known_here() -> None:
     assert {part: names for part, names in found.items() if names} == KNOWN
     tables: dict[str, type[Options]] = {
         "run": Run, "schedule": Schedule, "sgd": SGD, "adam": Adam, "views": Views,
-        "buffer": Buffer, "sentinel": Sentinel,
+        "buffer": Buffer, "sentinel": Sentinel, "extra": Extra,
     }  # fmt: skip
     assert {name: list(part.model_fields) for name, part in tables.items()} == PLAIN
 
@@ -211,8 +215,17 @@ ACTS: list[tuple[tuple[str, str, str], list[str], str]] = [
     (J, ["updater.use=agr"], "updater.start=0"),
     (J, ["optimizer.use=adam"], "optimizer.betas=[0.1, 0.9]"),
     (J, ["schedule.decay=cosine", "optimizer.lr=0.1"], "schedule.floor=0.9"),
-    (("classifier", "trades", ""), [], "objective.beta=1"),
     (("classifier", "trades", ""), [], "objective.climbs=ce"),
+    *[(("classifier", "trades", ""), [], option) for option in (
+        "objective.beta=1", "objective.smoothing=0.1", "objective.attack.optimizer=adam",
+        "backbone.views.cutmix=true", "schedule.decay=onecycle",
+    )],
+    (("classifier", "trades", ""), ["objective.smoothing=0.1"], "objective.smooth=generated"),
+    (J, ["optimizer.weight_decay=0.5"], "optimizer.decay_norms=false"),
+    *[(J, ["backbone.network.use=swishwrn-10-1", "backbone.network.norm=batch",
+           "backbone.network.mean=[0.5]", "backbone.network.std=[0.5]"], f"backbone.network.{o}")
+      for o in ("width=2", "depth=16", "norm=group", "bn_momentum=0.9", "offset=false",
+                "mean=[0.4]", "std=[0.4]")],
     *[(("classifier", name, ""), [], f"objective.attack.{s}")
       for name in ("pgdat", "trades")
       for s in ("steps=1", "radius_px=5", "step_px=1", "start=gaussian")],
@@ -291,6 +304,10 @@ IDLE: list[tuple[list[str], str, str]] = [
     (["backbone.network.use=wrn-10-1", "backbone.network.norm=group"],
      "backbone.network.bn_momentum=0.9", "without batch norm"),
     ([], "run.ema_warmup=true", "where ema_decay is 0"),
+    (["run.ema_decay=0.9"], "run.ema_copy=0.1", "without ema_warmup"),
+    (["optimizer.weight_decay=0"], "optimizer.decay_norms=false", "where weight_decay is 0"),
+    (["objective.use=trades"], "objective.smooth=generated", "where smoothing is 0"),
+    ([], "extra.fraction=0.5", "without a file, --extra-data"),
     (["objective.use=dat", "objective.max_steps=0"], "objective.auc=0.3", "max_steps is 0"),
     (["updater.use=sam", "updater.rho=0"], "updater.adaptive=false", "where rho is 0"),
     (["schedule.decay=cosine"], "schedule.at=[0.3]", 'unless decay = "steps"'),

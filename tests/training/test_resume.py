@@ -50,6 +50,19 @@ OTHERS = [
     ["jem", "ebjdat", "plain", "backbone.density.batch_norm=released"],
     ["jem", "jem", "plain", "backbone.sampler.use=sgld_momentum"],
     ["sadajem", "ebjdat", "plain", "backbone.sampler.use=mala"],
+    [
+        "classifier",
+        "trades",
+        "plain",
+        "optimizer.decay_norms=false",
+        "schedule.decay=onecycle",
+        "run.ema_decay=0.9",
+        "run.ema_warmup=true",
+        "run.ema_copy=0.2",
+        "backbone.views.cutmix=true",
+        "objective.attack.optimizer=adam",
+        "objective.smoothing=0.1",
+    ],
 ]
 
 
