@@ -7,7 +7,7 @@ from jemkit.hookspecs import hookimpl
 
 FOLDER = Path(__file__).parent
 FOR_BOTH = (
-    "agr-trades", "at-awp", "ducat", "jeat", "lbgat", "mart", "pgdat", "score", "trades",
+    "agr-trades", "at-awp", "ducat", "jeat", "lbgat", "mart", "pgdat", "trades",
     "trades-awp", "weat",
 )  # fmt: skip
 """Presets for CIFAR-10 whose NAME-cifar100 is the same file: their papers change no constant."""
