@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from groups import batch_of as batch_at
+from groups import part_of
 from logits import batch_of, identity_backbone, logits
+from ranks import every_rank
 from torch import Tensor, nn
 from toys import backbone_of, gen, tiny, toy_recipe, toy_registry
 
 from jemkit import Guard, Plain, SmallCNN, Trainer, train_step
+from jemkit.runtime import distributed
 from jemkit.runtime.pytree import same
 from jemkit.runtime.run_dir import RunFolder
+from jemkit.runtime.work_cache import WHOLE, Shard
 from jemkit.testing import toy_batch, toy_task
 from jemkit_plugins.lbgat import LBGAT, LBGATObjective
 
@@ -113,3 +118,32 @@ def test_without_the_divergence_clean_images_pass_through_the_teacher_alone() ->
 def test_teachers_begin_alike_from_one_seed() -> None:
     one, other = (LBGAT(teacher=SmallCNN()).build(TASK, gen(3)) for _ in range(2))
     assert same(one.state_dict(), other.state_dict())
+
+
+def updated(me: Shard) -> dict[str, Tensor]:
+    """Student and teacher after steps on images that are the same however many processes share
+    them."""
+    network = SmallCNN(channels=2, norm="none")
+    backbone, still = (backbone_of("classifier", TASK, network=network) for _ in range(2))
+    objective, guard = built(teacher=network), Guard()
+    params = [*backbone.model.named_parameters(), *objective.teacher.named_parameters(prefix="g")]
+    updater = Plain().build(backbone.model, torch.optim.SGD([p for _, p in params], lr=0.1))
+    for step in range(4):
+        batch = batch_at(step)
+        x_adv = objective.draw(still, batch, gen(step))
+        own, drawn = part_of(batch, me), x_adv[me.rank :: me.size]
+        updater.step(lambda own=own, x=drawn: objective.loss(backbone, own, x), guard)
+    return {name: p.detach() for name, p in params}
+
+
+def all_updated() -> dict[str, Tensor]:
+    with distributed.together():
+        return updated(distributed.shard())
+
+
+def test_two_processes_move_student_and_teacher_as_one_does() -> None:
+    alone, (one, other) = updated(WHOLE), every_rank(all_updated)
+    assert any(name.startswith("g.") for name in alone)
+    for name, p in alone.items():
+        assert torch.equal(one[name], other[name]), name
+        torch.testing.assert_close(one[name], p, rtol=0, atol=1e-5)

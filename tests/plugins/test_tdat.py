@@ -1,14 +1,19 @@
 """TDAT: the loss worked by hand, the schedule of its labels, and the perturbation that it keeps."""
 
+from contextlib import suppress
 from dataclasses import replace
 from math import log, tan, tanh
+from pathlib import Path
 
 import pytest
 import torch
+from groups import different
 from logits import batch_of, identity_backbone, logits
-from toys import backbone_of, gen, tiny
+from ranks import every_rank
+from toys import backbone_of, gen, tiny, toy_recipe, toy_registry
 
-from jemkit import Guard, Plain, Terms, train_step
+from jemkit import Guard, Plain, Preempted, Terms, train, train_step
+from jemkit.runtime.checkpoint import load
 from jemkit.testing import toy_batch, toy_task
 from jemkit_plugins.tdat import TDAT, Draws, TDATObjective
 
@@ -123,3 +128,25 @@ def test_without_the_regulariser_one_stream_passes() -> None:
     objective = built(weight=0)
     assert objective.streams == ("x_adv",)
     assert list(loss(objective).parts) == ["p(y|x~)"]
+
+
+def runs(folder: str) -> None:
+    """A whole run of two processes, and one that is stopped after five steps and goes on."""
+    registry = toy_registry()
+    resolved = toy_recipe(
+        registry, "classifier", "tdat", "plain", "run.batch_size=8", "run.max_train=54"
+    )
+    train(resolved, Path(folder) / "whole", registry=registry)
+    stops = iter([*[False] * 5, True])
+    with suppress(Preempted):
+        train(resolved, Path(folder) / "cut", registry=registry, stop=lambda: next(stops))
+    train(resolved, Path(folder) / "cut", registry=registry, resume=True)
+
+
+def test_each_process_keeps_the_perturbations_of_its_own_places(tmp_path: Path) -> None:
+    every_rank(runs, str(tmp_path))
+    assert different(tmp_path / "whole", tmp_path / "cut") == []
+    state = load(tmp_path / "whole" / "checkpoints" / "step-00000012")
+    one, other = (part["objective"]["m"] for part in (state, *state["ranks"]))
+    assert one.shape == other.shape == (4, 1, 8, 8)
+    assert not torch.equal(one, other)
