@@ -171,9 +171,14 @@ def check_subject(subject: PixelModel, pixels: Tensor, n_classes: int) -> None:
     with torch.no_grad():
         logits = subject(pixels)
     if logits.shape != (len(pixels), n_classes):
+        folding = (
+            ". If the second half are dummy classes, as in DUCAT, fold each with its class inside "
+            "the model: an attack on all of them is misled by the dummies"
+        )
         raise MisfitError(
             f"the model returned {list(logits.shape)} for {len(pixels)} images of {n_classes} "
             f"classes; expected logits [{len(pixels)}, {n_classes}]"
+            f"{folding if logits.shape == (len(pixels), 2 * n_classes) else ''}"
         )
     if not logits.isfinite().all():
         raise DataError("the model's logits hold NaN or inf on clean images: it has diverged")

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -102,6 +102,7 @@ def judge(
     ctx = _context(subject, settings, part, test, attacks)
     if (lacking := missing_classes_warning(data.y, subject.n_classes)) is not None:
         ctx.notes.warnings.append(lacking)
+    ctx.notes.warnings.extend(unattacked(subject.model, attacks))
     ctx = replace(ctx, shard=shard, progress=progress or no_progress, stop=stop or bool)
     for name, attack in attacks.items():  # errors are raised before anything slow
         as_model_attack(attack, name).bind(subject.model, ctx.threat)
@@ -130,6 +131,19 @@ def _looked_at(model: PixelModel, data: Images, ctx: Context) -> Context:
         ctx.notes.warnings.append(f"outputs: {row['found']}. {row['means']}; {row['do']}")
     why = f"the outputs are not logits: {row['found']}" if outputs.bounded else None
     return replace(ctx, no_logits=why)
+
+
+def unattacked(model: PixelModel, attacks: Collection[str]) -> list[str]:
+    """Warnings that these attacks do not see all of what a model answers by."""
+    hidden = [(model.model.beside_logits, model.model.attacks_beside)]
+    if isinstance(model, Refined):
+        text = "the model purifies its input, which can hide its gradient from attacks"
+        hidden.append((text, ("bpda",)))
+    return [
+        f"attack surface: {text}" + (f"; add --attack {names[0]}" if names else "")
+        for text, names in hidden
+        if text and not set(attacks) & set(names)
+    ]
 
 
 class _Judgement:

@@ -56,6 +56,8 @@ class EnergyModel(nn.Module, ABC):
     """A classifier that is also a density: a network's features, mapped to scores."""
 
     network: Network
+    beside_logits: str = ""  # what an attack on the K logits does not see, for a warning
+    attacks_beside: tuple[str, ...] = ()  # names of the attacks that do see it
 
     @abstractmethod
     def read(self, features: Tensor) -> Scores:
@@ -112,6 +114,12 @@ class LogitEnergy(EnergyModel):
 
 class LinearEnergy(EnergyModel):
     """M-EBM's energy (Yang and Ji 2023): a separate linear head gives -E(x)."""
+
+    beside_logits = (
+        "E(x) has a head of its own, which attacks on the class logits do not see: what they leave "
+        "says nothing of E(x) under attack"
+    )
+    attacks_beside = ("energy", "detector")
 
     def __init__(self, network: Network, n_classes: int) -> None:
         super().__init__()

@@ -38,6 +38,13 @@ class DummyEnergy(EnergyModel):
         self.head = nn.Linear(network.width, 2 * n_classes)
         self.fold: Fold | Literal["none"] = fold
 
+    @property
+    def beside_logits(self) -> str:  # type: ignore[override]
+        return (
+            f"the model has 2K logits, and attacks see K, folded by {self.fold}: the evaluator "
+            "foldings attacks through both foldings"
+        )
+
     def read(self, features: Tensor) -> Scores:
         raw = self.head(features)
         return Scores(raw if self.fold == "none" else folded(raw, self.fold), -raw.logsumexp(1))
