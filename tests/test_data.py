@@ -111,10 +111,10 @@ def test_a_saved_state_is_not_moved_by_later_batches() -> None:
     batches = loader()
     batches.batch()
     state = batches.state_dict()
-    kept = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+    stored = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
     for _ in range(4):
         batches.batch()
-    assert same(state, kept)
+    assert same(state, stored)
 
 
 @given(share=st.floats(0.01, 1))
@@ -161,9 +161,9 @@ def test_augmentation_is_a_reflect_padded_crop_and_a_mirror(
     seed: int, pad: int, flip: bool, channels: int
 ) -> None:
     x = torch.randint(256, (5, channels, 6, 6), generator=gen(seed)).to(torch.uint8)
-    found = augmented(x, Augmentation(pad=pad, flip=flip), gen(seed))
-    assert found.dtype == x.dtype
-    for image, out in zip(x, found, strict=True):
+    changed = augmented(x, Augmentation(pad=pad, flip=flip), gen(seed))
+    assert changed.dtype == x.dtype
+    for image, out in zip(x, changed, strict=True):
         choices = [
             by_hand(image, pad, rows, columns, mirror)
             for rows in range(-pad, pad + 1)
@@ -175,8 +175,8 @@ def test_augmentation_is_a_reflect_padded_crop_and_a_mirror(
 
 def test_every_crop_and_mirror_comes_up() -> None:
     x = torch.arange(36).view(1, 1, 6, 6).expand(2000, -1, -1, -1)
-    found = augmented(x, Augmentation(pad=1, flip=True), gen())
-    kinds = found.flatten(1).unique(dim=0, return_counts=True)[1]
+    changed = augmented(x, Augmentation(pad=1, flip=True), gen())
+    kinds = changed.flatten(1).unique(dim=0, return_counts=True)[1]
     assert len(kinds) == 18
     # 111 expected of each, with a deviation of about 10
     assert 60 < int(kinds.min()) <= int(kinds.max()) < 170
@@ -253,9 +253,9 @@ KINDS = {
 @given(kind=st.sampled_from(sorted(KINDS)), n=st.integers(1, 12), seed=seeds)
 def test_labels_of_any_type_and_form_are_the_same_indices(kind: str, n: int, seed: int) -> None:
     y = torch.randint(3, (n,), generator=gen(seed))
-    found = checked(Images(toy_images(n, 3, 8, 1, 0).x, KINDS[kind](y)), 3, "here").y
-    assert found.dtype == torch.int64
-    assert torch.equal(found, y)
+    changed = checked(Images(toy_images(n, 3, 8, 1, 0).x, KINDS[kind](y)), 3, "here").y
+    assert changed.dtype == torch.int64
+    assert torch.equal(changed, y)
 
 
 @given(
@@ -326,8 +326,8 @@ class Sorted(Toy):
     """A data set whose own validation images lie class by class, as those of a folder do."""
 
     def validation(self) -> Images | None:
-        found = self.load("test")
-        return found.take(found.y.argsort())
+        result = self.load("test")
+        return result.take(result.y.argsort())
 
 
 def test_every_beginning_of_the_validation_images_holds_each_class() -> None:

@@ -59,22 +59,22 @@ def test_a_protocol_says_how_a_part_was_chosen_and_first_n_has_its_name() -> Non
 
 def test_the_first_images_alone_are_no_way_to_take_all() -> None:
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
-    asked = {"registry": REGISTRY, "only": "accuracy", "selection": "first"}
+    requested = {"registry": REGISTRY, "only": "accuracy", "selection": "first"}
     with pytest.raises(ConfigError, match="set --max-images"):
-        api.evaluate(model, images(torch.arange(9) % 3), **asked)  # type: ignore[arg-type]
-    found = api.evaluate(model, images(torch.arange(9) % 3), max_images=4, **asked)  # type: ignore[arg-type]
-    assert found.protocol["selection"] == "the first 4 of 9"
+        api.evaluate(model, images(torch.arange(9) % 3), **requested)  # type: ignore[arg-type]
+    record = api.evaluate(model, images(torch.arange(9) % 3), max_images=4, **requested)  # type: ignore[arg-type]
+    assert record.protocol["selection"] == "the first 4 of 9"
 
 
 @given(labels=st.lists(st.integers(0, 5), min_size=1), more=st.integers(0, 20))
 def test_classes_without_an_image_are_named(labels: list[int], more: int) -> None:
     y, classes = torch.tensor(labels), 6 + more
     assert missing(y, classes) == [k for k in range(classes) if k not in labels]
-    told = missing_classes_warning(y, classes)
-    assert (told is None) == (not missing(y, classes))
+    messages = missing_classes_warning(y, classes)
+    assert (messages is None) == (not missing(y, classes))
 
 
-def ran(total_steps: int, chain: int | None = None, asked: int | None = None) -> int:
+def ran(total_steps: int, chain: int | None = None, requested: int | None = None) -> int:
     """Test images that a run judges at its end."""
     density = None if chain is None else SimpleNamespace(steps=chain)
     parts = SimpleNamespace(
@@ -82,7 +82,7 @@ def ran(total_steps: int, chain: int | None = None, asked: int | None = None) ->
         loader=SimpleNamespace(batch_size=100),
         task=SimpleNamespace(total_steps=total_steps),
     )
-    return images_to_judge(parts, asked)  # type: ignore[arg-type]
+    return images_to_judge(parts, requested)  # type: ignore[arg-type]
 
 
 def test_the_last_judgement_takes_a_tenth_of_the_passes_of_training_and_at_least_1000_images() -> (
@@ -91,16 +91,16 @@ def test_the_last_judgement_takes_a_tenth_of_the_passes_of_training_and_at_least
     assert ran(10) == 1000
     assert ran(22_000) == 22_000 * 100 * 2 // 440 == 10_000
     assert ran(2_000, chain=10) == 2_000 * 100 * 22 // 440 == 10_000
-    assert ran(10, asked=7) == 7
-    assert ran(10**6, chain=20, asked=7) == 7
+    assert ran(10, requested=7) == 7
+    assert ran(10**6, chain=20, requested=7) == 7
 
 
 def test_a_run_judges_as_many_test_images_as_its_recipe_says_by_class() -> None:
     few = ["run.epochs=1", "run.max_train=60", "run.batch_size=20", "run.eval_images=4"]
     few += ["run.test_images=30", "backbone.use=classifier", "objective.use=ce"]
     parts = build_run(resolve(REGISTRY, overrides=few).recipe)
-    exam = Validator(parts.backbone, parts.task, parts.splits, 0, 0)
-    found = exam.judge({}, 30)
-    assert {figure.n for figure in found.figures} == {30}
-    assert found.protocol["selection"] == "30 of 500, stratified by class, seed 0"
-    assert not found.protocol["standard"]
+    validator = Validator(parts.backbone, parts.task, parts.splits, 0, 0)
+    result = validator.judge({}, 30)
+    assert {figure.n for figure in result.figures} == {30}
+    assert result.protocol["selection"] == "30 of 500, stratified by class, seed 0"
+    assert not result.protocol["standard"]

@@ -155,7 +155,7 @@ class Spy:
 
 
 @pytest.mark.parametrize(("name", "passes"), [("plain", 1), ("sam", 2), ("awp", 2)])
-def test_m_theta_updates_draw_once_and_step_as_often_as_asked(name: str, passes: int) -> None:
+def test_m_theta_updates_draw_once_and_make_m_steps(name: str, passes: int) -> None:
     backbone, guard, batch = backbone_of("sadajem"), Guard(), toy_batch(TASK)
     objective = Spy(objective_of("ebjdat"))
     updater = updater_of(name, backbone.model)
@@ -318,23 +318,23 @@ class Calls(TorchDispatchMode):
 
 
 def test_an_average_takes_as_many_kernels_however_many_weights_there_are() -> None:
-    seen = []
+    recorded = []
     for layers in (1, 5):
         norms = [nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)) for _ in range(layers)]
         model = nn.Sequential(*norms)
         ema = EMA(model, 0.9)
         with Calls() as watch:
             ema.update(model)
-        seen.append({n: c for n, c in watch.calls.items() if n != "aten.detach"})
-    assert seen == 2 * [{"aten._foreach_lerp_": 1, "aten._foreach_copy_": 2}]
+        recorded.append({n: c for n, c in watch.calls.items() if n != "aten.detach"})
+    assert recorded == 2 * [{"aten._foreach_lerp_": 1, "aten._foreach_copy_": 2}]
 
 
 @given(seed=seeds)
 def test_clones_are_bit_for_bit_and_of_their_own(seed: int) -> None:
     whole = [t.detach() for t in Motley(seed).state_dict().values()]
     whole.append(torch.tensor([math.nan, math.inf, -0.0]))
-    found = cloned(whole)
-    for copy, t in zip(found, whole, strict=True):
+    result = cloned(whole)
+    for copy, t in zip(result, whole, strict=True):
         wanted = t.clone()
         assert copy.dtype == t.dtype
         assert copy.stride() == wanted.stride()

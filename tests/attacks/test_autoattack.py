@@ -143,7 +143,7 @@ KNOWN = [
 
 
 @pytest.mark.parametrize(("attack", "norm"), KNOWN, ids=lambda v: getattr(v, "label", v))
-def test_the_exact_radius_of_a_linear_model_is_found_to_one_percent(
+def test_the_exact_radius_of_a_linear_model_is_reached_to_one_percent(
     attack: ModelAttack, norm: Norm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(aa, "QUERIES", 50)  # other stages find the radius
@@ -152,9 +152,9 @@ def test_the_exact_radius_of_a_linear_model_is_found_to_one_percent(
     middle = float(radii.median())
     for share in (0.99, 1.01):
         eps = share * middle
-        found = under(subject, attack, data, Threat(norm, eps * 255))
+        result = under(subject, attack, data, Threat(norm, eps * 255))
         sure = (radii - eps).abs() > 0.0099 * middle
-        assert torch.equal(found.right[sure], (radii > eps)[sure])
+        assert torch.equal(result.right[sure], (radii > eps)[sure])
         assert sure[radii == middle].all()
 
 
@@ -285,13 +285,13 @@ def test_a_card_claims_nothing_of_fewer_than_ten_classes() -> None:
 
 
 def test_the_replay_of_the_released_evaluator_says_that_it_is_not_autoattack() -> None:
-    found = card("released", 10)
-    assert found["standard"] is False
-    assert "released evaluator" in found["why"]
-    assert list(found["stages"]) == ["apgd-ce", "apgd-dlr", "fab-t", "square"]
-    steps = [stage.get("steps") for stage in found["stages"].values()]
+    outcome = card("released", 10)
+    assert outcome["standard"] is False
+    assert "released evaluator" in outcome["why"]
+    assert list(outcome["stages"]) == ["apgd-ce", "apgd-dlr", "fab-t", "square"]
+    steps = [stage.get("steps") for stage in outcome["stages"].values()]
     assert steps == [20, 20, 20, None]
-    assert found["stages"]["square"]["queries"] == 5000
+    assert outcome["stages"]["square"]["queries"] == 5000
 
 
 def test_a_label_names_what_was_run() -> None:

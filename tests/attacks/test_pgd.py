@@ -65,12 +65,12 @@ class Normalised(nn.Module):
 
     def __init__(self, std: tuple[float, float, float]) -> None:
         super().__init__()
-        self.std, self.seen = torch.tensor(std).view(3, 1, 1), torch.empty(0)
+        self.std, self.last_input = torch.tensor(std).view(3, 1, 1), torch.empty(0)
         self.head = nn.Linear(3 * 4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen = (x - 0.4) / self.std
-        out: Tensor = self.head(self.seen.flatten(1))
+        self.last_input = (x - 0.4) / self.std
+        out: Tensor = self.head(self.last_input.flatten(1))
         return out
 
 
@@ -85,9 +85,9 @@ def test_a_radius_in_pixels_reaches_a_normalising_model_divided_by_each_deviatio
         radius_px=backbone.radius_px,
     )  # fmt: skip
     model(x)
-    clean = module.seen
+    clean = module.last_input
     model(x_adv)
-    reached = (module.seen - clean).abs().amax(dim=(0, 2, 3))
+    reached = (module.last_input - clean).abs().amax(dim=(0, 2, 3))
     torch.testing.assert_close(reached, 8 / 255 / module.std.flatten(), rtol=1e-4, atol=1e-5)
 
 

@@ -176,8 +176,8 @@ def test_the_straight_through_gradient_is_the_one_at_the_refined_image(
     subject = Refined(plain, Refinement(steps=steps, step_size=0.1, **STILL))
     z = subject.refine(x, torch.zeros_like).detach().requires_grad_()
     (expected,) = torch.autograd.grad(F.cross_entropy(plain(z), y, reduction="sum"), z)
-    found = slope_of(subject, x, y, "straight_through")
-    torch.testing.assert_close(found, expected)
+    slope = slope_of(subject, x, y, "straight_through")
+    torch.testing.assert_close(slope, expected)
 
 
 def test_the_two_gradients_differ() -> None:
@@ -201,20 +201,20 @@ def test_both_gradients_belong_to_the_same_answer() -> None:
 def test_without_a_refinement_eot_and_bpda_are_pgd(attack: Any, norm: Any) -> None:
     images, threat = data(30), Threat(norm, 40 if norm == "Linf" else 300)
     subject = refined(trained(), Refinement(steps=0, **STILL))
-    found = judged(subject, attack, images, threat)
+    figures = judged(subject, attack, images, threat)
     plain = PGD(steps=attack.steps, step_px=attack.step_px)
     expected = judged(trained(), plain, images, threat)
-    assert torch.equal(found.x_adv, expected.x_adv)
-    assert torch.equal(found.right, expected.right)
-    assert not torch.equal(found.x_adv, images.unit())
+    assert torch.equal(figures.x_adv, expected.x_adv)
+    assert torch.equal(figures.right, expected.right)
+    assert not torch.equal(figures.x_adv, images.unit())
 
 
 def test_on_a_model_without_noise_eot_is_pgd_too() -> None:
     images = data(30)
-    found = judged(trained(), EOT(samples=1), images)
-    assert torch.equal(found.x_adv, judged(trained(), PGD(steps=20), images).x_adv)
+    figures = judged(trained(), EOT(samples=1), images)
+    assert torch.equal(figures.x_adv, judged(trained(), PGD(steps=20), images).x_adv)
     several = judged(trained(), EOT(samples=3), images)
-    assert float((several.right == found.right).float().mean()) > 0.9
+    assert float((several.right == figures.right).float().mean()) > 0.9
 
 
 class Masked(Refined):
@@ -266,10 +266,10 @@ def test_an_attack_that_averages_fools_a_noisy_refinement(attack: ModelAttack) -
     subject = refined(trained(), Refinement(steps=2, step_size=0.2, samples=2))
     with torch.no_grad():
         clean = F.cross_entropy(subject(images.unit()), images.y)
-        found = judged(subject, attack, images)
-        assert F.cross_entropy(subject(found.x_adv), images.y) > clean
-    assert float(found.right.float().mean()) < 0.9
-    assert torch.equal(found.x_adv, judged(subject, attack, images).x_adv)
+        figures = judged(subject, attack, images)
+        assert F.cross_entropy(subject(figures.x_adv), images.y) > clean
+    assert float(figures.right.float().mean()) < 0.9
+    assert torch.equal(figures.x_adv, judged(subject, attack, images).x_adv)
 
 
 class OnRefined(Options):
@@ -290,8 +290,8 @@ class OnRefined(Options):
 
     def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
         options = Refinement(steps=self.steps, step_size=0.1, samples=2)
-        found: Mapping[str, Perturb] = self.attack.bind(refined(subject, options), threat)
-        return found
+        result: Mapping[str, Perturb] = self.attack.bind(refined(subject, options), threat)
+        return result
 
     def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
         return dict(self.attack.card(threat, n_classes))
@@ -326,7 +326,7 @@ def test_another_refinement_is_another_subject_for_half_done_work() -> None:
     assert repr(subjects[0]) == repr(refined(linear(), Refinement(steps=1)))
 
 
-def test_a_stop_is_heard_inside_the_chain() -> None:
+def test_a_stop_is_handled_inside_the_chain() -> None:
     subject, calls = refined(trained(), Refinement(steps=5)), []
 
     def poll() -> None:

@@ -28,18 +28,18 @@ from jemkit.metrics.figures import plain
 from jemkit.metrics.record_file import Record
 
 
-def judged(name: str, found: Record, seed: int = 0, **recipe: object) -> Judged:
+def judged(name: str, result: Record, seed: int = 0, **recipe: object) -> Judged:
     run = {**RECIPE["run"], "seed": seed}
-    return Judged(name, Path(name), found, {"recipe": {**RECIPE, "run": run, **recipe}})
+    return Judged(name, Path(name), result, {"recipe": {**RECIPE, "run": run, **recipe}})
 
 
 def line(runs: list[Judged], name: str) -> Line:
-    return next(found for found in comparison(runs) if found.column.name == name)
+    return next(line for line in comparison(runs) if line.column.name == name)
 
 
 def test_the_best_run_of_a_column_is_the_highest_accuracy_and_the_lowest_gap() -> None:
     runs = [judged("a", full_record()), judged("b", full_record(1.0))]
-    best = {found.column.name: found.best for found in comparison(runs)}
+    best = {line.column.name: line.best for line in comparison(runs)}
     assert best == {
         "clean": [0], "aa": [1], "pgd20": [], "fid": [1], "gap_mean": [0], "ece": [0],
         "auroc/noise": [0],
@@ -47,12 +47,12 @@ def test_the_best_run_of_a_column_is_the_highest_accuracy_and_the_lowest_gap() -
 
 
 def test_a_single_run_is_not_the_best_of_anything() -> None:
-    assert not [found for found in comparison([judged("a", full_record())]) if found.best]
+    assert not [line for line in comparison([judged("a", full_record())]) if line.best]
 
 
 def test_a_missing_figure_says_how_to_measure_it_or_why_it_was_left_out() -> None:
-    found = Record({}, {}, [], left_out={"ood": "one image set"})
-    lines = {x.column.name: x.why[0] for x in comparison([judged("a", found)])}
+    whole = Record({}, {}, [], left_out={"ood": "one image set"})
+    lines = {x.column.name: x.why[0] for x in comparison([judged("a", whole)])}
     assert "one image set" in lines["auroc"]
     assert "jemkit evaluate RUN --attack aa" in lines["aa"]
 
@@ -65,9 +65,9 @@ def test_figures_of_other_radii_are_marked_and_have_no_best() -> None:
 
 def both(*radii: float, **more: object) -> Record:
     """A record in which PGD-20 was measured at several radii, the last one newest."""
-    found = [record({"pgd20": 100 + at}, radius_px=px, **more) for at, px in enumerate(radii)]
-    figures = [figure for one in reversed(found) for figure in one.figures]
-    return Record(found[0].subject, found[0].protocol, figures)
+    result = [record({"pgd20": 100 + at}, radius_px=px, **more) for at, px in enumerate(radii)]
+    figures = [figure for one in reversed(result) for figure in one.figures]
+    return Record(result[0].subject, result[0].protocol, figures)
 
 
 def test_figures_of_one_name_stand_beside_those_of_their_own_protocol() -> None:
@@ -89,9 +89,9 @@ def test_figures_of_one_name_stand_beside_those_of_their_own_protocol() -> None:
 
 
 def test_a_line_of_a_single_run_says_what_tells_its_figures_apart() -> None:
-    found = both(8.0, 4.0)
-    found.figures.extend(both(8.0, norm="L2", images=50).figures)
-    titles = [line.column.title for line in comparison([judged("a", found)])]
+    compared = both(8.0, 4.0)
+    compared.figures.extend(both(8.0, norm="L2", images=50).figures)
+    titles = [line.column.title for line in comparison([judged("a", compared)])]
     assert [t for t in titles if "PGD" in t] == [
         "PGD-20, Linf 4/255, 200 images", "PGD-20, Linf 8/255, 200 images",
         "PGD-20, L2 8/255, 50 images",
@@ -108,8 +108,8 @@ def test_a_record_of_before_the_test_split_was_hashed_is_compared_with_one_of_af
 def test_seeds_are_grouped_by_the_settings_that_differ() -> None:
     runs = [judged(f"{name}{seed}", record(seed=seed), seed, objective={"use": name})
             for name in ("trades", "mart") for seed in (0, 1)]  # fmt: skip
-    found = over_seeds(runs, ["clean", "fid"])
-    assert [(s.settings, s.seeds, s.name, s.share) for s in found] == [
+    spreads = over_seeds(runs, ["clean", "fid"])
+    assert [(s.settings, s.seeds, s.name, s.share) for s in spreads] == [
         ({"objective.use": "trades"}, [0, 1], "clean", True),
         ({"objective.use": "mart"}, [0, 1], "clean", True),
     ]
@@ -165,13 +165,15 @@ def test_a_paired_difference_is_worked_out_image_by_image() -> None:
     a, b = record({"clean": 180}), record({"clean": 160})
     a.rows["clean"] = torch.arange(200) < 180
     b.rows["clean"] = (torch.arange(200) < 150) | (torch.arange(200) >= 190)
-    found = paired(judged("a", a), judged("b", b))[0]
-    assert (found.name, found.n) == ("clean", 200)
-    assert found.mean == pytest.approx(0.1)
+    differences = paired(judged("a", a), judged("b", b))[0]
+    assert (differences.name, differences.n) == ("clean", 200)
+    assert differences.mean == pytest.approx(0.1)
     half = 1.96 * ((40 / 200 - 0.1**2) / 200) ** 0.5
-    assert found.low == pytest.approx(0.1 - half, abs=0.006)  # the bootstrap's steps are 0.005
-    assert found.high == pytest.approx(0.1 + half, abs=0.006)
-    assert not found.holds_zero
+    assert differences.low == pytest.approx(
+        0.1 - half, abs=0.006
+    )  # the bootstrap's steps are 0.005
+    assert differences.high == pytest.approx(0.1 + half, abs=0.006)
+    assert not differences.holds_zero
 
 
 def test_a_paired_difference_is_the_same_each_time_and_leaves_the_global_generator() -> None:
@@ -192,9 +194,9 @@ def test_a_run_differs_from_itself_by_nothing_and_swapped_by_the_opposite(p: int
 
 def test_other_images_give_no_paired_difference_but_the_reason() -> None:
     a, b = record(), record(selection="the first 200 of 500")
-    found = paired(judged("a", a), judged("b", b))
-    assert all("selection" in difference.why for difference in found)
-    assert all(math.isnan(difference.mean) for difference in found)
+    differences = paired(judged("a", a), judged("b", b))
+    assert all("selection" in difference.why for difference in differences)
+    assert all(math.isnan(difference.mean) for difference in differences)
 
 
 def test_rows_that_another_evaluation_left_are_not_paired() -> None:
@@ -205,19 +207,19 @@ def test_rows_that_another_evaluation_left_are_not_paired() -> None:
 
 def test_rows_that_are_no_accuracy_are_not_compared() -> None:
     a, b = record({"clean": 180}), record({"clean": 170})
-    for found in (a, b):
-        found.rows["energy"] = torch.zeros(200)
+    for result in (a, b):
+        result.rows["energy"] = torch.zeros(200)
     assert [d.name for d in paired(judged("a", a), judged("b", b))] == ["clean"]
 
 
 def test_seeds_of_one_recipe_give_mean_and_spread() -> None:
     """Of 0.9, 0.8 and 0.85: mean 0.85, standard deviation 0.05."""
     runs = [judged(str(s), record({"clean": right}), s) for s, right in enumerate((180, 160, 170))]
-    found = over_seeds(runs, ["clean", "aa"])
-    assert [spread.name for spread in found] == ["clean"]
-    assert found[0].runs == ["0", "1", "2"]
-    assert found[0].mean == pytest.approx(0.85)
-    assert found[0].sd == pytest.approx(0.05)
+    spreads = over_seeds(runs, ["clean", "aa"])
+    assert [spread.name for spread in spreads] == ["clean"]
+    assert spreads[0].runs == ["0", "1", "2"]
+    assert spreads[0].mean == pytest.approx(0.85)
+    assert spreads[0].sd == pytest.approx(0.05)
 
 
 def test_another_recipe_is_another_group_and_one_seed_has_no_spread() -> None:
@@ -246,16 +248,16 @@ def test_settings_that_change_no_outcome_make_no_group() -> None:
 
 def test_seeds_judged_by_other_protocols_have_no_mean() -> None:
     runs = [judged("a", record()), judged("b", record(radius_px=4.0), 1)]
-    found = {spread.name: spread for spread in over_seeds(runs, ["clean", "pgd20"])}
-    assert math.isnan(found["pgd20"].mean)
-    assert "radius_px" in found["pgd20"].why
-    assert found["clean"].mean == pytest.approx(0.9)
+    spreads = {spread.name: spread for spread in over_seeds(runs, ["clean", "pgd20"])}
+    assert math.isnan(spreads["pgd20"].mean)
+    assert "radius_px" in spreads["pgd20"].why
+    assert spreads["clean"].mean == pytest.approx(0.9)
 
 
 def test_a_value_that_is_not_finite_is_never_the_best_and_makes_no_spread() -> None:
     a, b = record({"clean": 1}), record({"clean": 2})
-    for found, value in ((a, math.nan), (b, 1.0)):
-        found.figures.append(plain("ece", value, 200, {}))
+    for result, value in ((a, math.nan), (b, 1.0)):
+        result.figures.append(plain("ece", value, 200, {}))
     runs = [judged("a", a), judged("b", b, 1)]
     assert not line(runs, "ece").best
     spread = over_seeds(runs, ["ece"])[0]
@@ -265,14 +267,14 @@ def test_a_value_that_is_not_finite_is_never_the_best_and_makes_no_spread() -> N
 
 
 def test_accuracies_are_shown_as_percentages_and_the_rest_as_numbers() -> None:
-    found = full_record()
-    assert shown(found.figure("clean")) == "90.00%"
-    assert shown_interval(found.figure("clean")) == "85.06 to 93.43 %"
-    assert shown(found.figure("ece")) == "0.031"
-    assert shown_interval(found.figure("ece")) == ""
+    whole = full_record()
+    assert shown(whole.figure("clean")) == "90.00%"
+    assert shown_interval(whole.figure("clean")) == "85.06 to 93.43 %"
+    assert shown(whole.figure("ece")) == "0.031"
+    assert shown_interval(whole.figure("ece")) == ""
 
 
-def test_runs_of_one_name_are_told_apart_by_the_folder_above(tmp_path: Path) -> None:
+def test_runs_of_one_name_differ_by_the_folder_above(tmp_path: Path) -> None:
     for above in ("x", "y"):
         bare_run(tmp_path / above / "run", record())
     runs = read_runs([tmp_path / "x" / "run", tmp_path / "y" / "run"], records.load)
@@ -285,15 +287,15 @@ def test_a_run_that_is_given_twice_is_refused(tmp_path: Path) -> None:
         compare([tmp_path / "a", tmp_path / "x" / ".." / "a"])
 
 
-def test_a_comparison_is_json_and_holds_what_was_asked_for(tmp_path: Path) -> None:
+def test_a_comparison_is_json_and_holds_the_requested_parts(tmp_path: Path) -> None:
     a = bare_run(tmp_path / "a", full_record())
     b = bare_run(tmp_path / "b", full_record(1.0), {**RECIPE, "run": {"seed": 1, "epochs": 20}})
-    found = compare([a, b], names=["clean", "nll"], seeds=True)
-    told = json.loads(json.dumps(found.to_json(), allow_nan=False))
-    assert [x["name"] for x in told["lines"]] == ["clean", "nll"]
-    assert [x["name"] for x in told["paired"]] == ["clean"]
-    assert [x["name"] for x in told["seeds"]] == ["clean", "nll"]
-    assert told["lines"][0]["best"] == ["a"]
+    compared = compare([a, b], names=["clean", "nll"], seeds=True)
+    printed = json.loads(json.dumps(compared.to_json(), allow_nan=False))
+    assert [x["name"] for x in printed["lines"]] == ["clean", "nll"]
+    assert [x["name"] for x in printed["paired"]] == ["clean"]
+    assert [x["name"] for x in printed["seeds"]] == ["clean", "nll"]
+    assert printed["lines"][0]["best"] == ["a"]
 
 
 def test_a_figure_that_no_run_has_is_refused_with_those_there_are(tmp_path: Path) -> None:

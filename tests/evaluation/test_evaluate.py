@@ -36,8 +36,8 @@ QUIET = {"robustness": {"indicators": False}}
 
 def measured(out: Path | None = None, **settings: object) -> Record:
     subject = PixelModel(linear_model(64, 3))
-    asked = {"attacks": ("pgd",), "only": ("robustness",), "options": QUIET, **settings}
-    return api.evaluate(subject, DATA, registry=REGISTRY, out=out, **asked)
+    requested = {"attacks": ("pgd",), "only": ("robustness",), "options": QUIET, **settings}
+    return api.evaluate(subject, DATA, registry=REGISTRY, out=out, **requested)
 
 
 @pytest.mark.parametrize(("values", "radius"), [
@@ -69,15 +69,15 @@ def test_a_setting_that_cannot_be_is_refused_with_what_to_do(
 
 
 def test_options_of_attacks_and_evaluators_are_named_with_their_part() -> None:
-    found = options_of(["pgd.steps=7", "pgd.restarts=2", "robustness.indicators=false"])
-    assert found == {"pgd": {"steps": 7, "restarts": 2}, "robustness": {"indicators": False}}
-    attacks = attacks_of(settings_of({"attacks": ("pgd",), "options": found}), REGISTRY)
+    parsed = options_of(["pgd.steps=7", "pgd.restarts=2", "robustness.indicators=false"])
+    assert parsed == {"pgd": {"steps": 7, "restarts": 2}, "robustness": {"indicators": False}}
+    attacks = attacks_of(settings_of({"attacks": ("pgd",), "options": parsed}), REGISTRY)
     assert attacks["pgd"].label == "pgd7x2"
     with pytest.raises(ConfigError, match="expected NAME"):
         options_of(["steps=7"])
 
 
-def test_clean_accuracy_comes_first_whatever_is_asked_for() -> None:
+def test_clean_accuracy_comes_first_whatever_is_requested() -> None:
     assert next(iter(evaluators_of(settings_of({}), REGISTRY))) == "accuracy"
     only = evaluators_of(settings_of({"only": ("robustness",)}), REGISTRY)
     assert list(only) == ["accuracy", "robustness"]
@@ -100,9 +100,9 @@ def test_what_is_not_standard_says_so_in_every_figure() -> None:
         {"quick": True, "max_images": 5},
         {"protocol": "released"},
     ):
-        found = measured(**settings)
-        assert not found.protocol["standard"]
-        assert all(not figure.protocol["standard"] for figure in found.figures)
+        record = measured(**settings)
+        assert not record.protocol["standard"]
+        assert all(not figure.protocol["standard"] for figure in record.figures)
 
 
 @pytest.mark.parametrize(("attack", "options"), [
@@ -112,17 +112,17 @@ def test_what_is_not_standard_says_so_in_every_figure() -> None:
 def test_an_attack_whose_name_hides_its_settings_says_that_they_are_its_own(
     attack: str, options: dict[str, object]
 ) -> None:
-    found = measured(attacks=(attack,), options={**QUIET, attack: options}, max_images=None)
-    clean, robust = found.figures
+    record = measured(attacks=(attack,), options={**QUIET, attack: options}, max_images=None)
+    clean, robust = record.figures
     assert clean.protocol["standard"]
     assert not robust.protocol["standard"]
     assert robust.protocol["why"]
 
 
 def test_a_refined_model_is_not_the_standard_one() -> None:
-    found = measured(refine_steps=1, only=("accuracy",), options={})
-    assert not found.figure("clean").protocol["standard"]
-    assert "1 steps of SGLD" in found.figure("clean").protocol["why"]
+    record = measured(refine_steps=1, only=("accuracy",), options={})
+    assert not record.figure("clean").protocol["standard"]
+    assert "1 steps of SGLD" in record.figure("clean").protocol["why"]
 
 
 def test_the_released_protocol_replays_the_step_of_its_pgd() -> None:
@@ -141,12 +141,12 @@ def test_one_seed_gives_one_record_and_every_figure_its_protocol() -> None:
 
 
 def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    found = measured(tmp_path)
+    record = measured(tmp_path)
     again = records.load(tmp_path)
-    assert again.figures == found.figures
-    assert again.subject == found.subject
-    assert again.protocol == found.protocol
-    assert torch.equal(again.rows["clean"], found.rows["clean"])
+    assert again.figures == record.figures
+    assert again.subject == record.subject
+    assert again.protocol == record.protocol
+    assert torch.equal(again.rows["clean"], record.rows["clean"])
     text = (tmp_path / "evaluation.json").read_text()
     assert set(json.loads(text)["figures"][0]) == {"name", "value", "low", "high", "n", "protocol"}
     assert not (tmp_path / ".evaluation").exists()  # nothing half-done is left
@@ -219,20 +219,20 @@ def test_a_record_of_before_there_were_hashes_is_read(tmp_path: Path) -> None:
         records.load(tmp_path)
 
 
-def test_a_damaged_record_is_kept_beside_the_one_that_takes_its_place(tmp_path: Path) -> None:
+def test_a_damaged_record_stays_beside_the_one_that_takes_its_place(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text('{"form')
-    found = measured(tmp_path)
+    record = measured(tmp_path)
     assert (tmp_path / "damaged-evaluation.json").read_text() == '{"form'
-    assert records.load(tmp_path).figures == found.figures
+    assert records.load(tmp_path).figures == record.figures
     assert any("kept as damaged-evaluation.json" in w for w in records.load(tmp_path).warnings)
 
 
-def test_every_damaged_record_is_kept(tmp_path: Path) -> None:
+def test_every_damaged_record_stays(tmp_path: Path) -> None:
     for text in ("{", "["):
         (tmp_path / "evaluation.json").write_text(text)
         measured(tmp_path)
-    kept = {p.name: p.read_text() for p in tmp_path.glob("damaged-*")}
-    assert kept == {"damaged-evaluation.json": "{", "damaged-evaluation-1.json": "["}
+    saved = {p.name: p.read_text() for p in tmp_path.glob("damaged-*")}
+    assert saved == {"damaged-evaluation.json": "{", "damaged-evaluation-1.json": "["}
 
 
 def test_a_record_whose_outcomes_are_gone_is_refused(tmp_path: Path) -> None:
@@ -253,14 +253,14 @@ def test_a_record_killed_between_its_two_files_is_whole(tmp_path: Path, state: s
     (tmp_path / "evaluation.safetensors").write_bytes(before["evaluation.safetensors"])
     if state == "before its JSON":
         (tmp_path / "evaluation.json").write_bytes(before["evaluation.json"])
-    kept = ["clean"] if state == "before its JSON" else ["clean", "pgd20"]
-    assert sorted(records.load(tmp_path).rows) == kept
+    stored = ["clean"] if state == "before its JSON" else ["clean", "pgd20"]
+    assert sorted(records.load(tmp_path).rows) == stored
     broken = Record({"sha256": "0"}, {}, [], {"t": object()}, {"aa": torch.zeros(4)})
     with pytest.raises(TypeError):  # between its two files once more
         records.save(tmp_path, broken, Notes())
-    assert sorted(records.load(tmp_path).rows) == kept
+    assert sorted(records.load(tmp_path).rows) == stored
     written(tmp_path, "aa")
-    assert sorted(records.load(tmp_path).rows) == sorted([*kept, "aa"])
+    assert sorted(records.load(tmp_path).rows) == sorted([*stored, "aa"])
     assert not (tmp_path / ".evaluation.next.safetensors").exists()
 
 
@@ -281,18 +281,18 @@ def test_evaluations_that_write_at_once_lose_no_figure(tmp_path: Path) -> None:
     assert set(records.load(tmp_path).rows) == names
 
 
-def test_the_attacked_images_are_kept_on_demand(tmp_path: Path) -> None:
+def test_the_attacked_images_are_saved_on_demand(tmp_path: Path) -> None:
     subject = subject_of(PixelModel(linear_model(64, 3)), DATA)._replace(folder=tmp_path)
-    asked = settings_of({"attacks": ("pgd",), "only": ("robustness",), "options": QUIET})
-    found = judge(subject, asked, REGISTRY, keep_adversarial=True)
-    kept = load_tensors(tmp_path / "evaluation" / "adversarial-pgd20.safetensors")
-    delta = (kept["x_adv"] - DATA.unit()).abs().max() * 255
-    assert float(delta) == pytest.approx(found.figure("pgd20").protocol["max_delta_px"]["Linf"])
-    assert torch.equal(kept["right"].bool(), found.rows["pgd20"])
+    requested = settings_of({"attacks": ("pgd",), "only": ("robustness",), "options": QUIET})
+    record = judge(subject, requested, REGISTRY, keep_adversarial=True)
+    saved = load_tensors(tmp_path / "evaluation" / "adversarial-pgd20.safetensors")
+    delta = (saved["x_adv"] - DATA.unit()).abs().max() * 255
+    assert float(delta) == pytest.approx(record.figure("pgd20").protocol["max_delta_px"]["Linf"])
+    assert torch.equal(saved["right"].bool(), record.rows["pgd20"])
 
 
 @given(shift=st.floats(-1, 1), n=st.integers(30, 80), seed=st.integers(0, 99))
-def test_a_paired_interval_holds_its_mean_and_is_a_point_where_all_pairs_differ_alike(
+def test_a_paired_interval_holds_its_mean_and_is_a_point_where_all_differences_are_equal(
     shift: float, n: int, seed: int
 ) -> None:
     b = torch.rand(n, generator=gen(seed), dtype=torch.float64)
@@ -306,11 +306,11 @@ def test_a_paired_interval_holds_its_mean_and_is_a_point_where_all_pairs_differ_
 
 
 def test_a_stranger_without_a_density_or_other_images_is_judged_all_the_same() -> None:
-    found = api.evaluate(
+    record = api.evaluate(
         PixelModel(linear_model(64, 3)), Images(DATA.x[:30], DATA.y[:30]), registry=REGISTRY,
         attacks=("pgd",), options=QUIET, skip=("generation", "ood", "energies", "calibration"),
     )  # fmt: skip
-    assert {"clean", "pgd20"} <= {figure.name for figure in found.figures}
+    assert {"clean", "pgd20"} <= {figure.name for figure in record.figures}
 
 
 def test_options_of_what_does_not_run_are_refused() -> None:
@@ -321,26 +321,26 @@ def test_options_of_what_does_not_run_are_refused() -> None:
 def test_a_quick_look_does_not_replace_a_standard_figure(tmp_path: Path) -> None:
     standard = measured(tmp_path)
     quick = measured(tmp_path, max_images=10)
-    kept = records.load(tmp_path)
-    assert kept.figure("pgd20").value == standard.value("pgd20")
-    assert kept.figure("pgd20").protocol["standard"]
-    assert torch.equal(kept.rows["pgd20"], standard.rows["pgd20"])
+    saved = records.load(tmp_path)
+    assert saved.figure("pgd20").value == standard.value("pgd20")
+    assert saved.figure("pgd20").protocol["standard"]
+    assert torch.equal(saved.rows["pgd20"], standard.rows["pgd20"])
     assert quick.figure("pgd20").n == 10
 
 
 def test_a_run_is_judged_with_the_threads_of_its_recipe_and_torch_gets_its_own_back() -> None:
-    seen = []
+    recorded = []
 
     class Sees(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            seen.append(torch.get_num_threads())
+            recorded.append(torch.get_num_threads())
             return x.flatten(1)[:, :3]
 
     before = torch.get_num_threads()
     subject = subject_of(Sees(), DATA, n_classes=3)
-    seen.clear()
+    recorded.clear()
     for threads in (1, None):
         judge(subject._replace(threads=threads), settings_of({"only": "accuracy"}), REGISTRY)
-        assert set(seen) == {threads or before}
-        seen.clear()
+        assert set(recorded) == {threads or before}
+        recorded.clear()
     assert torch.get_num_threads() == before

@@ -47,10 +47,10 @@ def averaged(parts: Registry, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_exported_model_is_the_best_checkpoint_averaged(averaged: Path, tmp_path: Path) -> None:
-    found = export(averaged, out=tmp_path / "model")
+    exported = export(averaged, out=tmp_path / "model")
     state = checkpoint.load(averaged / "checkpoints" / "best")
-    weights = load_tensors(found.folder / WEIGHTS)
-    assert found.weights == "averaged"
+    weights = load_tensors(exported.folder / WEIGHTS)
+    assert exported.weights == "averaged"
     assert same(weights, state["ema"])
     assert not same(weights, state["model"])
 
@@ -58,29 +58,27 @@ def test_an_exported_model_is_the_best_checkpoint_averaged(averaged: Path, tmp_p
 def test_an_exported_model_is_judged_as_its_run(
     averaged: Path, parts: Registry, tmp_path: Path
 ) -> None:
-    found = export(averaged, out=tmp_path / "model")
-    ours, theirs = subject_at(averaged, parts, CPU), subject_at(found.folder, parts, CPU)
+    exported = export(averaged, out=tmp_path / "model")
+    ours, theirs = subject_at(averaged, parts, CPU), subject_at(exported.folder, parts, CPU)
     x = ours.test.unit()
     with torch.no_grad():
         assert torch.equal(ours.model.eval()(x), theirs.model.eval()(x))
-    assert clean(averaged, parts) == clean(found.folder, parts)
-    assert theirs.about["sha256"] == found.sha256 == verify(found.folder)
+    assert clean(averaged, parts) == clean(exported.folder, parts)
+    assert theirs.about["sha256"] == exported.sha256 == verify(exported.folder)
 
 
-def test_the_last_checkpoint_is_exported_where_it_is_asked_for(
-    averaged: Path, tmp_path: Path
-) -> None:
-    found = export(averaged, out=tmp_path / "model", which="last")
-    assert found.checkpoint.startswith("step-")
+def test_the_last_checkpoint_is_exported_on_demand(averaged: Path, tmp_path: Path) -> None:
+    exported = export(averaged, out=tmp_path / "model", which="last")
+    assert exported.checkpoint.startswith("step-")
 
 
 def test_the_config_says_what_it_is(averaged: Path, tmp_path: Path) -> None:
-    found = export(averaged, out=tmp_path / "model")
-    config = read_json(found.folder / CONFIG)
+    exported = export(averaged, out=tmp_path / "model")
+    config = read_json(exported.folder / CONFIG)
     assert config["format"] == FORMAT
     assert config["jemkit"]
     assert config["recipe"] == read_json(averaged / CONFIG)["recipe"]
-    assert config["sha256"] == {WEIGHTS: file_hash(found.folder / WEIGHTS)}
+    assert config["sha256"] == {WEIGHTS: file_hash(exported.folder / WEIGHTS)}
     assert config["source"]["checkpoint"] == "best"
 
 
@@ -101,12 +99,12 @@ def test_the_card_has_the_figures_of_these_weights_alone(
 ) -> None:
     run = copied(averaged, tmp_path)
     judge(subject_at(run, parts, CPU), settings_of({"only": ("accuracy",)}), parts)
-    found = export(run, out=tmp_path / "model")
-    card = (found.folder / CARD).read_text()
+    exported = export(run, out=tmp_path / "model")
+    card = (exported.folder / CARD).read_text()
     figure = read_json(run / "evaluation.json")["figures"][0]
-    assert found.figures == len(records.load(run).figures)
+    assert exported.figures == len(records.load(run).figures)
     assert f"| clean | {figure['value']:.4g} |" in card
-    assert found.sha256 in card
+    assert exported.sha256 in card
     assert "evaluator accuracy" in card
     assert "split test" in card
     assert "radius_px" in card
@@ -115,23 +113,25 @@ def test_the_card_has_the_figures_of_these_weights_alone(
     other["format"] = 1  # of records without hashes of their own
     del other["sha256"]
     write_json(run / "evaluation.json", other)
-    found = export(run, out=tmp_path / "again")
-    assert found.figures == 0
-    assert "of other weights" in (found.folder / CARD).read_text()
+    exported = export(run, out=tmp_path / "again")
+    assert exported.figures == 0
+    assert "of other weights" in (exported.folder / CARD).read_text()
 
 
 def test_the_card_has_no_figure_of_another_data_set(
     averaged: Path, parts: Registry, tmp_path: Path
 ) -> None:
     run = copied(averaged, tmp_path)
-    asked = settings_of({"only": ("accuracy",)})
+    requested = settings_of({"only": ("accuracy",)})
     root = split_folder(tmp_path / "data", classes=("a", "b", "c"), n=4)
-    judge(subject_at(run, parts, CPU, dataset={"use": "folder", "dir": str(root)}), asked, parts)
+    judge(
+        subject_at(run, parts, CPU, dataset={"use": "folder", "dir": str(root)}), requested, parts
+    )
     assert records.load(run).subject["data"] == "folder"
     folder = export(run, out=tmp_path / "model").folder
     assert read_json(folder / "figures.json")["subject"]["data"] == "toy"  # what training measured
-    (kept,) = records.beside(run)
-    (run / f"{kept}.json").unlink()
+    (saved,) = records.beside(run)
+    (run / f"{saved}.json").unlink()
     assert (
         "other images than those of toy"
         in (export(run, out=tmp_path / "again").folder / CARD).read_text()
@@ -142,16 +142,16 @@ def test_the_card_has_no_figure_of_another_folder_of_images(
     parts: Registry, tmp_path: Path
 ) -> None:
     roots = [split_folder(tmp_path / name, n=n) for name, n in (("one", 20), ("two", 25))]
-    run, asked = tmp_path / "run", settings_of({"only": ("accuracy",)})
+    run, requested = tmp_path / "run", settings_of({"only": ("accuracy",)})
     data = [f"data.dir={roots[0]}", "data.use=folder", "backbone.buffer.capacity=60"]
     train(toy_recipe(parts, "sadajem", "ebjdat", "plain", *data), run, registry=parts)
     other = {"use": "folder", "dir": str(roots[1])}
-    judge(subject_at(run, parts, CPU, dataset=other), asked, parts)
+    judge(subject_at(run, parts, CPU, dataset=other), requested, parts)
     assert records.load(run).protocol["images"] == 50
     folder = export(run, out=tmp_path / "model", registry=parts).folder
     assert read_json(folder / "figures.json")["protocol"]["images"] == 40
-    (kept,) = records.beside(run)
-    (run / f"{kept}.json").unlink()
+    (saved,) = records.beside(run)
+    (run / f"{saved}.json").unlink()
     assert export(run, out=tmp_path / "again", registry=parts).figures == 0
 
 
@@ -170,9 +170,9 @@ def test_a_run_that_was_not_judged_has_a_card_without_figures(
 ) -> None:
     run = copied(averaged, tmp_path)
     (run / "evaluation.json").unlink()
-    found = export(run, out=tmp_path / "model")
-    assert "No figure was measured yet" in (found.folder / CARD).read_text()
-    assert (found.folder / CARD).read_text().startswith("---\nlibrary_name: jemkit\n")
+    exported = export(run, out=tmp_path / "model")
+    assert "No figure was measured yet" in (exported.folder / CARD).read_text()
+    assert (exported.folder / CARD).read_text().startswith("---\nlibrary_name: jemkit\n")
 
 
 def test_the_folder_that_the_command_runs_in_is_not_replaced(
@@ -296,9 +296,9 @@ def test_the_command_tells_in_json_what_it_wrote(averaged: Path, tmp_path: Path)
     where = ["--out", str(tmp_path / "model")]
     done = CliRunner().invoke(app, [str(averaged), *where, "--json"])
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    assert told["folder"] == str(tmp_path / "model")
-    assert told["sha256"] == verify(tmp_path / "model")
+    printed = json.loads(done.stdout)
+    assert printed["folder"] == str(tmp_path / "model")
+    assert printed["sha256"] == verify(tmp_path / "model")
     again = CliRunner().invoke(app, [str(averaged), *where])
     assert again.exit_code == 3
     assert "is not empty" in again.stderr

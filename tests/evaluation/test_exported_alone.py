@@ -77,12 +77,12 @@ def test_changed_moments_are_refused(model: Path, tmp_path: Path) -> None:
 
 def test_an_imported_model_gives_logits_where_its_data_set_is_not(tmp_path: Path) -> None:
     theirs = made(Authors)
-    found = import_checkpoint(saved(tmp_path / "a.pt", theirs), "mebm", REGISTRY)
+    imported = import_checkpoint(saved(tmp_path / "a.pt", theirs), "mebm", REGISTRY)
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours = load(found.folder, registry=REGISTRY).scores(x)
+        ours = load(imported.folder, registry=REGISTRY).scores(x)
         torch.testing.assert_close(ours.logits, theirs(2 * x - 1), atol=1e-5, rtol=1e-5)
-    drawn = sample(found.folder, registry=REGISTRY, n=2, steps=1, start="uniform")
+    drawn = sample(imported.folder, registry=REGISTRY, n=2, steps=1, start="uniform")
     assert drawn.pixels.shape == (2, 3, 32, 32)
     with pytest.raises(DataError, match="--data-dir"):  # M-EBM's Gaussian is of the images
-        sample(found.folder, registry=REGISTRY, n=2, steps=1)
+        sample(imported.folder, registry=REGISTRY, n=2, steps=1)

@@ -49,15 +49,15 @@ def test_an_exported_model_draws_the_samples_of_its_run(
 
 @pytest.mark.parametrize("steps", [0, 3])
 def test_sampling_tells_how_far_it_is(averaged: Path, parts: Registry, steps: int) -> None:
-    seen: list[int] = []
+    recorded: list[int] = []
     wanted: dict[str, Any] = {"start": None, "source": "chains", "classes": None, "seed": 0}
-    found = sample_request(
+    request = sample_request(
         averaged, registry=parts, n=TOGETHER + 20, steps=steps, device="cpu", which="best", **wanted
     )
-    draw_samples(found, progress=lambda what, done, total: seen.append(done))
-    assert seen == sorted(seen)
-    assert {TOGETHER // 2 + 10, TOGETHER + 20} <= set(seen)
-    assert len(set(seen)) == (2 if steps == 0 else 2 * steps)
+    draw_samples(request, progress=lambda what, done, total: recorded.append(done))
+    assert recorded == sorted(recorded)
+    assert {TOGETHER // 2 + 10, TOGETHER + 20} <= set(recorded)
+    assert len(set(recorded)) == (2 if steps == 0 else 2 * steps)
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +120,11 @@ def test_a_dry_run_estimates_no_gaussians_and_tells_what_they_take(
 ) -> None:
     data = split_folder(tmp_path / "data", n=20)
     overrides = ("backbone.start.use=mixture", "data.use=folder", f"data.dir={data}")
-    found = plan(toy_recipe(parts, "sadajem", "ce", "plain", *overrides), tmp_path / "run")
-    assert found["start"] == "mixture"
-    assert found["disk of the start"] == f"0.0 MB at most, in {empty_cache}"
+    planned = plan(toy_recipe(parts, "sadajem", "ce", "plain", *overrides), tmp_path / "run")
+    assert planned["start"] == "mixture"
+    assert planned["disk of the start"] == f"0.0 MB at most, in {empty_cache}"
     one = r"\d+ checkpoints of [0-9.]+ MB, 0.0 MB of it the replay buffer; pictures and logs"
-    assert re.fullmatch(f"[0-9.]+ MB at most: {one}", found["disk of the run"])
+    assert re.fullmatch(f"[0-9.]+ MB at most: {one}", planned["disk of the run"])
     assert not empty_cache.parent.exists()
     assert not (tmp_path / "run").exists()
 

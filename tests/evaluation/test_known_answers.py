@@ -12,19 +12,19 @@ QUIET = {"robustness": {"indicators": False}}
 
 @pytest.mark.parametrize(("build", "clean"), [(resnet20, 0.9173), (resnet2b, 0.6925)])
 def test_the_clean_accuracies_come_out_exactly(build: object, clean: float) -> None:
-    found = api.evaluate(build(), cifar10(), registry=REGISTRY, only=("accuracy",))
-    assert found.value("clean") == pytest.approx(clean, abs=1e-9)
-    assert found.figure("clean").n == 10_000
+    record = api.evaluate(build(), cifar10(), registry=REGISTRY, only=("accuracy",))
+    assert record.value("clean") == pytest.approx(clean, abs=1e-9)
+    assert record.figure("clean").n == 10_000
 
 
 def test_a_network_trained_without_attacks_has_nothing_left_at_eight_pixels() -> None:
-    found = api.evaluate(
+    record = api.evaluate(
         resnet20(), cifar10(200), registry=REGISTRY, attacks=("pgd",), only=("robustness",),
         options=QUIET,
     )  # fmt: skip
-    assert found.value("clean") > 0.85
-    assert found.value("pgd20") == 0
-    assert found.figure("pgd20").protocol["radius_px"] == 8
+    assert record.value("clean") > 0.85
+    assert record.value("pgd20") == 0
+    assert record.figure("pgd20").protocol["radius_px"] == 8
 
 
 def robust(*attacks: str) -> Record:
@@ -38,7 +38,7 @@ def robust(*attacks: str) -> Record:
 def test_a_network_trained_at_two_pixels_ends_near_the_published_pgd() -> None:
     """Published: 54.82 % under PGD, 26.88 % verified; 20 steps up the cross-entropy end 1.7 points
     above that (as do 50 steps with 3 restarts), up the margin within 1 point."""
-    found = robust("pgd", "cw")
-    assert found.value("pgd20") == pytest.approx(0.565, abs=0.005)
-    assert found.value("cw20") == pytest.approx(0.5482, abs=0.01)
-    assert 0.2688 <= found.value("cw20") <= found.value("pgd20")
+    result = robust("pgd", "cw")
+    assert result.value("pgd20") == pytest.approx(0.565, abs=0.005)
+    assert result.value("cw20") == pytest.approx(0.5482, abs=0.01)
+    assert 0.2688 <= result.value("cw20") <= result.value("pgd20")

@@ -38,12 +38,12 @@ class Elements(HTMLParser):
 
     def __init__(self, page: str) -> None:
         super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.open: list[str] = []
         self.feed(page)
 
     def handle_starttag(self, name: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.found.append((name, dict(attributes)))
+        self.elements.append((name, dict(attributes)))
         if name not in ("meta", "img", "!doctype"):
             self.open.append(name)
 
@@ -52,7 +52,7 @@ class Elements(HTMLParser):
             assert self.open.pop() == name
 
     def named(self, name: str) -> list[dict[str, str | None]]:
-        return [attributes for found, attributes in self.found if found == name]
+        return [attributes for element, attributes in self.elements if element == name]
 
 
 def test_the_same_runs_give_the_same_bytes(runs: list[Path]) -> None:
@@ -62,17 +62,19 @@ def test_the_same_runs_give_the_same_bytes(runs: list[Path]) -> None:
 def test_every_element_is_closed_and_every_id_is_its_own(runs: list[Path]) -> None:
     page = Elements(render(runs))
     assert not page.open
-    ids = [attributes["id"] for _, attributes in page.found if "id" in attributes]
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
 
 
 def test_the_page_refers_to_nothing_outside_itself(runs: list[Path]) -> None:
     page = Elements(render(runs))
-    links = [a.get("src") or a.get("href") for _, a in page.found if a.get("src") or a.get("href")]
+    links = [
+        a.get("src") or a.get("href") for _, a in page.elements if a.get("src") or a.get("href")
+    ]
     assert links
     assert all(str(link).startswith(("data:image/png;base64,", "#")) for link in links)
     assert not page.named("link")
-    assert not [a for _, a in page.found if any(key.startswith("on") for key in a)]
+    assert not [a for _, a in page.elements if any(key.startswith("on") for key in a)]
     assert "http" not in re.sub(r"http-equiv", "", render(runs))
 
 
@@ -109,9 +111,9 @@ def test_energies_have_histograms_confidences_and_those_of_other_images(runs: li
 
 
 def test_a_picture_that_0_1_left_is_shown_where_its_table_cannot_be_drawn(tmp_path: Path) -> None:
-    found = full_record()
-    del found.tables["ood_energies"]
-    folder = bare_run(tmp_path / "a", found)
+    whole = full_record()
+    del whole.tables["ood_energies"]
+    folder = bare_run(tmp_path / "a", whole)
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "ood.png").write_bytes(png())
     assert "E(x) of test images and of other images" in render([folder])
@@ -120,10 +122,10 @@ def test_a_picture_that_0_1_left_is_shown_where_its_table_cannot_be_drawn(tmp_pa
 def test_curves_of_other_numbers_of_images_say_whose_they_are(tmp_path: Path) -> None:
     folders = []
     for name, n in (("a", 138), ("b", 60)):
-        found = full_record()
-        curve = {**found.tables["radius_curve"], "n": n}
-        tables = {**found.tables, "radius_curve": curve}
-        folders.append(bare_run(tmp_path / name, dataclasses.replace(found, tables=tables)))
+        whole = full_record()
+        curve = {**whole.tables["radius_curve"], "n": n}
+        tables = {**whole.tables, "radius_curve": curve}
+        folders.append(bare_run(tmp_path / name, dataclasses.replace(whole, tables=tables)))
     assert "138 images of a, 60 images of b: the first ones, until" in render(folders)
     assert "138 images: the first ones, until" in render(folders[:1])
 
@@ -195,15 +197,15 @@ def test_text_from_files_is_never_markup(tmp_path: Path) -> None:
     page = Elements(render([hostile_run(tmp_path)]))
     assert len(page.named("script")) == 2  # the data, and the page's own
     assert not page.named("img")
-    assert not [a for _, a in page.found if any(key.startswith("on") for key in a)]
+    assert not [a for _, a in page.elements if any(key.startswith("on") for key in a)]
     assert not page.open
 
 
 @given(st.text())
 def test_no_text_leaves_its_place(value: str) -> None:
     page = Elements(str(tag("p", value, title=value)))
-    assert [name for name, _ in page.found] == ["p"]
-    assert set(page.found[0][1]) == {"title"}
+    assert [name for name, _ in page.elements] == ["p"]
+    assert set(page.elements[0][1]) == {"title"}
     text(value).encode()
 
 
@@ -212,16 +214,16 @@ LEAVES = st.text() | st.floats(allow_nan=False, allow_infinity=False)
 
 @given(st.recursive(LEAVES, lambda x: st.dictionaries(st.text(), x) | st.lists(x), max_leaves=5))
 def test_data_in_a_script_element_comes_back_as_it_was_and_cannot_end_it(value: object) -> None:
-    told = data(value)
-    assert not {"<", ">", "&", "\u2028", "\u2029"} & set(told)
-    assert json.loads(told) == value
+    messages = data(value)
+    assert not {"<", ">", "&", "\u2028", "\u2029"} & set(messages)
+    assert json.loads(messages) == value
 
 
 def test_a_table_of_another_form_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:
-    found = full_record()
-    found.tables["reliability"] = {"bins": 3}
-    found.tables["energies"] = [1, 2]
-    page = render([bare_run(tmp_path / "a", found)])
+    whole = full_record()
+    whole.tables["reliability"] = {"bins": 3}
+    whole.tables["energies"] = [1, 2]
+    page = render([bare_run(tmp_path / "a", whole)])
     assert page.count("cannot be drawn") == 2
     assert "Accuracy against the radius" in page
 
@@ -241,14 +243,14 @@ def test_a_long_curve_is_thinned_by_means_and_what_is_not_finite_is_a_gap(tmp_pa
 
 def test_short_curves_keep_every_value_and_cut_lines_are_dropped(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step,loss,lr\n0,1,9\n1,,9\n2,inf,9\n3,4,9\n4,")
-    found = curves(tmp_path)
-    assert set(found) == {"loss"}
-    assert found["loss"].x == [0, 2, 3]
-    assert found["loss"].y[0] == 1
-    assert math.isnan(found["loss"].y[1])
+    series = curves(tmp_path)
+    assert set(series) == {"loss"}
+    assert series["loss"].x == [0, 2, 3]
+    assert series["loss"].y[0] == 1
+    assert math.isnan(series["loss"].y[1])
 
 
-def test_of_an_epoch_that_was_told_twice_the_last_word_counts(tmp_path: Path) -> None:
+def test_of_an_epoch_with_two_rows_the_last_row_counts(tmp_path: Path) -> None:
     lines = [
         '{"event": "epoch", "step": 5, "accuracy": 0.1}', '{"event": "end"}', "cut off {",
         '{"event": "epoch", "step": 5, "accuracy": 0.2}',
@@ -277,10 +279,10 @@ def test_a_damaged_accuracy_is_a_gap_in_the_curves(tmp_path: Path) -> None:
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
 def test_ticks_are_few_round_and_inside(low: float, width: float) -> None:
-    found = charts.ticks(low, low + width)
+    ticks = charts.ticks(low, low + width)
     slack = 1e-6 * width
-    assert 2 <= len(found) <= 8
-    assert all(low - slack <= value <= low + width + slack for value in found)
+    assert 2 <= len(ticks) <= 8
+    assert all(low - slack <= value <= low + width + slack for value in ticks)
 
 
 @given(st.lists(st.floats(), min_size=1, max_size=6))
@@ -289,10 +291,10 @@ def test_ticks_are_few_round_and_inside(low: float, width: float) -> None:
 @example([1e16, 1e16 + 2])
 def test_no_value_breaks_a_chart(values: list[float]) -> None:
     series = charts.Series("a", 0, [float(i) for i in range(len(values))], values)
-    drawn, told = charts.lines([series], charts.Axes("t", "x", "y"))
+    drawn, messages = charts.lines([series], charts.Axes("t", "x", "y"))
     assert "nan" not in drawn
     assert "inf" not in drawn
-    data(told)
+    data(messages)
 
 
 def test_eight_runs_have_eight_signs() -> None:
@@ -300,10 +302,10 @@ def test_eight_runs_have_eight_signs() -> None:
 
 
 def app() -> typer.Typer:
-    found = typer.Typer()
-    found.command()(report_command)
-    found.command()(compare_command)
-    return found
+    commands = typer.Typer()
+    commands.command()(report_command)
+    commands.command()(compare_command)
+    return commands
 
 
 def test_the_commands_write_the_page_and_print_the_comparison(runs: list[Path]) -> None:
@@ -319,7 +321,7 @@ def test_the_commands_write_the_page_and_print_the_comparison(runs: list[Path]) 
     assert json.loads(done.stdout)["runs"] == ["ebjdat", "trades", "quick"]
 
 
-def test_in_what_protocols_differ_is_told_once_with_all_the_figures_that_it_concerns(
+def test_in_what_protocols_differ_is_said_once_with_all_the_figures_that_it_concerns(
     runs: list[Path],
 ) -> None:
     done = CliRunner().invoke(app(), ["compare", str(runs[0]), str(runs[2]), "--seeds"])

@@ -20,8 +20,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def window() -> Iterator[Browser]:
-    with browser() as found:
-        yield found
+    with browser() as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -40,8 +40,8 @@ FRAMES = "new Promise((d) => requestAnimationFrame(() => requestAnimationFrame((
 @needs_chromium
 def test_it_opens_without_an_error_and_asks_for_nothing(page: Browser) -> None:
     assert page.errors == []
-    asked = [url for url in page.requests if not url.startswith("data:")]
-    assert [url.rsplit("/", 1)[1] for url in asked] == ["report.html"]
+    requested = [url for url in page.requests if not url.startswith("data:")]
+    assert [url.rsplit("/", 1)[1] for url in requested] == ["report.html"]
 
 
 @needs_chromium
@@ -80,10 +80,10 @@ def test_the_page_never_scrolls_sideways(page: Browser, width: int) -> None:
 
 @needs_chromium
 def test_dark_is_dark_and_its_words_are_light(page: Browser) -> None:
-    seen = "getComputedStyle(document.body)"
-    light = [page.run(f"{seen}.backgroundColor"), page.run(f"{seen}.color")]
+    style = "getComputedStyle(document.body)"
+    light = [page.run(f"{style}.backgroundColor"), page.run(f"{style}.color")]
     page.dark(True)
-    dark = [page.run(f"{seen}.backgroundColor"), page.run(f"{seen}.color")]
+    dark = [page.run(f"{style}.backgroundColor"), page.run(f"{style}.color")]
     paper, ink = ([sum(map(int, re.findall(r"\d+", c))) for c in pair] for pair in (light, dark))
     assert paper[0] > 600 > 200 > paper[1]
     assert ink[0] < 200 < 600 < ink[1]

@@ -18,7 +18,7 @@ from jemkit.evaluation.sample import sample
 from jemkit.evaluation.subjects import subject_at
 from jemkit.models.networks import SmallCNN
 
-SEEN: list[dict[str, Any]] = []
+RECORDED: list[dict[str, Any]] = []
 """How torch stood in every pass of a witness."""
 
 
@@ -30,7 +30,7 @@ class Witness(Network):
         self.inner, self.width = inner, inner.width
 
     def stem(self, x: Tensor) -> Tensor:
-        SEEN.append(
+        RECORDED.append(
             {
                 "tf32": torch.backends.cudnn.conv.fp32_precision == "tf32",
                 "bf16": torch.is_autocast_enabled("cpu"),
@@ -65,7 +65,7 @@ def trained(out: Path, precision: str) -> Registry:
         registry, "sadajem", "jem", "plain", "backbone.network.use=witness", "run.epochs=1",
         *settings,
     )  # fmt: skip
-    SEEN.clear()
+    RECORDED.clear()
     train(recipe, out, registry=registry)
     return registry
 
@@ -77,36 +77,36 @@ def test_chains_are_drawn_by_the_switches_that_the_run_was_trained_by(
     registry = trained(tmp_path / "run", precision)
     wanted = {"tf32": precision == "tf32", "bf16": precision == "bf16"}
     wanted |= {"deterministic": True, "threads": 1}
-    assert wanted in SEEN
-    SEEN.clear()
-    found = sample(tmp_path / "run", registry=registry, n=4, steps=2, device="cpu")
-    assert [seen for seen in SEEN if seen != wanted] == []
-    assert SEEN
+    assert wanted in RECORDED
+    RECORDED.clear()
+    samples = sample(tmp_path / "run", registry=registry, n=4, steps=2, device="cpu")
+    assert [recorded for recorded in RECORDED if recorded != wanted] == []
+    assert RECORDED
     said = {"precision": precision, "deterministic": True, "threads": 1}
-    assert said.items() <= found.protocol.items()
+    assert said.items() <= samples.protocol.items()
 
 
 def test_validation_the_last_judgement_and_evaluate_are_all_in_fp32(tmp_path: Path) -> None:
     registry = trained(tmp_path / "run", "tf32")
-    by_tf32 = [seen["tf32"] for seen in SEEN]
+    by_tf32 = [recorded["tf32"] for recorded in RECORDED]
     assert by_tf32[0]  # the first step
     assert not by_tf32[-1]  # the last judgement
     changes = sum(a != b for a, b in itertools.pairwise(by_tf32))
     assert changes == 1  # at the epoch's end
-    SEEN.clear()
+    RECORDED.clear()
     subject = subject_at(tmp_path / "run", registry, torch.device("cpu"))
     record = judge(subject, settings_of({"attacks": ("pgd",), "only": ("accuracy",)}), registry)
-    assert not any(seen["tf32"] for seen in SEEN)
+    assert not any(recorded["tf32"] for recorded in RECORDED)
     assert record.figure("clean").protocol["precision"] == "fp32"
 
 
 def test_a_model_is_judged_in_fp32_in_the_midst_of_an_autocast(tmp_path: Path) -> None:
     registry = trained(tmp_path / "run", "fp32")
     subject = subject_at(tmp_path / "run", registry, torch.device("cpu"))
-    asked = settings_of({"attacks": ("pgd",), "only": ("accuracy",)})
-    SEEN.clear()
+    requested = settings_of({"attacks": ("pgd",), "only": ("accuracy",)})
+    RECORDED.clear()
     with torch.autocast("cpu", torch.bfloat16):
-        judge(subject, asked, registry)
+        judge(subject, requested, registry)
         assert torch.is_autocast_enabled("cpu")
-    assert SEEN
-    assert not any(seen["bf16"] for seen in SEEN)
+    assert RECORDED
+    assert not any(recorded["bf16"] for recorded in RECORDED)

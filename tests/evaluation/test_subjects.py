@@ -74,8 +74,8 @@ def test_on_other_images_the_trained_radius_is_that_of_the_training(
 ) -> None:
     folder = export(run, out=tmp_path / "exported", registry=REGISTRY).folder if exported else run
     root = split_folder(tmp_path / "data", classes=tuple("0123456789"))
-    found = subject_at(folder, REGISTRY, CPU, dataset={"use": "folder", "dir": str(root)})
-    assert (found.radius_px, found.about["trained_radius_px"]) == (8, 25.5)
+    target = subject_at(folder, REGISTRY, CPU, dataset={"use": "folder", "dir": str(root)})
+    assert (target.radius_px, target.about["trained_radius_px"]) == (8, 25.5)
 
 
 @pytest.mark.parametrize("exported", [False, True])
@@ -104,10 +104,10 @@ def test_on_other_images_chains_begin_where_those_of_the_run_do(
     if not exported:  # it has no moments of its own
         with pytest.raises(DataError, match="begins from Gaussians of the training images"):
             begun({"dir": other})
-        found = subject_at(path, parts, CPU, dataset={"dir": other})
+        target = subject_at(path, parts, CPU, dataset={"dir": other})
         options = {"generation": {"n": 16, "steps": 1}}
         with pytest.raises(Unmeasurable, match="begins from Gaussians of the training images"):
-            judge(found, settings_of({"only": ("generation",), "options": options}), parts)
+            judge(target, settings_of({"only": ("generation",), "options": options}), parts)
 
 
 def test_a_damaged_exported_model_is_not_judged(run: Path, tmp_path: Path) -> None:
@@ -127,9 +127,9 @@ def test_weights_alone_need_the_network_that_they_belong_to(tmp_path: Path) -> N
     path = tmp_path / "mine.safetensors"
     model = api.LogSumExpEnergy(part.model_validate(named).build((1, 8, 8)), 10)
     write_tensors(path, model.state_dict())
-    found = subject_at(path, REGISTRY, CPU, network="mlp-8-1", dataset={"use": "digits"})
-    x = found.test.unit()[:5]
-    assert torch.equal(found.model(x), model(2 * x - 1).logits)
+    target = subject_at(path, REGISTRY, CPU, network="mlp-8-1", dataset={"use": "digits"})
+    x = target.test.unit()[:5]
+    assert torch.equal(target.model(x), model(2 * x - 1).logits)
     with pytest.raises(ConfigError, match="--network"):
         subject_at(path, REGISTRY, CPU)
     with pytest.raises(DataError, match="do not fit the model"):
@@ -181,9 +181,9 @@ def test_a_module_in_zero_to_one_needs_no_scaling_and_an_energy_model_brings_its
 def test_a_stranger_is_judged_like_a_model_of_ours_and_left_as_it_was() -> None:
     model = Sees().train()
     before = weights_hash(model)
-    found = api.evaluate(model, DATA, n_classes=3, registry=REGISTRY, **ONLY)
+    record = api.evaluate(model, DATA, n_classes=3, registry=REGISTRY, **ONLY)
     right = model(DATA.unit()).argmax(1) == DATA.y
-    assert found.value("clean") == right.float().mean()
+    assert record.value("clean") == right.float().mean()
     assert weights_hash(model) == before
     assert all(p.requires_grad for p in model.parameters())
 
@@ -256,16 +256,16 @@ def test_a_model_that_hardly_beats_guessing_is_warned_about() -> None:
     with torch.no_grad():
         guess.linear.weight.zero_()
         guess.linear.bias.copy_(torch.tensor([2.0, 0, 0]))
-    found = api.evaluate(guess, DATA, registry=REGISTRY, **ONLY)
-    assert any("preprocessing inside the model" in w for w in found.warnings)
+    record = api.evaluate(guess, DATA, registry=REGISTRY, **ONLY)
+    assert any("preprocessing inside the model" in w for w in record.warnings)
 
 
 def test_a_pass_polls_whether_to_stop() -> None:
     subject = subject_of(Sees(), DATA)
-    asked = settings_of(ONLY)
+    requested = settings_of(ONLY)
     with pytest.raises(api.Preempted, match="same command continues"):
-        judge(subject, asked, REGISTRY, stop=lambda: True)
-    assert isinstance(asked, Settings)
+        judge(subject, requested, REGISTRY, stop=lambda: True)
+    assert isinstance(requested, Settings)
     check_subject(subject.model, DATA.unit(), 3)  # the poll is taken off again
 
 
@@ -273,20 +273,20 @@ def test_images_may_come_as_a_pair_and_as_arrays() -> None:
     model = Sees()
     pair = (DATA.unit(), DATA.y)
     arrays = tuple(part.numpy() for part in pair)
-    found = [
+    record = [
         api.evaluate(model, given, n_classes=3, registry=REGISTRY, only="accuracy").value("clean")
         for given in (DATA, pair, arrays)
     ]
-    assert found[0] == found[1] == found[2]
+    assert record[0] == record[1] == record[2]
     with pytest.raises(DataError, match="expected a data set, or images"):
         api.evaluate(model, 3, registry=REGISTRY, **ONLY)
 
 
 def test_a_model_says_itself_how_many_classes_it_knows() -> None:
     few = DATA.take(torch.arange(2))
-    found = api.evaluate(Sees(), few, registry=REGISTRY, **ONLY)
-    assert found.figure("clean").n == 2
-    assert any("of 3 classes" in warning for warning in found.warnings)
+    record = api.evaluate(Sees(), few, registry=REGISTRY, **ONLY)
+    assert record.figure("clean").n == 2
+    assert any("of 3 classes" in warning for warning in record.warnings)
     with pytest.raises(MisfitError, match="one output per image"):
         api.evaluate(nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), few, registry=REGISTRY, **ONLY)
     for n in (1, 0, -1):
@@ -298,10 +298,10 @@ def test_a_model_says_itself_how_many_classes_it_knows() -> None:
 def test_images_that_leave_classes_out_are_judged_and_the_record_names_the_classes(n: int) -> None:
     wide = nn.Sequential(nn.Flatten(), nn.Linear(64, 1000))
     part = (torch.rand(n, 1, 8, 8), torch.arange(n) * 7)
-    found = api.evaluate(wide, part, registry=REGISTRY, **ONLY)  # type: ignore[arg-type]
-    assert found.figure("clean").n == n
-    (told,) = (w for w in found.warnings if "none of class" in w)
-    assert f"{n} of 1000 classes" in told
+    record = api.evaluate(wide, part, registry=REGISTRY, **ONLY)  # type: ignore[arg-type]
+    assert record.figure("clean").n == n
+    (messages,) = (w for w in record.warnings if "none of class" in w)
+    assert f"{n} of 1000 classes" in messages
 
 
 TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -311,39 +311,39 @@ TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 def test_images_of_any_float_type_are_taken_as_float32(dtype: torch.dtype) -> None:
     images = api.Images((DATA.unit() * 16).round() / 16, DATA.y)  # no type rounds a sixteenth
     model = Sees()
-    found = [
+    record = [
         api.evaluate(model, (given, images.y), registry=REGISTRY, **ONLY)  # type: ignore[arg-type]
         for given in (images.x, images.x.to(dtype))
     ]
-    assert found[0].value("clean") == found[1].value("clean")
-    assert found[0].protocol["data_sha256"] == found[1].protocol["data_sha256"]
+    assert record[0].value("clean") == record[1].value("clean")
+    assert record[0].protocol["data_sha256"] == record[1].protocol["data_sha256"]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("attack", ["pgd", "square"])
 def test_a_model_of_any_float_type_is_attacked_in_float32(dtype: torch.dtype, attack: str) -> None:
-    seen: list[torch.dtype] = []
+    recorded: list[torch.dtype] = []
 
     class Typed(Sees):
         def forward(self, x: Tensor) -> Tensor:
-            seen.append(x.dtype)
+            recorded.append(x.dtype)
             logits: Tensor = super().forward(x)
             return logits
 
-    asked = {"attacks": attack, "only": "robustness", "eps_px": 40}
+    requested = {"attacks": attack, "only": "robustness", "eps_px": 40}
     quiet = {"robustness": {"indicators": False}, "square": {"queries": 3}}
     options = {k: v for k, v in quiet.items() if k in (attack, "robustness")}
-    found = api.evaluate(
+    record = api.evaluate(
         Typed().to(dtype),
         DATA,
         registry=REGISTRY,
         options=options,
-        **asked,  # type: ignore[arg-type]
+        **requested,  # type: ignore[arg-type]
     )
-    assert seen[-1] == dtype
-    (name,) = (figure.name for figure in found.figures if figure.name != "clean")
-    assert found.value(name) <= found.value("clean")
-    card = found.figure(name).protocol
+    assert recorded[-1] == dtype
+    (name,) = (figure.name for figure in record.figures if figure.name != "clean")
+    assert record.value(name) <= record.value("clean")
+    card = record.figure(name).protocol
     assert card["max_delta_px"]["Linf"] <= 40 + 1e-3
     own = {} if dtype == torch.float32 else {"weight_types": str(dtype).removeprefix("torch.")}
     assert {k: v for k, v in card.items() if k == "weight_types"} == own
@@ -354,10 +354,10 @@ def test_a_quantised_model_is_judged_and_its_hash_tells_its_weights() -> None:
     modules = [nn.Sequential(nn.Flatten(), nn.Linear(64, 3)) for _ in range(2)]
     one, two = (torch.ao.quantization.quantize_dynamic(m, {nn.Linear}) for m in modules)
     assert weights_hash(one) != weights_hash(two)
-    asked = {"attacks": ("fgsm",), "only": ("robustness",)}
-    found = api.evaluate(one, DATA, n_classes=3, registry=REGISTRY, **asked)  # type: ignore[arg-type]
-    assert found.value("fgsm") == found.value("clean")  # it has no gradient, and that is said
-    assert any("give the loss no gradient" in warning for warning in found.warnings)
+    requested = {"attacks": ("fgsm",), "only": ("robustness",)}
+    record = api.evaluate(one, DATA, n_classes=3, registry=REGISTRY, **requested)  # type: ignore[arg-type]
+    assert record.value("fgsm") == record.value("clean")  # it has no gradient, and that is said
+    assert any("give the loss no gradient" in warning for warning in record.warnings)
 
 
 def test_a_model_of_mixed_types_gets_what_its_first_layer_takes_and_else_one_sentence() -> None:
@@ -380,11 +380,11 @@ def test_arrays_are_taken_however_they_lie_in_memory() -> None:
     x, y = DATA.unit().numpy(), DATA.y.numpy()
     given = [(x[::-1], y[::-1]), (x.astype(">f4"), y.astype("uint8")), ([*DATA.unit()], y.tolist())]
     model = Sees()
-    found = [
+    record = [
         api.evaluate(model, pair, registry=REGISTRY, **ONLY).value("clean")  # type: ignore[arg-type]
         for pair in given
     ]
-    assert found[0] == found[1] == found[2]
+    assert record[0] == record[1] == record[2]
 
 
 def test_bytes_are_the_images_that_they_stand_for() -> None:

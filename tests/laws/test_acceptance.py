@@ -13,8 +13,8 @@ JEMKIT = str(Path(sys.executable).with_name("jemkit"))
 def trained(out: Path, *arguments: str) -> dict[str, float]:
     command = [JEMKIT, "train", *arguments, "--out", str(out), "--json", "--quiet"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    printed: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return printed
 
 
 @pytest.mark.slow
@@ -34,5 +34,5 @@ def test_the_main_job_classifies_resists_and_keeps_its_energies_together(tmp_pat
 def test_every_density_trains_to_the_end_at_full_length(
     backbone: str, objective: str, tmp_path: Path
 ) -> None:
-    found = trained(tmp_path / "run", "--backbone", backbone, "--objective", objective)
-    assert found["clean_accuracy"] >= 0.95
+    summary = trained(tmp_path / "run", "--backbone", backbone, "--objective", objective)
+    assert summary["clean_accuracy"] >= 0.95

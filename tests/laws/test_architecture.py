@@ -190,13 +190,13 @@ def is_there(name: str) -> bool:
     parts = name.split(".")
     for n in range(len(parts), 0, -1):
         try:
-            found: object = importlib.import_module(".".join(parts[:n]))
+            value: object = importlib.import_module(".".join(parts[:n]))
         except ModuleNotFoundError:
             continue
         for attribute in parts[n:]:
-            if not hasattr(found, attribute):
+            if not hasattr(value, attribute):
                 return False
-            found = getattr(found, attribute)
+            value = getattr(value, attribute)
         return True
     return False
 

@@ -42,25 +42,28 @@ def over(files: list[Path]) -> Callable[[Callable[[Path], None]], Callable[[], N
 
 def imports(tree: ast.AST) -> set[str]:
     """Every module that some import names, wherever it stands."""
-    found: set[str] = set()
+    collected: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            collected |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+            collected |= {
+                node.module or "",
+                *(f"{node.module}.{alias.name}" for alias in node.names),
+            }
         elif (
             isinstance(node, ast.Call)
             and name_of(node.func).endswith("import_module")
             and node.args
             and isinstance(node.args[0], ast.Constant)
         ):
-            found.add(str(node.args[0].value))
-    return found
+            collected.add(str(node.args[0].value))
+    return collected
 
 
 def at_import(tree: ast.Module) -> set[str]:
     """The modules that come in when this one is imported."""
-    found: set[str] = set()
+    collected: set[str] = set()
     queue: list[ast.AST] = list(tree.body)
     while queue:
         node = queue.pop()
@@ -70,9 +73,9 @@ def at_import(tree: ast.Module) -> set[str]:
             queue += node.orelse
             continue
         if isinstance(node, ast.Import | ast.ImportFrom):
-            found |= imports(node)
+            collected |= imports(node)
         queue += ast.iter_child_nodes(node)
-    return found
+    return collected
 
 
 def tops(modules: set[str]) -> set[str]:

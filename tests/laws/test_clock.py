@@ -22,24 +22,24 @@ def offenders(wrong: type[ast.AST]) -> list[tuple[Path, ast.AST]]:
 
 
 def test_no_test_reads_a_clock() -> None:
-    found = {
+    collected = {
         path.relative_to(HERE).as_posix()
         for path, node in offenders(ast.Attribute)
         if ast.unparse(node) in CLOCKS
     }
-    assert found - MAY_READ_A_CLOCK == set()
+    assert collected - MAY_READ_A_CLOCK == set()
 
 
 def test_no_limit_of_time_is_one_that_work_on_a_busy_machine_could_reach() -> None:
-    found = []
+    collected = []
     for path, node in offenders(ast.Call):
         assert isinstance(node, ast.Call)
         given = [word.value for word in node.keywords if word.arg in ("timeout", "seconds")]
         given += node.args if ast.unparse(node.func) == "pytest.mark.timeout" else []
         limits = [value.value for value in given if isinstance(value, ast.Constant)]
-        found += [
+        collected += [
             f"{path}:{node.lineno}"
             for limit in limits
             if isinstance(limit, int | float) and limit < SAFETY
         ]
-    assert found == []
+    assert collected == []

@@ -162,11 +162,11 @@ class Rolling(Kernel):
 
 def hoarding_step() -> Any:
     """One that remembers its steps beside its state."""
-    seen: list[int] = []
+    recorded: list[int] = []
 
     def step(_: Any, state: Pair) -> Pair:
-        seen.append(1)
-        return state._replace(x=state.x + len(seen))
+        recorded.append(1)
+        return state._replace(x=state.x + len(recorded))
 
     return step
 
@@ -362,7 +362,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("check", "part", "law"), BROKEN)
-def test_a_part_that_breaks_a_law_is_told_which(check: Any, part: Any, law: str) -> None:
+def test_a_part_that_breaks_a_law_is_refused_with_that_law(check: Any, part: Any, law: str) -> None:
     with pytest.raises(testing.ConformanceError, match=law):
         check(part)
 

@@ -93,10 +93,10 @@ def options(objective: str) -> dict[str, Any]:
 
 def counted(model: nn.Module) -> list[int]:
     """The images of each pass of the trunk, which every sampler has to make."""
-    seen: list[int] = []
+    recorded: list[int] = []
     conv = model.network.conv1
-    conv.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
-    return seen
+    conv.register_forward_hook(lambda m, args, out: recorded.append(len(args[0])))
+    return recorded
 
 
 BUILT = [
@@ -119,24 +119,24 @@ def test_a_step_makes_the_passes_of_its_algorithm_and_no_more(
 ) -> None:
     density = {} if backbone == "classifier" else {"steps": M}
     built = backbone_for(objective, backbone, network=SmallCNN(channels=2, norm=norm), **density)
-    seen = counted(built.model)
+    recorded = counted(built.model)
     chosen = objective_of(objective, **options(objective))
     step = updater_of(updater, built.model)
     train_step(built, chosen, step, BATCH, gen(), Guard())
     draw, loss = wanted(objective, norm)
     takings = 1 if updater == "plain" else 2
-    assert Count(len(seen), sum(seen)) == draw + loss.times(takings)
+    assert Count(len(recorded), sum(recorded)) == draw + loss.times(takings)
 
 
 @pytest.mark.parametrize("theta_steps", [1, 3])
 def test_more_updates_draw_no_more_chains(theta_steps: int) -> None:
     built = backbone_of("sadajem", steps=M, network=SmallCNN(channels=2))
-    seen = counted(built.model)
+    recorded = counted(built.model)
     chosen = objective_of("ebjdat", adv_steps=M_ADV)
     step = updater_of("plain", built.model)
     train_step(built, chosen, step, BATCH, gen(), Guard(), theta_steps)
     draw, loss = wanted("ebjdat", "none")
-    assert Count(len(seen), sum(seen)) == draw + loss.times(theta_steps)
+    assert Count(len(recorded), sum(recorded)) == draw + loss.times(theta_steps)
 
 
 WAITS = {
@@ -181,7 +181,7 @@ def tensors(tree: Any) -> list[Tensor]:
     return [t for t in tree_flatten(tree)[0] if isinstance(t, Tensor)]
 
 
-def test_a_wait_is_seen() -> None:
+def test_a_wait_is_counted() -> None:
     with Watch() as watch:
         float(torch.ones(2).sum())
         torch.ones(2).nonzero()
@@ -217,7 +217,7 @@ def test_a_step_waits_once_an_update_for_the_guard_alone(
 def test_a_batch_takes_as_many_operations_however_many_images_it_has(views: Views) -> None:
     """Crops and mirror images are one gather, and nothing of them waits for the device."""
     augmentation = Augmentation(pad=1, flip=True)
-    seen = []
+    recorded = []
     for size in (4, 40):
         images = Images(torch.zeros(60, 3, 8, 8, dtype=torch.uint8), torch.zeros(60).long())
         loader = Loader(
@@ -228,8 +228,8 @@ def test_a_batch_takes_as_many_operations_however_many_images_it_has(views: View
         with Watch() as watch:
             loader.batch()
         assert not watch.waits
-        seen.append(watch.calls)
-    assert seen[0] == seen[1]
+        recorded.append(watch.calls)
+    assert recorded[0] == recorded[1]
 
 
 KERNELS: list[Sampler] = [
@@ -321,12 +321,12 @@ def test_steps_after_the_second_cost_what_the_second_did(backbone: str) -> None:
     """Operations, bytes and waits of whole steps; the first makes the optimizer's momenta."""
     built = backbone_of(backbone, steps=M, start=Uniform(), buffer=Buffer(capacity=300, restart=0))
     chosen, guard = objective_of("ebjdat", adv_steps=M_ADV), Guard()
-    step, rng, seen = updater_of("sam", built.model), gen(), []
+    step, rng, recorded = updater_of("sam", built.model), gen(), []
     for _ in range(4):
         with Watch() as watch:
             train_step(built, chosen, step, BATCH, rng, guard)
-        seen.append((watch.calls, watch.bytes, watch.waits))
-    assert seen[1] == seen[2] == seen[3]
+        recorded.append((watch.calls, watch.bytes, watch.waits))
+    assert recorded[1] == recorded[2] == recorded[3]
 
 
 def test_frozen_weights_get_no_gradient_computed() -> None:

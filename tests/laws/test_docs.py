@@ -119,9 +119,9 @@ def test_the_guides_sampler_with_a_state_keeps_the_laws_and_reports() -> None:
     scope: dict[str, Any] = {}
     exec(IMPORTS + code, scope)
     check_sampler(scope["HeavyBall"]())
-    with reports() as seen:
+    with reports() as recorded:
         run(scope["HeavyBall"](), lambda x: 3 * x.sum(1), torch.zeros(2, 4), Generator(), 2)
-    assert [float(value) for value in seen["sampler/gradient"]] == [6, 6]
+    assert [float(value) for value in recorded["sampler/gradient"]] == [6, 6]
 
 
 def test_the_guides_evaluator_keeps_the_laws() -> None:
@@ -154,15 +154,15 @@ from jemkit import (
 
 def spoken(root: Path) -> str:
     """Every text of the packages, joined as Python joins it, with … for what is filled in."""
-    found: list[str] = []
+    collected: list[str] = []
     for path in root.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
+                collected.append(node.value)
             elif isinstance(node, ast.JoinedStr):
                 parts = (v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
-                found.append("".join(map(str, parts)))
-    return "\n".join(found)
+                collected.append("".join(map(str, parts)))
+    return "\n".join(collected)
 
 
 def test_every_message_that_troubleshooting_lists_exists() -> None:

@@ -41,7 +41,7 @@ HOST = {
 
 def made(path: Path) -> list[tuple[str, str]]:
     """The factories called without a device in a file, each with the function it stands in."""
-    found: list[tuple[str, str]] = []
+    collected: list[tuple[str, str]] = []
 
     def visit(node: ast.AST, inside: str) -> None:
         if isinstance(node, ast.FunctionDef):
@@ -50,12 +50,12 @@ def made(path: Path) -> list[tuple[str, str]]:
             if isinstance(node.func, ast.Attribute) and node.func.attr == "take":
                 return  # images lie on the host, and are taken by places there
             if name := factory(node):
-                found.append((inside, name))
+                collected.append((inside, name))
         for child in ast.iter_child_nodes(node):
             visit(child, inside)
 
     visit(ast.parse(path.read_text(encoding="utf-8")), "")
-    return found
+    return collected
 
 
 def factory(call: ast.Call) -> str | None:
@@ -78,10 +78,10 @@ def unplaced() -> list[tuple[Path, str, str]]:
 
 
 def test_every_tensor_is_made_on_a_device_that_is_named() -> None:
-    found = unplaced()
+    result = unplaced()
     assert [
         f"{path}: torch.{name} in {function}"
-        for path, function, name in found
+        for path, function, name in result
         if not keys(path, function) & HOST.keys()
     ] == []
 
@@ -92,7 +92,7 @@ def test_no_exception_outlives_its_reason() -> None:
     assert all(HOST.values())
 
 
-def test_what_has_no_device_is_found() -> None:
+def test_what_has_no_device_is_listed() -> None:
     for text, wanted in {
         "torch.zeros(3)": "zeros",
         "torch.zeros(3, device=x.device)": None,

@@ -26,8 +26,8 @@ def listing(tree: Any, at: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict | list):
         return {at: tree}
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    found = {k: v for key, inner in items for k, v in listing(inner, f"{at}/{key}").items()}
-    return found or {at: "empty"}
+    collected = {k: v for key, inner in items for k, v in listing(inner, f"{at}/{key}").items()}
+    return collected or {at: "empty"}
 
 
 @pytest.mark.parametrize("golden", sorted(p for p in GOLDEN.iterdir() if p.is_dir()), ids=str)

@@ -35,15 +35,15 @@ def named(node: ast.AST) -> Iterator[str]:
 
 def imported(path: Path) -> set[str]:
     """The modules of jemkit that a file imports, wherever in it."""
-    found = set()
+    collected = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         for name in named(node):
             top, _, rest = name.partition(".")
             while top == "jemkit" and rest and rest not in FILES:
                 rest = rest.rpartition(".")[0]
             if top == "jemkit" and rest:
-                found.add(rest)
-    return found - {name_of(path)}
+                collected.add(rest)
+    return collected - {name_of(path)}
 
 
 IMPORTS = {name: imported(path) for name, path in FILES.items()}
@@ -51,13 +51,13 @@ IMPORTS = {name: imported(path) for name, path in FILES.items()}
 
 def reached(start: str) -> set[str]:
     """All that a module imports, and what that imports."""
-    found: set[str] = set()
+    collected: set[str] = set()
     queue = [start]
     while queue:
-        for name in IMPORTS[queue.pop()] - found:
-            found.add(name)
+        for name in IMPORTS[queue.pop()] - collected:
+            collected.add(name)
             queue.append(name)
-    return found
+    return collected
 
 
 def test_every_module_stands_in_a_layer() -> None:

@@ -35,22 +35,22 @@ def after_two_steps(names: tuple[str, str, str]) -> tuple[Backbone, list[dict[st
     backbone, objective = backbone_for(names[1], names[0]), objective_of(names[1])
     check(backbone, objective)
     updater, guard, rng = updater_of(names[2], backbone.model), Guard(), gen(1)
-    seen = []
+    recorded = []
     for _ in range(2):
         terms = train_step(backbone, objective, updater, BATCH, rng, guard)
-        seen.append({name: float(term.detach()) for name, (_, term) in terms.parts.items()})
+        recorded.append({name: float(term.detach()) for name, (_, term) in terms.parts.items()})
     guard.settle()
-    return backbone, seen
+    return backbone, recorded
 
 
 @pytest.mark.parametrize("names", WHOLE)
 def test_two_steps_repeat_bit_for_bit_and_stay_finite(names: tuple[str, str, str]) -> None:
     began = state_of(backbone_for(names[1], names[0]).model)["tensors"]
-    (one, seen), (other, again) = after_two_steps(names), after_two_steps(names)
+    (one, recorded), (other, again) = after_two_steps(names), after_two_steps(names)
     assert same(one.model.state_dict(), other.model.state_dict())
-    assert seen == again
+    assert recorded == again
     assert all(t.isfinite().all() for t in one.model.state_dict().values())
-    assert all(torch.tensor(v).isfinite() for terms in seen for v in terms.values())
+    assert all(torch.tensor(v).isfinite() for terms in recorded for v in terms.values())
     assert not same(one.model.state_dict(), began)
     if one.has_density:
         assert same(one.density.state_dict(), other.density.state_dict())

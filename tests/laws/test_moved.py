@@ -28,13 +28,13 @@ def test_an_old_module_gives_the_names_of_the_new_one(old: str) -> None:
         module.nonsense  # noqa: B018
 
 
-def test_what_was_renamed_is_found_by_its_old_name() -> None:
-    found = {}
+def test_what_was_renamed_is_importable_by_its_old_name() -> None:
+    collected = {}
     for old in MOVED:
         for home in homes(old):
-            found |= {name: old for name in RENAMED if hasattr(home, RENAMED[name])}
-    assert set(found) == set(RENAMED)
-    for name, old in found.items():
+            collected |= {name: old for name in RENAMED if hasattr(home, RENAMED[name])}
+    assert set(collected) == set(RENAMED)
+    for name, old in collected.items():
         sys.modules.pop(f"jemkit.{old}", None)
         with pytest.warns(DeprecationWarning, match="old name"):
             module = import_module(f"jemkit.{old}")
@@ -45,10 +45,10 @@ def test_the_table_of_changes_tells_the_same() -> None:
     rows = re.findall(
         r"\| `jemkit\.(\S+)` \| `(jemkit\S+)` \|", (root() / "CHANGELOG.md").read_text()
     )
-    told = dict(rows)
+    printed = dict(rows)
     packages = {"evaluation", "sampling", "training"}  # where old names are found as before
-    assert set(told) - packages == set(MOVED)
-    assert all(new == homes_of(old)[0] for old, new in told.items() if old in MOVED)
+    assert set(printed) - packages == set(MOVED)
+    assert all(new == homes_of(old)[0] for old, new in printed.items() if old in MOVED)
 
 
 OLD = """

@@ -54,8 +54,8 @@ def far_backbone(name: str, objective: str = "ebjdat", **options: Any) -> Backbo
     if built.has_density:
         built.density.sample(built.model, 3, gen(), steps=1, start=built.density.start)
         built.density.draw(built.model, 3, gen())
-    found: Backbone = moved(built)
-    return found
+    far: Backbone = moved(built)
+    return far
 
 
 MISPLACED = [
@@ -188,11 +188,11 @@ ATTACKS = sorted({*REGISTRY["attack"]} - {"aa", "bpda"})  # minutes; for a refin
 def test_attacks_stay_on_their_device(attack: str) -> None:
     subject = far_subject()
     with elsewhere():
-        found = measure(
+        figures = measure(
             subject, data(), [Robustness(attack=far_context(attack).attacks[attack])],
             far_context(attack),
         )  # fmt: skip
-    assert 0 <= found[0].value <= 1
+    assert 0 <= figures[0].value <= 1
 
 
 SMALL = {"steps": 2, "n": 16, "indicators": False, "path_images": 4}

@@ -66,8 +66,8 @@ def test_two_shards_give_what_one_process_gives(tmp_path: Path) -> None:
         return attacked(subject, Noisy(), DATA, ctx, "noisy")
 
     with ThreadPoolExecutor(2) as pool:
-        for found in pool.map(part, range(2)):
-            same(found, whole)
+        for shown in pool.map(part, range(2)):
+            same(shown, whole)
     both = len(CALLS)
     CALLS.clear()
     run()
@@ -104,7 +104,9 @@ class Drops(nn.Module):
         return logits
 
 
-def test_a_model_that_draws_from_torchs_generator_ends_alike_after_a_stop(tmp_path: Path) -> None:
+def test_a_model_that_draws_from_torchs_generator_has_one_outcome_after_a_stop(
+    tmp_path: Path,
+) -> None:
     subject, state = pixel_model(Drops()), torch.get_rng_state()
     whole = run(subject, PGD(steps=2))
     with suppress(Preempted):
@@ -119,7 +121,7 @@ def pieces_in(work: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped", "empty", "foreign"])
-def test_a_damaged_piece_is_refused_and_computed_anew_the_next_time(
+def test_a_damaged_piece_is_refused_and_computed_again_the_next_time(
     how: str, tmp_path: Path
 ) -> None:
     whole = run(work=tmp_path)
@@ -175,10 +177,10 @@ def test_no_piece_serves_another(what: str, tmp_path: Path) -> None:
     changed = dict(OTHERS[what])
     if what == "norm":
         changed["attack"] = Noisy(share=0)  # a corner is outside the ball of L2
-    found = run(work=tmp_path, **changed)
+    shown = run(work=tmp_path, **changed)
     assert CALLS
     assert not set(pieces_in(tmp_path)) <= set(before)
-    same(found, run(**changed))
+    same(shown, run(**changed))
 
 
 def test_a_buffer_that_no_state_dict_shows_is_part_of_the_model(tmp_path: Path) -> None:
@@ -240,9 +242,9 @@ def test_a_piece_that_an_equal_evaluation_tidied_up_is_computed_again(tmp_path: 
     def done(_: int) -> None:
         other.remove()
 
-    asked = iter(range(9))
-    (found,) = ledger.pieces(["a"], lambda _: {"x": torch.ones(2)}, lambda: next(asked), done)
-    assert torch.equal(found["x"], torch.ones(2))
+    calls = iter(range(9))
+    (result,) = ledger.pieces(["a"], lambda _: {"x": torch.ones(2)}, lambda: next(calls), done)
+    assert torch.equal(result["x"], torch.ones(2))
 
 
 class Slow(nn.Module):

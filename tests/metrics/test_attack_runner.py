@@ -18,13 +18,13 @@ from jemkit.runtime.modes import eval_mode, frozen
 
 
 def test_an_attack_says_how_far_it_is_within_a_batch() -> None:
-    told: list[tuple[str, int, int]] = []
-    ctx = Context(gen(), THREAT, batch_size=5, progress=lambda *what: told.append(what))
+    messages: list[tuple[str, int, int]] = []
+    ctx = Context(gen(), THREAT, batch_size=5, progress=lambda *what: messages.append(what))
     attacked(toy_subject().eval(), PGD(steps=3), DATA, ctx, "pgd")
     total = len(DATA.y)
-    assert told.count(("pgd3", 0, total)) >= 3
-    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
-    assert told[-1] == ("pgd3", total, total)
+    assert messages.count(("pgd3", 0, total)) >= 3
+    assert [done for _, done, _ in messages] == sorted(done for _, done, _ in messages)
+    assert messages[-1] == ("pgd3", total, total)
 
 
 def test_global_random_state_is_left_alone(tmp_path: Path) -> None:
@@ -43,39 +43,39 @@ def test_images_that_are_wrong_already_are_never_attacked() -> None:
     right = right_at_first(subject)
     assert 0 < int(right.sum()) < len(right)
     CALLS.clear()
-    found = run(subject, Noisy(share=0))
-    seen = torch.cat(CALLS)
+    outcome = run(subject, Noisy(share=0))
+    recorded = torch.cat(CALLS)
     expected = DATA.unit()[right]
-    assert torch.equal(seen, torch.cat([expected, expected]))  # in both stages, since none fell
-    assert torch.equal(found.right, right)
-    assert torch.equal(found.x_adv, DATA.unit())
+    assert torch.equal(recorded, torch.cat([expected, expected]))  # in both stages, since none fell
+    assert torch.equal(outcome.right, right)
+    assert torch.equal(outcome.x_adv, DATA.unit())
 
 
 def test_an_attack_on_everyone_has_all_images_and_makes_none_right() -> None:
     subject = toy_subject()
     right = right_at_first(subject)
-    found = run(subject, PGD(steps=2))
-    assert not (found.right & ~right).any()
-    moved = (found.x_adv != DATA.unit()).flatten(1).any(1)
+    outcome = run(subject, PGD(steps=2))
+    assert not (outcome.right & ~right).any()
+    moved = (outcome.x_adv != DATA.unit()).flatten(1).any(1)
     assert moved.all()
 
 
 def test_a_stage_has_the_survivors_of_the_one_before() -> None:
     CALLS.clear()
-    found = run(attack=Noisy(share=0.5), batch_size=100)
+    outcome = run(attack=Noisy(share=0.5), batch_size=100)
     assert len(CALLS) == 2
     assert len(CALLS[0]) > len(CALLS[1])
-    assert len(CALLS[1]) == round(found.stages["first"] * len(DATA.y))
-    assert found.stages["second"] == int(found.right.sum()) / len(DATA.y)
+    assert len(CALLS[1]) == round(outcome.stages["first"] * len(DATA.y))
+    assert outcome.stages["second"] == int(outcome.right.sum()) / len(DATA.y)
 
 
-def test_a_fallen_image_is_the_one_that_is_kept() -> None:
+def test_a_fallen_image_is_the_one_that_is_returned() -> None:
     subject = toy_subject()
-    found = run(subject)
+    outcome = run(subject)
     with frozen(subject), eval_mode(subject), torch.no_grad():
-        again = subject(found.x_adv).argmax(1) == DATA.y
-    assert torch.equal(again, found.right)
-    assert not found.right.all()
+        again = subject(outcome.x_adv).argmax(1) == DATA.y
+    assert torch.equal(again, outcome.right)
+    assert not outcome.right.all()
 
 
 def test_an_attack_that_leaves_its_ball_is_an_error(tmp_path: Path) -> None:

@@ -32,19 +32,19 @@ def pgd(steps: int) -> Robustness:
 
 
 def adversarial(subject: PixelModel, x: Tensor, y: Tensor, steps: int, ctx: Context) -> Tensor:
-    found: list[Tensor] = []
+    collected: list[Tensor] = []
 
     def judge(subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
-        found.append(attacked(subject, PGD(steps=steps), data, ctx, "pgd").x_adv)
+        collected.append(attacked(subject, PGD(steps=steps), data, ctx, "pgd").x_adv)
         return []
 
     measure(subject, Images(x, y), [judge], ctx)
-    return found[0]
+    return collected[0]
 
 
 def figures(model: EnergyModel, data: Images, judge: object, ctx: Context) -> dict[str, Figure]:
-    found = measure(PixelModel(model, Bounds()), data, [judge], ctx)
-    return {figure.name: figure for figure in found}
+    measured = measure(PixelModel(model, Bounds()), data, [judge], ctx)
+    return {figure.name: figure for figure in measured}
 
 
 @pytest.mark.parametrize(("right", "n", "low", "high"), [
@@ -72,11 +72,11 @@ def test_accuracy_through_the_wrapper_is_that_of_the_model_itself_for_any_batch_
     model, data = toy_model(TASK, seed=seed), TASK.images("valid")
     model.train()
     model(TASK.bounds.from_unit(TASK.images("train").unit()))  # statistics other than the first
-    found = figures(model, data, Accuracy(), context(batch_size=batch_size))["clean"]
+    measured = figures(model, data, Accuracy(), context(batch_size=batch_size))["clean"]
     model.eval()
     native = model(2 * data.unit() - 1).logits.argmax(1) == data.y
-    assert found.value == native.float().mean()
-    assert found.n == len(data.y)
+    assert measured.value == native.float().mean()
+    assert measured.n == len(data.y)
 
 
 def test_the_wrapper_gives_logits_and_not_probabilities() -> None:
@@ -132,13 +132,13 @@ def test_on_a_linear_model_an_image_falls_exactly_where_its_margin_is_reached(se
     safe = reach > radius + 1e-3
     undecided = int(((reach - radius).abs() <= 1e-3).sum())
     data = Images(pixels, y)
-    found = figures(model, data, pgd(10), context(radius))["pgd10"]
-    assert abs(found.value * 60 - int(safe.sum())) <= undecided
+    measured = figures(model, data, pgd(10), context(radius))["pgd10"]
+    assert abs(measured.value * 60 - int(safe.sum())) <= undecided
 
 
 def test_the_gaps_are_those_of_the_attacked_images_one_by_one() -> None:
     model, data, ctx = linear_model(64, 3), TASK.images("valid"), context(8)
-    found = figures(model, data, pgd(3), ctx)
+    measured = figures(model, data, pgd(3), ctx)
     subject, x = PixelModel(model, Bounds()), data.unit()
     x_adv = adversarial(subject, x, data.y, 3, context(8))
     clean, adv = model(2 * x - 1), model(2 * x_adv - 1)
@@ -151,7 +151,7 @@ def test_the_gaps_are_those_of_the_attacked_images_one_by_one() -> None:
         "gap_relative": gap.abs().mean() / clean.energy.detach().double().std(correction=0),
     }
     for name, value in expected.items():
-        assert found[name].value == pytest.approx(float(value.detach()), rel=1e-4)
+        assert measured[name].value == pytest.approx(float(value.detach()), rel=1e-4)
 
 
 def test_the_relative_gap_does_not_grow_with_the_logits() -> None:
@@ -176,11 +176,11 @@ def test_logits_that_are_not_finite_are_no_clean_accuracy() -> None:
 
 
 def test_a_figure_says_how_it_was_measured() -> None:
-    found = figures(
+    measured = figures(
         linear_model(64, 3), TASK.images("valid"), pgd(2),
         context(8, card={"split": "valid"}),
     )  # fmt: skip
-    protocol = found["pgd2"].protocol
+    protocol = measured["pgd2"].protocol
     wanted = {"split": "valid", "attack": "pgd", "norm": "Linf", "radius_px": 8, "steps": 2}
     assert wanted.items() <= protocol.items()
 
@@ -192,8 +192,8 @@ def test_a_batch_is_the_same_attacked_image_by_image() -> None:
     torch.testing.assert_close(logits, each, rtol=1e-4, atol=1e-5)
 
 
-def test_progress_is_told_to_the_last_image() -> None:
-    told: list[tuple[int, int]] = []
-    ctx = context(batch_size=16, progress=lambda what, done, total: told.append((done, total)))
+def test_progress_is_reported_to_the_last_image() -> None:
+    messages: list[tuple[int, int]] = []
+    ctx = context(batch_size=16, progress=lambda what, done, total: messages.append((done, total)))
     figures(linear_model(64, 3), TASK.images("valid"), Accuracy(), ctx)
-    assert told == [(16, 40), (32, 40), (40, 40)]
+    assert messages == [(16, 40), (32, 40), (40, 40)]

@@ -135,7 +135,7 @@ def test_what_only_watches_is_no_part_of_the_model() -> None:
     assert identity_of(model) == before
 
 
-def test_what_cannot_be_hashed_is_told_and_never_the_same_twice() -> None:
+def test_what_cannot_be_hashed_is_named_and_never_the_same_twice() -> None:
     model = Plain(threading.Lock())
     one, two = identity_of(model), identity_of(model)
     assert one.sha256 != two.sha256
@@ -234,11 +234,11 @@ print(identity_of(Net()).sha256, identity_of(torch.jit.script(nn.Linear(2, 2).ev
 def test_a_model_has_one_identity_in_every_process(tmp_path: Path) -> None:
     code = tmp_path / "net.py"
     code.write_text(ELSEWHERE)
-    told = {
+    messages = {
         subprocess.run(
             [sys.executable, str(code), order],
             capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed},
         ).stdout
         for seed, order in (("1", "xyz"), ("2", "zyx"))
     }  # fmt: skip
-    assert len(told) == 1
+    assert len(messages) == 1

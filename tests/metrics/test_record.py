@@ -29,8 +29,8 @@ THREAT = Threat("Linf", 8.0)
 QUIET = {"robustness": {"indicators": False}}
 
 
-def measured(out: Path, seed: int = 0, data: Images = DATA, **asked: Any) -> Record:
-    given = {"attacks": ("fgsm",), "only": ("robustness",), "options": QUIET, **asked}
+def measured(out: Path, seed: int = 0, data: Images = DATA, **requested: Any) -> Record:
+    given = {"attacks": ("fgsm",), "only": ("robustness",), "options": QUIET, **requested}
     return evaluate(
         PixelModel(linear_model(64, 3, seed=seed)), data, registry=REGISTRY, out=out, **given
     )
@@ -43,13 +43,13 @@ def names(folder: Path) -> list[tuple[str, float]]:
 def test_figures_at_other_radii_and_in_other_norms_stand_beside_each_other(tmp_path: Path) -> None:
     for threat in ({}, {"eps_px": 1}, {"norm": "L2", "eps_px": 20}):
         measured(tmp_path, **threat)
-    found = records.load(tmp_path)
+    record = records.load(tmp_path)
     radii = (20, 1, 8)
     assert names(tmp_path) == [(name, px) for px in radii for name in ("clean", "fgsm")]
-    assert found.figure("fgsm").protocol["norm"] == "L2"
-    assert found.figure("fgsm", norm="Linf", radius_px=8).protocol["radius_px"] == 8
+    assert record.figure("fgsm").protocol["norm"] == "L2"
+    assert record.figure("fgsm", norm="Linf", radius_px=8).protocol["radius_px"] == 8
     with pytest.raises(DataError, match="but not with radius_px 3"):
-        found.figure("fgsm", radius_px=3)
+        record.figure("fgsm", radius_px=3)
 
 
 def test_the_same_protocol_is_measured_once(tmp_path: Path) -> None:
@@ -71,19 +71,19 @@ def test_a_radius_is_one_however_its_number_is_written(tmp_path: Path) -> None:
     assert one.key == two.key
 
 
-def test_the_record_of_another_model_or_other_images_is_kept_and_comes_back(tmp_path: Path) -> None:
+def test_the_record_of_another_model_or_other_images_stays_and_comes_back(tmp_path: Path) -> None:
     first = measured(tmp_path)
     measured(tmp_path, seed=1)
     measured(tmp_path, data=Images(DATA.x.flip(0), DATA.y.flip(0)))
     assert len(records.beside(tmp_path)) == 2
     measured(tmp_path, eps_px=1)
-    found = records.load(tmp_path)
+    record = records.load(tmp_path)
     assert len(records.beside(tmp_path)) == 2
-    assert found.subject == first.subject
+    assert record.subject == first.subject
     assert names(tmp_path) == [("clean", 1), ("fgsm", 1), ("clean", 8), ("fgsm", 8)]
-    kept = records.of_weights(tmp_path, measured(tmp_path / "b", seed=1).subject["sha256"])
-    assert kept is not None
-    assert kept.value("fgsm") == measured(tmp_path / "b", seed=1).value("fgsm")
+    stored = records.of_weights(tmp_path, measured(tmp_path / "b", seed=1).subject["sha256"])
+    assert stored is not None
+    assert stored.value("fgsm") == measured(tmp_path / "b", seed=1).value("fgsm")
 
 
 def test_a_damaged_record_beside_is_skipped_with_a_warning(
@@ -97,9 +97,9 @@ def test_a_damaged_record_beside_is_skipped_with_a_warning(
         path = tmp_path / f"{stems[sha[damaged]]}.json"
         whole = path.read_text()
         path.write_text(whole[:-9])
-        found = records.of_weights(tmp_path, sha[wanted])
-        assert found is not None
-        assert found.subject["sha256"] == sha[wanted]
+        record = records.of_weights(tmp_path, sha[wanted])
+        assert record is not None
+        assert record.subject["sha256"] == sha[wanted]
         assert records.of_weights(tmp_path, sha[damaged]) is None
         assert f"{path.name} is skipped" in caplog.text
         path.write_text(whole)
@@ -118,30 +118,32 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     call = Calibration.__call__
 
     def draw(part: Calibration, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
-        found = call(part, subject, data, ctx)
+        result = call(part, subject, data, ctx)
         ctx.notes.pictures["reliability"] = json.dumps(ctx.notes.tables["reliability"]).encode()
-        return found
+        return result
 
     monkeypatch.setattr(Calibration, "__call__", draw)
 
 
 @pytest.mark.usefixtures("drawn")
 def test_each_figure_keeps_its_rows_and_tables(tmp_path: Path) -> None:
-    asked = {"only": ("robustness", "calibration")}
-    seen = [measured(tmp_path, **asked, **more) for more in (
+    requested = {"only": ("robustness", "calibration")}
+    recorded = [measured(tmp_path, **requested, **more) for more in (
         {}, {"eps_px": 1}, {"max_images": 10}, {"options": {**QUIET, "calibration": {"bins": 3}}}
     )]  # fmt: skip
-    found = records.load(tmp_path)
-    for one in seen:
+    record = records.load(tmp_path)
+    for one in recorded:
         for figure in one.figures:
-            rows, wanted = found.rows_of(figure), one.rows_of(figure)
+            rows, wanted = record.rows_of(figure), one.rows_of(figure)
             assert (rows is None and wanted is None) or torch.equal(rows, wanted)  # type: ignore[arg-type]
-    bins = {name: len(found.tables[name]["count"]) for name in found.named("tables", "reliability")}
+    bins = {
+        name: len(record.tables[name]["count"]) for name in record.named("tables", "reliability")
+    }
     assert list(bins.values()) == [20, 3, 20, 20]  # the standard one, then the newest first
     assert bins["reliability"] == 20
-    assert found.card_of("tables", "reliability")["images"] == len(DATA.y)
-    pictures = records.pictures(tmp_path, found)
-    assert sorted(pictures) == sorted(found.named("files", "reliability"))
+    assert record.card_of("tables", "reliability")["images"] == len(DATA.y)
+    pictures = records.pictures(tmp_path, record)
+    assert sorted(pictures) == sorted(record.named("files", "reliability"))
 
 
 @pytest.mark.usefixtures("drawn")
@@ -149,12 +151,12 @@ def test_each_figure_keeps_its_pictures_while_other_models_are_measured(tmp_path
     def picture(stored: str, record: Record) -> bytes:
         return (tmp_path / record.pictures / f"{stored}.png").read_bytes()
 
-    asked = {"only": ("calibration",), "options": {}}
-    measured(tmp_path, **asked)
-    measured(tmp_path, **asked, max_images=10)
+    requested = {"only": ("calibration",), "options": {}}
+    measured(tmp_path, **requested)
+    measured(tmp_path, **requested, max_images=10)
     before = records.load(tmp_path)
-    measured(tmp_path, seed=1, **asked)
-    measured(tmp_path, **asked, max_images=20)
+    measured(tmp_path, seed=1, **requested)
+    measured(tmp_path, **requested, max_images=20)
     after = records.load(tmp_path)
     for name in before.named("files", "reliability"):
         images = before.card_of("files", name)["images"]
@@ -165,13 +167,15 @@ def test_each_figure_keeps_its_pictures_while_other_models_are_measured(tmp_path
 
 
 def test_indicators_of_one_attack_stay_where_another_is_measured(tmp_path: Path) -> None:
-    seen = {"indicators": True, "indicator_images": 4}
+    recorded = {"indicators": True, "indicator_images": 4}
     some = Images(DATA.x[:12], DATA.y[:12])
     for attack in ("fgsm", "pgd", "fgsm"):
-        measured(tmp_path, data=some, attacks=(attack,), options={"robustness": seen}, quick=True)
-    found = records.load(tmp_path)
-    told = [set(found.tables[name]) for name in found.named("tables", "indicators")]
-    assert told == [{"fgsm"}, {"pgd20"}]
+        measured(
+            tmp_path, data=some, attacks=(attack,), options={"robustness": recorded}, quick=True
+        )
+    record = records.load(tmp_path)
+    messages = [set(record.tables[name]) for name in record.named("tables", "indicators")]
+    assert messages == [{"fgsm"}, {"pgd20"}]
 
 
 def test_a_mixed_record_of_the_older_format_is_taken_apart(tmp_path: Path) -> None:
@@ -187,8 +191,8 @@ def test_a_mixed_record_of_the_older_format_is_taken_apart(tmp_path: Path) -> No
     (tmp_path / "evaluation.json").write_text(json.dumps({**saved, "format": 1}))
     assert [f.name for f in records.load(tmp_path).figures] == ["clean", "fgsm"]
     measured(tmp_path)
-    found = records.load(tmp_path)
-    versions = [(f.name, f.protocol["versions"]["jemkit"]) for f in found.figures]
+    record = records.load(tmp_path)
+    versions = [(f.name, f.protocol["versions"]["jemkit"]) for f in record.figures]
     current = new.protocol["versions"]["jemkit"]
     assert versions == [("clean", current), ("fgsm", current), ("clean", "0.1.0")]
     (stem,) = records.beside(tmp_path)
@@ -250,7 +254,7 @@ def test_a_record_that_names_what_it_cannot_have_is_refused(
         records.load(tmp_path)
 
 
-def test_what_a_measurement_found_and_how_long_it_took_is_no_protocol() -> None:
+def test_the_outcome_of_a_measurement_and_its_seconds_are_no_protocol() -> None:
     card = {"attack": "pgd", "seconds": 1.0, "max_delta_px": {"L2": 1.0}, "accuracy_after": {}}
     one = share("pgd20", 1, 2, card)
     two = share("pgd20", 2, 2, {"attack": "pgd", "seconds": 2.0, "max_delta_px": {"L2": 2.0}})
@@ -276,25 +280,25 @@ def test_a_figure_by_other_options_is_not_standard_and_replaces_none(
 ) -> None:
     *options, figures = OPTIONS[name]
     few = Images(DATA.x[:9], DATA.y[:9])
-    asked = {"attacks": (name,), "data": few}
-    default = measured(tmp_path, **asked)
+    requested = {"attacks": (name,), "data": few}
+    default = measured(tmp_path, **requested)
     for other in options:
-        changed = measured(tmp_path, **asked, options={**QUIET, name: other})
+        changed = measured(tmp_path, **requested, options={**QUIET, name: other})
         for figure in figures:
             protocol = changed.figure(figure).protocol
             assert not protocol["standard"]
             assert protocol["options"] == other
             assert all(key in protocol["why"] for key in other)
-    found = records.load(tmp_path)
+    record = records.load(tmp_path)
     for figure in figures:
         assert default.figure(figure).protocol["standard"]
-        assert found.figure(figure) == default.figure(figure)
+        assert record.figure(figure) == default.figure(figure)
 
 
 def test_calibration_with_other_bins_is_not_standard(tmp_path: Path) -> None:
-    asked = {"only": ("calibration",), "attacks": ()}
-    default = measured(tmp_path, **{**asked, "options": {}})
-    changed = measured(tmp_path, **{**asked, "options": {"calibration": {"bins": 3}}})
+    requested = {"only": ("calibration",), "attacks": ()}
+    default = measured(tmp_path, **{**requested, "options": {}})
+    changed = measured(tmp_path, **{**requested, "options": {"calibration": {"bins": 3}}})
     assert default.figure("ece").protocol["standard"]
     assert not changed.figure("ece").protocol["standard"]
     assert changed.figure("clean").protocol["standard"]
@@ -328,16 +332,16 @@ class Guest(Options):
         return {}
 
 
-@pytest.mark.parametrize(("options", "found"), [
+@pytest.mark.parametrize(("options", "departing"), [
     ({}, {"needed": 1}), ({"steps": 5, "verbose": True}, {"needed": 1}),
     ({"power": 0.5}, {"needed": 1, "power": 0.5}), ({"shift": [1]}, {"needed": 1, "shift": [1]}),
     ({"step_px": 2.0}, {"needed": 1}), ({"step_px": 1.0}, {"needed": 1, "step_px": 1.0}),
 ])  # fmt: skip
-def test_options_that_neither_a_label_tells_nor_a_default_is_are_found_of_any_part(
-    options: dict[str, Any], found: dict[str, Any]
+def test_options_off_their_default_that_no_label_names_are_listed_for_any_part(
+    options: dict[str, Any], departing: dict[str, Any]
 ) -> None:
     assert isinstance(Guest(needed=1), ModelAttack)
-    assert departures(Guest(needed=1, **options), THREAT) == found
+    assert departures(Guest(needed=1, **options), THREAT) == departing
 
 
 def test_an_option_at_what_its_default_means_is_the_default() -> None:
@@ -350,7 +354,7 @@ def test_an_option_at_what_its_default_means_is_the_default() -> None:
     (0.031, "8"), (0.0314, "8"), (0.03137, "8"), (0.03, "8"), (0.0157, "4"), (0.0039, "1"),
     (0.5, "127.5"), (0.25, "63.75"),
 ])  # fmt: skip
-def test_a_radius_that_was_given_as_a_fraction_is_told_in_whole_pixels(
+def test_a_radius_that_was_given_as_a_fraction_is_shown_in_whole_pixels(
     fraction: float, px: str
 ) -> None:
     with pytest.raises(ValueError, match=rf"write {px}$"):

@@ -53,11 +53,11 @@ def test_the_logit_distance_is_the_squared_chord_between_directions(seed: int) -
 @pytest.mark.parametrize("distance", DISTANCES, ids=lambda d: type(d).__name__)
 def test_the_clean_images_are_looked_at_once_and_never_learnt_from(distance: L2) -> None:
     model, x = toy_model(TASK).eval(), uniform(0, 3, *TASK.shape)
-    seen: list[int] = []
-    model.network.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
+    recorded: list[int] = []
+    model.network.register_forward_hook(lambda m, args, out: recorded.append(len(args[0])))
     far = distance.bind(model, x, Bounds())
-    bound = len(seen)
+    bound = len(recorded)
     for seed in range(3):
         far(uniform(seed, 3, *TASK.shape))
     assert bound <= 1
-    assert len(seen) - bound in (0, 3)
+    assert len(recorded) - bound in (0, 3)

@@ -94,8 +94,8 @@ def test_a_perceptron_has_its_layers(layers: int) -> None:
 def test_the_momentum_of_batch_norm_is_an_option() -> None:
     for momentum in (0.1, 0.9):
         network = built(WRN(depth=10, width=1, bn_momentum=momentum), 1, 8, 8)
-        found = {m.momentum for m in network.modules() if isinstance(m, nn.BatchNorm2d)}
-        assert found == {momentum}
+        collected = {m.momentum for m in network.modules() if isinstance(m, nn.BatchNorm2d)}
+        assert collected == {momentum}
     assert WRN().bn_momentum == 0.1
 
 
@@ -139,11 +139,11 @@ def test_frozen_weights_give_the_same_slopes_to_the_images_and_their_slopes(
         return [value, first, *torch.autograd.grad(first.square().sum(), x)]
 
     with eval_mode(network):
-        asked = slopes()
+        calls = slopes()
         with frozen(network):
             rested = slopes()
-    assert torch.equal(asked[0], rested[0])
-    torch.testing.assert_close(rested, asked, rtol=1e-12, atol=1e-14)
+    assert torch.equal(calls[0], rested[0])
+    torch.testing.assert_close(rested, calls, rtol=1e-12, atol=1e-14)
 
 
 def test_a_frozen_norm_keeps_what_it_made_for_its_backward_pass_and_not_what_it_read() -> None:
@@ -152,19 +152,21 @@ def test_a_frozen_norm_keeps_what_it_made_for_its_backward_pass_and_not_what_it_
     for block in network.blocks:
         block.norm2.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
 
-    def kept() -> set[int]:
+    def saved_places() -> set[int]:
         """Where the maps lie that a pass keeps for its backward one."""
-        found: list[Tensor] = []
+        collected: list[Tensor] = []
         x = normal(0, 5, 3, 8, 8).requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: collected.append(t) or t, lambda t: t
+        ):
             network(x)
-        return {t.data_ptr() for t in found}
+        return {t.data_ptr() for t in collected}
 
     with eval_mode(network):
-        found = kept()
-        assert {t.data_ptr() for t in read} <= found
+        collected = saved_places()
+        assert {t.data_ptr() for t in read} <= collected
         read.clear()
         with frozen(network):
-            found = kept()
+            collected = saved_places()
             assert read
-            assert not {t.data_ptr() for t in read} & found
+            assert not {t.data_ptr() for t in read} & collected

@@ -95,7 +95,7 @@ class Zoo:
 
     def __init__(self, kind: str, sized: bool = False, num_features: int = 8) -> None:
         self.kind, self.sized, self.num_features = kind, sized, num_features
-        self.asked: dict[str, Any] = {}
+        self.options: dict[str, Any] = {}
 
     def is_model(self, name: str) -> bool:
         return name == "some"
@@ -106,7 +106,7 @@ class Zoo:
     def create_model(self, name: str, **how: Any) -> nn.Module:
         if not self.sized and "img_size" in how:
             raise TypeError("unexpected keyword argument 'img_size'")
-        self.asked = how
+        self.options = how
         return Pair(self.kind, self.num_features)
 
 
@@ -119,8 +119,8 @@ def test_timms_networks_are_looked_at_likewise(
     monkeypatch.setitem(sys.modules, "timm", zoo)  # type: ignore[arg-type]
     if kind == "plain":
         assert Timm(model="some").build((3, 2, 2)).width == 8
-        assert zoo.asked.get("img_size") == (2 if sized else None)
-        assert zoo.asked["pretrained"] is False
+        assert zoo.options.get("img_size") == (2 if sized else None)
+        assert zoo.options["pretrained"] is False
         return
     with pytest.raises(ConfigError, match="timm's some does not take images of 3 x 2 x 2"):
         Timm(model="some").build((3, 2, 2))

@@ -22,10 +22,10 @@ TOTAL = 10  # steps of a run, so that it acts from the eighth on
 
 def test_surgery_worked_by_hand() -> None:
     c = 0.5**0.5  # of (1, 1) and (1, 0)
-    found = surgery(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 0.0]))
-    torch.testing.assert_close(found, torch.tensor([1.0, 1 - c]))
-    found = surgery(torch.tensor([-1.0, 1.0]), torch.tensor([2.0, 0.0]))
-    torch.testing.assert_close(found, torch.tensor([0.0, 1.0]))
+    result = surgery(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(result, torch.tensor([1.0, 1 - c]))
+    result = surgery(torch.tensor([-1.0, 1.0]), torch.tensor([2.0, 0.0]))
+    torch.testing.assert_close(result, torch.tensor([0.0, 1.0]))
 
 
 @given(seed=seeds, n=st.integers(1, 20), k=st.floats(0.01, 100))

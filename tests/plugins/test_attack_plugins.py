@@ -60,20 +60,20 @@ def test_what_an_attack_gives_is_in_the_ball_and_in_the_range(
     attack: ModelAttack, threat: Threat
 ) -> None:
     images = data()
-    found = judged(trained(), attack, images, threat)
+    figures = judged(trained(), attack, images, threat)
     order = math.inf if threat.norm == "Linf" else 2.0
-    size = (found.x_adv - images.unit()).flatten(1).norm(order, dim=1)
+    size = (figures.x_adv - images.unit()).flatten(1).norm(order, dim=1)
     assert (size <= threat.eps * (1 + 1e-5) + 1e-6).all()
     assert size.max() > 0.5 * threat.eps
-    assert found.x_adv.min() >= 0
-    assert found.x_adv.max() <= 1
+    assert figures.x_adv.min() >= 0
+    assert figures.x_adv.max() <= 1
 
 
 @each_attack
 def test_an_attack_of_no_radius_gives_the_images_back(attack: ModelAttack) -> None:
     images = data(10)
-    found = judged(trained(), attack, images, Threat("Linf", 0))
-    torch.testing.assert_close(found.x_adv, images.unit(), rtol=0, atol=1e-7)
+    figures = judged(trained(), attack, images, Threat("Linf", 0))
+    torch.testing.assert_close(figures.x_adv, images.unit(), rtol=0, atol=1e-7)
 
 
 @each_attack
@@ -87,11 +87,11 @@ def test_l1_is_refused(attack: ModelAttack) -> None:
 def test_an_attack_is_worse_for_the_classifier_than_noise(name: str, threat: Threat) -> None:
     images, subject = data(), trained()
     noise = judged(subject, PGD(steps=0), images, threat)
-    found = judged(subject, ATTACKS[name], images, threat)
+    figures = judged(subject, ATTACKS[name], images, threat)
     clean = loss_of(subject, images.unit(), images.y)
     noisy = loss_of(subject, noise.x_adv, images.y)
-    assert loss_of(subject, found.x_adv, images.y) > max(noisy, clean)
-    assert int(found.right.sum()) < int(noise.right.sum())
+    assert loss_of(subject, figures.x_adv, images.y) > max(noisy, clean)
+    assert int(figures.right.sum()) < int(noise.right.sum())
 
 
 def corners(model: LogSumExpEnergy, y: Tensor) -> Tensor:
@@ -154,9 +154,9 @@ def test_cw_finds_its_way_where_the_softmax_is_too_sure_for_a_gradient() -> None
 def test_the_energy_attack_raises_the_energy_of_every_image(of: str, threat: Threat) -> None:
     images, subject = data(), trained()
     y = None if of == "x" else images.y
-    found = judged(subject, ENERGY(of=of), images, threat)
+    figures = judged(subject, ENERGY(of=of), images, threat)
     start = judged(subject, ENERGY(of=of, steps=0), images, threat)
-    reached, begun = energy_of(subject, found.x_adv, y), energy_of(subject, start.x_adv, y)
+    reached, begun = energy_of(subject, figures.x_adv, y), energy_of(subject, start.x_adv, y)
     clean = energy_of(subject, images.unit(), y)
     assert (reached >= begun - 1e-5).all()
     assert float(reached.mean()) > max(float(begun.mean()), float(clean.mean())) + 0.1
@@ -164,11 +164,11 @@ def test_the_energy_attack_raises_the_energy_of_every_image(of: str, threat: Thr
 
 def test_more_steps_never_keep_a_lower_energy() -> None:
     images, subject = data(20), trained()
-    kept = [
+    stored = [
         energy_of(subject, judged(subject, ENERGY(of="x", steps=n, step_px=70), images).x_adv)
         for n in range(6)
     ]
-    for before, after in itertools.pairwise(kept):
+    for before, after in itertools.pairwise(stored):
         assert (after >= before - 1e-5).all()
 
 
@@ -185,20 +185,20 @@ def test_each_energy_is_raised_most_by_the_attack_on_it() -> None:
 def test_what_falls_to_the_detector_attack_is_wrong_and_unseen(limit: str) -> None:
     images, subject = data(60), trained()
     attack = DETECTOR(limit=limit)
-    found = judged(subject, attack, images, Threat("Linf", 60))
+    figures = judged(subject, attack, images, Threat("Linf", 60))
     x = images.unit()
-    clean, reached = energy_of(subject, x), energy_of(subject, found.x_adv)
+    clean, reached = energy_of(subject, x), energy_of(subject, figures.x_adv)
     limits = torch.cat([attack.limits(part) for part in clean.split(20)])
-    fallen = ~found.right
+    fallen = ~figures.right
     with torch.no_grad():
-        wrong = subject(found.x_adv).argmax(1) != images.y
+        wrong = subject(figures.x_adv).argmax(1) != images.y
     assert 0 < int(fallen.sum()) < len(x)
     assert wrong[fallen].all()
     assert (reached[fallen] <= limits[fallen] + 1e-4).all()
-    assert torch.equal(found.x_adv[~fallen], x[~fallen])
+    assert torch.equal(figures.x_adv[~fallen], x[~fallen])
 
 
-def test_an_image_that_is_wrong_but_seen_goes_down_its_energy() -> None:
+def test_an_image_that_is_wrong_but_detected_goes_down_its_energy() -> None:
     model = LinearEnergy(Flat(2), 2)
     with torch.no_grad():
         model.head.weight.copy_(torch.tensor([[4.0, -0.1], [-4.0, 0.1]]))
@@ -218,20 +218,20 @@ def test_an_image_that_is_wrong_but_seen_goes_down_its_energy() -> None:
 
 def test_a_detector_that_passes_everything_leaves_pgd() -> None:
     images, subject = data(), trained()
-    found = judged(subject, DETECTOR(limit=1e9, steps=20), images)
+    figures = judged(subject, DETECTOR(limit=1e9, steps=20), images)
     plain = judged(subject, PGD(steps=20), images)
-    assert torch.equal(found.right, plain.right)
-    fallen = ~found.right
+    assert torch.equal(figures.right, plain.right)
+    fallen = ~figures.right
     assert fallen.any()
-    torch.testing.assert_close(found.x_adv[fallen], plain.x_adv[fallen], rtol=0, atol=0)
+    torch.testing.assert_close(figures.x_adv[fallen], plain.x_adv[fallen], rtol=0, atol=0)
 
 
 def test_a_detector_that_passes_nothing_gives_every_image_back() -> None:
     images = data()
-    found = judged(trained(), DETECTOR(limit=-1e9), images)
-    assert torch.equal(found.x_adv, images.unit())
+    figures = judged(trained(), DETECTOR(limit=-1e9), images)
+    assert torch.equal(figures.x_adv, images.unit())
     with torch.no_grad():
-        assert torch.equal(found.right, trained()(images.unit()).argmax(1) == images.y)
+        assert torch.equal(figures.right, trained()(images.unit()).argmax(1) == images.y)
 
 
 def test_a_limit_is_a_percentile_an_energy_or_the_clean_one() -> None:
@@ -259,5 +259,5 @@ def test_labels_and_cards_say_what_was_done() -> None:
 
 def test_the_range_of_the_model_does_not_change_what_a_radius_is() -> None:
     task = toy_task(bounds=Bounds(-2, 3))
-    found = judged(PixelModel(toy_model(task), task.bounds), FGSM(), data(10), LINF)
-    assert math.isclose(found.protocol["max_delta_px"]["Linf"], 40, rel_tol=1e-4)
+    figures = judged(PixelModel(toy_model(task), task.bounds), FGSM(), data(10), LINF)
+    assert math.isclose(figures.protocol["max_delta_px"]["Linf"], 40, rel_tol=1e-4)

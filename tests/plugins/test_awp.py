@@ -64,17 +64,17 @@ def test_the_scale_of_the_loss_and_so_the_rate_of_a_proxy_has_no_effect() -> Non
 
 def test_the_step_is_taken_at_the_restored_weights_by_the_gradient_of_the_perturbed_ones() -> None:
     model = toy_model(TASK).train()
-    seen: list[Tensor] = []
+    recorded: list[Tensor] = []
 
     def terms() -> Terms:
-        seen.append(model.head.weight.detach().clone())
+        recorded.append(model.head.weight.detach().clone())
         loss = F.cross_entropy(model(BATCH.x).logits, BATCH.y)
         return Terms.weighted({"p(y|x)": (1.0, loss)})
 
     before = model.head.weight.detach().clone()
     updater_of(model, gamma=0.1, weight_decay=0.5).step(terms, Guard())
-    assert torch.equal(seen[0], before)
-    assert not torch.equal(seen[1], before)
+    assert torch.equal(recorded[0], before)
+    assert not torch.equal(recorded[1], before)
     grad = model.head.weight.grad
     torch.testing.assert_close(model.head.weight.detach(), before - 0.1 * (grad + 0.5 * before))
 

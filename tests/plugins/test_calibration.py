@@ -36,8 +36,8 @@ def context(**settings: Any) -> Context:
 
 def figures(data: Images, ctx: Context, **options: Any) -> dict[str, Figure]:
     subject = PixelModel(toy_model(TASK), TASK.bounds)
-    found = measure(subject, data, [Calibration(**options)], ctx)
-    return {figure.name: figure for figure in found}
+    measured = measure(subject, data, [Calibration(**options)], ctx)
+    return {figure.name: figure for figure in measured}
 
 
 @given(seed=seeds, n=st.integers(1, 300), bins=st.integers(1, 40))
@@ -86,9 +86,9 @@ def test_likelihood_and_brier_score_of_a_coin_are_as_worked_by_hand() -> None:
 def test_the_temperature_of_scaled_logits_is_scaled_too(seed: int, scale: float) -> None:
     logits = normal(seed, 200, 4, dtype=torch.float64)
     y = torch.multinomial(logits.softmax(1), 1, generator=gen(seed)).squeeze(1)
-    found = temperature(logits, y)
-    assert 0.4 < found < 2.5
-    assert temperature(scale * logits, y) == pytest.approx(scale * found, rel=1e-9)
+    value = temperature(logits, y)
+    assert 0.4 < value < 2.5
+    assert temperature(scale * logits, y) == pytest.approx(scale * value, rel=1e-9)
 
 
 @given(seed=seeds, t=st.floats(0.3, 3))
@@ -107,22 +107,24 @@ def test_a_temperature_without_an_optimum_is_an_end_of_its_range_or_one() -> Non
 
 def test_the_figures_are_those_of_the_models_own_probabilities() -> None:
     ctx, data = context(images=TASK.images), TASK.images("valid")
-    found = figures(data, ctx)
+    measured = figures(data, ctx)
     model = toy_model(TASK).eval()
     with torch.no_grad():
         logits = model(TASK.bounds.from_unit(data.unit())).logits
-    assert found["ece"].value == pytest.approx(reliability(logits, data.y, 20).ece)
-    assert found["nll"].value == pytest.approx(float(F.cross_entropy(logits, data.y)), rel=1e-5)
-    assert found["temperature"].value == pytest.approx(temperature(logits, data.y), rel=1e-3)
-    assert found["nll_scaled"].value <= found["nll"].value + 1e-9  # fitted on these very images
+    assert measured["ece"].value == pytest.approx(reliability(logits, data.y, 20).ece)
+    assert measured["nll"].value == pytest.approx(float(F.cross_entropy(logits, data.y)), rel=1e-5)
+    assert measured["temperature"].value == pytest.approx(temperature(logits, data.y), rel=1e-3)
+    assert (
+        measured["nll_scaled"].value <= measured["nll"].value + 1e-9
+    )  # fitted on these very images
     assert sum(ctx.notes.tables["reliability"]["count"]) == len(data.y)
 
 
 def test_the_temperature_looks_at_validation_images_alone() -> None:
-    asked = []
+    requested = []
 
     def images(split: str) -> Images:
-        asked.append(split)
+        requested.append(split)
         return TASK.images("valid")
 
     data = TASK.images("train")
@@ -130,7 +132,7 @@ def test_the_temperature_looks_at_validation_images_alone() -> None:
     one, two = (figures(part, context(images=images)) for part in (data, other))
     assert one["temperature"].value == two["temperature"].value
     assert one["nll"].value != two["nll"].value
-    assert asked == ["valid", "valid"]
+    assert requested == ["valid", "valid"]
     assert one["temperature"].n == len(TASK.images("valid").y)
 
 

@@ -68,17 +68,17 @@ def test_the_loss_worked_by_hand() -> None:
     x, x_neg = torch.tensor([[log(3.0), 0.0]]), torch.tensor([[0.0, 0.0]])
     draws = Draws(x_neg, x, torch.tensor(1.0))
     terms = objective().loss(flat(x_neg), batch_of(x, 0), draws)
-    found = {name: (w, float(term.detach())) for name, (w, term) in terms.parts.items()}
+    parts = {name: (w, float(term.detach())) for name, (w, term) in terms.parts.items()}
     # l(x) = log 4 and l(x-) = log 2: softplus(-l) = log(5 / 4), softplus(l) = log 3
-    assert found["BCE"] == (1.0, pytest.approx((log(5 / 4) + log(3)) / 2, rel=1e-5))
-    assert found["p(y|x~)"] == (1.0, pytest.approx(log(4 / 3), rel=1e-5))
-    assert float(terms.total.detach()) == pytest.approx(sum(t for _, t in found.values()), rel=1e-5)
+    assert parts["BCE"] == (1.0, pytest.approx((log(5 / 4) + log(3)) / 2, rel=1e-5))
+    assert parts["p(y|x~)"] == (1.0, pytest.approx(log(4 / 3), rel=1e-5))
+    assert float(terms.total.detach()) == pytest.approx(sum(t for _, t in parts.values()), rel=1e-5)
 
 
 def test_the_mean_is_over_data_and_chains_together() -> None:
     energy = torch.tensor([0.0, 0.0, 1.0])
-    found = float(logistic_loss(energy[:2], energy[2:]))
-    assert found == pytest.approx((2 * log(2) + log(1 + exp(-1))) / 3, rel=1e-5)
+    value = float(logistic_loss(energy[:2], energy[2:]))
+    assert value == pytest.approx((2 * log(2) + log(1 + exp(-1))) / 3, rel=1e-5)
 
 
 def test_a_shift_of_all_logits_changes_the_loss_and_its_best_is_at_energy_zero() -> None:
@@ -90,9 +90,9 @@ def test_a_shift_of_all_logits_changes_the_loss_and_its_best_is_at_energy_zero()
 
 
 def test_the_auc_by_hand() -> None:
-    found = wins(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 1.0]))
-    assert torch.equal(found, torch.tensor([[1.0, 1.0], [0.0, 0.5]]))
-    assert float(found.mean()) == 5 / 8
+    result = wins(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 1.0]))
+    assert torch.equal(result, torch.tensor([[1.0, 1.0], [0.0, 0.5]]))
+    assert float(result.mean()) == 5 / 8
 
 
 def test_without_steps_the_negatives_are_the_starts() -> None:
@@ -253,8 +253,8 @@ def test_a_classifier_is_refused() -> None:
 
 
 def test_its_attack_begins_at_the_image_in_l2_and_on_digits_in_linf() -> None:
-    found = DAT().attack
-    assert (found.norm, found.radius_px, found.step_px) == ("L2", 127.5, 25.5)  # type: ignore[attr-defined]
+    result = DAT().attack
+    assert (result.norm, result.radius_px, result.step_px) == ("L2", 127.5, 25.5)  # type: ignore[attr-defined]
     named = {"backbone": {"use": "dat"}, "objective": {"use": "dat"}}
     digits = resolve(REGISTRY, named={**named, "data": {"use": "digits"}}).recipe
     attack: Any = digits.objective.attack  # type: ignore[union-attr]
@@ -278,8 +278,8 @@ def test_the_blur_worked_by_hand() -> None:
     x[0, 0, 4, 4] = 1
     weights = torch.tensor([exp(-(d**2) / 2) for d in range(-3, 4)])
     weights /= weights.sum()
-    found = blurred(x, sigma=1.0)
-    torch.testing.assert_close(found[0, 0, 1:8, 1:8], weights[:, None] * weights)
+    changed = blurred(x, sigma=1.0)
+    torch.testing.assert_close(changed[0, 0, 1:8, 1:8], weights[:, None] * weights)
     torch.testing.assert_close(
         blurred(torch.full((2, 3, 8, 8), 0.3), 2.0), torch.full((2, 3, 8, 8), 0.3)
     )
@@ -287,16 +287,16 @@ def test_the_blur_worked_by_hand() -> None:
 
 def test_shuffled_squares_are_those_of_the_image_in_another_order() -> None:
     x = torch.arange(2 * 3 * 64.0).view(2, 3, 8, 8)
-    found = shuffled(x, 4, gen())
+    changed = shuffled(x, 4, gen())
 
     def squares(image: Tensor) -> list[list[float]]:
         pieces = [image[:, r : r + 2, c : c + 2] for r in range(0, 8, 2) for c in range(0, 8, 2)]
         return sorted(piece.flatten().tolist() for piece in pieces)
 
-    for before, now in zip(x, found, strict=True):
+    for before, now in zip(x, changed, strict=True):
         assert squares(before) == squares(now)
         assert not torch.equal(before, now)
-    assert torch.equal(found, shuffled(x, 4, gen()))
+    assert torch.equal(changed, shuffled(x, 4, gen()))
 
 
 def test_images_that_cannot_be_cut_are_refused() -> None:

@@ -106,9 +106,9 @@ class TestDigits:
         y = torch.from_numpy(whole.target)
         index = stratified_parts(y, test_size=500)[split]
         x = torch.from_numpy(whole.images).float().unsqueeze(1) / 16
-        kept = Digits().load(split)
-        assert torch.equal(kept.x, x[index])
-        assert torch.equal(kept.y, y[index])
+        saved = Digits().load(split)
+        assert torch.equal(saved.x, x[index])
+        assert torch.equal(saved.y, y[index])
 
     def test_pixels_fill_the_unit_range(self) -> None:
         x, y = Digits().load("train")
@@ -197,9 +197,9 @@ class TestCIFAR:
     def test_an_empty_folder_names_the_first_missing_file(
         self, tmp_path: Path, part: Any, first: str
     ) -> None:
-        with pytest.raises(DataError) as told:
+        with pytest.raises(DataError) as raised:
             part(dir=tmp_path).load("train")
-        assert str(told.value).startswith(f"{tmp_path / first} is missing")
+        assert str(raised.value).startswith(f"{tmp_path / first} is missing")
 
     @pytest.mark.parametrize("name", ["data_batch_2", "test_batch", "batches.meta"])
     def test_a_changed_file_is_never_unpickled(self, small: Path, name: str) -> None:
@@ -224,27 +224,27 @@ class TestCIFAR:
         with pytest.raises(DataError, match=r"cifar10 .*label 10"):
             CIFAR10(dir=tmp_path).load("test")
 
-    def test_a_download_is_made_only_where_it_is_asked_for_and_needed(
+    def test_a_download_is_made_only_where_it_is_requested_and_needed(
         self, small: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         whole = (small / "test_batch").read_bytes()
-        asked = []
+        requested = []
 
         def download(url: str, root: Path, filename: str, md5: str) -> None:
-            asked.append((url, root, filename, md5))
+            requested.append((url, root, filename, md5))
             (small / "test_batch").write_bytes(whole)
 
         utils = torchvision().datasets.utils
         monkeypatch.setattr(utils, "download_and_extract_archive", download)
         fetching = CIFAR10(dir=small.parent, download=True)
         fetching.load("test")
-        assert asked == []
+        assert requested == []
         (small / "test_batch").write_bytes(whole[:-1])
         fetching.load("test")
         kind = torchvision().datasets.CIFAR10
-        assert asked == [(kind.url, small.parent, kind.filename, kind.tgz_md5)]
+        assert requested == [(kind.url, small.parent, kind.filename, kind.tgz_md5)]
 
-    def test_a_failed_download_is_told_with_its_address(
+    def test_a_failed_download_is_reported_with_its_address(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def fail(*_: object, **__: object) -> None:

@@ -73,18 +73,18 @@ def test_until_the_dummies_begin_it_is_the_cross_entropy_among_2k_classes() -> N
 
 
 def test_the_loss_with_dummies_worked_by_hand() -> None:
-    found = parts(8)
-    assert found["p(y|x)"] == (0.5, pytest.approx(-0.75 * log(0.4) - 0.25 * log(0.3), rel=1e-5))
-    assert found["p(y|x~)"] == (0.5, pytest.approx(-log(0.4), rel=1e-5))  # its dummy alone
+    result = parts(8)
+    assert result["p(y|x)"] == (0.5, pytest.approx(-0.75 * log(0.4) - 0.25 * log(0.3), rel=1e-5))
+    assert result["p(y|x~)"] == (0.5, pytest.approx(-log(0.4), rel=1e-5))  # its dummy alone
     assert parts(8, adv_mass=0.5)["p(y|x~)"][1] == pytest.approx(-0.5 * log(0.4), rel=1e-5)
     half = -0.5 * (log(0.1) + log(0.4))
     assert parts(8, adv_dummy=0.5)["p(y|x~)"][1] == pytest.approx(half, rel=1e-5)
 
 
 def test_its_mean_is_over_clean_and_adversarial_images_together() -> None:
-    found = parts(8, clean=ADV, clean_dummy=1.0)
-    assert found["p(y|x)"] == found["p(y|x~)"]
-    assert sum(weight for weight, _ in found.values()) == 1
+    result = parts(8, clean=ADV, clean_dummy=1.0)
+    assert result["p(y|x)"] == result["p(y|x~)"]
+    assert sum(weight for weight, _ in result.values()) == 1
 
 
 def test_a_model_without_dummies_is_refused_with_what_to_set() -> None:

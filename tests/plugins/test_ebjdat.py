@@ -270,8 +270,8 @@ class TestLoss:
         forms = {"align": gap.mean(), "contrastive": -gap.mean(), "squared": (gap**2).mean()}
         for outer, expected in forms.items():
             objective = objective_of("ebjdat", outer=outer, w1=0, w3=0)
-            found = objective.loss(backbone, batch, draws).parts["p(x~|x)"][1]
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            terms = objective.loss(backbone, batch, draws).parts["p(x~|x)"][1]
+            torch.testing.assert_close(terms, expected, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize(("outer", "sign"), [("align", 1), ("contrastive", -1)])
     def test_a_small_step_on_h2_moves_the_gap_the_way_of_its_reading(
@@ -365,5 +365,5 @@ def test_what_the_ascent_reports_stands_beside_the_samplers() -> None:
     backbone = toy_backbone(TASK, sampler=MALA())
     updater = updater_of("plain", backbone.model)
     chosen, batch = EBJDAT(ascent=Accepted()), toy_batch(TASK)
-    seen = train_step(backbone, chosen, updater, batch, gen(), Guard()).watched
-    assert seen["ascent/acceptance"] != seen["sampler/acceptance"]
+    recorded = train_step(backbone, chosen, updater, batch, gen(), Guard()).watched
+    assert recorded["ascent/acceptance"] != recorded["sampler/acceptance"]

@@ -104,38 +104,40 @@ def test_what_is_not_finite_has_no_histogram_and_no_distance() -> None:
 @given(seed=seeds, n=counts, c=st.floats(-20, 20))
 def test_the_gaps_of_a_shift_are_the_shift(seed: int, n: int, c: float) -> None:
     clean, joint = numbers(seed, n), numbers(seed + 1, n)
-    found = energy_gaps(clean, clean + c, joint, joint - c)
-    assert found["gap_mean"] == pytest.approx(abs(c), abs=1e-9)
-    assert found["gap_variance"] == pytest.approx(0, abs=1e-9)
-    assert found["gap_signed"] == pytest.approx(c, abs=1e-9)
-    assert found["gap_joint"] == pytest.approx(-c, abs=1e-9)
-    assert found["gap_relative"] == pytest.approx(abs(c) / float(clean.std(correction=0)), abs=1e-6)
+    result = energy_gaps(clean, clean + c, joint, joint - c)
+    assert result["gap_mean"] == pytest.approx(abs(c), abs=1e-9)
+    assert result["gap_variance"] == pytest.approx(0, abs=1e-9)
+    assert result["gap_signed"] == pytest.approx(c, abs=1e-9)
+    assert result["gap_joint"] == pytest.approx(-c, abs=1e-9)
+    assert result["gap_relative"] == pytest.approx(
+        abs(c) / float(clean.std(correction=0)), abs=1e-6
+    )
 
 
 def test_the_gaps_are_those_of_the_attack_by_pgd_20() -> None:
     subject, ctx = generative(), context()
-    found = figures(subject, ctx)
+    measured = figures(subject, ctx)
     with frozen(subject), eval_mode(subject):
         attack = attacked(subject, PGD20, DATA, ctx, "pgd")
         expected = {f.name: f.value for f in gaps(subject, attack, DATA, ctx)}
-    assert {name: found[name].value for name in GAPS} == expected
+    assert {name: measured[name].value for name in GAPS} == expected
     difference = ctx.notes.rows["energy_adv"] - ctx.notes.rows["energy"]
-    assert found["gap_signed"].value == pytest.approx(float(difference.mean()), abs=1e-6)
-    assert found["gap_mean"].protocol["steps"] == 20
+    assert measured["gap_signed"].value == pytest.approx(float(difference.mean()), abs=1e-6)
+    assert measured["gap_mean"].protocol["steps"] == 20
 
 
 def test_three_sets_have_tables_and_figures_of_each_pair() -> None:
     ctx = context()
-    found = figures(generative(), ctx)
+    measured = figures(generative(), ctx)
     pairs = [f"{f}/{p}" for p in ("clean-adv", "clean-gen", "adv-gen")
              for f in ("overlap", "wasserstein")]  # fmt: skip
-    assert list(found) == [*GAPS, *pairs]
+    assert list(measured) == [*GAPS, *pairs]
     for table in (ctx.notes.tables["energies"], ctx.notes.tables["energies"]["joint"]):
         assert table["n"] == {"clean": 20, "adversarial": 20, "generated": 20}
         for name in table["n"]:
             assert sum(table[name]) == pytest.approx(1)
     assert {"energy_path", "energy_confidence"} <= set(ctx.notes.tables)
-    chains = found["overlap/clean-gen"].protocol["sets"]["generated"]
+    chains = measured["overlap/clean-gen"].protocol["sets"]["generated"]
     assert chains["chain_steps"] == 3
     assert chains["start"] == "uniform"
 
@@ -223,8 +225,8 @@ def test_a_model_without_a_density_leaves_generated_images_out_and_no_more() -> 
 
 def test_in_the_l1_norm_only_what_is_attacked_is_left_out() -> None:
     ctx = context(threat=Threat("L1", 300.0))
-    found = figures(generative(), ctx)
-    assert set(found) == {"overlap/clean-gen", "wasserstein/clean-gen"}
+    measured = figures(generative(), ctx)
+    assert set(measured) == {"overlap/clean-gen", "wasserstein/clean-gen"}
     assert "L1" in ctx.notes.warnings[0]
 
 
@@ -240,11 +242,11 @@ class Breaks(Options):
 
 def test_chains_that_end_in_nan_are_counted_and_leave_figures_that_say_so() -> None:
     ctx = context()
-    found = figures(generative(sampler=Breaks()), ctx)
+    measured = figures(generative(sampler=Breaks()), ctx)
     assert "10 of 20 chains ended in NaN" in ctx.notes.warnings[0]
     for name in ("overlap/clean-gen", "wasserstein/clean-gen", "overlap/adv-gen"):
-        assert found[name].value != found[name].value
-    assert found["overlap/clean-adv"].value == found["overlap/clean-adv"].value
+        assert measured[name].value != measured[name].value
+    assert measured["overlap/clean-adv"].value == measured["overlap/clean-adv"].value
     assert "generated" not in ctx.notes.tables["energies"]
 
 
@@ -253,8 +255,8 @@ def test_energies_keep_the_laws_of_an_evaluator() -> None:
 
 
 def test_a_quick_look_draws_few_chains() -> None:
-    found = figures(generative(), context(quick=True), n=None, steps=1)
-    assert found["overlap/clean-gen"].protocol["sets"]["generated"]["chains"] == 64
+    measured = figures(generative(), context(quick=True), n=None, steps=1)
+    assert measured["overlap/clean-gen"].protocol["sets"]["generated"]["chains"] == 64
 
 
 def test_a_model_of_toys_is_judged_in_eval_mode() -> None:

@@ -115,8 +115,8 @@ def test_an_attack_sees_the_gradient_through_the_defence(direction: str) -> None
     h = 1e-5
     with torch.no_grad():
         ends = [F.cross_entropy(model(x + s * h * way), y, reduction="none") for s in (1, -1)]
-    found = (slope_of(model, x, y) * way).flatten(1).sum(1)
-    torch.testing.assert_close(found, (ends[0] - ends[1]) / (2 * h), rtol=1e-4, atol=1e-7)
+    slope = (slope_of(model, x, y) * way).flatten(1).sum(1)
+    torch.testing.assert_close(slope, (ends[0] - ends[1]) / (2 * h), rtol=1e-4, atol=1e-7)
 
 
 def test_the_gradient_through_a_sign_is_that_at_the_end_and_not_the_models_own() -> None:
@@ -133,28 +133,28 @@ def figures(threat: Threat = LINF, **options: Any) -> dict[str, Figure]:
 
 
 def test_every_figure_says_what_was_attacked_and_none_is_standard() -> None:
-    found = figures()
-    assert list(found) == ["et3", "et3/pgd5", "et3/pgd5/oblivious"]
-    for figure in found.values():
+    measured = figures()
+    assert list(measured) == ["et3", "et3/pgd5", "et3/pgd5/oblivious"]
+    for figure in measured.values():
         assert figure.protocol["standard"] is False
         assert "lowers the energy of its input by 2 steps (et3)" in figure.protocol["why"]
         assert figure.protocol["defence"]["radius_px"] == 40
-    assert found["et3/pgd5"].protocol["attacked"].startswith("with its defence, and without it")
-    past = found["et3/pgd5/oblivious"].protocol
+    assert measured["et3/pgd5"].protocol["attacked"].startswith("with its defence, and without it")
+    past = measured["et3/pgd5/oblivious"].protocol
     assert past["attacked"] == "without its defence"
     assert "the attack ignores the defence" in past["why"]
-    assert "ignores" not in found["et3/pgd5"].protocol["why"]
+    assert "ignores" not in measured["et3/pgd5"].protocol["why"]
 
 
 def test_an_image_is_robust_if_it_withstands_both_attacks() -> None:
     """Here the defence hides the gradient: an attack through it finds less than one past it."""
-    found = figures()
-    assert found["et3/pgd5"].value <= found["et3/pgd5/oblivious"].value
-    assert found["et3/pgd5"].value < found["et3"].value
+    measured = figures()
+    assert measured["et3/pgd5"].value <= measured["et3/pgd5/oblivious"].value
+    assert measured["et3/pgd5"].value < measured["et3"].value
     model = defended(trained(), radius=40, steps=2)
     context = Context(gen(), LINF, batch_size=20)
     alone = attacked(model, PGD(steps=5), data(), context, "pgd").right
-    assert int(alone.sum()) / 45 > found["et3/pgd5"].value
+    assert int(alone.sum()) / 45 > measured["et3/pgd5"].value
 
 
 def test_it_runs_only_where_it_is_asked_for() -> None:

@@ -47,9 +47,9 @@ def test_the_distance_of_diagonal_gaussians_is_that_of_their_means_and_deviation
     seed: int, width: int
 ) -> None:
     m1, m2, s1, s2 = normal(seed, 4, width, dtype=torch.float64)
-    found = frechet(gaussian(m1, torch.diag(s1**2)), gaussian(m2, torch.diag(s2**2)))
+    value = frechet(gaussian(m1, torch.diag(s1**2)), gaussian(m2, torch.diag(s2**2)))
     expected = (m1 - m2).square().sum() + (s1.abs() - s2.abs()).square().sum()
-    assert found == pytest.approx(float(expected), rel=1e-9, abs=1e-9)
+    assert value == pytest.approx(float(expected), rel=1e-9, abs=1e-9)
 
 
 @given(seed=seeds, width=st.integers(2, 9))
@@ -59,9 +59,9 @@ def test_covariances_that_commute_have_the_distance_of_their_eigenvalues(
     q = rotation(seed, width)
     v1, v2 = normal(seed + 1, 2, width, dtype=torch.float64).square()
     zero = torch.zeros(width)
-    found = frechet(gaussian(zero, q * v1 @ q.T), gaussian(zero, q * v2 @ q.T))
+    value = frechet(gaussian(zero, q * v1 @ q.T), gaussian(zero, q * v2 @ q.T))
     expected = (v1.sqrt() - v2.sqrt()).square().sum()
-    assert found == pytest.approx(float(expected), rel=1e-7, abs=1e-7)
+    assert value == pytest.approx(float(expected), rel=1e-7, abs=1e-7)
 
 
 def test_a_distance_worked_by_hand() -> None:
@@ -82,8 +82,8 @@ def test_the_distance_is_that_of_scipys_matrix_root(seed: int, width: int) -> No
 
 @pytest.mark.parametrize("n", [16, 40, 400])  # fewer rows than features: a singular covariance
 def test_a_set_has_no_distance_to_itself(n: int) -> None:
-    found = Moments.of(5 + 3 * normal(0, n, 64))
-    assert abs(frechet(found, found)) < 1e-3
+    result = Moments.of(5 + 3 * normal(0, n, 64))
+    assert abs(frechet(result, result)) < 1e-3
 
 
 @given(seed=seeds, sizes=st.lists(st.integers(0, 7), min_size=1, max_size=8))
@@ -106,15 +106,15 @@ def test_a_covariance_of_one_row_is_refused() -> None:
 def test_kid_of_one_distribution_is_0_on_average_and_no_biased_estimate() -> None:
     """A biased estimate is above 0 for every pair; this one lies on both sides of it."""
     pairs = [(normal(2 * i, 30, 8), normal(2 * i + 1, 30, 8)) for i in range(400)]
-    found = torch.tensor([mmd2(a, b) for a, b in pairs])
-    error = found.std() / math.sqrt(len(found))
-    assert abs(found.mean()) < 3 * error
-    assert (found < 0).float().mean() > 0.2
+    value = torch.tensor([mmd2(a, b) for a, b in pairs])
+    error = value.std() / math.sqrt(len(value))
+    assert abs(value.mean()) < 3 * error
+    assert (value < 0).float().mean() > 0.2
 
 
 def test_kid_of_distributions_apart_is_far_above_its_spread() -> None:
-    found = kernel_distance(normal(0, 300, 8), 1 + normal(1, 300, 8), gen(), subsets=10, size=100)
-    assert found.mean > 5 * found.std > 0
+    value = kernel_distance(normal(0, 300, 8), 1 + normal(1, 300, 8), gen(), subsets=10, size=100)
+    assert value.mean > 5 * value.std > 0
 
 
 def test_kids_kernel_worked_by_hand() -> None:
@@ -272,31 +272,33 @@ def theirs(
         del FEATURE_EXTRACTORS_REGISTRY[name]
     fidelity.register_feature_extractor(name, Registered)
     layers = {f"feature_layer_{metric}": "out" for metric in ("isc", "fid", "kid", "prc")}
-    found: dict[str, float] = fidelity.calculate_metrics(
+    result: dict[str, float] = fidelity.calculate_metrics(
         input1=a, input2=b, feature_extractor=name, cuda=False, cache=False, verbose=False,
         save_cpu_ram=True, fid=True, kid=True, prc=True, **layers, **more,
     )  # fmt: skip
-    return found
+    return result
 
 
 def check_equal(net: nn.Module, name: str, x: Tensor, reference: Tensor) -> None:
     features = of_module(net, name)
     with torch.no_grad():
-        seen: list[Extracted] = [features.extract(to_bytes(images)) for images in (x, reference)]
-    a, b = (side.features for side in seen)
+        extracted: list[Extracted] = [
+            features.extract(to_bytes(images)) for images in (x, reference)
+        ]
+    a, b = (side.features for side in extracted)
     n = len(x)
-    told = theirs(
+    messages = theirs(
         name, net, Tensors(to_bytes(x)), Tensors(to_bytes(reference)),
         kid_subsets=1, kid_subset_size=n, isc=True, isc_splits=4, samples_shuffle=False,
     )  # fmt: skip
     fid = frechet(moments(torch.split(a, 64)), moments(torch.split(b, 77)))
     kid = kernel_distance(a, b, gen(), subsets=1, size=n)
-    assert fid == pytest.approx(told["frechet_inception_distance"], abs=1e-3)
-    assert kid.mean == pytest.approx(told["kernel_inception_distance_mean"], abs=1e-3)
-    assert precision_recall(a, b) == pytest.approx((told["precision"], told["recall"]))
+    assert fid == pytest.approx(messages["frechet_inception_distance"], abs=1e-3)
+    assert kid.mean == pytest.approx(messages["kernel_inception_distance_mean"], abs=1e-3)
+    assert precision_recall(a, b) == pytest.approx((messages["precision"], messages["recall"]))
     score = inception_score(a, splits=4)
-    assert score.mean == pytest.approx(told["inception_score_mean"], rel=1e-6)
-    assert score.std == pytest.approx(told["inception_score_std"], abs=1e-6)
+    assert score.mean == pytest.approx(messages["inception_score_mean"], rel=1e-6)
+    assert score.std == pytest.approx(messages["inception_score_std"], abs=1e-6)
 
 
 def noise(seed: int, n: int = 200) -> Tensor:
@@ -341,8 +343,8 @@ def test_images_that_torch_fidelity_reads_from_files_are_the_bytes_that_we_measu
     net, x, reference = random_network(), noise(2, 24) * 1.2 - 0.1, noise(3, 40)
     for i, image in enumerate(to_bytes(x)):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i:03d}.png")
-    told = theirs("files", net, str(tmp_path), Tensors(to_bytes(reference)), kid_subset_size=24)
+    messages = theirs("files", net, str(tmp_path), Tensors(to_bytes(reference)), kid_subset_size=24)
     extract = of_module(net, "files").extract
     with torch.no_grad():
         a, b = (Moments.of(extract(to_bytes(images)).features) for images in (x, reference))
-    assert frechet(a, b) == pytest.approx(told["frechet_inception_distance"], abs=1e-3)
+    assert frechet(a, b) == pytest.approx(messages["frechet_inception_distance"], abs=1e-3)

@@ -215,7 +215,7 @@ class TestLeftOut:
         assert "labels follow the names in text order" in said(caplog, root)
         assert Folder(dir=root).class_names == ("1", "10", "2")
 
-    def test_a_folder_that_is_plain_is_told_once_in_a_process(
+    def test_a_plain_folder_is_logged_once_in_a_process(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         line = said(caplog, split_folder(tmp_path))

@@ -128,18 +128,18 @@ class TestPixels:
         Image.new("RGBA", (8, 8), (50, 50, 50, alpha)).convert(
             "LA" if mode == "LA" else "RGBA"
         ).save(path)
-        found = pixels(str(path), grey=False, size=None)
-        assert found.shape == (3, 8, 8)
-        assert (found.int() - (255 - (255 - 50) * alpha // 255)).abs().max() <= 1
+        decoded = pixels(str(path), grey=False, size=None)
+        assert decoded.shape == (3, 8, 8)
+        assert (decoded.int() - (255 - (255 - 50) * alpha // 255)).abs().max() <= 1
 
     def test_a_palette_may_have_a_transparent_colour(self, tmp_path: Path) -> None:
         picture = Image.new("P", (8, 8), 1)
         picture.putpalette([0, 0, 0, 200, 0, 0])
         picture.putpixel((0, 0), 0)
         picture.save(tmp_path / "a.png", transparency=1)
-        found = pixels(str(tmp_path / "a.png"), grey=False, size=None)
-        assert found[:, 0, 0].tolist() == [0, 0, 0]
-        assert found[:, 1, 1].tolist() == [255, 255, 255]
+        decoded = pixels(str(tmp_path / "a.png"), grey=False, size=None)
+        assert decoded[:, 0, 0].tolist() == [0, 0, 0]
+        assert decoded[:, 1, 1].tolist() == [255, 255, 255]
 
     def test_how_images_are_read_is_said(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -158,8 +158,8 @@ class TestPixels:
         Image.new("CMYK", (8, 8), (0, 0, 0, 0)).save(tmp_path / "a.jpg")
         Image.new("1", (8, 8), 1).save(tmp_path / "b.png")
         for name in ("a.jpg", "b.png"):
-            found = pixels(str(tmp_path / name), grey=False, size=None)
-            assert (found == 255).all()
+            decoded = pixels(str(tmp_path / name), grey=False, size=None)
+            assert (decoded == 255).all()
 
     def test_an_image_of_too_many_pixels_is_refused_without_decoding_it(
         self, tmp_path: Path

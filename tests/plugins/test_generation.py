@@ -44,18 +44,18 @@ from jemkit_plugins.generation.samples import GeneratedImages, fresh
 
 def test_a_figure_is_the_distance_of_the_samples_that_chains_give(tmp_path: Path) -> None:
     model, ctx = subject(), context(work=tmp_path)
-    found = judged(ctx, model)
+    figures = judged(ctx, model)
     start = model.density.start
     drawn = fresh(model, ctx, 40, {}, steps=1, start=start)
     train = torch.cat([images("train").unit(), images("valid").unit()])
     a, b = (Moments.of(mean_pixels(x)) for x in (drawn.x.float() / 255, train))
-    assert found["fd-pixels"].value == pytest.approx(frechet(a, b), abs=1e-6)
+    assert figures["fd-pixels"].value == pytest.approx(frechet(a, b), abs=1e-6)
 
 
 def test_every_figure_tells_how_it_came_about() -> None:
-    found = judged(context(seed=7), max_reference=50)
-    assert list(found) == ["fd-pixels", "kd-pixels", "precision-pixels", "recall-pixels"]
-    for figure in found.values():
+    figures = judged(context(seed=7), max_reference=50)
+    assert list(figures) == ["fd-pixels", "kd-pixels", "precision-pixels", "recall-pixels"]
+    for figure in figures.values():
         card = figure.protocol
         assert figure.n == card["n"] == card["images"] == 40
         assert (card["source"], card["steps"], card["start"]) == ("chains", 1, "uniform")
@@ -68,29 +68,29 @@ def test_every_figure_tells_how_it_came_about() -> None:
         assert card["seed"] == 7
         assert not card["standard"]  # part of the reference only
         json.dumps(card)
-    assert found["kd-pixels"].protocol["std"] >= 0
-    assert found["kd-pixels"].protocol["subset_size"] == 40
+    assert figures["kd-pixels"].protocol["std"] >= 0
+    assert figures["kd-pixels"].protocol["subset_size"] == 40
 
 
 @pytest.mark.parametrize(("n", "quick", "drawn"), [(40, False, 40), (300, True, 256)])
 def test_a_quick_look_takes_few_samples(n: int, quick: bool, drawn: int) -> None:
-    found = judged(context(quick=quick), n=n, steps=0)
-    assert {figure.n for figure in found.values()} == {drawn}
+    figures = judged(context(quick=quick), n=n, steps=0)
+    assert {figure.n for figure in figures.values()} == {drawn}
 
 
 @pytest.mark.parametrize(("n", "few"), [(2047, True), (2048, False)])
 def test_under_2048_samples_a_warning_stands_beside_the_figures(n: int, few: bool) -> None:
     ctx = context(batch_size=2048)
-    found = judged(ctx, n=n, steps=0)
+    figures = judged(ctx, n=n, steps=0)
     assert any("2,048" in warning for warning in ctx.notes.warnings) is few
-    assert found["fd-pixels"].protocol["few"] is few
+    assert figures["fd-pixels"].protocol["few"] is few
 
 
 @pytest.mark.parametrize(("reference", "count"), [("train", 80), ("train+test", 120)])
 def test_the_reference_is_counted_whole(reference: str, count: int) -> None:
     """40 images to train on and 40 to validate make the data set's training images."""
-    found = judged(reference=reference)
-    assert found["fd-pixels"].protocol["reference"]["count"] == count
+    figures = judged(reference=reference)
+    assert figures["fd-pixels"].protocol["reference"]["count"] == count
 
 
 @pytest.mark.parametrize(
@@ -100,20 +100,20 @@ def test_the_reference_is_counted_whole(reference: str, count: int) -> None:
 def test_only_the_default_options_are_the_standard_protocol(
     options: dict[str, Any], standard: bool
 ) -> None:
-    found = judged(**{"steps": 40, **options})
-    assert {figure.protocol["standard"] for figure in found.values()} == {standard}
+    figures = judged(**{"steps": 40, **options})
+    assert {figure.protocol["standard"] for figure in figures.values()} == {standard}
 
 
 def test_images_of_the_reference_itself_have_no_distance() -> None:
     """A buffer that holds the training images and nothing else."""
     model = subject()
     whole = torch.cat([images("train").unit(), images("valid").unit()])
-    found = judged(model=with_buffer(model, whole), source="buffer", n=len(whole))
-    assert abs(found["fd-pixels"].value) < 1e-3
-    assert found["precision-pixels"].value == found["recall-pixels"].value == 1
-    assert found["fd-pixels"].protocol["source"] == "buffer"
-    assert found["fd-pixels"].protocol["steps"] is None
-    assert not found["fd-pixels"].protocol["standard"]
+    figures = judged(model=with_buffer(model, whole), source="buffer", n=len(whole))
+    assert abs(figures["fd-pixels"].value) < 1e-3
+    assert figures["precision-pixels"].value == figures["recall-pixels"].value == 1
+    assert figures["fd-pixels"].protocol["source"] == "buffer"
+    assert figures["fd-pixels"].protocol["steps"] is None
+    assert not figures["fd-pixels"].protocol["standard"]
 
 
 def with_buffer(model: PixelModel, pixels: Tensor) -> PixelModel:
@@ -122,9 +122,9 @@ def with_buffer(model: PixelModel, pixels: Tensor) -> PixelModel:
     return model
 
 
-def test_a_buffer_of_fewer_states_than_asked_for_is_taken_whole() -> None:
-    found = judged(model=with_buffer(subject(), uniform(0, 25, 1, 8, 8, low=0)), source="buffer")
-    assert found["fd-pixels"].n == 25
+def test_a_buffer_of_fewer_states_than_requested_is_taken_whole() -> None:
+    figures = judged(model=with_buffer(subject(), uniform(0, 25, 1, 8, 8, low=0)), source="buffer")
+    assert figures["fd-pixels"].n == 25
 
 
 def test_a_buffer_that_no_training_filled_is_no_sample() -> None:
@@ -132,7 +132,7 @@ def test_a_buffer_that_no_training_filled_is_no_sample() -> None:
         judged(source="buffer")
 
 
-def test_chains_begin_where_they_are_told_to() -> None:
+def test_chains_begin_at_the_named_start() -> None:
     own_start = judged(steps=0)["fd-pixels"]
     named = Generation.model_validate(
         {"start": "gaussian", "n": 40, "steps": 0, "features": PIXELS}, context=REGISTRY.context
@@ -158,25 +158,25 @@ def test_options_that_cannot_be_are_refused(option: dict[str, Any]) -> None:
 
 
 @given(seed=seeds, n=st.integers(1, 60), n_classes=st.integers(1, 7))
-def test_the_surest_nine_tenths_of_each_class_are_kept_in_their_order(
+def test_the_most_confident_nine_tenths_of_each_class_stay_in_their_order(
     seed: int, n: int, n_classes: int
 ) -> None:
     y, confidence = labels(seed, n, n_classes), uniform(seed + 1, n, low=0)
-    kept = GeneratedImages(torch.arange(n), y, confidence).most_confident(0.9)
-    assert torch.equal(kept.x, kept.x.sort().values)
+    stored = GeneratedImages(torch.arange(n), y, confidence).most_confident(0.9)
+    assert torch.equal(stored.x, stored.x.sort().values)
     for label in y.unique():
         inside = y == label
-        left = kept.y == label
+        left = stored.y == label
         assert int(left.sum()) == math.ceil(0.9 * int(inside.sum()))
         dropped = sorted(confidence[inside].tolist())[: int(inside.sum()) - int(left.sum())]
-        assert not dropped or max(dropped) <= float(kept.confidence[left].min())
+        assert not dropped or max(dropped) <= float(stored.confidence[left].min())
 
 
 def test_a_selection_stands_in_the_figures_names_and_counts() -> None:
     ctx = context()
-    found = judged(ctx, selection="top90")
-    assert set(found) == {f"{m}-pixels-top90" for m in ("fd", "kd", "precision", "recall")}
-    for figure in found.values():
+    figures = judged(ctx, selection="top90")
+    assert set(figures) == {f"{m}-pixels-top90" for m in ("fd", "kd", "precision", "recall")}
+    for figure in figures.values():
         assert 36 <= figure.n < 40
         assert figure.protocol["n"] == figure.n
         assert figure.protocol["selection"] == "top90"
@@ -267,7 +267,7 @@ def test_processes_that_share_the_work_find_what_one_finds(tmp_path: Path) -> No
     [{"seed": 1}, {"steps": 2}, {"source": "buffer"}, {"model": 1}],
     ids=lambda change: next(iter(change)),
 )
-def test_samples_of_anything_else_are_drawn_anew(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_samples_of_anything_else_are_drawn_again(tmp_path: Path, change: dict[str, Any]) -> None:
     judged(context(work=tmp_path))
     before = {path.name for path in tmp_path.iterdir()}
     model = with_buffer(subject(change.pop("model", 0)), uniform(0, 40, 1, 8, 8, low=0))
@@ -299,7 +299,7 @@ def test_judging_moves_no_global_generator_and_no_buffer() -> None:
 # pictures and neighbours
 
 
-def test_copies_of_training_images_are_found_out() -> None:
+def test_copies_of_training_images_have_no_distance_to_their_neighbours() -> None:
     train, ctx = images("train").unit(), context()
     judged(ctx, with_buffer(subject(), train), source="buffer")
     table = ctx.notes.tables["neighbours"]

@@ -52,30 +52,30 @@ def no_cache(tmp_path: Path) -> Any:
 @pytest.mark.usefixtures("no_cache")
 def test_without_inception_the_models_own_features_stand_in_under_another_name() -> None:
     ctx = context()
-    found = judged(ctx, features=None)
-    assert set(found) == {"fd-self", "kd-self", "precision-self", "recall-self"}
-    told = " ".join(ctx.notes.warnings)
-    assert INCEPTION_FILE in told
-    assert "not downloaded automatically" in told
+    figures = judged(ctx, features=None)
+    assert set(figures) == {"fd-self", "kd-self", "precision-self", "recall-self"}
+    messages = " ".join(ctx.notes.warnings)
+    assert INCEPTION_FILE in messages
+    assert "not downloaded automatically" in messages
 
 
 @pytest.mark.usefixtures("no_cache")
-def test_inception_that_is_asked_for_and_missing_is_one_clear_message(tmp_path: Path) -> None:
+def test_inception_that_is_requested_and_missing_is_one_clear_message(tmp_path: Path) -> None:
     options = {"generation": {"inception": str(tmp_path / "nowhere.pth")}}
-    asked = settings_of({"only": ("generation",), "options": options})
-    with pytest.raises(ConfigError, match=r"nowhere\.pth is missing") as told:
-        evaluators_of(asked, REGISTRY)  # before any attack runs
+    requested = settings_of({"only": ("generation",), "options": options})
+    with pytest.raises(ConfigError, match=r"nowhere\.pth is missing") as raised:
+        evaluators_of(requested, REGISTRY)  # before any attack runs
     for word in ("FID", "https://", INCEPTION_FILE, "generation.inception"):
-        assert word in str(told.value)
+        assert word in str(raised.value)
 
 
 def test_own_features_are_the_networks_in_the_models_range() -> None:
     model, x = subject(), images("train")
-    found = own(model)
-    assert found is not None
+    result = own(model)
+    assert result is not None
     with torch.no_grad():
         expected = model.model.network(TASK.bounds.from_unit(x.unit()))
-        assert torch.equal(found.extract(x.x).features, expected)
+        assert torch.equal(result.extract(x.x).features, expected)
 
 
 def test_no_other_network_may_call_itself_inception() -> None:
@@ -114,11 +114,11 @@ def test_inceptions_features_are_torch_fidelitys_own(inception_weights: Path) ->
     x = to_bytes(uniform(0, 2, 3, 8, 8, low=0))
     with torch.no_grad():
         features, logits = package(x)
-        seen = inception(inception_weights, CPU).extract(x)
-    assert torch.equal(seen.features, features)
-    assert seen.logits is not None
-    assert torch.equal(seen.logits, logits)
-    assert seen.features.shape == (2, 2048)
+        extracted = inception(inception_weights, CPU).extract(x)
+    assert torch.equal(extracted.features, features)
+    assert extracted.logits is not None
+    assert torch.equal(extracted.logits, logits)
+    assert extracted.features.shape == (2, 2048)
 
 
 def pixels_as_features(_: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,12 +138,12 @@ def test_in_inceptions_features_the_figures_have_the_names_that_papers_use(
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     monkeypatch.setattr(FeatureExtractorInceptionV3, "forward", pixels_as_features)
     before = torch.get_rng_state()
-    found = judged(features=None, inception=inception_weights, n=16, max_reference=16)
+    figures = judged(features=None, inception=inception_weights, n=16, max_reference=16)
     assert torch.equal(torch.get_rng_state(), before)
-    assert set(found) == {"fid", "kid", "precision", "recall", "is"}
-    assert found["is"].protocol["splits"] == 10
-    assert 1 - 1e-9 <= found["is"].value <= 1008
-    card = found["fid"].protocol["features"]
+    assert set(figures) == {"fid", "kid", "precision", "recall", "is"}
+    assert figures["is"].protocol["splits"] == 10
+    assert 1 - 1e-9 <= figures["is"].value <= 1008
+    card = figures["fid"].protocol["features"]
     assert card["extractor"] == "torch-fidelity's InceptionV3"
     assert len(card["sha256"]) == 64
 

@@ -66,15 +66,15 @@ def test_every_tensor_of_the_file_is_in_its_place(made: tuple[Path, list[torch.T
 def test_features_are_finite_and_each_images_own(made: tuple[Path, list[torch.Tensor]]) -> None:
     rng = torch.Generator().manual_seed(1)
     images = torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8, generator=rng)
-    seen = inception(made[0], CPU)
-    together = seen.extract(images)
+    recorded = inception(made[0], CPU)
+    together = recorded.extract(images)
     assert together.features.shape == (3, 2048)
     assert together.features.isfinite().all()
     assert together.logits is None
-    alone = seen.extract(images[1:2]).features
+    alone = recorded.extract(images[1:2]).features
     assert torch.allclose(together.features[1:2], alone, rtol=1e-4, atol=1e-5)
-    assert seen.is_inception
-    assert seen.card["weights"] == "unknown"
+    assert recorded.is_inception
+    assert recorded.card["weights"] == "unknown"
 
 
 def test_images_are_resized_without_antialiasing_to_the_range_of_inception() -> None:

@@ -99,14 +99,14 @@ def verdict(
     data = Images(digits("test").x[:n], digits("test").y[:n])
     with frozen(module), eval_mode(module):
         subject = anchored(pixel_model(module), data.unit()[:2])
-        found = {"pgd": attacked(subject, PGD(steps=20), data, ctx, "pgd")}
-        budget = found["pgd"].passes if bounded else None
-        rows = examine(subject, data, found, ctx, images, budget)["pgd20"]
+        attacked_by = {"pgd": attacked(subject, PGD(steps=20), data, ctx, "pgd")}
+        budget = attacked_by["pgd"].passes if bounded else None
+        rows = examine(subject, data, attacked_by, ctx, images, budget)["pgd20"]
     return {row["name"]: row for row in rows}
 
 
-def flags(found: dict[str, Finding]) -> set[str]:
-    return {name for name, row in found.items() if row["flag"]}
+def flags(result: dict[str, Finding]) -> set[str]:
+    return {name for name, row in result.items() if row["flag"]}
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -119,8 +119,8 @@ def test_a_model_built_to_mask_gradients_is_flagged_by_what_it_does(name: str, s
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_a_masked_model_is_flagged_in_a_quick_look_too(name: str) -> None:
     build, expected = MASKED[name]
-    found = flags(verdict(build(0), context(0, quick=True)))
-    assert found & expected
+    flagged = flags(verdict(build(0), context(0, quick=True)))
+    assert flagged & expected
 
 
 @pytest.mark.parametrize("name", MASKED)
@@ -132,8 +132,8 @@ def test_a_masked_model_is_flagged_within_the_passes_of_one_attack(name: str) ->
 def test_an_honest_model_is_not_flagged_within_the_passes_of_one_attack() -> None:
     for module in (robust(0), undefended(0), linear(digits("train"), 0)):
         for n in (150, 60, 20):
-            found = verdict(module, context(0), n=n, bounded=True)
-            assert not flags(found), [row["found"] for row in found.values() if row["flag"]]
+            findings = verdict(module, context(0), n=n, bounded=True)
+            assert not flags(findings), [row["found"] for row in findings.values() if row["flag"]]
 
 
 @pytest.mark.parametrize("name", REPRESENTATIVE)
@@ -145,8 +145,8 @@ def test_a_masked_model_is_flagged_in_l2_too(name: str) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", HONEST)
 def test_an_honest_model_is_never_flagged(name: str, seed: int) -> None:
-    found = verdict(HONEST[name](seed), context(seed))
-    assert not flags(found), [row["found"] for row in found.values() if row["flag"]]
+    findings = verdict(HONEST[name](seed), context(seed))
+    assert not flags(findings), [row["found"] for row in findings.values() if row["flag"]]
 
 
 THREATS = {
@@ -186,8 +186,8 @@ def test_an_attack_that_hardly_moves_is_flagged_though_the_model_is_honest() -> 
     data, ctx = Images(digits("test").x[:100], digits("test").y[:100]), context(0)
     with frozen(module), eval_mode(module):
         model = pixel_model(module)
-        found = {"pgd": attacked(model, PGD(steps=1, step_px=0.001), data, ctx, "pgd")}
-        rows = {row["name"]: row for row in examine(model, data, found, ctx, 64)["pgd1"]}
+        attacked_by = {"pgd": attacked(model, PGD(steps=1, step_px=0.001), data, ctx, "pgd")}
+        rows = {row["name"]: row for row in examine(model, data, attacked_by, ctx, 64)["pgd1"]}
     assert flags(rows) == {"black box", "transfer"}
     assert "weaker" in rows["black box"]["means"]
 
@@ -217,13 +217,13 @@ def test_curves_begin_at_the_clean_accuracy_and_hold_the_figure_of_the_radius() 
     assert RADIUS_PX in radii
 
 
-def test_progress_ends_at_its_total_and_a_stop_is_heard() -> None:
-    heard: list[tuple[str, int, int]] = []
-    ctx = context(0, quick=True, progress=lambda *told: heard.append(told))
+def test_progress_ends_at_its_total_and_never_falls() -> None:
+    reports: list[tuple[str, int, int]] = []
+    ctx = context(0, quick=True, progress=lambda *messages: reports.append(messages))
     verdict(undefended(0), ctx)
-    told = [(done, total) for what, done, total in heard if what == "indicators"]
-    assert told[-1][0] == told[-1][1]
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    messages = [(done, total) for what, done, total in reports if what == "indicators"]
+    assert messages[-1][0] == messages[-1][1]
+    assert [done for done, _ in messages] == sorted(done for done, _ in messages)
 
 
 def test_where_no_image_is_right_there_is_nothing_to_find() -> None:

@@ -34,8 +34,8 @@ CLEAN, ADV = logits((0.5, 0.3, 0.2)), logits((0.2, 0.6, 0.2))
 
 
 def built(**options: Any) -> LASATObjective:
-    found: LASATObjective = tiny("objective", "lasat", **options).build(TASK, gen())
-    return found
+    result: LASATObjective = tiny("objective", "lasat", **options).build(TASK, gen())
+    return result
 
 
 def chosen(n: int, eps: Any = 25.5, iterations: Any = 3, step: Any = 6.0) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def test_its_gradient_is_clipped_and_its_momentum_and_decay_are_those_of_sgd() -
     torch.testing.assert_close(ours.network.state_dict(), other.network.state_dict())
 
 
-def test_the_moving_average_of_rewards_is_subtracted_only_where_it_is_asked_for() -> None:
+def test_the_moving_average_of_rewards_is_subtracted_only_on_demand() -> None:
     strategy = strategy_of()
     gains = [float(strategy.advantage(torch.tensor(r))) for r in (4.0, 2.0)]
     assert gains == pytest.approx([4.0, 1.6])

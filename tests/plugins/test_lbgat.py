@@ -26,8 +26,8 @@ CLEAN, ADV = logits((0.5, 0.3, 0.2)), logits((0.2, 0.6, 0.2))
 
 
 def built(**options: object) -> LBGATObjective:
-    found: LBGATObjective = tiny("objective", "lbgat", **options).build(TASK, gen())
-    return found
+    result: LBGATObjective = tiny("objective", "lbgat", **options).build(TASK, gen())
+    return result
 
 
 def slopes(term: Tensor, params: Iterable[nn.Parameter]) -> float:
@@ -39,10 +39,10 @@ def slopes(term: Tensor, params: Iterable[nn.Parameter]) -> float:
 def test_the_loss_worked_by_hand() -> None:
     objective = LBGATObjective(LBGAT(beta=6), identity_backbone(3).model)  # g(x) = x
     terms = objective.loss(identity_backbone(3), batch_of(CLEAN, 0), ADV)
-    found = {name: float(term.detach()) for name, (_, term) in terms.parts.items()}
+    parts = {name: float(term.detach()) for name, (_, term) in terms.parts.items()}
     kl = 0.5 * log(0.5 / 0.2) + 0.3 * log(0.3 / 0.6)
     mse = (log(0.5 / 0.2) ** 2 + log(0.3 / 0.6) ** 2) / 3  # over classes too
-    assert found == pytest.approx({"MSE": mse, "p(y|x) of the teacher": log(2), "KL": kl}, rel=1e-5)
+    assert parts == pytest.approx({"MSE": mse, "p(y|x) of the teacher": log(2), "KL": kl}, rel=1e-5)
     assert float(terms.total.detach()) == pytest.approx(mse + log(2) + 6 * kl, rel=1e-5)
 
 
@@ -105,17 +105,17 @@ def test_a_run_trains_saves_and_resumes_the_teacher_and_judges_the_student(
 
 def test_without_the_divergence_clean_images_pass_through_the_teacher_alone() -> None:
     backbone, objective, batch = backbone_of("classifier", TASK), built(beta=0), toy_batch(TASK)
-    seen: list[int] = []
-    backbone.model.network.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
+    recorded: list[int] = []
+    backbone.model.network.register_forward_hook(lambda m, args, out: recorded.append(len(args[0])))
     draws = objective.draw(backbone, batch, gen())
-    seen.clear()
+    recorded.clear()
     terms = objective.loss(backbone, batch, draws)
-    assert seen == [6]
+    assert recorded == [6]
     assert list(terms.parts) == ["MSE", "p(y|x) of the teacher"]
     assert objective.streams == ("x_adv",)
 
 
-def test_teachers_begin_alike_from_one_seed() -> None:
+def test_teachers_begin_equal_from_one_seed() -> None:
     one, other = (LBGAT(teacher=SmallCNN()).build(TASK, gen(3)) for _ in range(2))
     assert same(one.state_dict(), other.state_dict())
 

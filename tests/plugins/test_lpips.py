@@ -170,7 +170,7 @@ def test_an_images_distance_does_not_depend_on_its_batch(spec: LPIPS, seed: int,
 
 @few
 @given(seed=st.integers(0, 2**31))
-def test_grey_images_are_seen_as_three_equal_channels(spec: LPIPS, seed: int) -> None:
+def test_grey_images_are_taken_as_three_equal_channels(spec: LPIPS, seed: int) -> None:
     x, x_adv = images(seed, channels=1), images(seed + 1, channels=1)
     colour = distance(spec, x.expand(-1, 3, -1, -1), x_adv.expand(-1, 3, -1, -1))
     assert torch.equal(distance(spec, x, x_adv), colour)
@@ -190,18 +190,18 @@ def test_the_distance_does_not_depend_on_the_bounds(
 
 def test_the_clean_images_features_are_computed_once(spec: LPIPS) -> None:
     x = images(0)
-    seen: list[Tensor] = []
+    recorded: list[Tensor] = []
     first = network(spec, CPU, x.dtype).slices[0]
-    hook = first.register_forward_hook(lambda layer, args, out: seen.append(args[0].clone()))
+    hook = first.register_forward_hook(lambda layer, args, out: recorded.append(args[0].clone()))
     try:
         measure = spec.bind(None, x, INSIDE)  # type: ignore[arg-type]
-        assert len(seen) == 1
+        assert len(recorded) == 1
         for seed in (1, 2, 3):
             measure(images(seed))
     finally:
         hook.remove()
-    assert len(seen) == 4
-    assert not any(torch.equal(seen[0], later) for later in seen[1:])
+    assert len(recorded) == 4
+    assert not any(torch.equal(recorded[0], later) for later in recorded[1:])
 
 
 def test_the_network_is_built_once_and_frozen(spec: LPIPS) -> None:
@@ -270,26 +270,28 @@ def test_without_weights_the_error_names_the_ways_out(monkeypatch: pytest.Monkey
         pytest.fail("a download nobody asked for")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as raised:
         distance(LPIPS(), images(0), images(1))
     for word in ("alexnet-owt-7be5be79.pth", "download", "weights", "`none`", "l2", "logits"):
-        assert word in str(told.value)
+        assert word in str(raised.value)
 
 
 @pytest.mark.usefixtures("no_cache")
-def test_a_download_that_was_asked_for_is_checked_by_its_hash(
+def test_a_requested_download_is_checked_by_its_hash(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = []
+    requested = []
 
     def download(url: str, _: str, hash_prefix: str, **__: object) -> None:
-        asked.append((url, hash_prefix))
+        requested.append((url, hash_prefix))
         raise OSError("no network in tests")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     with pytest.raises(DataError, match="download failed"):
         distance(LPIPS(download=True), images(0), images(1))
-    assert asked == [("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "7be5be79")]
+    assert requested == [
+        ("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "7be5be79")
+    ]
 
 
 def broken(weights: dict[str, Tensor], how: str) -> dict[str, Tensor]:
@@ -320,9 +322,9 @@ def test_weights_that_do_not_fit_are_refused_by_name(
 ) -> None:
     path = tmp_path / "trunk.safetensors"
     save_file(broken(named(alex), how), path)
-    with pytest.raises(DataError, match=message) as told:
+    with pytest.raises(DataError, match=message) as raised:
         distance(LPIPS(weights=path), images(0), images(1))
-    assert str(path) in str(told.value)
+    assert str(path) in str(raised.value)
 
 
 def test_another_nets_weights_are_refused(spec: LPIPS) -> None:

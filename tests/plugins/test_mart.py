@@ -29,8 +29,8 @@ def test_the_loss_worked_by_hand() -> None:
 
 
 def test_the_wrong_class_is_the_second_where_the_first_is_right() -> None:
-    found = boosted_cross_entropy(ADV, torch.tensor([1]))
-    assert float(found.detach()) == pytest.approx(-log(0.6) - log(1.0001 - 0.2), rel=1e-5)
+    value = boosted_cross_entropy(ADV, torch.tensor([1]))
+    assert float(value.detach()) == pytest.approx(-log(0.6) - log(1.0001 - 0.2), rel=1e-5)
 
 
 def test_it_is_a_mean_over_the_batch() -> None:

@@ -17,9 +17,9 @@ TASK = toy_task()
 
 def passes(model: nn.Module) -> list[int]:
     """How many images each forward pass of the network takes from here on."""
-    seen: list[int] = []
-    model.network.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
-    return seen
+    recorded: list[int] = []
+    model.network.register_forward_hook(lambda m, args, out: recorded.append(len(args[0])))
+    return recorded
 
 
 def gradient_of(total: Tensor, model: nn.Module) -> Tensor:
@@ -38,8 +38,8 @@ def test_a_total_is_linear_in_its_weights_and_so_is_its_gradient(
     terms = Terms.weighted({"E": (a, parts["E"]), "CE": (b, parts["CE"])})
     torch.testing.assert_close(terms.total, a * parts["E"] + b * parts["CE"])
     one, other = (gradient_of(p, model) for p in parts.values())
-    found = gradient_of(terms.total, model)
-    torch.testing.assert_close(found, a * one + b * other, rtol=1e-4, atol=1e-5)
+    result = gradient_of(terms.total, model)
+    torch.testing.assert_close(result, a * one + b * other, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_watched_is_detached() -> None:
@@ -129,9 +129,9 @@ def test_trades_is_the_cross_entropy_and_beta_times_the_divergence() -> None:
 
 def test_trades_without_its_divergence_runs_no_attack() -> None:
     backbone, batch = backbone_of("classifier"), toy_batch(TASK)
-    seen, objective = passes(backbone.model), objective_of("trades", beta=0)
+    recorded, objective = passes(backbone.model), objective_of("trades", beta=0)
     assert objective.draw(backbone, batch, gen()) is None
-    assert not seen
+    assert not recorded
     assert list(objective.loss(backbone, batch, None).parts) == ["p(y|x)"]
 
 
@@ -150,23 +150,23 @@ def test_a_term_of_weight_zero_is_neither_drawn_nor_computed(
     backbone, batch = toy_backbone(TASK, linear_model(64, 3)), toy_batch(TASK, 6, positives=4)
     objective = objective_of("ebjdat", **options)
     # a chain's step goes through the whole network once
-    seen = passes(backbone.model)
+    recorded = passes(backbone.model)
     draws = objective.draw(backbone, batch, gen())
-    assert len(seen) == drawing
-    seen.clear()
+    assert len(recorded) == drawing
+    recorded.clear()
     terms = objective.loss(backbone, batch, draws)
-    assert seen == losing
+    assert recorded == losing
     assert all(weight for weight, _ in terms.parts.values())
 
 
 def test_with_batch_norm_each_stream_has_a_pass_and_statistics_of_its_own() -> None:
     backbone, batch = toy_backbone(TASK), toy_batch(TASK, 6, positives=4)
     backbone.model.train()
-    seen = passes(backbone.model)
+    recorded = passes(backbone.model)
     norm = backbone.model.network.norm1
     streams = {"x": batch.x, "x_pos": batch.x_pos, "x_neg": 3 * batch.x_pos, "x_adv": batch.x}
     scores = backbone.scores(streams)
-    assert seen == [6, 4, 4, 6]
+    assert recorded == [6, 4, 4, 6]
     assert int(norm.num_batches_tracked) == 2  # x and x_adv, the classifier's streams
     alone = backbone.model(batch.x_pos)
     torch.testing.assert_close(scores["x_pos"].energy, alone.energy)
@@ -174,9 +174,9 @@ def test_with_batch_norm_each_stream_has_a_pass_and_statistics_of_its_own() -> N
 
 def test_without_batch_norm_one_joint_pass_is_every_stream_alone() -> None:
     backbone, batch = toy_backbone(TASK, linear_model(64, 3)), toy_batch(TASK)
-    seen = passes(backbone.model)
+    recorded = passes(backbone.model)
     scores = backbone.scores({"x": batch.x, "x_neg": -batch.x[:2]})
-    assert seen == [8]
+    assert recorded == [8]
     torch.testing.assert_close(scores["x"].logits, backbone.model(batch.x).logits)
     torch.testing.assert_close(scores["x_neg"].energy, backbone.model(-batch.x[:2]).energy)
 

@@ -125,7 +125,7 @@ def test_test_images_that_are_likelier_have_an_auroc_above_a_half() -> None:
 def test_the_scores_are_what_their_names_say(seed: int) -> None:
     model, data = toy_model(TASK, seed=seed).eval(), TASK.images("valid")
     ctx = Context(gen(), Threat("Linf", 8.0), batch_size=13)
-    found = scores(PixelModel(model, TASK.bounds), data, ctx)
+    by_image = scores(PixelModel(model, TASK.bounds), data, ctx)
     x = data.unit().requires_grad_()
     out = model(TASK.bounds.from_unit(x))
     (slope,) = torch.autograd.grad(out.energy.sum(), x)
@@ -136,9 +136,9 @@ def test_the_scores_are_what_their_names_say(seed: int) -> None:
         "gradnorm": -slope.flatten(1).norm(dim=1),
         "joint": joint,
     }
-    assert list(found) == list(SCORES) == list(expected)
+    assert list(by_image) == list(SCORES) == list(expected)
     for name, value in expected.items():
-        torch.testing.assert_close(found[name].float(), value.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(by_image[name].float(), value.detach(), rtol=1e-4, atol=1e-5)
 
 
 def made(x: Tensor, *names: Any, seed: int = 0) -> dict[str, Tensor]:
@@ -151,9 +151,9 @@ def test_made_sets_are_images_of_the_same_shape_that_the_seed_alone_decides(
     seed: int, n: int, channels: int
 ) -> None:
     x = uniform(seed, n, channels, 8, 8, low=0)
-    found = made(x, seed=seed)
-    assert ("rotation" in found) == (channels == 1)
-    for name, images in found.items():
+    changed = made(x, seed=seed)
+    assert ("rotation" in changed) == (channels == 1)
+    for name, images in changed.items():
         assert images.shape == x.shape
         assert images.min() >= 0
         assert images.max() <= 1
@@ -162,17 +162,17 @@ def test_made_sets_are_images_of_the_same_shape_that_the_seed_alone_decides(
 
 def test_an_interpolation_is_the_mean_of_two_images_and_each_serves_twice() -> None:
     x = torch.eye(5).view(5, 1, 1, 5)
-    found = made(x, "interpolation")["interpolation"].flatten(1)
-    assert (found.sum(1) == 1).all()
-    assert ((found == 0.5).sum(1) == 2).all()
-    assert ((found == 0.5).sum(0) == 2).all()
+    changed = made(x, "interpolation")["interpolation"].flatten(1)
+    assert (changed.sum(1) == 1).all()
+    assert ((changed == 0.5).sum(1) == 2).all()
+    assert ((changed == 0.5).sum(0) == 2).all()
 
 
 def test_a_constant_image_has_one_colour_and_a_quarter_turn_is_undone_by_three() -> None:
     x = uniform(3, 4, 1, 8, 8, low=0)
-    found = made(x, "constant", "rotation")
-    assert (found["constant"].flatten(1).std(1) == 0).all()
-    assert torch.equal(found["rotation"].rot90(3, (2, 3)), x)
+    changed = made(x, "constant", "rotation")
+    assert (changed["constant"].flatten(1).std(1) == 0).all()
+    assert torch.equal(changed["rotation"].rot90(3, (2, 3)), x)
 
 
 class Elsewhere(Options):
@@ -194,17 +194,17 @@ class Elsewhere(Options):
 def test_another_data_set_gives_as_many_test_images_with_the_models_channels() -> None:
     model, data = toy_model(TASK), TASK.images("valid")
     colour, few = Elsewhere(shape=(3, 8, 8)), Elsewhere(n=5)
-    found = figures(model, data, OOD(made=(), against=(colour, few)))
-    assert found["auroc/elsewhere"].protocol["counts"] == [30, 30]
-    assert found["auroc/elsewhere"].protocol["channels"] == "made grey"
-    assert found["auroc/elsewhere2"].protocol["counts"] == [30, 5]
-    assert found["auroc/elsewhere2"].n == 30
+    measured = figures(model, data, OOD(made=(), against=(colour, few)))
+    assert measured["auroc/elsewhere"].protocol["counts"] == [30, 30]
+    assert measured["auroc/elsewhere"].protocol["channels"] == "made grey"
+    assert measured["auroc/elsewhere2"].protocol["counts"] == [30, 5]
+    assert measured["auroc/elsewhere2"].n == 30
 
 
 def test_grey_images_serve_a_model_of_colour() -> None:
     task = toy_task(channels=3, n_train=9)
-    found = figures(toy_model(task), task.images("valid"), OOD(made=(), against=(Elsewhere(),)))
-    assert found["auroc/elsewhere"].protocol["channels"] == "grey thrice"
+    measured = figures(toy_model(task), task.images("valid"), OOD(made=(), against=(Elsewhere(),)))
+    assert measured["auroc/elsewhere"].protocol["channels"] == "grey thrice"
 
 
 def test_images_of_another_size_are_refused_with_what_to_do() -> None:
@@ -224,7 +224,7 @@ def write_folder(root: Path, size: int) -> None:
                 Image.fromarray(pixels).save(root / split / label / f"{i}.png")
 
 
-def test_a_registered_data_set_is_found_by_its_name(tmp_path: Path) -> None:
+def test_a_registered_data_set_is_taken_by_its_name(tmp_path: Path) -> None:
     write_folder(tmp_path, 20)
     table = {"use": "folder", "dir": str(tmp_path), "size": 8}
     record = evaluate(
@@ -246,12 +246,12 @@ def test_ood_keeps_the_laws_of_an_evaluator_and_leaves_random_state_alone() -> N
 
 
 def test_every_figure_says_its_score_its_set_and_its_counts() -> None:
-    found = figures(toy_model(TASK), TASK.images("valid"), OOD())
+    measured = figures(toy_model(TASK), TASK.images("valid"), OOD())
     sets = ("interpolation", "uniform", "gaussian", "constant", "rotation")
     names = {f"{m}/{s}{e}" for m in ("auroc", "aupr", "fpr95") for s in sets
              for e in ("", "/softmax", "/gradnorm", "/joint")}  # fmt: skip
-    assert set(found) == names
-    for figure in found.values():
+    assert set(measured) == names
+    for figure in measured.values():
         assert {"score", "ood", "made", "positive", "counts"} <= set(figure.protocol)
 
 
@@ -265,7 +265,7 @@ def test_the_data_sets_beside_the_judged_one_are_taken_where_none_is_named() -> 
     assert how["selection"] == "6 of 9 test images, by the seed"
 
 
-def test_data_sets_that_no_installed_package_reads_are_told_and_the_figures_stay(
+def test_data_sets_that_no_installed_package_reads_are_named_and_the_figures_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def missing() -> None:

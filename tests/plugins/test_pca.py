@@ -27,8 +27,8 @@ def test_components_by_hand() -> None:
 
 
 def test_weats_noise_is_a_share_of_the_singular_values() -> None:
-    found = components(ROWS, 0.95, 0.005)
-    torch.testing.assert_close(found.norm(dim=0), 0.005 * torch.tensor([sqrt(18), sqrt(2)]))
+    result = components(ROWS, 0.95, 0.005)
+    torch.testing.assert_close(result.norm(dim=0), 0.005 * torch.tensor([sqrt(18), sqrt(2)]))
 
 
 def flat_task(variance: float = 1.0, **options: Any) -> Any:

@@ -49,16 +49,16 @@ def test_a_model_cut_off_from_its_pixels_is_judged_and_flagged_and_not_an_error(
     model = pixel_model(Detached(linear(DIGITS.load("train"), 0)))
     pgd, _ = measure(model, DATA, [ROBUSTNESS()], ctx)
     assert pgd.value > 0.5
-    found = {row["name"] for row in ctx.notes.tables["indicators"]["pgd20"] if row["flag"]}
-    assert "gradient" in found
+    collected = {row["name"] for row in ctx.notes.tables["indicators"]["pgd20"] if row["flag"]}
+    assert "gradient" in collected
 
 
 def test_figures_are_the_same_without_indicators() -> None:
-    model, found = pixel_model(linear(DIGITS.load("train"), 0)), []
+    model, result = pixel_model(linear(DIGITS.load("train"), 0)), []
     for judge in (ROBUSTNESS(), ROBUSTNESS(indicators=False)):
         ctx = context()
-        found.append((measure(model, DATA, [judge], ctx), ctx.notes))
-    (with_them, noted), (without, other) = found
+        result.append((measure(model, DATA, [judge], ctx), ctx.notes))
+    (with_them, noted), (without, other) = result
     assert [f.value for f in with_them] == [f.value for f in without]
     assert all(torch.equal(noted.rows[name], other.rows[name]) for name in noted.rows)
     assert "indicators" in noted.tables
@@ -118,17 +118,17 @@ def test_what_guards_a_figure_costs_at_most_what_the_figure_does(
 def test_the_budget_of_a_run_that_went_on_is_that_of_one_that_was_not_stopped(
     tmp_path: Path,
 ) -> None:
-    model, found = pixel_model(linear(DIGITS.load("train"), 0)), []
+    model, result = pixel_model(linear(DIGITS.load("train"), 0)), []
     for batches in (1, None):  # the first time it stops in the middle
-        asked = iter(range(10**9))
+        calls = iter(range(10**9))
 
-        def stop(most: int | None = batches, asked: Iterator[int] = asked) -> bool:
-            return most is not None and next(asked) > 30
+        def stop(most: int | None = batches, calls: Iterator[int] = calls) -> bool:
+            return most is not None and next(calls) > 30
 
         ctx = replace(context(work=tmp_path), batch_size=20, stop=stop)
         with suppress(Preempted):
             measure(model, DATA, [ROBUSTNESS()], ctx)
-            found.append(ctx.notes.tables)
+            result.append(ctx.notes.tables)
     alone = replace(context(), batch_size=20)
     measure(model, DATA, [ROBUSTNESS()], alone)
-    assert found == [alone.notes.tables]
+    assert result == [alone.notes.tables]

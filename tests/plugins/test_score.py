@@ -33,8 +33,8 @@ def test_distances_up_to_c_cost_nothing() -> None:
 
 
 def test_smoothing_shares_a_part_of_the_label_among_all_classes() -> None:
-    found = loss(CLEAN, ADV, smoothing=0.3).parts["p(y|x)"][1]
-    assert float(found.detach()) == pytest.approx((0.5 - 0.8) ** 2 + 0.2**2 + 0.1**2, rel=1e-5)
+    terms = loss(CLEAN, ADV, smoothing=0.3).parts["p(y|x)"][1]
+    assert float(terms.detach()) == pytest.approx((0.5 - 0.8) ** 2 + 0.2**2 + 0.1**2, rel=1e-5)
 
 
 def test_p_of_x_is_not_detached_in_the_distance() -> None:

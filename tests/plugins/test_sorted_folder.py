@@ -113,10 +113,10 @@ class TestFolder:
     def test_images_of_two_sizes_are_refused_with_the_way_out(self, tmp_path: Path) -> None:
         odd = put(sorted_folder(tmp_path) / "test" / "dog" / "9.png", noise(0, 10, 12))
         first = tmp_path / "train" / "cat" / "0.png"
-        with pytest.raises(DataError) as told:
+        with pytest.raises(DataError) as raised:
             Folder(dir=tmp_path).load("train")
-        assert f"{odd} is 12 x 10 px, {first} is 8 x 8" in str(told.value)
-        assert "--set data.size=32" in str(told.value)
+        assert f"{odd} is 12 x 10 px, {first} is 8 x 8" in str(raised.value)
+        assert "--set data.size=32" in str(raised.value)
         for split, n in (("train", 4), ("test", 5)):
             assert Folder(dir=tmp_path, size=16).load(split).x.shape == (n, 1, 16, 16)
 

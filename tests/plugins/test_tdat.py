@@ -22,8 +22,8 @@ CLEAN, ADV = logits((0.5, 0.3, 0.2)), logits((0.2, 0.6, 0.2))
 
 
 def built(**options: object) -> TDATObjective:
-    found: TDATObjective = tiny("objective", "tdat", **options).build(TASK, gen())
-    return found
+    result: TDATObjective = tiny("objective", "tdat", **options).build(TASK, gen())
+    return result
 
 
 def loss(objective: TDATObjective, m: float = 0.0) -> Terms:
@@ -50,8 +50,8 @@ def test_the_papers_regulariser_is_of_clean_images_by_the_norm() -> None:
     far = (log(0.5 / 0.2) ** 2 + log(0.3 / 0.6) ** 2) ** 0.5
     for m in (0.0, 5.0):
         draws = Draws(torch.tensor([[m, 0.0, 0.0]]), ADV)
-        found = objective.loss(identity_backbone(3), batch, draws).parts["regulariser"][1]
-        assert float(found.detach()) == pytest.approx(far * tanh(0.5), rel=1e-5)
+        terms = objective.loss(identity_backbone(3), batch, draws).parts["regulariser"][1]
+        assert float(terms.detach()) == pytest.approx(far * tanh(0.5), rel=1e-5)
 
 
 @pytest.mark.parametrize(("variant", "first"), [("released", 0.934), ("paper", 0.457)])
@@ -107,11 +107,11 @@ def test_it_keeps_where_a_step_ended_and_begins_there_and_momentum_is_the_papers
 
 def test_one_gradient_a_step() -> None:
     backbone, objective, batch = backbone_of("classifier", TASK), built(), toy_batch(TASK)
-    seen: list[int] = []
-    backbone.model.network.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
+    recorded: list[int] = []
+    backbone.model.network.register_forward_hook(lambda m, args, out: recorded.append(len(args[0])))
     updater = Plain().build(backbone.model, torch.optim.SGD(backbone.model.parameters(), lr=0.1))
     train_step(backbone, objective, updater, batch, gen(), Guard())
-    assert seen == [6, 6, 6]  # the climb; x + m and x~
+    assert recorded == [6, 6, 6]  # the climb; x + m and x~
 
 
 def test_its_state_is_the_perturbation() -> None:

@@ -24,8 +24,8 @@ def loss(clean: torch.Tensor, adv: torch.Tensor | None, **options: object) -> Te
 
 @pytest.mark.parametrize(("of", "p"), [("adversarial", 0.2), ("natural", 0.5)])
 def test_the_loss_worked_by_hand(of: str, p: float) -> None:
-    found = loss(CLEAN, ADV, of=of, beta=6).total
-    assert float(found.detach()) == pytest.approx(W * (-log(p) + 6 * KL), rel=1e-5)
+    value = loss(CLEAN, ADV, of=of, beta=6).total
+    assert float(value.detach()) == pytest.approx(W * (-log(p) + 6 * KL), rel=1e-5)
 
 
 @given(energy=st.floats(-1e4, 1e4))
@@ -38,8 +38,8 @@ def test_a_weight_is_at_most_one_over_log_2_and_falls_with_the_size_of_the_energ
 
 
 def test_weights_at_zero_and_far_away() -> None:
-    found = weights(torch.tensor([0.0, 80.0, -1e4]))
-    torch.testing.assert_close(found, torch.tensor([1 / log(2), 1 / 80, 1e-4]))
+    result = weights(torch.tensor([0.0, 80.0, -1e4]))
+    torch.testing.assert_close(result, torch.tensor([1 / log(2), 1 / 80, 1e-4]))
 
 
 def test_the_weights_are_detached_and_of_the_clean_images() -> None:

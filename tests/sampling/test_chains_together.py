@@ -58,17 +58,17 @@ def test_by_running_statistics_no_chain_knows_another() -> None:
 
 def test_chains_that_are_there_for_batch_norm_are_of_the_same_classes() -> None:
     backbone = toy_backbone(TASK)
-    seen: list[Tensor | None] = []
+    recorded: list[Tensor | None] = []
 
     class Noting(At):
         def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
-            seen.append(y)
+            recorded.append(y)
             return super().draw(n, rng, y)
 
     start: Start = Noting(UniformStart(TASK.shape, TASK.bounds).draw(LEAST, gen()))
     y = torch.tensor([2, 0, 2])
     backbone.density.sample(backbone.model, 3, gen(), steps=1, start=start, y=y)
-    (drawn,) = seen
+    (drawn,) = recorded
     assert drawn is not None
     assert drawn.tolist() == [2, 0, 2] * 21 + [2]
     mixture = Mixture().build(TASK, torch.device("cpu"))
@@ -122,7 +122,7 @@ def test_the_last_of_the_energies_chains_do_not_run_alone() -> None:
     sizes: list[int] = []
     handle = backbone.model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
     part = REGISTRY["evaluator"]["energies"](n=131, steps=1)
-    found = part._generated(subject, Context(gen(), Threat("Linf", 8.0), batch_size=130))
+    result = part._generated(subject, Context(gen(), Threat("Linf", 8.0), batch_size=130))
     handle.remove()
     assert sizes[:2] == [130, LEAST]  # what follows are passes that classify, in eval mode
-    assert found.card["together"] == 130
+    assert result.card["together"] == 130

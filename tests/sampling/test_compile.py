@@ -125,9 +125,9 @@ def test_without_a_compiler_one_warning_is_given_and_chains_go_on() -> None:
 
     model = toy_model(TASK).eval()
     unit, energy = Bare(), ModelEnergy(model)
-    with pytest.warns(UserWarning, match="chains run without --compile: .*ompiler") as seen:
+    with pytest.warns(UserWarning, match="chains run without --compile: .*ompiler") as warned:
         first = unit(energy, BATCH.x)
-    assert len(seen) == 1
+    assert len(warned) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         second = unit(energy, BATCH.x)
@@ -147,8 +147,8 @@ def test_what_cuda_compiles_by_is_torchs_own_mode_with_graphs() -> None:
     model = toy_model(TASK)
     with sampling_mode(model, "batch_stats"), torch._dynamo.config.patch(trace_autograd_ops=True):
         energy = ModelEnergy(model)
-        found = unit(energy, BATCH.x.detach().requires_grad_())
-        torch.testing.assert_close(found, eager_gradient(energy, BATCH.x), rtol=1e-4, atol=1e-6)
+        result = unit(energy, BATCH.x.detach().requires_grad_())
+        torch.testing.assert_close(result, eager_gradient(energy, BATCH.x), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_what_cuda_compiles_by_is_torchs_own_mode_with_graphs() -> None:
     ],
     ids=["none", "without headers"],
 )
-def test_a_gpu_machine_without_a_c_compiler_is_told_from_a_fault_of_the_energy(
+def test_a_gpu_machine_without_a_c_compiler_is_no_fault_of_the_energy(
     error: Exception,
 ) -> None:
     wrapped = RuntimeError("backend failed")

@@ -25,10 +25,10 @@ class Marked:
 
     def __init__(self, value: float, *shape: int) -> None:
         self.value, self.shape = value, shape or (1,)
-        self.asked: list[Tensor | None] = []
+        self.classes: list[Tensor | None] = []
 
     def draw(self, n: int, rng: torch.Generator, y: Tensor | None = None) -> Tensor:
-        self.asked.append(y)
+        self.classes.append(y)
         return torch.full((n, *self.shape), self.value)
 
 
@@ -41,24 +41,24 @@ def buffer(n_classes: int = 3, value: float = 9.0, **options: object) -> ReplayB
 
 @given(n=st.integers(1, 12), seed=seeds)
 def test_what_is_stored_is_drawn_again_and_other_slots_stay(n: int, seed: int) -> None:
-    kept = buffer(capacity=12, restart=0)
-    before = kept.states.clone()
-    x, slots = kept.draw(n, gen(seed))
+    stored = buffer(capacity=12, restart=0)
+    before = stored.states.clone()
+    x, slots = stored.draw(n, gen(seed))
     assert torch.equal(x, before[slots])
-    kept.store(slots, x + 100)
-    assert torch.equal(kept.states[slots], x + 100)
+    stored.store(slots, x + 100)
+    assert torch.equal(stored.states[slots], x + 100)
     others = torch.ones(12, dtype=torch.bool)
     others[slots] = False
-    assert torch.equal(kept.states[others], before[others])
-    assert kept.states.shape == before.shape
+    assert torch.equal(stored.states[others], before[others])
+    assert stored.states.shape == before.shape
 
 
 @given(seed=seeds)
 def test_a_draw_is_a_copy_so_a_chain_does_not_write_into_the_buffer(seed: int) -> None:
-    kept = buffer(capacity=12, restart=0)
-    before = kept.states.clone()
-    kept.draw(5, gen(seed))[0].zero_()
-    assert torch.equal(kept.states, before)
+    stored = buffer(capacity=12, restart=0)
+    before = stored.states.clone()
+    stored.draw(5, gen(seed))[0].zero_()
+    assert torch.equal(stored.states, before)
 
 
 @given(n=st.integers(1, 12), seed=seeds)
@@ -71,35 +71,35 @@ def test_slots_are_drawn_without_replacement(n: int, seed: int) -> None:
 def test_slots_of_classes_are_drawn_from_their_slices_without_replacement(
     seed: int, k: int
 ) -> None:
-    kept = buffer(k, capacity=4 * k, conditional=True)
+    stored = buffer(k, capacity=4 * k, conditional=True)
     y = torch.cat([torch.arange(k), torch.arange(k), torch.arange(3), torch.arange(3)])
-    slots = kept.slots(len(y), gen(seed), y)
+    slots = stored.slots(len(y), gen(seed), y)
     assert torch.equal(slots // 4, y)
     assert len(slots.unique()) == len(y)
 
 
 def test_a_class_that_wants_more_slots_than_it_has_shares_them() -> None:
-    kept = buffer(capacity=6, conditional=True)
+    stored = buffer(capacity=6, conditional=True)
     y = torch.zeros(5, dtype=torch.int64)
-    x, slots = kept.draw(5, gen(), y)
+    x, slots = stored.draw(5, gen(), y)
     assert set(slots.tolist()) == {0, 1}
-    kept.store(slots, x)
-    assert kept.states.shape == (6, 1)
+    stored.store(slots, x)
+    assert stored.states.shape == (6, 1)
 
 
 def test_every_slot_is_drawn_in_the_long_run() -> None:
-    kept, rng = buffer(capacity=12), gen()
-    seen = torch.zeros(12)
+    stored, rng = buffer(capacity=12), gen()
+    recorded = torch.zeros(12)
     for _ in range(300):
-        seen[kept.slots(4, rng, None)] += 1
+        recorded[stored.slots(4, rng, None)] += 1
     # 100 expected a slot, with a deviation of about 8
-    assert (seen - 100).abs().max() < 40
+    assert (recorded - 100).abs().max() < 40
 
 
 @given(share=st.sampled_from([0.0, 0.05, 0.3, 1.0]), n=st.integers(1, 12), draws=st.integers(1, 60))
 def test_the_share_of_restarts_is_exact_over_many_draws(share: float, n: int, draws: int) -> None:
-    kept, rng = buffer(value=-1.0, capacity=12, restart=share), gen()
-    fresh = sum(int((kept.draw(n, rng)[0] == -1).sum()) for _ in range(draws))
+    stored, rng = buffer(value=-1.0, capacity=12, restart=share), gen()
+    fresh = sum(int((stored.draw(n, rng)[0] == -1).sum()) for _ in range(draws))
     assert abs(fresh - share * n * draws) < 1
     if share in (0.0, 1.0):
         assert fresh == share * n * draws
@@ -107,17 +107,17 @@ def test_the_share_of_restarts_is_exact_over_many_draws(share: float, n: int, dr
 
 def test_a_restart_begins_in_the_class_of_its_row() -> None:
     start = Marked(-1.0)
-    kept = ReplayBuffer(Buffer(capacity=6, restart=1, conditional=True), start, 3, gen())
+    stored = ReplayBuffer(Buffer(capacity=6, restart=1, conditional=True), start, 3, gen())
     y = torch.tensor([2, 0, 1])
-    x, _ = kept.draw(3, gen(), y)
+    x, _ = stored.draw(3, gen(), y)
     assert (x == -1).all()
-    assert torch.equal(start.asked[-1], y)
+    assert torch.equal(start.classes[-1], y)
 
 
 def test_a_class_conditional_buffer_begins_with_each_class_in_its_slice() -> None:
     start = Marked(0.0)
     ReplayBuffer(Buffer(capacity=6, conditional=True), start, 3, gen())
-    assert start.asked[0].tolist() == [0, 0, 1, 1, 2, 2]
+    assert start.classes[0].tolist() == [0, 0, 1, 1, 2, 2]
 
 
 @given(k=st.sampled_from([3, 7, 100]), capacity=st.integers(1, 400))

@@ -67,9 +67,9 @@ def expected() -> Tensor:
 
 def test_every_batch_draws_from_a_generator_of_its_own_and_says_how_far_it_is() -> None:
     work = Drawing()
-    found = work.run(ResultCache(None, {}))
-    assert torch.equal(found["x"], expected())
-    assert found["row"].tolist() == [*range(7)]
+    result = work.run(ResultCache(None, {}))
+    assert torch.equal(result["x"], expected())
+    assert result["row"].tolist() == [*range(7)]
     assert work.rows == [(0, 3), (3, 5), (5, 7)]
     assert work.done == [3, 5, 7]
 

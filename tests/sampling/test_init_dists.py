@@ -86,7 +86,7 @@ def test_moments_are_taken_on_the_scale_that_the_model_sees() -> None:
         torch.testing.assert_close(factors[0] @ factors[0].T, spread, rtol=1e-3, atol=1e-4)
 
 
-def test_moments_of_other_images_are_other_moments_though_a_cache_is_kept() -> None:
+def test_moments_of_other_images_are_other_moments_despite_a_cache() -> None:
     one, other = toy_task(seed=0), toy_task(seed=1)
     for task in (one, other, one):  # the third comes from the cache
         means, _ = moments(task, classwise=False)
@@ -99,14 +99,14 @@ def test_cached_moments_are_bit_for_bit_those_first_computed(
     monkeypatch.setenv("JEMKIT_CACHE", str(tmp_path))
     task = toy_task()
     first = moments(task, classwise=True)
-    (kept,) = (tmp_path / "moments").iterdir()
+    (saved,) = (tmp_path / "moments").iterdir()
 
     def refuse(split: str) -> Images:
         raise KeyError(split)
 
     again = moments(replace(task, images=refuse), classwise=True)
     assert all(map(torch.equal, first, again))
-    assert kept.suffix == ".safetensors"
+    assert saved.suffix == ".safetensors"
 
 
 def test_a_cache_that_cannot_be_written_stops_nobody(
@@ -228,12 +228,14 @@ def test_covariances_are_whole_where_their_file_is_small(
 
 @pytest.mark.parametrize("size", [8, 33])
 @pytest.mark.parametrize("classwise", [False, True])
-def test_a_file_of_moments_is_as_large_as_was_told(size: int, classwise: bool) -> None:
+def test_a_file_of_moments_is_as_large_as_was_forecast(size: int, classwise: bool) -> None:
     task = toy_task(size=size, n_train=24)
-    found = moments_of(task, classwise=classwise)
+    result = moments_of(task, classwise=classwise)
     form = form_of(task, classwise=classwise)
-    told = form.bytes if form.rank is None else form._replace(rank=found["basis"].shape[2]).bytes
-    assert sum(t.nbytes for t in found.values()) == told <= form.bytes
+    messages = (
+        form.bytes if form.rank is None else form._replace(rank=result["basis"].shape[2]).bytes
+    )
+    assert sum(t.nbytes for t in result.values()) == messages <= form.bytes
 
 
 @given(seed=seeds, n=st.integers(2, 30), d=st.integers(1, 12), rank=st.integers(1, 30))
@@ -256,10 +258,10 @@ def test_leading_directions_of_many_long_rows_are_those_of_an_eigendecomposition
     lengths = torch.tensor([30.0, 20.0, 10.0])
     axes = torch.linalg.qr(normal(0, d, 3)).Q
     c = (normal(1, n, 3) * lengths) @ axes.T / n**0.5 + 0.001 * normal(2, n, d)
-    found = _directions(c, 3)
+    result = _directions(c, 3)
     inside = c @ axes
     wanted = axes @ (inside.T @ inside) @ axes.T
-    difference = torch.linalg.matrix_norm(found @ found.T - wanted)
+    difference = torch.linalg.matrix_norm(result @ result.T - wanted)
     assert difference < 0.01 * torch.linalg.matrix_norm(wanted)  # noise is 0.002 of the lengths
 
 
@@ -331,15 +333,17 @@ def test_moments_that_a_model_brings_need_no_image(tmp_path: Path, size: int) ->
     assert brought(config) is None  # a file that nobody vouches for
 
 
-def test_a_damaged_cache_is_estimated_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_cache_is_estimated_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("JEMKIT_CACHE", str(tmp_path))
     task = toy_task()
     first = moments(task, classwise=True)
-    (kept,) = (tmp_path / "moments").iterdir()
+    (saved,) = (tmp_path / "moments").iterdir()
     for damage in (b"x", b""):
-        kept.write_bytes(damage)
+        saved.write_bytes(damage)
         assert all(map(torch.equal, first, moments(task, classwise=True)))
-        assert kept.stat().st_size > 1000
+        assert saved.stat().st_size > 1000
 
 
 @given(
@@ -368,10 +372,10 @@ def test_a_hit_makes_a_file_of_the_cache_the_newest(
 ) -> None:
     monkeypatch.setenv("JEMKIT_CACHE", str(tmp_path))
     moments(toy_task(), classwise=True)
-    (kept,) = (tmp_path / "moments").iterdir()
-    os.utime(kept, (1000, 1000))
+    (saved,) = (tmp_path / "moments").iterdir()
+    os.utime(saved, (1000, 1000))
     moments(toy_task(), classwise=True)
-    assert kept.stat().st_mtime > 1000
+    assert saved.stat().st_mtime > 1000
 
 
 def test_a_form_says_what_it_is() -> None:

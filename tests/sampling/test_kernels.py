@@ -67,7 +67,7 @@ def test_langevin_ties_the_step_to_half_the_square_of_the_noise(c: float, seed: 
 
 
 @given(seed=seeds)
-def test_the_noise_has_the_size_that_is_asked_for_whatever_the_step(seed: int) -> None:
+def test_the_noise_has_the_requested_size_whatever_the_step(seed: int) -> None:
     x = torch.zeros(4000, 5)
     for step_size in (0.0, 1.0):
         moved = SGLD(step_size=step_size, noise=0.3).step(bowl, x, gen(seed))
@@ -262,7 +262,7 @@ def test_the_energy_of_a_linear_model_falls_along_minus_its_expected_weights(see
     torch.testing.assert_close(slope.flatten(1), -(p @ model.head.weight), rtol=1e-4, atol=1e-5)
 
 
-def test_weights_are_drawn_from_the_generator_that_is_lent() -> None:
+def test_weights_are_drawn_from_the_given_generator() -> None:
     with seeded_init(gen(3)):
         one = MLP(hidden=4).build((1, 2, 2))
     with seeded_init(gen(3)):

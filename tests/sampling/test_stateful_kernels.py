@@ -67,8 +67,8 @@ class Counting(Options):
 
 class TestAChain:
     def test_carries_the_kernels_state_from_step_to_step_and_gives_x(self) -> None:
-        found = list(chain(Counting(), bowl, torch.zeros(2, 3), gen(), 4))
-        assert [float(x[0, 0]) for x in found] == [1, 3, 6, 10]
+        result = list(chain(Counting(), bowl, torch.zeros(2, 3), gen(), 4))
+        assert [float(x[0, 0]) for x in result] == [1, 3, 6, 10]
 
     def test_begins_with_a_fresh_state(self) -> None:
         x = torch.zeros(2, 3)
@@ -97,15 +97,15 @@ class TestAChain:
 
     @pytest.mark.parametrize("kernel", KERNELS, ids=repr)
     def test_of_another_gradient_takes_that_one(self, kernel: Any) -> None:
-        seen: list[int] = []
+        recorded: list[int] = []
 
         def counted(energy: Any, x: Tensor) -> Tensor:
-            seen.append(len(x))
+            recorded.append(len(x))
             return eager_gradient(energy, x)
 
         with gradients_by(counted):
             run(kernel, bowl, torch.ones(2, 3), gen(), 3)
-        assert len(seen) == 3 * (2 if isinstance(kernel, MALA) else 1)
+        assert len(recorded) == 3 * (2 if isinstance(kernel, MALA) else 1)
 
     def test_of_compiled_gradients_is_the_eager_one(self) -> None:
         energy, x = ModelEnergy(toy_model(TASK).eval()), uniform(0, 4, *TASK.shape)
@@ -121,10 +121,10 @@ class TestWrappers:
         x, bounds = uniform(0, 4, 1, 3, 3), Bounds()
         for wrapped in (Boxed(kernel, bounds), Projected(kernel, x, 0.1, bounds)):
             state, inner = wrapped.init(x, gen()), kernel.init(x, gen())
-            found, expected = wrapped.step(bowl, state, gen()), kernel.step(bowl, inner, gen())
-            assert type(found) is type(expected)
-            assert repr(found[1:]) == repr(expected[1:])
-            assert found.x.abs().max() <= 1
+            result, expected = wrapped.step(bowl, state, gen()), kernel.step(bowl, inner, gen())
+            assert type(result) is type(expected)
+            assert repr(result[1:]) == repr(expected[1:])
+            assert result.x.abs().max() <= 1
 
     @pytest.mark.parametrize("kernel", KERNELS, ids=repr)
     def test_hold_every_x_of_a_chain_in_ball_and_range(self, kernel: Any) -> None:
@@ -136,8 +136,8 @@ class TestWrappers:
     def test_nest(self) -> None:
         x = torch.zeros(2, 1, 2, 2)
         kernel = Projected(Boxed(Counting(), Bounds(-5, 5)), x, 2.5, Bounds(-9, 9))
-        found = [float(at.max()) for at in chain(kernel, bowl, x, gen(), 3)]
-        assert found == [1, 2.5, 2.5]
+        value = [float(at.max()) for at in chain(kernel, bowl, x, gen(), 3)]
+        assert value == [1, 2.5, 2.5]
 
     @pytest.mark.parametrize("kernel", KERNELS, ids=repr)
     def test_keep_the_laws_of_a_kernel(self, kernel: Any) -> None:
@@ -148,19 +148,19 @@ class TestWrappers:
 
 class TestReports:
     def test_are_a_mean_for_each_step_by_name(self) -> None:
-        with reports() as seen:
+        with reports() as recorded:
             run(Counting(), bowl, torch.zeros(2, 3), gen(), 3)
             run(Boxed(Counting(), Bounds()), bowl, torch.zeros(2, 3), gen(), 2, name="ascent")
-        assert {name: [float(v) for v in values] for name, values in seen.items()} == {
+        assert {name: [float(v) for v in values] for name, values in recorded.items()} == {
             "sampler/steps": [1, 2, 3],
             "ascent/steps": [1, 2],
         }
 
     def test_are_nothing_of_a_kernel_that_reports_nothing(self) -> None:
-        with reports() as seen:
+        with reports() as recorded:
             run(SignDescent(), bowl, torch.zeros(2, 3), gen(), 3)
             run(SGLDMomentum(), bowl, torch.zeros(2, 3), gen(), 3)
-        assert seen == {}
+        assert recorded == {}
 
     def test_end_with_the_block(self) -> None:
         with reports() as outer:
@@ -177,8 +177,8 @@ class TestMomentum:
         x = normal(seed, 2, 3)
         ours = SGLDMomentum(step_size=0.7, momentum=0.0, noise=noise, clip=clip)
         theirs = SGLD(step_size=0.7, noise=noise, clip=clip)
-        found, expected = (run(k, bowl, x, gen(seed), 4) for k in (ours, theirs))
-        torch.testing.assert_close(found, expected)
+        result, expected = (run(k, bowl, x, gen(seed), 4) for k in (ours, theirs))
+        torch.testing.assert_close(result, expected)
 
     @given(seed=seeds)
     def test_is_carried_over_two_steps_as_by_hand(self, seed: int) -> None:
@@ -271,10 +271,10 @@ class TestMALA:
         def broken(x: Tensor) -> Tensor:
             return bowl(x) * torch.where(x[:, 0] > 0, torch.nan, 1.0)
 
-        with reports() as seen:
+        with reports() as recorded:
             x = run(MALA(step_size=0.5, temperature=1.0), broken, -torch.ones(200, 2), gen(), 9)
         assert x.isnan().any()
-        assert seen["sampler/acceptance"][-1].isnan()
+        assert recorded["sampler/acceptance"][-1].isnan()
 
     def test_makes_sglds_proposals_by_default(self) -> None:
         """At its default temperature the noise is SGLD's."""
