@@ -25,13 +25,13 @@ def model_of(backbone: str, objective: str = "ce") -> PixelModel:
     return PixelModel(backbone_for(objective, backbone).model.eval())
 
 
-def test_folded_logits_are_told() -> None:
+def test_folded_logits_are_named() -> None:
     (text,) = unattacked(model_of("classifier", "ducat"), PGD)
     assert "2K logits, and attacks see K, folded by lse" in text
     assert "foldings" in text
 
 
-def test_an_energy_head_is_told_unless_an_attack_sees_it() -> None:
+def test_an_energy_head_is_named_unless_an_attack_uses_it() -> None:
     (text,) = unattacked(model_of("mebm"), PGD)
     assert "E(x) has a head of its own" in text
     assert text.endswith("; add --attack energy")
@@ -39,7 +39,7 @@ def test_an_energy_head_is_told_unless_an_attack_sees_it() -> None:
         assert not unattacked(model_of("mebm"), (*PGD, name))
 
 
-def test_a_purification_is_told_unless_an_attack_goes_past_it() -> None:
+def test_a_purification_is_named_unless_an_attack_goes_past_it() -> None:
     purified = refined(model_of("jem"), Refinement(steps=1))
     (text,) = unattacked(purified, PGD)
     assert "can hide its gradient" in text
@@ -47,7 +47,7 @@ def test_a_purification_is_told_unless_an_attack_goes_past_it() -> None:
 
 
 @pytest.mark.parametrize("backbone", ["classifier", "jem", "dat"])
-def test_of_a_model_that_answers_by_its_logits_nothing_is_told(backbone: str) -> None:
+def test_of_a_model_that_answers_by_its_logits_nothing_is_named(backbone: str) -> None:
     assert not unattacked(model_of(backbone), PGD)
 
 

@@ -315,9 +315,11 @@ KEYS = {("outputs.py", "found"), ("findings.py", "found")}
 """Keys of a record."""
 
 BENCHMARKS = sorted((root() / "benchmarks").rglob("*.py"))
+TIDY = ["attacks", "evaluation", "laws", "metrics", "models", "plugins", "sampling", "."]
+TESTS = [path for name in TIDY for path in sorted((root() / "tests" / name).glob("*.py"))]
 
 
-@over([*FILES, *BENCHMARKS])
+@over([*FILES, *BENCHMARKS, *TESTS])
 def test_a_name_says_what_it_holds(path: Path) -> None:
     with path.open("rb") as file:
         names = {t.string for t in tokenize.tokenize(file.readline) if t.type == tokenize.NAME}

@@ -157,7 +157,7 @@ def test_an_image_is_robust_if_it_withstands_both_attacks() -> None:
     assert int(alone.sum()) / 45 > measured["et3/pgd5"].value
 
 
-def test_it_runs_only_where_it_is_asked_for() -> None:
+def test_it_runs_only_on_demand() -> None:
     with pytest.raises(Unmeasurable, match=r"set et3.steps to 1 or 2"):
         figures(steps=0)
     assert set(ET3().unused()) == {"radius_px", "step_px", "direction"}

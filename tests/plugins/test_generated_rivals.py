@@ -68,11 +68,11 @@ def test_cutmix_pastes_what_its_weight_says_and_its_labels_sum_to_one(
     seed: int, smoothing: float, n: int
 ) -> None:
     x = torch.arange(n, dtype=torch.float32).view(n, 1, 1, 1).expand(n, 2, 9, 7)
-    found, mixed = cut_mixed(x, gen(seed))
-    own = (found == x).float().mean((1, 2, 3))
+    result, mixed = cut_mixed(x, gen(seed))
+    own = (result == x).float().mean((1, 2, 3))
     if n > 1:
         torch.testing.assert_close(own, mixed.weight)
-        assert torch.isin(found, x).all()
+        assert torch.isin(result, x).all()
     batch = batch_of(X[:1].expand(n, 3), *[i % 3 for i in range(n)])._replace(mixed=mixed)
     totals = soft_labels(batch, 3, smoothing).sum(1)
     torch.testing.assert_close(totals, torch.ones(n))

@@ -1,4 +1,4 @@
-"""PCA starts: components of a class by hand, their Gaussian, and the classes that are asked for."""
+"""PCA starts: components of a class by hand, their Gaussian, and the classes that are requested."""
 
 from dataclasses import replace
 from math import sqrt
@@ -40,7 +40,7 @@ def flat_task(variance: float = 1.0, **options: Any) -> Any:
     return PCA(variance=variance, **options).build(task, CPU), task
 
 
-def test_draws_are_of_the_classs_gaussian_and_of_the_class_that_is_asked_for() -> None:
+def test_draws_are_of_the_classs_gaussian_and_of_the_requested_class() -> None:
     start, task = flat_task()
     y = torch.tensor([0, 1]).repeat(2000)
     x = task.bounds.to_unit(start.draw(4000, gen(), y))

@@ -92,17 +92,17 @@ def same(one: Attacked, other: Attacked) -> None:
     assert torch.equal(one.x_adv, other.x_adv)
     assert torch.equal(one.right, other.right)
     assert one.stages == other.stages
-    first, second = ({**found.protocol, "seconds": 0} for found in (one, other))
+    first, second = ({**result.protocol, "seconds": 0} for result in (one, other))
     assert first == second
 
 
 def stopping_at(n: int) -> Callable[[], bool]:
-    """Asks for a stop from the n-th time on that it is asked."""
-    asked = 0
+    """Stops from the call after the n-th on."""
+    requested = 0
 
     def stop() -> bool:
-        nonlocal asked
-        asked += 1
-        return asked > n
+        nonlocal requested
+        requested += 1
+        return requested > n
 
     return stop

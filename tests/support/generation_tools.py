@@ -40,8 +40,8 @@ def judged(
     ctx: Context | None = None, model: PixelModel | None = None, **options: Any
 ) -> dict[str, Figure]:
     evaluator = Generation(**{"n": 40, "steps": 1, "features": PIXELS, **options})
-    found = measure(model or subject(), images("test"), [evaluator], ctx or context())
-    return {figure.name: figure for figure in found}
+    figures = measure(model or subject(), images("test"), [evaluator], ctx or context())
+    return {figure.name: figure for figure in figures}
 
 
 def mean_pixels(pixels: Tensor) -> Tensor:

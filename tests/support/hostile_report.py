@@ -13,20 +13,20 @@ HOSTILE = '<img src=x onerror="window.hurt=1">\'</script><script>window.hurt=1</
 def hostile_run(folder: Path) -> Path:
     """Every text that a file may bring is an attack."""
     folder = folder / "<b onclick=alert(1)>&'\""
-    found = full_record(1.0)
+    whole = full_record(1.0)
     figures = [
-        *found.figures,
+        *whole.figures,
         plain(HOSTILE, 1.0, N, card(**{HOSTILE: HOSTILE, "attack": HOSTILE})),
     ]
     row = dict.fromkeys(("name", "found", "means", "do"), HOSTILE)
     tables = {
-        **found.tables, "ood": {HOSTILE: {HOSTILE: {"auroc": HOSTILE, "n": 3}}},
+        **whole.tables, "ood": {HOSTILE: {HOSTILE: {"auroc": HOSTILE, "n": 3}}},
         "indicators": {HOSTILE: [{**row, "flag": True}]},
-        "radius_curve": {**found.tables["radius_curve"], "attack": HOSTILE, "norm": HOSTILE},
-        "energies": {**found.tables["energies"], "n": {"clean": HOSTILE}},
+        "radius_curve": {**whole.tables["radius_curve"], "attack": HOSTILE, "norm": HOSTILE},
+        "energies": {**whole.tables["energies"], "n": {"clean": HOSTILE}},
     }  # fmt: skip
-    subject = {**found.subject, "backbone": HOSTILE, "data": HOSTILE, "run": HOSTILE}
-    protocol = {**found.protocol, "checkpoint": HOSTILE, "versions": {HOSTILE: HOSTILE}}
+    subject = {**whole.subject, "backbone": HOSTILE, "data": HOSTILE, "run": HOSTILE}
+    protocol = {**whole.protocol, "checkpoint": HOSTILE, "versions": {HOSTILE: HOSTILE}}
     bad = Record(subject, protocol, figures, tables, {}, {HOSTILE: HOSTILE}, [HOSTILE])
     bare_run(folder, bad, {**RECIPE, HOSTILE: {HOSTILE: HOSTILE}})
     (folder / "metrics.csv").write_text(f'step,"loss {HOSTILE.replace(chr(34), "")}"\n0,1\n1,2\n')
