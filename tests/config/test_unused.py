@@ -92,8 +92,8 @@ KNOWN = {
     "evaluator energies": "n steps bins path_images",
     "evaluator et3": "steps radius_px step_px direction",
     "evaluator foldings": "steps",
-    "evaluator generation": "n steps start source selection reference max_reference inception "
-    "features",
+    "evaluator generation": "n steps start source selection reference max_reference statistics "
+    "inception features",
     "evaluator ood": "made against",
     "evaluator robustness": "indicators indicator_images",
 }
