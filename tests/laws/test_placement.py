@@ -44,8 +44,10 @@ def rng(seed: int = 1) -> FarGenerator:
 
 
 def far_batch() -> Batch:
-    x, y, x_pos, index, step, _ = toy_batch(TASK, 6, positives=4)
-    return Batch(Far(x), Far(y), Far(x_pos), Far(index), step)
+    batch = toy_batch(TASK, 6, positives=4)
+    return batch._replace(
+        x=Far(batch.x), y=Far(batch.y), x_pos=Far(batch.x_pos), index=Far(batch.index)
+    )
 
 
 def far_backbone(name: str, objective: str = "ebjdat", **options: Any) -> Backbone:
