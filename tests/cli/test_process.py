@@ -4,20 +4,22 @@ import errno
 import fcntl
 import os
 import pty
+import resource
 import signal
 import subprocess
 import sys
 import termios
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cli_tools import SHORT, TINY, command, environment, jemkit, process
-from ranks import torchrun
+from cli_tools import SHORT, TINY, environment, jemkit
+from forked import Forked, forked, processes
 from waiting import until
 
 from jemkit.errors import DataError, memory_ran_out
@@ -105,46 +107,68 @@ def test_an_interrupt_of_work_ends_with_one_line_and_130(tmp_path: Path, how: st
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
-@pytest.mark.parametrize(
-    ("module", "more"),
-    [
-        (False, {"PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}),
-        (True, {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}),
-    ],
-)
-def test_a_character_that_the_terminal_lacks_is_replaced(
-    tmp_path: Path, module: bool, more: dict[str, str]
-) -> None:
-    arguments = ("train", *SHORT, "--dry-run", "--out=lauf ü")
-    line = [sys.executable, "-m", "jemkit", *arguments] if module else command(*arguments)
+UMLAUT = ("train", *SHORT, "--dry-run", "--out=lauf ü")
+C_LOCALE = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+
+
+def test_a_character_that_the_terminal_lacks_is_replaced(tmp_path: Path) -> None:
+    for encoding in ("ascii", "iso8859-5"):
+        running = Forked(*UMLAUT, cwd=tmp_path, encoding=encoding)
+        assert running.outcome()[::2] == (0, "")
+        assert "lauf \\" in running.text("stdout")
     done = subprocess.run(
-        line, cwd=tmp_path, env=environment(**more), capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-m", "jemkit", *UMLAUT], cwd=tmp_path, env=environment(**C_LOCALE),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert "lauf \\" in done.stdout
 
 
-def test_a_run_whose_name_the_locale_lacks_trains_and_is_judged(tmp_path: Path) -> None:
-    more = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
-    done = process("train", *SHORT, "--out=lauf ü", cwd=tmp_path, **more)
-    assert done.code == 0, done.err
+COMMANDS = """
+import sys
+from jemkit_cli.app import main
+for words in sys.argv[1].split(";"):
+    try:
+        main(words.split("|"))
+    except SystemExit as ended:
+        assert not ended.code, words
+"""
+
+
+def test_a_run_whose_name_the_locale_lacks_trains_and_is_evaluated(tmp_path: Path) -> None:
+    commands = (
+        ("train", *SHORT, "--out=lauf ü"),
+        ("evaluate", "lauf ü", "--only=accuracy", "--json"),
+        ("report", "lauf ü"),
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, ";".join(map("|".join, commands))],
+        cwd=tmp_path, env=environment(**C_LOCALE), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "lauf ü" / "config.json").exists()
-    for words in (("evaluate", "lauf ü", "--only=accuracy", "--json"), ("report", "lauf ü")):
-        done = process(*words, cwd=tmp_path, **more)
-        assert done.code == 0, done.err
+    assert (tmp_path / "lauf ü" / "report.html").exists()
 
 
 def test_a_reader_that_ends_does_not_end_the_work(tmp_path: Path) -> None:
-    running = subprocess.Popen(
-        command("train", *SHORT, "--out=here"), cwd=tmp_path, env=environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    running = Forked(
+        "train", *SHORT, "--out=here", cwd=tmp_path, streams={"stdout": str(pipe)},
+        before=partial(wait_for, tmp_path / "closed"),
     )  # fmt: skip
-    assert running.stdout is not None
-    assert running.stderr is not None
-    running.stdout.close()
-    assert running.stderr.read() == ""
-    assert running.wait() == 0
+    until((tmp_path / "opened").exists, "the start")
+    os.close(reader)
+    (tmp_path / "closed").touch()
+    assert running.outcome() == (0, "", "")
     assert (tmp_path / "here" / "checkpoints" / "best").exists()
+
+
+def wait_for(path: Path) -> None:
+    """Say that the streams are open, and wait until the file is there."""
+    (path.parent / "opened").touch()
+    until(path.exists, path.name)
 
 
 def test_silent_work_shows_its_time_on_a_terminal_and_the_next_word_takes_it_away() -> None:
@@ -182,15 +206,8 @@ def test_silent_work_shows_its_time_on_a_terminal_and_the_next_word_takes_it_awa
     assert (done.stdout, done.stderr) == (b"1\n", b"")
 
 
-def hear_signals() -> None:
-    """As in a terminal: tests in the background, or under nohup, hand signals on as ignored."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
 def own_terminal() -> None:
     """The process leads a session, and its standard input is the session's terminal."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the tests' own is ignored
     os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
@@ -207,11 +224,10 @@ def sound(run: Path) -> int:
 
 def test_a_closed_terminal_saves_the_run(tmp_path: Path) -> None:
     leader, follower = pty.openpty()
-    running = subprocess.Popen(
-        command(*LONG), cwd=tmp_path, env=environment(TERM="xterm-256color"), stdin=follower,
-        stdout=follower, stderr=follower, preexec_fn=own_terminal,
-    )  # fmt: skip
-    os.close(follower)
+    terminal = dict.fromkeys(("stdin", "stdout", "stderr"), os.ttyname(follower))
+    running = Forked(
+        *LONG, cwd=tmp_path, streams=terminal, before=own_terminal, TERM="xterm-256color"
+    )
     os.set_blocking(leader, False)
 
     def shown() -> int:
@@ -221,6 +237,7 @@ def test_a_closed_terminal_saves_the_run(tmp_path: Path) -> None:
         return steps(tmp_path)
 
     until(lambda: shown() > 3, "the third step")
+    os.close(follower)
     os.close(leader)
     assert running.wait() == 5
     assert sound(tmp_path / "here") >= 3
@@ -228,33 +245,27 @@ def test_a_closed_terminal_saves_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_hangup_is_a_termination_but_for_who_ignores_it(tmp_path: Path, ignored: bool) -> None:
-    def before() -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
-
-    running = subprocess.Popen(
-        command(*LONG), cwd=tmp_path, env=environment(), preexec_fn=before,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert running.stderr is not None
+    handler = signal.SIG_IGN if ignored else signal.SIG_DFL
+    running = Forked(*LONG, cwd=tmp_path, before=partial(signal.signal, signal.SIGHUP, handler))
     until(lambda: steps(tmp_path) > 3, "the third step")
     running.send_signal(signal.SIGHUP)
     if ignored:
         now = steps(tmp_path)
         until(lambda: steps(tmp_path) > now + 20, "twenty steps more")
         running.send_signal(signal.SIGTERM)
-    assert "continue with --resume --out here" in running.stderr.read()
     assert running.wait() == 5
+    assert "continue with --resume --out here" in running.text("stderr")
     assert sound(tmp_path / "here") >= 3
 
 
-def test_a_hangup_of_torchrun_saves_the_run(tmp_path: Path) -> None:
-    done = torchrun(
-        *LONG, "--set=run.batch_size=8", cwd=tmp_path,
-        kill=lambda cwd: steps(cwd) > 3, by=signal.SIGHUP, to_all=True,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "continue with --resume" in done.stderr or "another process" in done.stderr, done.stderr
-    assert sound(tmp_path / "here") >= 0
+def test_a_hangup_of_all_processes_saves_the_run(tmp_path: Path) -> None:
+    running = processes(*LONG, "--set=run.batch_size=8", cwd=tmp_path)
+    until(lambda: steps(tmp_path) > 3, "the third step")
+    for process in running:
+        process.send_signal(signal.SIGHUP)
+    assert [process.wait() for process in running] == [5, 5]
+    assert any("continue with --resume" in process.text("stderr") for process in running)
+    assert sound(tmp_path / "here") >= 3
 
 
 VERIFYING = ("verify-resume", "recipe.toml", "--steps=400")
@@ -267,16 +278,11 @@ def test_a_stopped_proof_of_resume_leaves_nothing_behind(
     shown = jemkit("config", "show", *TINY, "--set=run.max_train=40", "--set=backbone.steps=3")
     (tmp_path / "recipe.toml").write_text(shown.out)
     (tmp_path / "temporary").mkdir()
-    running = subprocess.Popen(
-        command(*VERIFYING), cwd=tmp_path, env=environment(TMPDIR=str(tmp_path / "temporary")),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=hear_signals,
-    )  # fmt: skip
-    assert running.stdout is not None
-    assert running.stdout.readline() == "training whole\n"
+    running = Forked(*VERIFYING, cwd=tmp_path, TMPDIR=str(tmp_path / "temporary"))
+    until(lambda: running.text("stdout") == "training whole\n", "the start", running.outcome)
     running.send_signal(number)
-    _, err = running.communicate()
-    assert running.returncode == 5, err
+    _, _, err = outcome = running.outcome()
+    assert outcome.code == 5, err
     began = "interrupted" if number == signal.SIGINT else "stopped"
     assert err.splitlines()[-1].startswith(f"{began} before everything was compared")
     assert list((tmp_path / "temporary").glob("jemkit-*")) == []
@@ -368,20 +374,19 @@ def test_an_error_of_c_code_without_an_exception_is_memory_that_ran_out() -> Non
 @pytest.mark.parametrize("more", [8 << 20, 250 << 20])
 def test_a_limit_of_memory_ends_a_command_with_7(tmp_path: Path, more: int) -> None:
     """The limit is what the process has when torch is imported, and a little."""
-    script = (
-        "import resource, sys, torch, jemkit.training.run, jemkit.evaluation.evaluate\n"
-        "from jemkit_cli.app import main\n"
-        "has = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-        f"resource.setrlimit(resource.RLIMIT_AS, (has + {more},) * 2)\n"
-        "main()\n"
-    )
     big = ("--network=wrn-40-10", "--device=cpu", "--set=run.max_train=80", "--epochs=1")
-    done = subprocess.run(
-        [sys.executable, "-c", script, "train", "--backbone=jem", "--objective=jem", *big],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False,
+    done = forked(
+        "train", "--backbone=jem", "--objective=jem", *big,
+        cwd=tmp_path, before=partial(limit_memory, more),
     )  # fmt: skip
-    assert done.returncode == 7, done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.code == 7, done.err
+    assert "Traceback" not in done.err
+
+
+def limit_memory(more: int) -> None:
+    """What the process has, and so many bytes more."""
+    has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (has + more, has + more))
 
 
 def test_output_whose_reader_is_gone_keeps_no_descriptor() -> None:

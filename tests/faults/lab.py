@@ -1,5 +1,5 @@
-"""A process that starts small runs, or evaluations, and lets faults befall them; a test reads what
-came of it.
+"""A process that starts small runs, or evaluations, and makes faults happen in them; a test reads
+the outcome.
 
 Each run is a forked child. Its faults come from an audit hook, which python calls before every
 operation on a file: there the child is killed, or finds the disk full.
@@ -11,25 +11,22 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from ranks import in_a_new_process
+from states import timeless
+from toys import linear_model, toy_recipe, toy_registry
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-torch.set_num_threads(1)
-
-from states import timeless  # noqa: E402
-from toys import linear_model, toy_recipe, toy_registry  # noqa: E402
-
-from jemkit import JemkitError, PixelModel, evaluate, train  # noqa: E402
-from jemkit.metrics import record as records  # noqa: E402
-from jemkit.runtime import checkpoint  # noqa: E402
-from jemkit.runtime.disk import Patience, waiting  # noqa: E402
-from jemkit.runtime.pytree import differing  # noqa: E402
-from jemkit.runtime.run_dir import RunFolder  # noqa: E402
-from jemkit.testing import toy_task  # noqa: E402
+from jemkit import JemkitError, PixelModel, evaluate, train
+from jemkit.metrics import record as records
+from jemkit.runtime import checkpoint
+from jemkit.runtime.disk import Patience, waiting
+from jemkit.runtime.pytree import differing
+from jemkit.runtime.run_dir import RunFolder
+from jemkit.testing import toy_task
 
 REGISTRY = toy_registry()
 NAMES = ("jem", "ebjdat", "plain", "run.ema_decay=0.9", "objective.adv_steps=1")
@@ -58,7 +55,7 @@ def watch_files(out: Path, at: Callable[[int, bool], None]) -> None:
 
 
 class Training:
-    """A run, gone on with wherever it stands."""
+    """A run, resumed wherever it stands."""
 
     @staticmethod
     def go(out: Path, patience: Patience | None = None) -> None:
@@ -72,8 +69,8 @@ class Training:
         if not (out / "config.json").exists():
             return "unborn"
         checkpoint.recover(out / "checkpoints")
-        found = checkpoint.sound(out / "checkpoints")
-        return "; ".join(map(str, found.damaged.values())) or "sound"
+        damaged = checkpoint.sound(out / "checkpoints").damaged
+        return "; ".join(map(str, damaged.values())) or "sound"
 
     @staticmethod
     def ended(out: Path) -> dict[str, Any]:
@@ -86,14 +83,14 @@ class Training:
 
 
 class Evaluation:
-    """An evaluation, asked for again wherever it stands."""
+    """An evaluation, started again wherever it stands."""
 
     @staticmethod
     def go(out: Path, patience: Patience | None = None) -> None:
         subject, images = PixelModel(linear_model(64, 3)), toy_task().images("valid")
-        asked = {"attacks": ("pgd", "fgsm"), "only": ("accuracy", "robustness", "energies")}
+        options = {"attacks": ("pgd", "fgsm"), "only": ("accuracy", "robustness", "energies")}
         with waiting(patience or Patience(lambda: False)):
-            evaluate(subject, images, registry=REGISTRY, out=out, batch_size=5, **asked)
+            evaluate(subject, images, registry=REGISTRY, out=out, batch_size=5, **options)
 
     @staticmethod
     def left(out: Path) -> str:
@@ -105,10 +102,10 @@ class Evaluation:
 
     @staticmethod
     def ended(out: Path) -> dict[str, Any]:
-        found = records.load(out)
-        figures = {f.name: f.value for f in found.figures}
+        record = records.load(out)
+        figures = {f.name: f.value for f in record.figures}
         files = sorted(str(path.relative_to(out)) for path in out.rglob("*"))
-        return {"figures": figures, "rows": found.rows, "files": files}
+        return {"figures": figures, "rows": record.rows, "files": files}
 
 
 WORKS: dict[str, type[Training] | type[Evaluation]] = {
@@ -152,15 +149,15 @@ def killed_at(work: Work, out: Path, count: int) -> int:
 
 
 def full_at(work: Work, out: Path, count: int, *, for_good: bool) -> int:
-    """A disk that is full at the n-th write: only then, or from then on until a stop is asked."""
+    """A disk that is full at the n-th write: only then, or from then on until the run stops."""
 
     def at(n: int, written: bool) -> None:
         if written and (n == count or (for_good and n > count)):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     def done() -> None:
-        told: list[str] = []
-        patience = Patience(lambda: for_good and len(told) > 0, told.append, lambda _: None)
+        messages: list[str] = []
+        patience = Patience(lambda: for_good and len(messages) > 0, messages.append, lambda _: None)
         watch_files(out, at)
         work.go(out, patience)
 
@@ -175,40 +172,54 @@ def left_by(work: Work, out: Path) -> str:
 
 
 def counted(work: Work, out: Path, to: Path) -> None:
-    """What no fault befalls; how many operations on files and how many seconds it took."""
-    seen: list[int] = []
-    watch_files(out, lambda n, _: seen.append(n))
+    """A run without a fault; how many operations on files and how many seconds it took."""
+    operations: list[int] = []
+    watch_files(out, lambda n, _: operations.append(n))
     began = time.monotonic()
     work.go(out)
-    to.write_text(json.dumps([len(seen), time.monotonic() - began]))
+    to.write_text(json.dumps([len(operations), time.monotonic() - began]))
 
 
-def main() -> None:
-    """{"folder", "what", "kind", "faults"}, faults as shares of undisturbed work; a JSON line."""
-    asked = json.loads(sys.stdin.read())
-    folder, work = Path(asked["folder"]), WORKS[asked["what"]]
-    status = child(lambda: counted(work, folder / "whole", folder / "count"))
-    operations, seconds = json.loads((folder / "count").read_text())
-    whole, left, runs = work.ended(folder / "whole"), list(asked["faults"]), 0
-    told: list[dict[str, Any]] = [{"status": status, "operations": operations}]
+def experiment(folder: Path, what: str, kind: str, faults: list[float]) -> None:
+    """Write a JSON list into the folder: a line for each fault, and one for each end of a run."""
+    torch.set_num_threads(1)
+    work, reference = WORKS[what], folder.parent / f"whole-{what}"
+    count = folder.parent / f"count-{what}"
+    if not count.exists():  # else another test of this session has run it
+        assert child(lambda: counted(work, reference, count)) == 0
+    operations, seconds = json.loads(count.read_text())
+    assert operations > 30
+    whole, left, runs = work.ended(reference), list(faults), 0
+    lines: list[dict[str, Any]] = []
     while left:
         out, runs = folder / f"run-{runs}", runs + 1
         done = False
         while left and not done:
             share = left.pop(0)
             at = 1 + int(share * operations)
-            if asked["kind"] == "time":
+            if kind == "time":
                 status = child(lambda out=out: work.go(out), share * seconds)  # type: ignore[misc]
-            elif asked["kind"] == "kill":
+            elif kind == "kill":
                 status = killed_at(work, out, at)
             else:
-                status = full_at(work, out, at, for_good=asked["kind"] == "full")
-            told.append({"status": status, "at": at, "left": left_by(work, out)})
-            done = status == 0 or asked["kind"] in ("full", "once")
+                status = full_at(work, out, at, for_good=kind == "full")
+            lines.append({"status": status, "at": at, "left": left_by(work, out)})
+            done = status == 0 or kind in ("full", "once")
         status = child(lambda out=out: work.go(out))  # type: ignore[misc]
-        told.append({"status": status, "differs": list(differing(whole, work.ended(out)))})
-    print(json.dumps(told))
+        lines.append({"status": status, "differs": list(differing(whole, work.ended(out)))})
+    (folder / "lines.json").write_text(json.dumps(lines))
 
 
-if __name__ == "__main__":
-    main()
+def check(
+    folder: Path, what: str, kind: str, faults: Sequence[float], statuses: tuple[int, ...]
+) -> None:
+    """After each fault the run ends with one of these statuses and is sound; resumed, it ends as
+    the run without a fault."""
+    in_a_new_process(experiment, folder, what, kind, list(faults))
+    lines = json.loads((folder / "lines.json").read_text())
+    for line in lines:
+        if "differs" in line:
+            assert line == {"status": 0, "differs": []}, lines
+        else:
+            assert line["status"] in statuses, lines
+            assert line["left"] in ("sound", "unborn"), lines

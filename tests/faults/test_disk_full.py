@@ -1,35 +1,28 @@
 """A full disk pauses a run or ends it by exit 6; what was saved before is whole either way."""
 
 import resource
-import subprocess
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
-from cli_tools import TINY, command, environment
-from test_kills import befallen
+from cli_tools import TINY
+from forked import forked
+from lab import check
 
 from jemkit.runtime import checkpoint
 from jemkit.runtime.disk import used_bytes
 
-EXIT_6 = 6 << 8
-
-
-def check(folder: Path, what: str, kind: str, faults: Sequence[float]) -> None:
-    for line in befallen(folder, what, kind, list(faults))[1:]:
-        if "left" in line:
-            assert line["status"] in (0, EXIT_6), line
-            assert line["left"] in ("sound", "unborn"), line
+STATUSES = (0, 6 << 8)
 
 
 @pytest.mark.parametrize("what", ["train", "evaluate"])
 def test_a_write_that_finds_no_room_once_changes_nothing(tmp_path: Path, what: str) -> None:
-    check(tmp_path, what, "once", (0.0, 0.5))
+    check(tmp_path, what, "once", (0.0, 0.5), STATUSES)
 
 
 @pytest.mark.parametrize("what", ["train", "evaluate"])
 def test_a_disk_that_stays_full_ends_it_and_room_lets_it_go_on(tmp_path: Path, what: str) -> None:
-    check(tmp_path, what, "full", (0.02, 0.6))
+    check(tmp_path, what, "full", (0.02, 0.6), STATUSES)
 
 
 @pytest.mark.slow
@@ -37,7 +30,7 @@ def test_a_disk_that_stays_full_ends_it_and_room_lets_it_go_on(tmp_path: Path, w
 @pytest.mark.parametrize("kind", ["once", "full"])
 @pytest.mark.parametrize("what", ["train", "evaluate"])
 def test_no_room_at_any_write(tmp_path: Path, what: str, kind: str) -> None:
-    check(tmp_path, what, kind, [i / 150 for i in range(150)])
+    check(tmp_path, what, kind, [i / 150 for i in range(150)], STATUSES)
 
 
 @pytest.mark.parametrize("largest", [1_000, 15_000])
@@ -46,17 +39,14 @@ def test_a_file_that_may_not_grow_ends_the_command_with_exit_6_and_its_name(
 ) -> None:
     """The limit stands for a disk that fills in the midst of a file."""
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-
-    done = subprocess.run(
-        command("train", "--objective=jem", "--backbone=jem", *TINY, "--epochs=1", "--out=run"),
-        cwd=tmp_path, env=environment(), capture_output=True, text=True,
-        preexec_fn=limit, check=False,
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (largest, largest))
+    done = forked(
+        "train", "--objective=jem", "--backbone=jem", *TINY, "--epochs=1", "--out=run",
+        cwd=tmp_path, before=limit,
     )  # fmt: skip
-    assert done.returncode == 6, done.stderr
-    assert "File too large" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.code == 6, done.err
+    assert "File too large" in done.err
+    assert "Traceback" not in done.err
     assert used_bytes(tmp_path / "run") >= 0
     if (tmp_path / "run" / "config.json").exists():
         checkpoint.sound(tmp_path / "run" / "checkpoints")

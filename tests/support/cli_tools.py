@@ -24,6 +24,14 @@ TINY = (
     "--set=backbone.steps=1",
 )
 SHORT = (*TINY, "--epochs=1", "--set=objective.adv_steps=1")
+CLASSIFIER = (
+    "--backbone=classifier",
+    "--objective=ce",
+    "--network=smallcnn",
+    "--set=run.max_train=80",
+    "--set=run.batch_size=16",
+    "--epochs=1",
+)
 KEYS = [
     "run", "backbone", "objective", "dataset", "seed", "epochs", "seconds", "clean_accuracy",
     "pgd_accuracy", "radius_px", "energy_gap_mean", "energy_gap_variance", "energy_gap_relative",
@@ -56,6 +64,15 @@ def jemkit(*arguments: str) -> Outcome:
         except SystemExit as ended:
             code = int(ended.code or 0)
     return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def one_line(done: Outcome, code: int) -> str:
+    """The only line of an error."""
+    assert done.code == code, done.err
+    assert "Traceback" not in done.err
+    assert done.err.startswith("error: ")
+    assert done.err.count("\n") == 1
+    return done.err
 
 
 def command(*arguments: str) -> list[str]:
