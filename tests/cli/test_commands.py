@@ -77,7 +77,7 @@ class TestRefusals:
         assert path in one_line(jemkit(*command, path), 6)
         assert sorted(p.name for p in Path().iterdir()) == ["empty", "words.txt"]
 
-    def test_every_mistake_is_told_at_once(self) -> None:
+    def test_all_mistakes_are_reported_at_once(self) -> None:
         done = jemkit("train", "--set=backbone.stps=5", "--set=run.seed=-1")
         assert (done.code, done.err.count("\n")) == (3, 2)
 
@@ -91,11 +91,11 @@ class TestSample:
         drawn = jemkit(*arguments, "--class=3", "--class=1", "--start=uniform", "--out=here")
         assert drawn.code == 0, drawn.err
         record = drawn.record
-        with np.load(record["npz"], allow_pickle=False) as found:
-            assert found["image"].shape == (12, 8, 8, 1)
-            assert found["image"].dtype == np.uint8
-            assert found["label"].tolist() == [3] * 6 + [1] * 6
-            protocol = json.loads(str(found["protocol"]))
+        with np.load(record["npz"], allow_pickle=False) as archive:
+            assert archive["image"].shape == (12, 8, 8, 1)
+            assert archive["image"].dtype == np.uint8
+            assert archive["label"].tolist() == [3] * 6 + [1] * 6
+            protocol = json.loads(str(archive["protocol"]))
         assert protocol == record["protocol"]
         assert (protocol["start"], protocol["steps"], protocol["class"]) == ("uniform", 2, [1, 3])
         assert protocol["sampler"]["use"] == "sgld"
@@ -108,8 +108,8 @@ class TestSample:
         images = []
         for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
             arguments = ("--n=3", "--steps=2", f"--seed={seed}", f"--out={folder}", "--json")
-            with np.load(jemkit("sample", run, *arguments).record["npz"]) as found:
-                images.append(found["image"])
+            with np.load(jemkit("sample", run, *arguments).record["npz"]) as archive:
+                images.append(archive["image"])
         assert (images[0] == images[1]).all()
         assert (images[0] != images[2]).any()
 
@@ -154,11 +154,11 @@ class TestParts:
         assert "sadajem" in jemkit("plugins", "list").out
 
     def test_a_part_tells_its_options_and_their_defaults(self) -> None:
-        (found,) = json.loads(jemkit("plugins", "info", "sadajem", "--json").out)
-        options = {option["name"]: option["default"] for option in found["options"]}
+        (part,) = json.loads(jemkit("plugins", "info", "sadajem", "--json").out)
+        options = {option["name"]: option["default"] for option in part["options"]}
         assert options["steps"] == 10
         assert options["sampler"]["use"] == "sgld"
-        assert "CVPR" in found["doc"] or "WideResNet" in found["doc"]
+        assert "CVPR" in part["doc"] or "WideResNet" in part["doc"]
         text = jemkit("plugins", "info", "jem").out
         assert "backbone jem" in text
         assert "objective jem" in text
@@ -190,15 +190,15 @@ class TestConfig:
 
     def test_every_value_is_shown_with_its_origin(self) -> None:
         done = jemkit("config", "show", "--epochs=3", "--set=run.seed=4", "--json")
-        found = json.loads(done.out)
-        assert found["origins"]["run.epochs"] == "option"
-        assert found["origins"]["run.seed"] == "--set run.seed=4"
-        assert found["origins"]["run.ema_decay"] == "default"
+        shown = json.loads(done.out)
+        assert shown["origins"]["run.epochs"] == "option"
+        assert shown["origins"]["run.seed"] == "--set run.seed=4"
+        assert shown["origins"]["run.ema_decay"] == "default"
 
     def test_the_schema_is_json_and_knows_every_part(self) -> None:
-        found = json.loads(jemkit("config", "schema").out)
-        assert set(found["recipe"]["properties"]) >= {"run", "data", "backbone", "objective"}
-        network = found["parts"]["backbone"]["jem"]["properties"]["network"]
+        schema = json.loads(jemkit("config", "schema").out)
+        assert set(schema["recipe"]["properties"]) >= {"run", "data", "backbone", "objective"}
+        network = schema["parts"]["backbone"]["jem"]["properties"]["network"]
         assert network["default"]["use"] == "wrn"
 
 

@@ -48,9 +48,9 @@ def test_training_and_evaluation_agree_on_clean_and_pgd20(run: Path, tmp_path: P
     lines = (run / "events.jsonl").read_text().splitlines()
     end = next(json.loads(line) for line in lines if json.loads(line)["event"] == "end")
     trained = {figure["name"]: figure["value"] for figure in end["figures"]}
-    found = judged(run, tmp_path)
+    figures = judged(run, tmp_path)
     for name in ("clean", "pgd20"):
-        assert found[name]["value"] == trained[name]
+        assert figures[name]["value"] == trained[name]
 
 
 def test_what_training_measured_is_the_beginning_of_the_record(run: Path, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_mistake_is_one_message_and_a_code(
     assert not (tmp_path / "new").exists()
 
 
-def test_a_folder_that_is_no_run_and_a_run_without_checkpoint_are_told_apart(
+def test_a_folder_that_is_no_run_and_a_run_without_checkpoint_have_other_messages(
     run: Path, tmp_path: Path
 ) -> None:
     nothing = jemkit("evaluate", str(tmp_path))
@@ -167,17 +167,17 @@ def test_without_a_terminal_a_line_now_and_then_tells_the_time_left(
     with progress.tracking(silent=False) as track:
         for done in (0, 0, 0, 4, 5):
             track("apgd-ce", done, 10)
-    told = "apgd-ce: 0 of 10, 40 s so far\napgd-ce: 4 of 10, 120 s left\n"
-    assert capsys.readouterr() == ("", told)
+    lines = "apgd-ce: 0 of 10, 40 s so far\napgd-ce: 4 of 10, 120 s left\n"
+    assert capsys.readouterr() == ("", lines)
 
 
 def test_a_termination_ends_soon_with_its_own_code_and_loses_nothing(
     run: Path, tmp_path: Path
 ) -> None:
     slow = ("--set", "pgd.steps=300", "--batch-size", "20", "--max-images", "160")
-    asked = ("evaluate", str(run), *PGD, *slow, "--out", str(tmp_path / "a"))
+    arguments = ("evaluate", str(run), *PGD, *slow, "--out", str(tmp_path / "a"))
     started = subprocess.Popen(
-        command(*asked), env=environment(), cwd=tmp_path,
+        command(*arguments), env=environment(), cwd=tmp_path,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     pieces = tmp_path / "a" / ".evaluation"
@@ -186,13 +186,13 @@ def test_a_termination_ends_soon_with_its_own_code_and_loses_nothing(
     _, err = started.communicate()
     assert started.returncode == 5, err
     assert "same command continues" in err
-    kept = len(list(pieces.glob("*/*.safetensors")))
-    assert kept >= 2
-    again = jemkit(*asked, "--json")
+    finished = len(list(pieces.glob("*/*.safetensors")))
+    assert finished >= 2
+    again = jemkit(*arguments, "--json")
     assert again.code == 0, again.err
     whole = judged(run, tmp_path / "b", *slow)
-    found = {figure["name"]: figure["value"] for figure in again.record["figures"]}
-    assert found["pgd300"] == whole["pgd300"]["value"]
+    values = {figure["name"]: figure["value"] for figure in again.record["figures"]}
+    assert values["pgd300"] == whole["pgd300"]["value"]
 
 
 def test_a_full_disk_keeps_the_record_that_was_there(run: Path, tmp_path: Path) -> None:

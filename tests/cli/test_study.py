@@ -135,7 +135,7 @@ def test_what_is_complete_is_not_run_again(tmp_path: Path) -> None:
         study(seeds=(0, 1)), tmp_path)]  # fmt: skip
 
 
-def test_a_run_is_found_under_another_name(tmp_path: Path) -> None:
+def test_a_run_is_recognised_under_another_name(tmp_path: Path) -> None:
     calls = Calls()
     (unit,) = done(study("a"), tmp_path, calls)
     unit.folder.rename(tmp_path / "mine")

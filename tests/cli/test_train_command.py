@@ -188,9 +188,9 @@ class TestResume:
         assert done.code == 0, done.err
         assert done.record["clean_accuracy"] == before.record["clean_accuracy"]
         other = jemkit("train", *SHORT, "--resume", "--set=run.seed=7", "--precision=bf16")
-        told = one_line(other, 2)
-        assert "run.seed = 7: the run was started with 0" in told
-        assert "run.precision = bf16: the run was started with fp32" in told
+        message = one_line(other, 2)
+        assert "run.seed = 7: the run was started with 0" in message
+        assert "run.precision = bf16: the run was started with fp32" in message
         assert "omit --dry-run" in one_line(jemkit("train", "--resume", "--dry-run"), 2)
 
     def test_a_run_finds_its_images_from_another_working_folder(

@@ -42,8 +42,8 @@ def test_warm_up_ends_at_the_share_or_at_its_steps_whichever_comes_first() -> No
 
 def test_steps_fall_at_their_shares() -> None:
     schedule = Schedule(decay="steps", warmup=0, at=(0.5, 0.75), by=0.1)
-    found = [schedule.factor(step, 100) for step in (0, 49, 50, 74, 75, 99)]
-    assert found == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    factors = [schedule.factor(step, 100) for step in (0, 49, 50, 74, 75, 99)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
 @given(total=st.integers(2, 500), floor=st.floats(0, 1))

@@ -252,7 +252,7 @@ def interrupt() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-def test_a_users_interrupt_is_told_from_one_that_a_plug_in_raises() -> None:
+def test_a_users_interrupt_differs_from_one_that_a_plug_in_raises() -> None:
     with pytest.raises(Refused, match="KeyboardInterrupt"), contained():
         raise KeyboardInterrupt
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -263,7 +263,7 @@ def test_a_users_interrupt_is_told_from_one_that_a_plug_in_raises() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_an_error_whose_message_fails_is_told_by_its_kind() -> None:
+def test_an_error_whose_message_fails_is_reported_by_its_kind() -> None:
     class Mute(Exception):
         def __str__(self) -> str:
             raise SystemExit
@@ -289,7 +289,7 @@ def test_a_hook_given_as_a_mapping_of_any_kind_is_taken_in() -> None:
     assert list(registry["sampler"]) == ["stay"]
 
 
-def test_a_plugin_that_was_not_probed_is_asked_again(
+def test_a_plugin_that_was_not_probed_is_probed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JEMKIT_CACHE", str(tmp_path))
@@ -320,8 +320,8 @@ def test_a_plugin_whose_import_ran_out_of_memory_is_probed_again(
         if code:
             (tmp_path / f"{name}.py").write_text(code)
     guests = [probing.Guest(EntryPoint(m, m, "guests"), "guests", "1") for m in LARGE]
-    found = probing.lethal(guests)
-    assert all(f.startswith(w) for f, (_, w) in zip(found, LARGE.values(), strict=True))
-    assert found[-1] == ""
+    faults = probing.lethal(guests)
+    assert all(f.startswith(w) for f, (_, w) in zip(faults, LARGE.values(), strict=True))
+    assert faults[-1] == ""
     cached = {read_json(path)["plugin"] for path in (tmp_path / "cache" / "plugins").iterdir()}
     assert cached == {"aborted", "json"}

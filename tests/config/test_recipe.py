@@ -47,7 +47,7 @@ class TestPrecedence:
     def test_every_layer_wins_over_those_below_it(self, tmp_path: Path) -> None:
         config = tmp_path / "mine.toml"
         config.write_text("[run]\nseed = 14\nmax_train = 14\neval_images = 14\n")
-        found = resolve(
+        resolved = resolve(
             layered(),
             preset="test",
             config=config,
@@ -58,24 +58,24 @@ class TestPrecedence:
                 "run": {"eval_images": 16},
             },
         )
-        run = run_of(found)
+        run = run_of(resolved)
         wanted = {"theta_steps": 10, "keep": 11, "epochs": 12, "batch_size": 13}
         assert wanted.items() <= run.items()
         assert (run["seed"], run["max_train"], run["eval_images"]) == (14, 15, 16)
-        origins = {key: found.origins[f"run.{key}"] for key in (*wanted, "ema_decay")}
+        origins = {key: resolved.origins[f"run.{key}"] for key in (*wanted, "ema_decay")}
         assert origins == dict(zip(wanted, Layers.LOW_TO_HIGH, strict=True)) | {
             "ema_decay": "default"
         }
-        assert found.origins["run.seed"] == str(config)
-        assert found.origins["run.max_train"] == "--set run.max_train=15"
-        assert found.origins["run.eval_images"] == "option"
-        assert found.origins["backbone.use"] == "option"
-        assert found.origins["data.use"] == "default"
+        assert resolved.origins["run.seed"] == str(config)
+        assert resolved.origins["run.max_train"] == "--set run.max_train=15"
+        assert resolved.origins["run.eval_images"] == "option"
+        assert resolved.origins["backbone.use"] == "option"
+        assert resolved.origins["data.use"] == "default"
 
     def test_layers_of_parts_that_are_not_chosen_do_nothing(self) -> None:
-        found = resolve(layered(), named={"backbone": {"use": "sadajem"}})
-        assert found.recipe.run.keep == 10
-        assert found.origins["run.keep"] == "data/digits"
+        resolved = resolve(layered(), named={"backbone": {"use": "sadajem"}})
+        assert resolved.recipe.run.keep == 10
+        assert resolved.origins["run.keep"] == "data/digits"
 
     @given(st.permutations(["backbone.network.use=smallcnn", "backbone.network.channels=3"]))
     def test_a_part_is_chosen_before_its_options_are_set(self, overrides: list[str]) -> None:
@@ -83,46 +83,46 @@ class TestPrecedence:
         assert dict(network)["network"] == SmallCNN(channels=3)
 
     def test_a_named_part_takes_the_options_that_set_gives_it(self) -> None:
-        found = resolve(
+        resolved = resolve(
             INSTALLED,
             overrides=["backbone.network.channels=3"],
             named={"backbone": {"network": {"use": "smallcnn"}}},
         )
-        assert dict(found.recipe.backbone)["network"] == SmallCNN(channels=3)
+        assert dict(resolved.recipe.backbone)["network"] == SmallCNN(channels=3)
 
     def test_every_value_has_an_origin(self) -> None:
-        found = complete(resolve(INSTALLED), INSTALLED)
-        assert set(found.origins) == {key for key, _ in flat(found.tables)}
+        resolved = complete(resolve(INSTALLED), INSTALLED)
+        assert set(resolved.origins) == {key for key, _ in flat(resolved.tables)}
 
 
 class TestParts:
     def test_another_part_begins_from_its_own_defaults(self) -> None:
         config = {"optimizer": {"use": "sgd", "momentum": 0.5, "lr": 3.0}}
-        found = resolve(INSTALLED, config=config, overrides=["optimizer.use=adam"])
-        assert found.tables["optimizer"] == {
+        resolved = resolve(INSTALLED, config=config, overrides=["optimizer.use=adam"])
+        assert resolved.tables["optimizer"] == {
             "use": "adam",
             "lr": 1e-4,
             "betas": [0.9, 0.999],
             "weight_decay": 0.0,
             "decay_norms": True,
         }
-        assert found.origins["optimizer.lr"] == "default"
-        assert found.origins["optimizer.use"] == "--set optimizer.use=adam"
+        assert resolved.origins["optimizer.lr"] == "default"
+        assert resolved.origins["optimizer.use"] == "--set optimizer.use=adam"
 
     def test_the_same_part_keeps_what_lower_layers_set(self) -> None:
-        found = resolve(
+        resolved = resolve(
             INSTALLED,
             config={"objective": {"use": "ebjdat", "w1": 0.2}},
             named={"objective": {"use": "ebjdat"}},
         )
-        assert found.tables["objective"]["w1"] == 0.2
+        assert resolved.tables["objective"]["w1"] == 0.2
 
     def test_a_pattern_spells_a_networks_options(self) -> None:
-        found = resolve(INSTALLED, named={"backbone": {"network": {"use": "wrn-16-2"}}})
-        network = dict(found.recipe.backbone)["network"]
+        resolved = resolve(INSTALLED, named={"backbone": {"network": {"use": "wrn-16-2"}}})
+        network = dict(resolved.recipe.backbone)["network"]
         assert isinstance(network, WRN)
         assert (network.depth, network.width) == (16, 2)
-        assert found.tables["backbone"]["network"]["use"] == "wrn"
+        assert resolved.tables["backbone"]["network"]["use"] == "wrn"
 
     def test_a_pattern_leaves_the_other_options_to_the_backbone(self) -> None:
         named = {"backbone": {"use": "jem", "network": {"use": "wrn-16-2"}}}
@@ -150,22 +150,22 @@ class TestParts:
 
     def test_a_plain_string_needs_no_quotes(self, tmp_path: Path) -> None:
         overrides = ["data.use=cifar10", f"data.dir={tmp_path}", "backbone.network.norm=none"]
-        found = resolve(INSTALLED, overrides=overrides)
-        assert found.tables["data"]["dir"] == str(tmp_path)
-        assert found.tables["backbone"]["network"]["norm"] == "none"
+        resolved = resolve(INSTALLED, overrides=overrides)
+        assert resolved.tables["data"]["dir"] == str(tmp_path)
+        assert resolved.tables["backbone"]["network"]["norm"] == "none"
 
     @given(st.integers(0, 2**31), st.floats(0.01, 0.99), st.booleans())
     def test_set_reads_numbers_truths_and_tables_as_toml(
         self, seed: int, share: float, strict: bool
     ) -> None:
-        found = resolve(
+        resolved = resolve(
             INSTALLED,
             overrides=[
                 f"run.seed={seed}",
                 f"run={{valid_fraction={share!r}, deterministic={str(strict).lower()}}}",
             ],
         )
-        run = found.recipe.run
+        run = resolved.recipe.run
         assert (run.seed, run.valid_fraction, run.deterministic) == (seed, share, strict)
 
 
@@ -290,8 +290,8 @@ SGD_OF = {"classifier": 5e-4, "jempp": 4e-4, "mebm": 5e-4, "sadajem": 5e-4}
 def optimizer_of(**names: str) -> dict[str, Any]:
     preset = names.pop("preset", None)
     named = {table: {"use": name} for table, name in names.items()}
-    found: dict[str, Any] = resolve(INSTALLED, preset=preset, named=named).tables["optimizer"]
-    return found
+    options: dict[str, Any] = resolve(INSTALLED, preset=preset, named=named).tables["optimizer"]
+    return options
 
 
 class TestWhatASwapLeavesBehind:
@@ -301,12 +301,12 @@ class TestWhatASwapLeavesBehind:
         self, data: str, objective: str
     ) -> None:
         for backbone in INSTALLED["backbone"]:
-            found = optimizer_of(data=data, backbone=backbone, objective=objective)
+            options = optimizer_of(data=data, backbone=backbone, objective=objective)
             by_sgd = backbone in SGD_OF or objective == "ebjdat"
             rate = 0.01 if objective == "ebjdat" else 0.1 if by_sgd else 1e-4
             wanted = {"use": "sgd" if by_sgd else "adam", "lr": rate}
-            assert found.items() >= wanted.items(), backbone
-            assert found["weight_decay"] == SGD_OF.get(backbone, 0.0), backbone
+            assert options.items() >= wanted.items(), backbone
+            assert options["weight_decay"] == SGD_OF.get(backbone, 0.0), backbone
 
     @pytest.mark.parametrize(
         ("backbone", "objective", "wanted"),
@@ -325,29 +325,29 @@ class TestWhatASwapLeavesBehind:
     def test_on_digits_every_pair_has_its_own_rate_and_its_backbones_decay(
         self, backbone: str, objective: str, wanted: tuple[str, float, float]
     ) -> None:
-        found = optimizer_of(data="digits", backbone=backbone, objective=objective)
-        assert (found["use"], found["lr"], found["weight_decay"]) == wanted
+        options = optimizer_of(data="digits", backbone=backbone, objective=objective)
+        assert (options["use"], options["lr"], options["weight_decay"]) == wanted
 
     @pytest.mark.parametrize("preset", ["paper", "paper-p", "v3", "released", "released-ce"])
     def test_a_preset_leaves_weight_decay_to_the_backbone(self, preset: str) -> None:
         own = ["sadajem"] if preset.startswith("released") else ["jem", *SGD_OF]
         for backbone in sorted({*own} - {"classifier"}):
-            found = optimizer_of(data="cifar10", backbone=backbone, preset=preset)
-            assert (found["use"], found["lr"]) == ("sgd", 0.01)
-            assert found["weight_decay"] == SGD_OF.get(backbone, 0.0)
+            options = optimizer_of(data="cifar10", backbone=backbone, preset=preset)
+            assert (options["use"], options["lr"]) == ("sgd", 0.01)
+            assert options["weight_decay"] == SGD_OF.get(backbone, 0.0)
 
     def test_only_what_a_layer_retains_by_name_outlives_a_swap(self) -> None:
         first = {"optimizer": {"use": "adam", "lr": 3e-4, "weight_decay": 0.125}}
         second = {"optimizer": {"use": "sgd", "retain": ["weight_decay"]}}
         registry = Registry(INSTALLED.shelves, {"backbone/jem": first, "objective/jem": second})
         named = {"backbone": {"use": "jem"}, "objective": {"use": "jem"}}
-        found = resolve(registry, named=named)
-        assert (found.tables["optimizer"]["lr"], found.recipe.optimizer.weight_decay) == (
+        resolved = resolve(registry, named=named)
+        assert (resolved.tables["optimizer"]["lr"], resolved.recipe.optimizer.weight_decay) == (
             0.1,
             0.125,
         )
-        assert found.origins["optimizer.weight_decay"] == "backbone/jem"
-        assert found.origins["optimizer.lr"] == "default"
+        assert resolved.origins["optimizer.weight_decay"] == "backbone/jem"
+        assert resolved.origins["optimizer.lr"] == "default"
 
     @pytest.mark.parametrize(
         ("names", "message"),
@@ -364,13 +364,13 @@ class TestWhatASwapLeavesBehind:
 
     def test_a_part_chosen_for_a_while_takes_nothing_of_the_others_with_it(self) -> None:
         config = {"backbone": {"use": "sadajem", "steps": 77}, "data": {"use": "digits"}}
-        found = resolve(INSTALLED, config=config, named={"backbone": {"use": "jem"}})
+        resolved = resolve(INSTALLED, config=config, named={"backbone": {"use": "jem"}})
         plain = resolve(INSTALLED, named={"backbone": {"use": "jem"}, "data": {"use": "digits"}})
-        assert found.tables["backbone"] == plain.tables["backbone"]
-        assert found.tables["backbone"]["network"]["use"] == "smallcnn"
+        assert resolved.tables["backbone"] == plain.tables["backbone"]
+        assert resolved.tables["backbone"]["network"]["use"] == "smallcnn"
 
     @pytest.mark.parametrize(
-        ("config", "named", "told"),
+        ("config", "named", "message"),
         [
             ({"backbone": {"use": "sadajem", "steps": 77}}, "backbone", "backbone.steps = 77"),
             ({"updater": {"use": "sam", "rho": 7.0}}, "updater", "updater.rho = 7.0"),
@@ -378,12 +378,12 @@ class TestWhatASwapLeavesBehind:
         ],
     )
     def test_what_a_file_says_of_a_part_that_is_replaced_is_named(
-        self, config: dict[str, Any], named: str, told: str, caplog: pytest.LogCaptureFixture
+        self, config: dict[str, Any], named: str, message: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         other = {"backbone": "jem", "updater": "awp", "optimizer": "adam"}[named]
         resolve(INSTALLED, config=config, named={named: {"use": other}})
         assert "config: dropped, since another part was selected later: " in caplog.text
-        assert told in caplog.text
+        assert message in caplog.text
 
     @pytest.mark.parametrize(
         ("preset", "named"),
@@ -431,10 +431,10 @@ class TestShipped:
         assert leading_comment({"run": {}}) == ""
 
     def test_the_schema_is_json_and_its_defaults_name_their_parts(self) -> None:
-        found = json.loads(json.dumps(schema(INSTALLED), allow_nan=False))
+        tree = json.loads(json.dumps(schema(INSTALLED), allow_nan=False))
         for kind, shelf in INSTALLED.shelves.items():
-            assert set(found["parts"][kind]) == set(shelf)
-        sampler = found["parts"]["backbone"]["sadajem"]["properties"]["sampler"]
+            assert set(tree["parts"][kind]) == set(shelf)
+        sampler = tree["parts"]["backbone"]["sadajem"]["properties"]["sampler"]
         assert sampler["default"]["use"] == "sgld"
 
 

@@ -166,7 +166,7 @@ def test_two_plug_ins_with_one_recipe_are_an_error_that_names_both() -> None:
         registry_of([*GOOD, Plugin("c", Again(), "gamma", "1.0")])
 
 
-def test_an_unknown_name_is_told_with_the_nearest_one() -> None:
+def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
     registry = registry_of(GOOD)
     with pytest.raises(UnknownName, match=r"no sampler 'stil' \(did you mean 'still'\?\)"):
         registry["sampler"]["stil"]

@@ -117,12 +117,12 @@ PLAIN: dict[str, list[str]] = {
 
 
 def test_every_option_of_every_part_is_known_here() -> None:
-    found = {
+    unknown = {
         f"{kind} {name}": " ".join(part.model_fields)
         for kind, shelf in REGISTRY.shelves.items()
         for name, part in shelf.items()
     }
-    assert {part: names for part, names in found.items() if names} == KNOWN
+    assert {part: names for part, names in unknown.items() if names} == KNOWN
     tables: dict[str, type[Options]] = {
         "run": Run, "schedule": Schedule, "sgd": SGD, "adam": Adam, "views": Views,
         "buffer": Buffer, "sentinel": Sentinel, "extra": Extra,
@@ -367,7 +367,7 @@ def test_the_config_of_a_run_is_read_whatever_it_says(tmp_path: Path) -> None:
         resolve(REGISTRY, config=table)
 
 
-def test_of_a_preset_one_is_told_what_other_settings_leave_without_effect(
+def test_a_preset_warns_of_what_other_settings_leave_without_effect(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING):

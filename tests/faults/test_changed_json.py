@@ -50,11 +50,11 @@ def resume(run: Path) -> None:
 
 
 def sample(run: Path) -> None:
-    found = sample_request(
+    request = sample_request(
         run, registry=REGISTRY, n=2, steps=1, start=None, source="chains", classes=None, seed=0,
         device="cpu", which="best",
     )  # fmt: skip
-    draw_samples(found, work=run / ".drawing")
+    draw_samples(request, work=run / ".drawing")
 
 
 Commands = tuple[Callable[[Path], Any], ...]
@@ -156,7 +156,7 @@ def tried(folder: Path, name: str, file: str, tree: Any, command: Callable[[Path
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_file_that_is_only_written_anew_is_taken(folder: Path, kind: str) -> None:
+def test_a_file_that_is_only_written_again_is_taken(folder: Path, kind: str) -> None:
     name, file, whole, commands = FILES[kind]
     again = folder / "again"
     for command in commands:

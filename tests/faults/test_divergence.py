@@ -22,7 +22,7 @@ FAULTS: tuple[Fault, ...] = (
 )  # fmt: skip
 EPOCH, AT = 6, 20  # steps an epoch; the first sick step, in the fourth
 LATE = 30  # of a collapse, which only a run can have that has learnt something
-SEEN: dict[str, list[int]] = defaultdict(list)
+STEPS_OF: dict[str, list[int]] = defaultdict(list)
 """The steps that each test's objective was asked for, in order: one back is a new attempt."""
 
 
@@ -39,10 +39,10 @@ class Faulty(Options):
     cured_by: int = 1_000  # steps a chain, with which it is not sick either
 
     def is_sick(self, backbone: Any, step: int) -> bool:
-        seen = SEEN[self.name]
-        if not seen or seen[-1] != step:
-            seen.append(step)
-        attempt = sum(b < a for a, b in itertools.pairwise(seen))
+        history = STEPS_OF[self.name]
+        if not history or history[-1] != step:
+            history.append(step)
+        attempt = sum(b < a for a, b in itertools.pairwise(history))
         steps = backbone.density.steps if backbone.has_density else 0
         return step >= self.at and attempt < self.sick and steps < self.cured_by
 
@@ -101,7 +101,7 @@ def begun(
     backbone: str, fault: str, out: Path, *overrides: str, sick: int = 1, watch: Any = None
 ) -> Trainer:
     """60 validation images tell a trained model from a guess; one epoch at chance suffices."""
-    SEEN.clear()
+    STEPS_OF.clear()
     objective = "faultyclassifier" if backbone == "classifier" else "faulty"
     recipe = toy_recipe(
         REGISTRY, backbone, objective, "plain", f"objective.name={backbone}-{fault}",
@@ -131,14 +131,14 @@ QUICK: list[tuple[str, Fault]] = [
 
 
 def healed(backbone: str, fault: str, out: Path, sick: int) -> None:
-    told: list[str] = []
+    kinds: list[str] = []
     end = (LATE if fault == "collapse" else AT + 4) + EPOCH
-    trainer = begun(backbone, fault, out, sick=sick, watch=lambda kind, _: told.append(kind))
+    trainer = begun(backbone, fault, out, sick=sick, watch=lambda kind, _: kinds.append(kind))
     trainer.run(until=end)
-    found = [event for event in events(out) if event["event"] == "rollback"]
-    assert [event["attempt"] for event in found] == list(range(1, sick + 1))
-    assert told.count("rollback") == sick
-    for event in found:
+    rollbacks = [event for event in events(out) if event["event"] == "rollback"]
+    assert [event["attempt"] for event in rollbacks] == list(range(1, sick + 1))
+    assert kinds.count("rollback") == sick
+    for event in rollbacks:
         assert event["to"] % EPOCH == 0
         assert event["to"] <= event["since"] <= event["step"]
     assert [int(row["step"]) for row in trainer.folder.metrics()] == list(range(end))
@@ -159,9 +159,9 @@ def given_up(backbone: str, fault: str, out: Path) -> None:
     assert re.search(r"diverged at step \d+: .* \(since step \d+\)", message)
     assert "attempt 1 rolled back" in message
     assert "attempt 2 rolled back" in message
-    kept = re.search(r"--init-from (\S+) starts from its weights", message)
-    assert kept
-    state = load(Path(kept[1]))
+    match = re.search(r"--init-from (\S+) starts from its weights", message)
+    assert match
+    state = load(Path(match[1]))
     assert all(t.isfinite().all() for t in state["model"].values())
     assert state["loader"]["step"] <= LATE
     assert events(out)[-1]["event"] == "diverged"

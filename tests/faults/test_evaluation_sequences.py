@@ -46,8 +46,8 @@ other = st.sampled_from([(), ("calibration",)])
 step = st.tuples(st.sampled_from([0, 1]), st.sampled_from([0, 1]), attack, threat, part, other)
 
 
-def measured(folder: Path, asked: tuple[Any, ...]) -> Record:
-    model, data, (name, options), radius, some, also = asked
+def measured(folder: Path, request: tuple[Any, ...]) -> Record:
+    model, data, (name, options), radius, some, also = request
     quiet = {"robustness": {"indicators": False}}
     return evaluate(
         MODELS[model], DATA[data], registry=REGISTRY, out=folder, n_classes=CLASSES,
@@ -70,27 +70,27 @@ def check_rows(record: Record, figure: Figure, wanted: Tensor | None) -> None:
 @settings(max_examples=12)
 @given(st.lists(step, min_size=2, max_size=6))
 def test_after_any_sequence_no_figure_is_lost_and_no_record_mixes(
-    asked: list[tuple[Any, ...]],
+    requests: list[tuple[Any, ...]],
 ) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         known: dict[str, tuple[Record, Figure]] = {}
-        for one in asked:
-            found = measured(folder, one)
-            known |= {figure.key: (found, figure) for figure in found.figures}
+        for one in requests:
+            record_now = measured(folder, one)
+            known |= {figure.key: (record_now, figure) for figure in record_now.figures}
             newest = records.load(folder)
-            assert newest.subject == found.subject
-            assert newest.protocol["test_sha256"] == found.protocol["test_sha256"]
-        kept = list(records.every(folder))
-        where = {figure.key: (record, figure) for record in kept for figure in record.figures}
+            assert newest.subject == record_now.subject
+            assert newest.protocol["test_sha256"] == record_now.protocol["test_sha256"]
+        stored = list(records.every(folder))
+        where = {figure.key: (record, figure) for record in stored for figure in record.figures}
         assert where.keys() == known.keys()
-        assert len(where) == sum(len(record.figures) for record in kept)
+        assert len(where) == sum(len(record.figures) for record in stored)
         for key, (record, figure) in known.items():
             there, again = where[key]
             assert whole(again) == whole(figure)
             assert there.subject["sha256"] == record.subject["sha256"]
             check_rows(there, again, record.rows_of(figure))
-        for record in kept:
+        for record in stored:
             cards = [figure.protocol for figure in record.figures]
             assert {card["checkpoint"] for card in cards} == {record.subject["sha256"]}
             assert {card["test_sha256"] for card in cards} == {record.protocol["test_sha256"]}
@@ -98,23 +98,23 @@ def test_after_any_sequence_no_figure_is_lost_and_no_record_mixes(
             assert sorted(tables) == sorted(record.tables)
             files = [n for part in record.parts for n in part.files.values()]
             assert len(set(files)) == len(files)
-        owners = {(r.subject["sha256"], r.protocol["test_sha256"]) for r in kept}
-        assert len(owners) == len(kept)
+        owners = {(r.subject["sha256"], r.protocol["test_sha256"]) for r in stored}
+        assert len(owners) == len(stored)
 
 
 @given(st.permutations(range(4)))
 def test_the_order_of_evaluation_changes_no_figure(order: list[int]) -> None:
-    asked = [
+    requests = [
         (0, 0, ("fgsm", {}), {}, {}, ()),
         (0, 0, ("fgsm", {}), {"eps_px": 1}, {}, ()),
         (0, 0, ("fgsm", {"fgsm": {"random_start": True}}), {}, {"max_images": 6}, ()),
         (1, 0, ("fgsm", {}), {}, {}, ()),
     ]
-    found = []
+    figures = []
     for sequence in (range(4), order):
         with tempfile.TemporaryDirectory() as name:
             for at in sequence:
-                measured(Path(name), asked[at])
-            kept = records.every(Path(name))
-            found.append({whole(figure) for record in kept for figure in record.figures})
-    assert found[0] == found[1]
+                measured(Path(name), requests[at])
+            stored = records.every(Path(name))
+            figures.append({whole(figure) for record in stored for figure in record.figures})
+    assert figures[0] == figures[1]

@@ -55,11 +55,11 @@ def resume(run: Path) -> None:
 
 
 def sample(run: Path) -> None:
-    found = sample_request(
+    request = sample_request(
         run, registry=REGISTRY, n=2, steps=1, start=None, source="chains", classes=None, seed=0,
         device="cpu", which="best",
     )  # fmt: skip
-    save(draw_samples(found, work=place(found.protocol, None) / ".drawing"))
+    save(draw_samples(request, work=place(request.protocol, None) / ".drawing"))
 
 
 COMMANDS: dict[str, Callable[[Path], Any]] = {

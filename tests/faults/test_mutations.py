@@ -32,7 +32,7 @@ SOME, MANY = settings(max_examples=60), settings(max_examples=2000)
 """Of each of five laws: 300 in all, and 10,000."""
 
 
-class Kept(NamedTuple):
+class Saved(NamedTuple):
     """A run's files as they were written."""
 
     folder: Path
@@ -54,7 +54,7 @@ class Kept(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Kept:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     folder = tmp_path_factory.mktemp("run")
     recipe = toy_recipe(REGISTRY, "jem", "ebjdat", "plain", "backbone.buffer.capacity=9")
     run = RunFolder.create(folder / "run")
@@ -70,19 +70,19 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Kept:
     record.save(folder, record.Record(about, {"seed": 0}, figures, {"t": [1]}, rows), Notes())
     files = {name: (folder / name).read_bytes() for name in NAMES}
     known = record.load(folder).to_json()
-    return Kept(folder, trainer, checkpoint.load(folder / "checkpoint"), files, known)
+    return Saved(folder, trainer, checkpoint.load(folder / "checkpoint"), files, known)
 
 
-def read_all(kept: Kept) -> None:
+def read_all(saved: Saved) -> None:
     """Whatever reads these files."""
     for read in (
-        lambda: checkpoint.load(kept.folder / "checkpoint"),
-        lambda: checkpoint.load_weights(kept.folder / "checkpoint"),
-        lambda: resolve(REGISTRY, config=kept.folder / "config.json"),
-        lambda: RunFolder(kept.folder).config,
+        lambda: checkpoint.load(saved.folder / "checkpoint"),
+        lambda: checkpoint.load_weights(saved.folder / "checkpoint"),
+        lambda: resolve(REGISTRY, config=saved.folder / "config.json"),
+        lambda: RunFolder(saved.folder).config,
     ):
         tried(read)
-    assert tried(lambda: record.load(kept.folder).to_json()) in (None, kept.record)
+    assert tried(lambda: record.load(saved.folder).to_json()) in (None, saved.record)
 
 
 def tried(read: Callable[[], Any]) -> Any:
@@ -93,20 +93,20 @@ def tried(read: Callable[[], Any]) -> Any:
         return None
 
 
-def check_bytes(kept: Kept, name: str, content: bytes) -> None:
-    kept.changed(name, content)
-    read_all(kept)
-    loaded = tried(lambda: checkpoint.load(kept.folder / "checkpoint"))
-    assert loaded is None or same(loaded, kept.state)
+def check_bytes(saved: Saved, name: str, content: bytes) -> None:
+    saved.changed(name, content)
+    read_all(saved)
+    loaded = tried(lambda: checkpoint.load(saved.folder / "checkpoint"))
+    assert loaded is None or same(loaded, saved.state)
     if name.startswith("checkpoint") and name != "checkpoint/manifest.json":
-        assert (loaded is None) == (content != kept.files[name])
+        assert (loaded is None) == (content != saved.files[name])
 
 
 def flipped(raw: bytes, flips: list[tuple[float, int]]) -> bytes:
-    found = bytearray(raw)
+    content = bytearray(raw)
     for share, bits in flips:
-        found[int(share * len(found))] ^= bits
-    return bytes(found)
+        content[int(share * len(content))] ^= bits
+    return bytes(content)
 
 
 shares = st.floats(0, 1, exclude_max=True)
@@ -114,16 +114,16 @@ flips = st.lists(st.tuples(shares, st.integers(1, 255)), min_size=1, max_size=4)
 names = st.sampled_from(NAMES)
 
 
-def check_flips(kept: Kept, name: str, flips: list[tuple[float, int]]) -> None:
-    check_bytes(kept, name, flipped(kept.files[name], flips))
+def check_flips(saved: Saved, name: str, flips: list[tuple[float, int]]) -> None:
+    check_bytes(saved, name, flipped(saved.files[name], flips))
 
 
-def check_cuts(kept: Kept, name: str, share: float, inserted: bytes, cut: int) -> None:
+def check_cuts(saved: Saved, name: str, share: float, inserted: bytes, cut: int) -> None:
     """Truncated, bytes put in between, or some left out."""
-    raw = kept.files[name]
+    raw = saved.files[name]
     at = int(share * len(raw))
-    check_bytes(kept, name, raw[:at])
-    check_bytes(kept, name, raw[:at] + inserted + raw[at + cut :])
+    check_bytes(saved, name, raw[:at])
+    check_bytes(saved, name, raw[:at] + inserted + raw[at + cut :])
 
 
 ODD: list[Any] = [
@@ -157,38 +157,38 @@ edits = st.tuples(
 )
 
 
-def check_edit(kept: Kept, edit: tuple[str, random.Random, str, Any]) -> None:
+def check_edit(saved: Saved, edit: tuple[str, random.Random, str, Any]) -> None:
     name, draw, how, odd = edit
-    tree = edited(json.loads(kept.files[name]), draw, how, odd)
-    kept.changed(name, json.dumps(tree).encode())
-    read_all(kept)
-    loaded = tried(lambda: checkpoint.load(kept.folder / "checkpoint"))
-    assert loaded is None or same(loaded, kept.state)
+    tree = edited(json.loads(saved.files[name]), draw, how, odd)
+    saved.changed(name, json.dumps(tree).encode())
+    read_all(saved)
+    loaded = tried(lambda: checkpoint.load(saved.folder / "checkpoint"))
+    assert loaded is None or same(loaded, saved.state)
 
 
-def go_on(kept: Kept) -> None:
+def go_on(saved: Saved) -> None:
     """Resume from whatever now stands in the checkpoint."""
-    run = kept.trainer.folder
+    run = saved.trainer.folder
     shutil.rmtree(run.checkpoints)
     run.checkpoints.mkdir()
-    shutil.copytree(kept.folder / "checkpoint", run.checkpoints / "step-00000001")
-    tried(lambda: resume_from(kept.trainer, run))
+    shutil.copytree(saved.folder / "checkpoint", run.checkpoints / "step-00000001")
+    tried(lambda: resume_from(saved.trainer, run))
 
 
-def check_vouched_edit(kept: Kept, draw: random.Random, how: str, odd: Any) -> None:
+def check_vouched_edit(saved: Saved, draw: random.Random, how: str, odd: Any) -> None:
     """A state that somebody edited with the manifest: whatever it says, it is data or refused."""
-    tree = edited(json.loads(kept.files["checkpoint/state.json"]), draw, how, odd)
-    kept.changed("checkpoint/state.json", json.dumps(tree).encode())
-    kept.vouch()
-    read_all(kept)
-    go_on(kept)
+    tree = edited(json.loads(saved.files["checkpoint/state.json"]), draw, how, odd)
+    saved.changed("checkpoint/state.json", json.dumps(tree).encode())
+    saved.vouch()
+    read_all(saved)
+    go_on(saved)
 
 
-def check_vouched_flips(kept: Kept, name: str, flips: list[tuple[float, int]]) -> None:
-    kept.changed(name, flipped(kept.files[name], flips))
-    kept.vouch()
-    read_all(kept)
-    go_on(kept)
+def check_vouched_flips(saved: Saved, name: str, flips: list[tuple[float, int]]) -> None:
+    saved.changed(name, flipped(saved.files[name], flips))
+    saved.vouch()
+    read_all(saved)
+    go_on(saved)
 
 
 tensor_files = st.sampled_from([f"checkpoint/{n}" for n in FILES])
@@ -220,14 +220,14 @@ each_law = pytest.mark.parametrize("law", LAWS, ids=lambda law: law[0].__name__)
 
 
 @each_law
-def test_changed_files_are_refused_or_read_as_they_were(kept: Kept, law: Any) -> None:
+def test_changed_files_are_refused_or_read_as_they_were(saved: Saved, law: Any) -> None:
     check, values = law
-    SOME(given(**values)(lambda **drawn: check(kept, **drawn)))()
+    SOME(given(**values)(lambda **drawn: check(saved, **drawn)))()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(14400)
 @each_law
-def test_ten_thousand_changes_are_refused_or_read_as_they_were(kept: Kept, law: Any) -> None:
+def test_ten_thousand_changes_are_refused_or_read_as_they_were(saved: Saved, law: Any) -> None:
     check, values = law
-    MANY(given(**values)(lambda **drawn: check(kept, **drawn)))()
+    MANY(given(**values)(lambda **drawn: check(saved, **drawn)))()

@@ -94,13 +94,13 @@ logits: st.SearchStrategy[Head] = st.one_of(
 def flag_of(model: nn.Module, data: Images) -> str:
     """What becomes of a model: "refused", "not logits", "flagged" for another reason, or ""."""
     try:
-        found = probe_outputs(pixel_model(model), data, CPU)
+        probe = probe_outputs(pixel_model(model), data, CPU)
     except MisfitError:
         return "refused"
-    if found.bounded:
-        assert found.finding["flag"]
+    if probe.bounded:
+        assert probe.finding["flag"]
         return "not logits"
-    return "flagged" if found.finding["flag"] else ""
+    return "flagged" if probe.finding["flag"] else ""
 
 
 @settings(max_examples=60)
@@ -131,7 +131,7 @@ def test_logits_so_large_that_gradients_vanish_are_flagged(factor: float) -> Non
     lambda z: z.exp() / z.exp().sum(1, keepdim=True),
     lambda z: torch.where(z > 0, 1.0, -1.0) + 0 * z,
 ])  # fmt: skip
-def test_a_bounded_head_of_ones_own_is_found_by_what_it_does(custom: Head) -> None:
+def test_a_bounded_head_of_ones_own_is_detected_by_what_it_does(custom: Head) -> None:
     assert flag_of(Headed(body(10, 30), custom), images(10)) in ("refused", "not logits")
 
 
@@ -184,32 +184,32 @@ def test_a_run_of_every_backbone_gives_logits_at_its_initialisation() -> None:
 
 @pytest.mark.parametrize("attacks", [("pgd",), ("square",), ("fgsm", "pgd")])
 @pytest.mark.parametrize("indicators", [True, False])
-def test_outputs_that_are_no_logits_are_told_with_every_figure_whatever_attacks(
+def test_outputs_that_are_no_logits_are_reported_with_every_figure_whatever_attacks(
     attacks: tuple[str, ...], indicators: bool
 ) -> None:
     options = {"robustness": {"indicators": indicators}, "square": {"queries": 5}}
     options = {k: v for k, v in options.items() if k in (*attacks, "robustness")}
-    found = judged(torch.sigmoid, attacks, options)
-    for figure in found.figures:
+    record = judged(torch.sigmoid, attacks, options)
+    for figure in record.figures:
         if figure.name == "clean":
             assert figure.protocol["standard"]
             continue
         assert not figure.protocol["standard"]
         assert "the outputs are not logits" in figure.protocol["why"]
-        rows = found.tables["indicators"][figure.name]
+        rows = record.tables["indicators"][figure.name]
         assert next(row for row in rows if row["name"] == "outputs")["flag"]
-    assert any(warning.startswith("outputs: ") for warning in found.warnings)
+    assert any(warning.startswith("outputs: ") for warning in record.warnings)
 
 
 def judged(head: Head, attacks: tuple[str, ...], options: dict[str, dict[str, bool]]) -> Record:
     data = images(3).take(torch.arange(12))
-    asked = {"attacks": attacks, "options": options, "only": "robustness", "n_classes": 3}
-    return jemkit.evaluate(Headed(body(3, 30), head), data, registry=REGISTRY, **asked)  # type: ignore[arg-type]
+    settings = {"attacks": attacks, "options": options, "only": "robustness", "n_classes": 3}
+    return jemkit.evaluate(Headed(body(3, 30), head), data, registry=REGISTRY, **settings)  # type: ignore[arg-type]
 
 
 def test_log_probabilities_are_logits() -> None:
     options = {"robustness": {"indicators": False}}
-    found = judged(lambda z: z.log_softmax(1), ("pgd",), options)
-    assert found.figure("pgd20").protocol["standard"]
-    assert not found.warnings
-    assert found.value("pgd20") == judged(lambda z: z, ("pgd",), options).value("pgd20")
+    record = judged(lambda z: z.log_softmax(1), ("pgd",), options)
+    assert record.figure("pgd20").protocol["standard"]
+    assert not record.warnings
+    assert record.value("pgd20") == judged(lambda z: z, ("pgd",), options).value("pgd20")

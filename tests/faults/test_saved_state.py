@@ -33,13 +33,13 @@ ODD: list[Any] = [
 Path_ = tuple[str | int, ...]
 
 
-class Kept(NamedTuple):
+class Saved(NamedTuple):
     folder: Path
     recipe: Resolved
     state: dict[str, Any]
 
 
-def kept_run(folder: Path, optimizer: str) -> Kept:
+def saved_run(folder: Path, optimizer: str) -> Saved:
     recipe = toy_recipe(
         REGISTRY, "jem", "ebjdat", "plain", f"optimizer.use={optimizer}", "run.ema_decay=0.5",
         "backbone.buffer.capacity=9", "backbone.network.channels=1", "run.epochs=4",
@@ -52,12 +52,12 @@ def kept_run(folder: Path, optimizer: str) -> Kept:
     assert newest is not None
     for other in checkpoint.complete(run.checkpoints)[:-1]:
         checkpoint.remove(other)
-    return Kept(folder, recipe, checkpoint.load(newest))
+    return Saved(folder, recipe, checkpoint.load(newest))
 
 
 @pytest.fixture(scope="module", params=["sgd", "adam"])
-def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kept:
-    return kept_run(tmp_path_factory.mktemp("run"), request.param)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return saved_run(tmp_path_factory.mktemp("run"), request.param)
 
 
 def leaves(tree: Any, at: Path_ = ()) -> Iterator[Path_]:
@@ -108,13 +108,13 @@ def write(path: Path, state: dict[str, Any]) -> None:
     write_json(path / MANIFEST, {"format": FORMAT, "sha256": hashes})
 
 
-def gone_on(kept: Kept, state: dict[str, Any]) -> Trainer:
+def gone_on(saved: Saved, state: dict[str, Any]) -> Trainer:
     """The run, gone on with from another state to its fourteenth step."""
-    run = kept.folder / "again"
+    run = saved.folder / "again"
     shutil.rmtree(run, ignore_errors=True)
-    shutil.copytree(kept.folder / "run", run)
+    shutil.copytree(saved.folder / "run", run)
     write(run / "checkpoints" / f"step-{CUT:08d}", state)
-    trainer = Trainer(kept.recipe, RunFolder(run))
+    trainer = Trainer(saved.recipe, RunFolder(run))
     resume_from(trainer, trainer.folder)
     trainer.run(until=END)
     return trainer
@@ -132,24 +132,24 @@ PLACES = [
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(draw=st.data(), how=st.sampled_from(HOW), odd=st.sampled_from(ODD))
 def test_a_state_with_one_value_changed_is_refused_or_gone_on_with(
-    kept: Kept, draw: st.DataObject, how: str, odd: Any
+    saved: Saved, draw: st.DataObject, how: str, odd: Any
 ) -> None:
-    at = draw.draw(st.sampled_from([*PLACES, *leaves(kept.state)]))
-    state = changed(kept.state, at, how, odd)
+    at = draw.draw(st.sampled_from([*PLACES, *leaves(saved.state)]))
+    state = changed(saved.state, at, how, odd)
     if not isinstance(state.get("model"), dict):
         return
     try:
-        trainer = gone_on(kept, state)
+        trainer = gone_on(saved, state)
     except JemkitError:
         return
     assert trainer.step == END
 
 
-def test_a_state_as_it_was_written_is_gone_on_with(kept: Kept) -> None:
-    assert gone_on(kept, kept.state).step == END
-    trainer = Trainer(kept.recipe, RunFolder(kept.folder / "again"))
-    trainer.load_state_dict(kept.state)
-    assert same(kept.state["optimizer"]["state"], trainer.state_dict()["optimizer"]["state"])
+def test_a_state_as_it_was_written_is_gone_on_with(saved: Saved) -> None:
+    assert gone_on(saved, saved.state).step == END
+    trainer = Trainer(saved.recipe, RunFolder(saved.folder / "again"))
+    trainer.load_state_dict(saved.state)
+    assert same(saved.state["optimizer"]["state"], trainer.state_dict()["optimizer"]["state"])
 
 
 REMEDIES = [
@@ -183,24 +183,24 @@ WRONG: list[tuple[Path_, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("at", "value", "told"), WRONG, ids=lambda v: str(v)[:40])
-def test_the_place_in_the_state_is_named(kept: Kept, at: Path_, value: Any, told: str) -> None:
-    state = copy.deepcopy(kept.state)
+@pytest.mark.parametrize(("at", "value", "message"), WRONG, ids=lambda v: str(v)[:40])
+def test_the_place_in_the_state_is_named(saved: Saved, at: Path_, value: Any, message: str) -> None:
+    state = copy.deepcopy(saved.state)
     into: Any = state
     for key in at[:-1]:
         into = into[key]
     into[at[-1]] = value
     with pytest.raises(JemkitError) as caught:
-        gone_on(kept, state)
-    assert told in str(caught.value)
+        gone_on(saved, state)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [{}, {"a": torch.zeros(1)}, 3, [1], "x"])
-def test_what_is_judged_of_a_state_is_checked_too(kept: Kept, value: Any) -> None:
-    run = kept.folder / "judged"
+def test_what_is_judged_of_a_state_is_checked_too(saved: Saved, value: Any) -> None:
+    run = saved.folder / "judged"
     shutil.rmtree(run, ignore_errors=True)
-    shutil.copytree(kept.folder / "run", run)
+    shutil.copytree(saved.folder / "run", run)
     for name, other in (("ema", value), ("density", 3), ("ranks", [{"density": 1}])):
-        write(run / "checkpoints" / "best", {**kept.state, name: other})
+        write(run / "checkpoints" / "best", {**saved.state, name: other})
         with pytest.raises(DataError, match=f"the saved state is wrong at {name}"):
             subject_at(run, REGISTRY, torch.device("cpu"))

@@ -217,18 +217,18 @@ def test_weights_in_shares_move_on_the_device_as_whole_ones(updater: str) -> Non
 def test_a_compiled_gradient_is_the_eager_one_as_images_and_weights_move(backend: Backend) -> None:
     """Of inductor a CUDA graph, which reads its inputs anew and keeps nothing of the last call."""
     backbone, unit, data = on_gpu("jem"), CompiledGradient(backend), batch()
-    kept: list[tuple[Tensor, Tensor]] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     with numerics(), sampling_mode(backbone.model, "batch_stats"):
         for turn in range(5):
             x, energy = data.x.roll(turn, 0), ModelEnergy(backbone.model, data.y)
-            kept.append((unit(energy, x), eager_gradient(energy, x)))
+            pairs.append((unit(energy, x), eager_gradient(energy, x)))
             with torch.no_grad():
                 for p in backbone.model.parameters():
                     p.mul_(0.9)
     assert not unit.given_up
     assert len(unit.compilations) == 1
-    for found, wanted in kept:
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+    for gradient, wanted in pairs:
+        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["ebjdat", "pgdat", "trades", "jem"])
@@ -250,15 +250,15 @@ def test_steps_with_compiled_chains_train_as_eager_ones_do(objective: str) -> No
 
 
 def test_batch_norm_may_keep_its_activations_on_the_host() -> None:
-    found = []
+    states = []
     for size in (0, 2):
         backbone = on_gpu("sadajem")
         with MicroBatch(size).active():
             train_step(
                 backbone, objective_of("ebjdat"), fused(backbone), batch(), generator(1), Guard()
             )
-        found.append(backbone.model.state_dict())
-    assert all(torch.allclose(found[1][k], t, atol=1e-5) for k, t in found[0].items())
+        states.append(backbone.model.state_dict())
+    assert all(torch.allclose(states[1][k], t, atol=1e-5) for k, t in states[0].items())
 
 
 def test_a_pass_in_slices_takes_less_of_the_device() -> None:
@@ -277,25 +277,25 @@ def test_a_pass_in_slices_takes_less_of_the_device() -> None:
 
 
 @pytest.mark.parametrize("size", [0, 4])
-def test_activations_are_made_anew_in_the_thread_where_torch_goes_back(size: int) -> None:
+def test_activations_are_recomputed_in_the_thread_of_the_backward_pass(size: int) -> None:
     x, grads = torch.rand((16, *TASK.shape), device="cuda", generator=generator()), []
-    for anew in (False, True):
+    for recompute in (False, True):
         model = toy_model(TASK, WRN(depth=10, width=1, norm="none")).cuda()
-        with MicroBatch(size, recompute=anew).active():
+        with MicroBatch(size, recompute=recompute).active():
             model(x).energy.mean().backward()
         grads.append(next(model.parameters()).grad)
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)
 
 
 def test_a_device_that_is_full_halves_the_micro_batch() -> None:
-    held: list[torch.Tensor] = []
+    filling: list[torch.Tensor] = []
     model, micro = toy_model(TASK, SmallCNN(channels=2, norm="none")).cuda(), MicroBatch()
 
     def work() -> torch.Tensor:
         with torch.no_grad():
             energy = model(batch().x).energy
-        if not held:
-            held.append(energy)
+        if not filling:
+            filling.append(energy)
             torch.empty(2**50, device="cuda")
         return energy
 

@@ -124,11 +124,11 @@ def test_images_beyond_the_limit_lie_beside_the_kit(
     monkeypatch.setattr(packing, "LIMIT", 10_000)  # two of some 4 KB
     (tmp_path / "kit").mkdir()
     packing.store_images(packing._batches(tmp_path), tmp_path / "kit", tmp_path / "rest")
-    kept = {path.name for path in (tmp_path / "kit" / "cifar10").glob("*.webp")}
+    packed = {path.name for path in (tmp_path / "kit" / "cifar10").glob("*.webp")}
     others = {path.name for path in (tmp_path / "rest").glob("*.webp")}
-    assert "test_batch.webp" in kept
-    assert 0 < len(kept) < 6
-    assert kept | others == {f"{name}.webp" for name in images.BATCHES}
+    assert "test_batch.webp" in packed
+    assert 0 < len(packed) < 6
+    assert packed | others == {f"{name}.webp" for name in images.BATCHES}
     assert packing.size_of(tmp_path / "kit") <= 10_000 + len(b"names")
 
 
@@ -307,9 +307,9 @@ def test_what_comes_back_keeps_to_its_size(tmp_path: Path, monkeypatch: pytest.M
     (run / "metrics.csv").write_bytes(b"x" * 400)
     (run / "curves.svg").write_bytes(b"x" * 100)
     monkeypatch.setattr(stage_training, "MOST", 600)
-    kept = stage_training.bring_back(run, tmp_path / "back.zip")
-    assert kept == {"run-evaluation.json": 400, "run-curves.svg": 100}
-    assert zipfile.ZipFile(tmp_path / "back.zip").namelist() == list(kept)
+    sizes = stage_training.bring_back(run, tmp_path / "back.zip")
+    assert sizes == {"run-evaluation.json": 400, "run-curves.svg": 100}
+    assert zipfile.ZipFile(tmp_path / "back.zip").namelist() == list(sizes)
 
 
 def test_labels_of_the_packed_header_are_compressed_with_it(tmp_path: Path) -> None:
@@ -335,5 +335,5 @@ def test_a_late_line_on_standard_error_spoils_no_result(
     assert all(each["found"] == {"combinations": 3} for each in record.content.values())
 
 
-def test_the_files_with_cuda_tests_are_found() -> None:
+def test_the_files_with_cuda_tests_are_listed() -> None:
     assert "tests/gpu/test_cuda.py" in stage_tests.marked(root() / "tests")

@@ -124,7 +124,7 @@ def test_weights_are_never_read_from_a_pickle(tmp_path: Path) -> None:
     assert not (tmp_path / "sprung").exists()
 
 
-def test_weights_are_found_in_a_checkpoint_a_run_and_a_file(tmp_path: Path) -> None:
+def test_weights_are_loaded_from_a_checkpoint_a_run_and_a_file(tmp_path: Path) -> None:
     for step in (1, 2):
         path = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
         checkpoint.save(path, state(step))

@@ -20,14 +20,14 @@ def test_a_writer_returns_before_the_files_are_there_and_keeps_the_order(tmp_pat
     gate, order = Event(), []
     writer = checkpoint.Writer()
     one = state()
-    kept = Snapshot().of(one)
+    copy = Snapshot().of(one)
     writer.save(tmp_path / "step-0", one, then=lambda: (gate.wait(), order.append(0)))
     one["model"]["head.bias"].add_(1)  # the run goes on
     gate.set()
     writer.save(tmp_path / "step-1", one, then=lambda: order.append(1))
     writer.wait()
     assert order == [0, 1]
-    assert same(checkpoint.load(tmp_path / "step-0"), kept)
+    assert same(checkpoint.load(tmp_path / "step-0"), copy)
     assert same(checkpoint.load(tmp_path / "step-1"), one)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0", "step-1"]
 
@@ -58,7 +58,7 @@ def test_a_writer_that_is_ready_takes_no_memory_for_what_it_copies(tmp_path: Pat
         writer, one = checkpoint.Writer(), {"model": {"w": torch.ones(1000)}, "step": 1}
         if ready:
             writer.ready({**one, "optimizer": {}})
-        with Counts() as seen:
+        with Counts() as counts:
             writer.save(tmp_path / f"step-{ready}", one)
         writer.wait()
-        assert (seen.made == 0) == ready
+        assert (counts.made == 0) == ready

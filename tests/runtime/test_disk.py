@@ -39,24 +39,24 @@ def failing(times: int) -> Callable[[], str]:
 
 
 def test_a_write_waits_until_there_is_room_and_says_so_once() -> None:
-    told: list[str] = []
+    messages: list[str] = []
     slept: list[float] = []
-    patience = disk.Patience(lambda: False, told.append, slept.append)
+    patience = disk.Patience(lambda: False, messages.append, slept.append)
     with disk.waiting(patience):
         assert disk.until_room(Path("a/b"), failing(3)) == "written"
     assert slept == [patience.every] * 3
-    assert len(told) == 2
-    assert "full: waiting" in told[0]
-    assert "there is free space again: b is written" in told[1]
+    assert len(messages) == 2
+    assert "full: waiting" in messages[0]
+    assert "there is free space again: b is written" in messages[1]
 
 
-def test_a_stop_ends_the_wait_with_what_is_kept_and_what_to_do() -> None:
-    asked = iter([False, False, True])
-    told: list[str] = []
-    patience = disk.Patience(lambda: next(asked), told.append, lambda _: None)
+def test_a_stop_ends_the_wait_and_says_what_is_saved_and_what_to_do() -> None:
+    stops = iter([False, False, True])
+    messages: list[str] = []
+    patience = disk.Patience(lambda: next(stops), messages.append, lambda _: None)
     with disk.waiting(patience), pytest.raises(DataError, match=r"is not written.*--resume"):
         disk.until_room(Path("a/b"), failing(9))
-    assert len(told) == 1
+    assert len(messages) == 1
 
 
 def test_outside_of_a_run_and_for_any_other_mistake_nothing_waits() -> None:
@@ -129,7 +129,7 @@ except OSError as error:
 """
 
 
-def test_a_disk_that_is_full_amid_a_line_keeps_none_of_it_and_is_told_by_name(
+def test_a_disk_that_is_full_amid_a_line_keeps_none_of_it_and_the_error_names_the_file(
     tmp_path: Path,
 ) -> None:
     log = tmp_path / "log"
@@ -143,7 +143,7 @@ def test_a_disk_that_is_full_amid_a_line_keeps_none_of_it_and_is_told_by_name(
 
 
 def test_a_run_in_a_folder_that_another_trains_in_is_refused(tmp_path: Path) -> None:
-    out, seen = tmp_path / "run", []
+    out, kinds = tmp_path / "run", []
 
     def watch(kind: str, _: dict[str, object]) -> None:
         if kind == "start":
@@ -151,10 +151,10 @@ def test_a_run_in_a_folder_that_another_trains_in_is_refused(tmp_path: Path) -> 
                 train(toy_recipe(REGISTRY), out, registry=REGISTRY, resume=True)
             with pytest.raises(ConfigError, match="already exists"):
                 train(toy_recipe(REGISTRY), out, registry=REGISTRY)
-            seen.append(kind)
+            kinds.append(kind)
 
     train(toy_recipe(REGISTRY), out, registry=REGISTRY, watch=watch)
-    assert seen == ["start"]
+    assert kinds == ["start"]
 
 
 def test_what_a_kill_left_of_a_run_that_had_not_begun_is_begun_again(tmp_path: Path) -> None:
@@ -174,9 +174,9 @@ def test_what_a_kill_left_of_a_run_that_had_not_begun_is_begun_again(tmp_path: P
 
 
 def stopped_at_8(out: Path) -> None:
-    asked = iter([False] * 8 + [True])
+    stops = iter([False] * 8 + [True])
     with pytest.raises(Preempted):
-        train(toy_recipe(REGISTRY), out, registry=REGISTRY, stop=lambda: next(asked))
+        train(toy_recipe(REGISTRY), out, registry=REGISTRY, stop=lambda: next(stops))
 
 
 @pytest.mark.parametrize("which", [["step-00000008"], ["step-00000008", "best"], ["best"]])
@@ -191,9 +191,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_before_it(
         path.write_bytes(b"damaged")
     train(toy_recipe(REGISTRY), out, registry=REGISTRY, resume=True)
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
-    told = [e["message"] for e in events if e["event"] == "damaged"]
-    assert len(told) >= 1
-    assert any(which[0] in message for message in told)
+    messages = [e["message"] for e in events if e["event"] == "damaged"]
+    assert len(messages) >= 1
+    assert any(which[0] in message for message in messages)
     for name in which:
         assert (out / "checkpoints" / f"damaged-{name}" / checkpoint.MODEL).exists()
     assert [int(row["step"]) for row in RunFolder(out).metrics()] == list(range(12))

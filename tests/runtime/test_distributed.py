@@ -41,13 +41,13 @@ def updated(updater: str, objective: str, me: Shard) -> dict[str, Tensor]:
     """The weights after updates on draws that are the same however many processes share them."""
     backbone = squared(backbone_of("sadajem", network=SmallCNN(channels=2, norm="none")))
     other = squared(backbone_of("sadajem", network=SmallCNN(channels=2, norm="none")))
-    asked, rng = objective_of(objective.split(",")[0], **OBJECTIVES[objective]), gen(1)
+    method, rng = objective_of(objective.split(",")[0], **OBJECTIVES[objective]), gen(1)
     moved, guard = updater_of(updater, backbone.model, lr=0.1), Guard()
     for step in range(UPDATES):
         batch = batch_of(step)
-        draws = asked.draw(other, batch, rng)  # of weights that never move: the same everywhere
+        draws = method.draw(other, batch, rng)  # of weights that never move: the same everywhere
         own, drawn = part_of(batch, me), part_of(draws, me)
-        moved.step(lambda own=own, drawn=drawn: asked.loss(backbone, own, drawn), guard)
+        moved.step(lambda own=own, drawn=drawn: method.loss(backbone, own, drawn), guard)
     return {name: p.detach() for name, p in backbone.model.named_parameters()}
 
 
@@ -72,7 +72,7 @@ def test_two_processes_with_half_a_batch_each_move_as_one_with_the_whole(
     """Squared batch means and all; to 1e-5, since sums are taken in another order."""
     alone = updated(updater, objective, WHOLE)
     begun = backbone_of("sadajem", network=SmallCNN(channels=2, norm="none")).model
-    first, second = (found[f"{updater} {objective}"] for found in both)
+    first, second = (states[f"{updater} {objective}"] for states in both)
     for name, _ in begun.named_parameters():
         assert torch.equal(first[name], second[name]), name  # the processes never drift apart
         torch.testing.assert_close(first[name], alone[name], rtol=0, atol=1e-5)
@@ -116,7 +116,7 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused() -> None:
 
 
 @given(before=st.sampled_from([1, 2, 4]), after=st.sampled_from([1, 2, 4]), seed=seeds)
-def test_a_buffer_dealt_out_anew_holds_the_same_slots_in_the_same_order(
+def test_a_resharded_buffer_has_the_same_slots_in_the_same_order(
     before: int, after: int, seed: int
 ) -> None:
     whole = normal(seed, 8, 1, 2, 2)
@@ -129,7 +129,9 @@ def test_a_buffer_dealt_out_anew_holds_the_same_slots_in_the_same_order(
 
 
 @given(before=st.sampled_from([2, 4]), after=st.sampled_from([1, 2, 4]), seed=seeds)
-def test_a_density_says_itself_how_its_state_is_dealt(before: int, after: int, seed: int) -> None:
+def test_a_density_says_itself_how_its_state_is_resharded(
+    before: int, after: int, seed: int
+) -> None:
     stranger: Any = SimpleNamespace(deals={"momenta": "slots", "begun": "count", "scale": "alike"})
     whole = normal(seed, 8, 3)
     saved = [{"momenta": whole[r::before], "begun": 4, "scale": 2.5} for r in range(before)]
@@ -142,7 +144,7 @@ def test_a_density_says_itself_how_its_state_is_dealt(before: int, after: int, s
 @pytest.mark.parametrize(
     "deals", [None, {}, {"momenta": "slots"}, {"momenta": "rows", "t": "same"}]
 )
-def test_a_density_that_does_not_say_how_its_state_is_dealt_is_refused(deals: Any) -> None:
+def test_a_density_that_does_not_say_how_its_state_is_resharded_is_refused(deals: Any) -> None:
     stranger: Any = SimpleNamespace(**({} if deals is None else {"deals": deals}))
     saved = [{"momenta": normal(0, 4), "t": 1}] * 2
     with pytest.raises(MisfitError, match=r"redistributed: resume with 2 process.*momenta, t"):
@@ -209,9 +211,9 @@ def raised(error: JemkitError) -> list[Any]:
 
     try:
         distributed.on_rank_zero(fails)
-    except JemkitError as found:
-        more = [*getattr(found, "finding", []), getattr(found, "undone", None)]
-        return [type(found).__name__, str(found), found.reported, *more]
+    except JemkitError as caught:
+        more = [*getattr(caught, "finding", []), getattr(caught, "undone", None)]
+        return [type(caught).__name__, str(caught), caught.reported, *more]
     return []
 
 
@@ -219,7 +221,7 @@ def agreed(me: Shard) -> list[Any]:
     """A loss that is not finite in the second process alone."""
     w = nn.Parameter(torch.ones(2))
     updater, guard = Plain().build(nn.Module(), SGD([w], lr=0.1)), Guard()
-    found: list[Any] = []
+    errors: list[Any] = []
 
     def terms() -> Terms:
         loss = w.square().sum()
@@ -228,52 +230,54 @@ def agreed(me: Shard) -> list[Any]:
     try:
         updater.step(terms, guard)
     except Diverged as error:
-        found.append(str(error))
-    return [*found, w.detach()]
+        errors.append(str(error))
+    return [*errors, w.detach()]
 
 
 @pytest.fixture(scope="module")
-def told() -> list[dict[str, Any]]:
+def results() -> list[dict[str, Any]]:
     return every_rank(collectives)
 
 
 def test_a_mean_is_that_of_all_processes_and_its_slope_that_of_all_their_losses(
-    told: list[dict[str, Any]],
+    results: list[dict[str, Any]],
 ) -> None:
-    for found in told:
-        assert float(found["mean"]) == 3.0  # of 1, 3, 2, 6
-        assert float(found["slope"]) == 1.5  # 2 m (1 + 2) / 2 at m = 0.5
-    assert [found["alone"] for found in told] == [0.0, 1.0]
+    for result in results:
+        assert float(result["mean"]) == 3.0  # of 1, 3, 2, 6
+        assert float(result["slope"]) == 1.5  # 2 m (1 + 2) / 2 at m = 0.5
+    assert [result["alone"] for result in results] == [0.0, 1.0]
 
 
-def test_gradients_are_averaged_whatever_their_type_and_layout(told: list[dict[str, Any]]) -> None:
-    for found in told:
-        first, second = found["reduced"]
+def test_gradients_are_averaged_whatever_their_type_and_layout(
+    results: list[dict[str, Any]],
+) -> None:
+    for result in results:
+        first, second = result["reduced"]
         assert torch.equal(first, torch.full((2, 3, 4, 5), 0.5))
         assert torch.equal(second, torch.ones(3, dtype=torch.float64))
 
 
 def test_a_loss_that_is_sick_in_one_process_stops_the_update_in_all(
-    told: list[dict[str, Any]],
+    results: list[dict[str, Any]],
 ) -> None:
-    for found in told:
-        message, w = found["finite"]
+    for result in results:
+        message, w = result["finite"]
         assert "h1 = inf" in message
         assert torch.equal(w, torch.ones(2))
 
 
 def test_rank_0_broadcasts_values_and_errors_and_gathers_all_trees(
-    told: list[dict[str, Any]],
+    results: list[dict[str, Any]],
 ) -> None:
-    first, second = told
+    first, second = results
     assert torch.equal(first["weights"], second["weights"])
     assert [len(g["x"]) for g in first["gathered"]] == [1, 2]
     assert second["gathered"] == []
-    for rank, found in enumerate(told):
-        assert found["total"] == [3, 1]
-        assert same(found["broadcast"], {"x": torch.arange(3), "of": [0, None]})
-        assert found["inside"] == [1, 0]  # rank 0 is alone there
-        assert found["raised"] == [
+    for rank, result in enumerate(results):
+        assert result["total"] == [3, 1]
+        assert same(result["broadcast"], {"x": torch.arange(3), "of": [0, None]})
+        assert result["inside"] == [1, 0]  # rank 0 is alone there
+        assert result["raised"] == [
             ["Preempted", "stopped", rank == 1, None],
             ["OutOfMemory", "no room", rank == 1, False],
             ["Unhealthy", "ran away", rank == 1, "E(x)", 3, "ran away", None],
@@ -288,12 +292,12 @@ def normed(norm: nn.BatchNorm2d, x: Tensor) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
     y = norm(x)
     y.sin().sum().backward()  # slopes of the size of one
-    found = {"y": y.detach(), "x": x.grad, "weight": norm.weight.grad, "bias": norm.bias.grad}
+    results = {"y": y.detach(), "x": x.grad, "weight": norm.weight.grad, "bias": norm.bias.grad}
     with frozen_batch_stats(norm):
         norm(2 * x)
     with sampling_mode(norm, "running_stats"):
-        found["running"] = norm(x).detach()
-    return {**found, **{name: b.float() for name, b in norm.named_buffers()}}
+        results["running"] = norm(x).detach()
+    return {**results, **{name: b.float() for name, b in norm.named_buffers()}}
 
 
 def synced() -> dict[str, Tensor]:

@@ -44,12 +44,12 @@ def exploding(seed: int, at: int = 100, steps: int = 200) -> list[float]:
 
 
 @given(name=names, value=st.sampled_from([math.nan, math.inf, -math.inf]), at=st.integers(0, 90))
-def test_whatever_is_not_finite_is_found_at_once(name: str, value: float, at: int) -> None:
+def test_whatever_is_not_finite_is_a_finding_at_once(name: str, value: float, at: int) -> None:
     vitals = RunStatistics(Sentinel())
     rows: list[dict[str, Any]] = [{"step": i, "lr": 0.1, name: float(i % 3)} for i in range(at)]
     assert not any(vitals.row(row) for row in rows)
-    found = vitals.row({"step": at, "lr": 0.1, name: value})
-    assert found == Finding(name, at, f"not finite: {name} = {value}")
+    finding = vitals.row({"step": at, "lr": 0.1, name: value})
+    assert finding == Finding(name, at, f"not finite: {name} = {value}")
 
 
 @given(seed=seeds, scale=scales, offset=st.floats(-1e3, 1e3))
@@ -65,20 +65,20 @@ def test_the_rule_of_the_gap_is_the_same_for_a_gap_scaled_and_shifted(
 ) -> None:
     values = exploding(seed)
     moved = [scale * (value + offset) for value in values]
-    found = first(Sentinel(nats=0), values)
-    assert found is not None
-    assert first(Sentinel(nats=0), moved) == found
+    step = first(Sentinel(nats=0), values)
+    assert step is not None
+    assert first(Sentinel(nats=0), moved) == step
 
 
 @given(seed=seeds, sign=st.sampled_from([-1, 1]), at=st.integers(25, 150))
-def test_a_gap_that_explodes_is_found_within_ten_steps_of_a_hundred_nats(
+def test_a_gap_that_explodes_is_a_finding_within_ten_steps_of_a_hundred_nats(
     seed: int, sign: int, at: int
 ) -> None:
     values = [sign * value for value in exploding(seed, at)]
     crossed = next(step for step, value in enumerate(values) if abs(value) > 110)
-    found = first(Sentinel(), values)
-    assert found is not None
-    assert at < found <= crossed + 10
+    alarm = first(Sentinel(), values)
+    assert alarm is not None
+    assert at < alarm <= crossed + 10
 
 
 @given(seed=seeds, at=st.integers(0, 399), size=st.floats(1e3, 1e12))
@@ -93,13 +93,13 @@ def test_a_sentinel_that_is_saved_and_loaded_finds_the_same(seed: int, cut: int)
     values, rows = exploding(seed), []
     rows = [{"step": step, "gap x+ x-": value, "E(x)": -value} for step, value in enumerate(values)]
     whole, cut_short, later = (RunStatistics(Sentinel()) for _ in range(3))
-    wanted = next(found for found in map(whole.row, rows) if found)
+    wanted = next(finding for finding in map(whole.row, rows) if finding)
     early = [cut_short.row(row) for row in rows[:cut]]
     if any(early):
         assert next(filter(None, early)) == wanted
         return
     later.load_state_dict(cut_short.state_dict())
-    assert next(found for found in map(later.row, rows[cut:]) if found) == wanted
+    assert next(finding for finding in map(later.row, rows[cut:]) if finding) == wanted
 
 
 @given(classes=st.integers(2, 100), images=st.integers(100, 5000))
@@ -108,24 +108,24 @@ def test_accuracy_at_chance_is_a_collapse_only_after_it_was_clearly_above(
 ) -> None:
     vitals, chance = RunStatistics(Sentinel()), 1 / classes
 
-    def found(*seen: float) -> bool:
-        return vitals.accuracy(seen, chance, images, 0) is not None
+    def collapsed(*history: float) -> bool:
+        return vitals.accuracy(history, chance, images, 0) is not None
 
-    assert found(1.0, chance, chance)
-    assert found(0.2, 1.0, 0.0, chance)
-    assert not found(1.0, chance)
-    assert not found(1.0, chance, 0.99, chance)
-    assert not found(chance, chance, chance)
-    assert not found(1.0, 1.0, 0.9)
+    assert collapsed(1.0, chance, chance)
+    assert collapsed(0.2, 1.0, 0.0, chance)
+    assert not collapsed(1.0, chance)
+    assert not collapsed(1.0, chance, 0.99, chance)
+    assert not collapsed(chance, chance, chance)
+    assert not collapsed(1.0, 1.0, 0.9)
 
 
-def test_a_size_that_grows_a_thousandfold_is_found_and_its_usual_growth_is_not() -> None:
+def test_a_size_that_grows_a_thousandfold_is_a_finding_and_its_usual_growth_is_not() -> None:
     vitals = RunStatistics(Sentinel())
     for size in (1e-3, 1.0, 2.0, 30.0, 20.0):
         assert vitals.level("slope", size, 0) is None
-    found = vitals.level("slope", 1e4, 7)
-    assert found is not None
-    assert found.since == 7
+    finding = vitals.level("slope", 1e4, 7)
+    assert finding is not None
+    assert finding.since == 7
     assert vitals.level("slope", math.nan, 8) is not None
 
 
@@ -218,12 +218,12 @@ def state_of(path: Path) -> dict[str, Any]:
 
 
 def test_a_sick_run_goes_back_with_one_remedy_after_the_other(rolled_back: Path) -> None:
-    told = events(rolled_back, "rollback")
-    assert [event["remedy"] for event in told] == ["rate", "steps"]
-    assert [event["with"] for event in told] == [
+    rollbacks = events(rolled_back, "rollback")
+    assert [event["remedy"] for event in rollbacks] == ["rate", "steps"]
+    assert [event["with"] for event in rollbacks] == [
         "0.5 times the learning rate", "0.5 times the learning rate, 4 steps per chain",
     ]  # fmt: skip
-    for event in told:
+    for event in rollbacks:
         assert (event["since"], event["to"]) == (13, 6)  # 12 was not proven for an epoch
         assert "not finite" in event["what"]
     rows = RunFolder(rolled_back).metrics()
@@ -248,9 +248,9 @@ def test_a_run_that_went_back_and_was_stopped_is_the_run_that_was_not(
         trainer.run()
     go_on(tmp_path / "cut", *SICKLY).run()
     assert same(state_of(tmp_path / "cut"), state_of(rolled_back))
-    kept = [[p.name for p in complete(path / "checkpoints")] for path in (tmp_path / "cut",
+    names = [[p.name for p in complete(path / "checkpoints")] for path in (tmp_path / "cut",
             rolled_back)]  # fmt: skip
-    assert kept[0] == kept[1]
+    assert names[0] == names[1]
 
 
 def test_another_attempt_draws_other_chains(rolled_back: Path, tmp_path: Path) -> None:
@@ -269,14 +269,14 @@ def test_a_run_that_is_sick_before_it_has_proven_anything_starts_over(tmp_path: 
 
 def test_a_classifier_has_no_chains_to_lengthen_and_gets_a_lower_rate(tmp_path: Path) -> None:
     given = ("classifier", "ce", "plain", 'sentinel.policy=["steps","penalty"]')
-    care = begun(tmp_path / "run", *given).rollback
-    care.try_next(Finding("loss", 3, "not finite"), 3, 0)
-    entry = care.try_next(Finding("loss", 3, "not finite"), 3, 0)
+    policy = begun(tmp_path / "run", *given).rollback
+    policy.try_next(Finding("loss", 3, "not finite"), 3, 0)
+    entry = policy.try_next(Finding("loss", 3, "not finite"), 3, 0)
     assert entry["remedy"] == "rate"
-    assert care.rate == 0.25
+    assert policy.rate == 0.25
 
 
-def test_a_penalty_is_put_on_the_density_and_kept(tmp_path: Path) -> None:
+def test_a_penalty_is_put_on_the_density_and_saved(tmp_path: Path) -> None:
     given = ("jem", "jem", "plain", 'sentinel.policy=["penalty"]')
     trainer = begun(tmp_path / "run", *given)
     trainer.rollback.try_next(Finding("loss", 3, "not finite"), 3, 0)
@@ -300,10 +300,10 @@ def test_a_penalty_is_put_on_the_density_and_kept(tmp_path: Path) -> None:
 def test_a_remedy_that_would_change_nothing_is_passed_over(
     backbone: str, settings: list[str], wanted: list[str], tmp_path: Path
 ) -> None:
-    care = begun(tmp_path / "run", backbone, "jem", "plain", *settings).rollback
-    told = [care.try_next(Finding("loss", 3, "not finite"), 3, 0) for _ in wanted]
-    assert [entry["remedy"] for entry in told] == wanted
-    assert ("penalty" in told[-1]["with"]) is ("penalty" in wanted)
+    policy = begun(tmp_path / "run", backbone, "jem", "plain", *settings).rollback
+    entries = [policy.try_next(Finding("loss", 3, "not finite"), 3, 0) for _ in wanted]
+    assert [entry["remedy"] for entry in entries] == wanted
+    assert ("penalty" in entries[-1]["with"]) is ("penalty" in wanted)
 
 
 def test_a_penalty_is_put_on_whatever_density_takes_one(tmp_path: Path) -> None:
@@ -320,8 +320,8 @@ def test_a_penalty_is_put_on_whatever_density_takes_one(tmp_path: Path) -> None:
     trainer = begun(tmp_path / "run", "jem", "jem", "plain", 'sentinel.policy=["penalty"]')
     density = Heavy(trainer.backbone.density)
     trainer.backbone.density_or_none = density  # type: ignore[assignment]
-    care = RollbackPolicy(trainer.recipe.sentinel, trainer.parts, 0)
-    assert care.try_next(Finding("loss", 3, "not finite"), 3, 0)["remedy"] == "penalty"
+    policy = RollbackPolicy(trainer.recipe.sentinel, trainer.parts, 0)
+    assert policy.try_next(Finding("loss", 3, "not finite"), 3, 0)["remedy"] == "penalty"
     assert density.weights == [0.1]
 
 
@@ -340,8 +340,8 @@ def test_a_run_may_always_go_back_as_far_as_a_finding_may_ask_it_to(tmp_path: Pa
         7 * EPOCH - EPOCH - trainer.rollback.options.patience
     )  # two epochs at chance, three strays
     assert steps == [24, 30, 36, 42]
-    found = next(trainer.rollback.proven(tmp_path / "run" / "checkpoints", latest))
-    assert step_of(found) == 24
+    proven = next(trainer.rollback.proven(tmp_path / "run" / "checkpoints", latest))
+    assert step_of(proven) == 24
 
 
 @pytest.mark.parametrize("table", [
@@ -380,7 +380,7 @@ def test_a_stop_in_the_midst_of_a_step_undoes_the_step_exactly(
     assert 4 < polls < 399
 
 
-def test_a_stop_while_the_best_epoch_is_judged_is_heard_and_the_run_judged_anew(
+def test_a_stop_while_the_best_epoch_is_evaluated_ends_it_and_a_resume_evaluates_again(
     tmp_path: Path,
 ) -> None:
     trainer = begun(tmp_path / "run", "jem", "jem", "plain")
@@ -391,13 +391,13 @@ def test_a_stop_while_the_best_epoch_is_judged_is_heard_and_the_run_judged_anew(
     assert events(tmp_path / "run", "preempted")
     again = go_on(tmp_path / "run", "jem", "jem", "plain")
     again.run()
-    found = again.finish().figures
-    assert [figure.value for figure in found] == [
+    figures = again.finish().figures
+    assert [figure.value for figure in figures] == [
         f.value for f in trainer.validator(0).judge({}).figures
     ]
 
 
-def test_a_stop_in_the_midst_of_an_exam_loses_no_epoch(tmp_path: Path) -> None:
+def test_a_stop_during_validation_loses_no_epoch(tmp_path: Path) -> None:
     given = ("sadajem", "ebjdat", "plain")
     begun(tmp_path / "whole", *given).run(until=8)
     trainer = begun(tmp_path / "cut", *given)

@@ -65,16 +65,16 @@ def updated(case: str, network: str, *, shard: bool, **memory: Any) -> dict[str,
         average.update(backbone.model)
         assert guard.verdict is not None
         norms.append(guard.verdict.grad_norm)
-    found = {f"ema {name}": t for name, t in average.average.items()}
-    found |= {name: p.detach() for name, p in backbone.model.named_parameters()}
-    found |= {
+    weights = {f"ema {name}": t for name, t in average.average.items()}
+    weights |= {name: p.detach() for name, p in backbone.model.named_parameters()}
+    weights |= {
         f"momentum {name}": moved.optimizer.state[p]["momentum_buffer"]
         for name, p in backbone.model.named_parameters()
     }
-    return {**fsdp.whole(found), "norms": torch.stack(norms)}
+    return {**fsdp.whole(weights), "norms": torch.stack(norms)}
 
 
-def told() -> dict[str, Any]:
+def results() -> dict[str, Any]:
     """Of everything that needs no folder, in one group."""
     with distributed.together():
         moved = {
@@ -85,16 +85,16 @@ def told() -> dict[str, Any]:
         moved["sliced"] = updated("sam", "blocks", shard=True, size=2)
         moved["anew"] = updated("sam", "blocks with batch norm", shard=True, recompute=True)
         beside = [beside_others(shard=shard) for shard in (False, True)]
-    dealt = {rows: dealt_and_gathered(rows) for rows in (3, 1)}
+    scattered = {rows: scattered_and_gathered(rows) for rows in (3, 1)}
     return {
-        "updated": moved, "held": held(), "dealt": dealt, "norm": norm_of_sick(),
+        "updated": moved, "held": memory_in_use(), "dealt": scattered, "norm": norm_of_sick(),
         "beside": beside, "stateful": stateful(),
     }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def both() -> list[dict[str, Any]]:
-    return every_rank(told)
+    return every_rank(results)
 
 
 @pytest.mark.parametrize(("case", "network"), MATRIX)
@@ -113,18 +113,20 @@ def test_processes_that_share_the_weights_move_as_those_that_hold_all_of_them(
 
 
 def test_shares_are_gathered_for_every_slice_of_a_micro_batch(both: list[dict[str, Any]]) -> None:
-    found = both[0]["updated"]
-    for name, whole in found["sam blocks False"].items():
-        torch.testing.assert_close(found["sliced"][name], whole, rtol=1e-5, atol=1e-5)
+    updates = both[0]["updated"]
+    for name, whole in updates["sam blocks False"].items():
+        torch.testing.assert_close(updates["sliced"][name], whole, rtol=1e-5, atol=1e-5)
 
 
-def test_shares_are_gathered_where_activations_are_made_anew(both: list[dict[str, Any]]) -> None:
-    found = both[0]["updated"]
-    for name, whole in found["sam blocks with batch norm True"].items():
-        assert torch.equal(found["anew"][name], whole)
+def test_sharded_weights_are_gathered_where_activations_are_recomputed(
+    both: list[dict[str, Any]],
+) -> None:
+    updates = both[0]["updated"]
+    for name, whole in updates["sam blocks with batch norm True"].items():
+        assert torch.equal(updates["anew"][name], whole)
 
 
-def held() -> dict[str, Any]:
+def memory_in_use() -> dict[str, Any]:
     """Bytes of one process, before and after; and what an update leaves there."""
     backbone = backbone_of("sadajem", network=WRN(depth=10, width=2, norm="none"))
     model = backbone.model
@@ -221,9 +223,9 @@ def test_the_units_of_any_module_hold_every_weight_once() -> None:
             )
 
     odd = Odd()
-    found = list(fsdp.units(odd))
-    assert [type(unit).__name__ for unit in found] == ["Linear", "BatchNorm1d", "Odd"]
-    inner = [p for unit in found[:-1] for p in unit.parameters()]
+    units = list(fsdp.units(odd))
+    assert [type(unit).__name__ for unit in units] == ["Linear", "BatchNorm1d", "Odd"]
+    inner = [p for unit in units[:-1] for p in unit.parameters()]
     assert {*map(id, inner), id(odd.scale)} == {id(p) for p in odd.parameters()}
 
 
@@ -237,23 +239,23 @@ def test_whole_tensors_are_left_as_they_are(seed: int) -> None:
     assert torch.equal(total_norm([x], x), x.norm().float())
 
 
-def dealt_and_gathered(rows: int) -> list[Any]:
+def scattered_and_gathered(rows: int) -> list[Any]:
     layer = nn.Linear(2, rows)
     full = {name: torch.randn(p.shape, generator=gen()) for name, p in layer.named_parameters()}
     fsdp.shard(layer, torch.zeros(1, 2))
     for name, p in layer.named_parameters():
         fsdp.fill(p, full[name])
-    found = fsdp.whole(layer.state_dict(), keep=distributed.shard().rank == 0)
-    return [found, full, fsdp.local(layer.weight).detach()]
+    gathered = fsdp.whole(layer.state_dict(), keep=distributed.shard().rank == 0)
+    return [gathered, full, fsdp.local(layer.weight).detach()]
 
 
-def test_parts_that_are_dealt_out_are_gathered_again_bit_for_bit(
+def test_scattered_parts_are_gathered_bit_for_bit(
     both: list[dict[str, Any]],
 ) -> None:
     """Of three rows one process has two; of one row it has all."""
     for rows in (3, 1):
-        (found, full, part), (nothing, _, other) = (rank["dealt"][rows] for rank in both)
-        assert same(found, full)
+        (gathered, full, part), (nothing, _, other) = (rank["dealt"][rows] for rank in both)
+        assert same(gathered, full)
         assert set(nothing.values()) == {None}
         assert torch.equal(torch.cat([part, other]), full["weight"])
 
@@ -281,13 +283,13 @@ def whole_runs(name: str) -> dict[str, Any]:
 
 
 def refused(folder: Path) -> list[str]:
-    heard = []
-    for asked in ("run.compile=true", "run.channels_last=yes"):
+    errors = []
+    for option in ("run.compile=true", "run.channels_last=yes"):
         try:
-            run(str(folder / "refused"), overrides=(SHARD, asked))
+            run(str(folder / "refused"), overrides=(SHARD, option))
         except ConfigError as error:
-            heard.append(str(error))
-    return heard
+            errors.append(str(error))
+    return errors
 
 
 def diverging(folder: Path) -> str:
@@ -302,7 +304,7 @@ class Runs(NamedTuple):
     """Where they are, and what each process told."""
 
     folder: Path
-    told: list[dict[str, Any]]
+    results: list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -384,13 +386,13 @@ def test_a_shared_run_begins_with_the_weights_that_it_is_given(folder: Path) -> 
 
 
 def test_a_shared_run_that_diverges_ends_in_every_process(runs: Runs) -> None:
-    assert [rank["ended"] for rank in runs.told] == ["Diverged", "Diverged"]
+    assert [rank["ended"] for rank in runs.results] == ["Diverged", "Diverged"]
     events = (runs.folder / "diverged" / "events.jsonl").read_text().splitlines()
     assert "rollback" in [json.loads(line)["event"] for line in events]
 
 
 def test_what_weights_in_shares_cannot_do_is_refused_before_the_first_step(runs: Runs) -> None:
-    (compiled, laid_out), other = (rank["refused"] for rank in runs.told)
+    (compiled, laid_out), other = (rank["refused"] for rank in runs.results)
     assert "omit run.shard or run.compile" in compiled
     assert 'set run.channels_last to "auto" or "no"' in laid_out
     assert other == [compiled, laid_out]

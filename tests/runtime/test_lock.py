@@ -52,7 +52,7 @@ def test_a_lock_is_free_again_after_its_block_and_after_an_error_in_it(tmp_path:
         pass
 
 
-def test_a_lock_ends_with_the_process_that_held_it_however_it_ends(tmp_path: Path) -> None:
+def test_a_lock_ends_with_the_process_that_took_it_however_it_ends(tmp_path: Path) -> None:
     child = holder(tmp_path / LOCK)
     try:
         with pytest.raises(ConfigError, match=rf"process {child.pid} on .* trains here since"):

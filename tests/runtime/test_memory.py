@@ -27,35 +27,35 @@ def test_the_graph_of_a_loss_does_not_grow_with_the_chain(name: str, objective: 
 
 
 def counted(model: nn.Module) -> list[int]:
-    seen: list[int] = []
-    model.network.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
-    return seen
+    sizes: list[int] = []
+    model.network.register_forward_hook(lambda m, args, out: sizes.append(len(args[0])))
+    return sizes
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
 @pytest.mark.parametrize("sampler", [SGLD(), SGLDMomentum(), SignDescent(), L2Descent()])
 def test_a_chain_of_m_steps_makes_m_forward_passes(steps: int, sampler: SGLD) -> None:
     model = toy_model(TASK).eval()
-    seen = counted(model)
+    sizes = counted(model)
     run(sampler, ModelEnergy(model), BATCH.x, gen(), steps)
-    assert seen == [len(BATCH.x)] * steps
+    assert sizes == [len(BATCH.x)] * steps
 
 
 def test_a_step_of_mala_makes_two_passes_for_each_of_both_ends() -> None:
     model = toy_model(TASK).eval()
-    seen = counted(model)
+    sizes = counted(model)
     run(MALA(), ModelEnergy(model), BATCH.x, gen(), 3)
-    assert seen == [len(BATCH.x)] * 3 * 4
+    assert sizes == [len(BATCH.x)] * 3 * 4
 
 
 @pytest.mark.parametrize("steps", [0, 3])
 def test_an_attack_of_m_steps_makes_m_forward_passes(steps: int) -> None:
     model = toy_model(TASK).eval()
-    seen = counted(model)
+    sizes = counted(model)
     PGD(steps=steps).draw(
         model, lambda x: model(x).energy, BATCH.x, gen(), bounds=TASK.bounds, radius_px=8
     )  # fmt: skip
-    assert len(seen) == steps
+    assert len(sizes) == steps
 
 
 def test_pyld_makes_one_pass_of_the_trunk_for_all_its_inner_steps() -> None:
@@ -72,7 +72,7 @@ def test_pyld_makes_one_pass_of_the_trunk_for_all_its_inner_steps() -> None:
 class Watched(torch.autograd.Function):
     """The identity of a weight; tells when a gradient comes back to it."""
 
-    told: list[int] = []
+    gradients: list[int] = []
 
     @staticmethod
     def forward(ctx: object, w: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class Watched(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> Tensor:
-        Watched.told.append(1)
+        Watched.gradients.append(1)
         return grad
 
 
@@ -97,13 +97,13 @@ class Telling(nn.Module):
 
 def test_a_chain_computes_no_gradient_of_a_weight() -> None:
     model = Telling()
-    Watched.told.clear()
+    Watched.gradients.clear()
     model(torch.ones(2, 3)).sum().backward()
-    assert Watched.told  # so that the law below can fail
+    assert Watched.gradients  # so that the law below can fail
     model.w.grad = None
-    Watched.told.clear()
+    Watched.gradients.clear()
     run(SGLD(), model, torch.ones(2, 3), gen(), 3)  # though nobody has frozen it
-    assert not Watched.told
+    assert not Watched.gradients
     assert model.w.grad is None
 
 

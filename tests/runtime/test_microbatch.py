@@ -120,7 +120,7 @@ def test_on_one_thread_of_a_cpu_a_chain_in_slices_of_several_images_is_the_same_
 
 @given(sizes, st.sampled_from(["ebjdat", "jem", "pgdat", "trades"]))
 def test_the_draws_of_an_objective_are_those_of_the_whole_batch(size: int, name: str) -> None:
-    found = []
+    draws = []
     for most in (0, size):
         backbone, rng = backbone_of("jem", network=SmallCNN(channels=2, norm="group")), gen(1)
         backbone.model.double()
@@ -129,8 +129,8 @@ def test_the_draws_of_an_objective_are_those_of_the_whole_batch(size: int, name:
         with MicroBatch(most).active():
             drawn = objective_of(name).draw(backbone, batch, rng)
         tensors = [drawn] if isinstance(drawn, Tensor) else [t for t in drawn if t is not None]
-        found.append([*tensors, backbone.density.buffer.states, rng.get_state().double()])
-    assert all(map(close, *found))
+        draws.append([*tensors, backbone.density.buffer.states, rng.get_state().double()])
+    assert all(map(close, *draws))
 
 
 def updated(size: int, objective: str, updater: str, norm: Norm, **options: Any) -> Any:
@@ -159,16 +159,16 @@ def test_terms_that_are_no_mean_over_rows_are_exact_too() -> None:
 
 
 def test_slices_run_in_the_precision_of_the_whole() -> None:
-    found = []
+    results = []
     for size in (0, 2):
         backbone = backbone_of("jem", network=SmallCNN(channels=2, norm="group"))
         objective, updater = in_bf16(objective_of("jem"), "cpu"), updater_of("sam", backbone.model)
         with MicroBatch(size).active():
             terms = train_step(backbone, objective, updater, BATCH, gen(1), Guard())
-        found.append((backbone.model.state_dict(), terms.total))
-    assert torch.allclose(found[0][1], found[1][1], atol=TINY)  # in float32 it is 1e-3 off
+        results.append((backbone.model.state_dict(), terms.total))
+    assert torch.allclose(results[0][1], results[1][1], atol=TINY)  # in float32 it is 1e-3 off
     grain = 2e-3  # of bfloat16, in gradients that are summed slice by slice
-    assert all(torch.allclose(found[1][0][k], t, atol=grain) for k, t in found[0][0].items())
+    assert all(torch.allclose(results[1][0][k], t, atol=grain) for k, t in results[0][0].items())
 
 
 @pytest.mark.parametrize("updater", UPDATERS)
@@ -189,21 +189,21 @@ def test_a_slope_that_is_differentiated_again_is_exact(seed: int, size: int) -> 
     assert close(*slopes)
 
 
-def kept(size: int) -> int:
+def saved_bytes(size: int) -> int:
     """The bytes that a loss's graph holds for its way back."""
-    model, held = rowwise("none"), [0]
+    model, total = rowwise("none"), [0]
 
     def pack(t: Tensor) -> Tensor:
-        held[0] += t.numel() * t.element_size()
+        total[0] += t.numel() * t.element_size()
         return t
 
     with MicroBatch(size).active(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(BATCH.x).energy.mean()
-    return held[0]
+    return total[0]
 
 
 def test_a_graph_in_slices_holds_no_activations() -> None:
-    assert kept(2) < kept(0) / 3  # its input, its features and the head's
+    assert saved_bytes(2) < saved_bytes(0) / 3  # its input, its features and the head's
 
 
 @pytest.mark.parametrize("size", range(1, B + 1))
@@ -227,9 +227,9 @@ def test_a_compiled_gradient_is_eager_where_it_would_be_cut() -> None:
 
 
 def test_what_allocators_say_is_known_and_nothing_else_is() -> None:
-    with pytest.raises(RuntimeError) as found:
+    with pytest.raises(RuntimeError) as caught:
         torch.empty(2**58)
-    assert out_of_memory(found.value)
+    assert out_of_memory(caught.value)
     assert out_of_memory(RuntimeError("could not create a primitive"))  # oneDNN, seen at a limit
     assert out_of_memory(RuntimeError("GET was unable to find an engine to execute this"))  # cuDNN
     assert out_of_memory(MemoryError())
@@ -246,7 +246,7 @@ def failing(error: Exception) -> None:
 @settings(max_examples=20)
 @given(st.integers(1, 7), st.integers(1, 20))
 def test_work_is_done_again_with_half_the_images_and_the_same_draws(room: int, n: int) -> None:
-    network, rng, seen = Room(SmallCNN(channels=1).build(TASK.shape), room), gen(3), []
+    network, rng, sizes = Room(SmallCNN(channels=1).build(TASK.shape), room), gen(3), []
     model = toy_model(TASK)
     model.network = network
 
@@ -259,13 +259,13 @@ def test_work_is_done_again_with_half_the_images_and_the_same_draws(room: int, n
         return ModelEnergy(model).stem(x)
 
     micro = MicroBatch()
-    found = micro.fit(work, rng, on_change=lambda **what: seen.append(what["images"]))
+    features = micro.fit(work, rng, on_change=lambda **what: sizes.append(what["images"]))
     tried = [n // 2**k for k in range(6) if n // 2**k]
     refused = [most for most in tried if -(-n // -(-n // most)) > room]  # in slices of equal size
     halvings = tried[1 : 1 + len(refused)]
-    assert seen == halvings
+    assert sizes == halvings
     assert micro.size == (halvings or [0])[-1]
-    assert close(found, network.inner.stem(torch.randn((n, *TASK.shape), generator=gen(3))))
+    assert close(features, network.inner.stem(torch.randn((n, *TASK.shape), generator=gen(3))))
 
 
 def recipe(*overrides: str, norm: str = "none") -> Any:
@@ -292,10 +292,10 @@ def test_a_run_that_runs_out_of_memory_is_one_begun_with_what_fits(tmp_path: Pat
     halved = trained(tmp_path / "a", "backbone.network.images=12")
     begun = trained(tmp_path / "b", "run.micro_batch=9")
     assert same(halved, begun)
-    told = [
+    changes = [
         (event["step"], event["was"], event["images"]) for event in events(tmp_path / "a", "memory")
     ]
-    assert told == [(0, 36, 18), (0, 18, 9)]
+    assert changes == [(0, 36, 18), (0, 18, 9)]
     assert not events(tmp_path / "b", "memory")
     ended = [events(tmp_path / name, "end")[0]["figures"] for name in "ab"]
     assert [f["value"] for f in ended[0]] == [f["value"] for f in ended[1]]
@@ -355,9 +355,9 @@ def test_an_update_that_has_begun_is_not_taken_again() -> None:
         done.append(1)
         raise MemoryError
 
-    with pytest.raises(OutOfMemory, match="which cannot be undone") as found:
+    with pytest.raises(OutOfMemory, match="which cannot be undone") as caught:
         MicroBatch().fit(work, moved=lambda: len(done))
-    assert not found.value.undone
+    assert not caught.value.undone
     assert len(done) == 1
 
 
@@ -394,11 +394,11 @@ class Cut(nn.Module):
 
 
 def test_an_evaluation_finds_the_same_in_less_memory() -> None:
-    asked: dict[str, Any] = {"attacks": ("pgd",), "only": ("robustness", "calibration")}
-    asked["options"] = {"robustness": {"indicators": False}}
+    options: dict[str, Any] = {"attacks": ("pgd",), "only": ("robustness", "calibration")}
+    options["options"] = {"robustness": {"indicators": False}}
     judge = partial(api.evaluate, dataset=TASK.images("valid"), n_classes=3, registry=REGISTRY)
-    found = [judge(Cut(room), eps_px=25.5, **asked) for room in (1000, 5)]
-    values = [{f.name: f.value for f in record.figures} for record in found]
+    records = [judge(Cut(room), eps_px=25.5, **options) for room in (1000, 5)]
+    values = [{f.name: f.value for f in record.figures} for record in records]
     assert values[0] == pytest.approx(values[1], abs=TINY)
 
 
@@ -411,24 +411,24 @@ class Climbed(Cut):
 
 def test_an_attacked_batch_is_taken_again_by_itself() -> None:
     ctx = Context(gen(), Threat("Linf", 25.5), batch_size=8)
-    found = []
+    images = []
     for room in (1000, 3):
         subject = pixel_model(Climbed(room).eval().requires_grad_(False))
-        found.append(attacked(subject, PGD(steps=2), TASK.images("valid"), ctx).x_adv)
-    assert close(*found)
+        images.append(attacked(subject, PGD(steps=2), TASK.images("valid"), ctx).x_adv)
+    assert close(*images)
 
 
-def test_an_exam_keeps_to_the_micro_batch(tmp_path: Path) -> None:
+def test_validation_keeps_to_the_micro_batch(tmp_path: Path) -> None:
     trainer = Trainer(recipe("run.micro_batch=2"), RunFolder.create(tmp_path / "a"))
-    exam, network = trainer.validator(1), trainer.backbone.model.network
-    exam.validate(6)
-    exam.draw_grid(tmp_path / "grid.png")
-    exam.draw_energies(tmp_path / "energies.svg")
-    exam.judge({})
+    validator, network = trainer.validator(1), trainer.backbone.model.network
+    validator.validate(6)
+    validator.draw_grid(tmp_path / "grid.png")
+    validator.draw_energies(tmp_path / "energies.svg")
+    validator.judge({})
     assert network.largest == 2
 
 
-def test_what_an_exam_learns_of_the_memory_the_next_one_knows(tmp_path: Path) -> None:
+def test_a_micro_batch_halved_in_validation_stays_halved_in_the_next(tmp_path: Path) -> None:
     trainer = Trainer(recipe("backbone.network.images=5"), RunFolder.create(tmp_path / "a"))
     trainer.validator(1).validate(6)
     learnt = trainer.parts.micro.size

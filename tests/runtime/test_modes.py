@@ -39,7 +39,7 @@ def tracked(model: nn.Module) -> list[bool]:
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_every_mode_restores_what_it_found_module_by_module(name: str) -> None:
+def test_every_mode_restores_the_mode_before_it_module_by_module(name: str) -> None:
     model = patchwork()
     before, tracks = state_of(model), tracked(model)
     with MODES[name](model):
@@ -51,7 +51,7 @@ def test_every_mode_restores_what_it_found_module_by_module(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_every_mode_restores_what_it_found_after_an_error(name: str) -> None:
+def test_every_mode_restores_the_mode_before_it_after_an_error(name: str) -> None:
     model = patchwork()
     before, tracks = state_of(model), tracked(model)
 

@@ -30,26 +30,26 @@ precisions = st.sampled_from(["fp32", "tf32", "bf16"])
 
 def answers() -> dict[object, str | bool]:
     """What every switch answers, old and new; and how it follows those above it."""
-    found: dict[object, str | bool] = {switch: read_switch(switch) for switch in ALL}
+    switches: dict[object, str | bool] = {switch: read_switch(switch) for switch in ALL}
     try:
-        found["matmul"] = torch.get_float32_matmul_precision()
+        switches["matmul"] = torch.get_float32_matmul_precision()
     except RuntimeError:
-        found["matmul"] = "mixed"
+        switches["matmul"] = "mixed"
     try:
-        found["convolution"] = torch.backends.cudnn.allow_tf32
+        switches["convolution"] = torch.backends.cudnn.allow_tf32
     except RuntimeError:
-        found["convolution"] = "mixed"
-    return found
+        switches["convolution"] = "mixed"
+    return switches
 
 
 def followed() -> list[dict[object, str | bool]]:
     """The answers as they are, and as the switch at the top would change them."""
-    found, top = [answers()], read_switch(GENERIC)
+    states, top = [answers()], read_switch(GENERIC)
     for value in ("ieee", "tf32"):
         write_switch(GENERIC, value)
-        found.append(answers())
+        states.append(answers())
     write_switch(GENERIC, top)
-    return found
+    return states
 
 
 @pytest.fixture(autouse=True)
@@ -111,8 +111,8 @@ def test_a_model_is_judged_after_any_of_torchs_switches_was_set(
     write_switch(switch, value)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     x, y = torch.full((6, 1, 8, 8), 0.5), torch.arange(6) % 3
-    found = jemkit.evaluate(net, (x, y), registry=REGISTRY, only=("accuracy",))  # type: ignore[arg-type]
-    assert found.value("clean") == pytest.approx(1 / 3)
+    record = jemkit.evaluate(net, (x, y), registry=REGISTRY, only=("accuracy",))  # type: ignore[arg-type]
+    assert record.value("clean") == pytest.approx(1 / 3)
     assert read_switch(switch) == value
     reset()
 
@@ -127,8 +127,10 @@ def test_bf16_on_the_cpu_is_taken_back_for_an_evaluation_and_restored() -> None:
     reset()
 
 
-def test_torch_is_asked_by_its_public_names_alone() -> None:
+def test_of_torch_only_public_names_are_used() -> None:
     private = re.compile(r"torch\._C\b")
     places = (root() / name for name in ("jemkit", "plugins", "cli"))
-    found = [p for place in places for p in place.rglob("*.py") if private.search(p.read_text())]
-    assert not found
+    offenders = [
+        p for place in places for p in place.rglob("*.py") if private.search(p.read_text())
+    ]
+    assert not offenders

@@ -26,7 +26,7 @@ def test_equal_means_every_bit() -> None:
     assert same(zero.to(memory_format=torch.contiguous_format), zero)
 
 
-def test_where_two_states_differ_is_told_by_path() -> None:
+def test_where_two_states_differ_is_reported_by_path() -> None:
     one = {"a": [1, {"b": torch.zeros(2)}], "only": 1, 3: "x"}
     other = {"a": [1, {"b": torch.ones(2)}], "also": 1, 3: "y"}
     assert list(differing(one, other)) == ["/only", "/also", "/a/1/b", "/3"]
@@ -39,15 +39,15 @@ def test_tensors_are_written_as_safetensors_reads_them(
     tensors: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("tensors") / "here.safetensors"
-    told = write_tensors(path, tensors)
-    assert told == file_hash(path)
+    digest = write_tensors(path, tensors)
+    assert digest == file_hash(path)
     assert same(safetensors.torch.load_file(path), tensors)
     with safetensors.safe_open(path, "pt") as file:
         assert sorted(file.keys()) == sorted(tensors)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.complex64])
-def test_every_type_is_kept_or_refused_by_its_name(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_every_type_is_saved_or_refused_by_its_name(tmp_path: Path, dtype: torch.dtype) -> None:
     odd = torch.arange(3).to(dtype)[1:]
     if dtype in DTYPES:
         write_tensors(tmp_path / "x", {"odd": odd, "tied": odd, "t": odd.expand(2, 2).T})

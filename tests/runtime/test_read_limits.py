@@ -135,10 +135,10 @@ def test_a_damaged_archive_is_a_data_error_or_the_same_arrays(
     path = tmp_path_factory.getbasetemp() / "damaged.npz"
     path.write_bytes(data)
     try:
-        found = load_arrays(path)
+        arrays = load_arrays(path)
     except DataError:
         return
-    for name, tensor in found.items():
+    for name, tensor in arrays.items():
         if name in ("a", "b"):
             assert tensor.numel() in (6, 4)
 

@@ -36,11 +36,11 @@ def wide(norm: Norm = "batch", seed: int = 0) -> Any:
     return toy_model(TASK, WRN(depth=10, width=1, norm=norm), seed=seed).train()
 
 
-def updated(objective: str, updater: str, *, anew: bool) -> dict[str, Tensor]:
+def updated(objective: str, updater: str, *, recompute: bool) -> dict[str, Tensor]:
     """A model's state after two steps."""
     backbone = backbone_of("sadajem", network=WRN(depth=10, width=1))
     moved, rng = updater_of(updater, backbone.model), gen(1)
-    with MicroBatch(recompute=anew).active():
+    with MicroBatch(recompute=recompute).active():
         for _ in range(2):
             train_step(backbone, objective_of(objective), moved, BATCH, rng, Guard())
     return backbone.model.state_dict()
@@ -49,32 +49,34 @@ def updated(objective: str, updater: str, *, anew: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize("updater", UPDATERS)
 @pytest.mark.parametrize("objective", ["ce", "ebjdat"])
 def test_steps_are_the_same_bit_for_bit_statistics_among_them(objective: str, updater: str) -> None:
-    assert same(*(updated(objective, updater, anew=anew) for anew in (False, True)))
+    assert same(*(updated(objective, updater, recompute=recompute) for recompute in (False, True)))
 
 
 @settings(max_examples=10, deadline=None)
 @given(seeds, norms)
-def test_slopes_are_the_same_bit_for_bit_however_often_they_are_asked_for(
+def test_gradients_are_the_same_bit_for_bit_however_often_they_are_computed(
     seed: int, norm: Norm
 ) -> None:
-    x, found = uniform(seed, 5, *TASK.shape), []
-    for anew in (False, True):
+    x, results = uniform(seed, 5, *TASK.shape), []
+    for recompute in (False, True):
         model = wide(norm, seed)
-        with MicroBatch(recompute=anew).active():
+        with MicroBatch(recompute=recompute).active():
             total = model(x).energy.square().mean()
         leaves = list(model.parameters())
         slopes = [
             torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
             for _ in range(2)
         ]
-        found.append([*slopes, list(model.buffers())])
-    assert same(*found)
+        results.append([*slopes, list(model.buffers())])
+    assert same(*results)
 
 
-def slopes_by_a_thread(norm: Norm, x: Tensor, *, size: int = 0, anew: bool = True) -> list[Any]:
+def slopes_by_a_thread(
+    norm: Norm, x: Tensor, *, size: int = 0, recompute: bool = True
+) -> list[Any]:
     """As on a GPU, where the way back runs in a thread of torch's own."""
     model = wide(norm)
-    with MicroBatch(size, recompute=anew).active(), ThreadPoolExecutor(1) as thread:
+    with MicroBatch(size, recompute=recompute).active(), ThreadPoolExecutor(1) as thread:
         total = model(x).energy.square().mean()
         thread.submit(total.backward).result()
     return [p.grad for p in model.parameters()]
@@ -82,32 +84,35 @@ def slopes_by_a_thread(norm: Norm, x: Tensor, *, size: int = 0, anew: bool = Tru
 
 @pytest.mark.parametrize("size", [0, 2])
 @pytest.mark.parametrize("norm", ["batch", "instance", "none"])
-def test_the_way_back_may_run_in_a_thread_of_its_own(norm: Norm, size: int) -> None:
-    found = [slopes_by_a_thread(norm, BATCH.x, size=size, anew=anew) for anew in (False, True)]
-    assert same(*found)
+def test_the_backward_pass_may_run_in_a_thread_of_its_own(norm: Norm, size: int) -> None:
+    results = [
+        slopes_by_a_thread(norm, BATCH.x, size=size, recompute=recompute)
+        for recompute in (False, True)
+    ]
+    assert same(*results)
 
 
-def alive(*, anew: bool) -> int:
+def alive(*, recompute: bool) -> int:
     """How many inputs of a block's convolutions a loss's graph keeps."""
-    model, seen = wide(), []
+    model, references = wide(), []
 
     def remember(_: nn.Module, given: tuple[Tensor]) -> None:
-        seen.append(weakref.ref(given[0]))
+        references.append(weakref.ref(given[0]))
 
     for name, module in model.named_modules():
         if name.endswith(("conv1", "conv2")):
             module.register_forward_pre_hook(remember)
-    with MicroBatch(recompute=anew).active():
+    with MicroBatch(recompute=recompute).active():
         total = model(BATCH.x).energy.mean()
-    assert len(seen) == 6
-    count = sum(one() is not None for one in seen)
+    assert len(references) == 6
+    count = sum(one() is not None for one in references)
     total.backward()
     return count
 
 
-def test_no_activation_is_kept_where_memory_is_short() -> None:
-    assert alive(anew=False) == 6
-    assert alive(anew=True) == 0
+def test_no_activation_is_saved_where_memory_is_short() -> None:
+    assert alive(recompute=False) == 6
+    assert alive(recompute=True) == 0
 
 
 def test_a_convolution_is_not_repeated() -> None:
@@ -159,14 +164,15 @@ class Hungry(nn.Module):
         return self.norm(x)  # type: ignore[no-any-return]
 
 
-def test_memory_that_runs_out_has_activations_made_anew_before_anything_else() -> None:
-    network, x, micro, told = Hungry(enough=True), torch.ones(8, 1, 2, 2), MicroBatch(), []
-    found = micro.fit(
-        lambda: micro.microbatched(network, x, network), on_change=lambda **what: told.append(what)
+def test_on_oom_activations_are_recomputed_before_anything_else() -> None:
+    network, x, micro, changes = Hungry(enough=True), torch.ones(8, 1, 2, 2), MicroBatch(), []
+    features = micro.fit(
+        lambda: micro.microbatched(network, x, network),
+        on_change=lambda **what: changes.append(what),
     )
-    assert found.shape == x.shape
+    assert features.shape == x.shape
     assert (micro.size, micro.recompute) == (0, True)
-    assert told == [{"was": 8, "images": 8, "recompute": True, "reason": "no room"}]
+    assert changes == [{"was": 8, "images": 8, "recompute": True, "reason": "no room"}]
     with frozen(network):  # a chain's pass, in which no weight asks for a gradient
         other = MicroBatch()
         with pytest.raises(OutOfMemory, match="cannot be split"):
@@ -210,7 +216,7 @@ def test_a_pass_that_keeps_nothing_is_halved_at_once() -> None:
     assert (micro.size, micro.recompute) == (4, False)
 
 
-def test_a_single_image_has_its_activations_made_anew() -> None:
+def test_a_single_image_has_its_activations_recomputed() -> None:
     network, x, micro = Hungry(enough=True), torch.ones(1, 1, 2, 2), MicroBatch()
     micro.fit(lambda: micro.microbatched(network, x, network))
     assert (micro.size, micro.recompute) == (0, True)
@@ -218,23 +224,26 @@ def test_a_single_image_has_its_activations_made_anew() -> None:
         MicroBatch().fit(lambda: network(x))
 
 
-def test_whoever_cannot_begin_again_is_told_what_helps() -> None:
+def test_where_a_step_cannot_be_retried_the_error_says_what_helps() -> None:
     network, x, done = Hungry(enough=True), torch.ones(8, 1, 2, 2), []
 
     def work(micro: MicroBatch) -> Tensor:
         done.append(1)
         return micro.microbatched(network, x, network)
 
-    for recompute, told in ((False, r"--set run\.recompute=true"), (True, r"run\.micro_batch=4")):
+    for recompute, message in (
+        (False, r"--set run\.recompute=true"),
+        (True, r"run\.micro_batch=4"),
+    ):
         micro = MicroBatch(recompute=recompute)
         network.enough = not recompute
-        with pytest.raises(OutOfMemory, match=told):
+        with pytest.raises(OutOfMemory, match=message):
             micro.fit(partial(work, micro), moved=lambda: len(done))
 
 
 def trainer(path: Path, *overrides: str) -> Trainer:
-    asked = toy_recipe(toy_registry(), "sadajem", "ebjdat", "plain", *overrides)
-    return Trainer(asked, RunFolder.create(path))
+    resolved = toy_recipe(toy_registry(), "sadajem", "ebjdat", "plain", *overrides)
+    return Trainer(resolved, RunFolder.create(path))
 
 
 def test_a_run_keeps_what_it_learnt_and_a_recipe_can_ask_for_it(tmp_path: Path) -> None:
@@ -254,23 +263,25 @@ def test_a_network_that_cannot_is_refused_before_the_first_step(tmp_path: Path) 
 
 def in_processes() -> bool:
     """Whether a step by statistics of all processes is the same with activation checkpointing."""
-    found = []
-    for anew in (False, True):
+    states = []
+    for recompute in (False, True):
         network = WRN(depth=10, width=1, norm="sync")
         backbone = backbone_of("sadajem", network=network)
         moved = updater_of("sam", backbone.model)
-        with MicroBatch(recompute=anew).active():
+        with MicroBatch(recompute=recompute).active():
             train_step(backbone, objective_of("ebjdat"), moved, BATCH, gen(1), Guard())
-        found.append(backbone.model.state_dict())
-    return same(*found)
+        states.append(backbone.model.state_dict())
+    return same(*states)
 
 
 def by_threads_of_processes() -> bool:
     x = uniform(distributed.shard().rank, 4, *TASK.shape)
     with distributed.together():
-        return same(*(slopes_by_a_thread("sync", x, anew=anew) for anew in (False, True)))
+        return same(
+            *(slopes_by_a_thread("sync", x, recompute=recompute) for recompute in (False, True))
+        )
 
 
 @pytest.mark.parametrize("work", [in_processes, by_threads_of_processes])
-def test_norms_over_processes_make_theirs_anew_too(work: Callable[[], bool]) -> None:
+def test_norms_over_processes_recompute_theirs_too(work: Callable[[], bool]) -> None:
     assert every_rank(work) == [True, True]

@@ -36,7 +36,7 @@ def test_the_best_has_the_files_of_the_newest_and_outlives_it(tmp_path: Path) ->
     assert same(checkpoint.load(best), state(1))
 
 
-def test_the_newest_that_can_be_read_is_found_and_what_is_damaged_is_named(tmp_path: Path) -> None:
+def test_the_newest_sound_checkpoint_is_loaded_and_damaged_ones_are_named(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         checkpoint.save(tmp_path / f"step-{step}", state(step))
     (tmp_path / "step-3" / MODEL).write_bytes(b"no weights")

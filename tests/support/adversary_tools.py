@@ -44,11 +44,11 @@ def judged(
     subject: PixelModel, attack: ModelAttack, images: Images, threat: Threat = LINF
 ) -> Attacked:
     """What an attack makes of images, as an evaluation runs it."""
-    found: list[Attacked] = []
+    results: list[Attacked] = []
 
     def judge(subject: PixelModel, images: Images, ctx: Context) -> list[Figure]:
-        found.append(attacked(subject, attack, images, ctx))
+        results.append(attacked(subject, attack, images, ctx))
         return []
 
     measure(subject, images, [judge], Context(gen(), threat, batch_size=20))
-    return found[0]
+    return results[0]

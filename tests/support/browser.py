@@ -71,12 +71,12 @@ class Browser:
 
     def run(self, code: str) -> Any:
         """The value of an expression in the page."""
-        found = self.send(
+        result = self.send(
             "Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True
         )
-        if "exceptionDetails" in found:
-            raise RuntimeError(str(found["exceptionDetails"]))
-        return found["result"].get("value")
+        if "exceptionDetails" in result:
+            raise RuntimeError(str(result["exceptionDetails"]))
+        return result["result"].get("value")
 
     def size(self, width: int, height: int = 800, *, phone: bool = False, scale: float = 1) -> None:
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height,
@@ -119,14 +119,14 @@ class Browser:
         path.write_bytes(base64.b64decode(shot["data"]))
 
     def middle(self, query: str) -> tuple[float, float]:
-        found = self.run(
+        result = self.run(
             f"(() => {{ const e = document.querySelector({json.dumps(query)});"
             "e.scrollIntoView({block: 'center', inline: 'center'});"
             "return new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => {"
             "const b = e.getBoundingClientRect(); done([b.x + b.width / 2, b.y + b.height / 2]);"
             "}))) })()"
         )
-        return found[0], found[1]
+        return result[0], result[1]
 
     def _next(self, seconds: float = SAFETY) -> dict[str, Any]:
         while b"\0" not in self.buffer:

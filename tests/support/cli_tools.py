@@ -81,8 +81,8 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FORCE_COLOR")}
-    return {**kept, "OMP_NUM_THREADS": "1", **more}
+    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FORCE_COLOR")}
+    return {**inherited, "OMP_NUM_THREADS": "1", **more}
 
 
 def process(*arguments: str, cwd: Path, **env: str) -> Outcome:

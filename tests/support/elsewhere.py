@@ -121,10 +121,10 @@ def computed(func: Any, args: Any, kwargs: dict[str, Any], waits: Counter[str]) 
         return args[0]
     if place.type != DEVICE.type:
         return values
-    found = tree_map(lambda t: Far(t) if isinstance(t, Tensor) else t, values)
+    results = tree_map(lambda t: Far(t) if isinstance(t, Tensor) else t, values)
     if not ours or name == "aten._to_copy":
-        return found
-    return return_and_correct_aliasing(func, args, kwargs, found)
+        return results
+    return return_and_correct_aliasing(func, args, kwargs, results)
 
 
 def waits_for(name: str, args: Any, place: torch.device) -> bool:
@@ -143,8 +143,8 @@ def value_of(value: Any) -> Any:
 
 
 def shapes(given: list[Any]) -> str:
-    found = [t for t in given if isinstance(t, Tensor)]
-    return ", ".join(f"{list(t.shape)} on {t.device.type}" for t in found)
+    tensors = [t for t in given if isinstance(t, Tensor)]
+    return ", ".join(f"{list(t.shape)} on {t.device.type}" for t in tensors)
 
 
 def moved(value: Any) -> Any:
@@ -153,11 +153,11 @@ def moved(value: Any) -> Any:
     return Far(value) if isinstance(value, Tensor) else value
 
 
-def _move(owner: Any, seen: set[int]) -> None:
+def _move(owner: Any, visited: set[int]) -> None:
     """All tensors that an object of jemkit's, or of a test's, holds in its fields."""
-    if id(owner) in seen or isinstance(owner, Tensor | torch.Generator):
+    if id(owner) in visited or isinstance(owner, Tensor | torch.Generator):
         return
-    seen.add(id(owner))
+    visited.add(id(owner))
     if isinstance(owner, list | dict):
         items = list(owner.items() if isinstance(owner, dict) else enumerate(owner))
     else:
@@ -167,7 +167,7 @@ def _move(owner: Any, seen: set[int]) -> None:
         if isinstance(value, Tensor) and not isinstance(value, Far):
             _put(owner, name, _far(value))
         elif isinstance(value, list | dict | nn.Module) or _ours(value):
-            _move(value, seen)
+            _move(value, visited)
 
 
 def _far(t: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def squared(backbone: Backbone) -> Backbone:
     return backbone
 
 
-SEEN: dict[str, list[int]] = defaultdict(list)
+STEPS_OF: dict[str, list[int]] = defaultdict(list)
 """The steps that each run's objective was asked for in this process, in order."""
 
 
@@ -57,14 +57,14 @@ class Faulty(Options):
     harmed: bool = False
 
     def draw(self, backbone: Any, batch: Any, rng: torch.Generator) -> Any:
-        SEEN[self.name].append(batch.step)
+        STEPS_OF[self.name].append(batch.step)
         if self.harmed and batch.step == EPOCH - 1 and distributed.shard().rank == 1:
             backbone.density.buffer.states.sign_()
         return self.inner.draw(backbone, batch, rng)
 
     def loss(self, backbone: Any, batch: Any, draws: Any) -> Terms:
         terms = self.inner.loss(backbone, batch, draws)
-        if batch.step == SICK and SEEN[self.name].count(SICK) == 1:
+        if batch.step == SICK and STEPS_OF[self.name].count(SICK) == 1:
             return terms._replace(total=terms.total * torch.nan)
         return terms
 
@@ -106,8 +106,8 @@ def end_of(run: Path) -> dict[str, Any]:
 
 def different(one: Path, other: Path) -> list[str]:
     """Where two runs' ends differ but for what a clock told."""
-    found = differing(end_of(one), end_of(other))
-    return [at for at in found if "seconds" not in at]
+    differences = differing(end_of(one), end_of(other))
+    return [at for at in differences if "seconds" not in at]
 
 
 DIGITS = (

@@ -115,9 +115,9 @@ def _rank_of(parent: int, rank: int) -> int:
     """The process of that rank among a process's children."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     wanted = f"RANK={rank}".encode()
-    found = [
+    matching = [
         int(pid)
         for pid in children
         if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     ]
-    return found[0]
+    return matching[0]

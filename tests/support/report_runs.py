@@ -47,9 +47,9 @@ def record(right: dict[str, int] | None = None, seed: int = 0, **more: Any) -> R
     for name, count in right.items():
         attack = {} if name == "clean" else {"attack": name, "steps": 20, "step_px": 2.0}
         figures.append(share(name, count, N, card(**attack, **more)))
-    found = {name: rows(count, seed) for name, count in right.items()}
+    tables = {name: rows(count, seed) for name, count in right.items()}
     return Record({"run": "made", "data": "digits", "sha256": "ab" * 32}, card(**more), figures,
-                  rows=found)  # fmt: skip
+                  rows=tables)  # fmt: skip
 
 
 def full_record(shift: float = 0.0, **more: Any) -> Record:
@@ -146,8 +146,8 @@ def metrics(steps: int = 1500, shift: float = 0.0) -> str:
     lines = ["step,epoch,loss,loss p(x),E(x),gap x~ x,gradient norm"]
     for i in range(steps):
         loss = 0.3 + 2 * math.exp(-i / 300) + noise[i, 0] + shift / 4
-        told = "nan" if i in (700, 701) else f"{loss:.5f}"
-        lines.append(f"{i},{1 + i // 75},{told},{noise[i, 1]:.5f},{-2 - i / 200:.4f},0.1,1.5")
+        cell = "nan" if i in (700, 701) else f"{loss:.5f}"
+        lines.append(f"{i},{1 + i // 75},{cell},{noise[i, 1]:.5f},{-2 - i / 200:.4f},0.1,1.5")
     return "\n".join(lines) + "\n"
 
 
@@ -172,9 +172,9 @@ def whole_run(folder: Path, shift: float = 0.0, recipe: dict[str, Any] | None = 
     return folder
 
 
-def bare_run(folder: Path, found: Record, recipe: dict[str, Any] | None = None) -> Path:
+def bare_run(folder: Path, record_: Record, recipe: dict[str, Any] | None = None) -> Path:
     """A run with its recipe and record alone."""
-    records.save(folder, found, Notes())
+    records.save(folder, record_, Notes())
     origins = {"run.seed": "default", "run.epochs": "option"}
     write_json(folder / "config.json", {"recipe": recipe or RECIPE, "origins": origins})
     return folder

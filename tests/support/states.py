@@ -47,13 +47,13 @@ tensors = st.builds(
 def nodes(total: Tensor) -> int:
     """How many nodes a backward pass would visit."""
 
-    def walk(found: set[object], node: object) -> Iterator[object]:
-        if node is None or node in found:
+    def walk(visited: set[object], node: object) -> Iterator[object]:
+        if node is None or node in visited:
             return
-        found.add(node)
+        visited.add(node)
         for child, _ in node.next_functions:
-            yield from walk(found, child)
+            yield from walk(visited, child)
 
-    found: set[object] = set()
-    list(walk(found, total.grad_fn))
-    return len(found)
+    visited: set[object] = set()
+    list(walk(visited, total.grad_fn))
+    return len(visited)

@@ -79,10 +79,10 @@ def backbone_for(objective: str, name: str, **options: Any) -> Backbone:
 
 
 def objective_of(name: str, task: Task | None = None, **options: Any) -> Objective[Any]:
-    found: Objective[Any] | ObjectiveSpec = tiny("objective", name, **options)
-    if isinstance(found, ObjectiveSpec):
-        return found.build(toy_task() if task is None else task, gen())
-    return found
+    built: Objective[Any] | ObjectiveSpec = tiny("objective", name, **options)
+    if isinstance(built, ObjectiveSpec):
+        return built.build(toy_task() if task is None else task, gen())
+    return built
 
 
 def updater_of(name: str, model: nn.Module, lr: float = 0.05, **options: Any) -> Updater:

@@ -12,8 +12,8 @@ SAFETY = 1800.0
 def until(happened: Callable[[], T], what: str, shown: Callable[[], object] = lambda: "") -> T:
     """What `happened` gives as soon as it is true; a hang is told by `what` and `shown`."""
     end = time.monotonic() + SAFETY
-    while not (found := happened()):
+    while not (value := happened()):
         if time.monotonic() > end:
             raise AssertionError(f"waited {SAFETY:.0f} s for {what}; {shown()}")
         time.sleep(0.01)
-    return found
+    return value

@@ -97,16 +97,16 @@ class ResNet2b(nn.Module):
 def resnet20() -> Normalised:
     """91.73 % clean, trained without attacks."""
     state = _saved("resnet20-12fca82f.th")
-    found = Normalised(ResNet20(), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    found.module.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
-    return found.eval()
+    network = Normalised(ResNet20(), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    network.module.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
+    return network.eval()
 
 
 def resnet2b() -> Normalised:
     """69.25 % clean, trained against L-inf attacks of 2/255."""
-    found = Normalised(ResNet2b(), [0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616])
-    found.module.load_state_dict(_saved("resnet2b.pth"))
-    return found.eval()
+    network = Normalised(ResNet2b(), [0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616])
+    network.module.load_state_dict(_saved("resnet2b.pth"))
+    return network.eval()
 
 
 def cifar10(n: int | None = None) -> Images:

@@ -55,20 +55,20 @@ def test_the_laws_hold_on_the_gpu() -> None:
 
 
 def test_a_device_that_cannot_compute_fails_the_self_test() -> None:
-    found = self_test(torch.device("meta"))
-    assert found.state == "fail"
-    assert "broken" in found.what
+    check = self_test(torch.device("meta"))
+    assert check.state == "fail"
+    assert "broken" in check.what
 
 
 def test_a_guests_fault_is_a_warning_and_jemkits_own_a_failure() -> None:
     for owner, state in (("odd-plugins", "warn"), ("jemkit", "fail")):
         fault = Fault("odd", owner, "1.0", "no module\nnamed odd")
         registry = Registry(SOUND.shelves, SOUND.recipes, [fault])
-        found = checked("plug-in odd", registry)
-        assert (found.state, found.what) == (state, "no module named odd")
+        check = checked("plug-in odd", registry)
+        assert (check.state, check.what) == (state, "no module named odd")
 
 
-def test_weights_are_found_in_torchs_cache_and_never_downloaded(
+def test_weights_are_loaded_from_torchs_cache_and_never_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
@@ -109,11 +109,11 @@ def test_the_command_tells_every_check_and_its_exit_code_is_the_verdict() -> Non
     app = typer.Typer()
     app.command()(command)
     done = CliRunner().invoke(app, ["--json", "--no-plugins"])
-    told = json.loads(done.stdout)
-    assert done.exit_code == (0 if told["ok"] else 1)
-    assert {check["state"] for check in told["checks"]} <= {"ok", "warn", "fail"}
+    report = json.loads(done.stdout)
+    assert done.exit_code == (0 if report["ok"] else 1)
+    assert {check["state"] for check in report["checks"]} <= {"ok", "warn", "fail"}
     shown = CliRunner().invoke(app, ["--no-plugins"])
-    for check in told["checks"]:
+    for check in report["checks"]:
         assert check["name"] in shown.stdout
 
 

@@ -60,17 +60,17 @@ class Forgets:
     needs_density = False
 
     def __init__(self) -> None:
-        self.seen = 0
+        self.count = 0
 
     def draw(self, backbone: Backbone, batch: Any, rng: torch.Generator) -> None:
         return None
 
     def loss(self, backbone: Backbone, batch: Any, draws: None) -> Terms:
         logits = backbone.scores({"x": batch.x})["x"].logits
-        return Terms.weighted({"far": (1.0 + self.seen, logits.square().mean())})
+        return Terms.weighted({"far": (1.0 + self.count, logits.square().mean())})
 
     def after(self, backbone: Backbone, batch: Any, draws: None, rng: torch.Generator) -> None:
-        self.seen += 1
+        self.count += 1
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return []
@@ -89,7 +89,7 @@ class ForgetfulPlugin:
         return {"forgetful": Forgetful}
 
 
-def test_a_memory_that_is_not_saved_is_found_and_where_it_shows_is_named(tmp_path: Path) -> None:
+def test_a_state_that_is_not_saved_is_detected_and_named(tmp_path: Path) -> None:
     registry = toy_registry([Plugin("forgetful", ForgetfulPlugin)])
     verdict = verify_resume(toy_recipe(registry, "classifier", "forgetful"), tmp_path, steps=4)
     assert not verdict.exact
@@ -149,9 +149,9 @@ def test_the_command_takes_a_recipe_or_a_run_and_ends_with_its_verdict(tmp_path:
     run = RunFolder.create(tmp_path / "run")
     whole = complete(toy_recipe(REGISTRY, "classifier", "ce", "plain", "data.use=digits"), REGISTRY)
     run.write_config(whole.tables, whole.origins)
-    told = run_command(str(run.path), "--steps=2", "--json", "--set=run.max_train=40")
-    assert told.exit_code == 0, told.output
-    record = json.loads(told.stdout.splitlines()[-1])
+    done = run_command(str(run.path), "--steps=2", "--json", "--set=run.max_train=40")
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout.splitlines()[-1])
     assert record["exact"] is True
     assert record["cuts"][0]["step"] == 1
     assert sorted(p.name for p in run.path.iterdir()) == ["checkpoints", "config.json", "samples"]

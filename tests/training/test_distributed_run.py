@@ -72,9 +72,9 @@ def stopped_in_validation(name: str, *overrides: str) -> dict[str, Any]:
 def test_a_stop_in_validation_stops_all_processes_there(
     tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
-    found = every_rank(stopped_in_validation, str(tmp_path / "run"), *overrides)
+    results = every_rank(stopped_in_validation, str(tmp_path / "run"), *overrides)
     ended = f"stopped at step {EPOCH}; continue with --resume"
-    assert found == [
+    assert results == [
         {"step": EPOCH, "epochs": 0, "ended": f"{ended}, {reported}"} for reported in (False, True)
     ]
     assert not list((tmp_path / "run" / "samples").iterdir())
@@ -82,11 +82,11 @@ def test_a_stop_in_validation_stops_all_processes_there(
 
 def stopped_at_rank_one(name: str) -> str:
     """The last process alone is asked to stop, before its third step."""
-    asked = iter(range(100))
+    polls = iter(range(100))
     try:
         train(
             recipe(), Path(name), registry=REGISTRY,
-            stop=lambda: distributed.shard().rank == 1 and next(asked) >= 2,
+            stop=lambda: distributed.shard().rank == 1 and next(polls) >= 2,
         )  # fmt: skip
     except Preempted as error:
         return str(error)
@@ -94,8 +94,8 @@ def stopped_at_rank_one(name: str) -> str:
 
 
 def test_a_stop_of_any_process_stops_all_and_is_saved(tmp_path: Path) -> None:
-    told = every_rank(stopped_at_rank_one, str(tmp_path / "run"))
-    assert told == ["stopped at step 2; continue with --resume"] * 2
+    messages = every_rank(stopped_at_rank_one, str(tmp_path / "run"))
+    assert messages == ["stopped at step 2; continue with --resume"] * 2
     assert newest(tmp_path / "run" / "checkpoints") == (
         tmp_path / "run" / "checkpoints" / "step-00000002"
     )
@@ -111,9 +111,9 @@ def refused_to_compile(name: str) -> str:
 
 
 def test_passes_in_which_processes_meet_are_not_compiled(tmp_path: Path) -> None:
-    told, other = every_rank(refused_to_compile, str(tmp_path / "run"))
-    assert "batch norm over 2 processes communicates inside each pass" in told
-    assert other == told.replace("False", "True", 1)  # rank 0 reports it
+    message, other = every_rank(refused_to_compile, str(tmp_path / "run"))
+    assert "batch norm over 2 processes communicates inside each pass" in message
+    assert other == message.replace("False", "True", 1)  # rank 0 reports it
     assert not (tmp_path / "run").exists()
 
 
@@ -138,28 +138,28 @@ def sick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gone_back(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """A rollback as the run tells it, and the state that it went on from."""
     events = [json.loads(line) for line in (run / "events.jsonl").open()]
-    (found,) = [event for event in events if event["event"] == "rollback"]
-    assert (found["step"], found["to"]) == (SICK, EPOCH)
-    return found, load(run / "checkpoints" / f"step-{EPOCH:08d}")
+    (rollback,) = [event for event in events if event["event"] == "rollback"]
+    assert (rollback["step"], rollback["to"]) == (SICK, EPOCH)
+    return rollback, load(run / "checkpoints" / f"step-{EPOCH:08d}")
 
 
 def test_after_a_rollback_every_process_has_another_stream(sick: Path) -> None:
     seed = recipe().recipe.run.seed
-    found, state = gone_back(sick / "a")
-    assert found["renewed"] == 0
+    event, state = gone_back(sick / "a")
+    assert event["renewed"] == 0
     for part, words in ((state, ()), (state["ranks"][0], (1,))):
         wanted = generator(torch.device("cpu"), seed, "chains", "attempt", 1, *words)
         assert torch.equal(part["rng"], wanted.get_state())
 
 
 def test_after_a_rollback_every_process_has_fresh_chains_for_its_sick_ones(sick: Path) -> None:
-    found, state = gone_back(sick / "harmed")
+    event, state = gone_back(sick / "harmed")
     share = [
         float((part["density"]["states"].abs() == 1).flatten(1).all(dim=1).float().mean())
         for part in (state, *state["ranks"])
     ]
     assert share == [0, 0]
-    assert 0 < found["renewed"] <= 30  # the second process's alone
+    assert 0 < event["renewed"] <= 30  # the second process's alone
 
 
 def test_a_rolled_back_run_of_two_processes_repeats_bit_for_bit(sick: Path) -> None:
@@ -167,8 +167,8 @@ def test_a_rolled_back_run_of_two_processes_repeats_bit_for_bit(sick: Path) -> N
     assert one is not None
     assert other is not None
     assert one.name == other.name > f"step-{EPOCH:08d}"
-    found = differing(load(one), load(other))
-    assert [at for at in found if "seconds" not in at and "/objective/name" not in at] == []
+    differences = differing(load(one), load(other))
+    assert [at for at in differences if "seconds" not in at and "/objective/name" not in at] == []
 
 
 def test_a_run_of_two_processes_repeats_bit_for_bit(folder: Path) -> None:
@@ -201,7 +201,7 @@ def test_the_first_process_of_a_group_draws_the_first_batch_as_one_that_is_alone
     assert different(folder / "one", folder / "a") != []
 
 
-def test_another_number_of_processes_deals_the_buffer_out_anew_and_says_so(
+def test_another_number_of_processes_reshards_the_buffer_and_says_so(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert "ranks" in end_of(folder / "one-then-two")
@@ -216,7 +216,7 @@ def test_another_number_of_processes_deals_the_buffer_out_anew_and_says_so(
     assert state["density"]["drawn"] == 4 * STEPS
 
 
-def test_a_run_that_has_ended_is_dealt_out_to_another_number_of_processes_without_a_word(
+def test_a_run_that_has_ended_is_resharded_without_a_word(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ended = shutil.copytree(folder / "a", tmp_path / "ended")
@@ -236,11 +236,11 @@ def test_what_several_processes_saved_is_judged_and_sampled_with_the_whole_buffe
     assert torch.equal(density.buffer.states, whole)
     ctx = Context(torch.Generator(), Threat("Linf", 8.0))
     assert len(buffer_states(subject.model, ctx, 1000).x) == len(whole) == 60
-    found = sample(
+    samples = sample(
         folder / "a", registry=REGISTRY, n=60, source="buffer", device="cpu", which="last"
     )
     pixels = subject.model.bounds.to_unit(subject.model.bounds.clamp(whole))
-    sums = [x.flatten(1).sum(1).sort().values for x in (found.pixels, pixels)]
+    sums = [x.flatten(1).sum(1).sort().values for x in (samples.pixels, pixels)]
     assert torch.equal(*sums)
 
 
@@ -257,7 +257,7 @@ def test_what_cannot_be_shared_evenly_is_refused_before_the_first_step(tmp_path:
 
 
 def refused(name: str) -> list[str]:
-    told = []
+    messages = []
     for overrides, start in (
         (("run.batch_size=9",), "cannot divide 9 images"),
         (("backbone.buffer.capacity=61",), "cannot divide a buffer of 61 slots"),
@@ -265,8 +265,8 @@ def refused(name: str) -> list[str]:
         try:
             run(f"{name}/x", overrides=overrides)
         except ConfigError as error:
-            told.append(f"{error.reported}: {start if start in str(error) else error}")
-    return told
+            messages.append(f"{error.reported}: {start if start in str(error) else error}")
+    return messages
 
 
 def test_torchrun_trains_with_one_writer_and_one_voice(tmp_path: Path) -> None:

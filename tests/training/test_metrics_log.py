@@ -50,9 +50,9 @@ class OnDevice(Tensor):
 
 @pytest.fixture
 def machine() -> Machine:
-    found = Machine()
-    OnDevice.wait = found.wait  # type: ignore[method-assign]
-    return found
+    fake = Machine()
+    OnDevice.wait = fake.wait  # type: ignore[method-assign]
+    return fake
 
 
 def step(journal: Journal, machine: Machine, at: int) -> None:
@@ -104,7 +104,7 @@ def test_a_step_that_failed_and_time_between_readings_are_no_part_of_any() -> No
     assert watch.read() == 4
 
 
-def test_a_reading_without_a_step_begins_anew(tmp_path: Path, machine: Machine) -> None:
+def test_a_reading_without_a_step_begins_again(tmp_path: Path, machine: Machine) -> None:
     journal = Journal(RunFolder.create(tmp_path / "run"), stopwatch=Stopwatch(machine.clock))
     journal.stopwatch.begin()
     machine.now += 9

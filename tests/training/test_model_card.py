@@ -36,16 +36,16 @@ def front_matter(text: str) -> dict[str, Any]:
     """The card's YAML head: scalars and one list, in the subset that jemkit writes."""
     first, head, _ = text.split("---\n", 2)
     assert first == ""
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for line in head.splitlines():
         if line.startswith("- "):
-            found["tags"].append(scalar(line[2:]))
+            fields["tags"].append(scalar(line[2:]))
         else:
             name, colon, value = line.partition(":")
             assert colon
             assert re.fullmatch(r"[a-z_]+", name)
-            found[name] = scalar(value.strip()) if value.strip() else []
-    return found
+            fields[name] = scalar(value.strip()) if value.strip() else []
+    return fields
 
 
 def scalar(text: str) -> Any:
@@ -95,10 +95,10 @@ def test_an_escaped_name_is_one_line_that_reads_as_it_is(name: str) -> None:
 @bounded(max_examples=100, deadline=None)
 @given(st.text(max_size=2 * LONGEST))
 def test_a_quoted_name_is_one_yaml_scalar(name: str) -> None:
-    found = json.loads(quoted(name))
-    assert found.isprintable()
+    scalar_ = json.loads(quoted(name))
+    assert scalar_.isprintable()
     assert "\n" not in quoted(name)
-    assert len(found) <= LONGEST
+    assert len(scalar_) <= LONGEST
 
 
 def figure(name: str, **protocol: Any) -> Figure:

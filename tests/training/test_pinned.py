@@ -37,15 +37,15 @@ PARTS = ("train", "valid", "test")
 
 def begun(recipe: Any, out: Path, steps: int = 4, registry: Registry = REGISTRY) -> Path:
     """A run that was stopped after so many steps."""
-    asked = iter([False] * steps + [True])
+    stops = iter([False] * steps + [True])
     with pytest.raises(Preempted):
-        train(recipe, out, registry=registry, stop=lambda: next(asked, True))
+        train(recipe, out, registry=registry, stop=lambda: next(stops, True))
     return out
 
 
 def read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    tree: dict[str, Any] = json.loads(path.read_text())
+    return tree
 
 
 def rename(root: Path, was: str = "cat", now: str = "lynx") -> None:
@@ -95,11 +95,11 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_run_goes_on_with_the_data_that_it_began_with_or_says_what_changed(
     name: str, tmp_path: Path
 ) -> None:
-    change, told = CHANGES[name]
+    change, message = CHANGES[name]
     root, out = photos(tmp_path / "data"), tmp_path / "run"
     begun(photo_recipe(root), out)
     change(root)
-    with pytest.raises(DataError, match=told) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         train(photo_recipe(root), out, registry=REGISTRY, resume=True)
     assert caught.value.exit_code == 6
     assert "Restore the data" in str(caught.value)
@@ -159,7 +159,7 @@ def test_a_run_is_judged_on_its_own_data_as_they_were(
         judged(out)
 
 
-def test_one_file_more_where_the_test_split_is_drawn_is_told_with_the_training_images_in_it(
+def test_one_file_more_where_the_test_split_is_drawn_is_reported_with_the_training_images_in_it(
     run: tuple[Path, Path], tmp_path: Path
 ) -> None:
     root, out = moved(run, tmp_path)
@@ -242,8 +242,8 @@ def test_a_run_of_jemkit_0_1_goes_on_and_is_judged_with_one_warning_each(
     ):
         caplog.clear()
         go()
-        told = [r for r in caplog.records if r.levelno == logging.WARNING]
-        assert ["has no record of its data" in r.getMessage() for r in told] == [True]
+        warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
+        assert ["has no record of its data" in r.getMessage() for r in warnings] == [True]
 
 
 def unpin(out: Path) -> None:
@@ -264,8 +264,8 @@ def test_a_damaged_list_of_images_costs_the_explanation_but_not_the_check(
     root, out = moved(run, tmp_path)
     (out / "data.json").write_text("{}")
     assert judged(out)[1].figure("clean").protocol["standard"] is True
-    told = judged(out, {"dir": str(photos(tmp_path / "new", n=11))})[1].warnings
-    assert any("it is unknown whether the model was trained on these images" in w for w in told)
+    messages = judged(out, {"dir": str(photos(tmp_path / "new", n=11))})[1].warnings
+    assert any("it is unknown whether the model was trained on these images" in w for w in messages)
     fewer(root)
     with pytest.raises(DataError, match=r"images, instead of \d+\. "):
         judged(out)

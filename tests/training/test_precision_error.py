@@ -58,27 +58,27 @@ def test_the_reference_is_the_gradient_in_float64_of_the_same_weights() -> None:
 def test_errors_by_hand() -> None:
     """|g| = 5 and an error of 0.5; |g| = 2 and none; one sign of four is another."""
     exact = torch.tensor([[3.0, 4.0], [0.5, -(3.75**0.5)]], dtype=torch.float64)
-    found = exact.clone()
-    found[0, 1] += 0.5
-    found[1, 0] = -0.5  # an error of 1 in 2
-    told = errors("bf16", found, exact)
-    assert told.worst == pytest.approx(0.5)
-    assert told.median == pytest.approx(0.1)  # torch's median of an even number is the lower
-    assert told.flipped == 0.25
+    rounded = exact.clone()
+    rounded[0, 1] += 0.5
+    rounded[1, 0] = -0.5  # an error of 1 in 2
+    result = errors("bf16", rounded, exact)
+    assert result.worst == pytest.approx(0.5)
+    assert result.median == pytest.approx(0.1)  # torch's median of an even number is the lower
+    assert result.flipped == 0.25
 
 
 @settings(max_examples=20, deadline=None)
 @given(scale=st.floats(1e-3, 1e3), error=st.floats(0, 0.5))
 def test_an_error_is_relative(scale: float, error: float) -> None:
     exact = scale * torch.eye(3, dtype=torch.float64)
-    told = errors("fp32", exact * (1 + error), exact)
-    assert told.median == pytest.approx(error, abs=1e-6)
-    assert told.worst == pytest.approx(error, abs=1e-6)
-    assert told.flipped == 0
+    result = errors("fp32", exact * (1 + error), exact)
+    assert result.median == pytest.approx(error, abs=1e-6)
+    assert result.worst == pytest.approx(error, abs=1e-6)
+    assert result.flipped == 0
 
 
 @pytest.mark.parametrize("sick", [0.0, float("nan")])
-def test_where_no_error_can_be_told_none_is(sick: float) -> None:
+def test_where_no_error_can_be_measured_none_is_given(sick: float) -> None:
     exact = torch.ones(2, 3, dtype=torch.float64)
     exact[1] *= sick
     with pytest.raises(DataError, match="no relative error in fp32 for 1 of 2 images"):
@@ -88,14 +88,14 @@ def test_where_no_error_can_be_told_none_is(sick: float) -> None:
 def test_the_command_tells_each_precision_as_json_and_as_a_table() -> None:
     words = ["bench", "accuracy", "--backbone=jem", "--dataset=digits", "--device=cpu"]
     words += ["--images=3", "--set=run.max_train=80", "--set=backbone.buffer.capacity=200"]
-    told = jemkit(*words, "--json")
-    assert told.code == 0, told.err
-    assert set(told.record) == {"protocol", "fp32", "bf16"}
-    card = told.record["protocol"]
+    done = jemkit(*words, "--json")
+    assert done.code == 0, done.err
+    assert set(done.record) == {"protocol", "fp32", "bf16"}
+    card = done.record["protocol"]
     assert (card["images"], card["norm"], card["network"]["use"]) == (3, "L2", "smallcnn")
     assert "digits" in card["selection"]
-    assert json.dumps(told.record)
-    assert 0 < told.record["fp32"]["median"] < told.record["bf16"]["median"]
+    assert json.dumps(done.record)
+    assert 0 < done.record["fp32"]["median"] < done.record["bf16"]["median"]
     table = jemkit(*words)
     assert table.code == 0
     assert "signs flipped" in table.out

@@ -89,25 +89,25 @@ def test_every_format_has_a_layout_that_is_read() -> None:
 def test_an_imported_folder_is_judged_as_the_authors_model(format: Format, tmp_path: Path) -> None:
     theirs = made(Plain if format == "wrn" else Authors, channels=1)
     path = saved(tmp_path / "official.pt", theirs)
-    found = import_checkpoint(path, format, REGISTRY, dataset="digits")
-    assert found.folder == tmp_path / "official-imported"
-    assert verify(found.folder) == found.sha256
-    subject = subject_at(found.folder, REGISTRY, torch.device("cpu"))
+    imported = import_checkpoint(path, format, REGISTRY, dataset="digits")
+    assert imported.folder == tmp_path / "official-imported"
+    assert verify(imported.folder) == imported.sha256
+    subject = subject_at(imported.folder, REGISTRY, torch.device("cpu"))
     x = subject.test.unit()[:20]
     with torch.no_grad(), eval_mode(subject.model):
         torch.testing.assert_close(subject.model(x), theirs(2 * x - 1), atol=1e-5, rtol=1e-5)
-    assert subject.about["sha256"] == found.sha256
+    assert subject.about["sha256"] == imported.sha256
     assert subject.about["network"]["depth"] == 10
 
 
 @pytest.mark.parametrize("format", ["jem", "jempp", "sadajem", "mebm", "ebjdat", "wrn"])
 def test_the_recipe_names_the_method_of_the_format(format: Format, tmp_path: Path) -> None:
     theirs = made(**dict(reversed(LAYOUTS))[format])
-    found = import_checkpoint(saved(tmp_path / "a.pt", theirs), format, REGISTRY)
-    assert found.dataset == "cifar10"
+    imported = import_checkpoint(saved(tmp_path / "a.pt", theirs), format, REGISTRY)
+    assert imported.dataset == "cifar10"
     wanted = {"wrn": "classifier", "ebjdat": "sadajem"}.get(format, format)
-    assert found.backbone == wanted  # the first ebjdat of the table has batch norm
-    assert "replay_buffer" in found.left_out
+    assert imported.backbone == wanted  # the first ebjdat of the table has batch norm
+    assert "replay_buffer" in imported.left_out
 
 
 def weights_at(path: Path) -> dict[str, Tensor]:
@@ -292,7 +292,7 @@ def test_two_entries_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"", "the file is empty"),
         (b"hello, this is a text", "it begins with b'hello, t'"),
@@ -303,9 +303,9 @@ def test_two_entries_of_one_name_are_refused(tmp_path: Path) -> None:
         (pickle.dumps({"a": 1}, 2), "a Python pickle that torch.save did not write"),
     ],
 )
-def test_what_is_no_checkpoint_is_named(content: bytes, told: str, tmp_path: Path) -> None:
+def test_what_is_no_checkpoint_is_named(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(content)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         read_checkpoint(tmp_path / "a.pt")
 
 
@@ -317,7 +317,7 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ([1, 2], "it contains no weights: list"),
         ({}, "it contains no weights: it is empty"),
@@ -326,9 +326,9 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
         ({"a": torch.tensor([1.0, float("nan")])}, "a contains NaN or inf"),
     ],
 )
-def test_what_is_no_state_dict_is_named(content: Any, told: str, tmp_path: Path) -> None:
+def test_what_is_no_state_dict_is_named(content: Any, message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         read_checkpoint(tmp_path / "a.pt")
 
 
@@ -344,7 +344,7 @@ def changed(**tensors: Tensor | None) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("state", "told"),
+    ("state", "message"),
     [
         (changed(f__conv1__weight=None), "missing: f.conv1.weight|lack f.conv1.weight"),
         (changed(f__layer2__0__conv2__bias=None), "missing: f.layer2.0.conv2.bias"),
@@ -358,12 +358,12 @@ def changed(**tensors: Tensor | None) -> dict[str, Tensor]:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_wrong_names_and_shapes_are_named(state: dict[str, Tensor], told: str) -> None:
-    with pytest.raises(DataError, match=told):
+def test_wrong_names_and_shapes_are_named(state: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(DataError, match=message):
         read_layout(state, "sadajem")
 
 
-def test_a_scale_without_statistics_is_asked_about() -> None:
+def test_a_scale_without_statistics_is_refused_by_name() -> None:
     state = made(norm="instance").state_dict()
     with pytest.raises(DataError, match="--norm instance"):
         read_layout(state, "sadajem")
@@ -377,7 +377,7 @@ def test_a_second_name_with_other_values_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "format", "told"),
+    ("options", "format", "message"),
     [
         ({"kind": Plain}, "jem", "look like wrn: give --format wrn"),
         ({}, "wrn", "give --format jempp"),
@@ -385,10 +385,10 @@ def test_a_second_name_with_other_values_is_refused() -> None:
         ({"norm": "none", "linear": 10}, "sadajem", "look like jem or jempp or mebm or ebjdat"),
     ],
 )
-def test_a_wrong_format_is_told_what_the_names_look_like(
-    options: dict[str, Any], format: Format, told: str
+def test_a_wrong_format_is_refused_with_what_the_names_look_like(
+    options: dict[str, Any], format: Format, message: str
 ) -> None:
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         read_layout(made(**options).state_dict(), format)
 
 
@@ -457,10 +457,10 @@ def test_flipped_bits_are_a_data_error_or_change_no_weight(
         flips = [(w * 0.05 if b % 2 else 0.95 + w * 0.05, b) for w, b in flips]
     place.write_bytes(flipped(data, flips))
     try:
-        found = read_layout(read_checkpoint(place).weights, "sadajem").weights
+        weights = read_layout(read_checkpoint(place).weights, "sadajem").weights
     except DataError:
         return
-    assert same(found, WEIGHTS)
+    assert same(weights, WEIGHTS)
 
 
 @bounded(max_examples=40, deadline=None)
@@ -473,11 +473,11 @@ def test_flipped_bits_of_an_old_file_are_a_data_error_or_finite_weights(
         flips = [(w * 0.03, b) for w, b in flips]
     place.write_bytes(flipped(OLD.getvalue(), flips))
     try:
-        found = read_layout(read_checkpoint(place).weights, "sadajem").weights
+        weights = read_layout(read_checkpoint(place).weights, "sadajem").weights
     except DataError:
         return
-    assert all(t.isfinite().all() for t in found.values())
-    assert {k: t.shape for k, t in found.items()} == {k: t.shape for k, t in WEIGHTS.items()}
+    assert all(t.isfinite().all() for t in weights.values())
+    assert {k: t.shape for k, t in weights.items()} == {k: t.shape for k, t in WEIGHTS.items()}
 
 
 @bounded(max_examples=40, deadline=None)

@@ -69,7 +69,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     beside=st.booleans(),
     old=st.booleans(),
 )
-def test_a_state_dict_is_found_under_any_key_and_prefix(
+def test_a_state_dict_is_read_under_any_key_and_prefix(
     keys: list[str], prefixes: list[str], bare: bool, beside: bool, old: bool, place: Path
 ) -> None:
     state = WRN if bare else JEM
@@ -77,9 +77,9 @@ def test_a_state_dict_is_found_under_any_key_and_prefix(
     for key in keys:
         content = {key: content, "epoch": 3, "optimizer": OPTIMIZER} if beside else {key: content}
     torch.save(content, place / "b.pt", _use_new_zipfile_serialization=not old)
-    found = read_checkpoint(place / "b.pt")
-    assert same(found.weights, state)
-    assert ("optimizer" in " ".join(found.beside)) == (beside and bool(keys))
+    checkpoint = read_checkpoint(place / "b.pt")
+    assert same(checkpoint.weights, state)
+    assert ("optimizer" in " ".join(checkpoint.beside)) == (beside and bool(keys))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_state_dict_is_found_under_any_key_and_prefix(
     ],
     ids=["pair", "list", "lightning", "parts", "inner", "averaged", "criterion", "two"],
 )  # fmt: skip
-def test_a_state_dict_is_found_among_other_tensors(content: Any, tmp_path: Path) -> None:
+def test_a_state_dict_is_read_among_other_tensors(content: Any, tmp_path: Path) -> None:
     assert same(read(content, tmp_path).weights, JEM)
 
 
@@ -110,10 +110,10 @@ def test_a_state_dict_is_found_among_other_tensors(content: Any, tmp_path: Path)
 )  # fmt: skip
 def test_averaged_weights_are_taken_and_said(plain: str, averaged: str, tmp_path: Path) -> None:
     content = {plain: JEM, averaged: OTHER}
-    found = read(content, tmp_path)
-    assert same(found.weights, OTHER)
-    assert found.averaged == plain
-    assert plain in found.beside
+    checkpoint = read(content, tmp_path)
+    assert same(checkpoint.weights, OTHER)
+    assert checkpoint.averaged == plain
+    assert plain in checkpoint.beside
     assert same(read(content, tmp_path, key=plain).weights, JEM)
     made = import_checkpoint(tmp_path / "a.pt", "auto", REGISTRY)
     assert any("averaged weights" in note and "--key" in note for note in made.notes)
@@ -172,9 +172,9 @@ def test_what_is_nested_without_end_is_refused(tmp_path: Path) -> None:
 def test_a_layout_is_recognised_by_names_and_shapes(
     options: dict[str, Any], wanted: str, tmp_path: Path
 ) -> None:
-    found = import_checkpoint(saved(tmp_path / "a.pt", made(**options)), "auto", REGISTRY)
-    assert found.format == wanted
-    assert any(f"read as {wanted}" in note for note in found.notes)
+    imported = import_checkpoint(saved(tmp_path / "a.pt", made(**options)), "auto", REGISTRY)
+    assert imported.format == wanted
+    assert any(f"read as {wanted}" in note for note in imported.notes)
 
 
 def with_trained_head(**options: Any) -> State:
@@ -197,11 +197,11 @@ def test_a_head_beyond_its_first_range_makes_a_file_m_ebms(options: dict[str, An
 
 def test_where_the_energy_comes_from_is_said_in_card_and_config(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.pt", made(norm="none", linear=10))
-    found = import_checkpoint(path, "jem", REGISTRY)
-    card = (found.folder / "README.md").read_text()
+    imported = import_checkpoint(path, "jem", REGISTRY)
+    card = (imported.folder / "README.md").read_text()
     assert "energy\\_output" in card or "energy_output" in card
-    assert "--format mebm" in found.energy
-    assert found.energy in (found.folder / "config.json").read_text()
+    assert "--format mebm" in imported.energy
+    assert imported.energy in (imported.folder / "config.json").read_text()
 
 
 def test_a_network_of_other_images_is_refused_when_it_is_imported(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every name that something wants to look up in the network."""
     names: list[Any] = []
 
@@ -59,31 +59,31 @@ def wanting(folder: Path, where: Path) -> None:
 
 
 def test_no_command_downloads_because_a_config_says_so(
-    run: Path, asked: list[Any], tmp_path: Path
+    run: Path, downloads: list[Any], tmp_path: Path
 ) -> None:
     made = export(run, out=tmp_path / "model", registry=REGISTRY).folder
-    for folder, told in ((made, "--download"), (run, "config.json was changed|--download")):
+    for folder, message in ((made, "--download"), (run, "config.json was changed|--download")):
         before = (folder / "config.json").read_bytes()
         wanting(folder, tmp_path)
         try:
-            with pytest.raises(DataError, match=told):
+            with pytest.raises(DataError, match=message):
                 subject_at(folder, REGISTRY, CPU).test.unit()
-            with pytest.raises(DataError, match=told):
+            with pytest.raises(DataError, match=message):
                 opened(folder, REGISTRY, CPU, "best").task.images("train")
             again = resolve(REGISTRY, config=folder / "config.json").recipe.data
             assert not again.download
         finally:
             (folder / "config.json").write_bytes(before)
-    assert not asked
+    assert not downloads
     assert not (tmp_path / "none").exists()
 
 
-def test_the_command_itself_may_ask_for_it(run: Path, asked: list[Any], tmp_path: Path) -> None:
+def test_the_command_itself_may_ask_for_it(run: Path, downloads: list[Any], tmp_path: Path) -> None:
     made = export(run, out=tmp_path / "model", registry=REGISTRY).folder
     wanting(made, tmp_path)
     with pytest.raises(DataError, match="the download failed"):
         subject_at(made, REGISTRY, CPU, dataset={"download": True})
-    assert asked
+    assert downloads
 
 
 def test_permissions_are_taken_back_wherever_they_stand(tmp_path: Path) -> None:
@@ -93,14 +93,14 @@ def test_permissions_are_taken_back_wherever_they_stand(tmp_path: Path) -> None:
         "backbone": {"network": {"use": "mine", "pretrained": True, "depth": 3}},
         "run": {"compile": True},
     }
-    found = offline(tables)
-    assert not found["data"]["download"]
-    assert not found["objective"]["distance"]["download"]
-    assert not found["backbone"]["network"]["pretrained"]
-    assert found["run"] == {"compile": True}
-    assert found["backbone"]["network"]["depth"] == 3
+    taken = offline(tables)
+    assert not taken["data"]["download"]
+    assert not taken["objective"]["distance"]["download"]
+    assert not taken["backbone"]["network"]["pretrained"]
+    assert taken["run"] == {"compile": True}
+    assert taken["backbone"]["network"]["depth"] == 3
     write_json(tmp_path / "config.json", {"recipe": tables})
-    assert read_layer(tmp_path / "config.json") == found
+    assert read_layer(tmp_path / "config.json") == taken
     recipe = tmp_path / "mine.toml"
     recipe.write_text('[data]\nuse = "cifar10"\ndownload = true\n')
     assert read_layer(recipe)["data"]["download"] is True
@@ -108,16 +108,16 @@ def test_permissions_are_taken_back_wherever_they_stand(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("verb", [("evaluate", "--only=accuracy"), ("sample", "--steps=1")])
 def test_a_command_that_advises_download_has_it(
-    run: Path, asked: list[Any], tmp_path: Path, verb: tuple[str, ...]
+    run: Path, downloads: list[Any], tmp_path: Path, verb: tuple[str, ...]
 ) -> None:
     made = export(run, out=tmp_path / "model", registry=REGISTRY).folder
     wanting(made, tmp_path)
     done = jemkit(verb[0], str(made), *verb[1:])
     assert done.code == 6
     assert "--download" in done.err
-    assert not asked
+    assert not downloads
     assert "the download failed" in jemkit(verb[0], str(made), *verb[1:], "--download").err
-    assert asked
+    assert downloads
 
 
 @pytest.mark.parametrize("value", [1, 1.0, "1", "true", "YES", "on", "t"])
@@ -130,7 +130,7 @@ def test_whatever_a_part_takes_for_true_is_taken_back(tmp_path: Path, value: Any
     assert offline(within)["objective"]["distances"][0]["download"] is False
 
 
-def test_what_no_part_takes_for_true_is_left_to_be_told() -> None:
+def test_what_no_part_takes_for_true_is_left_to_be_refused() -> None:
     tables = {"data": {"download": False}, "run": {"download": "perhaps", "pretrained": "a.pth"}}
     assert offline(tables) == tables
 

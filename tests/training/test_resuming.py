@@ -31,15 +31,15 @@ CE = ("classifier", "ce", "plain")
 
 
 def begun(recipe: Resolved, out: Path, steps: int = 7) -> Path:
-    asked = iter([False] * steps + [True])
+    stops = iter([False] * steps + [True])
     with pytest.raises(Preempted):
-        train(recipe, out, registry=REGISTRY, stop=lambda: next(asked, True))
+        train(recipe, out, registry=REGISTRY, stop=lambda: next(stops, True))
     return out
 
 
 def read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    tree: dict[str, Any] = json.loads(path.read_text())
+    return tree
 
 
 def edited(out: Path, key: str, value: Any) -> None:
@@ -71,10 +71,10 @@ EDITS = {
 
 @pytest.mark.parametrize("key", EDITS)
 def test_a_config_that_was_changed_is_refused_with_what_it_was(key: str, stopped: Path) -> None:
-    kept = (stopped / "config.json").read_text()
+    original = (stopped / "config.json").read_text()
     was = dict_at(read(stopped / "config.json")["recipe"], key)
     edited(stopped, key, EDITS[key])
-    told = f"{key} is {EDITS[key]} and was {was}"
+    message = f"{key} is {EDITS[key]} and was {was}"
     resumed = complete(resolve(REGISTRY, config=stopped / "config.json"), REGISTRY)
     cpu = torch.device("cpu")
     for use in (
@@ -87,15 +87,15 @@ def test_a_config_that_was_changed_is_refused_with_what_it_was(key: str, stopped
     ):
         with pytest.raises(DataError) as caught:
             use()
-        assert told in str(caught.value)
-    (stopped / "config.json").write_text(kept)
+        assert message in str(caught.value)
+    (stopped / "config.json").write_text(original)
 
 
 def dict_at(tables: dict[str, Any], key: str) -> Any:
-    found: Any = tables
+    table: Any = tables
     for name in key.split("."):
-        found = found[name]
-    return found
+        table = table[name]
+    return table
 
 
 def test_another_recipe_is_refused_with_both_values(stopped: Path) -> None:
@@ -103,14 +103,14 @@ def test_another_recipe_is_refused_with_both_values(stopped: Path) -> None:
     with pytest.raises(UsageError) as caught:
         train(other, stopped, registry=REGISTRY, resume=True)
     assert caught.value.exit_code == 2
-    for told in (
+    for message in (
         "optimizer.lr = 0.5: the run was started with 0.01",
         "run.batch_size = 3: the run was started with 9",
     ):
-        assert told in str(caught.value)
+        assert message in str(caught.value)
 
 
-def test_what_changes_no_outcome_may_differ_and_is_kept(tmp_path: Path) -> None:
+def test_what_changes_no_outcome_may_differ_and_is_saved(tmp_path: Path) -> None:
     out = begun(toy_recipe(REGISTRY, *CE), tmp_path / "run")
     more = toy_recipe(REGISTRY, *CE, "run.micro_batch=3", "run.keep=5")
     train(more, out, registry=REGISTRY, resume=True)
@@ -177,8 +177,8 @@ def test_a_run_that_ended_goes_on_for_more_epochs_and_says_so(
     summary = train(longer, out, registry=REGISTRY, resume=True)
     assert summary.epochs == 4
     assert [int(row["step"]) for row in RunFolder(out).metrics()] == list(range(24))
-    (told,) = events(out, "extended")
-    assert "was started with 2 epochs and continues to 4" in told["message"]
+    (event,) = events(out, "extended")
+    assert "was started with 2 epochs and continues to 4" in event["message"]
     assert "not bit-for-bit identical to a run of 4 epochs" in caplog.text
     config = read(out / "config.json")
     assert config["recipe"]["run"]["epochs"] == 4
@@ -217,10 +217,10 @@ def test_a_run_cannot_be_shortened(stopped: Path) -> None:
 def test_the_weights_that_a_run_began_with_may_be_named_again(
     stopped: Path, tmp_path: Path
 ) -> None:
-    out, asked = tmp_path / "run", iter([False] * 3 + [True])
+    out, stops = tmp_path / "run", iter([False] * 3 + [True])
     recipe = toy_recipe(REGISTRY, *CE)
     with pytest.raises(Preempted):
-        train(recipe, out, registry=REGISTRY, init_from=stopped, stop=lambda: next(asked, True))
+        train(recipe, out, registry=REGISTRY, init_from=stopped, stop=lambda: next(stops, True))
     with pytest.raises(UsageError, match=f"--init-from {tmp_path}: the run was started with"):
         train(recipe, out, registry=REGISTRY, init_from=tmp_path, resume=True)
     train(recipe, out, registry=REGISTRY, init_from=stopped, resume=True)
@@ -230,11 +230,11 @@ def test_the_weights_that_a_run_began_with_may_be_named_again(
 
 def test_an_exported_model_is_where_a_run_may_begin(stopped: Path, tmp_path: Path) -> None:
     model = export(stopped, out=tmp_path / "model", which="last").folder
-    asked = iter([True])
+    stops = iter([True])
     with pytest.raises(Preempted):
         train(
             toy_recipe(REGISTRY, *CE), tmp_path / "run", registry=REGISTRY, init_from=model,
-            stop=lambda: next(asked, True),
+            stop=lambda: next(stops, True),
         )  # fmt: skip
     first = checkpoint.load(tmp_path / "run" / "checkpoints" / "step-00000000")["model"]
     assert same(first, checkpoint.load_weights(stopped))
@@ -258,15 +258,15 @@ def test_a_start_that_may_undo_trained_weights_is_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     chosen = (setting, *(("schedule.warmup_share=1",) if "warmup=" not in setting else ()))
-    asked = iter([True])
+    stops = iter([True])
     with pytest.raises(Preempted):
         train(
             toy_recipe(REGISTRY, *CE, *chosen), tmp_path / "run", registry=REGISTRY,
-            init_from=stopped, stop=lambda: next(asked, True),
+            init_from=stopped, stop=lambda: next(stops, True),
         )  # fmt: skip
-    told = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-    assert (len(told) == 1 and warned in told[0]) if warned else not told
-    assert [event["message"] for event in events(tmp_path / "run", "init_from")] == told
+    messages = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert (len(messages) == 1 and warned in messages[0]) if warned else not messages
+    assert [event["message"] for event in events(tmp_path / "run", "init_from")] == messages
 
 
 def test_weights_of_other_classes_are_never_taken_in_silence(
@@ -276,16 +276,16 @@ def test_weights_of_other_classes_are_never_taken_in_silence(
     for name, classes in (("a", ("cat", "dog", "fox")), ("b", ("dog", "fox", "lynx"))):
         root = photos(tmp_path / name, classes=classes, n=6)
         recipe = photo_recipe(root, "schedule.warmup_share=1", "run.epochs=20")
-        asked = iter([True])
+        stops = iter([True])
         with pytest.raises(Preempted):
             train(
                 recipe, tmp_path / f"run-{name}", registry=REGISTRY,
-                init_from=ends[0] if ends else None, stop=lambda it=asked: next(it, True),
+                init_from=ends[0] if ends else None, stop=lambda it=stops: next(it, True),
             )  # fmt: skip
         ends.append(tmp_path / f"run-{name}")
-    (told,) = [event["message"] for event in events(ends[1], "init_from")]
-    assert "trained on cat, dog, fox; this run's classes are dog, fox, lynx" in told
-    assert told in caplog.text
+    (message,) = [event["message"] for event in events(ends[1], "init_from")]
+    assert "trained on cat, dog, fox; this run's classes are dog, fox, lynx" in message
+    assert message in caplog.text
 
 
 def test_a_run_that_diverged_at_once_does_not_advise_the_weights_that_it_came_from(

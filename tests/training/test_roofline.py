@@ -73,11 +73,11 @@ def test_a_convolution_costs_two_flops_a_tap_and_output(
 def test_a_perceptron_by_hand() -> None:
     """8 x 8 pixels to 5 units to 5 units to 3 classes, 6 images."""
     model = toy_model(TASK, MLP(hidden=5, layers=2))
-    found = passes(model, toy_batch(TASK).x)
+    work = passes(model, toy_batch(TASK).x)
     first, second, head = (2 * 6 * n for n in (64 * 5, 5 * 5, 5 * 3))
-    assert flops(found.forward) == first + second + head
-    assert flops(found.to_input) == first + second + head
-    assert flops(found.to_weights) == first + 2 * (second + head)  # nobody asks for the images'
+    assert flops(work.forward) == first + second + head
+    assert flops(work.to_input) == first + second + head
+    assert flops(work.to_weights) == first + 2 * (second + head)  # nobody asks for the images'
 
 
 def test_what_is_imagined_costs_what_is_computed_and_leaves_no_trace() -> None:
@@ -96,13 +96,13 @@ def test_a_step_by_hand() -> None:
     b, p, steps, adv_steps = 6, 3, 4, 2
     backbone = toy_backbone(TASK, toy_model(TASK, SmallCNN(channels=2)), steps=steps)
     objective = registry["objective"]["ebjdat"](adv_steps=adv_steps)
-    found = step_work(backbone, objective, SAM(), toy_batch(TASK, b, p))
+    work = step_work(backbone, objective, SAM(), toy_batch(TASK, b, p))
     one = passes(backbone.model, toy_batch(TASK, 1).x)
     forward, to_input, to_weights = map(flops, one)
-    assert found.updates == 2
-    assert flops(found.draw) == (steps * p + adv_steps * b) * (forward + to_input)
-    assert flops(found.update) == 2 * (b + p) * (forward + to_weights)
-    assert flops(found.whole) == flops(found.draw) + 2 * flops(found.update)
+    assert work.updates == 2
+    assert flops(work.draw) == (steps * p + adv_steps * b) * (forward + to_input)
+    assert flops(work.update) == 2 * (b + p) * (forward + to_weights)
+    assert flops(work.whole) == flops(work.draw) + 2 * flops(work.update)
 
 
 def test_counting_a_step_leaves_model_and_buffer_alone() -> None:
@@ -118,8 +118,8 @@ def test_counting_a_step_leaves_model_and_buffer_alone() -> None:
 
 def test_an_updater_tells_how_often_it_takes_the_loss() -> None:
     registry = toy_registry()
-    found = {name: takings(registry["updater"][name]()) for name in ("plain", "sam", "awp")}
-    assert found == {"plain": 1, "sam": 2, "awp": 2}
+    counts = {name: takings(registry["updater"][name]()) for name in ("plain", "sam", "awp")}
+    assert counts == {"plain": 1, "sam": 2, "awp": 2}
 
 
 def test_work_adds_up() -> None:
@@ -134,9 +134,9 @@ def test_every_operation_of_a_step_can_be_called_by_itself() -> None:
     work = step_work(
         backbone, toy_registry()["objective"]["ebjdat"](), Plain(), toy_batch(TASK)
     ).whole
-    found = seconds(work, CPU, patience=0)
-    assert found.keys() == work.keys()
-    assert min(found.values()) > 0
+    times_ = seconds(work, CPU, patience=0)
+    assert times_.keys() == work.keys()
+    assert min(times_.values()) > 0
 
 
 def test_noise_like_a_tensor_is_laid_out_like_it() -> None:
@@ -154,28 +154,28 @@ def test_the_fastest_of_some_calls_counts() -> None:
 
 def test_the_floor_is_the_higher_of_the_two_and_below_the_step() -> None:
     recipe = toy_recipe(toy_registry()).recipe
-    found = roofline_of(build_run(recipe), recipe, rounds=1, patience=0)
-    figures = found.figures()
+    roofline = roofline_of(build_run(recipe), recipe, rounds=1, patience=0)
+    figures = roofline.figures()
     assert figures["floor_arithmetic_s"] > 0
     assert figures["floor_memory_s"] > 0
-    assert found.bound == max(found.arithmetic, found.memory)
-    assert figures["reached"] == pytest.approx(found.bound / figures["step_s"])
+    assert roofline.bound == max(roofline.arithmetic, roofline.memory)
+    assert figures["reached"] == pytest.approx(roofline.bound / figures["step_s"])
     assert figures["flops_step"] == figures["flops_draw"] + figures["flops_update"]
-    assert all(len(row) == 2 for row in rows(found))
+    assert all(len(row) == 2 for row in rows(roofline))
 
 
 def test_no_round_gives_the_floors_alone() -> None:
     recipe = toy_recipe(toy_registry(), "classifier", "ce").recipe
-    found = roofline_of(build_run(recipe), recipe, rounds=0, patience=0)
-    assert found.taken is None
-    assert found.reached is None
-    assert "the step took" not in dict(rows(found))
+    roofline = roofline_of(build_run(recipe), recipe, rounds=0, patience=0)
+    assert roofline.taken is None
+    assert roofline.reached is None
+    assert "the step took" not in dict(rows(roofline))
 
 
 def test_a_machine_multiplies_and_copies() -> None:
-    found = measured(CPU, patience=0)
-    assert found.matmul > 0
-    assert found.bandwidth > 0
+    machine = measured(CPU, patience=0)
+    assert machine.matmul > 0
+    assert machine.bandwidth > 0
 
 
 def released(model: EnergyModel, **options: object) -> Released:
@@ -237,14 +237,14 @@ def test_a_released_step_makes_the_passes_that_its_codes_make() -> None:
     """M for x^-, 3 M_adv for each pair of images, six in each of SAM's two losses."""
     model = toy_model(TASK)
     model.train()
-    seen: list[int] = []
-    model.network.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
+    sizes: list[int] = []
+    model.network.register_forward_hook(lambda m, args, out: sizes.append(len(args[0])))
     batch = toy_batch(TASK, 5, 3)
     naive = released(model, steps=4, adv_steps=2)
     before = [p.detach().clone() for p in model.parameters()]
     naive.step(batch.x, batch.y, batch.x_pos)
-    assert len(seen) == 4 + 3 * 2 * 3 + 2 * 6
-    assert sum(seen) == 4 * 3 + 3 * 2 * 5 + 2 * (3 * 3 + 3 * 5)
+    assert len(sizes) == 4 + 3 * 2 * 3 + 2 * 6
+    assert sum(sizes) == 4 * 3 + 3 * 2 * 5 + 2 * (3 * 3 + 3 * 5)
     assert not all(map(torch.equal, before, model.parameters()))
 
 
@@ -255,12 +255,12 @@ def test_a_step_is_much_cheaper_than_the_released_one() -> None:
         [sys.executable, script, "--small", "--threads", "1"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["steps"].keys() == {"released", "bare", "jemkit+cl+hold"}
-    assert found["ratios"]["released / jemkit+cl+hold"]["cpu"] > 1.5
-    assert found["ratios"]["bare / jemkit+cl+hold"]["cpu"] > 0.5
-    assert found["floor"]["channels_last"]["floor_arithmetic_s"] > 0
-    ours = found["steps"]["jemkit+cl+hold"]
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert record["steps"].keys() == {"released", "bare", "jemkit+cl+hold"}
+    assert record["ratios"]["released / jemkit+cl+hold"]["cpu"] > 1.5
+    assert record["ratios"]["bare / jemkit+cl+hold"]["cpu"] > 0.5
+    assert record["floor"]["channels_last"]["floor_arithmetic_s"] > 0
+    ours = record["steps"]["jemkit+cl+hold"]
     assert ours["images_per_s"] == pytest.approx(16 / ours["wall_s"])
     assert ours["forecast_hours"] == pytest.approx(100 * (45_000 // 16) * ours["wall_s"] / 3600)
 
@@ -272,16 +272,16 @@ def test_contestants_step_by_the_switches_of_a_run(
     """A GPU's convolutions are tf32 by torch's own."""
     import steps
 
-    seen = []
+    precisions = []
 
     def made(*_: object) -> Callable[[], None]:
-        return lambda: seen.append(torch.backends.cudnn.conv.fp32_precision)
+        return lambda: precisions.append(torch.backends.cudnn.conv.fp32_precision)
 
     monkeypatch.setattr(steps, contestant.split("+")[0], made)
     monkeypatch.setattr(sys, "stdin", io.StringIO("step\n"))
     with numerics(precision="tf32"):
         steps.serve(argparse.Namespace(**steps.SETTINGS, contestant=contestant))
-    assert seen == ["ieee"]
+    assert precisions == ["ieee"]
 
 
 def test_a_gradients_contestants_are_timed_in_turn_by_one_network() -> None:
@@ -292,13 +292,13 @@ def test_a_gradients_contestants_are_timed_in_turn_by_one_network() -> None:
     given = argparse.Namespace(**{**SETTINGS, **toys})
     for mode in (chained, attacked):
         named = contestants(given, mode, 2, "eager")
-        found = in_turn(named, torch.device("cpu"), rounds=2)
-        assert found["bare"]["bare / this"] == 1
-        assert all(found[name]["seconds"] > 0 for name in named)
-        assert found["pays_after_gradients"] > 0
+        timings = in_turn(named, torch.device("cpu"), rounds=2)
+        assert timings["bare"]["bare / this"] == 1
+        assert all(timings[name]["seconds"] > 0 for name in named)
+        assert timings["pays_after_gradients"] > 0
 
 
-def test_held_memory_changes_no_number() -> None:
+def test_an_allocator_that_keeps_memory_changes_no_number() -> None:
     code = (
         "import torch; from allocator import hold_memory\n"
         "from jemkit.testing import toy_batch, toy_model, toy_task\n"
@@ -324,16 +324,16 @@ def test_the_command_prints_the_floors(form: list[str]) -> None:
     )
     assert done.exit_code == 0, done.output
     if form:
-        found = json.loads(done.stdout.splitlines()[-1])
-        assert found["flops_step"] == found["flops_update"] > 0
-        assert found["protocol"]["step"] == "classifier x ce, updater plain"
-        assert found["protocol"]["images"] == "8 of digits, [1, 8, 8]"
-        assert found["protocol"]["versions"]["torch"] == torch.__version__
+        record = json.loads(done.stdout.splitlines()[-1])
+        assert record["flops_step"] == record["flops_update"] > 0
+        assert record["protocol"]["step"] == "classifier x ce, updater plain"
+        assert record["protocol"]["images"] == "8 of digits, [1, 8, 8]"
+        assert record["protocol"]["versions"]["torch"] == torch.__version__
         assert (
             0
-            < found["reached"]
+            < record["reached"]
             == pytest.approx(
-                max(found["floor_arithmetic_s"], found["floor_memory_s"]) / found["step_s"]
+                max(record["floor_arithmetic_s"], record["floor_memory_s"]) / record["step_s"]
             )
         )
     else:

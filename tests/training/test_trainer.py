@@ -186,14 +186,14 @@ def test_an_objective_with_memory_moves_it_once_after_the_update() -> None:
     torch.testing.assert_close(memory.mean, 0.1 * once, rtol=1e-4, atol=1e-5)
 
 
-def test_a_cpu_that_is_asked_for_tf32_says_that_it_has_none(
+def test_tf32_on_a_cpu_warns_that_there_is_none(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for precision, told in (("fp32", 0), ("tf32", 1)):
+    for precision, warnings in (("fp32", 0), ("tf32", 1)):
         caplog.clear()
-        asked = toy_recipe(REGISTRY, "classifier", "ce", "plain", f"run.precision={precision}")
-        Trainer(asked, RunFolder.create(tmp_path / precision))
-        assert caplog.text.count("this run would compute in fp32") == told
+        resolved = toy_recipe(REGISTRY, "classifier", "ce", "plain", f"run.precision={precision}")
+        Trainer(resolved, RunFolder.create(tmp_path / precision))
+        assert caplog.text.count("this run would compute in fp32") == warnings
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -378,10 +378,10 @@ def test_a_run_that_diverges_stops_with_its_step_its_term_and_its_last_checkpoin
 
 
 def test_a_run_can_be_stopped_between_steps_and_gone_on_with(tmp_path: Path) -> None:
-    asked = iter([False] * 4 + [True])
+    stops = iter([False] * 4 + [True])
     out = tmp_path / "run"
     with pytest.raises(Preempted, match="stopped at step 4"):
-        train(toy_recipe(REGISTRY), out, registry=REGISTRY, stop=lambda: next(asked))
+        train(toy_recipe(REGISTRY), out, registry=REGISTRY, stop=lambda: next(stops))
     summary = train(toy_recipe(REGISTRY), out, registry=REGISTRY, resume=True)
     whole = train(toy_recipe(REGISTRY), tmp_path / "whole", registry=REGISTRY)
     assert [int(row["step"]) for row in RunFolder(out).metrics()] == list(range(12))
@@ -443,8 +443,8 @@ def test_weights_of_an_earlier_run_are_where_the_next_begins(
     weights = load_weights(finished[0])
     recipe = toy_recipe(REGISTRY, "sadajem", "ebjdat", "plain", "run.epochs=1", "optimizer.lr=1e-9")
     train(recipe, tmp_path / "run", registry=REGISTRY, init_from=finished[0])
-    seen = load_weights(tmp_path / "run" / "checkpoints" / "best")
-    torch.testing.assert_close(seen["head.weight"], weights["head.weight"])
+    loaded = load_weights(tmp_path / "run" / "checkpoints" / "best")
+    torch.testing.assert_close(loaded["head.weight"], weights["head.weight"])
 
 
 def test_an_average_of_weights_begins_with_those_of_an_earlier_run(
