@@ -8,7 +8,7 @@ OLDEST := .venv-oldest
 OLDEST_TORCH := torch==2.11.0 torchvision==0.26.0
 CORE := $(addprefix tests/,attacks/test_pgd.py laws/test_golden.py models plugins/test_ebjdat.py \
 	plugins/test_objectives.py runtime/test_memory.py runtime/test_microbatch.py \
-	runtime/test_modes.py runtime/test_recomputing.py runtime/test_rng.py sampling \
+	runtime/test_modes.py runtime/test_out_of_memory.py runtime/test_recomputing.py runtime/test_rng.py sampling \
 	test_updaters.py training/test_resume.py)
 
 .PHONY: train test test-oldest lint rehearse acceptance bench

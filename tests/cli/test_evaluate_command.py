@@ -3,14 +3,15 @@
 import io
 import json
 import os
+import resource
 import shutil
 import signal
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
-from cli_tools import SHORT, command, environment, jemkit
+from cli_tools import SHORT, jemkit
+from forked import Forked, forked
 from waiting import until
 
 from jemkit.metrics import record as records
@@ -176,15 +177,12 @@ def test_a_termination_ends_soon_with_its_own_code_and_loses_nothing(
 ) -> None:
     slow = ("--set", "pgd.steps=300", "--batch-size", "20", "--max-images", "160")
     arguments = ("evaluate", str(run), *PGD, *slow, "--out", str(tmp_path / "a"))
-    started = subprocess.Popen(
-        command(*arguments), env=environment(), cwd=tmp_path,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    started = Forked(*arguments, cwd=tmp_path)
     pieces = tmp_path / "a" / ".evaluation"
     until(lambda: len(list(pieces.glob("*/*.safetensors"))) >= 2, "two finished batches")
     started.send_signal(signal.SIGTERM)
-    _, err = started.communicate()
-    assert started.returncode == 5, err
+    code, _, err = started.outcome()
+    assert code == 5, err
     assert "same command continues" in err
     finished = len(list(pieces.glob("*/*.safetensors")))
     assert finished >= 2
@@ -198,17 +196,12 @@ def test_a_termination_ends_soon_with_its_own_code_and_loses_nothing(
 def test_a_full_disk_keeps_the_record_that_was_there(run: Path, tmp_path: Path) -> None:
     judged(run, tmp_path, "--max-images", "30")
     before = (tmp_path / "evaluation.json").read_bytes()
-    script = (
-        "import resource, sys; from jemkit_cli.app import main; import jemkit.evaluation.evaluate;"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); main(sys.argv[1:])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, "evaluate", str(run), "--only", "accuracy", "--out",
-         str(tmp_path)],
-        env=environment(), capture_output=True, text=True, cwd=tmp_path, check=False,
+    done = forked(
+        "evaluate", str(run), "--only", "accuracy", "--out", str(tmp_path), cwd=tmp_path,
+        before=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2000, 2000)),
     )  # fmt: skip
-    assert done.returncode == 6, done.stderr
-    assert "free some space" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.code == 6, done.err
+    assert "free some space" in done.err
+    assert "Traceback" not in done.err
     assert (tmp_path / "evaluation.json").read_bytes() == before
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".evaluation.json")]

@@ -144,7 +144,7 @@ def test_a_run_is_recognised_under_another_name(tmp_path: Path) -> None:
     assert len(calls.commands) == 2
 
 
-def test_a_run_that_started_from_another_is_found_by_both(tmp_path: Path) -> None:
+def test_a_run_that_started_from_another_is_listed_by_both(tmp_path: Path) -> None:
     given = study("second", "first")
     rows = (given.rows[0].model_copy(update={"after": "first"}), given.rows[1])
     given = given.model_copy(update={"rows": rows})

@@ -3,14 +3,14 @@
 import json
 import os
 import signal
-import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_tools import Outcome, command, environment, process
+from cli_tools import Outcome
+from forked import Forked, forked
 from waiting import until
 
 from jemkit import Options, hookimpl
@@ -86,7 +86,7 @@ def place(site: Path, name: str, code: str) -> None:
 
 def listed(site: Path, cwd: Path, *more: str) -> Outcome:
     log = {"IMPORTS": str(cwd / "imports")}
-    return process(
+    return forked(
         "plugins", "list", "--json", *more, cwd=cwd, PYTHONPATH=str(site),
         JEMKIT_CACHE=str(cwd / "cache"), **log,
     )  # fmt: skip
@@ -120,38 +120,41 @@ def test_whatever_plug_ins_do_they_are_named_and_the_others_stay(tmp_path: Path)
 def test_a_plug_in_that_changed_is_probed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def probed(entries: Sequence[EntryPoint]) -> list[probing.Verdict]:
+        """In place of a child process: the file's content."""
+        return [probing.Verdict((tmp_path / f"{e.value}.py").read_text()) for e in entries]
+
     monkeypatch.setenv("JEMKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(probing, "_probed", probed)
     monkeypatch.syspath_prepend(tmp_path)
     guest = probing.Guest(EntryPoint("changing", "changing", "guests"), "guests", "1")
     (tmp_path / "changing.py").write_text("")
     assert probing.lethal([guest]) == [""]
-    (tmp_path / "changing.py").write_text("import os; os._exit(4)")
-    (fault,) = probing.lethal([guest])
-    assert "exit code 4" in fault
-    (tmp_path / "changing.py").write_text("import sys; ".ljust(22))
+    (tmp_path / "changing.py").write_text("longer")
+    assert probing.lethal([guest]) == ["longer"]
+    (tmp_path / "changing.py").write_text("length")
     os.utime(tmp_path / "changing.py", ns=(1, 1))  # of the same size, at another time
-    assert probing.lethal([guest]) == [""]
+    assert probing.lethal([guest]) == ["length"]
+    monkeypatch.setattr(probing, "_probed", None)
+    assert probing.lethal([guest]) == ["length"]  # known, as long as nothing changes
 
 
 def test_an_interrupt_while_a_plug_in_is_probed_or_imported_ends_with_130(tmp_path: Path) -> None:
     waits = 'import os, time\nopen(os.environ["IMPORTS"], "a").write("x\\n")\n{}time.sleep(1e6)\n'
     site = tmp_path / "site"
     place(site, "waits", waits.format(""))
-    env = environment(
-        PYTHONPATH=str(site), JEMKIT_CACHE=str(tmp_path / "cache"), IMPORTS=str(tmp_path / "log")
-    )
+    env = {
+        "PYTHONPATH": str(site),
+        "JEMKIT_CACHE": str(tmp_path / "cache"),
+        "IMPORTS": str(tmp_path / "log"),
+    }
 
     def interrupted(ready: int) -> None:
-        running = subprocess.Popen(
-            command("plugins", "list"), env=env, cwd=tmp_path, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )  # fmt: skip
+        running = Forked("plugins", "list", cwd=tmp_path, **env)
         log = tmp_path / "log"
         until(lambda: log.exists() and len(log.read_text()) >= ready, "the import")
         running.send_signal(signal.SIGINT)
-        out, err = running.communicate()
-        assert (running.returncode, out, err) == (130, "", "interrupted\n")
+        assert running.outcome() == (130, "", "interrupted\n")
 
     interrupted(2)  # by the child
     parent = (

@@ -134,7 +134,7 @@ FILES: dict[str, tuple[str, str, Callable[[Any], Any], Commands]] = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(draw=st.data(), how=st.sampled_from(HOW), odd=st.sampled_from(ODD))
 def test_a_file_with_one_value_changed_is_refused_or_harmless(
     folder: Path, kind: str, draw: st.DataObject, how: str, odd: Any

@@ -102,6 +102,7 @@ def test_after_any_sequence_no_figure_is_lost_and_no_record_mixes(
         assert len(owners) == len(stored)
 
 
+@settings(max_examples=8)
 @given(st.permutations(range(4)))
 def test_the_order_of_evaluation_changes_no_figure(order: list[int]) -> None:
     requests = [

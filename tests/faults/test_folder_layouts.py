@@ -197,7 +197,7 @@ def all_files(root: Path) -> int:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_every_image_is_counted_once_by_its_class_or_the_folder_is_refused(
     data: st.DataObject,
@@ -256,7 +256,7 @@ def wild(draw: st.DrawFn, root: Path) -> Path:
     return root
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_whatever_lies_in_a_folder_no_image_counts_twice_and_no_file_is_lost(
     data: st.DataObject,

@@ -101,12 +101,13 @@ def test_a_wheel_loses_a_folder_and_its_lines_in_record(tmp_path: Path) -> None:
         assert file.read("a-1.dist-info/RECORD") == b"a/__init__.py,sha256=2,0\n"
 
 
-def test_every_test_is_collected_in_the_kit(tmp_path: Path) -> None:
+def test_every_cuda_test_is_collected_in_the_kit(tmp_path: Path) -> None:
     packing.copy_files(tmp_path)
     ours = [path for path in sys.path if not Path(path).is_relative_to(root() / "tests")]
+    marked = stage_tests.marked(root() / "tests")
     done = subprocess.run(
         [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-m", "cuda",
-         "--collect-only", "--assert=plain", "tests"],
+         "--collect-only", "--assert=plain", *marked],
         cwd=tmp_path, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(ours)},
     )  # fmt: skip

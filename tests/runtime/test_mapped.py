@@ -19,15 +19,15 @@ GIB = 2**30
 def test_the_arrays_of_an_npz_are_those_that_numpy_reads(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     np.savez(path, image=X, label=np.array([3, 1]), note=np.array("x"), turned=np.asfortranarray(X))
-    found = map_arrays(path, ["image", "label", "turned", "missing"])
-    assert set(found) == {"image", "label", "turned"}
-    assert isinstance(found["image"], np.memmap)
-    assert np.array_equal(found["image"], X)
-    assert np.array_equal(found["turned"], X)
-    assert found["label"].tolist() == [3, 1]
+    arrays = map_arrays(path, ["image", "label", "turned", "missing"])
+    assert set(arrays) == {"image", "label", "turned"}
+    assert isinstance(arrays["image"], np.memmap)
+    assert np.array_equal(arrays["image"], X)
+    assert np.array_equal(arrays["turned"], X)
+    assert arrays["label"].tolist() == [3, 1]
     assert array_names(path) == ["image", "label", "note", "turned"]
     with pytest.raises(ValueError, match="read-only"):
-        found["image"][0] = 0
+        arrays["image"][0] = 0
 
 
 def test_an_npy_is_the_first_array(tmp_path: Path) -> None:
@@ -50,9 +50,9 @@ def sparse(path: Path, shape: tuple[int, ...]) -> Path:
 
 def test_a_file_larger_than_memory_is_not_read(tmp_path: Path) -> None:
     n = 256 * GIB // (32 * 32 * 3)
-    found = map_arrays(sparse(tmp_path / "a.npy", (n, 32, 32, 3)), ["image"])["image"]
-    assert found.nbytes > 255 * GIB
-    assert found[[0, n // 2, n - 1]].sum() == 0
+    mapped = map_arrays(sparse(tmp_path / "a.npy", (n, 32, 32, 3)), ["image"])["image"]
+    assert mapped.nbytes > 255 * GIB
+    assert mapped[[0, n // 2, n - 1]].sum() == 0
 
 
 def objects(path: Path) -> None:

@@ -41,10 +41,10 @@ def test_the_newest_sound_checkpoint_is_loaded_and_damaged_ones_are_named(tmp_pa
         checkpoint.save(tmp_path / f"step-{step}", state(step))
     (tmp_path / "step-3" / MODEL).write_bytes(b"no weights")
     (tmp_path / "step-2" / MANIFEST).write_text("{}")
-    found = checkpoint.sound(tmp_path)
-    assert found.path.name == "step-1"
-    assert same(found.state, state(1))
-    assert [p.name for p in found.damaged] == ["step-3", "step-2"]
+    sound = checkpoint.sound(tmp_path)
+    assert sound.path.name == "step-1"
+    assert same(sound.state, state(1))
+    assert [p.name for p in sound.damaged] == ["step-3", "step-2"]
     assert set_aside(tmp_path / "step-3").name == "damaged-step-3"
     checkpoint.save(tmp_path / "step-3", state(3))
     assert set_aside(tmp_path / "step-3").name == "damaged-step-3-1"

@@ -1,12 +1,16 @@
 """torchvision comes in by one door, beside any build of torch."""
 
 import ast
-import os
-import subprocess
+import importlib
+import logging
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
+from ranks import in_a_new_process
 
 from jemkit.errors import ConfigError
 from jemkit.runtime import torchvision_compat
@@ -14,62 +18,55 @@ from jemkit.runtime import torchvision_compat
 ROOT = Path(__file__).parents[2]
 
 
-def run(script: str) -> None:
-    """A fresh interpreter: operators, once declared, stay for the life of a process."""
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+def messages_of(caller: Callable[[], object]) -> list[str]:
+    """What a call logs at level INFO."""
+    messages: list[str] = []
+    log = logging.getLogger("jemkit")
+    log.setLevel("INFO")
+    log.addFilter(lambda record: messages.append(record.getMessage()) or False)
+    caller()
+    return messages
+
+
+def loads_lazily() -> None:
+    assert not any(name.startswith("torchvision") for name in sys.modules)
+    messages = messages_of(torchvision_compat.torchvision)
+    package = torchvision_compat.torchvision()
+    assert package is sys.modules["torchvision"]
+    assert package.datasets.CIFAR10
+    assert package.models.alexnet
+    assert len(messages) == (0 if package.extension._has_ops() else 1), messages
+
+
+def loads_after_a_failure() -> None:
+    with suppress(RuntimeError):
+        importlib.import_module("torchvision")
+    assert torchvision_compat.torchvision().datasets.CIFAR10
+
+
+def loads_beside_an_operator() -> None:
+    theirs = torch.library.Library("torchvision", "DEF")
+    theirs.define(torchvision_compat.OPERATORS["nms"])
+    theirs.impl("nms", lambda dets, scores, iou: scores.argsort(), "CPU")
+    messages = messages_of(torchvision_compat.torchvision)
+    boxes, scores = torch.zeros(2, 4), torch.tensor([2.0, 1.0])
+    assert torch.ops.torchvision.nms(boxes, scores, 0.5).tolist() == [1, 0]
+    assert len(messages) == 1
+    assert "so qnms are declared" in messages[0]
 
 
 def test_torchvision_loads_lazily_and_says_once_what_it_lacks() -> None:
-    run("""
-import logging, sys
-from jemkit.runtime import torchvision_compat as vision
-assert not any(name.startswith("torchvision") for name in sys.modules)
-told = []
-log = logging.getLogger("jemkit")
-log.setLevel("INFO")
-log.addFilter(lambda record: told.append(record.levelname) or False)
-package = vision.torchvision()
-assert package is vision.torchvision() is sys.modules["torchvision"]
-assert package.datasets.CIFAR10 and package.models.alexnet
-assert told == ([] if package.extension._has_ops() else ["INFO"]), told
-""")
+    in_a_new_process(loads_lazily)  # operators, once declared, stay for the life of a process
 
 
 def test_an_import_that_failed_before_does_no_harm() -> None:
-    run("""
-try:
-    import torchvision
-except RuntimeError:
-    pass
-from jemkit.runtime import torchvision_compat as vision
-assert vision.torchvision().datasets.CIFAR10
-""")
+    in_a_new_process(loads_after_a_failure)
 
 
 def test_operators_that_are_there_are_left_alone() -> None:
     if torchvision_compat.torchvision().extension._has_ops():
         pytest.skip("the real operators are loaded here")
-    run("""
-import logging, torch
-from jemkit.runtime import torchvision_compat as vision
-theirs = torch.library.Library("torchvision", "DEF")
-theirs.define(vision.OPERATORS["nms"])
-theirs.impl("nms", lambda dets, scores, iou: scores.argsort(), "CPU")
-told = []
-log = logging.getLogger("jemkit")
-log.setLevel("INFO")
-log.addFilter(lambda record: told.append(record.getMessage()) or False)
-boxes, scores = torch.zeros(2, 4), torch.tensor([2.0, 1.0])
-vision.torchvision()
-assert torch.ops.torchvision.nms(boxes, scores, 0.5).tolist() == [1, 0]
-assert len(told) == 1 and "so qnms are declared" in told[0], told
-""")
+    in_a_new_process(loads_beside_an_operator)
 
 
 def test_an_absent_torchvision_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,9 +172,9 @@ def whole_run(folder: Path, shift: float = 0.0, recipe: dict[str, Any] | None = 
     return folder
 
 
-def bare_run(folder: Path, record_: Record, recipe: dict[str, Any] | None = None) -> Path:
+def bare_run(folder: Path, stored: Record, recipe: dict[str, Any] | None = None) -> Path:
     """A run with its recipe and record alone."""
-    records.save(folder, record_, Notes())
+    records.save(folder, stored, Notes())
     origins = {"run.seed": "default", "run.epochs": "option"}
     write_json(folder / "config.json", {"recipe": recipe or RECIPE, "origins": origins})
     return folder

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from forked import processes
 from groups import DIGITS, EPOCH, REGISTRY, SICK, STEPS, different, end_of, recipe, run
 from ranks import every_rank, torchrun
 from toys import toy_recipe
+from waiting import until
 
 from jemkit import ConfigError, Diverged, Preempted, Trainer, train
 from jemkit.attacks.base import Threat
@@ -295,14 +298,16 @@ def diverging(name: str) -> str:
 
 
 def test_a_lost_process_costs_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
-    """torchrun starts all of them again, and they go on without being told to."""
-    began = torchrun(
-        *DIGITS, "--epochs", "3", "--out", "lost",
-        cwd=tmp_path, options=("--max-restarts=1",), kill=lost,
-    )  # fmt: skip
-    assert began.returncode == 0, began.stderr
-    assert "error: another process was lost" in began.stderr
-    assert "jemkit_cli" not in began.stderr  # no trace of ours; torchrun may print its own
+    """Where torchrun starts all of them again, they resume without an option."""
+    words = (*DIGITS, "--epochs", "3", "--out", "lost")
+    first, other = processes(*words, cwd=tmp_path)
+    until(lambda: lost(tmp_path), "the first epoch")
+    other.send_signal(signal.SIGKILL)
+    assert first.wait() != 0
+    assert "error: another process was lost" in first.text("stderr")
+    assert "Traceback" not in first.text("stderr")
+    again = processes(*words, cwd=tmp_path, TORCHELASTIC_RESTART_COUNT="1")
+    assert [process.wait() for process in again] == [0, 0], again[0].text("stderr")
     events = [json.loads(line)["event"] for line in (tmp_path / "lost" / "events.jsonl").open()]
     assert events.count("start") == events.count("resume") == 1
     assert [int(row["step"]) for row in RunFolder(tmp_path / "lost").metrics()] == list(range(27))

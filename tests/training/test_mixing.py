@@ -59,12 +59,12 @@ def test_every_batch_has_its_part_of_generated_images(
     clean = Bounds().from_unit(torch.cat([REAL.unit(), NEW.unit()]))
     labels = torch.cat([REAL.y, NEW.y])
     for _ in range(4):
-        found = batches.batch()
-        assert found.generated is not None
-        assert int(found.generated.sum()) == n
-        assert torch.equal(found.generated, found.index >= 20)
-        assert torch.equal(found.x, clean[found.index])
-        assert torch.equal(found.y, labels[found.index])
+        batch = batches.batch()
+        assert batch.generated is not None
+        assert int(batch.generated.sum()) == n
+        assert torch.equal(batch.generated, batch.index >= 20)
+        assert torch.equal(batch.x, clean[batch.index])
+        assert torch.equal(batch.y, labels[batch.index])
 
 
 def test_an_epoch_has_the_real_images_of_one_order_and_repeats_it_where_it_is_too_short() -> None:
@@ -140,8 +140,8 @@ def different(one: Path, other: Path) -> list[str]:
     """Where two runs' newest checkpoints differ, but for times and what config.json says."""
     ends = [newest(path / "checkpoints") for path in (one, other)]
     assert None not in ends
-    found = differing(*(load(end) for end in ends if end is not None))
-    return [at for at in found if "seconds" not in at and "config" not in at]
+    differences = differing(*(load(end) for end in ends if end is not None))
+    return [at for at in differences if "seconds" not in at and "config" not in at]
 
 
 def test_a_run_resumes_bit_for_bit_and_keeps_what_it_was_trained_on(tmp_path: Path) -> None:
@@ -229,9 +229,9 @@ def test_channels_may_come_first(tmp_path: Path) -> None:
     images = toy_images(30, 3, 8, 1, 2)
     file = written(tmp_path / "new.npz", image=images.x.numpy())
     recipe = toy_recipe(toy_registry(), "classifier", "pgdat", "plain", *mixed(file))
-    found = build_run(recipe.recipe).loader
-    assert isinstance(found, MixedLoader)
-    assert torch.equal(found.generated.take(torch.arange(30)).x, images.x)
+    loader = build_run(recipe.recipe).loader
+    assert isinstance(loader, MixedLoader)
+    assert torch.equal(loader.generated.take(torch.arange(30)).x, images.x)
 
 
 TRAIN = (

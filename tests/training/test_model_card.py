@@ -1,9 +1,9 @@
 """Model cards: no name acts in them, they are short, and their snippet runs."""
 
 import json
+import os
 import re
-import subprocess
-import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as bounded
 from hypothesis import strategies as st
+from ranks import in_a_new_process
 from toys import REGISTRY
 
 from jemkit import train
@@ -95,10 +96,10 @@ def test_an_escaped_name_is_one_line_that_reads_as_it_is(name: str) -> None:
 @bounded(max_examples=100, deadline=None)
 @given(st.text(max_size=2 * LONGEST))
 def test_a_quoted_name_is_one_yaml_scalar(name: str) -> None:
-    scalar_ = json.loads(quoted(name))
-    assert scalar_.isprintable()
+    read = json.loads(quoted(name))
+    assert read.isprintable()
     assert "\n" not in quoted(name)
-    assert len(scalar_) <= LONGEST
+    assert len(read) <= LONGEST
 
 
 def figure(name: str, **protocol: Any) -> Figure:
@@ -134,12 +135,15 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_snippet_of_a_card_loads_the_model_and_gives_logits(digits: Path) -> None:
     text = (digits / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}\nprint(tuple(logits.shape), tuple(energy.shape))"],
-        cwd=digits.parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.stderr == ""
-    assert done.stdout == "(1, 10) (1,)\n"
+    in_a_new_process(run_snippet, digits.parent, code)
+
+
+def run_snippet(folder: Path, code: str) -> None:
+    os.chdir(folder)
+    names: dict[str, Any] = {}
+    warnings.simplefilter("error")
+    exec(code, names)
+    assert (names["logits"].shape, names["energy"].shape) == ((1, 10), (1,))
 
 
 def test_a_card_is_short_and_has_samples_licence_and_citation(digits: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -23,8 +22,6 @@ from toys import (
 from jemkit import (
     PYLD,
     Backbone,
-    ConfigError,
-    DataError,
     Diverged,
     Guard,
     Images,
@@ -40,7 +37,7 @@ from jemkit import (
 )
 from jemkit.config.registry import Plugin
 from jemkit.models.networks import SmallCNN
-from jemkit.runtime.checkpoint import load, load_weights
+from jemkit.runtime.checkpoint import load
 from jemkit.runtime.pytree import same
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.testing import toy_batch, toy_task
@@ -48,6 +45,8 @@ from jemkit.testing import toy_batch, toy_task
 TASK = toy_task()
 BATCH = toy_batch(TASK)
 REGISTRY = toy_registry()
+CLOCK = ("seconds", "history", "config")
+"""What the clock writes of a state, and what names the data set."""
 
 
 class Stop(Exception):
@@ -268,94 +267,6 @@ def test_the_test_split_is_read_once_and_changes_nothing_before_the_end(tmp_path
     assert same(*ends)
 
 
-CLOCK = ("seconds", "history", "config")
-"""What the clock writes of a state, and what names the data set."""
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    return out, train(toy_recipe(REGISTRY), out, registry=REGISTRY)
-
-
-def test_a_run_leaves_its_config_metrics_events_curves_samples_and_checkpoints(
-    finished: tuple[Path, Any],
-) -> None:
-    out, summary = finished
-    names = {p.name for p in out.iterdir()}
-    wanted = {"config.json", "metrics.csv", "events.jsonl", "curves.svg", "samples", "checkpoints"}
-    assert wanted <= names
-    assert sorted(p.name for p in (out / "samples").iterdir()) == [
-        "epoch-0001.png", "epoch-0002.png",
-    ]  # fmt: skip
-    for picture in (out / "samples").iterdir():
-        assert picture.read_bytes().startswith(b"\x89PNG")
-    for picture in (out / "curves.svg", out / "energies.svg"):
-        assert ElementTree.parse(picture).getroot().tag.endswith("svg")
-    assert {p.name for p in (out / "checkpoints").iterdir()} >= {"best", "step-00000012"}
-    assert (out.parent / "latest").resolve() == out.resolve()
-    assert summary.run == out
-    assert summary.best_epoch in (1, 2)
-
-
-def test_metrics_have_a_row_for_every_step_with_every_term_and_energy(
-    finished: tuple[Path, Any],
-) -> None:
-    rows = RunFolder(finished[0]).metrics()
-    assert [int(row["step"]) for row in rows] == list(range(12))
-    wanted = {
-        "loss", "loss p(x)", "loss p(x~|x)", "loss p(y|x~)", "loss p(y|x)", "E(x)", "E(x+)",
-        "E(x-)", "E(x~)", "gap x+ x-", "gap x~ x", "accuracy", "gradient norm", "lr", "images/s",
-    }  # fmt: skip
-    assert wanted <= set(rows[0])
-    weights = {"loss p(x)": 0.45, "loss p(x~|x)": 0.05, "loss p(y|x~)": 0.45, "loss p(y|x)": 0.45}
-    for row in rows:
-        total = sum(w * float(row[name]) for name, w in weights.items())
-        assert float(row["loss"]) == pytest.approx(total, rel=1e-5, abs=1e-6)
-        gap = float(row["E(x+)"]) - float(row["E(x-)"])
-        assert float(row["gap x+ x-"]) == pytest.approx(gap, abs=1e-6)
-
-
-def test_events_tell_of_the_start_each_epoch_and_the_end(finished: tuple[Path, Any]) -> None:
-    lines = (finished[0] / "events.jsonl").read_text().splitlines()
-    events = [json.loads(line) for line in lines]
-    assert [e["event"] for e in events] == ["start", "epoch", "epoch", "end"]
-    assert {"accuracy", "pgd10", "step"} <= set(events[1])
-
-
-def test_the_figures_are_of_the_whole_test_split_and_say_how(finished: tuple[Path, Any]) -> None:
-    figures = {figure.name: figure for figure in finished[1].figures}
-    assert {"clean", "pgd20", "gap_mean", "gap_variance", "gap_signed", "gap_relative"} <= set(
-        figures
-    )
-    assert figures["clean"].n == 30
-    assert figures["pgd20"].protocol["radius_px"] == 25.5
-    assert figures["pgd20"].protocol["split"] == "test"
-    assert finished[1].value("clean") == figures["clean"].value
-
-
-def test_a_folder_that_holds_a_run_is_refused_before_anything_is_written(
-    finished: tuple[Path, Any],
-) -> None:
-    out, _ = finished
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
-    with pytest.raises(ConfigError, match=r"already exists.*--resume"):
-        train(toy_recipe(REGISTRY), out, registry=REGISTRY)
-    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
-
-
-def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="not a run that can be resumed"):
-        train(toy_recipe(REGISTRY), tmp_path, registry=REGISTRY, resume=True)
-
-
-def test_a_run_whose_parts_do_not_fit_writes_nothing(tmp_path: Path) -> None:
-    recipe = toy_recipe(REGISTRY, "classifier", "ebjdat")
-    with pytest.raises(MisfitError):
-        train(recipe, tmp_path / "run", registry=REGISTRY)
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_run_that_diverges_stops_with_its_step_its_term_and_its_last_checkpoint(
     tmp_path: Path,
 ) -> None:
@@ -428,41 +339,11 @@ def test_building_a_run_teaches_batch_norm_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_of_another_model_are_refused_by_name_and_shape(
-    tmp_path: Path, finished: tuple[Path, Any]
-) -> None:
-    recipe = toy_recipe(REGISTRY, "sadajem", "ebjdat", "plain", "backbone.network.channels=3")
-    with pytest.raises(DataError, match=r"shapes network\.first\.weight"):
-        train(recipe, tmp_path / "run", registry=REGISTRY, init_from=finished[0])
-    assert not (tmp_path / "run").exists()
-
-
-def test_weights_of_an_earlier_run_are_where_the_next_begins(
-    tmp_path: Path, finished: tuple[Path, Any]
-) -> None:
-    weights = load_weights(finished[0])
-    recipe = toy_recipe(REGISTRY, "sadajem", "ebjdat", "plain", "run.epochs=1", "optimizer.lr=1e-9")
-    train(recipe, tmp_path / "run", registry=REGISTRY, init_from=finished[0])
-    loaded = load_weights(tmp_path / "run" / "checkpoints" / "best")
-    torch.testing.assert_close(loaded["head.weight"], weights["head.weight"])
-
-
-def test_an_average_of_weights_begins_with_those_of_an_earlier_run(
-    tmp_path: Path, finished: tuple[Path, Any]
-) -> None:
-    weights = load_weights(finished[0])
-    recipe = toy_recipe(REGISTRY, "sadajem", "ebjdat", "plain", "run.epochs=1", "run.ema_decay=0.9")
-    train(recipe, tmp_path / "run", registry=REGISTRY, init_from=finished[0])
-    state = load(tmp_path / "run" / "checkpoints" / "step-00000000")
-    assert same(state["model"], weights)
-    assert same(state["ema"], weights)
-
-
 def test_the_average_follows_weights_closely_at_first(tmp_path: Path) -> None:
     options = ["run.ema_decay=0.9", "run.ema_warmup=true"]
     recipe = toy_recipe(REGISTRY, "jem", "ce", "plain", *options)
     trainer = Trainer(recipe, RunFolder.create(tmp_path / "run"))
-    seen = []
+    averages = []
     for decay in (0.1, 2 / 11):
         before = {n: t.clone() for n, t in trainer.ema.average.items()} if trainer.ema else {}
         trainer.one_step()
@@ -470,8 +351,8 @@ def test_the_average_follows_weights_closely_at_first(tmp_path: Path) -> None:
         name = "head.weight"
         expected = decay * before[name] + (1 - decay) * live[name]
         torch.testing.assert_close((average or {})[name], expected)
-        seen.append(expected)
-    assert not torch.equal(*seen)
+        averages.append(expected)
+    assert not torch.equal(*averages)
 
 
 def test_a_run_of_every_objective_takes_a_first_step(tmp_path: Path) -> None:
