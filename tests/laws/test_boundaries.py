@@ -315,8 +315,7 @@ KEYS = {("outputs.py", "found"), ("findings.py", "found")}
 """Keys of a record."""
 
 BENCHMARKS = sorted((root() / "benchmarks").rglob("*.py"))
-TIDY = ["attacks", "evaluation", "laws", "metrics", "models", "plugins", "sampling", "."]
-TESTS = [path for name in TIDY for path in sorted((root() / "tests" / name).glob("*.py"))]
+TESTS = sorted((root() / "tests").rglob("*.py"))
 
 
 @over([*FILES, *BENCHMARKS, *TESTS])

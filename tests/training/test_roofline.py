@@ -27,7 +27,7 @@ from jemkit.sampling.init_dists import Uniform
 from jemkit.sampling.kernels import SGLD, Boxed
 from jemkit.testing import toy_backbone, toy_batch, toy_model, toy_task
 from jemkit.training.build import build_run
-from jemkit.training.profiling import machine
+from jemkit.training.profiling import roofline as profiling
 from jemkit.training.profiling.flops import (  # fmt: skip
     Like,
     Operation,
@@ -54,8 +54,8 @@ small = settings(max_examples=15, deadline=None)
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The products and copies that measure the machine are small."""
-    monkeypatch.setitem(machine.SQUARE, "cpu", 64)
-    monkeypatch.setattr(machine, "LARGE", 2**16)
+    monkeypatch.setitem(profiling.SQUARE, "cpu", 64)
+    monkeypatch.setattr(profiling, "LARGE", 2**16)
 
 
 @small
