@@ -52,7 +52,7 @@ KNOWN = {
     "backbone mebm": "network energy density sampler start buffer steps views",
     "backbone sadajem": "network energy density sampler start buffer steps views",
     "objective dat": "step_px auc window max_steps freeze_batch_norm attack",
-    "objective ducat": "start clean_dummy adv_dummy adv_mass attack",
+    "objective ducat": "start clean_dummy adv_dummy adv_mass variant beta attack",
     "objective ebjdat": "w1 w2 w3 w_clean adv_steps radius_px norm ascent inner outer distance "
     "distance_weight",
     "objective ebjdatreleased": "w1 w2 w3 w_clean adv_steps start_px step_px climbs",
@@ -240,6 +240,9 @@ ACTS: list[tuple[tuple[str, str, str], list[str], str]] = [
     (("classifier", "ce", ""), ["backbone.energy.use=dummies"], "backbone.energy.fold=max"),
     *[(("classifier", "ducat", ""), ["objective.start=0"], f"objective.{option}")
       for option in ("clean_dummy=0.5", "adv_dummy=0.5", "adv_mass=0.5", "attack.steps=1")],
+    (("classifier", "ducat", ""), [], "objective.variant=trades"),
+    (("classifier", "ducat", ""), [], "objective.variant=mart"),
+    (("classifier", "ducat", ""), ["objective.variant=mart"], "objective.beta=1"),
     *[(("classifier", "lbgat", ""), [], f"objective.{option}")
       for option in ("beta=1", "attack.steps=1", "teacher.channels=3")],
     *[(("classifier", "lasat", ""), [], f"objective.{option}") for option in (
@@ -289,6 +292,7 @@ IDLE: list[tuple[list[str], str, str]] = [
     (["objective.use=score", "objective.beta=0"], "objective.c=1", "beta is 0"),
     (["objective.use=weat", "objective.beta=0", "objective.of=natural"],
      "objective.attack.steps=3", "where beta is 0 and of"),
+    (["objective.use=ducat"], "objective.beta=1", "where variant is"),
     (["objective.use=ducat", "objective.start=1"], "objective.adv_mass=0.5", "start is 1"),
     (["updater.use=agr", "updater.start=1"], "updater.clip=1", "where start is 1"),
     (["updater.use=awp", "updater.start=1"], "updater.gamma=1", "where start is 1"),

@@ -1,10 +1,13 @@
 """DUCAT: folding, targets and the loss worked by hand; dummies begin late, and are folded away."""
 
 from math import exp, log
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
 from logits import batch_of, logits
+from strategies import labels, normal, seeds
 from torch import Tensor
 from toys import REGISTRY, Flat, backbone_for, backbone_of, gen, objective_of, tiny
 
@@ -21,6 +24,7 @@ from jemkit_plugins.ducat import (
     read_as,
     target,
 )  # fmt: skip
+from jemkit_plugins.ducat.objective import margin
 
 TASK = toy_task()
 CLEAN, ADV = logits((0.4, 0.2, 0.3, 0.1)), logits((0.1, 0.3, 0.4, 0.2))  # 0, 1, and their dummies
@@ -35,7 +39,7 @@ def identity(fold: Fold = "lse") -> Backbone:
     return Backbone(model)
 
 
-def parts(step: int, clean: Tensor = CLEAN, **options: float) -> dict[str, tuple[float, float]]:
+def parts(step: int, clean: Tensor = CLEAN, **options: Any) -> dict[str, tuple[float, float]]:
     objective = DUCATObjective(DUCAT(**options), total_steps=10)
     batch = batch_of(clean, 0)._replace(step=step)
     terms = objective.loss(identity(), batch, ADV)
@@ -79,6 +83,39 @@ def test_the_loss_with_dummies_worked_by_hand() -> None:
     assert parts(8, adv_mass=0.5)["p(y|x~)"][1] == pytest.approx(-0.5 * log(0.4), rel=1e-5)
     half = -0.5 * (log(0.1) + log(0.4))
     assert parts(8, adv_dummy=0.5)["p(y|x~)"][1] == pytest.approx(half, rel=1e-5)
+
+
+KL = sum(p * log(p / q) for p, q in zip((0.4, 0.2, 0.3, 0.1), (0.1, 0.3, 0.4, 0.2), strict=True))
+"""Over all 2K classes."""
+
+
+def test_the_variant_of_trades_worked_by_hand() -> None:
+    early, late = (parts(step, variant="trades", beta=5.0) for step in (7, 8))
+    assert early == {
+        "p(y|x)": (1.0, pytest.approx(-log(0.4), rel=1e-5)),
+        "KL": (5.0, pytest.approx(KL, rel=1e-5)),
+    }
+    assert {**late, "KL": None} == {**parts(8), "KL": None}
+    assert late["KL"] == early["KL"]
+    assert "KL" not in parts(8, variant="trades", beta=0.0)
+
+
+def test_the_variant_of_mart_worked_by_hand() -> None:
+    early, late = (parts(step, variant="mart") for step in (7, 8))
+    others = {
+        "margin": (1.0, pytest.approx(-log(1.0001 - 0.4), rel=1e-5)),  # its dummy is the likeliest
+        "KL": (6.0, pytest.approx(0.6 * KL, rel=1e-5)),
+    }
+    assert early == {"p(y|x~)": (1.0, pytest.approx(-log(0.1), rel=1e-5)), **others}
+    assert late == {**{k: (w, pytest.approx(t)) for k, (w, t) in parts(8).items()}, **others}
+
+
+@given(seed=seeds)
+def test_mart_s_margin_is_finite_and_smallest_where_y_has_all(seed: int) -> None:
+    raw, y = normal(seed, 6, 4, scale=20.0), labels(seed, 6, 2)
+    sure = torch.full((6, 4), -40.0).scatter(1, y[:, None], 40.0)
+    assert bool(margin(raw, y).isfinite())
+    assert float(margin(sure, y)) <= float(margin(raw, y))
 
 
 def test_its_mean_is_over_clean_and_adversarial_images_together() -> None:
@@ -148,6 +185,7 @@ def test_an_attack_on_2k_logits_takes_the_dummy_of_the_true_class_for_a_success(
 
 def test_options_without_effect_are_named() -> None:
     assert set(tiny("objective", "ducat", start=1).unused()) == {
-        "clean_dummy", "adv_dummy", "adv_mass",
+        "clean_dummy", "adv_dummy", "adv_mass", "beta",
     }  # fmt: skip
-    assert not DUCAT().unused()
+    assert set(DUCAT().unused()) == {"beta"}
+    assert not DUCAT(variant="mart").unused()

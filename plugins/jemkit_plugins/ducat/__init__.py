@@ -1,0 +1,15 @@
+"""DUCAT: the objective `ducat`, the energy model `dummies` and the evaluator `foldings`.
+
+It imports jemkit and its own folder; a new variant goes to `objective`.
+"""
+
+from jemkit_plugins.ducat.energy import (
+    Dummies, DummyEnergy, Fold, folded, jemkit_energy_models, read_as,
+)  # fmt: skip
+from jemkit_plugins.ducat.foldings import Foldings, jemkit_evaluators
+from jemkit_plugins.ducat.objective import DUCAT, DUCATObjective, jemkit_objectives, target
+
+__all__ = [
+    "DUCAT", "DUCATObjective", "Dummies", "DummyEnergy", "Fold", "Foldings", "folded",
+    "jemkit_energy_models", "jemkit_evaluators", "jemkit_objectives", "read_as", "target",
+]  # fmt: skip
