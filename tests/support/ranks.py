@@ -24,7 +24,7 @@ Work = Callable[..., Any]
 FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload([
     "toys", "torch.distributed", "jemkit.training.run", "jemkit.evaluation.evaluate", "hypothesis",
-    "jemkit_cli.commands", "jemkit.evaluation.sample", "sklearn.datasets",
+    "jemkit_cli.commands", "jemkit.evaluation.sample", "sklearn.datasets", "torch._dynamo",
 ])  # fmt: skip
 
 
