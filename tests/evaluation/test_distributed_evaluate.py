@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cli_tools import SHORT, Outcome, jemkit
-from forks import commands
+from forked import commands
 from ranks import every_rank, torchrun
 
 from jemkit import ConfigError
@@ -96,7 +96,7 @@ def require_stopped(outcomes: list[Outcome]) -> None:
 def test_a_stop_ends_all_processes_and_the_same_command_goes_on(run: Path, tmp_path: Path) -> None:
     small = ("--max-images", "80", "--set", "pgd.steps=5", "--batch-size", "20")
     evaluate = ("evaluate", str(run), *PGD, *small, "--json", "--out")
-    require_stopped(commands(*evaluate, "a", cwd=tmp_path, prepare=sigterm_after_a_piece))
+    require_stopped(commands(*evaluate, "a", cwd=tmp_path, before=sigterm_after_a_piece))
     assert len(list((tmp_path / "a").glob(".*/*/*.safetensors"))) == 2
     again, whole = (jemkit(*evaluate, str(tmp_path / out)) for out in "ab")
     assert figures(again) == figures(whole)
@@ -124,7 +124,7 @@ def test_a_drawing_that_is_stopped_goes_on_from_its_finished_batches(
     run: Path, tmp_path: Path
 ) -> None:
     sample = ("sample", str(run), "-n", str(3 * TOGETHER), "--steps", "2", "--json", "--out")
-    require_stopped(commands(*sample, "a", cwd=tmp_path, prepare=sigterm_after_a_piece))
+    require_stopped(commands(*sample, "a", cwd=tmp_path, before=sigterm_after_a_piece))
     again, whole = jemkit(*sample, str(tmp_path / "a")), jemkit(*sample, str(tmp_path / "b"))
     assert np.array_equal(images(again, tmp_path), images(whole, tmp_path))
 

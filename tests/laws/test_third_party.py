@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cli_tools import SHORT, Outcome, process
-from forks import forked
+from forked import forked
 from ranks import in_a_new_process
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +56,7 @@ def made(home: Path, name: str, module: str, code: str) -> None:
 
 
 def with_site(site: Path, *arguments: str, cwd: Path) -> Outcome:
-    return forked(*arguments, cwd=cwd, site=site)
+    return forked(*arguments, cwd=cwd, PYTHONPATH=str(site))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cli_tools import process
 from folder_lines import counts, said
-from forks import forked
+from forked import forked
 from imagefolders import image, split_folder
 from PIL import Image
 

@@ -1,6 +1,7 @@
 """The command in a fork of a process that has imported all it needs: a process of its own, without
 the seconds that its imports take."""
 
+import importlib
 import os
 import shutil
 import signal
@@ -76,16 +77,26 @@ def forked(*arguments: str, cwd: Path, before: Before | None = None, **env: str)
     return Forked(*arguments, cwd=cwd, before=before, **env).outcome()
 
 
-def processes(*arguments: str, cwd: Path, size: int = 2, **env: str) -> list[Forked]:
+def processes(
+    *arguments: str, cwd: Path, size: int = 2, before: Before | None = None, **env: str
+) -> list[Forked]:
     """The command in every process of a group, each of which learns of it as from torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
     return [
-        Forked(*arguments, cwd=cwd, RANK=str(r), LOCAL_RANK=str(r), **group, **env)
+        Forked(*arguments, cwd=cwd, before=before, RANK=str(r), LOCAL_RANK=str(r), **group, **env)
         for r in range(size)
     ]
+
+
+def commands(
+    *arguments: str, cwd: Path, size: int = 2, before: Before | None = None, **env: str
+) -> list[Outcome]:
+    """The command in every process of a group, to its end."""
+    running = processes(*arguments, cwd=cwd, size=size, before=before, **env)
+    return [process.outcome() for process in running]
 
 
 def _command(
@@ -110,6 +121,7 @@ def _command(
         setattr(sys, f"__{name}__", stream)
     os.chdir(cwd)
     sys.path[:0] = [p for p in env.get("PYTHONPATH", "").split(os.pathsep) if p]
+    importlib.invalidate_caches()
     sys.argv = ["-c", *arguments]
     if before is not None:
         before()
