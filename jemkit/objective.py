@@ -68,7 +68,9 @@ def soft_labels(
     if only_generated:
         real = torch.zeros_like(batch.y) if batch.generated is None else batch.generated
         share = share * real[:, None]
-    labels = (1 - share) * F.one_hot(batch.y, n_classes) + share / n_classes
+    one_hot = torch.zeros(len(batch.y), n_classes, device=batch.y.device)
+    one_hot.scatter_(1, batch.y[:, None], 1.0)  # F.one_hot waits for the device
+    labels = (1 - share) * one_hot + share / n_classes
     if batch.mixed is None:
         return labels
     own = batch.mixed.weight[:, None]

@@ -46,7 +46,7 @@ class PCAStart:
         means = torch.stack([rows.mean(0) for rows in classes])
         bases = [components(rows, self.options.variance, self.options.sigma) for rows in classes]
         rank = max(basis.shape[1] for basis in bases)
-        basis = torch.zeros((len(classes), x.shape[1], rank))
+        basis = x.new_zeros((len(classes), x.shape[1], rank))
         for k, columns in enumerate(bases):
             basis[k, :, : columns.shape[1]] = columns
         spread = torch.zeros_like(means).to(self.device)

@@ -179,7 +179,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
 def test_the_built_in_plug_ins_are_all_well() -> None:
     registry = installed(third_party=False)
     assert registry.faults == []
-    assert set(registry["backbone"]) == {"classifier", "jem", "jempp", "mebm", "sadajem"}
+    assert set(registry["backbone"]) == {"classifier", "dat", "jem", "jempp", "mebm", "sadajem"}
     assert set(registry["objective"]) >= {"ce", "ebjdat", "jem", "pgdat", "trades"}
     assert all(offer.distribution == "jemkit" for offer in registry["backbone"].offers())
 

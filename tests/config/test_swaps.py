@@ -11,7 +11,7 @@ from jemkit.errors import ConfigError
 INSTALLED = installed(third_party=False)
 
 
-SGD_OF = {"classifier": 5e-4, "jempp": 4e-4, "mebm": 5e-4, "sadajem": 5e-4}
+SGD_OF = {"classifier": 5e-4, "dat": 5e-4, "jempp": 4e-4, "mebm": 5e-4, "sadajem": 5e-4}
 """Weight decay of the backbones that are trained by SGD; JEM's Adam has none."""
 
 
@@ -30,8 +30,9 @@ class TestWhatASwapLeavesBehind:
     ) -> None:
         for backbone in INSTALLED["backbone"]:
             options = optimizer_of(data=data, backbone=backbone, objective=objective)
-            by_sgd = backbone in SGD_OF or objective == "ebjdat"
-            rate = 0.01 if objective == "ebjdat" else 0.1 if by_sgd else 1e-4
+            own = {"ebjdat": 0.01, "dat": 0.001}
+            by_sgd = backbone in SGD_OF or objective in own
+            rate = own.get(objective, 0.1 if by_sgd else 1e-4)
             wanted = {"use": "sgd" if by_sgd else "adam", "lr": rate}
             assert options.items() >= wanted.items(), backbone
             assert options["weight_decay"] == SGD_OF.get(backbone, 0.0), backbone
@@ -59,7 +60,7 @@ class TestWhatASwapLeavesBehind:
     @pytest.mark.parametrize("preset", ["paper", "paper-p", "v3", "released", "released-ce"])
     def test_a_preset_leaves_weight_decay_to_the_backbone(self, preset: str) -> None:
         own = ["sadajem"] if preset.startswith("released") else ["jem", *SGD_OF]
-        for backbone in sorted({*own} - {"classifier"}):
+        for backbone in sorted({*own} - {"classifier", "dat"}):
             options = optimizer_of(data="cifar10", backbone=backbone, preset=preset)
             assert (options["use"], options["lr"]) == ("sgd", 0.01)
             assert options["weight_decay"] == SGD_OF.get(backbone, 0.0)
