@@ -115,6 +115,15 @@ def test_the_extrapolated_distance_of_samples_of_the_reference_is_nearer_to_0() 
     assert sum(far for _, far in gaps) < 0.5 * sum(plain for plain, _ in gaps)
 
 
+@pytest.mark.parametrize(("n", "dimension"), [(5, 12), (12, 12), (40, 12)])
+def test_the_distance_of_few_rows_is_that_of_their_moments(n: int, dimension: int) -> None:
+    rng = torch.Generator().manual_seed(n)
+    reference = fid.Moments.of(torch.randn(300, dimension, generator=rng) * 2 + 1)
+    rows = torch.randn(n, dimension, generator=rng)
+    expected = fid.frechet(fid.Moments.of(rows), reference)
+    assert fid._of_rows(rows, reference) == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_command_writes_what_evaluation_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
