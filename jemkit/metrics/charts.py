@@ -12,6 +12,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52.0, 10.0, 12.0, 36.0
 MARKS = ("circle", "square", "diamond", "up", "down", "cross", "plus", "ring")
 COLOURS = len(MARKS)
 LARGEST = 1e150  # what is larger is no number that a chart has room for; it is a gap like NaN
+SMALLEST = 1e-300  # half of a smaller number may be 0
 Pair = tuple[float, float]
 
 
@@ -273,7 +274,8 @@ def _range(values: Sequence[float], margin: float = 0.0) -> Pair:
     good = [value for value in values if abs(value) < LARGEST]
     low, high = (min(good), max(good)) if good else (0.0, 1.0)
     if high - low <= 1e-12 * max(abs(low), abs(high), 1.0):
-        low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
+        below, above = (abs(end) if abs(end) > SMALLEST else 1.0 for end in (low, high))
+        low, high = low - 0.5 * below, high + 0.5 * above
     extra = (high - low) * margin
     return low - extra, high + extra
 

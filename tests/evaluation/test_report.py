@@ -287,6 +287,7 @@ def test_ticks_are_few_round_and_inside(low: float, width: float) -> None:
 
 @given(st.lists(st.floats(), min_size=1, max_size=6))
 @example([-1.7e308, 1.7e308])
+@example([5e-324])
 @example([5e-324, 0.0])
 @example([1e16, 1e16 + 2])
 def test_no_value_breaks_a_chart(values: list[float]) -> None:

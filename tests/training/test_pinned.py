@@ -326,9 +326,9 @@ class Change:
 
     @staticmethod
     def rename_class(root: Path, k: int) -> None:
-        path = root / CLASSES[k % 3]
-        if path.exists():
-            path.rename(root / ("zebra", "ant", "catfish")[k % 3])
+        path, renamed = root / CLASSES[k % 3], root / ("zebra", "ant", "catfish")[k % 3]
+        if path.exists() and not renamed.exists():
+            path.rename(renamed)
 
     @staticmethod
     def add_class(root: Path, k: int) -> None:
