@@ -161,6 +161,7 @@ class Released:
             clean = F.normalize(self.model(x).logits, dim=1)  # the same at every step
             moved = F.normalize(self.model(x_adv).logits, dim=1)
             climbed = wanted + self.perception * (clean - moved).square().sum()
+            # the released code retains this graph too
             (slope,) = torch.autograd.grad(climbed, [x_adv], retain_graph=True)
             x_adv = self.bounds.clamp(x_adv.detach() + self.bounds.px(1) * slope.sign())
         return x_adv

@@ -49,11 +49,11 @@ REGISTRY = installed(third_party=False)
 MAIN = "jemkit+cl+hold"
 VARIANTS = {
     "cpu": (
-        "jemkit", "jemkit+cl", MAIN, "jemkit+cl+compile", "jemkit+cl+anew", "jemkit+cl+bf16",
+        "jemkit", "jemkit+cl", MAIN, "jemkit+cl+compile", "jemkit+cl+anew", "jemkit+cl+bf16"
     ),
     "cuda": (
         "jemkit+cl", "jemkit+cl+anew", "jemkit+cl+compile", "jemkit+cl+bf16",
-        "jemkit+cl+bf16+compile",
+        "jemkit+cl+bf16+compile"
     ),
 }  # fmt: skip
 """cl: channels last; hold: memory held; anew: activation checkpointing; all else as run.NAME is."""
@@ -84,11 +84,7 @@ def built(given: argparse.Namespace, *, channels_last: bool = False) -> tuple[Ba
 
 def optimizer_of(backbone: Backbone, *, fused: bool = False) -> torch.optim.Optimizer:
     return torch.optim.SGD(
-        backbone.model.parameters(),
-        lr=1e-3,
-        momentum=0.9,
-        weight_decay=5e-4,
-        fused=fused or None,
+        backbone.model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=fused or None
     )
 
 
@@ -296,10 +292,8 @@ def flags(given: argparse.Namespace) -> list[str]:
 def main_step(given: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(given.device)
     record = compared(given, (*RIVALS, *((MAIN,) if given.small else VARIANTS[device.type])))
-    record["floor"] = {
-        "contiguous": floor(given, channels_last=False),
-        "channels_last": floor(given, channels_last=True),
-    }
+    layouts = {"contiguous": False, "channels_last": True}
+    record["floor"] = {name: floor(given, channels_last=last) for name, last in layouts.items()}
     for name, figures in record["steps"].items():
         figures |= rates(name, figures, record["floor"]["channels_last"], given)
         print(name, figures, file=sys.stderr)
@@ -355,11 +349,12 @@ SCALES: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 
 
-def scaling(given: argparse.Namespace, scales: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+def scaling(given: argparse.Namespace) -> dict[str, Any]:
     """Step time and memory as one size grows and the others stay."""
+    most = 1 if given.small else None
     return {
-        name: {value: step_alone(changed(given, **{name: value})) for value in values}
-        for name, values in scales.items()
+        name: {value: step_alone(changed(given, **{name: value})) for value in values[:most]}
+        for name, values in SCALES.items()
     }
 
 
@@ -371,13 +366,18 @@ SMALL = {
     "depth": 10, "width": 1, "size": 8, "batch": 16, "steps": 5, "adv_steps": 5, "capacity": 16,
     "rounds": 2, "patience": 0.0,
 }  # fmt: skip
+WHAT = {
+    "step": (main_step, "step_against_released"), "parts": (parts, "step_parts"),
+    "scaling": (scaling, "step_scaling"),
+}  # fmt: skip
+"""What `--what` measures, and the name of its record."""
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--what", choices=["step", "parts", "scaling"], default="step")
+    parser.add_argument("--what", choices=list(WHAT), default="step")
     parser.add_argument("--small", action="store_true", help="toys; writes no file")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     for name, value in SETTINGS.items():
@@ -391,18 +391,9 @@ if __name__ == "__main__":
     if given.contestant:
         serve(given)
     else:
-        small = {name: values[:1] for name, values in SCALES.items()}
-        result = {
-            "step": main_step,
-            "parts": parts,
-            "scaling": lambda given: scaling(given, small if given.small else SCALES),
-        }[given.what](given)
+        measure, name = WHAT[given.what]
+        result = measure(given)
         if given.small:
             print(json.dumps(result))
         else:
-            name = {
-                "step": "step_against_released",
-                "parts": "step_parts",
-                "scaling": "step_scaling",
-            }
-            keep(name[given.what], result)
+            keep(name, result)

@@ -150,7 +150,8 @@ class _Judgement:
     """A running evaluation."""
 
     def __init__(self, subject: EvalTarget, settings: Settings, ctx: Context, data: Images) -> None:
-        self.subject, self.settings, self.ctx, self.data = subject, settings, ctx, data
+        self.subject, self.settings = subject, settings
+        self.ctx, self.data = ctx, data
         self.ctx.notes.warnings.extend(subject.warnings)
         self.figures: list[Figure] = []
         self.left_out: dict[str, str] = {}

@@ -61,9 +61,9 @@ class GeneratedImages:
 class MixedLoader(Loader):
     """Batches of B of which int(fraction B) images are generated, at random places.
 
-    Generated images are drawn with replacement. The real ones are the next of a random order, drawn
-    anew for each epoch of ceil(N / B) batches of N real images: an epoch sees a part of them. Where
-    it needs more than N, the order starts again.
+    Generated images are drawn with replacement. The real ones are the next of a random order, which
+    is drawn for each epoch of ceil(N / B) batches of N real images: an epoch sees a part of them.
+    Where it needs more than N, the order starts again.
     """
 
     def __init__(

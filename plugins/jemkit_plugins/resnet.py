@@ -5,10 +5,10 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from jemkit import Bounds, MisfitError, Network, NetworkSpec, Options, Shape, hookimpl
+from jemkit import WRN, Bounds, MisfitError, Network, NetworkSpec, Options, Shape, hookimpl
 from jemkit.models.norms import Norm, norm_layer
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
@@ -73,29 +73,17 @@ class ResidualNetwork(Network):
         return self.blocks(F.relu(self.norm(h))).mean(dim=(2, 3))  # type: ignore[no-any-return]
 
 
-class SwishWRN(Options):
+class SwishWRN(WRN):
     """The WideResNet of Gowal et al. (2021) and its successors, with SiLU: `swishwrn-28-10`.
 
     Convolutions of stride 2 pad right and bottom alone (SAME), shortcuts start from the activated
     input, and convolutions have no biases.
     """
 
-    positional: ClassVar[tuple[str, ...]] = ("depth", "width")
-
-    depth: int = Field(28, ge=10)
-    width: int = Field(10, ge=1)
-    norm: Norm = "batch"
     bn_momentum: float = Field(0.01, gt=0, le=1)
     offset: bool = True  # whether the norms of blocks have one
     mean: tuple[float, ...] = ()  # of the training pixels in [0, 1], per channel; (): none
     std: tuple[Annotated[float, Field(gt=0)], ...] = ()
-
-    @field_validator("depth")
-    @classmethod
-    def _whole_blocks(cls, depth: int) -> int:
-        if (depth - 4) % 6:
-            raise ValueError(f"a WideResNet has depth 6 n + 4, such as 10, 16 or 28; got {depth}")
-        return depth
 
     def unused(self) -> dict[str, str]:
         batch = self.norm in ("batch", "sync")

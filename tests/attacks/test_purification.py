@@ -235,7 +235,7 @@ def test_a_refinement_that_hides_its_gradient_stops_pgd_and_not_bpda() -> None:
 
 
 class Shaken(PixelModel):
-    """Adds a strong random linear function to every logit, anew in each pass."""
+    """Adds a strong random linear function to every logit, another in each pass."""
 
     def __init__(self, inner: PixelModel) -> None:
         super().__init__(inner.model, inner.bounds)

@@ -95,7 +95,7 @@ def test_a_picture_stands_under_the_heading_of_what_it_shows_and_says_so(runs: l
     }
     of_samples, others = shown["pictures"], shown["others"]
     assert of_samples[0] == "During training, after epoch 10"
-    assert "Samples drawn by the evaluation (surest)" in of_samples
+    assert "Samples drawn by the evaluation (top90)" in of_samples
     assert len(of_samples) == 4
     assert others == ["mine"]
 

@@ -215,7 +215,7 @@ def test_weights_in_shares_move_on_the_device_as_whole_ones(updater: str) -> Non
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_a_compiled_gradient_is_the_eager_one_as_images_and_weights_move(backend: Backend) -> None:
-    """Of inductor a CUDA graph, which reads its inputs anew and keeps nothing of the last call."""
+    """Of inductor a CUDA graph, which reads its inputs in every call and stores none of them."""
     backbone, unit, data = on_gpu("jem"), CompiledGradient(backend), batch()
     pairs: list[tuple[Tensor, Tensor]] = []
     with numerics(), sampling_mode(backbone.model, "batch_stats"):

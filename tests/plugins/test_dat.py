@@ -152,7 +152,7 @@ def test_chains_grow_when_the_window_is_full_and_its_mean_reaches_the_threshold(
     assert after(part, 0.9, 0.9, 0.5) == [0, 0, 0]  # a mean of 0.77
     assert after(part, 0.9) == [0]  # 0.77: the window goes on
     assert after(part, 1.0) == [1]  # 0.8 of the last three
-    assert after(part, 1.0, 1.0, 1.0) == [1, 1, 2]  # and then it begins anew
+    assert after(part, 1.0, 1.0, 1.0) == [1, 1, 2]  # and then it is emptied
     assert after(part, 0.0, 0.0, 0.0, 0.0) == [2] * 4  # never shorter
 
 

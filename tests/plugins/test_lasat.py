@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from logits import batch_of, identity_backbone, logits
 from ranks import every_rank
+from states import cut_and_resumed
 from strategies import labels, normal, seeds
 from toys import Flat, backbone_of, gen, objective_of, tiny, toy_recipe, toy_registry, updater_of
 
@@ -272,18 +273,11 @@ def test_a_run_saves_and_resumes_the_strategy(tmp_path: Path, form: str, baselin
     options = [f"objective.form={form}", "objective.every=1", "objective.strategy.norm=batch",
                f"objective.baseline={baseline}", "objective.iterations=[1, 2]"]  # fmt: skip
     resolved = toy_recipe(toy_registry(), "classifier", "lasat", "plain", *options)
-    whole = Trainer(resolved, RunFolder.create(tmp_path / "whole"))
-    began = whole.state_dict()["objective"]["network"]["head.bias"].clone()
-    whole.run(until=4)
-    cut = Trainer(resolved, RunFolder.create(tmp_path / "cut"))
-    cut.run(until=2)
-    other = Trainer(resolved, RunFolder.create(tmp_path / "other"))
-    other.load_state_dict(cut.state_dict())
-    other.run(until=4)
-    ended = whole.state_dict()
+    began, _, ended, resumed = cut_and_resumed(resolved, tmp_path)
     for part in ("model", "objective", "optimizer", "rng"):
-        assert same(ended[part], other.state_dict()[part]), part
-    assert not torch.equal(ended["objective"]["network"]["head.bias"], began)
+        assert same(ended[part], resumed[part]), part
+    heads = [state["objective"]["network"]["head.bias"] for state in (began, ended)]
+    assert not torch.equal(*heads)
     assert bool(ended["objective"]["velocity"]) == (form == "trades")
 
 

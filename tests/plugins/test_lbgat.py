@@ -10,6 +10,7 @@ from groups import batch_of as batch_at
 from groups import part_of
 from logits import batch_of, identity_backbone, logits
 from ranks import every_rank
+from states import cut_and_resumed
 from torch import Tensor, nn
 from toys import backbone_of, gen, tiny, toy_recipe, toy_registry
 
@@ -83,22 +84,14 @@ def test_a_run_trains_saves_and_resumes_the_teacher_and_judges_the_student(
     registry = toy_registry()
     options = ["objective.attack.steps=2", "objective.teacher.norm=batch"]
     resolved = toy_recipe(registry, "classifier", "lbgat", updater, *options)
-    whole = Trainer(resolved, RunFolder.create(tmp_path / "whole"))
-    began = {k: v.clone() for k, v in whole.state_dict()["objective"].items()}
-    whole.run(until=4)
-    cut = Trainer(resolved, RunFolder.create(tmp_path / "cut"))
-    cut.run(until=2)
-    other = Trainer(resolved, RunFolder.create(tmp_path / "other"))
-    other.load_state_dict(cut.state_dict())
-    other.run(until=4)
-    ended = whole.state_dict()
-    assert not same(ended["objective"], began)
+    began, cut, ended, resumed = cut_and_resumed(resolved, tmp_path)
+    assert not same(ended["objective"], began["objective"])
     for part in ("model", "objective", "optimizer"):
-        assert same(ended[part], other.state_dict()[part]), part
+        assert same(ended[part], resumed[part]), part
     assert not [name for name in ended["model"] if "teacher" in name]
     fresh = Trainer(resolved, RunFolder.create(tmp_path / "fresh")).state_dict()["objective"]
     forgot = Trainer(resolved, RunFolder.create(tmp_path / "forgot"))
-    forgot.load_state_dict({**cut.state_dict(), "objective": fresh})
+    forgot.load_state_dict({**cut, "objective": fresh})
     forgot.run(until=4)
     assert not same(ended["model"], forgot.state_dict()["model"])
 

@@ -1,7 +1,9 @@
 """States of runs and checkpoints, as tests compare them."""
 
 from collections.abc import Iterator
-from typing import Any
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -9,6 +11,9 @@ from strategies import normal, seeds
 from torch import Tensor
 from toys import gen
 
+from jemkit import Trainer
+from jemkit.config.recipe import Resolved
+from jemkit.runtime.run_dir import RunFolder
 from jemkit.testing import toy_model, toy_task
 
 
@@ -19,6 +24,28 @@ def timeless(state: dict[str, Any]) -> dict[str, Any]:
 
 
 TASK = toy_task()
+
+
+class Course(NamedTuple):
+    """States of one run, uninterrupted and resumed."""
+
+    began: dict[str, Any]
+    cut: dict[str, Any]  # after two steps
+    ended: dict[str, Any]  # after four
+    resumed: dict[str, Any]  # from `cut`, after four
+
+
+def cut_and_resumed(resolved: Resolved, folder: Path) -> Course:
+    """Train four steps, and again with an interruption after two."""
+    whole = Trainer(resolved, RunFolder.create(folder / "whole"))
+    began = deepcopy(whole.state_dict())
+    whole.run(until=4)
+    first = Trainer(resolved, RunFolder.create(folder / "cut"))
+    first.run(until=2)
+    second = Trainer(resolved, RunFolder.create(folder / "other"))
+    second.load_state_dict(first.state_dict())
+    second.run(until=4)
+    return Course(began, first.state_dict(), whole.state_dict(), second.state_dict())
 
 
 def state(seed: int = 0) -> dict[str, object]:

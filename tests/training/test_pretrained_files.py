@@ -90,7 +90,7 @@ def test_a_tensor_that_unfolds_is_refused(tmp_path: Path) -> None:
 
 
 def rezipped(path: Path, change: Callable[[zipfile.ZipFile, zipfile.ZipInfo, bytes], None]) -> Path:
-    """A good checkpoint with its archive written anew, entry by entry."""
+    """A good checkpoint with its archive rewritten, entry by entry."""
     good = io.BytesIO()
     torch.save(made().state_dict(), good)
     with zipfile.ZipFile(good) as old, zipfile.ZipFile(path, "w") as new:
