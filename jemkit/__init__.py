@@ -9,9 +9,6 @@ if TYPE_CHECKING:
     from jemkit.public import *  # noqa: F403
     from jemkit.public import __all__ as __all__
 else:
-    from jemkit.runtime import moved
-
-    moved.install()
 
     def __getattr__(name: str) -> object:
         """A module of the package, or a public name."""

@@ -18,7 +18,6 @@ import jemkit_plugins.robustness as robustness
 from jemkit.data import Batch, Loader
 from jemkit.metrics import attack_runner
 from jemkit.metrics.attack_runner import AttackRun
-from jemkit.runtime.moved import MOVED
 from jemkit.training import trainer
 
 PACKAGES = ("jemkit", "plugins/jemkit_plugins", "cli/jemkit_cli")
@@ -185,8 +184,6 @@ def test_the_layers_of_the_page_are_those_of_the_rule() -> None:
 
 def is_there(name: str) -> bool:
     """Whether a dotted name is a module, or an attribute of one."""
-    if any(f"{name}.".startswith(f"jemkit.{old}.") for old in MOVED):
-        return False  # an old name, which is found with a warning alone
     parts = name.split(".")
     for n in range(len(parts), 0, -1):
         try:
