@@ -22,6 +22,11 @@ def fid_stats(
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of the data set's files.", show_default=False)
     ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the data set: data.size=16.",
+                     show_default=False),
+    ] = None,
     inception: Annotated[
         Path | None,
         typer.Option(
@@ -45,7 +50,7 @@ def fid_stats(
     from jemkit.runtime.precision import device_of
 
     given = {"use": dataset, **({"dir": str(data_dir)} if data_dir else {})}
-    data = resolve(registry, named={"data": given}).recipe.data
+    data = resolve(registry, overrides=overrides or (), named={"data": given}).recipe.data
     evaluator: Any = registry["evaluator"]["generation"]
     with tracking(silent=as_json) as progress, stopping() as stop:
         about = evaluator.write_statistics(

@@ -122,7 +122,8 @@ def _value(figure: "Figure") -> str:
 def protocol_text(figure: "Figure") -> str:
     """The protocol of a figure in a few words, next to it."""
     card = figure.protocol
-    words = [f"{figure.n} {card['split']} images"]
+    size = f" of {card['image_px']} px" if "image_px" in card else ""
+    words = [f"{figure.n} {card['split']} images{size}"]
     if "attack" in card:
         words.append(f"{card['attack']} {card['norm']} {card['radius_px']:g}/255")
     if "steps" in card:

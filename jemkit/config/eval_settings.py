@@ -111,6 +111,7 @@ def protocol_card(
         "standard": settings.protocol == "standard" and whole and not settings.quick,
         "split": "test",
         "images": len(data.y),
+        "image_px": data.x.shape[-1],
         "selection": part.text,
         "quick": settings.quick,
         "seed": settings.seed,

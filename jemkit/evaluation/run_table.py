@@ -22,7 +22,7 @@ NOT_PROTOCOL = frozenset(
 """Entries of a card that describe the model, the machine, chance or the result."""
 
 
-UNKNOWN_BEFORE = ("test_sha256", "ood_sha256", "precision")
+UNKNOWN_BEFORE = ("test_sha256", "ood_sha256", "precision", "image_px")
 """Entries that cards before 0.2.0 do not have; compared if every card has them."""
 
 

@@ -20,6 +20,7 @@ from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.metrics.identity import identity_of
 from jemkit.models.energy import LogSumExpEnergy
 from jemkit.models.networks import seeded_init
+from jemkit.options import Options
 from jemkit.runtime.files import file_hash, load_tensors
 from jemkit.runtime.labels import count_classes
 from jemkit.runtime.modes import eval_mode, preserved_random_state
@@ -175,7 +176,7 @@ def others_of(dataset: Dataset, registry: Registry) -> Callable[[], dict[str, Im
             if folder is None or part is type(dataset) or "dir" not in part.model_fields:
                 continue
             try:
-                other = part(dir=folder)
+                other = part(dir=folder, **_reduced(dataset, part))
                 images = checked(other.load("test"), other.n_classes, name)
             except (DataError, ValidationError):  # its files are missing
                 continue
@@ -189,6 +190,12 @@ def others_of(dataset: Dataset, registry: Registry) -> Callable[[], dict[str, Im
         return images_of
 
     return read
+
+
+def _reduced(dataset: Dataset, part: type[Options]) -> dict[str, int]:
+    """The data set's own size for another published one, whose default is a number."""
+    usual, size = part.model_fields.get("size"), getattr(dataset, "size", None)
+    return {"size": size} if usual and isinstance(usual.default, int) and size else {}
 
 
 def _weights(

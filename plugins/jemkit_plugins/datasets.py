@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from jemkit.runtime.files import read_json
 from jemkit.runtime.torchvision_compat import torchvision
 
 Published = dict[Path, str]  # files, each with its published md5
+Size = Literal[8, 16, 32]
+"""Height and width in pixels; below 32 a pixel is the mean of a square of published ones."""
+
 LARGEST = 2**28
 """In bytes; the largest published file, the training images of SVHN, has 182 million."""
 
@@ -86,11 +89,18 @@ class CIFAR10(Options):
     """CIFAR-10 (Krizhevsky 2009), read from the published python batches."""
 
     radius_px: ClassVar[float] = 8
-    augmentation: ClassVar[Augmentation] = Augmentation(pad=4, flip=True)
-    shape: ClassVar[tuple[int, int, int]] = (3, 32, 32)
 
     dir: Path = Path("data")
     download: bool = False
+    size: Size = 32
+
+    @property
+    def augmentation(self) -> Augmentation:
+        return Augmentation(pad=self.size // 8, flip=True)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (3, self.size, self.size)
 
     @property
     def n_classes(self) -> int:
@@ -102,18 +112,25 @@ class CIFAR10(Options):
 
     def load(self, split: Split) -> Images:
         images = _cifar(torchvision().datasets.CIFAR10, self.dir, self.download, split)
-        return checked(images, self.n_classes, f"cifar10 in {self.dir}")
+        return checked(reduced(images, self.size), self.n_classes, f"cifar10 in {self.dir}")
 
 
 class CIFAR100(Options):
     """CIFAR-100 (Krizhevsky 2009) with its fine labels, read from the published python batches."""
 
     radius_px: ClassVar[float] = 8
-    augmentation: ClassVar[Augmentation] = Augmentation(pad=4, flip=True)
-    shape: ClassVar[tuple[int, int, int]] = (3, 32, 32)
 
     dir: Path = Path("data")
     download: bool = False
+    size: Size = 32
+
+    @property
+    def augmentation(self) -> Augmentation:
+        return Augmentation(pad=self.size // 8, flip=True)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (3, self.size, self.size)
 
     @property
     def n_classes(self) -> int:
@@ -125,18 +142,25 @@ class CIFAR100(Options):
 
     def load(self, split: Split) -> Images:
         images = _cifar(torchvision().datasets.CIFAR100, self.dir, self.download, split)
-        return checked(images, self.n_classes, f"cifar100 in {self.dir}")
+        return checked(reduced(images, self.size), self.n_classes, f"cifar100 in {self.dir}")
 
 
 class SVHN(Options):
     """Street View House Numbers (Netzer et al. 2011), cropped digits; without its extra set."""
 
     radius_px: ClassVar[float] = 8
-    augmentation: ClassVar[Augmentation] = Augmentation(pad=4)  # a mirrored digit is not a digit
-    shape: ClassVar[tuple[int, int, int]] = (3, 32, 32)
 
     dir: Path = Path("data")
     download: bool = False
+    size: Size = 32
+
+    @property
+    def augmentation(self) -> Augmentation:
+        return Augmentation(pad=self.size // 8)  # a mirrored digit is not a digit
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (3, self.size, self.size)
 
     @property
     def n_classes(self) -> int:
@@ -156,7 +180,19 @@ class SVHN(Options):
         _intact(files)
         raw = kind(self.dir, split=split)
         images = Images(torch.from_numpy(raw.data).contiguous(), torch.from_numpy(raw.labels))
-        return checked(images, self.n_classes, f"svhn in {self.dir}")
+        return checked(reduced(images, self.size), self.n_classes, f"svhn in {self.dir}")
+
+
+def reduced(images: Images, size: int) -> Images:
+    """Images of `size` px: each pixel is the mean of a square, rounded to 8 bits."""
+    side = images.x.shape[-1] // size
+    if side == 1:
+        return images
+    n, channels = images.x.shape[:2]
+    squares = images.x.view(n, channels, size, side, size, side)
+    total = squares.sum((3, 5), dtype=torch.int16)
+    area = side**2
+    return images._replace(x=((total + area // 2) // area).to(torch.uint8))
 
 
 @hookimpl

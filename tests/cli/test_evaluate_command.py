@@ -70,7 +70,13 @@ def test_what_training_measured_is_the_beginning_of_the_record(run: Path, tmp_pa
     for figure in begun.figures:
         assert figure.protocol["standard"]
         assert figure.protocol["checkpoint"] == begun.subject["sha256"]
-        assert {"selection", "seed", "radius_px", "test_sha256"} <= figure.protocol.keys()
+        assert {
+            "selection",
+            "seed",
+            "radius_px",
+            "image_px",
+            "test_sha256",
+        } <= figure.protocol.keys()
     assert begun.rows_of(begun.figure("pgd20")) is not None
     seed = ("--seed", str(begun.protocol["seed"]))
     outcome = jemkit("evaluate", str(copy), *PGD, *seed)

@@ -15,8 +15,10 @@ from hypothesis import settings
 from pydantic import ValidationError
 from sorted_images import noise, sorted_folder
 
+from jemkit.config.registry import installed
 from jemkit.data import Augmentation, Dataset, NamesClasses, Split
 from jemkit.errors import DataError
+from jemkit.evaluation.subjects import others_of
 from jemkit.runtime.torchvision_compat import torchvision
 from jemkit.splits import stratified_parts
 from jemkit_plugins.datasets import CIFAR10, CIFAR100, SVHN, Digits, jemkit_datasets
@@ -71,7 +73,7 @@ class TestParts:
     def test_what_is_known_without_a_file(
         self, part: Any, n_classes: int, radius_px: float, augmentation: Augmentation
     ) -> None:
-        known = (part().n_classes, part.radius_px, part.augmentation)
+        known = (part().n_classes, part.radius_px, part().augmentation)
         assert known == (n_classes, radius_px, augmentation)
 
     def test_unknown_or_changed_options_are_refused(self) -> None:
@@ -165,6 +167,35 @@ class TestCIFAR:
         np.testing.assert_array_equal(x.numpy(), expected.reshape(10, 3, 32, 32))
         assert y.tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
         assert len(CIFAR10(dir=small.parent).load("test").x) == 2
+
+    @pytest.mark.parametrize("size", [8, 16])
+    def test_a_smaller_image_has_the_means_of_squares(self, small: Path, size: int) -> None:
+        whole, reduced = (CIFAR10(dir=small.parent, size=px).load("train") for px in (32, size))
+        side = 32 // size
+        for row, column in ((0, 0), (size - 1, 3)):
+            y, x = (slice(at * side, (at + 1) * side) for at in (row, column))
+            mean = whole.x[..., y, x].double().mean((2, 3))
+            assert (reduced.x[..., row, column].double() - mean).abs().max() <= 0.5
+        assert reduced.x.dtype == torch.uint8
+        assert reduced.x.shape == (10, 3, size, size)
+        assert torch.equal(reduced.y, whole.y)
+        part = CIFAR10(size=size)
+        assert (part.shape, part.radius_px) == ((3, size, size), 8)
+        assert part.augmentation == Augmentation(pad=size // 8, flip=True)
+
+    @pytest.mark.parametrize("part", [CIFAR10, CIFAR100, SVHN])
+    def test_sizes_that_do_not_divide_the_published_one_are_refused(self, part: Any) -> None:
+        for size in (4, 20, 64):
+            with pytest.raises(ValidationError):
+                part(size=size)
+
+    def test_other_sets_in_the_folder_are_reduced_too(
+        self, small: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        kind = torchvision().datasets.CIFAR100
+        publish(kind, small.parent, monkeypatch, label="fine_labels")
+        others = others_of(CIFAR10(dir=small.parent, size=16), installed())()
+        assert {name: images.x.shape[-1] for name, images in others.items()} == {"cifar100": 16}
 
     def test_cifar100_has_its_fine_labels(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
