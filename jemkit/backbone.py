@@ -200,4 +200,5 @@ class JEMVariant(Options):
         return without_batch_norm(self.network)
 
     def build(self, task: Task, rng: Generator) -> Backbone:
-        return assemble(task, rng, **dict(self))
+        parts = {name: getattr(self, name) for name in JEMVariant.model_fields}
+        return assemble(task, rng, **parts)  # a variant may have options of its own

@@ -100,6 +100,7 @@ class MALA(Options):
     """
 
     needs_stem: ClassVar[bool] = False
+    exact: ClassVar[bool] = True  # exp(-E / temperature) is stationary; `check_sampler` tests it
 
     step_size: float = Field(1.0, gt=0)
     temperature: float = Field(5e-5, gt=0)  # noise^2 / (2 step_size) of SGLD's defaults

@@ -10,16 +10,27 @@ May import: evaluation, and what evaluation may import.
 A new file: checks of a kind of part, of an installation or of a run.
 """
 
+from jemkit.testing.analytic import (
+    AnalyticEnergy,
+    DoubleWellEnergy,
+    GaussianEnergy,
+    MixtureEnergy,
+    RingEnergy,
+    analytic_model,
+)
 from jemkit.testing.drawing import check_ascent, check_density, check_sampler, check_start
+from jemkit.testing.examine import CHECKS, Examination, examine
 from jemkit.testing.judging import check_attack, check_dataset, check_distance, check_evaluator
 from jemkit.testing.law import ConformanceError
-from jemkit.testing.modelling import check_backbone, check_energy_model, check_network
+from jemkit.testing.modelling import check_backbone, check_energy_model, check_network, small
 from jemkit.testing.toys import toy_backbone, toy_batch, toy_model, toy_task
 from jemkit.testing.training import check_objective, check_updater
 
 __all__ = [
-    "ConformanceError", "check_ascent", "check_attack", "check_backbone", "check_dataset",
-    "check_density", "check_distance", "check_energy_model", "check_evaluator", "check_network",
-    "check_objective", "check_sampler", "check_start", "check_updater", "toy_backbone",
-    "toy_batch", "toy_model", "toy_task",
+    "CHECKS", "AnalyticEnergy", "ConformanceError", "DoubleWellEnergy", "Examination",
+    "GaussianEnergy", "MixtureEnergy", "RingEnergy", "analytic_model", "check_ascent",
+    "check_attack", "check_backbone", "check_dataset", "check_density", "check_distance",
+    "check_energy_model", "check_evaluator", "check_network", "check_objective", "check_sampler",
+    "check_start", "check_updater", "examine", "small", "toy_backbone", "toy_batch", "toy_model",
+    "toy_task",
 ]  # fmt: skip

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -12,14 +13,49 @@ from jemkit.runtime.pytree import same
 
 
 class ConformanceError(AssertionError):
-    """A part that violates a requirement of its kind; the message states the requirement."""
+    """A part that violates a law of its kind; the message states the requirement."""
+
+    def __init__(self, message: str, law: str = "") -> None:
+        super().__init__(message)
+        self.law = law
 
 
-def require(holds: bool, part: object, law: str) -> None:
+class Tried(NamedTuple):
+    """One requirement that a check has tested."""
+
+    law: str
+    requirement: str
+    holds: bool
+    result: str  # of the part; "" where the requirement says all
+
+
+_TRIED: ContextVar[list[Tried] | None] = ContextVar("tried", default=None)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Tried]]:
+    """Collects the requirements that the block tests, up to the first that is violated."""
+    tried: list[Tried] = []
+    token = _TRIED.set(tried)
+    try:
+        yield tried
+    finally:
+        _TRIED.reset(token)
+
+
+def require(holds: bool, part: object, law: str, requirement: str, result: str = "") -> None:
     """Raise ConformanceError with the requirement if it is violated."""
+    tried = _TRIED.get()
+    if tried is not None:
+        tried.append(Tried(law, requirement, holds, result))
     if not holds:
         name = part.__name__ if isinstance(part, type) else type(part).__name__
-        raise ConformanceError(f"{name}: {law}")
+        raise ConformanceError(f"{name}: {requirement}" + (f"; {result}" if result else ""), law)
+
+
+def gave(value: object) -> str:
+    """The result of a part in a message."""
+    return f"it gave {description(value)}"
 
 
 def description(value: object) -> str:
@@ -30,9 +66,11 @@ def description(value: object) -> str:
     return repr(value) if value is None else f"a {type(value).__name__}"
 
 
-def require_kind(value: object, kind: type | tuple[type, ...], part: object, law: str) -> None:
+def require_kind(
+    value: object, kind: type | tuple[type, ...], part: object, requirement: str
+) -> None:
     """Raise ConformanceError with a description of the value if it has another type."""
-    require(isinstance(value, kind), part, f"{law}; it gave {description(value)}")
+    require(isinstance(value, kind), part, "interface", requirement, gave(value))
 
 
 def require_tensor(
@@ -48,17 +86,20 @@ def require_tensor(
 
     `attached` is whether it belongs to a graph; None allows both.
     """
-    came = f"; it gave {description(value)}"
-    require(isinstance(value, Tensor), part, f"{what} is a tensor {list(shape)}{came}")
+    came, name = gave(value), str(dtype).removeprefix("torch.")
+    require(isinstance(value, Tensor), part, "shape", f"{what} is a tensor {list(shape)}", came)
     if not isinstance(value, Tensor):
         return
-    require(tuple(value.shape) == shape, part, f"{what} has the shape {list(shape)}{came}")
-    require(value.dtype == dtype, part, f"{what} is of {str(dtype).removeprefix('torch.')}{came}")
-    require(bool(value.isfinite().all()), part, f"{what} is finite")
+    same_shape = tuple(value.shape) == shape
+    require(same_shape, part, "shape", f"{what} has the shape {list(shape)}", came)
+    require(value.dtype == dtype, part, "dtype", f"{what} is of {name}", came)
+    require(bool(value.isfinite().all()), part, "finite", f"{what} is finite")
     if attached is False:
-        require(not value.requires_grad, part, f"{what} is detached and carries no graph{came}")
+        law = f"{what} is detached and carries no graph"
+        require(not value.requires_grad, part, "detached", law, came)
     if attached is True:
-        require(value.requires_grad, part, f"{what} is attached to its inputs' graph{came}")
+        law = f"{what} is attached to its inputs' graph"
+        require(value.requires_grad, part, "differentiable", law, came)
 
 
 @contextmanager
@@ -67,9 +108,16 @@ def unchanged(part: object, what: str, *given: Tensor) -> Iterator[None]:
     before = [(t.detach().clone(), t.requires_grad) for t in given]
     yield
     for t, (value, required_grad) in zip(given, before, strict=True):
-        require(same(t.detach(), value), part, f"leaves {what} alone")
+        require(same(t.detach(), value), part, "inputs", f"leaves {what} alone")
         law = f"leaves `requires_grad` and `.grad` of {what} alone"
-        require(t.requires_grad == required_grad and (not t.is_leaf or t.grad is None), part, law)
+        alone = t.requires_grad == required_grad and (not t.is_leaf or t.grad is None)
+        require(alone, part, "inputs", law)
+
+
+def require_own_generator(before: Tensor, part: object) -> None:
+    """Checks that torch's global generator is as it was."""
+    law = "draws from the generator that it is given, never from torch's own"
+    require(torch.equal(before, torch.get_rng_state()), part, "generator", law)
 
 
 def generator(seed: int = 0) -> Generator:
@@ -95,17 +143,17 @@ def untouched(model: nn.Module, part: object) -> Iterator[None]:
     switches = torch.is_grad_enabled(), torch.get_default_dtype()
     yield
     law = "leaves torch's own switches alone: whether gradients are recorded, and the default type"
-    require(switches == (torch.is_grad_enabled(), torch.get_default_dtype()), part, law)
+    now = torch.is_grad_enabled(), torch.get_default_dtype()
+    require(switches == now, part, "switches", law)
     after = state_of(model)
-    for what, label in (
-        ("tensors", "parameters and buffers"),
-        ("grads", "`.grad`, which only an updater fills by backward,"),
-        ("requires_grad", "`requires_grad`"),
-        ("modes", "train and eval modes"),
+    for what, label, name in (
+        ("modes", "train and eval modes", "modes"),
+        ("grads", "`.grad`, which only an updater fills by backward,", "gradients"),
+        ("requires_grad", "`requires_grad`", "weights"),
+        ("tensors", "parameters and buffers", "weights"),
     ):
-        require(same(before[what], after[what]), part, f"leaves the model's {label} alone")
-    own = torch.equal(random, torch.get_rng_state())
-    require(own, part, "draws from the generator that it is given, never from torch's own")
+        require(same(before[what], after[what]), part, name, f"leaves the model's {label} alone")
+    require_own_generator(random, part)
 
 
 def plain(tree: Any) -> list[Tensor]:

@@ -1,7 +1,11 @@
 """Small examples for tests: a task of small random images, a small model, a batch."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from jemkit.backbone import Backbone
 from jemkit.data import Augmentation, Batch, Bounds, Images, Task, images_hash
@@ -79,8 +83,30 @@ def toy_backbone(
     return Backbone(model, built, bounds=task.bounds, radius_px=task.radius_px)
 
 
+_ROWS: ContextVar[int] = ContextVar("rows", default=6)
+
+
+@contextmanager
+def at_most(rows: int) -> Iterator[None]:
+    """Limit the images of a toy batch, to find the fewest that violate a law."""
+    token = _ROWS.set(rows)
+    try:
+        yield
+    finally:
+        _ROWS.reset(token)
+
+
 def toy_batch(task: Task, n: int = 6, positives: int | None = None) -> Batch:
     """The first n training images, plain in both views."""
+    n = min(n, _ROWS.get())
     images = task.images("train").take(slice(n))
     x = task.bounds.from_unit(images.unit())
     return Batch(x, images.y, x[: n if positives is None else positives], torch.arange(n))
+
+
+def at_box(x: Tensor, bounds: Bounds) -> Tensor:
+    """Images like x whose every pixel is at an end of its range: dark, bright and checkered."""
+    bright = torch.arange(x[0].numel()).view(x[0].shape) % 2 == 1
+    kinds = torch.stack([torch.zeros_like(bright), torch.ones_like(bright), bright])
+    chosen = kinds[torch.arange(len(x)) % 3]
+    return torch.where(chosen, torch.full_like(x, bounds.high), torch.full_like(x, bounds.low))
