@@ -1,10 +1,12 @@
 """A model's identity: equal for equal weights, code and attributes, in this process and any."""
 
 import functools
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,7 @@ from torch import Tensor, nn
 from toys import linear_model
 
 from jemkit import PixelModel
-from jemkit.metrics.bytecode import package
-from jemkit.metrics.identity import identity_of
+from jemkit.metrics.identity import identity_of, version_of
 
 FACTOR = 2.0
 
@@ -143,16 +144,42 @@ def test_what_cannot_be_hashed_is_named_and_never_the_same_twice() -> None:
 
 
 def test_code_of_ones_own_is_followed_and_that_of_installed_packages_goes_by_its_name() -> None:
-    assert package("__main__") is None  # whose file is pytest's here, and a kernel's in a notebook
-    assert package(__name__) is None
-    assert package("torch.nn") == package("functools") == package("_thread") == ""
-    assert package("_pytest.mark") is not None
+    assert version_of("__main__") is None  # its file is pytest's here
+    assert version_of(__name__) is None
+    assert version_of("torch.nn") == version_of("functools") == version_of("_thread") == ""
+    assert version_of("_pytest.mark") is not None
 
 
 def test_a_module_that_holds_itself_has_an_identity() -> None:
     model = Plain(None)
     model.held = [model, {"me": model}]
     assert identity_of(model).unknown == ""
+
+
+def test_functions_of_ones_other_modules_are_part_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "net_constants.py").write_text("FACTOR = 2.0")
+    (tmp_path / "net_helpers.py").write_text(
+        "import net_constants\nclass Factor:\n    def __call__(self): return net_constants.FACTOR"
+    )
+    (tmp_path / "net_model.py").write_text(
+        "import torch, net_helpers\nclass Net(torch.nn.Module):\n    @torch.no_grad()\n"
+        "    def forward(self, x): return self.scaled(x)\n"
+        "    def scaled(self, x): return x * net_helpers.Factor()()"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model = import_module("net_model").Net()
+    before = identity_of(model)
+    monkeypatch.setattr("net_constants.FACTOR", 3.0)
+    assert before.unknown == ""
+    assert identity_of(model) != before
+
+
+def test_a_module_without_its_own_state_is_no_error() -> None:
+    model = nn.Linear(2, 2)
+    del model.__dict__["_buffers"]
+    assert "Linear" in identity_of(model).card["identity"]
 
 
 class Wired(nn.Module):
@@ -237,7 +264,7 @@ def test_a_model_has_one_identity_in_every_process(tmp_path: Path) -> None:
     messages = {
         subprocess.run(
             [sys.executable, str(code), order],
-            capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed},
+            capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed},
         ).stdout
         for seed, order in (("1", "xyz"), ("2", "zyx"))
     }  # fmt: skip
