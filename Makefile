@@ -11,7 +11,7 @@ CORE := $(addprefix tests/,attacks/test_pgd.py laws/test_golden.py models plugin
 	runtime/test_modes.py runtime/test_out_of_memory.py runtime/test_recomputing.py runtime/test_rng.py sampling \
 	test_updaters.py training/test_resume.py)
 
-.PHONY: train test test-oldest lint rehearse acceptance bench
+.PHONY: train test test-oldest lint rehearse acceptance bench docs
 
 train: $(STAMP)
 	$(BIN)/jemkit train --backbone sadajem --objective ebjdat
@@ -37,6 +37,13 @@ acceptance: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py && $(BIN)/python benchmarks/steps.py && \
 	$(BIN)/python benchmarks/gradients.py && $(BIN)/python benchmarks/charts.py
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+.venv/.docs: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -47,9 +47,9 @@ def info(
     for part in matches:
         say(f"{part['kind']} {part['name']}  ({part['distribution']} {part['version']})")
         say(part["doc"])
-        rows = [[option["name"], option["type"], _shown(option)] for option in part["options"]]
+        rows = [_row(option, registry) for option in part["options"]]
         if rows:
-            show_table(["option", "type", "default"], rows)
+            show_table(["option", "type", "bounds", "default", "meaning"], rows)
         else:
             say("no options\n")
 
@@ -85,42 +85,22 @@ def _rows(registry: "Registry") -> list[dict[str, Any]]:
 
 
 def _about(offer: "Offer", registry: "Registry") -> dict[str, Any]:
+    from jemkit.config.catalogue import options_of
     from jemkit.config.recipe import part_schema
 
-    schema = part_schema(offer.part, registry)
-    required = schema.get("required", [])
-    options = [
-        {
-            "name": name,
-            "type": _type(field),
-            "required": name in required,
-            "default": field.get("default"),
-        }
-        for name, field in schema.get("properties", {}).items()
-    ]
     return {
         "kind": offer.kind,
         "name": offer.name,
         "distribution": offer.distribution,
         "version": offer.version,
         "doc": inspect.getdoc(offer.part) or "",
-        "options": options,
-        "schema": schema,
+        "options": [option._asdict() for option in options_of(offer.part, registry)],
+        "schema": part_schema(offer.part, registry),
     }
 
 
-def _shown(option: dict[str, Any]) -> str:
-    return "(required)" if option["required"] else str(option["default"])
+def _row(option: dict[str, Any], registry: "Registry") -> list[str]:
+    from jemkit.config.catalogue import shown
 
-
-def _type(field: dict[str, Any]) -> str:
-    """A field's type in a few words, from its JSON schema."""
-    if "enum" in field:
-        return " | ".join(map(str, field["enum"]))
-    if "anyOf" in field:
-        return " | ".join(_type(choice) for choice in field["anyOf"])
-    if "$ref" in field:
-        return "table"
-    use = field.get("properties", {}).get("use", {})
-    words = str(use.get("description", "")).removeprefix("the name of ")
-    return words or str(field.get("type", field.get("const", "any")))
+    default = "(required)" if option["required"] else shown(option["default"], registry)
+    return [option["name"], option["type"], option["bounds"], default, option["meaning"]]

@@ -1,0 +1,75 @@
+"""Links that leave docs/: a file of code becomes a page, a record a file of the site.
+
+A hook of mkdocs; `mkdocs.yml` names it after the reference, whose links it follows too.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files, InclusionLevel
+
+ROOT = Path(__file__).parents[2]
+LINK = re.compile(r"\]\(((?:\.\./)+)([^)#\s]+)(#[^)]*)?\)")
+LANGUAGES = {".py": "python", ".toml": "toml", ".md": "markdown"}
+ELSEWHERE = {"README.md#parts": "reference/index.md", "README.md#results": "digits.md"}
+"""README has short tables of what pages of the site tell in full."""
+QUIET = "---\nsearch:\n  exclude: true\n---\n\n"  # code is not what a reader searches for
+
+
+def outside(markdown: str, depth: int) -> set[str]:
+    """The paths outside docs/ to which a page links; `depth` is that of its folder in docs/."""
+    return {path.rstrip("/") for up, path, _ in LINK.findall(markdown) if len(up) // 3 > depth}
+
+
+def fenced(path: Path) -> str:
+    name = path.relative_to(ROOT).as_posix()
+    return f'````{LANGUAGES.get(path.suffix, "text")} title="{name}"\n{path.read_text()}\n````\n'
+
+
+def page(target: str) -> str:
+    """A page that shows a file, or all files of a folder."""
+    path = ROOT / target
+    if target == "CHANGELOG.md":
+        return path.read_text().replace("](docs/", "](")
+    shown = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in LANGUAGES)
+    return f"{QUIET}# {target}\n\n" + "\n".join(map(fenced, shown))
+
+
+def place(target: str) -> str:
+    """Where a file outside docs/ stands in the site."""
+    if target == "CHANGELOG.md":
+        return "changelog.md"
+    is_data = (ROOT / target).suffix in (".json", ".csv")
+    return f"files/{target}" if is_data else f"files/{target}.md"
+
+
+def on_files(files: Files, config: Any) -> Files:
+    wanted: set[str] = set()
+    for file in files.documentation_pages():
+        wanted |= outside(file.content_string, file.src_uri.count("/"))
+    wanted.discard("README.md")
+    for target in sorted(wanted):
+        if not (ROOT / target).exists():
+            continue  # mkdocs reports the link
+        where = place(target)
+        if where.endswith(".md"):
+            made = File.generated(config, where, content=page(target),
+                                  inclusion=InclusionLevel.NOT_IN_NAV)  # fmt: skip
+        else:
+            made = File.generated(config, where, abs_src_path=str(ROOT / target))
+        files.append(made)
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    depth = page.file.src_uri.count("/")
+
+    def inside(match: re.Match[str]) -> str:
+        up, target, anchor = match.group(1), match.group(2).rstrip("/"), match.group(3) or ""
+        if len(up) // 3 <= depth:
+            return match.group(0)
+        known = ELSEWHERE.get(target + anchor)
+        return f"]({'../' * depth}{known or place(target) + anchor})"
+
+    return LINK.sub(inside, markdown)
