@@ -5,18 +5,19 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any
 
-from jemkit.config.probing import END, IMPORT, NoRoom, Refused, contained, error_line, read_lines
+from jemkit.config.probing import END, IMPORT, NoRoom, Refused, Verdict, contained, error_line
 from jemkit.errors import memory_ran_out
 
 if TYPE_CHECKING:
     from jemkit.config.registry import Registry
 
 
-def child(entries: str, descriptor: str) -> None:
-    """The child's part: a fork for each plug-in, and a line with the result."""
+def child(entries: str) -> None:
+    """The child's part: a fork for each plug-in, and a line with the verdict."""
     from jemkit.config.registry import installed
 
     own = installed(third_party=False)
@@ -24,20 +25,22 @@ def child(entries: str, descriptor: str) -> None:
         read, write = os.pipe()
         pid = os.fork()
         if not pid:
-            os.close(read)
+            os.dup2(2, 1)
             return _try(EntryPoint(name, value, "jemkit"), own, write)
         os.close(write)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        _say(int(descriptor), json.dumps([read_lines(read), code]))
+        os.set_blocking(read, False)  # its own children may hold the other end
+        report = b""
+        with suppress(BlockingIOError):
+            report = os.read(read, 1 << 16)
         os.close(read)
+        print(json.dumps(_verdict(report.decode(), code)), flush=True)
     return None
 
 
 def _try(entry: EntryPoint, own: "Registry", descriptor: int) -> None:
-    """Import a plug-in: one line at the start, and one with what is wrong; then exit."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    """Import a plug-in, report what is wrong, and end as an interpreter does."""
     before = _state()
-    _say(descriptor, "begins")
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(IMPORT)
     fault, lasting = "", True
@@ -46,14 +49,33 @@ def _try(entry: EntryPoint, own: "Registry", descriptor: int) -> None:
             fault = _unfit(entry.load(), entry.name, own)
     except NoRoom:
         lasting = False
+    except KeyboardInterrupt as error:
+        fault = error_line(error)
     except Refused:  # what it raises is reported where it is used
         pass
     changed = [what for what, now in _state().items() if now != before[what]]
     if changed and not fault:
         fault = f"its import changes {', '.join(changed)} of the whole process"
     threads = [t.name for t in threading.enumerate() if not t.daemon and t.name != "MainThread"]
-    _say(descriptor, json.dumps([fault, ", ".join(threads), lasting]))
+    os.write(descriptor, json.dumps([fault, ", ".join(threads), lasting]).encode())
     signal.alarm(END)
+
+
+def _verdict(report: str, code: int) -> Verdict:
+    ended = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+    if code == -signal.SIGKILL:
+        why = "its import was killed (SIGKILL), perhaps because memory ran out"
+        return Verdict(why, lasting=False)
+    if not report and code == -signal.SIGALRM:
+        return Verdict(f"its import does not end within {IMPORT} s")
+    if not report:
+        return Verdict(f"it ends the interpreter when it is imported ({ended})")
+    fault, threads, lasting = json.loads(report)
+    if code == -signal.SIGALRM:
+        fault = f"it keeps the process from ending ({threads or 'no thread'} is still running)"
+    elif code and lasting:
+        fault = f"it ends the process itself ({ended})"
+    return Verdict(fault, lasting)
 
 
 def _unfit(module: Any, name: str, own: "Registry") -> str:
@@ -91,14 +113,3 @@ def _state() -> dict[str, Any]:
         "the working folder": os.getcwd,
     }
     return {what: ask() for what, ask in readers.items()}
-
-
-def _say(descriptor: int, line: str) -> None:
-    os.write(descriptor, f"{line}\n".encode())
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed closes the pipe that this reads."""
-    while os.read(0, 1):
-        pass
-    os._exit(0)

@@ -6,20 +6,17 @@ changed one is imported by a child process first, and the result is cached. Exce
 raises are reported again at each import.
 """
 
-import ctypes
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from importlib.metadata import EntryPoint
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 from jemkit.errors import memory_ran_out
@@ -49,75 +46,24 @@ def error_line(error: BaseException) -> str:
 
 @contextmanager
 def contained() -> Iterator[None]:
-    """Run a plug-in's code: exceptions become Refused, its output goes to standard error.
+    """Run a plug-in's code: exceptions become Refused, what it prints goes to standard error.
 
-    A ^C of the user is still KeyboardInterrupt, and the command's signal handlers are restored.
+    The command's signal handlers are restored. A KeyboardInterrupt is the user's: a plug-in that
+    raises one itself has failed the probe.
     """
-    came: list[int] = []
-    reason, kind = "", Refused
-    with ExitStack() as held:
-        if threading.current_thread() is threading.main_thread():
-            held.enter_context(_handlers(came))
-        held.enter_context(_to_standard_error())
-        try:
-            yield
-        except Refused:
-            raise
-        except BaseException as error:
-            reason = error_line(error)
-            kind = NoRoom if memory_ran_out(error) else Refused
-    if came:
-        raise KeyboardInterrupt
-    if reason:
-        raise kind(reason)
-
-
-@contextmanager
-def _handlers(came: list[int]) -> Iterator[None]:
-    """Restore handlers of signals, and record each SIGINT that arrives meanwhile."""
-    before = {number: signal.getsignal(number) for number in STOPS}
-    interrupt = before[signal.SIGINT]
-
-    def note(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        if callable(interrupt):
-            interrupt(number, frame)
-
-    if callable(interrupt):
-        signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if handler is not None:  # one that python did not install
-                signal.signal(number, handler)
-
-
-@contextmanager
-def _to_standard_error() -> Iterator[None]:
-    """Redirect standard output, of python and below it, to standard error."""
-    streams = [stream for stream in {sys.stdout, sys.__stdout__} if stream is not None]
-
-    def flush() -> None:
-        for stream in streams:
-            with suppress(OSError, ValueError):
-                stream.flush()
-
-    flush()
-    saved = -1
-    with suppress(OSError):  # closed descriptors have nothing to protect
-        saved = os.dup(1)
-        os.dup2(2, 1)
+    handlers = {number: signal.getsignal(number) for number in STOPS}
     try:
         with redirect_stdout(sys.stderr):
             yield
+    except (Refused, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        kind = NoRoom if memory_ran_out(error) else Refused
+        raise kind(error_line(error)) from None
     finally:
-        flush()
-        if saved >= 0:
-            with suppress(OSError, AttributeError):
-                ctypes.CDLL(None).fflush(None)
-            os.dup2(saved, 1)
-            os.close(saved)
+        with suppress(ValueError, TypeError):  # another thread; a handler that is not Python's
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 class Guest(NamedTuple):
@@ -188,63 +134,23 @@ def _files(module: str) -> list[tuple[str, int, int]]:
 
 def _probed(entries: Sequence[EntryPoint]) -> list[Verdict | None]:
     """Import plug-ins in a child process; a verdict on each, None for those it did not reach."""
-    read, write = os.pipe()
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    code = "import sys; from jemkit.config.probe_child import child; child(*sys.argv[1:])"
+    code = "import sys; from jemkit.config.probe_child import child; child(sys.argv[1])"
     request = json.dumps([(entry.name, entry.value) for entry in entries])
     running = subprocess.Popen(
-        [sys.executable, "-P", "-c", code, request, str(write)],
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        pass_fds=[write], env={**os.environ, "PYTHONPATH": paths},
+        [sys.executable, "-P", "-c", code, request],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        start_new_session=True, env={**os.environ, "PYTHONPATH": paths},
     )  # fmt: skip
-    os.close(write)
-    ended = False
+    hangs = False
     try:
-        with suppress(subprocess.TimeoutExpired):  # a plug-in has disabled its own alarm
-            running.wait(LAST)
-            ended = True  # possibly killed by another process, as when memory runs out
-        lines = read_lines(read)
+        running.wait(LAST)
+    except subprocess.TimeoutExpired:  # a plug-in has disabled its own alarm
+        hangs = True
     finally:
-        running.kill()
-        running.wait()
-        os.close(read)
-        if running.stdin is not None:
-            running.stdin.close()
-    verdicts = [_verdict(*json.loads(line)) for line in lines]
-    if running.returncode == -signal.SIGKILL and not ended:
-        verdicts.append(Verdict("its import does not end"))
+        with suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+    said = running.communicate()[0].splitlines()
+    verdicts: list[Verdict | None] = [Verdict(*json.loads(line)) for line in said]
+    verdicts += [Verdict("its import does not end")] * hangs
     return [*verdicts, *[None] * len(entries)][: len(entries)]
-
-
-def read_lines(descriptor: int) -> list[str]:
-    """The lines that were written into a pipe, though its other end may still be open."""
-    os.set_blocking(descriptor, False)
-    content = b""
-    with suppress(BlockingIOError):
-        while part := os.read(descriptor, 1 << 16):
-            content += part
-    return content.decode().splitlines()
-
-
-def _verdict(lines: list[str], code: int) -> Verdict | None:
-    ended = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-    if not lines:  # it did not get so far
-        return None
-    if code == -signal.SIGKILL:
-        return Verdict(
-            "its import was killed (SIGKILL), perhaps because memory ran out", lasting=False
-        )
-    if len(lines) == 1:
-        if code == -signal.SIGALRM:
-            return Verdict(f"its import does not end within {IMPORT} s")
-        return Verdict(f"it ends the interpreter when it is imported ({ended})")
-    fault, threads, lasting = json.loads(lines[1])
-    if not lasting:
-        return Verdict(str(fault), lasting=False)
-    if code == -signal.SIGALRM:
-        return Verdict(
-            f"it keeps the process from ending ({threads or 'no thread'} is still running)"
-        )
-    if code:
-        return Verdict(f"it ends the process itself ({ended})")
-    return Verdict(str(fault))
