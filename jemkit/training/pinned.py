@@ -4,13 +4,14 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jemkit.data import Dataset, Images, NamesClasses, images_hash
 from jemkit.errors import DataError
@@ -56,34 +57,16 @@ class Table(BaseModel):
     valid: SplitPin | None = None
     test: SplitPin | None = None
     test_sha256: str | None = None  # of the test images, as in the record of an evaluation
-    files: dict[str, str] | None = None  # SHA-256 of the data set's file names, split by split
     details: str | None = None  # the SHA-256 of data.json
 
 
 class Details(BaseModel):
-    """data.json: a hash for each image of each split, and the names of the data set's files."""
+    """data.json: a hash for each image of each split, and by the name of its file."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
-    images: dict[str, list[str]]
-    rows: dict[str, list[int]]  # the index of each image in the data set's own split
-    files: dict[str, list[str]] | None  # of its own splits
-
-    @model_validator(mode="after")
-    def _complete(self) -> "Details":
-        for part in PARTS:
-            if len(self.images[part]) != len(self.rows[part]):
-                raise ValueError(f"{part} has as many images as rows")
-            self.names(part)
-        return self
-
-    def names(self, part: str) -> dict[str, str]:
-        """The hashes of a split's images by the names of their files."""
-        if self.files is None:
-            return {}
-        names = self.files[part if part in self.files else "train"]
-        rows = (names[row] for row in self.rows[part])
-        return dict(zip(rows, self.images[part], strict=True))
+    images: dict[Part, list[str]]
+    names: dict[str, str] = {}  # none if the data set lists no files
 
 
 class Pin(NamedTuple):
@@ -179,17 +162,14 @@ def pin(splits: Splits) -> tuple[Table, Details]:
     fields: dict[str, Any] = {
         part: SplitPin(images=len(own.y), sha256=images_hash(own)) for part, own in images.items()
     }
-    files = files_of(dataset, PARTS if splits.own_validation else ("train", "test"))
-    named = (files or {}).items()
-    hashes = {n: hashlib.sha256("\0".join(names).encode()).hexdigest() for n, names in named}
     table = Table(
         n_classes=dataset.n_classes, classes=class_names(dataset),
-        files=None if files is None else hashes,
         test_sha256=tensors_hash(images["test"]._asdict()), **fields,
     )  # fmt: skip
-    rows: dict[str, list[int]] = {part: splits.rows(part) for part in PARTS}
-    hashed: dict[str, list[str]] = {part: image_hashes(own) for part, own in images.items()}
-    return table, Details(images=hashed, rows=rows, files=files)
+    hashed = {part: image_hashes(own) for part, own in images.items()}
+    files = files_of(dataset)
+    pairs = (zip(_names(files, splits, part), hashed[part], strict=True) for part in PARTS)
+    return table, Details(images=hashed, names=dict(chain(*pairs)) if files else {})
 
 
 def write(folder: Path, table: Table, details: Details) -> dict[str, Any]:
@@ -204,7 +184,7 @@ def for_others(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], di
     details = None if table is None else Pin(Table.model_validate(table), folder).details()
     if details is None:
         return config, {}
-    shared = details.model_copy(update={"files": None}).model_dump()
+    shared = details.model_copy(update={"names": {}}).model_dump()
     content = json.dumps(shared, sort_keys=True).encode()
     sha = hashlib.sha256(content).hexdigest()
     return {**config, "data": {**config["data"], "details": sha}}, {DETAILS: content}
@@ -235,16 +215,20 @@ def class_names(dataset: Dataset) -> tuple[str, ...] | None:
     return tuple(map(_text, dataset.class_names))
 
 
-def files_of(dataset: Dataset, own: Iterable[str]) -> dict[str, list[str]] | None:
-    """The names of a data set's files, in the order of its images, if it lists them."""
-    names = getattr(dataset, "files", None)
-    if not callable(names):
-        return None
+def files_of(dataset: Dataset) -> dict[str, list[str]]:
+    """The names of a data set's files by its splits, in the order of its images, if it lists
+    them."""
     by_split: dict[str, list[str]] = {}
-    for split in own:
-        with suppress(LookupError, ValueError):  # a split that the data set no longer has
-            by_split[split] = [_text(name) for name in names(split)]
+    for part in PARTS if callable(names := getattr(dataset, "files", None)) else ():
+        with suppress(LookupError, ValueError):  # a split that the data set does not have
+            by_split[part] = [*map(_text, names(part))]
     return by_split
+
+
+def _names(files: Mapping[str, list[str]], splits: Splits, part: Part) -> list[str]:
+    """The file of each image of a run's split."""
+    own = files.get(part) or files["train"]
+    return [own[row] for row in splits.rows(part)]
 
 
 def _text(name: str) -> str:
@@ -298,17 +282,11 @@ def _reasons(details: Details, splits: Splits, split: Part, images: Images) -> l
         moved = new & Counter(details.images[part])
         if part != split and moved:
             reasons.append(f"{moved.total()} of the new ones were {SPLIT_NAMES[part]} images")
-    return _files(details, splits, split, now) + reasons
-
-
-def _files(details: Details, splits: Splits, split: Part, now: Sequence[str]) -> list[str]:
-    """Which files were added, removed or changed, if the data set lists files."""
-    if details.files is None or (current := files_of(splits.dataset, details.files)) is None:
-        return []
-    known, there = (set().union(*files.values()) for files in (details.files, current))
-    before = {name: image for part in PARTS for name, image in details.names(part).items()}
-    own = current.get(split if split in details.files else "train", [])
-    names = [own[row] for row in splits.rows(split) if row < len(own)]
-    changed = [n for n, image in zip(names, now, strict=False) if before.get(n, image) != image]
-    reasons = {"added": there - known, "removed": known - there, "changed": set(changed)}
-    return [f"{what}: {listed(sorted(group))}" for what, group in reasons.items() if group]
+    files = files_of(splits.dataset)
+    if not (files and details.names):
+        return reasons
+    known, there = set(details.names), set(chain(*files.values()))
+    pairs = zip(_names(files, splits, split), now, strict=True)
+    changed = {name for name, image in pairs if details.names.get(name, image) != image}
+    groups = {"added": there - known, "removed": known - there, "changed": changed}
+    return [f"{how}: {listed(sorted(group))}" for how, group in groups.items() if group] + reasons

@@ -135,10 +135,10 @@ def test_config_json_holds_class_names_counts_and_hashes(run: tuple[Path, Path])
     assert data["classes"] == ["cat", "dog", "fox"]
     assert [data[part]["images"] for part in PARTS] == [22, 2, 6]
     assert {len(data[part]["sha256"]) for part in PARTS} == {64}
-    assert set(data["files"]) == {"train", "test"}
     listed = read(run[1] / "data.json")
     assert len({*listed["images"]["train"], *listed["images"]["test"]}) == 28
-    assert sorted(listed["files"]["train"] + listed["files"]["test"])[0] == "cat/000.png"
+    assert min(listed["names"]) == "cat/000.png"
+    assert {*listed["names"].values()} == {h for images in listed["images"].values() for h in images}
 
 
 def test_a_run_and_its_data_may_be_moved(run: tuple[Path, Path], tmp_path: Path) -> None:
