@@ -138,7 +138,9 @@ def test_config_json_holds_class_names_counts_and_hashes(run: tuple[Path, Path])
     listed = read(run[1] / "data.json")
     assert len({*listed["images"]["train"], *listed["images"]["test"]}) == 28
     assert min(listed["names"]) == "cat/000.png"
-    assert {*listed["names"].values()} == {h for images in listed["images"].values() for h in images}
+    assert {*listed["names"].values()} == {
+        h for images in listed["images"].values() for h in images
+    }
 
 
 def test_a_run_and_its_data_may_be_moved(run: tuple[Path, Path], tmp_path: Path) -> None:

@@ -278,5 +278,5 @@ def test_thousands_of_state_dicts_and_endless_names_are_refused(tmp_path: Path) 
         read_checkpoint(tmp_path / "many.pt")
     assert read_checkpoint(tmp_path / "many.pt", key="m17").key == "m17"
     torch.save({"a." * 100_000: torch.zeros(1)}, tmp_path / "long.pt")
-    with pytest.raises(DataError, match="a name in it has more than 200 parts"):
-        read_checkpoint(tmp_path / "long.pt")
+    with pytest.raises(DataError, match="no known format"):
+        read_layout(read_checkpoint(tmp_path / "long.pt").weights, "wrn")

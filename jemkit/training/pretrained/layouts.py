@@ -1,6 +1,7 @@
 """The authors' names of a WideResNet with its heads, and jemkit's names of the same tensors."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple, get_args
 
@@ -15,7 +16,7 @@ from jemkit.training.pinned import listed
 
 Format = Literal["jem", "jempp", "sadajem", "mebm", "ebjdat", "wrn"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-MARKER = ("layer1", "0", "conv1", "bias")
+MARKER = "layer1.0.conv1.bias"
 """Suffix of a name that every layout has; its prefix is that of the modules around the network."""
 
 TOPS = {
@@ -50,11 +51,6 @@ def looks_like(names: Iterable[str]) -> list[Format]:
     if "f.linear.weight" in there:  # JEM's network has a layer that it never calls
         return ["jem", "jempp", *mebm, "ebjdat"]
     return ["jempp", "sadajem", *mebm, "ebjdat"]
-
-
-def top_names(names: Iterable[str]) -> tuple[str, ...]:
-    """The prefixes of the names of such a state dict."""
-    return TOPS["jem" if any(name.startswith("class_output.") for name in names) else "wrn"]
 
 
 def recognised(weights: Mapping[str, Tensor]) -> Format:
@@ -114,16 +110,14 @@ def read_layout(weights: Mapping[str, Tensor], format: Format, norm: Norm | None
     """
     prefix, head = ("", "linear") if format == "wrn" else ("f.", "class_output")
     _check_format(weights, format, prefix, head)
-    _check_stages(weights, prefix)
-    network = _network(weights, prefix, norm)
-    stages = 4 if f"{prefix}layer4.0.conv1.weight" in weights else 3
+    stages, blocks = _depth(weights, prefix)
+    network = _network(weights, prefix, blocks, norm)
     channels = _size(weights, f"{prefix}conv1.weight", 4, 1)
     n_classes = _size(weights, f"{head}.weight", 2, 0)
     size = 64 if stages == 4 else 32
     energy = LinearHead() if format == "mebm" else LogSumExp()
     with torch.device("meta"):  # names and shapes alone: no memory, no random numbers
         wanted = energy.build(network.build((channels, size, size)), n_classes).state_dict()
-    blocks = (network.depth - 4) // 6
     theirs = {name: _their_name(name, prefix, head, blocks) for name in wanted}
     aliases = {name: layer for name in weights if (layer := _alias(name, stages))}
     read = {*theirs.values()}
@@ -150,31 +144,25 @@ def _check_format(weights: Mapping[str, Tensor], format: Format, prefix: str, he
         )
 
 
-def _check_stages(weights: Mapping[str, Tensor], prefix: str) -> None:
-    """Reject stages of different depths, before a network as deep as the first is built."""
-    blocks: dict[str, set[str]] = {}
-    for name in weights:
-        match = re.match(rf"{re.escape(prefix)}layer([1-4])\.(\d+)\.conv1\.weight$", name)
-        if match is not None:
-            blocks.setdefault(match[1], set()).add(match[2])
-    depths = {stage: len(names) for stage, names in sorted(blocks.items())}
-    if len(depths) < 3 or len(set(depths.values())) > 1:
-        came = ", ".join(f"layer{stage} has {n} blocks" for stage, n in depths.items()) or "none"
+def _depth(weights: Mapping[str, Tensor], prefix: str) -> tuple[int, int]:
+    """The number of stages, and of the blocks of each; checked before a network is built."""
+    form = re.compile(rf"{re.escape(prefix)}layer([1-4])\.\d+\.conv1\.weight")
+    blocks = Counter(match[1] for name in weights if (match := form.fullmatch(name)))
+    if len(blocks) < 3 or len({*blocks.values()}) > 1:
+        there = ", ".join(f"layer{stage} has {n} blocks" for stage, n in sorted(blocks.items()))
         raise DataError(
-            f"the names are not those of a WideResNet, whose 3 or 4 stages are equally deep: {came}"
+            "the names are not those of a WideResNet, whose 3 or 4 stages are equally deep: "
+            f"{there or 'none'}"
         )
+    return len(blocks), blocks["1"]
 
 
-def _network(weights: Mapping[str, Tensor], prefix: str, norm: Norm | None) -> WRN:
-    """Depth, width and norm of a WideResNet, from its first stage."""
-    blocks = 0
-    while f"{prefix}layer1.{blocks}.conv1.weight" in weights:
-        blocks += 1
+def _network(weights: Mapping[str, Tensor], prefix: str, blocks: int, norm: Norm | None) -> WRN:
+    """Width and norm of a WideResNet, from its first stage."""
     outer = _size(weights, f"{prefix}layer1.0.conv1.weight", 4, 0)
-    if blocks == 0 or outer < 16 or outer % 16:
+    if outer < 16 or outer % 16:
         raise DataError(
-            f"{prefix}layer1 has {blocks} blocks of {outer} channels; a WideResNet's first stage "
-            "has a multiple of 16"
+            f"{prefix}layer1 has {outer} channels; a WideResNet's first stage has a multiple of 16"
         )
     detected = _norm(weights, f"{prefix}layer1.0.bn1", norm)
     made = WRN(depth=6 * blocks + 4, width=outer // 16, norm=detected)

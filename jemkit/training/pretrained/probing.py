@@ -2,44 +2,29 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from jemkit.errors import DataError
 from jemkit.runtime.pytree import same
-from jemkit.training.pretrained.layouts import MARKER, Format, looks_like, top_names
+from jemkit.training.pretrained.layouts import MARKER, TOPS, Format, looks_like
 
 WRAPPERS = frozenset(
     {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 )
 """Prefixes that DataParallel, torch.compile and FSDP insert into names."""
 
-COUNTERS = frozenset({"n_averaged"})
-"""What torch's averaged models store beside the weights."""
-
 AVERAGED = re.compile(r"(^|[^a-z])(ema|average|averaged|avg|swa)([^a-z]|$)")
 MOST = 1_000_000
 """Limit on values; a checkpoint of a WideResNet with its optimizer has about 500."""
 
-DEEPEST = 12
-"""Limit on levels of containers; what is nested deeper is not weights."""
-
-MOST_PARTS = 200
-"""Limit on the parts of a name between its dots; those of networks have about ten."""
+DEEPEST = 20
+"""Limit on levels of containers, and on the parts of a name before the network's own."""
 
 MANY = 50
 """Limit on state dicts of one file that are compared with each other."""
-
-Path = tuple[str, ...]
-
-
-class Leaf(NamedTuple):
-    """A value of the file that is not a container."""
-
-    path: Path  # its keys, split at their dots
-    home: int  # the mapping or list that contains it
-    tensor: Tensor | None
 
 
 class StateDict(NamedTuple):
@@ -47,7 +32,6 @@ class StateDict(NamedTuple):
 
     key: str  # their common prefix; empty if the file contains nothing else
     weights: dict[str, Tensor]  # by the authors' names
-    places: set[Path]  # of these tensors
     beside: Sequence[str] = ()  # other contents of the file, such as a replay buffer
     averaged: str = ""  # the plain weights to which it was preferred
     file: str = ""
@@ -59,105 +43,89 @@ def state_dict_in(loaded: Any, format: Format | None = None, key: str | None = N
 
     Averaged weights (EMA, SWA) are preferred to the plain ones beside them.
     """
-    leaves = _leaves(loaded)
-    if not any(leaf.tensor is not None for leaf in leaves):
+    values = _unwrapped(_named_values(loaded))
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    if not tensors:
         raise DataError(
             f"it contains no weights: {_kinds(loaded)}; expected a state_dict of names and tensors"
         )
-    leaves = _unwrapped(leaves)
-    candidates = _candidates(leaves)
+    candidates = _candidates(tensors)
     if format is not None:
         candidates = [c for c in candidates if format in looks_like(c.weights)] or candidates
     if key is not None:
         candidates = _keyed(candidates, key)
     if not candidates:
-        return _largest(leaves)
+        return StateDict("", tensors)  # an error lists its names
     selected, averaged = _select(candidates)
-    return selected._replace(beside=_beside(leaves, selected.places), averaged=averaged)
+    return selected._replace(beside=_beside(values, selected), averaged=averaged)
 
 
-def _leaves(loaded: Any) -> list[Leaf]:
-    """Every value that is not a container, in order; endless nesting is rejected."""
-    leaves: list[Leaf] = []
-    stack: list[tuple[Path, int, Any]] = [((), 0, loaded)]
-    homes = visited = 0
+def _named_values(loaded: Any) -> dict[str, Any]:
+    """Every value that is not a container, by its dotted name; endless nesting is rejected."""
+    values: dict[str, Any] = {}
+    stack: list[tuple[tuple[str, ...], Any]] = [((), loaded)]
+    visited = 0
     while stack:
-        path, home, value = stack.pop()
+        path, value = stack.pop()
         visited += 1
-        if len(path) > MOST_PARTS:
-            what = f"a name in it has more than {MOST_PARTS} parts"
-            raise DataError(f"{what}; this is not a checkpoint")
         if visited > MOST:
             raise DataError(f"it contains more than {MOST:,} values; this is not a checkpoint")
         if isinstance(value, Mapping | list | tuple) and len(path) < DEEPEST:
-            homes += 1
-            items = value.items() if isinstance(value, Mapping) else enumerate(value)
-            below = [((*path, *str(k).split(".")), homes, v) for k, v in items]
-            stack += reversed(below)
+            items = [*(value.items() if isinstance(value, Mapping) else enumerate(value))]
+            stack += [((*path, str(name)), below) for name, below in reversed(items)]
+        elif (name := ".".join(path)) in values:
+            raise DataError(f"it contains two values of the name {name}")
         else:
-            leaves.append(Leaf(path, home, value if isinstance(value, Tensor) else None))
-    return leaves
+            values[name] = value
+    return values
 
 
-def _unwrapped(leaves: list[Leaf]) -> list[Leaf]:
-    """The same without the prefixes of wrappers, as long as every tensor keeps a unique name."""
-    bare = [leaf._replace(path=tuple(p for p in leaf.path if p not in WRAPPERS)) for leaf in leaves]
-    names = [leaf.path for leaf in bare if leaf.tensor is not None]
-    return bare if len(set(names)) == len(names) else leaves
-
-
-def _candidates(leaves: list[Leaf]) -> list[StateDict]:
-    """Every position whose names match a layout."""
-    homes: dict[Path, int] = {}
-    for leaf in leaves:
-        if leaf.tensor is not None and leaf.path[-len(MARKER) :] == MARKER:
-            base = leaf.path[: -len(MARKER)]
-            homes.setdefault(base, leaf.home)
-            if base and base[-1] == "f":
-                homes.setdefault(base[:-1], leaf.home)
-    names = {leaf.path for leaf in leaves}
-    for base in [b for b in homes if b and b[-1] == "f"]:  # the trunk of a model with an energy
-        if (*base[:-1], "energy_output", "weight") in names:
-            del homes[base]
-    under: dict[Path, list[Leaf]] = {base: [] for base in homes}
-    for leaf in leaves:
-        for depth in range(len(leaf.path)):
-            if leaf.path[:depth] in under:
-                under[leaf.path[:depth]].append(leaf)
-    states = {
-        base: read for base in homes if (read := _at(base, homes[base], under[base])) is not None
+def _unwrapped(values: dict[str, Any]) -> dict[str, Any]:
+    """The same without the prefixes of wrappers, as long as every value keeps a unique name."""
+    bare = {
+        ".".join(part for part in name.split(".") if part not in WRAPPERS): value
+        for name, value in values.items()
     }
-    inner = {(*base, "f") for base in states}  # a JEM's trunk is not a separate classifier
-    return [state for base, state in states.items() if base not in inner]
+    return bare if len(bare) == len(values) else values
 
 
-def _at(base: Path, home: int, under: list[Leaf]) -> StateDict | None:
-    """The weights whose names follow `base`, if they match a layout."""
-    tops = top_names([".".join(leaf.path[len(base) :]) for leaf in under])
-    members: dict[str, Tensor] = {}
-    paths: set[Path] = set()
-    for leaf in under:
-        rest = leaf.path[len(base) :]
-        if leaf.tensor is None or (len(rest) == 1 and rest[0] in COUNTERS):
-            continue
-        if leaf.home == home or rest[0] in tops:
-            members[".".join(rest)] = leaf.tensor
-            paths.add(leaf.path)
-    if not looks_like(members):
-        return None
-    return StateDict(".".join(base), members, paths)
+def _candidates(tensors: Mapping[str, Tensor]) -> list[StateDict]:
+    """Every prefix under which the names match a layout."""
+    under: dict[str, dict[str, Tensor]] = {}
+    for name in tensors:
+        if f".{name}".endswith(f".{MARKER}"):
+            prefix = name.removesuffix(MARKER)
+            outer = prefix.removesuffix("f.") if f".{prefix}".endswith(".f.") else prefix
+            under[outer] = {}
+            if f"{outer}energy_output.weight" not in tensors:  # else a trunk alone is no classifier
+                under[prefix] = {}
+    for name, tensor in tensors.items():
+        for prefix in ("", *(f"{above}." for above in _above(name))):
+            if prefix in under:
+                under[prefix][name.removeprefix(prefix)] = tensor
+    states: dict[str, dict[str, Tensor]] = {}
+    for prefix, below in under.items():
+        tops = TOPS["jem" if "class_output.weight" in below else "wrn"]
+        members = {name: t for name, t in below.items() if name.partition(".")[0] in tops}
+        if looks_like(members):
+            states[prefix] = members
+    inner = {f"{prefix}f." for prefix in states}  # a JEM's trunk is not a separate classifier
+    return [StateDict(p.rstrip("."), state) for p, state in states.items() if p not in inner]
 
 
-def _beside(leaves: list[Leaf], members: set[Path]) -> list[str]:
-    """The other contents, each by the shortest name that contains none of these members."""
-    holders = {path[:depth] for path in members for depth in range(len(path))}
-    names: dict[str, None] = {}
-    for leaf in leaves:
-        if leaf.path in members:
-            continue
-        outside = (leaf.path[:d] for d in range(1, len(leaf.path)) if leaf.path[:d] not in holders)
-        names[".".join(next(outside, leaf.path))] = None
-    return sorted(names)
+def _above(name: str) -> list[str]:
+    """The names of what contains a value, the outermost first."""
+    parts = name.split(".", DEEPEST)[:-1]
+    return [".".join(parts[: depth + 1]) for depth in range(len(parts))]
+
+
+def _beside(values: Mapping[str, Any], selected: StateDict) -> list[str]:
+    """The other contents, each by the shortest name that contains none of these weights."""
+    prefix = f"{selected.key}." if selected.key else ""
+    members = {f"{prefix}{name}" for name in selected.weights}
+    holders = {above for name in members for above in _above(name)}
+    others = (name for name in values if name not in members)
+    return sorted({next((a for a in _above(n) if a not in holders), n) for n in others})
 
 
 def _keyed(candidates: list[StateDict], key: str) -> list[StateDict]:
@@ -194,19 +162,9 @@ def _named(state: StateDict) -> str:
     return state.key or "the names without a key"
 
 
-def _largest(leaves: list[Leaf]) -> StateDict:
-    """If no layout fits: the container with the most tensors, whose names the error lists."""
-    homes: dict[int, dict[str, Tensor]] = {}
-    for leaf in leaves:
-        if leaf.tensor is not None:
-            homes.setdefault(leaf.home, {})[".".join(leaf.path)] = leaf.tensor
-    return StateDict("", max(homes.values(), key=len), set())
-
-
 def _kinds(loaded: Any) -> str:
     """What the file contains instead of weights."""
     if not isinstance(loaded, Mapping):
         return type(loaded).__name__
-    kinds = [f"{name!r} is {type(value).__name__}" for name, value in [*loaded.items()][:3]]
-    more = [f"{len(loaded) - 3} more"] if len(loaded) > 3 else []
-    return ", ".join([*kinds, *more]) or "it is empty"
+    kinds = [f"{name!r} is {type(value).__name__}" for name, value in islice(loaded.items(), 3)]
+    return ", ".join(kinds) or "it is empty"
