@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from jemkit.config.optim import SGD, Adam
 from jemkit.config.registry import Registry
-from jemkit.config.retired import KEYS, without_retired
+from jemkit.config.retired import current
 from jemkit.errors import ConfigError, DataError, UnknownName
 from jemkit.options import Options, PartOf, nearest
 from jemkit.runtime.opening import JSON_LIMIT, TOML_LIMIT, read_text
@@ -212,7 +212,7 @@ def read_layer(source: Path | Mapping[str, Any]) -> Table:
             f"{source}: [{'], ['.join(beside)}] is beside the table `recipe`, where it is "
             f"ignored; put it inside `recipe`"
         )
-    return offline(without_retired(recipe)) if is_json else recipe
+    return offline(current(recipe)) if is_json else recipe
 
 
 FETCHING = frozenset({"download", "pretrained"})  # options that allow a part to access the network
@@ -269,7 +269,6 @@ def override_layers(texts: Iterable[str]) -> list[Layer]:
 
     def choice_first(text: str) -> tuple[bool, int]:
         key = text.partition("=")[0].strip()
-        key = KEYS.get(key, key)
         return not key.endswith(".use"), key.count(".") if key.endswith(".use") else 0
 
     ordered = sorted(texts, key=choice_first)

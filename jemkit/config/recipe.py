@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, ValidationError
 
 from jemkit.backbone import BackboneSpec
-from jemkit.config import retired
 from jemkit.config.extra import Extra
 from jemkit.config.layers import (
     PARTS,
@@ -121,7 +120,6 @@ def resolve(
     own.append(Layer("option", named or {}))
     for layer in own:
         _check_tables(layer)
-    own = _translated(own)
     parts = {
         "run": Run(), "schedule": Schedule(), "optimizer": SGD(), "sentinel": Sentinel(),
         "extra": Extra(),
@@ -182,35 +180,6 @@ def about_preset(registry: Registry, name: str) -> str:
     return leading_comment(_presets(registry).get(name))
 
 
-def _translated(own: list[Layer]) -> list[Layer]:
-    """The layers, with options that 0.1 named otherwise in the terms of this version.
-
-    Layers that choose EB-JDAT come first, since its released form is another objective now.
-    """
-    if _choice("objective", own).table["objective"]["use"] not in retired.OBJECTIVES:
-        return own  # what they say of EB-JDAT is left out
-    layers = [_translate(layer, "") for layer in own]
-    objective = _choice("objective", layers).table["objective"]["use"]
-    return [_translate(layer, str(objective)) for layer in layers]
-
-
-def _translate(layer: Layer, objective: str) -> Layer:
-    options = layer.table.get("objective", {})
-    if options.get("use", objective) != "ebjdat":
-        return layer
-    saved = Path(layer.origin).suffix.lower() == ".json"
-    new = retired.translate(options, layer.origin, saved=saved)
-    if new != options and not saved:
-        now = [f"objective.{k} = {v!r}" for k, v in flat(new) if (k, v) not in flat(options)]
-        log.warning(
-            "%s: %s of jemkit 0.1 is read as %s; 0.3 will refuse it",
-            layer.origin,
-            ", ".join(f"objective.{name}" for name in retired.old_names(options)),
-            ", ".join(now) or "the default",
-        )
-    return layer._replace(table={**layer.table, "objective": new})
-
-
 def _choice(table: str, own: list[Layer]) -> Layer:
     """The part that the last layer with a choice selects."""
     choice = Layer("default", {table: {"use": DEFAULT_NAMES[table]}})
@@ -266,7 +235,7 @@ def _part_layers(registry: Registry, names: Mapping[str, str]) -> list[Layer]:
     layers = [Layer(k, read_layer(registry.recipes[k])) for k in keys if k in registry.recipes]
     for layer in layers:
         _check_tables(layer)
-    return [_translate(layer, objective) for layer in layers]
+    return layers
 
 
 def _presets(registry: Registry) -> dict[str, Any]:

@@ -233,7 +233,9 @@ def _load(trainer: Trainer, state: checkpoint.State, path: Path) -> None:
         raise DataError(f"{path}: {error}") from None
     except JemkitError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (
+        LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError,
+    ) as error:  # fmt: skip
         if memory_ran_out(error):
             raise
         what = f"{type(error).__name__}: {error}"

@@ -304,7 +304,8 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a saved state; DataError if no run of this recipe saved it."""
-        check_saved(state, self)
+        tries = self.recipe.sentinel.tries
+        check_saved(state, self.optimizer, self.loader, total_steps=self.total_steps, tries=tries)
         self.parts.load_state_dict(state)
         self.history, self.best = list(state["history"]), dict(state["best"])
         self.journal.seconds = state["seconds"]

@@ -3,22 +3,20 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from jemkit.backbone import Backbone
 from jemkit.data import Batch
-from jemkit.models.energy import EnergyModel
 from jemkit.objective import Objective, Terms
-from jemkit.runtime.modes import eval_mode, frozen, frozen_batch_stats
+from jemkit.runtime.modes import frozen_batch_stats
 from jemkit.updaters import Guard, UpdaterSpec
 
 
@@ -103,32 +101,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def counted(*, fake: bool = False) -> Iterator[Work]:
-    """The operations inside the block; with `fake` only their shapes are computed."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
-    with mode, Recorder() as recorder:
+def counted() -> Iterator[Work]:
+    """The operations inside the block."""
+    with Recorder() as recorder:
         yield recorder.work
-
-
-class Passes(NamedTuple):
-    """The FLOPs of a batch in a network, by part."""
-
-    forward: Work
-    to_input: Work  # backward to the images, weights frozen
-    to_weights: Work  # backward to every weight, and through the layers between
-
-
-def passes(model: EnergyModel, x: Tensor) -> Passes:
-    """One forward pass of x [B, C, H, W], and each backward pass from the mean energy."""
-    with eval_mode(model):
-        with counted(fake=True) as forward, torch.no_grad():
-            model(x)
-        with counted(fake=True) as both, frozen(model), torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            torch.autograd.grad(model(leaf).energy.sum(), leaf)
-        with counted(fake=True) as whole, torch.enable_grad():
-            _gradients(model, model(x).energy.mean())
-    return Passes(forward, both - forward, whole - forward)
 
 
 class StepWork(NamedTuple):
@@ -159,7 +135,9 @@ def step_work(
         with counted() as draw:
             draws = objective.draw(backbone, batch, rng)
         with counted() as update, frozen_batch_stats(backbone.model):
-            _gradients(backbone.model, objective.loss(backbone, batch, draws).total)
+            trainable = [p for p in backbone.model.parameters() if p.requires_grad]
+            loss = objective.loss(backbone, batch, draws).total
+            torch.autograd.grad(loss, trainable, allow_unused=True)
     finally:
         if density is not None:
             density.rollback()
@@ -178,11 +156,6 @@ def takings(updater: UpdaterSpec) -> int:
 
     updater.build(model, optimizer).step(terms, Guard())
     return calls
-
-
-def _gradients(model: nn.Module, loss: Tensor) -> None:
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    torch.autograd.grad(loss, trainable, allow_unused=True)
 
 
 def _hashable(value: Any) -> Any:

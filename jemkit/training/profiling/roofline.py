@@ -15,16 +15,7 @@ from jemkit.runtime.run_dir import versions
 from jemkit.runtime.timing import PATIENCE, Clock, elapsed, fastest
 from jemkit.step import train_step
 from jemkit.training.build import RunState
-from jemkit.training.profiling.flops import (
-    Operation,
-    Passes,
-    StepWork,
-    Work,
-    flops,
-    passes,
-    step_work,
-    traffic,
-)  # fmt: skip
+from jemkit.training.profiling.flops import Operation, StepWork, Work, flops, step_work, traffic
 from jemkit.updaters import Guard
 
 
@@ -93,7 +84,6 @@ class Roofline(NamedTuple):
 
     machine: Machine
     step: StepWork
-    passes: Passes  # of the classifier's batch
     arithmetic: float  # seconds: every convolution and matrix product alone, at its own shapes
     memory: float  # seconds: reading and writing their operands, at the speed of a copy
     taken: float | None  # seconds of a step; None if none was run
@@ -115,12 +105,8 @@ class Roofline(NamedTuple):
 
     def figures(self) -> dict[str, Any]:
         """Everything as numbers, for JSON."""
-        forward, to_input, to_weights = map(flops, self.passes)
         return {
             **self.machine._asdict(),
-            "flops_forward": forward,
-            "flops_to_input": to_input,
-            "flops_to_weights": to_weights,
             "flops_draw": flops(self.step.draw),
             "flops_update": flops(self.step.update),
             "updates": self.step.updates,
@@ -156,15 +142,12 @@ def roofline_of(
 
         taken = typical(one, parts.device, rounds) if rounds else None
         guard.settle()
-        model_passes = passes(parts.backbone.model, batch.x)
-    return Roofline(machine, step, model_passes, arithmetic, memory, taken)
+    return Roofline(machine, step, arithmetic, memory, taken)
 
 
 def rows(roofline: Roofline) -> list[list[str]]:
     machine, step = roofline.machine, roofline.step
-    parts = dict(zip(("forward", "to the input", "to the weights"), roofline.passes, strict=True))
     lines = [["device", f"{machine.device}, {machine.threads} threads"]]
-    lines += [[f"a batch, {name}", _giga(flops(work), "FLOP")] for name, work in parts.items()]
     lines += [
         ["chains of a step", _giga(flops(step.draw), "FLOP")],
         [f"update, taken {step.updates} x", _giga(flops(step.update), "FLOP")],
