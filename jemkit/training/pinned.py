@@ -217,9 +217,9 @@ def class_names(dataset: Dataset) -> tuple[str, ...] | None:
 
 def files_of(dataset: Dataset) -> dict[str, list[str]]:
     """The names of a data set's files by its splits, in the order of its images."""
-    names = getattr(dataset, "files", None)
+    names: Any = getattr(dataset, "files", None)
     by_split: dict[str, list[str]] = {}
-    for part in PARTS if names is not None else ():
+    for part in PARTS if callable(names) else ():
         with suppress(LookupError, ValueError):  # a split that the data set does not have
             by_split[part] = [*map(_text, names(part))]
     return by_split
