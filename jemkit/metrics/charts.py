@@ -65,8 +65,8 @@ class _Scale(NamedTuple):
         return [(self.x(a), self.y(b)) for a, b in zip(x, y, strict=True)]
 
 
-def lines(series: Sequence[Series], axes: Axes) -> tuple[Html, dict[str, Any]]:
-    """Curves in one chart, with their values for tooltips."""
+def lines(series: Sequence[Series], axes: Axes) -> Html:
+    """Curves in one chart."""
     xs = axes.x_range or _range([v for s in series for v in s.x])
     ys = axes.y_range or _range([v for s in series for v in (*s.y, *s.low, *s.high)], 0.05)
     scale = _Scale(xs, ys)
@@ -76,14 +76,7 @@ def lines(series: Sequence[Series], axes: Axes) -> tuple[Html, dict[str, Any]]:
         parts.append(tag("path", d=_path(ends), class_="diagonal"))
     parts += [_band(s, scale) for s in series if s.low]
     parts += [_curve(s, scale) for s in series]
-    values = {
-        "x": [LEFT, WIDTH - RIGHT, *xs],
-        "series": [
-            {"label": s.label, "slot": s.slot % COLOURS, "x": _plain(s.x), "y": _plain(s.y)}
-            for s in series
-        ],
-    }
-    return _svg(axes.title, parts), values
+    return _svg(axes.title, parts)
 
 
 def histograms(
@@ -168,8 +161,9 @@ def style() -> str:
     return files(__package__).joinpath("charts.css").read_text(encoding="utf-8")
 
 
-def mark(slot: int, x: float = 6.0, y: float = 6.0, r: float = 3.4) -> Html:
-    """The marker of a run."""
+def mark(slot: int, x: float = 6.0, y: float = 6.0, r: float = 3.4, words: str = "") -> Html:
+    """The marker of a run; the words are shown on hover."""
+    title = tag("title", words) if words else None
     kind = MARKS[slot % COLOURS]
     shapes = {
         "square": f"M{-r} {-r}H{r}V{r}H{-r}Z",
@@ -181,8 +175,9 @@ def mark(slot: int, x: float = 6.0, y: float = 6.0, r: float = 3.4) -> Html:
     }
     style = f"mark {kind} s{slot % COLOURS}"
     if kind in shapes:
-        return tag("path", d=shapes[kind], class_=style, transform=f"translate({x:.1f} {y:.1f})")
-    return tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=r, class_=style)
+        at = f"translate({x:.1f} {y:.1f})"
+        return tag("path", title, d=shapes[kind], class_=style, transform=at)
+    return tag("circle", title, cx=f"{x:.1f}", cy=f"{y:.1f}", r=r, class_=style)
 
 
 def key(slot: int) -> Html:
@@ -239,7 +234,8 @@ def _words(what: str, x: float, y: float, anchor: str, class_: str = "tick", **m
 def _curve(series: Series, scale: _Scale) -> Html:
     points = scale.points(series.x, series.y)
     line = tag("path", d=_path(points), class_=f"line s{series.slot % COLOURS}")
-    signs = [mark(series.slot, x, y, 3.0) for x, y in points if series.marked and _there(x, y)]
+    values = zip(points, series.x, series.y, strict=True) if series.marked else ()
+    signs = [mark(series.slot, *at, 3.0, f"{x:g}: {y:.5g}") for at, x, y in values if _there(*at)]
     return join(line, *signs)
 
 
@@ -285,8 +281,3 @@ def _number(value: float) -> str:
     if 1e4 <= size < 1e7:
         return f"{value / 1000:g}k"
     return f"{value:g}".replace("-", "−") if size else "0"
-
-
-def _plain(values: Sequence[float]) -> list[float | None]:
-    """At most five digits, which is all that a chart can show."""
-    return [float(f"{value:.5g}") if _there(value) else None for value in values]

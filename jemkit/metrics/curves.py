@@ -97,7 +97,7 @@ def _panel(
         Series(name, at, x, y, marked=marked)
         for at, (name, (x, y)) in enumerate(zip(names, curves.values(), strict=True))
     ]
-    svg, _ = lines(series, Axes(title, "step", "", None, y_range))
+    svg = lines(series, Axes(title, "step", "", None, y_range))
     return Panel(title, svg, [(key(one.slot), one.label) for one in series])
 
 

@@ -1,10 +1,8 @@
 """Markup in which every text is escaped unless it is markup already."""
 
-import json
 import re
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 CONTROL = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
@@ -48,14 +46,6 @@ def coded(value: str) -> Html:
     if len(parts) % 2 == 0:
         return text(value)
     return join(*(tag("code", part) if at % 2 else part for at, part in enumerate(parts)))
-
-
-def data(value: Any) -> Html:
-    """JSON that may stand inside a script element: nothing in it can end the element."""
-    plain = json.dumps(value, allow_nan=False, sort_keys=True, separators=(",", ":"))
-    for sign in "<>&":
-        plain = plain.replace(sign, f"\\u{ord(sign):04x}")
-    return Html(plain)
 
 
 def table(head: Sequence[object], rows: Sequence[Sequence[object]], class_: str = "") -> Html:

@@ -167,7 +167,7 @@ def whole_run(folder: Path, shift: float = 0.0, recipe: dict[str, Any] | None = 
     for epoch in (9, 10):
         (folder / "samples" / f"epoch-{epoch:04d}.png").write_bytes(png(epoch))
     (folder / "evaluation").mkdir()
-    for at, name in enumerate(("samples", "neighbours", "samples-top90", "ood", "mine")):
+    for at, name in enumerate(("samples", "neighbours", "samples-top90", "mine")):
         (folder / "evaluation" / f"{name}.png").write_bytes(png(at))
     return folder
 

@@ -1,7 +1,7 @@
 """Code shared by the sections of a report: runs, figures with protocol cards, charts."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jemkit.config.layers import flat
@@ -17,20 +17,9 @@ LAST = ("checkpoint", "device", "evaluator", "versions", "seconds", "max delta")
 
 @dataclass
 class Book:
-    """The runs, and what sections collect for the end of the page: cards and values of charts."""
+    """The runs of a report."""
 
     runs: Sequence[Judged]
-    cards: list[Html] = field(default_factory=list)
-    values: dict[str, Any] = field(default_factory=dict)  # of the charts, by their ids
-
-    def number(self, figure: Figure, run: Judged, *, best: bool = False) -> Html:
-        """A figure's value; hover, focus or tap shows its protocol card."""
-        name = f"card{len(self.cards)}"
-        self.cards.append(_card(name, figure, run))
-        return tag(
-            "button", shown(figure), type="button", class_="number best" if best else "number",
-            aria_expanded="false", aria_controls=name,
-        )  # fmt: skip
 
     def lines(self, series: Sequence[Series], axes: Axes, notes: object = None) -> Html:
         """A chart over all runs with its legend."""
@@ -59,12 +48,7 @@ class Book:
         self, series: Sequence[Series], axes: Axes, names: Mapping[int, Html], notes: object
     ) -> Html:
         """A chart with the names of its curves, and a note."""
-        chart_html, values = charts.lines(series, axes)
-        name = f"chart{len(self.values)}"
-        self.values[name] = values
-        keys = (tag("li", key) for key in names.values())
-        legend = tag("ul", *keys, class_="legend") if names else None
-        return panel(axes.title, chart_html, legend, notes, id=name)
+        return panel(axes.title, charts.lines(series, axes), legend(names.values()), notes)
 
     def run_name(self, slot: int) -> Html:
         return self.key(slot, self.runs[slot].name)
@@ -80,6 +64,22 @@ class Book:
         return badge(self.runs[slot].record.card_of("tables", table))
 
 
+def number(figure: Figure, run: Judged, *, best: bool = False) -> Html:
+    """A figure's value; hover, focus or tap shows its protocol card."""
+    return carded(shown(figure), _card(figure, run), "number best" if best else "number")
+
+
+def carded(words: str, card: object, class_: str) -> Html:
+    """A word with a card that appears on hover, focus or tap."""
+    button = tag("button", words, type="button", class_=class_)
+    return join(button, tag("div", card, class_="card", role="note"))
+
+
+def legend(keys: Iterable[object]) -> Html | None:
+    items = [tag("li", key) for key in keys]
+    return tag("ul", *items, class_="legend") if items else None
+
+
 def badge(protocol: Mapping[str, Any]) -> Html | None:
     """The label of a protocol that is not the standard one."""
     if protocol.get("standard") is not False:
@@ -87,9 +87,9 @@ def badge(protocol: Mapping[str, Any]) -> Html | None:
     return tag("span", "non-standard", class_="badge")
 
 
-def panel(title: object, *parts: object, **attributes: object) -> Html:
+def panel(title: object, *parts: object) -> Html:
     """A chart or picture with its title."""
-    return tag("figure", tag("figcaption", title), *parts, **attributes)
+    return tag("figure", tag("figcaption", title), *parts)
 
 
 def section(name: str, title: str, *parts: object) -> Html:
@@ -114,7 +114,7 @@ def settings(protocol: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _card(name: str, figure: Figure, run: Judged) -> Html:
+def _card(figure: Figure, run: Judged) -> Html:
     interval = shown_interval(figure)
     top = [("value", shown(figure)), ("images", str(figure.n))]
     if interval:
@@ -122,7 +122,5 @@ def _card(name: str, figure: Figure, run: Judged) -> Html:
     rest = [row for row in settings(figure.protocol) if row[0] != "images"]
     rest.sort(key=lambda row: row[0].startswith(LAST))
     rows = (join(tag("dt", key), tag("dd", value)) for key, value in (*top, *rest))
-    return tag(
-        "div", tag("p", tag("b", figure.name), f" of {run.name} ", badge(figure.protocol)),
-        tag("dl", *rows), id=name, class_="card", popover="manual", role="note",
-    )  # fmt: skip
+    title = tag("p", tag("b", figure.name), f" of {run.name} ", badge(figure.protocol))
+    return join(title, tag("dl", *rows))

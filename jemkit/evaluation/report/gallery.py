@@ -14,20 +14,10 @@ from jemkit.runtime.opening import MIB, read_file
 
 LARGEST = 64 * MIB  # of a picture, in bytes
 PNG = b"\x89PNG\r\n\x1a\n"
-LEGACY_PICTURES = {
-    "energies": "energies", "energy_path": "energy_path", "reliability": "reliability",
-    "energy_confidence": "energy_confidence", "ood": "ood_energies",
-}  # fmt: skip
-"""Images saved by jemkit 0.1, with the tables that this page plots instead."""
 
 CAPTIONS = {
     "samples": "Samples drawn by the evaluation",
     "neighbours": "Samples, each with the nearest training images",
-    "energies": "E(x) and E(x, y) of clean, adversarial and generated images",
-    "energy_confidence": "Energy against confidence, image by image",
-    "energy_path": "Energies along an attack",
-    "reliability": "Accuracy against confidence",
-    "ood": "E(x) of test images and of other images",
 }
 """Captions of the images of an evaluation."""
 
@@ -54,12 +44,11 @@ def _gallery(book: Book, name: str, title: str, pictures: Sequence[dict[str, Pat
 
 
 def _beside(run: Judged, *, of_samples: bool) -> dict[str, Path]:
-    """The images of a run's record, except for those of tables that this page plots."""
+    """The images of a run's record."""
     return {
         _caption(name, run): path
         for name, path in records.pictures(run.folder, run.record).items()
-        if (LEGACY_PICTURES.get(name) not in run.record.tables)
-        and name.startswith(("samples", "neighbours")) == of_samples
+        if name.startswith(("samples", "neighbours")) == of_samples
     }
 
 

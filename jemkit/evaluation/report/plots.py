@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from jemkit.evaluation.report.book import Book, note, panel, section
+from jemkit.evaluation.report.book import Book, legend, note, panel, section
 from jemkit.metrics import charts
 from jemkit.metrics.charts import Axes, Series
 from jemkit.metrics.curves import epochs, metrics
@@ -135,10 +135,9 @@ def training(book: Book) -> Html | None:
 
 def _energies(book: Book, slot: int, table: Mapping[str, Any], which: str) -> Html:
     axes = Axes(f"{which} of {book.runs[slot].name}", which, "share of images")
-    chart_html, legend = charts.histograms(table, SETS, slot, axes)
-    keys = (tag("li", sign, " ", words) for sign, words in legend)
+    chart_html, keys = charts.histograms(table, SETS, slot, axes)
     title = join(axes.title, " ", book.label(slot, "energies"))
-    return panel(title, chart_html, tag("ul", *keys, class_="legend"))
+    return panel(title, chart_html, legend(join(sign, " ", words) for sign, words in keys))
 
 
 def _confidence(book: Book, slot: int, points: Sequence[Sequence[float]]) -> Html:
@@ -147,13 +146,11 @@ def _confidence(book: Book, slot: int, points: Sequence[Sequence[float]]) -> Htm
               for is_right in (1.0, 0.0)]  # fmt: skip
     axes = Axes("Energy against confidence", "E(x)", "largest p(y | x)", None, (0.0, 1.0))
     keys = (
-        tag("li", charts.dots_key(slot, at), f" {name}, {len(group)}")
+        join(charts.dots_key(slot, at), f" {name}, {len(group)}")
         for at, (name, group) in enumerate(zip(("right", "wrong"), groups, strict=True))
     )
     title = join(f"{axes.title}: {book.runs[slot].name} ", book.label(slot, "energy_confidence"))
-    return panel(
-        title, charts.scatter(groups[0], groups[1], slot, axes), tag("ul", *keys, class_="legend")
-    )
+    return panel(title, charts.scatter(groups[0], groups[1], slot, axes), legend(keys))
 
 
 def _way(name: str, slot: int, path: Mapping[str, Any], which: str) -> Series:

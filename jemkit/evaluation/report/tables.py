@@ -7,7 +7,7 @@ from typing import Any
 
 from jemkit.config.layers import flat
 from jemkit.evaluation.report import plots
-from jemkit.evaluation.report.book import Book, badge, note, section, settings
+from jemkit.evaluation.report.book import Book, badge, carded, note, number, section, settings
 from jemkit.evaluation.run_table import Judged, Line, comparison, shown_interval, stem_of
 from jemkit.metrics.figures import Figure
 from jemkit.metrics.record_file import beside
@@ -123,8 +123,8 @@ def every_figure(book: Book) -> Html:
     rows: list[list[object]] = []
     for slot, run in enumerate(book.runs):
         for figure in run.record.figures:
-            number = join(book.number(figure, run), " ", badge(figure.protocol))
-            first_cells = [book.run_name(slot), figure.name, _cell(number, figure.value)]
+            value = join(number(figure, run), " ", badge(figure.protocol))
+            first_cells = [book.run_name(slot), figure.name, _cell(value, figure.value)]
             rows.append([*first_cells, shown_interval(figure) or "–", figure.n, _words(figure)])
     head = map(_head, ("Run", "Figure", "Value"))
     whole = table([*head, "95 % interval", "n", "Protocol"], rows, "sortable")
@@ -160,15 +160,13 @@ def protocol_words(card: Mapping[str, Any]) -> str:
 def _figure(book: Book, line: Line, slot: int) -> Html:
     figure = line.figures[slot]
     if figure is None:
-        dash = tag("button", "–", type="button", class_="dash", title=line.why[slot],
-                   aria_label=line.why[slot])  # fmt: skip
-        return tag("td", dash)
-    number = book.number(figure, book.runs[slot], best=slot in line.best)
+        return tag("td", carded("–", line.why[slot], "dash"))
+    value = number(figure, book.runs[slot], best=slot in line.best)
     mark = tag("span", "≠", class_="differs", title="; ".join(line.differs), role="img",
                aria_label="protocols differ")  # fmt: skip
     interval = tag("small", shown_interval(figure)) if figure.low is not None else None
     return _cell(
-        join(number, mark if line.differs else None, interval, badge(figure.protocol)), figure.value
+        join(value, mark if line.differs else None, interval, badge(figure.protocol)), figure.value
     )
 
 
