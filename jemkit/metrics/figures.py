@@ -4,9 +4,10 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import BeforeValidator, Strict
 from torch import Generator, Tensor
 
 from jemkit.attacks.base import nonstandard
@@ -14,14 +15,18 @@ from jemkit.attacks.base import nonstandard
 Z = 1.959964  # of a two-sided 95 % interval
 
 
+Number = Annotated[float, Strict()]
+Value = Annotated[Number, BeforeValidator(lambda saved: math.nan if saved is None else saved)]
+
+
 class Figure(NamedTuple):
     """One measured value, with its protocol, and an interval if one is defined."""
 
     name: str
-    value: float
-    low: float | None
-    high: float | None
-    n: int
+    value: Value
+    low: Number | None
+    high: Number | None
+    n: Annotated[int, Strict()]
     protocol: dict[str, Any]
 
     @property

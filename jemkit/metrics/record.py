@@ -9,7 +9,7 @@ replaced, any other is added.
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,17 +67,16 @@ def save(folder: Path, record: Record, notes: Notes, *, adversarial: bool = Fals
     check_place(folder)
     with locked(folder / LOCK, f"writes its {JSON}", patience=PATIENCE):
         settle(folder)
-        record = replace(record, parts=_owned(record, notes.pictures))
+        record = replace(record, parts=record.owned(notes.pictures))
         owner = _owner(record)
         warned: list[str] = []
-        mine, stem = None, _stem(owner)
-        if (folder / f"{stem}.json").exists():
-            mine = _loaded(folder, stem, warned)
-        for other in _split(_loaded(folder, STEM, warned)):
-            if _owner(other) == owner:
-                mine = other if mine is None else _joined(other, mine)
-                continue
-            name = _stem(_owner(other))  # another model, or other data: under a name of its own
+        stem = _stem(owner)
+        mine = _loaded(folder, stem, warned)
+        other = _loaded(folder, STEM, warned)
+        if other is not None and _owner(other) == owner:
+            mine = _joined(other, mine)
+        elif other is not None:  # another model, or other data: under a name of its own
+            name = _stem(_owner(other))
             write(folder, _joined(other, _loaded(folder, name, warned)), name)
             log.warning("the record of another model, or of other images, is kept as %s.json", name)
         if mine is None:
@@ -156,17 +155,7 @@ def _owner(record: Record) -> Owner:
     """The model of a record; bare weights are identified together with their network."""
     network = record.subject.get("network")
     named = network if isinstance(network, str) else None
-    return record.subject.get("sha256"), named, _images(record.protocol)
-
-
-def _images(protocol: Mapping[str, Any]) -> str | None:
-    """The test images of a protocol; before 0.2.0 known only if all were evaluated."""
-    if "test_sha256" in protocol:
-        return str(protocol["test_sha256"])
-    judged = protocol.get("data_sha256")
-    if judged is None or protocol.get("selection") == "all":
-        return judged
-    return f"part {judged}"
+    return record.subject.get("sha256"), named, record.protocol.get("test_sha256")
 
 
 def _stem(owner: Owner) -> str:
@@ -178,37 +167,11 @@ def _loaded(folder: Path, stem: str, warned: list[str]) -> Record | None:
     if not (folder / f"{stem}.json").exists():
         return None
     try:
-        record = load(folder, stem)
+        return load(folder, stem)
     except DataError as error:
         aside = set_aside(folder / f"{stem}.json")
         warned.append(f"the previous record is kept as {aside.name}: {error}")
         return None
-    if record.parts:
-        return record
-    return replace(record, parts=_owned(record, pictures(folder) if stem == STEM else ()))
-
-
-def _split(record: Record | None) -> Iterator[Record]:
-    """A record split by the data of its figures, which records before 0.2.0 mixed."""
-    if record is None:
-        return
-    main = _images(record.protocol)
-    groups: dict[str | None, list[Figure]] = {}
-    for figure in record.figures:
-        card = figure.protocol
-        judged = card.get("data_sha256")
-        anywhere = card.get("split") == "generated" or judged is None
-        anywhere |= judged == record.protocol.get("data_sha256")
-        groups.setdefault(main if anywhere else _images(card), []).append(figure)
-    if set(groups) <= {main}:
-        yield record
-        return
-    tables_of = main if main in groups else next(iter(groups))
-    for images, figures in groups.items():
-        others = {f.key for f in record.figures} - {f.key for f in figures}
-        own_record = _without(record, others, tables=images == tables_of)
-        card = record.protocol if images == main else figures[0].protocol
-        yield replace(own_record, protocol={**card, "test_sha256": images})
 
 
 def _free_pictures(folder: Path, stem: str) -> str:
@@ -220,15 +183,6 @@ def _free_pictures(folder: Path, stem: str) -> str:
         except DataError:  # unknown: leave the usual name to it
             taken.add(PICTURES)
     return stem if PICTURES in taken else PICTURES
-
-
-def _owned(record: Record, files: Iterable[str]) -> list[Part]:
-    """A record's parts; a record without parts is a single one."""
-    if record.parts or not (record.figures or record.tables or record.rows):
-        return record.parts
-    keys = tuple(figure.key for figure in record.figures)
-    named = [{name: name for name in names} for names in (record.tables, record.rows, files)]
-    return [Part("", hashlib.sha256(json.dumps(keys).encode()).hexdigest(), keys, *named)]
 
 
 def _joined(new: Record, old: Record | None) -> Record:

@@ -4,12 +4,12 @@ import hashlib
 import json
 import math
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from jemkit.errors import DataError
@@ -23,8 +23,8 @@ STEM = "evaluation"
 JSON, ROWS, PICTURES = f"{STEM}.json", f"{STEM}.safetensors", STEM
 SEAL = "sha256"
 
-FOLDER = re.compile(rf"{STEM}(-[0-9a-f]{{8}})?")
-FILE = re.compile(r"[^./\\\x00][^/\\\x00]*")
+Folder = Annotated[str, Field(pattern=rf"^{STEM}(-[0-9a-f]{{8}})?$")]
+File = Annotated[str, Field(pattern=r"^[^./\\\x00][^/\\\x00]*$")]
 """Allowed names in a record: of the folder of its plots, and of a file in it."""
 
 Kind = Literal["tables", "rows", "files"]
@@ -42,7 +42,7 @@ class Part(NamedTuple):
     figures: tuple[str, ...] = ()
     tables: dict[str, str] = {}
     rows: dict[str, str] = {}
-    files: dict[str, str] = {}
+    files: dict[str, File] = {}
 
     def names(self, kind: Kind) -> dict[str, str]:
         """The evaluator's names of what it left of a kind, to those in the record."""
@@ -53,6 +53,8 @@ class Part(NamedTuple):
 class Record:
     """All figures of a model on a data set, with protocols, tables and plots."""
 
+    __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True)
+
     subject: dict[str, Any]  # the evaluated model: path, SHA-256 of the weights, parts
     protocol: dict[str, Any]  # entries of the newest evaluation as a whole
     figures: list[Figure]  # the newest first
@@ -60,8 +62,8 @@ class Record:
     rows: dict[str, Tensor] = field(default_factory=dict)  # one value an image
     left_out: dict[str, str] = field(default_factory=dict)  # skipped evaluators, and why
     warnings: list[str] = field(default_factory=list)
-    parts: list[Part] = field(default_factory=list)  # the newest first; none of older formats
-    pictures: str = PICTURES  # the folder of its plots
+    parts: list[Part] = field(default_factory=list)  # the newest first
+    pictures: Folder = PICTURES  # the folder of its plots
 
     def value(self, name: str, **protocol: Any) -> float:
         """A figure's value by its name, and by entries of its protocol: radius_px=8."""
@@ -84,22 +86,25 @@ class Record:
 
     def rows_of(self, figure: Figure) -> Tensor | None:
         """A figure's outcomes, image by image; None if there are none."""
-        name = figure.name
-        if self.parts:
-            owner = next((p for p in self.parts if figure.key in p.figures), None)
-            name = "" if owner is None else owner.rows.get(name, "")
-        return self.rows.get(name)
+        owner = next((p for p in self.owned() if figure.key in p.figures), None)
+        return None if owner is None else self.rows.get(owner.rows.get(figure.name, ""))
+
+    def owned(self, files: Iterable[str] = ()) -> list[Part]:
+        """Its parts; a record without parts, such as one of an older format, is a single one."""
+        if self.parts or not (self.figures or self.tables or self.rows):
+            return self.parts
+        keys = tuple(figure.key for figure in self.figures)
+        named = [{name: name for name in names} for names in (self.tables, self.rows, files)]
+        return [Part("", hashlib.sha256(json.dumps(keys).encode()).hexdigest(), keys, *named)]
 
     def named(self, kind: Kind, name: str) -> list[str]:
         """The names in this record of all tables, rows or files that evaluators call `name`."""
-        if not self.parts:
-            return [name] if name in getattr(self, kind, ()) else []
-        stored = [part.names(kind)[name] for part in self.parts if name in part.names(kind)]
+        stored = [part.names(kind)[name] for part in self.owned() if name in part.names(kind)]
         return sorted(stored, key=lambda one: one != name)
 
     def card_of(self, kind: Kind, stored: str) -> dict[str, Any]:
         """The protocol of a table, rows or a file."""
-        for part in self.parts:
+        for part in self.owned():
             if stored in part.names(kind).values():
                 owned = [f for f in self.figures if f.key in part.figures]
                 if owned:
@@ -186,51 +191,17 @@ def _read(folder: Path, stem: str) -> Record:
     saved, wanted = _sealed(path)
     rows = _rows(folder, stem, wanted)
     try:
-        figures = [_figure(figure) for figure in saved["figures"]]
-        record = Record(
-            dict(saved["subject"]), dict(saved["protocol"]), figures, dict(saved["tables"]), rows,
-            _texts(dict(saved["left_out"])), _listed_texts(saved["warnings"]),
-            [_part(part) for part in saved.get("parts", ())], str(saved.get("pictures", PICTURES)),
-        )  # fmt: skip
-        if not FOLDER.fullmatch(record.pictures):
-            raise ValueError(f"{record.pictures!r} is no folder of pictures")
-        for part in record.parts:
-            for names, there in ((part.tables, record.tables), (part.rows, record.rows)):
-                if lost := set(names.values()) - there.keys():
-                    raise ValueError(f"{min(lost)!r} is not there")
-        return record
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise DataError(f"{path} is damaged: {type(error).__name__}: {error}") from None
-
-
-def _figure(saved: Mapping[str, Any]) -> Figure:
-    figure = Figure(**{**saved, "value": _number(saved["value"])})
-    _texts({"name": figure.name})
-    for bound in (figure.low, figure.high):
-        if bound is not None:
-            _number(bound)
-    if type(figure.n) is not int or figure.n < 0:
-        raise TypeError(f"the figure {figure.name!r} is of {figure.n!r} images")
-    return figure._replace(protocol=dict(figure.protocol))
-
-
-def _part(saved: Mapping[str, Any]) -> Part:
-    names = {kind: _texts(dict(saved[kind])) for kind in ("tables", "rows", "files")}
-    if unfit := [n for n in names["files"].values() if not FILE.fullmatch(n)]:
-        raise ValueError(f"{unfit[0]!r} is no name of a picture")
-    figures = tuple(_listed_texts(saved["figures"]))
-    return Part(str(saved["evaluator"]), str(saved["key"]), figures, **names)
-
-
-def _texts(table: dict[Any, Any]) -> dict[Any, str]:
-    """A table whose values are strings."""
-    if unfit := [value for value in table.values() if not isinstance(value, str)]:
-        raise TypeError(f"{str(unfit[0])[:40]!r} is not text")
-    return table
-
-
-def _listed_texts(values: Any) -> list[str]:
-    return list(_texts(dict(enumerate(values))).values())
+        record = TypeAdapter(Record).validate_python({**saved, "rows": rows})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DataError(f"{path} is damaged: {place}: {first['msg']}") from None
+    for part in record.parts:
+        lost = set(part.tables.values()) - record.tables.keys()
+        lost |= set(part.rows.values()) - record.rows.keys()
+        if lost:
+            raise DataError(f"{path} is damaged: {min(lost)!r} is not there")
+    return replace(record, parts=record.owned())
 
 
 def _sealed(path: Path) -> tuple[dict[str, Any], str | None]:
@@ -282,11 +253,3 @@ def pictures(folder: Path, record: Record | None = None) -> dict[str, Path]:
     """The plots of a record, by name."""
     where = folder / (record.pictures if record else PICTURES)
     return {path.stem: path for path in sorted(where.glob("*.png"))}
-
-
-def _number(value: object) -> float:
-    if value is None:
-        return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{str(value)[:40]!r} is not a number")
-    return float(value)
