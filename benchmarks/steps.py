@@ -41,8 +41,14 @@ from jemkit.sampling.density import Buffer
 from jemkit.sampling.init_dists import Uniform
 from jemkit.training.build import laid_out
 from jemkit.training.objective_contexts import compiled_chains, in_bf16
-from jemkit.training.profiling.flops import flops, step_work, traffic
-from jemkit.training.profiling.roofline import measured, product_rate, seconds
+from jemkit.training.profiling.roofline import (
+    flops,
+    measured,
+    product_rate,
+    seconds,
+    step_work,
+    traffic,
+)  # fmt: skip
 from jemkit.updaters import SAM, Plain
 
 REGISTRY = installed(third_party=False)

@@ -20,8 +20,7 @@ from stage import Given, given_of, parser, say
 
 from jemkit.runtime.precision import numerics
 from jemkit.runtime.timing import fastest, settle
-from jemkit.training.profiling.flops import flops, step_work
-from jemkit.training.profiling.roofline import product_rate
+from jemkit.training.profiling.roofline import flops, product_rate, step_work
 from jemkit.updaters import SAM, Plain
 
 BATCH, EPOCHS, IMAGES = 128, 100, 45_000

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
-
 from jemkit.config.optim import SGD, Adam
 from jemkit.config.registry import Registry
 from jemkit.config.retired import current
@@ -217,8 +215,6 @@ def read_layer(source: Path | Mapping[str, Any]) -> Table:
 
 FETCHING = frozenset({"download", "pretrained"})  # options that allow a part to access the network
 
-BOOL = TypeAdapter(bool)
-
 
 def offline(tree: Any) -> Any:
     """The same tables without permissions to download.
@@ -231,17 +227,9 @@ def offline(tree: Any) -> Any:
     if not isinstance(tree, dict):
         return tree
     return {
-        name: False if name in FETCHING and _means_true(value) else offline(value)
+        name: False if name in FETCHING and value else offline(value)
         for name, value in tree.items()
     }
-
-
-def _means_true(value: Any) -> bool:
-    """Whether an option would interpret a value as true: "yes" and 1 are such values."""
-    try:
-        return BOOL.validate_python(value)
-    except ValidationError:
-        return False
 
 
 def _is_table_of_recipe(name: str, table: Any) -> bool:
@@ -249,15 +237,13 @@ def _is_table_of_recipe(name: str, table: Any) -> bool:
     return name in TABLES and (name != "data" or not isinstance(table, dict) or "use" in table)
 
 
-def not_too_deep(tree: Any) -> Any:
+def not_too_deep(tree: Any, left: int = DEEPEST) -> Any:
     """Parsed TOML or JSON; ValueError if it is nested too deep for a recipe."""
-    level, depth = [tree], 0
-    while level:
-        depth += 1
-        if depth > DEEPEST:
-            raise ValueError(f"more than {DEEPEST} tables or lists are nested")
-        lists = [list(v.values()) if isinstance(v, dict) else v for v in level]
-        level = [value for values in lists if isinstance(values, list) for value in values]
+    if not left:
+        raise ValueError(f"more than {DEEPEST} tables or lists are nested")
+    below = [*tree.values()] if isinstance(tree, dict) else tree
+    for value in below if isinstance(below, list) else ():
+        not_too_deep(value, left - 1)
     return tree
 
 

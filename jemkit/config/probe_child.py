@@ -4,13 +4,11 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any
 
-from jemkit.config.probing import END, IMPORT, NoRoom, Refused, Verdict, contained, error_line
-from jemkit.errors import memory_ran_out
+from jemkit.config.probing import END, IMPORT, Refused, Verdict, contained, error_line
 
 if TYPE_CHECKING:
     from jemkit.config.registry import Registry
@@ -40,24 +38,18 @@ def child(entries: str) -> None:
 
 def _try(entry: EntryPoint, own: "Registry", descriptor: int) -> None:
     """Import a plug-in, report what is wrong, and end as an interpreter does."""
-    before = _state()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(IMPORT)
-    fault, lasting = "", True
+    fault = ""
     try:
         with contained():
             fault = _unfit(entry.load(), entry.name, own)
-    except NoRoom:
-        lasting = False
     except KeyboardInterrupt as error:
         fault = error_line(error)
     except Refused:  # what it raises is reported where it is used
         pass
-    changed = [what for what, now in _state().items() if now != before[what]]
-    if changed and not fault:
-        fault = f"its import changes {', '.join(changed)} of the whole process"
     threads = [t.name for t in threading.enumerate() if not t.daemon and t.name != "MainThread"]
-    os.write(descriptor, json.dumps([fault, ", ".join(threads), lasting]).encode())
+    os.write(descriptor, json.dumps([fault, ", ".join(threads)]).encode())
     signal.alarm(END)
 
 
@@ -70,12 +62,12 @@ def _verdict(report: str, code: int) -> Verdict:
         return Verdict(f"its import does not end within {IMPORT} s")
     if not report:
         return Verdict(f"it ends the interpreter when it is imported ({ended})")
-    fault, threads, lasting = json.loads(report)
+    fault, threads = json.loads(report)
     if code == -signal.SIGALRM:
         fault = f"it keeps the process from ending ({threads or 'no thread'} is still running)"
-    elif code and lasting:
+    elif code:
         fault = f"it ends the process itself ({ended})"
-    return Verdict(fault, lasting)
+    return Verdict(fault)
 
 
 def _unfit(module: Any, name: str, own: "Registry") -> str:
@@ -94,22 +86,6 @@ def _unfit(module: Any, name: str, own: "Registry") -> str:
             try:
                 json.dumps(part_schema(offer.part, both))
             except Exception as error:
-                if memory_ran_out(error):
-                    raise
-                return (
-                    f"the options of the {kind} {offer.name!r} have no schema: {error_line(error)}"
-                )
+                why = f"{kind} {offer.name!r} have no schema: {error_line(error)}"
+                return f"the options of the {why}"
     return ""
-
-
-def _state() -> dict[str, Any]:
-    """Settings of the whole process, which no import may change."""
-    import torch
-
-    readers: dict[str, Callable[[], Any]] = {
-        "torch's default dtype": torch.get_default_dtype,
-        "torch's default device": lambda: str(torch.get_default_device()),
-        "whether torch records gradients": torch.is_grad_enabled,
-        "the working folder": os.getcwd,
-    }
-    return {what: ask() for what, ask in readers.items()}

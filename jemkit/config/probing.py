@@ -19,7 +19,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jemkit.errors import memory_ran_out
 from jemkit.runtime.files import cache_folder, read_json, write_json
 
 IMPORT, END, LAST = 60, 10, 600  # seconds: to import a plug-in, to end after that, and in total
@@ -29,10 +28,6 @@ MOST = 5000  # limit on the files of a plug-in that are examined for changes
 
 class Refused(Exception):
     """The exception of a plug-in, as a line."""
-
-
-class NoRoom(Refused):
-    """It raised because memory ran out, which is not the plug-in's fault."""
 
 
 def error_line(error: BaseException) -> str:
@@ -58,8 +53,7 @@ def contained() -> Iterator[None]:
     except (Refused, KeyboardInterrupt):
         raise
     except BaseException as error:
-        kind = NoRoom if memory_ran_out(error) else Refused
-        raise kind(error_line(error)) from None
+        raise Refused(error_line(error)) from None
     finally:
         with suppress(ValueError, TypeError):  # another thread; a handler that is not Python's
             for number, handler in handlers.items():

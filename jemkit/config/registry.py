@@ -1,6 +1,5 @@
 """Names to parts: the registry and the guarded loader of plug-ins."""
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import pluggy
+from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from jemkit.config.probing import Guest, Refused, contained, lethal
 from jemkit.errors import ConfigError, UnknownName
@@ -180,26 +180,27 @@ def _given(manager: pluggy.PluginManager, hook: str, what: str) -> dict[Any, Any
 LAYERS = ("data", "backbone", "objective", "run", "preset", "study")  # see `jemkit.hookspecs`
 
 
+TABLES = TypeAdapter(dict[str, dict[str, JsonValue]])
+
+
 def _check_layer(key: Any, layer: Any) -> None:
-    if not isinstance(key, str) or key.partition("/")[0] not in LAYERS or not key.partition("/")[2]:
+    name, _, rest = str(key).partition("/")
+    if name not in LAYERS or not rest:
         wanted = ", ".join(f"{name}/..." for name in LAYERS)
         raise TypeError(f"a recipe layer belongs to {key!r}; expected one of {wanted}")
     if isinstance(layer, Path):
         if not layer.is_file():
             raise TypeError(f"the recipe layer {key!r} is the file {layer}, which is missing")
         return
-    if not isinstance(layer, Mapping):
-        raise TypeError(f"the recipe layer {key!r} is {layer!r}; expected a table or a Path")
-    for name, table in layer.items():
-        if not isinstance(name, str) or not isinstance(table, Mapping):
-            raise TypeError(
-                f"the recipe layer {key!r} has {name!r} = {table!r}; expected tables, such as "
-                "{'run': {'epochs': 10}}"
-            )
     try:
-        json.dumps(layer)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"the recipe layer {key!r} holds what TOML cannot: {error}") from None
+        TABLES.validate_python(layer)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise TypeError(
+            f"the recipe layer {key!r} is {layer!r}; expected a Path, or tables such as "
+            f"{{'run': {{'epochs': 10}}}} ({where}: {first['msg']})"
+        ) from None
 
 
 def _check_hook_names(module: Any) -> None:

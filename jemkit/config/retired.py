@@ -1,6 +1,5 @@
 """Runs of jemkit 0.1: their config.json in the terms of this version."""
 
-from collections.abc import Iterator
 from typing import Any
 
 Table = dict[str, Any]
@@ -44,7 +43,10 @@ def _translated(options: Table) -> Table:
     """The options of EB-JDAT."""
     if released := _released(options):
         return released
-    now = {k: v for k, v in options.items() if k not in GONE} | dict(_acting(options))
+    acts = {k: options[k] for k, v in FIXED.items() if options.get(k, v) != v}
+    if options.get("start_px") not in (None, options.get("radius_px")):
+        acts["start_px"] = options["start_px"]
+    now = {k: v for k, v in options.items() if k not in GONE} | acts
     if options.get("w2") == 0 and options.get("outer") in ("abs", "hinge"):  # does nothing
         now["outer"] = "align"
     ascent = _ascent(options)
@@ -73,18 +75,3 @@ def _released(options: Table) -> Table | None:
         return None
     chain = {"adv_steps": options.get("adv_steps", 5), "start_px": sizes[0], "step_px": sizes[1]}
     return {"use": "ebjdatreleased", **weights, **chain, "climbs": climbs}
-
-
-def _acting(options: Table) -> Iterator[tuple[str, Any]]:
-    """The options that are gone, where their value acts."""
-    no_gap = options.get("w2") == 0
-    if no_gap and options.get("w3") == 0:
-        return
-    still = options.get("adv_steps") == 0
-    idle = {*(("direction", "projection") if still else ()), *(("pair",) if no_gap else ())}
-    for name, value in FIXED.items():
-        if options.get(name, value) != value and name not in idle:
-            yield name, options[name]
-    start = options.get("start_px")
-    if start is not None and start != options.get("radius_px"):
-        yield "start_px", start

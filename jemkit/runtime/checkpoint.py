@@ -73,25 +73,17 @@ def load(path: Path) -> State:
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint, a run's newest one, an exported model or a safetensors file."""
+    """The weights of a checkpoint, a run's newest one, or a safetensors file."""
     if path.exists() and not path.is_dir():
         return load_tensors(path)
     folder = path if (path / MANIFEST).exists() else newest(path / "checkpoints")
-    if folder is not None:
-        verify(folder)
-        return load_tensors(folder / MODEL)
-    if not (path / MODEL).is_file():
+    if folder is None:
         raise DataError(
             f"{path} is not a checkpoint, a run with checkpoints, an exported or imported model or "
             "a safetensors file"
         )
-    config = read_json(path / "config.json")
-    hashes = config.get("sha256") if isinstance(config, dict) else None
-    wanted = hashes.get(MODEL) if isinstance(hashes, dict) else None
-    if file_hash(path / MODEL) != wanted:
-        where = f"the {wanted} of config.json"
-        raise DataError(f"{path / MODEL} is damaged: its SHA-256 is not {where}")
-    return load_tensors(path / MODEL)
+    verify(folder)
+    return load_tensors(folder / MODEL)
 
 
 def verify(path: Path) -> dict[str, str]:

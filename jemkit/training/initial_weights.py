@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from jemkit.config.layers import flat
 from jemkit.config.recipe import Recipe
 from jemkit.data import Dataset
 from jemkit.errors import UsageError
 from jemkit.runtime import checkpoint
-from jemkit.runtime.files import read_json
+from jemkit.runtime.files import load_tensors, read_json
 from jemkit.training import pinned
+from jemkit.training.model_card import WEIGHTS
+from jemkit.training.model_folder import is_exported, verify
 
 STEEP = 0.1
 """Share of the learning rate in the first step above which a warning is given: momentum averages
@@ -29,7 +30,11 @@ class Initial(NamedTuple):
 
 def initial(path: Path) -> Initial:
     """The weights of a run, a checkpoint, an exported or imported model or a safetensors file."""
-    weights = checkpoint.load_weights(path)
+    if is_exported(path):
+        verify(path)
+        weights = load_tensors(path / WEIGHTS)
+    else:
+        weights = checkpoint.load_weights(path)
     at = path.resolve()
     folder = at.parents[1] if (at / checkpoint.MANIFEST).exists() else at
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -40,18 +45,11 @@ def doubts(start: Initial, recipe: Recipe, total_steps: int) -> list[str]:
     """What may harm these weights, or their meaning, in a run of this recipe."""
     warnings = [_other_classes(start, recipe.data)]
     rate, factor = recipe.optimizer.lr, recipe.schedule.factor(0, total_steps)
-    began = dict(flat(start.config))
-    trained, use = began.get("recipe.optimizer.lr"), began.get("recipe.optimizer.use")
     if factor >= STEEP:
         warnings.append(
             f"the first step already uses {factor:.0%} of optimizer.lr = {rate:g}, which may "
             f"destroy the weights of {start.path}: use a lower optimizer.lr, or a longer warm-up "
             "by schedule.warmup (steps) and schedule.warmup_share (of the run)"
-        )
-    if use == recipe.optimizer.use and isinstance(trained, float) and rate > trained:
-        warnings.append(
-            f"optimizer.lr = {rate:g} is more than the {trained:g} that the weights of "
-            f"{start.path} were trained with, and may destroy them: use a lower one"
         )
     return [text for text in warnings if text]
 

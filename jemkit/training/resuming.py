@@ -126,16 +126,6 @@ def check_config(config: Path, state: dict[str, Any], path: Path) -> dict[str, A
     return current
 
 
-def extension(before: int, now: int, rates: tuple[float, float]) -> str:
-    """The warning for a run that continues for more epochs than it was started for."""
-    return (
-        f"the run was started with {before} epochs and continues to {now}. From here on its "
-        f"learning rate follows the schedule of {now} epochs ({rates[1]:.3g} at this step, where "
-        f"it was {rates[0]:.3g}), so it is not bit-for-bit identical to a run of {now} epochs from "
-        "the start"
-    )
-
-
 def _stored_config(state: dict[str, Any], path: Path) -> dict[str, Any] | None:
     """The part of config.json that a checkpoint stores."""
     saved = state.get("config")

@@ -148,11 +148,12 @@ def _go_on(trainer: Trainer, start: dict[str, Any]) -> None:
     """Store the recipe with which a run resumes, if it changed."""
     before, now = start["epochs"], trainer.recipe.run.epochs
     if now > before:
-        rate = trainer.recipe.optimizer.lr * trainer.rollback.rate
-        totals = (trainer.total_steps // now * before, trainer.total_steps)
-        factor = trainer.recipe.schedule.factor
-        was, becomes = (rate * factor(min(trainer.step, n - 1), n) for n in totals)
-        _warn_event(trainer.folder, "extended", resuming.extension(before, now, (was, becomes)))
+        message = (
+            f"the run was started with {before} epochs and continues to {now}. From here on its "
+            f"learning rate follows the schedule of {now} epochs, so it is not bit-for-bit "
+            f"identical to a run of {now} epochs from the start"
+        )
+        _warn_event(trainer.folder, "extended", message)
     if start["changed"]:
         write_json(trainer.folder.path / pinned.CONFIG, start["config"])
 

@@ -46,15 +46,10 @@ class Best(Part):
 
 
 class Attempt(Part):
-    attempt: Annotated[Count, Field(ge=1)]
-    of: Count
-    signal: str
     what: str
     step: Count
-    since: int
     to: Count
     remedy: Literal["rate", "steps", "penalty"]
-    renewed: Count
     continued_with: str = Field(alias="with")
 
 

@@ -56,9 +56,6 @@ WRONG = {
         "it keeps the process from ending (busy is still running)",
     ),
     "exits": ("import atexit, os; atexit.register(os._exit, 3)", "itself (exit code 3)"),
-    "dtype": (
-        "import torch; torch.set_default_dtype(torch.float64)", "changes torch's default dtype"
-    ),
     "hook": (
         "from jemkit import hookimpl\n@hookimpl\ndef jemkit_samplers():\n    import os\n"
         "    os._exit(1)",
@@ -206,12 +203,12 @@ FAULTS: list[tuple[str, Any, str]] = [
     ),
     ("jemkit_recipes", None, "jemkit_recipes returned None; expected a mapping of names to layers"),
     ("jemkit_recipes", ["preset/x"], "expected a mapping"),
-    ("jemkit_recipes", {"preset/x": 3}, "'preset/x' is 3; expected a table or a Path"),
-    ("jemkit_recipes", {"preset/x": "x.toml"}, "expected a table or a Path"),
+    ("jemkit_recipes", {"preset/x": 3}, "'preset/x' is 3; expected a Path, or tables"),
+    ("jemkit_recipes", {"preset/x": "x.toml"}, "expected a Path, or tables"),
     ("jemkit_recipes", {3: {}}, "a recipe layer belongs to 3; expected one of data/..."),
     ("jemkit_recipes", {"presets/x": {}}, "expected one of data/..."),
-    ("jemkit_recipes", {"preset/x": {"run": 3}}, "has 'run' = 3; expected tables"),
-    ("jemkit_recipes", {"preset/x": {"run": {"epochs": {1}}}}, "holds what TOML cannot"),
+    ("jemkit_recipes", {"preset/x": {"run": 3}}, "(run: "),
+    ("jemkit_recipes", {"preset/x": {"run": {"epochs": {1}}}}, "(run.epochs: "),
     ("jemkit_recipes", {"preset/x": Path("nowhere.toml")}, "nowhere.toml, which is missing"),
     ("jemkit_samplers", {3: Still}, "the sampler name 3 is not one lower-case word"),
     ("jemkit_samplers", {"still": None}, "the sampler 'still' is None; expected a class"),
@@ -286,8 +283,6 @@ LARGE = {
     "killed": (
         "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "its import was killed (SIGKILL)"
     ),
-    "refused": ("raise MemoryError", ""),
-    "torchs": ("raise RuntimeError('DefaultCPUAllocator: not enough memory')", ""),
     "aborted": ("import os\nos.abort()", "it ends the interpreter when it is imported (SIGABRT)"),
     "json": ("", ""),
 }  # fmt: skip

@@ -43,12 +43,7 @@ SAME: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"step": "gradient", "step_size": 0.05, "step_px": 3.0}, {**NEW, "ascent": SGLD}),
     ({"radius_px": 4.0, "start_px": 4.0}, {**NEW, "radius_px": 4.0}),
     ({"margin": 0.5}, NEW),
-    ({"w2": 0.0, "outer": "hinge", "pair": "density"}, {**NEW, "w2": 0.0}),
-    ({"adv_steps": 0, "direction": "lower", "projection": False}, {**NEW, "adv_steps": 0}),
-    (
-        {"w2": 0.0, "w3": 0.0, "w_clean": 1.0, "direction": "lower", "start_px": 1.0},
-        {**NEW, "w2": 0.0, "w3": 0.0, "w_clean": 1.0},
-    ),
+    ({"w2": 0.0, "outer": "hinge"}, {**NEW, "w2": 0.0}),
     (PROGRAM, RELEASED),
     ({**PROGRAM, "inner": "ce", "direction": "raise"}, {**RELEASED, "climbs": "ce"}),
     ({**PROGRAM, "w_clean": 0.3, "adv_steps": 2}, {**RELEASED, "w_clean": 0.3, "adv_steps": 2}),

@@ -25,7 +25,7 @@ from jemkit.evaluation.subjects import subject_at
 from jemkit.metrics import record_file
 from jemkit.metrics.record_file import SEAL
 from jemkit.metrics.record_file import _hash as sealed
-from jemkit.runtime import checkpoint as checkpoints
+from jemkit.training.initial_weights import initial
 
 REGISTRY = toy_registry()
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ RUN: Commands = (
     lambda run: compare([run, run.parent / "whole"], seeds=True),
 )
 MODEL: Commands = (
-    evaluate, sample, lambda folder: load(folder, registry=REGISTRY), checkpoints.load_weights,
+    evaluate, sample, lambda folder: load(folder, registry=REGISTRY), initial,
 )  # fmt: skip
 
 

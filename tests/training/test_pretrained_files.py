@@ -187,7 +187,7 @@ def test_what_is_no_checkpoint_is_named(content: bytes, message: str, tmp_path: 
 def test_what_is_no_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a file"):
         read_checkpoint(tmp_path / "nowhere.pt")
-    with pytest.raises(DataError, match="is a folder; expected one checkpoint in it, it has none"):
+    with pytest.raises(DataError, match="is not a file"):
         read_checkpoint(tmp_path)
 
 

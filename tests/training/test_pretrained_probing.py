@@ -11,7 +11,6 @@ from authors import Authors, Plain, buffer, made, saved
 from hypothesis import given
 from hypothesis import settings as bounded
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from toys import REGISTRY
@@ -135,20 +134,6 @@ def test_the_format_chooses_among_state_dicts(tmp_path: Path) -> None:
     assert same(read(content, tmp_path, format="mebm").weights, JEM)
     with pytest.raises(DataError, match="classifier, jem"):
         read(content, tmp_path)
-
-
-def test_a_folder_with_one_checkpoint_is_read(tmp_path: Path) -> None:
-    state = {name: t.contiguous() for name, t in JEM.items()}
-    save_file(state, tmp_path / "model.safetensors")
-    (tmp_path / "notes.txt").write_text("read me")
-    assert same(read_checkpoint(tmp_path).weights, JEM)
-    torch.save(JEM, tmp_path / "other.pt")
-    assert read_checkpoint(tmp_path).file == "model.safetensors"
-    (tmp_path / "model.safetensors").unlink()
-    assert read_checkpoint(tmp_path).file == "other.pt"
-    torch.save(JEM, tmp_path / "another.pt")
-    with pytest.raises(DataError, match=r"it has another\.pt, other\.pt\. Name one"):
-        read_checkpoint(tmp_path)
 
 
 def test_what_is_nested_without_end_is_refused(tmp_path: Path) -> None:

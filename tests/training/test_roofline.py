@@ -28,17 +28,20 @@ from jemkit.sampling.kernels import SGLD, Boxed, eager_gradient
 from jemkit.testing import toy_backbone, toy_batch, toy_model, toy_task
 from jemkit.training.build import build_run
 from jemkit.training.profiling import roofline as profiling
-from jemkit.training.profiling.flops import (  # fmt: skip
+from jemkit.training.profiling.roofline import (  # fmt: skip
     Like,
     Operation,
     StepWork,
     counted,
     flops,
+    measured,
+    roofline_of,
+    rows,
+    seconds,
     step_work,
     takings,
     traffic,
 )
-from jemkit.training.profiling.roofline import measured, roofline_of, rows, seconds
 from jemkit.updaters import SAM, Plain
 
 sys.path.insert(0, str(root() / "benchmarks"))

@@ -53,17 +53,22 @@ def looks_like(names: Iterable[str]) -> list[Format]:
     return ["jempp", "sadajem", *mebm, "ebjdat"]
 
 
+def _known(weights: Mapping[str, Tensor]) -> list[Format]:
+    """The formats with such names, of which there must be one."""
+    if like := looks_like(weights):
+        return like
+    raise DataError(
+        f"its names match no known format: {listed(weights, 3)}; expected those of "
+        f"{', '.join(FORMATS)}, such as conv1.bias, layer1.0.conv1.bias and linear.weight"
+    )
+
+
 def recognised(weights: Mapping[str, Tensor]) -> Format:
     """The format according to names and shapes, or the likeliest of several with the same network.
 
     A trained energy head means M-EBM; see `head_moved`.
     """
-    like = looks_like(weights)
-    if not like:
-        raise DataError(
-            f"its names match no known format: {listed(weights, 3)}; "
-            f"expected those of {', '.join(FORMATS)}"
-        )
+    like = _known(weights)
     if "mebm" in like and head_moved(weights):
         return "mebm"
     if like[0] == "jempp" and "sadajem" in like:
@@ -109,7 +114,11 @@ def read_layout(weights: Mapping[str, Tensor], format: Format, norm: Norm | None
     Mean pooling is assumed: no file shows the authors' `sum_pool`, which is off by default.
     """
     prefix, head = ("", "linear") if format == "wrn" else ("f.", "class_output")
-    _check_format(weights, format, prefix, head)
+    if format not in (like := _known(weights)):
+        raise DataError(
+            f"its names are not those of {format}; they look like {' or '.join(like)}: "
+            f"give --format {like[0]}"
+        )
     stages, blocks = _depth(weights, prefix)
     network = _network(weights, prefix, blocks, norm)
     channels = _size(weights, f"{prefix}conv1.weight", 4, 1)
@@ -128,20 +137,6 @@ def read_layout(weights: Mapping[str, Tensor], format: Format, norm: Norm | None
     ours = {n: weights[theirs[n]].detach().to(t.dtype).contiguous() for n, t in wanted.items()}
     left = sorted(n for n in unused if n not in read)
     return Reading(ours, network, channels, stages, n_classes, bool(aliases), left)
-
-
-def _check_format(weights: Mapping[str, Tensor], format: Format, prefix: str, head: str) -> None:
-    like = looks_like(weights)
-    if not like:
-        raise DataError(
-            f"its names match no known format: {listed(weights, 3)}; expected, for {format}, "
-            f"{prefix}conv1.weight with a bias, {head}.weight and so on"
-        )
-    if format not in like:
-        raise DataError(
-            f"its names are not those of {format}; they look like {' or '.join(like)}: "
-            f"give --format {like[0]}"
-        )
 
 
 def _depth(weights: Mapping[str, Tensor], prefix: str) -> tuple[int, int]:

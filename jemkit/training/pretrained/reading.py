@@ -22,9 +22,6 @@ from jemkit.training.pretrained.probing import StateDict, state_dict_in
 LIMIT = 4 * 2**30
 """Size limit of a file; a wrn-28-10 with its buffer has 270 million bytes."""
 
-ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".th", ".tar")
-"""File extensions of checkpoints in a folder."""
-
 MAGIC = 0x1950A86A20F9469CFC6C
 """The number at the start of a file of torch.save before torch 1.6."""
 
@@ -48,9 +45,8 @@ def read_checkpoint(path: Path, format: Format | None = None, key: str | None = 
     """The weights of a .pt, .pth or .safetensors file; DataError if it is anything else.
 
     They are found by their names, under any key and prefix; if several state dicts fit, `format`
-    and `key` select one. In a folder the only checkpoint is read.
+    and `key` select one.
     """
-    path = _file(path)
     if not path.is_file():
         raise DataError(f"{path} is not a file; expected a checkpoint, .pt, .pth or .safetensors")
     data = read_file(path, LIMIT)
@@ -60,18 +56,6 @@ def read_checkpoint(path: Path, format: Format | None = None, key: str | None = 
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     return state._replace(file=path.name, sha256=hashlib.sha256(data).hexdigest())
-
-
-def _file(path: Path) -> Path:
-    """The checkpoint at a path: the file itself, or the only one in a folder."""
-    if not path.is_dir():
-        return path
-    inside = sorted(p for p in path.iterdir() if p.suffix in ENDINGS and p.is_file())
-    safe = [p for p in inside if p.suffix == ".safetensors"]
-    if len(inside) == 1 or len(safe) == 1:
-        return (safe or inside)[0]
-    names = ", ".join(p.name for p in inside[:5]) or "none"
-    raise DataError(f"{path} is a folder; expected one checkpoint in it, it has {names}. Name one")
 
 
 def loaded(data: bytes) -> Any:

@@ -1,22 +1,176 @@
-"""The roofline of a training step: its FLOPs and memory traffic at the machine's measured rates."""
+"""The roofline of a training step: its FLOPs and memory traffic at the machine's measured rates.
 
+Every operation for which torch has a FLOP formula is recorded with its shapes, and timed alone.
+"""
+
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Generator
+from torch import Generator, Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.flop_counter import flop_registry
 
+from jemkit.backbone import Backbone
 from jemkit.config.recipe import Recipe, Resolved
-from jemkit.data import positives
+from jemkit.data import Batch, positives
+from jemkit.objective import Objective, Terms
+from jemkit.runtime.modes import frozen_batch_stats
 from jemkit.runtime.precision import numerics
 from jemkit.runtime.run_dir import versions
 from jemkit.runtime.timing import PATIENCE, Clock, elapsed, fastest
 from jemkit.step import train_step
 from jemkit.training.build import RunState
-from jemkit.training.profiling.flops import Operation, StepWork, Work, flops, step_work, traffic
-from jemkit.updaters import Guard
+from jemkit.updaters import Guard, UpdaterSpec
+
+
+@dataclass(frozen=True)
+class Like:
+    """A tensor's shape, dtype and layout: all that the cost of an operation depends on."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, t: Tensor) -> "Like":
+        return cls(tuple(t.shape), tuple(t.stride()), t.dtype)
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def tensor(self, rng: Generator) -> Tensor:
+        t = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=rng.device)
+        return t.normal_(generator=rng) if self.dtype.is_floating_point else t.zero_()
+
+
+class Operation(NamedTuple):
+    """One call that does FLOPs; equal calls compare equal, so that they can be counted."""
+
+    name: str  # such as aten.convolution.default
+    arguments: tuple[Any, ...]  # tensors as Like, lists as tuples
+    flops: int
+    bytes: int  # read and written, each operand once
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        operator: Any = torch.ops
+        for part in self.name.split("."):
+            operator = getattr(operator, part)
+        return operator  # type: ignore[no-any-return]
+
+    def call(self, rng: Generator) -> Callable[[], Any]:
+        """The operation on noise, for timing."""
+        filled = tree_map(lambda v: v.tensor(rng) if isinstance(v, Like) else v, self.arguments)
+        function = self.function
+        return lambda: function(*filled)
+
+
+Work = Counter[Operation]
+"""How often each operation is called."""
+
+
+def flops(work: Work) -> int:
+    return sum(operation.flops * calls for operation, calls in work.items())
+
+
+def traffic(work: Work) -> int:
+    """Bytes that the operations read and write, as if everything between them were fused."""
+    return sum(operation.bytes * calls for operation, calls in work.items())
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records every operation for which torch's flop counter has a formula."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.work: Work = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            tensors = [t for t in tree_flatten((args, out))[0] if isinstance(t, Tensor)]
+            operation = Operation(
+                str(func),
+                _hashable(tree_map(lambda v: Like.of(v) if isinstance(v, Tensor) else v, args)),
+                int(formula(*args, **(kwargs or {}), out_val=out)),
+                sum(Like.of(t).bytes for t in tensors),
+            )
+            self.work[operation] += 1
+        return out
+
+
+@contextmanager
+def counted() -> Iterator[Work]:
+    """The operations inside the block."""
+    with Recorder() as recorder:
+        yield recorder.work
+
+
+class StepWork(NamedTuple):
+    """The FLOPs of a training step."""
+
+    draw: Work  # of its chains
+    update: Work  # of one evaluation of the loss and its gradient
+    updates: int  # how many of them: 1 for plain descent, 2 under SAM
+
+    @property
+    def whole(self) -> Work:
+        return self.draw + Counter({op: self.updates * n for op, n in self.update.items()})
+
+
+def step_work(
+    backbone: Backbone,
+    objective: Objective[Any],
+    updater: UpdaterSpec,
+    batch: Batch,
+    theta_steps: int = 1,
+) -> StepWork:
+    """A step's FLOPs, counted while one is computed; buffer and statistics are restored."""
+    rng = Generator(batch.x.device).manual_seed(0)
+    density = backbone.density_or_none
+    if density is not None:
+        density.mark()
+    try:
+        with counted() as draw:
+            draws = objective.draw(backbone, batch, rng)
+        with counted() as update, frozen_batch_stats(backbone.model):
+            trainable = [p for p in backbone.model.parameters() if p.requires_grad]
+            loss = objective.loss(backbone, batch, draws).total
+            torch.autograd.grad(loss, trainable, allow_unused=True)
+    finally:
+        if density is not None:
+            density.rollback()
+    return StepWork(draw, update, theta_steps * takings(updater))
+
+
+def takings(updater: UpdaterSpec) -> int:
+    """How often an updater evaluates the loss in one step."""
+    model, calls = nn.Linear(1, 1), 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def terms() -> Terms:
+        nonlocal calls
+        calls += 1
+        return Terms.weighted({"toy": (1.0, model(torch.ones(1, 1)).sum())})
+
+    updater.build(model, optimizer).step(terms, Guard())
+    return calls
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
 
 
 def protocol(resolved: Resolved, parts: RunState, rounds: int) -> dict[str, Any]:
@@ -145,24 +299,23 @@ def roofline_of(
     return Roofline(machine, step, arithmetic, memory, taken)
 
 
+ROWS = {
+    "flops_draw": ("chains of a step", "FLOP"), "flops_update": ("one evaluation", "FLOP"),
+    "flops_step": ("whole step", "FLOP"), "bytes_step": ("its traffic", "B"),
+    "matmul": ("rate of a large product", "FLOP/s"), "rate": ("rate at its shapes", "FLOP/s"),
+    "bandwidth": ("bandwidth of a copy", "B/s"),
+}  # fmt: skip
+"""The figures that are shown in 10^9, their names and units."""
+TIMES = {
+    "floor_arithmetic_s": "compute bound", "floor_memory_s": "memory bound",
+    "step_s": "the step took",
+}  # fmt: skip
+
+
 def rows(roofline: Roofline) -> list[list[str]]:
-    machine, step = roofline.machine, roofline.step
-    lines = [["device", f"{machine.device}, {machine.threads} threads"]]
-    lines += [
-        ["chains of a step", _giga(flops(step.draw), "FLOP")],
-        [f"update, taken {step.updates} x", _giga(flops(step.update), "FLOP")],
-        ["whole step", _giga(flops(step.whole), "FLOP")],
-        ["its traffic", _giga(traffic(step.whole), "B")],
-        ["rate of a large product", _giga(machine.matmul, "FLOP/s")],
-        ["rate at the step's shapes", _giga(roofline.rate, "FLOP/s")],
-        ["bandwidth of a copy", _giga(machine.bandwidth, "B/s")],
-        ["compute bound", f"{1e3 * roofline.arithmetic:.1f} ms"],
-        ["memory bound", f"{1e3 * roofline.memory:.1f} ms"],
-    ]
-    if roofline.taken is not None:
-        lines.append(["the step took", f"{1e3 * roofline.taken:.1f} ms"])
-    return lines
-
-
-def _giga(value: float, unit: str) -> str:
-    return f"{value / 1e9:.3g} G{unit}"
+    figures = roofline.figures()
+    lines = [["device", f"{figures['device']}, {figures['threads']} threads"]]
+    lines += [[name, f"{figures[key] / 1e9:.3g} G{unit}"] for key, (name, unit) in ROWS.items()]
+    lines.append(["evaluations of the loss", str(figures["updates"])])
+    known = {key: name for key, name in TIMES.items() if figures[key] is not None}
+    return lines + [[name, f"{1e3 * figures[key]:.1f} ms"] for key, name in known.items()]
