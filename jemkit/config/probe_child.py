@@ -38,6 +38,7 @@ def child(entries: str) -> None:
 
 def _try(entry: EntryPoint, own: "Registry", descriptor: int) -> None:
     """Import a plug-in, report what is wrong, and end as an interpreter does."""
+    before = _state()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(IMPORT)
     fault = ""
@@ -48,6 +49,9 @@ def _try(entry: EntryPoint, own: "Registry", descriptor: int) -> None:
         fault = error_line(error)
     except Refused:  # what it raises is reported where it is used
         pass
+    changed = [what for what, now in _state().items() if now != before[what]]
+    if changed and not fault:
+        fault = f"its import changes {', '.join(changed)} of the whole process"
     threads = [t.name for t in threading.enumerate() if not t.daemon and t.name != "MainThread"]
     os.write(descriptor, json.dumps([fault, ", ".join(threads)]).encode())
     signal.alarm(END)
@@ -86,6 +90,18 @@ def _unfit(module: Any, name: str, own: "Registry") -> str:
             try:
                 json.dumps(part_schema(offer.part, both))
             except Exception as error:
-                why = f"{kind} {offer.name!r} have no schema: {error_line(error)}"
-                return f"the options of the {why}"
+                why = error_line(error)
+                return f"the options of the {kind} {offer.name!r} have no schema: {why}"
     return ""
+
+
+def _state() -> dict[str, Any]:
+    """Settings of the whole process, which no import may change."""
+    import torch
+
+    return {
+        "torch's default dtype": torch.get_default_dtype(),
+        "torch's default device": str(torch.get_default_device()),
+        "whether torch records gradients": torch.is_grad_enabled(),
+        "the working folder": os.getcwd(),
+    }

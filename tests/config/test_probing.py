@@ -56,6 +56,9 @@ WRONG = {
         "it keeps the process from ending (busy is still running)",
     ),
     "exits": ("import atexit, os; atexit.register(os._exit, 3)", "itself (exit code 3)"),
+    "dtype": (
+        "import torch; torch.set_default_dtype(torch.float64)", "changes torch's default dtype"
+    ),
     "hook": (
         "from jemkit import hookimpl\n@hookimpl\ndef jemkit_samplers():\n    import os\n"
         "    os._exit(1)",
