@@ -135,15 +135,14 @@ def check_stem(sampler: Sampler, network: Network) -> None:
         )
 
 
-def without_batch_norm(network: NetworkSpec) -> dict[str, str]:
-    """Options of a backbone without effect on a network that declares another norm."""
+def without_batch_norm(
+    network: NetworkSpec, options: Iterable[str] = ("views.stats_from", "density.batch_norm")
+) -> dict[str, str]:
+    """Options, of a backbone by default, without effect on a network that declares another norm."""
     norm = getattr(network, "norm", "batch")
     if norm in ("batch", "sync"):
         return {}
-    return dict.fromkeys(
-        ("views.stats_from", "density.batch_norm"),
-        f"on a network without batch norm (norm: {norm})",
-    )
+    return dict.fromkeys(options, f"on a network without batch norm (norm: {norm})")
 
 
 def assemble(

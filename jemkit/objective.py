@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from jemkit.attacks.base import Attack, AttackLoss, training_radius
+from jemkit.attacks.base import Attack, AttackLoss, attack_mode, training_radius
 from jemkit.backbone import Backbone
 from jemkit.data import Batch, Stream, Task
 from jemkit.errors import ConfigError
 from jemkit.models.energy import Scores
-from jemkit.runtime.modes import eval_mode
 
 
 def watched(scores: Mapping[Stream, Scores], y: Tensor) -> dict[str, Tensor]:
@@ -46,9 +45,9 @@ def ce_adversary(
 
 
 def kl_adversary(attack: Attack, backbone: Backbone, x: Tensor, rng: Generator) -> Tensor:
-    """Images near x whose prediction differs most from that of x, by KL divergence in eval mode."""
+    """Images near x whose prediction differs most from that of x, by KL divergence."""
     model = backbone.model
-    with eval_mode(model), torch.no_grad():
+    with attack_mode(attack, model), torch.no_grad():
         clean = model(x).logits
     return adversary(attack, backbone, lambda z: divergence(clean, model(z).logits), x, rng)
 

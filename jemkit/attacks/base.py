@@ -1,6 +1,7 @@
 """Threats, balls, and the protocols of attacks."""
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Generator, Tensor, nn
@@ -8,6 +9,7 @@ from torch import Generator, Tensor, nn
 from jemkit.attacks.pixel_model import UNIT, PixelModel
 from jemkit.data import Bounds
 from jemkit.errors import ConfigError, MisfitError
+from jemkit.runtime.modes import BatchNormMode, sampling_mode
 from jemkit.sampling.kernels import Ball
 
 AttackLoss = Callable[
@@ -74,6 +76,23 @@ class ForTraining(Protocol):
 
     def check_training(self) -> None:
         """Refuse those."""
+
+
+@runtime_checkable
+class HasBatchNormMode(Protocol):
+    """An attack that states how batch norm behaves while it runs in training."""
+
+    @property
+    def batch_norm(self) -> BatchNormMode: ...
+
+
+def attack_mode(attack: "Attack", model: nn.Module) -> AbstractContextManager[None]:
+    """The model as a training attack uses it: frozen weights, by default in eval mode.
+
+    An objective computes in it what the attack compares with, such as clean logits.
+    """
+    mode = attack.batch_norm if isinstance(attack, HasBatchNormMode) else "running_stats"
+    return sampling_mode(model, mode)
 
 
 Perturb = Callable[[Tensor, Tensor, Generator], Tensor]

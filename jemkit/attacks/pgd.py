@@ -15,7 +15,7 @@ from jemkit.data import Bounds
 from jemkit.errors import ConfigError, DataError
 from jemkit.models.energy import EnergyFn
 from jemkit.options import Options, Radius
-from jemkit.runtime.modes import eval_mode, frozen
+from jemkit.runtime.modes import BatchNormMode, sampling_mode
 from jemkit.sampling.kernels import (
     Ball,
     L2Descent,
@@ -138,6 +138,7 @@ class PGD(PGDAttack):
     restarts: int = Field(1, ge=1)
     start: Literal["uniform", "gaussian", "clean"] = "uniform"
     optimizer: Literal["sign", "adam"] = "sign"  # adam: a tenth of the step in the second half
+    batch_norm: BatchNormMode = "running_stats"  # of the model while it trains
 
     def unused(self) -> dict[str, str]:
         idle = {} if self.steps else {"step_px": "where steps is 0"}
@@ -161,7 +162,7 @@ class PGD(PGDAttack):
         self.check_training()
         radius = radius_px if self.radius_px is None else self.radius_px
         kernel = self.kernel(x, radius, bounds, self.norm)
-        with frozen(model), eval_mode(model):
+        with sampling_mode(model, self.batch_norm):
             return run(kernel, negated(loss), self.begin(kernel, rng), rng, self.steps)
 
     def begin(self, kernel: Projected, rng: Generator) -> Tensor:
@@ -181,6 +182,11 @@ class PGD(PGDAttack):
             )
 
     def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
+        if self.batch_norm != "running_stats":
+            raise ConfigError(
+                f'pgd.batch_norm is "{self.batch_norm}", which is for training: an evaluated model '
+                "normalises by its running statistics; omit it"
+            )
         own: dict[str, Any] = {"norm": self.norm} if "norm" in self.model_fields_set else {}
         own |= {} if self.radius_px is None else {"radius_px": self.radius_px}
         if any(value != threat._asdict()[name] for name, value in own.items()):

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
-from jemkit.backbone import BackboneSpec
+from jemkit.attacks.base import HasBatchNormMode
+from jemkit.backbone import BackboneSpec, without_batch_norm
 from jemkit.config.extra import Extra
 from jemkit.config.layers import (
     PARTS,
@@ -30,7 +31,7 @@ from jemkit.config.unused import check_unused
 from jemkit.data import Dataset
 from jemkit.errors import ConfigError
 from jemkit.objective import NamesStreams, Objective, ObjectiveSpec
-from jemkit.options import Options, PartOf, nearest
+from jemkit.options import Options, PartOf, nearest, parts_of
 from jemkit.runtime.divergence_monitor import Sentinel
 from jemkit.runtime.precision import Layout
 from jemkit.updaters import UpdaterSpec
@@ -86,6 +87,15 @@ class Recipe(Options):
     schedule: Schedule
     sentinel: Sentinel = Sentinel()
     extra: Extra = Extra()
+
+    def unused(self) -> dict[str, str]:
+        attacks = (
+            f"{path}.batch_norm"
+            for path, part in parts_of(self.objective, "objective")
+            if isinstance(part, HasBatchNormMode)
+        )
+        network = getattr(self.backbone, "network", None)
+        return {} if network is None else without_batch_norm(network, attacks)
 
 
 class Resolved(NamedTuple):

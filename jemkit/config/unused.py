@@ -19,7 +19,7 @@ def check_unused(
     `usual` are the tables without any such layer: repeating their values is allowed.
     """
     idle = [
-        (f"{path}.{name}", needs)
+        (f"{path}.{name}".removeprefix("."), needs)
         for path, part in parts_of(recipe)
         for name, needs in part.unused().items()
     ]

@@ -1,6 +1,7 @@
 """AGR (Li et al., ACM MM 2024): combines the gradient with that of clean images, per tensor."""
 
 from collections.abc import Callable, Mapping
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from jemkit import (
-    Backbone, Batch, Guard, MisfitError, Options, Terms, Updater, UpdaterSpec, backward,
-    frozen_batch_stats, hookimpl,
+    Backbone, Batch, Guard, MisfitError, Options, PartOf, Plain, Terms, Updater, UpdaterSpec,
+    backward, frozen_batch_stats, hookimpl,
 )  # fmt: skip
 from jemkit.runtime import fsdp
+from jemkit.updaters import Stateful, StepAware
 
 
 class AGR(Options):
@@ -20,11 +22,13 @@ class AGR(Options):
 
     The clean loss is the cross-entropy. With c = cos(g1, g2), the result is g1 without its
     component along g2 if c <= 0, else c g2 + (1 - c) g1. The norm of each tensor's gradient is then
-    limited to `clip`. Until `start` updates are plain.
+    limited to `clip`. Until `start` only `update` acts, which computes g1; with AWP g1 is the
+    gradient at the perturbed weights, and g2 at the weights themselves.
     """
 
     start: float = Field(0.775, ge=0, le=1)  # fraction of the run: 155 of 200 epochs
     clip: float = Field(0.1, gt=0)
+    update: Annotated[UpdaterSpec, PartOf("updater")] = Plain()
 
     def unused(self) -> dict[str, str]:
         return {"clip": "where start is 1"} if self.start == 1 else {}
@@ -43,6 +47,12 @@ class AGRUpdater:
                 "--shard, or use another updater"
             )
         self.model, self.optimizer, self.options = model, optimizer, options
+        self.inner = options.update.build(model, optimizer)
+        if isinstance(self.inner, Stateful):
+            raise MisfitError(
+                f"updater.update: {type(self.inner).__name__} keeps a state of its own, which agr "
+                "does not save; choose plain, sam or awp"
+            )
         self.total_steps = 0  # unknown: active from the first step on
         self.clean: Callable[[], Terms] | None = None
 
@@ -53,20 +63,36 @@ class AGRUpdater:
 
         late = batch.step >= self.options.start * self.total_steps
         self.clean = clean if late else None
+        if isinstance(self.inner, StepAware):
+            self.inner.total_steps = self.total_steps
+            self.inner.begin(backbone, batch)
 
     def step(self, terms: Callable[[], Terms], guard: Guard) -> None:
         if self.clean is None:
-            guard.update(self.optimizer, backward(self.optimizer, terms))
+            self.inner.step(terms, guard)
             return
         with frozen_batch_stats(self.model):  # they are updated by the objective's passes
             backward(self.optimizer, self.clean)
         towards = {p: p.grad for p in self.model.parameters() if p.grad is not None}
-        evaluated = backward(self.optimizer, terms)
-        for p in self.model.parameters():
+        self.inner.step(terms, Combining(guard, self, towards))
+
+
+class Combining(Guard):
+    """Combines the gradients of an update with those of the clean loss, then applies it."""
+
+    def __init__(
+        self, guard: Guard, agr: AGRUpdater, towards: Mapping[nn.Parameter, Tensor]
+    ) -> None:
+        super().__init__()
+        self.guard, self.agr, self.towards = guard, agr, towards
+
+    def update(self, optimizer: Optimizer, terms: Terms) -> None:
+        for p in self.agr.model.parameters():
             if p.grad is not None:
-                combined = surgery(p.grad, towards[p]) if p in towards else p.grad
-                p.grad = clipped(combined, self.options.clip)
-        guard.update(self.optimizer, evaluated)
+                g2 = self.towards.get(p)
+                combined = p.grad if g2 is None else surgery(p.grad, g2)
+                p.grad = clipped(combined, self.agr.options.clip)
+        self.guard.update(optimizer, terms)
 
 
 def surgery(g1: Tensor, g2: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from jemkit import (
-    PGD, Attack, Backbone, Batch, Objective, Options, PartOf, Stream, Terms, adversary, eval_mode,
+    PGD, Attack, Backbone, Batch, Objective, Options, PartOf, Stream, Terms, adversary, attack_mode,
     hookimpl, soft_labels, watched,
 )  # fmt: skip
 
@@ -35,7 +35,7 @@ class SCORE(Options):
         if not self.beta:
             return None
         model = backbone.model
-        with eval_mode(model), torch.no_grad():
+        with attack_mode(self.attack, model), torch.no_grad():
             clean = model(batch.x).logits.softmax(1)
 
         def loss(x: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ KNOWN = {
     "backbone mebm": "network energy density sampler start buffer steps views",
     "backbone sadajem": "network energy density sampler start buffer steps views",
     "objective dat": "step_px auc window max_steps freeze_batch_norm attack",
-    "objective ducat": "start clean_dummy adv_dummy adv_mass variant beta attack",
+    "objective ducat": "start clean_dummy adv_dummy adv_mass variant beta consistency temperature "
+    "attack",
     "objective ebjdat": "w1 w2 w3 w_clean adv_steps radius_px norm ascent inner outer distance "
     "distance_weight",
     "objective ebjdatreleased": "w1 w2 w3 w_clean adv_steps start_px step_px climbs",
@@ -53,7 +54,7 @@ KNOWN = {
     "objective tdat": "weight gamma_min relaxation radius_px variant",
     "objective trades": "beta climbs attack smoothing smooth",
     "objective weat": "of beta attack",
-    "updater agr": "start clip",
+    "updater agr": "start clip update",
     "updater awp": "gamma start",
     "updater sam": "rho adaptive",
     "ascent l2": "step_px",
@@ -72,7 +73,7 @@ KNOWN = {
     "attack energy": "of steps step_px restarts",
     "attack eot": "steps step_px samples",
     "attack fgsm": "random_start",
-    "attack pgd": "steps radius_px step_px norm restarts start optimizer",
+    "attack pgd": "steps radius_px step_px norm restarts start optimizer batch_norm",
     "attack square": "queries restarts",
     "evaluator calibration": "bins",
     "evaluator energies": "n steps bins path_images",

@@ -11,8 +11,9 @@ import torch
 from pydantic import Field
 from toys import REGISTRY, gen, toy_recipe, toy_registry
 
-from jemkit import Guard, Options, resolve, train_step
+from jemkit import PGD, Buffer, Guard, Options, Views, resolve, train_step
 from jemkit.config.eval_settings import Settings, attacks_of, evaluators_of
+from jemkit.config.optim import SGD, Adam, Schedule
 from jemkit.config.unused import check_given
 from jemkit.errors import ConfigError
 from jemkit.training.build import build_run
@@ -95,6 +96,7 @@ ACTS: list[tuple[tuple[str, str, str], list[str], str]] = [
       for o in ("width=3", "depth=34", "strides=[1, 1, 2, 2]", "norm=group")],
     (J, ["backbone.network.use=wrn-10-1"], "backbone.network.width=2"),
     (J, ["backbone.network.use=wrn-10-1"], "backbone.network.depth=16"),
+    (J, ["backbone.network.use=wrn-10-1"], "backbone.network.norm=group"),
     (J, ["backbone.network.use=wrn-10-1", "backbone.network.norm=batch"],
      "backbone.network.bn_momentum=0.9"),
     (J, ["updater.use=sam"], "updater.rho=1"),
@@ -103,7 +105,12 @@ ACTS: list[tuple[tuple[str, str, str], list[str], str]] = [
     (J, ["updater.use=awp"], "updater.start=0.5"),
     (J, ["updater.use=agr", "updater.start=0"], "updater.clip=0.001"),
     (J, ["updater.use=agr"], "updater.start=0"),
+    (J, ["updater.use=agr", "updater.start=0"], "updater.update.use=awp"),
+    (J, ["updater.use=agr", "updater.update.use=awp"], "updater.update.gamma=0.1"),
     (J, ["optimizer.use=adam"], "optimizer.betas=[0.1, 0.9]"),
+    (J, ["optimizer.use=adam"], "optimizer.lr=0.02"),
+    (J, ["optimizer.use=adam"], "optimizer.weight_decay=0.5"),
+    (J, ["optimizer.use=adam", "optimizer.weight_decay=0.5"], "optimizer.decay_norms=false"),
     (J, ["schedule.decay=cosine", "optimizer.lr=0.1"], "schedule.floor=0.9"),
     (("classifier", "trades", ""), [], "objective.climbs=ce"),
     *[(("classifier", "trades", ""), [], option) for option in (
@@ -118,7 +125,9 @@ ACTS: list[tuple[tuple[str, str, str], list[str], str]] = [
                 "mean=[0.4]", "std=[0.4]")],
     *[(("classifier", name, ""), [], f"objective.attack.{s}")
       for name in ("pgdat", "trades")
-      for s in ("steps=1", "radius_px=5", "step_px=1", "start=gaussian")],
+      for s in ("steps=1", "radius_px=5", "step_px=1", "start=gaussian", "batch_norm=batch_stats")],
+    *[(("classifier", name, ""), [], "objective.attack.batch_norm=released")
+      for name in ("mart", "weat", "score", "lbgat", "trades")],
     *[(("classifier", name, ""), [], f"objective.{option}") for name, option in (
         ("mart", "beta=1"), ("mart", "attack.start=uniform"), ("weat", "beta=1"),
         ("weat", "of=natural"), ("weat", "attack.steps=1"), ("score", "beta=1"),
@@ -132,7 +141,10 @@ ACTS: list[tuple[tuple[str, str, str], list[str], str]] = [
       for option in ("clean_dummy=0.5", "adv_dummy=0.5", "adv_mass=0.5", "attack.steps=1")],
     (("classifier", "ducat", ""), [], "objective.variant=trades"),
     (("classifier", "ducat", ""), [], "objective.variant=mart"),
+    (("classifier", "ducat", ""), [], "objective.variant=consistency"),
     (("classifier", "ducat", ""), ["objective.variant=mart"], "objective.beta=1"),
+    *[(("classifier", "ducat", ""), ["objective.variant=consistency"], f"objective.{option}")
+      for option in ("consistency=9", "temperature=9")],
     *[(("classifier", "lbgat", ""), [], f"objective.{option}")
       for option in ("beta=1", "attack.steps=1", "teacher.channels=3")],
     *[(("classifier", "lasat", ""), [], f"objective.{option}") for option in (
@@ -145,6 +157,8 @@ ACTS: list[tuple[tuple[str, str, str], list[str], str]] = [
      "optimizer.lr=0.1", "objective.update.use=awp"], "objective.update.gamma=9"),
     (("classifier", "lasat", ""), ["objective.form=trades"], "objective.beta=[1]"),
     (("classifier", "lasat", ""), ["objective.form=trades"], "objective.every=2"),
+    (("classifier", "lasat", ""), ["objective.form=trades", "objective.strategy_lr=0.3",
+     "objective.robust=0.5"], "objective.baseline=ema"),  # other forms clip the gradient
     *[(D, [], s) for s in (
         "objective.step_px=5", "objective.auc=1", "objective.window=99",
         "objective.freeze_batch_norm=false", "objective.attack.steps=1", "backbone.start.share=1",
@@ -170,6 +184,34 @@ def test_an_option_of_training_changes_what_training_leaves_behind(
         without[name].shape == t.shape and torch.equal(without[name], t) for name, t in ours.items()
     )
     assert not same
+
+
+ELSEWHERE = {
+    "Adam": "use", "Buffer": "conditional", "DAT": "max_steps", "Foreign": "dataset",
+    "LPIPS": "net weights download", "PGD": "restarts", "SGD": "use", "Timm": "model",
+    "Torchvision": "model",
+}  # fmt: skip
+"""Options with tests of their own: what two steps of a toy run do not show."""
+
+
+def test_every_option_of_training_has_a_row() -> None:
+    acting: dict[type[Options], set[str]] = {}
+    for (backbone, objective, _), beside, option in ACTS:
+        holder: Any = toy_recipe(TOYS, backbone, objective, "plain", *beside, option).recipe
+        *where, last = option.partition("=")[0].removesuffix(".use").split(".")
+        for name in where:
+            holder = getattr(holder, name)
+        acting.setdefault(type(holder), set()).add(last)
+    kinds = ("network", "sampler", "energy", "start", "density", "objective", "updater", "ascent",
+             "distance")  # fmt: skip
+    parts = [part for kind in kinds for part in REGISTRY[kind].values()]
+    tables: list[type[Options]] = [PGD, SGD, Adam, Schedule, Views, Buffer]
+    for part in [*parts, *tables]:
+        untested = {
+            name for name, field in part.model_fields.items()
+            if name not in acting.get(part, ()) and not isinstance(field.default, Options)
+        }  # fmt: skip
+        assert untested == set(ELSEWHERE.get(part.__name__, "").split()), part
 
 
 IDLE: list[tuple[list[str], str, str]] = [

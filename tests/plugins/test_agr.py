@@ -6,14 +6,28 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import normal, seeds
+from torch import nn
+from torch.optim import Optimizer
 from toys import backbone_of, gen, objective_of, toy_recipe, toy_registry
 
-from jemkit import Backbone, EnergyModel, Guard, MisfitError, Plain, UpdaterSpec, train_step
+from jemkit import (
+    Backbone,
+    EnergyModel,
+    Guard,
+    MisfitError,
+    Options,
+    Plain,
+    Updater,
+    UpdaterSpec,
+    train_step,
+)  # fmt: skip
 from jemkit.runtime import fsdp
 from jemkit.runtime.pytree import same
 from jemkit.testing import toy_batch, toy_task
 from jemkit.training.build import build_run
+from jemkit.updaters import PlainUpdater, StepAware
 from jemkit_plugins.agr import AGR, AGRUpdater, clipped, surgery
+from jemkit_plugins.awp import AWP
 
 TASK = toy_task()
 BATCH = toy_batch(TASK)
@@ -65,7 +79,7 @@ def stepped(spec: UpdaterSpec, objective: str, step: int, total: int = TOTAL) ->
     backbone = backbone_of("classifier", TASK)
     optimizer = torch.optim.SGD(backbone.model.parameters(), lr=0.1, momentum=0.9)
     updater = spec.build(backbone.model, optimizer)
-    if isinstance(updater, AGRUpdater):
+    if isinstance(updater, StepAware):
         updater.total_steps = total
     chosen, batch = objective_of(objective), BATCH._replace(step=step)
     train_step(backbone, chosen, updater, batch, gen(), Guard())
@@ -115,3 +129,57 @@ def test_sharded_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fsdp, "is_shared", lambda t: True)
     with pytest.raises(MisfitError, match="omit --shard"):
         AGR().build(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_with_awp_g1_is_of_the_perturbed_weights_and_g2_of_the_weights_themselves() -> None:
+    awp, clip = AWP(gamma=0.3), 0.05
+    moved = stepped(AGR(clip=clip, update=awp), "pgdat", 9).model
+    backbone, chosen = backbone_of("classifier", TASK), objective_of("pgdat")
+    params = [*backbone.model.parameters()]
+    draws = chosen.draw(backbone, BATCH, gen())
+    g2 = torch.autograd.grad(F.cross_entropy(backbone.model(BATCH.x).logits, BATCH.y), params)
+
+    def adversarial() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(chosen.loss(backbone, BATCH, draws).total, params)
+
+    began = [p.detach().clone() for p in params]
+    for p, g in zip(params, adversarial(), strict=True):
+        if p.ndim > 1:
+            p.data += 0.3 * p.detach().norm() * g / g.norm()
+    for p, a, b, q in zip(began, adversarial(), g2, moved.parameters(), strict=True):
+        wanted = p - 0.1 * clipped(surgery(a, b), clip)
+        torch.testing.assert_close(q.detach(), wanted, rtol=1e-4, atol=1e-6)
+    assert not same(moved.state_dict(), stepped(AGR(clip=clip), "pgdat", 9).model.state_dict())
+
+
+@pytest.mark.parametrize("objective", ["pgdat", "trades", "mart"])
+def test_before_its_start_it_is_the_other_updater_bit_for_bit(objective: str) -> None:
+    inner = AWP(gamma=0.1)
+    early = stepped(AGR(update=inner), objective, 7).model.state_dict()
+    assert same(early, stepped(inner, objective, 7).model.state_dict())
+    assert not same(early, stepped(AGR(), objective, 7).model.state_dict())
+
+
+def test_the_other_updater_gets_the_batch_and_the_length_of_the_run() -> None:
+    late = AWP(gamma=0.1, start=0.95)  # after the surgery has begun
+    agr, both = (stepped(AGR(update=u), "pgdat", 9) for u in (Plain(), late))
+    assert same(both.model.state_dict(), agr.model.state_dict())
+    both = stepped(AGR(update=late, start=0.5), "pgdat", 99, total=100)
+    alone = stepped(AGR(start=0.5), "pgdat", 99, total=100)
+    assert not same(both.model.state_dict(), alone.model.state_dict())
+
+
+class Keeping(Options):
+    """A guest's updater with a state."""
+
+    def build(self, model: nn.Module, optimizer: Optimizer) -> Updater:
+        updater = PlainUpdater(optimizer)
+        updater.state_dict = dict  # type: ignore[attr-defined]
+        updater.load_state_dict = lambda state: None  # type: ignore[attr-defined]
+        return updater
+
+
+def test_an_updater_with_a_state_is_refused() -> None:
+    model = backbone_of("classifier", TASK).model
+    with pytest.raises(MisfitError, match=r"updater.update: PlainUpdater keeps a state of its own"):
+        AGR(update=Keeping()).build(model, torch.optim.SGD(model.parameters(), lr=0.1))

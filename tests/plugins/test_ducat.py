@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from logits import batch_of, logits
 from strategies import labels, normal, seeds
 from torch import Tensor
@@ -24,7 +25,7 @@ from jemkit_plugins.ducat import (
     read_as,
     target,
 )  # fmt: skip
-from jemkit_plugins.ducat.objective import margin
+from jemkit_plugins.ducat.terms import disagreement, margin
 
 TASK = toy_task()
 CLEAN, ADV = logits((0.4, 0.2, 0.3, 0.1)), logits((0.1, 0.3, 0.4, 0.2))  # 0, 1, and their dummies
@@ -110,6 +111,58 @@ def test_the_variant_of_mart_worked_by_hand() -> None:
     assert late == {**{k: (w, pytest.approx(t)) for k, (w, t) in parts(8).items()}, **others}
 
 
+def test_the_variant_of_consistency_worked_by_hand() -> None:
+    p, q = (0.4, 0.2, 0.3, 0.1), (0.1, 0.3, 0.4, 0.2)
+    sharp = [[v**2 / sum(w**2 for w in row) for v in row] for row in (p, q)]  # a temperature of 0.5
+    middle = [(a + b) / 2 for a, b in zip(*sharp, strict=True)]
+    jsd = sum(a * log(a / m) for row in sharp for a, m in zip(row, middle, strict=True)) / 2
+    torch.testing.assert_close(disagreement(torch.cat([CLEAN, ADV]), 0.5), torch.tensor(jsd))
+
+    def of(step: int, **options: Any) -> dict[str, tuple[float, float]]:
+        objective = DUCATObjective(DUCAT(variant="consistency", **options), total_steps=10)
+        batch = batch_of(CLEAN, 0)._replace(step=step, x_pos=ADV)  # two views of one image
+        terms = objective.loss(identity(), batch, torch.cat([CLEAN, ADV]))
+        return {name: (w, float(term.detach())) for name, (w, term) in terms.parts.items()}
+
+    divergence = (1.0, pytest.approx(jsd, rel=1e-5))
+    ce = -(log(0.4) + log(0.1)) / 2
+    assert of(7) == {"p(y|x~)": (1.0, pytest.approx(ce, rel=1e-5)), "JSD": divergence}
+    clean = -(0.75 * (log(0.4) + log(0.1)) + 0.25 * (log(0.3) + log(0.4))) / 2
+    assert of(8) == {
+        "p(y|x)": (0.5, pytest.approx(clean, rel=1e-5)),
+        "p(y|x~)": (0.5, pytest.approx(-(log(0.3) + log(0.4)) / 2, rel=1e-5)),
+        "JSD": divergence,
+    }
+    assert of(7, consistency=3.0)["JSD"] == (3.0, divergence[1])
+    assert list(of(7, consistency=0.0)) == ["p(y|x~)"]
+
+
+@given(seed=seeds, temperature=st.floats(0.1, 9), scale=st.sampled_from([0.1, 1.0, 50.0]))
+def test_views_disagree_by_at_most_log_2_in_either_order_and_by_nothing_if_equal(
+    seed: int, temperature: float, scale: float
+) -> None:
+    one, other = normal(seed, 5, 4, scale=scale), normal(seed + 1, 5, 4, scale=scale)
+    value = float(disagreement(torch.cat([one, other]), temperature))
+    assert -1e-5 <= value <= log(2) + 1e-5
+    swapped = float(disagreement(torch.cat([other, one]), temperature))
+    assert value == pytest.approx(swapped, abs=1e-5)
+    assert float(disagreement(torch.cat([one, one]), temperature)) == pytest.approx(0, abs=1e-5)
+
+
+def test_for_consistency_both_views_of_every_image_are_attacked() -> None:
+    backbone, batch = backbone_for("ducat", "classifier"), toy_batch(TASK)
+    objective = objective_of("ducat", variant="consistency")
+    check(backbone, objective)
+    x_adv = objective.draw(backbone, batch, gen())
+    limit = TASK.bounds.px(TASK.radius_px) + 1e-6
+    for view, attacked in zip((batch.x, batch.x_pos), x_adv.chunk(2), strict=True):
+        assert 0 < float((attacked - view).abs().max()) <= limit
+    assert objective.loss(backbone, batch, x_adv).total.isfinite()
+    with pytest.raises(MisfitError, match=r"views.pos_share is 0.5: set it to 1"):
+        check(backbone_for("ducat", "sadajem"), objective)
+    check(backbone_for("ducat", "sadajem"), objective_of("ducat"))
+
+
 @given(seed=seeds)
 def test_mart_s_margin_is_finite_and_smallest_where_y_has_all(seed: int) -> None:
     raw, y = normal(seed, 6, 4, scale=20.0), labels(seed, 6, 2)
@@ -185,7 +238,9 @@ def test_an_attack_on_2k_logits_takes_the_dummy_of_the_true_class_for_a_success(
 
 def test_options_without_effect_are_named() -> None:
     assert set(tiny("objective", "ducat", start=1).unused()) == {
-        "clean_dummy", "adv_dummy", "adv_mass", "beta",
+        "clean_dummy", "adv_dummy", "adv_mass", "beta", "consistency", "temperature",
     }  # fmt: skip
-    assert set(DUCAT().unused()) == {"beta"}
-    assert not DUCAT(variant="mart").unused()
+    assert set(DUCAT().unused()) == {"beta", "consistency", "temperature"}
+    assert set(DUCAT(variant="mart").unused()) == {"consistency", "temperature"}
+    assert set(DUCAT(variant="consistency").unused()) == {"beta"}
+    assert set(DUCAT(variant="consistency", consistency=0).unused()) == {"beta", "temperature"}

@@ -9,10 +9,11 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from jemkit import (
-    PGD, Attack, Backbone, Batch, Objective, ObjectiveSpec, Options, PartOf, Scores, Stream, Task,
-    Terms, ce_adversary, divergence, hookimpl, watched,
+    PGD, Attack, Backbone, Batch, MisfitError, Objective, ObjectiveSpec, Options, PartOf, Scores,
+    Stream, Task, Terms, ce_adversary, divergence, hookimpl, watched,
 )  # fmt: skip
 from jemkit_plugins.ducat.energy import Fold, folded, read_as, with_dummies
+from jemkit_plugins.ducat.terms import disagreement, margin, target
 
 Parts = dict[str, tuple[float, Tensor]]
 """Terms by name, each with its weight."""
@@ -24,7 +25,8 @@ class DUCAT(Options):
     From the step of `start` on, targets are (1 - b) e_y + b e_(y + K) with b = `clean_dummy` for x
     and `adv_dummy` for x~. Those of x~ are multiplied by `adv_mass`; the loss is the mean over
     both. As in the released code, the attack is on the 2K logits. The variants of TRADES and MART
-    add their other terms, over 2K classes.
+    add their other terms, over 2K classes. That of consistency trains on both views of a batch, and
+    adds the Jensen-Shannon divergence of their adversarial images.
     """
 
     needs_density: ClassVar[bool] = False
@@ -33,14 +35,21 @@ class DUCAT(Options):
     clean_dummy: float = Field(0.25, ge=0, le=1)
     adv_dummy: float = Field(1.0, ge=0, le=1)
     adv_mass: float = Field(1.0, gt=0)
-    variant: Literal["pgdat", "trades", "mart"] = "pgdat"
+    variant: Literal["pgdat", "trades", "mart", "consistency"] = "pgdat"
     beta: float = Field(6.0, ge=0)  # of the divergence, with variant "trades" or "mart"
+    consistency: float = Field(1.0, ge=0)  # weight of that variant's divergence
+    temperature: float = Field(0.5, gt=0)  # by which its logits are divided
     attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10)
 
     def unused(self) -> dict[str, str]:
         idle = ("clean_dummy", "adv_dummy", "adv_mass") if self.start == 1 else ()
-        alone = {"beta": 'where variant is "pgdat"'} if self.variant == "pgdat" else {}
-        return {**dict.fromkeys(idle, "where start is 1"), **alone}
+        reasons = dict.fromkeys(idle, "where start is 1")
+        if self.variant not in ("trades", "mart"):
+            reasons["beta"] = f'where variant is "{self.variant}"'
+        if self.variant != "consistency":
+            both = ("consistency", "temperature")
+            return {**reasons, **dict.fromkeys(both, 'unless variant = "consistency"')}
+        return reasons if self.consistency else {**reasons, "temperature": "where consistency is 0"}
 
     def build(self, task: Task, rng: Generator) -> Objective[Any]:
         return DUCATObjective(self, task.total_steps)
@@ -57,16 +66,29 @@ class DUCATObjective:
 
     def check_backbone(self, backbone: Backbone) -> None:
         with_dummies(backbone.model)
+        if self.options.variant == "consistency" and backbone.views.pos_share < 1:
+            raise MisfitError(
+                "the objective ducat needs two views of every image for variant = "
+                f'"consistency", and backbone.views.pos_share is {backbone.views.pos_share:g}: set '
+                "it to 1"
+            )
+
+    def images(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The images of a step, [B, C, H, W] or two views of each, [2B, C, H, W]; their labels."""
+        if self.options.variant != "consistency":
+            return batch.x, batch.y
+        return torch.cat([batch.x, batch.x_pos]), batch.y.repeat(2)
 
     def draw(self, backbone: Backbone, batch: Batch, rng: Generator) -> Tensor:
+        x, y = self.images(batch)
         with read_as(backbone.model, "none"):
-            return ce_adversary(self.options.attack, backbone, batch.x, batch.y, rng)
+            return ce_adversary(self.options.attack, backbone, x, y, rng)
 
     def loss(self, backbone: Backbone, batch: Batch, x_adv: Tensor) -> Terms:
-        o, y = self.options, batch.y
+        o, (x, y) = self.options, self.images(batch)
         late = batch.step >= o.start * self.total_steps
-        both = late or o.variant != "pgdat"
-        images: dict[Stream, Tensor] = {"x": batch.x} if both else {}
+        both = late or o.variant in ("trades", "mart")
+        images: dict[Stream, Tensor] = {"x": x} if both else {}
         fold: Fold = "max" if with_dummies(backbone.model).fold == "max" else "lse"
         with read_as(backbone.model, "none"):
             raw = backbone.scores({**images, "x_adv": x_adv})
@@ -87,9 +109,11 @@ class DUCATObjective:
         return {"p(y|x~)": (1.0, F.cross_entropy(adv, y))}
 
     def others(self, clean: Tensor | None, adv: Tensor, y: Tensor) -> Parts:
-        """The divergence of TRADES, or the margin and the weighted divergence of MART."""
+        """A variant's other terms: one divergence or another, and the margin of MART."""
         o, mart = self.options, self.options.variant == "mart"
-        if clean is None or o.variant == "pgdat":
+        if o.variant == "consistency" and o.consistency:
+            return {"JSD": (o.consistency, disagreement(adv, o.temperature))}
+        if clean is None or o.variant not in ("trades", "mart"):
             return {}
         parts: Parts = {"margin": (1.0, margin(adv, y))} if mart else {}
         if o.beta:
@@ -97,19 +121,6 @@ class DUCATObjective:
             weight = 1.0000001 - sure if mart else torch.ones_like(sure)
             parts["KL"] = (o.beta, (weight * divergence(clean, adv)).mean())
         return parts
-
-
-def margin(raw: Tensor, y: Tensor) -> Tensor:
-    """-log(1 - q), q the largest probability of all 2K but y; a scalar."""
-    p = raw.softmax(1)
-    wrong = p.scatter(1, y[:, None], -1.0).argmax(1, keepdim=True)
-    return -(1.0001 - p.gather(1, wrong).squeeze(1) + 1e-12).log().mean()
-
-
-def target(raw: Tensor, y: Tensor, dummy: float) -> Tensor:
-    """Targets with 1 - b on class y and b on its dummy, [B, 2K]."""
-    label = torch.zeros_like(raw).scatter(1, y[:, None], 1 - dummy)
-    return label.scatter_add(1, y[:, None] + raw.shape[1] // 2, torch.full_like(raw[:, :1], dummy))
 
 
 @hookimpl
