@@ -78,87 +78,40 @@ def numerics(
             torch.set_num_threads(threads_before)
 
 
-Switch = tuple[str, str]
-"""Backend and operation of one of torch's `fp32_precision` settings in `torch.backends`.
-
-("cuda", "all") is `cudnn.fp32_precision`, ("cuda", "conv") is `cudnn.conv.fp32_precision`. An unset
-one follows its backend's "all", and that follows ("generic", "all").
-"""
-
-GENERIC: Switch = ("generic", "all")
-BACKENDS: tuple[Switch, ...] = (("cuda", "all"), ("mkldnn", "all"))
-OPERATIONS: tuple[Switch, ...] = tuple(
-    (backend, op) for backend, _ in BACKENDS for op in ("matmul", "conv", "rnn")
-)
-
-
-def read_switch(switch: Switch) -> str:
-    """The value of a setting: its own, or that of the one that it follows."""
-    return str(_holder(switch).fp32_precision)
-
-
-def write_switch(switch: Switch, value: str) -> None:
-    """Set one of these; "none" lets it follow."""
-    _holder(switch).fp32_precision = value
-
-
-def _holder(switch: Switch) -> Any:
-    """The part of `torch.backends` whose `fp32_precision` a switch is."""
-    backend, op = switch
-    if switch == GENERIC:
-        return torch.backends
-    if switch == ("cuda", "matmul"):
-        return torch.backends.cuda.matmul
-    whole = torch.backends.cudnn if backend == "cuda" else torch.backends.mkldnn
-    return whole if op == "all" else getattr(whole, op)
+def _switches() -> list[Any]:
+    """What holds torch's `fp32_precision` settings: the general one, a GPU's, a CPU's."""
+    b: Any = torch.backends
+    return [b, b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn,
+            b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn]  # fmt: skip
 
 
 @contextmanager
 def _float32(precision: Precision) -> Iterator[None]:
     """Set how float32 is multiplied: in tf32 on a GPU if requested, else in full.
 
-    A setting that follows another one still does so afterwards, since an operation's setting is
-    written only if it was set. The older `float32_matmul_precision` and `cudnn.allow_tf32` are kept
-    consistent if they were, since torch raises when the two differ, and a model may read them. For
-    that, a GPU's convolutions, which are tf32 by default, are set to tf32 explicitly afterwards.
+    The older `float32_matmul_precision` and `cudnn.allow_tf32` are set too: torch raises when they
+    contradict the newer settings, and a model may read them. Afterwards every operation has its
+    value again, as a setting of its own.
     """
-    generic, older = read_switch(GENERIC), _consistent(torch.get_float32_matmul_precision)
+    gpu = "tf32" if precision == "tf32" else "ieee"
+    before = [switch.fp32_precision for switch in _switches()]
+    matmul = _consistent(torch.get_float32_matmul_precision)
     convolution = _consistent(lambda: torch.backends.cudnn.allow_tf32)
-    backends = _own(BACKENDS, (GENERIC,))
-    operations = _own(OPERATIONS, (GENERIC, *BACKENDS))
-    wanted = {"cuda": "tf32" if precision == "tf32" else "ieee", "mkldnn": "ieee"}
+    tf32 = precision == "tf32"
+    _set_float32("high" if tf32 else "highest", tf32, ["ieee", *[gpu] * 3, *["ieee"] * 3])
     try:
-        if older is not None:  # it sets "matmul" of both backends
-            torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-        if convolution is not None:
-            torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        write_switch(GENERIC, "ieee")
-        for switch in (*BACKENDS, *operations):
-            write_switch(switch, wanted[switch[0]])
         yield
     finally:
-        if older is not None:
-            torch.set_float32_matmul_precision(older)
-        if convolution is not None:
-            torch.backends.cudnn.allow_tf32 = convolution
-        for switch, value in {**operations, **backends}.items():
-            write_switch(switch, value)
-        write_switch(GENERIC, generic)
+        _set_float32(matmul, convolution, before)
 
 
-def _own(switches: tuple[Switch, ...], above: tuple[Switch, ...]) -> dict[Switch, str]:
-    """The settings that are set themselves, found by changing those above; these stay changed.
-
-    Convolutions of a GPU that follow are left out: with "none" they would lose torch's default,
-    which is tf32. A matmul that follows is "none".
-    """
-    readings = []
-    for value in ("ieee", "tf32"):
-        for switch in above:
-            write_switch(switch, value)
-        readings.append([read_switch(switch) for switch in switches])
-    own = {s: a if a == b else "none" for s, a, b in zip(switches, *readings, strict=True)}
-    return {s: v for s, v in own.items() if v != "none" or s[1] in ("all", "matmul")}
+def _set_float32(matmul: str | None, convolution: bool | None, values: list[str]) -> None:
+    if matmul is not None:
+        torch.set_float32_matmul_precision(matmul)
+    if convolution is not None:
+        torch.backends.cudnn.allow_tf32 = convolution
+    for switch, value in zip(_switches(), values, strict=True):
+        switch.fp32_precision = value
 
 
 def _consistent(read: Callable[[], T]) -> T | None:

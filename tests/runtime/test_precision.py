@@ -1,6 +1,7 @@
 """Torch's switches are a run's inside it, and afterwards what they were before."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -10,46 +11,26 @@ from torch import nn
 from toys import REGISTRY, root
 
 import jemkit
-from jemkit.runtime.precision import (
-    BACKENDS,
-    GENERIC,
-    OPERATIONS,
-    Precision,
-    numerics,
-    read_switch,
-    write_switch,
-)
+from jemkit.runtime.precision import Precision, numerics
 
-ALL = (GENERIC, *BACKENDS, *OPERATIONS)
+b = torch.backends
+SWITCHES: dict[str, Any] = {
+    "all": b, "cuda.matmul": b.cuda.matmul,
+    "cudnn": b.cudnn, "cudnn.conv": b.cudnn.conv, "cudnn.rnn": b.cudnn.rnn,
+    "mkldnn": b.mkldnn, "mkldnn.matmul": b.mkldnn.matmul, "mkldnn.conv": b.mkldnn.conv,
+    "mkldnn.rnn": b.mkldnn.rnn,
+}  # fmt: skip
 
 values = st.sampled_from(["ieee", "tf32"])
-switches = st.lists(st.tuples(st.sampled_from(ALL), values), max_size=5)
+switches = st.lists(st.tuples(st.sampled_from([*SWITCHES]), values), max_size=5)
 older = st.sampled_from([None, "highest", "high", "medium"])
 precisions = st.sampled_from(["fp32", "tf32", "bf16"])
 
 
-def answers() -> dict[object, str | bool]:
-    """What every switch answers, old and new; and how it follows those above it."""
-    switches: dict[object, str | bool] = {switch: read_switch(switch) for switch in ALL}
-    try:
-        switches["matmul"] = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        switches["matmul"] = "mixed"
-    try:
-        switches["convolution"] = torch.backends.cudnn.allow_tf32
-    except RuntimeError:
-        switches["convolution"] = "mixed"
-    return switches
-
-
-def followed() -> list[dict[object, str | bool]]:
-    """The answers as they are, and as the switch at the top would change them."""
-    states, top = [answers()], read_switch(GENERIC)
-    for value in ("ieee", "tf32"):
-        write_switch(GENERIC, value)
-        states.append(answers())
-    write_switch(GENERIC, top)
-    return states
+def effective() -> dict[str, str]:
+    """How every operation multiplies; a product of matrices that nothing sets is in full."""
+    values = {name: switch.fp32_precision for name, switch in SWITCHES.items() if "." in name}
+    return {name: "ieee" if value == "none" else value for name, value in values.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -61,26 +42,26 @@ def fresh() -> None:
 
 def reset() -> None:
     torch.set_float32_matmul_precision("highest")
-    for switch in (GENERIC, *BACKENDS, *OPERATIONS):
-        write_switch(switch, "none")
+    for switch in SWITCHES.values():
+        switch.fp32_precision = "none"
     torch.backends.cudnn.allow_tf32 = True
 
 
 @given(older=older, changed=switches, precision=precisions)
-def test_switches_are_put_back_exactly_and_go_on_following_each_other(
-    older: str | None, changed: list[tuple[tuple[str, str], str]], precision: Precision
+def test_switches_are_put_back(
+    older: str | None, changed: list[tuple[str, str]], precision: Precision
 ) -> None:
     reset()
     if older is not None:
         torch.set_float32_matmul_precision(older)
-    for switch, value in changed:
-        write_switch(switch, value)
-    before = followed()
+    for name, value in changed:
+        SWITCHES[name].fp32_precision = value
+    before = effective()
     with numerics(precision=precision):
-        for backend, op in OPERATIONS:
-            fast = precision == "tf32" and backend == "cuda"
-            assert read_switch((backend, op)) == ("tf32" if fast else "ieee")
-    assert followed() == before
+        for name, value in effective().items():
+            assert value == ("tf32" if precision == "tf32" and "cu" in name else "ieee")
+        assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+    assert effective() == before
     reset()
 
 
@@ -103,17 +84,15 @@ def test_a_model_may_ask_for_the_older_switches_as_a_new_process_has_them() -> N
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("switch", ALL)
+@pytest.mark.parametrize("name", SWITCHES)
 @pytest.mark.parametrize("value", ["ieee", "tf32"])
-def test_a_model_is_judged_after_any_of_torchs_switches_was_set(
-    switch: tuple[str, str], value: str
-) -> None:
-    write_switch(switch, value)
+def test_a_model_is_judged_after_any_of_torchs_switches_was_set(name: str, value: str) -> None:
+    SWITCHES[name].fp32_precision = value
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     x, y = torch.full((6, 1, 8, 8), 0.5), torch.arange(6) % 3
     record = jemkit.evaluate(net, (x, y), registry=REGISTRY, only=("accuracy",))  # type: ignore[arg-type]
     assert record.value("clean") == pytest.approx(1 / 3)
-    assert read_switch(switch) == value
+    assert SWITCHES[name].fp32_precision == value
     reset()
 
 
