@@ -1,4 +1,4 @@
-"""Attack protocols, PGD, ascents, AutoAttack, random search, purification, and PixelModel.
+"""Attack protocols, PGD, ascents, AutoAttack, purification, and PixelModel.
 
 May import: errors, options, runtime, data, models and sampling.
 A new file: an attack that other parts of the library run; every other attack is a plug-in.

@@ -9,8 +9,8 @@ import torch
 from torch import Generator, Tensor
 
 from jemkit.attacks.base import Perturb, Threat
+from jemkit.attacks.pgd import margin
 from jemkit.attacks.pixel_model import PixelModel
-from jemkit.attacks.random_search import margin
 from jemkit.errors import DataError
 from jemkit.runtime.modes import preserved_random_state
 

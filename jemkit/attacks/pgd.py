@@ -55,6 +55,13 @@ def cross_entropy(model: nn.Module, y: Tensor) -> AttackLoss:
     return lambda x: F.cross_entropy(model(x), y, reduction="none")
 
 
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """How far the label's logit leads the best other one, [B]; not above 0 where it is wrong."""
+    own = logits.gather(1, y[:, None]).squeeze(1)
+    rest = logits.scatter(1, y[:, None], -torch.inf).amax(dim=1)
+    return own - rest
+
+
 def negated(loss: AttackLoss) -> EnergyFn:
     """The energy whose descent is the loss's ascent."""
     return lambda x: -loss(x)

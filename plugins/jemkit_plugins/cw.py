@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from jemkit import Criterion, CriterionFn, ModelAttack, PGDAttack, PixelModel, Threat, hookimpl
-from jemkit.attacks.random_search import margin
+from jemkit.attacks.pgd import margin
 
 
 class CW(PGDAttack):

@@ -16,8 +16,8 @@ from toys import REGISTRY, Flat, gen, linear_model
 
 from jemkit import PGD, Bounds
 from jemkit.attacks.base import ModelAttack, Threat
+from jemkit.attacks.pgd import margin
 from jemkit.attacks.pixel_model import UNIT, PixelModel
-from jemkit.attacks.random_search import margin
 from jemkit.data import Images
 from jemkit.errors import MisfitError
 from jemkit.models.energy import LinearEnergy, LogSumExpEnergy

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from masked import (
     RADIUS_PX,
@@ -17,15 +17,14 @@ from masked import (
     linear,
     trained,
 )
-from strategies import batch_sizes, seeds, uniform
 from torch import Tensor, nn
-from toys import REGISTRY, gen, linear_model
+from toys import REGISTRY, gen
 
 from jemkit import Images
+from jemkit.attacks.autoattack import Stage
 from jemkit.attacks.base import Norm, Threat
-from jemkit.attacks.pgd import PGD
+from jemkit.attacks.pgd import PGD, margin
 from jemkit.attacks.pixel_model import PixelModel, anchored, pixel_model
-from jemkit.attacks.random_search import margin, random_search
 from jemkit.metrics.attack_runner import Attacked, attacked
 from jemkit.metrics.evaluator import Context
 from jemkit.metrics.outputs import Finding, at_least, surely
@@ -177,7 +176,8 @@ def random_stand(model: PixelModel, data: Images, ctx: Context) -> Tensor:
     """What an attack leaves: PGD-20 where it knows the norm, else a longer random search."""
     if ctx.threat.norm != "L1":
         return attacked(model, PGD(steps=20), data, ctx, "pgd").right
-    x_adv = random_search(model, data.unit(), data.y, ctx.threat, gen(1), 600)
+    square = Stage("square", steps=600).bind(model, ctx.threat)
+    x_adv = square(data.unit(), data.y, gen(1))
     return model(x_adv).argmax(1) == data.y
 
 
@@ -260,36 +260,3 @@ def test_no_image_in_any_number_is_no_flag() -> None:
 def test_the_margin_is_the_lead_of_the_labels_logit() -> None:
     logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 4.0]])
     assert margin(logits, torch.tensor([0, 2])).tolist() == [1.0, -1.0]
-
-
-@settings(max_examples=15)
-@given(seed=seeds, n=batch_sizes, norm=st.sampled_from(["Linf", "L2", "L1"]),
-       px=st.floats(1, 300))  # fmt: skip
-def test_random_search_stays_in_the_ball_and_never_makes_the_margin_worse_than_its_start(
-    seed: int, n: int, norm: Norm, px: float
-) -> None:
-    model = PixelModel(linear_model(48, 3, seed % 50)).requires_grad_(False)
-    x, y = uniform(seed, n, 3, 4, 4, low=0), torch.zeros(n, dtype=torch.int64)
-    ends = [random_search(model, x, y, Threat(norm, px), gen(seed), queries) for queries in (1, 20)]
-    order = {"Linf": torch.inf, "L2": 2.0, "L1": 1.0}[norm]
-    for x_adv in ends:
-        size = torch.linalg.vector_norm((x_adv - x).flatten(1), order, dim=1)
-        assert (size <= px / 255 * (1 + 1e-4) + 1e-6).all()
-        assert x_adv.min() >= 0
-        assert x_adv.max() <= 1
-    before, after = (margin(model(x_adv), y) for x_adv in ends)
-    assert (after <= before + 1e-6).all()
-
-
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_random_search_goes_a_third_of_the_way_to_the_best_corner_of_a_linear_model(
-    norm: Norm,
-) -> None:
-    model, n = PixelModel(linear_model(64, 2)).requires_grad_(False), 20
-    x = 0.3 + 0.4 * uniform(0, n, 1, 8, 8, low=0)
-    y = model(x).argmax(1)
-    w = model.model.head.weight  # type: ignore[union-attr]
-    slope = 2 * (w[0] - w[1]).norm(p=1 if norm == "Linf" else 2).item()
-    x_adv = random_search(model, x, y, Threat(norm, 0.5 / slope * 255), gen(), 400)
-    fallen = margin(model(x), y) - margin(model(x_adv), y)  # at best 0.5
-    assert ((fallen > 0.5 / 3) | (model(x_adv).argmax(1) != y)).all()

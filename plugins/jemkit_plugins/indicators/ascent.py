@@ -9,9 +9,8 @@ from torch import Generator, Tensor, nn
 
 from jemkit.sampling.kernels import perturbed
 from jemkit.attacks.base import Threat, ball_of
-from jemkit.attacks.pgd import PGD
+from jemkit.attacks.pgd import PGD, margin
 from jemkit.attacks.pixel_model import UNIT
-from jemkit.attacks.random_search import margin
 from jemkit.models.networks import MLP, seeded_init
 from jemkit.sampling.kernels import run
 

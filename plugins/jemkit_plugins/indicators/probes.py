@@ -7,9 +7,9 @@ import torch
 from torch import Generator, Tensor
 
 from jemkit.sampling.kernels import perturbed
+from jemkit.attacks.autoattack import Stage
 from jemkit.attacks.base import Threat
 from jemkit.attacks.pixel_model import UNIT, PixelModel
-from jemkit.attacks.random_search import random_search
 from jemkit.data import Images
 from jemkit.metrics.evaluator import Context, batches
 from jemkit_plugins.indicators.ascent import Ascent, ascend, cross_entropy, lost_margin, surrogate
@@ -140,8 +140,8 @@ class _Prober:
         return probes
 
     def _search(self, x: Tensor, y: Tensor) -> Tensor:
-        queries = self.plan.sizes.queries
-        return random_search(self.subject, x, y, self.ctx.threat, self.rng, queries)
+        square = Stage("square", steps=self.plan.sizes.queries)
+        return square.bind(self.subject, self.ctx.threat)(x, y, self.rng)
 
     def _logits(self) -> tuple[float, Tensor]:
         """The logits of one batch twice, then with half of it replaced, then in reverse order."""
