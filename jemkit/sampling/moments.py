@@ -4,11 +4,12 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from jemkit.data import Images, Task
 from jemkit.errors import ConfigError, DataError
@@ -24,7 +25,6 @@ JITTER = 1e-4  # on a covariance's diagonal, as in JEM++, so that few images sti
 WIDEST = 32  # maximum image size, in pixels, for whole covariances
 LARGEST = 200_000_000  # maximum bytes of a file of moments
 RANK = 256  # maximum rank of a low-rank form
-EXACT = 2048  # rows or columns for an eigendecomposition; above, a randomised method is used
 LIMIT = 2**30  # maximum bytes of all files in the cache; the least recently used are removed first
 MOMENTS = "moments.safetensors"  # the file of moments in an exported model
 
@@ -137,10 +137,8 @@ def _from_cache(path: Path, form: Form) -> dict[str, Tensor] | None:
         return None
     if not _fits(moments, form):
         return None
-    try:
+    with suppress(OSError):
         os.utime(path)  # mark it as recently used
-    except OSError as error:
-        log.debug("%s: %s", path, error)
     return moments
 
 
@@ -172,20 +170,13 @@ def _keep(path: Path, moments: Mapping[str, Tensor]) -> None:
 
 
 def _prune(folder: Path, limit: int) -> None:
-    """Remove the files that were used least recently, until all of them fit."""
-    aged: list[tuple[float, int, Path]] = []
-    for path in folder.iterdir():
-        try:
-            state = path.lstat()
-        except FileNotFoundError:  # another process removed it
-            continue
-        aged.append((state.st_mtime, state.st_size, path))
-    total = sum(size for _, size, _ in aged)
-    for _, size, path in sorted(aged)[:-1]:
-        if total <= limit:
-            return
-        path.unlink(missing_ok=True)
-        total -= size
+    """Keep the files that were used most recently, as many as fit, and the newest in any case."""
+    newest, *others = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+    total = newest.stat().st_size
+    for path in others:
+        total += path.stat().st_size
+        if total > limit:
+            path.unlink(missing_ok=True)
 
 
 def _estimate(task: Task, form: Form) -> dict[str, Tensor]:
@@ -249,22 +240,7 @@ def low_rank(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _directions(c: Tensor, rank: int) -> Tensor:
     """The leading eigenvectors [D, rank] of c^T c, each as long as its standard deviation."""
-    n, d = c.shape
-    if n <= min(d, EXACT):
-        vectors = torch.linalg.eigh((c @ c.T).double()).eigenvectors[:, -rank:]
-        return torch.mm(c.T, vectors.float())
-    if d <= EXACT:
-        return _scaled(torch.eye(d), (c.T @ c).double(), rank)
-    # Halko, Martinsson and Tropp (2011), Algorithms 4.4 and 5.3: a random subspace, iterated
-    rng = Generator().manual_seed(0)
-    q = torch.linalg.qr(torch.randn((d, rank + 16), generator=rng)).Q
-    for _ in range(3):
-        q = torch.linalg.qr(c.T @ (c @ q)).Q
-    inside = c @ q
-    return _scaled(q, (inside.T @ inside).double(), rank)
+    from sklearn.utils.extmath import randomized_svd
 
-
-def _scaled(q: Tensor, covariance: Tensor, rank: int) -> Tensor:
-    values, vectors = torch.linalg.eigh(covariance)
-    lengths = values[-rank:].clamp(min=0).sqrt()
-    return torch.mm(q, (vectors[:, -rank:] * lengths).float())
+    _, lengths, directions = randomized_svd(c.numpy(), rank, random_state=0)
+    return torch.from_numpy(directions.T * lengths)

@@ -254,7 +254,7 @@ def test_a_low_rank_is_exact_on_the_diagonal_and_wholly_where_it_is_full(
 
 
 def test_leading_directions_of_many_long_rows_are_those_of_an_eigendecomposition() -> None:
-    d, n = 2100, 2200  # above what is decomposed directly
+    d, n = 2100, 2200
     lengths = torch.tensor([30.0, 20.0, 10.0])
     axes = torch.linalg.qr(normal(0, d, 3)).Q
     c = (normal(1, n, 3) * lengths) @ axes.T / n**0.5 + 0.001 * normal(2, n, d)
