@@ -13,10 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jemkit.errors import DataError
-from jemkit.runtime.files import DAMAGED, array_header, reading
+from jemkit.runtime.files import DAMAGED, reading
 from jemkit.runtime.opening import opened
 
 Arrays = dict[str, NDArray[Any]]
+
+HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+"""What reads the shape, the Fortran order and the type of an array, by its format."""
 
 LOCAL = struct.Struct("<26xHH")
 """The header before a member of a zip file; its last two fields are the lengths that follow."""
@@ -69,7 +75,10 @@ def _member(file: BufferedReader, entry: zipfile.ZipInfo) -> NDArray[Any]:
 def _mapped(file: BufferedReader, start: int, size: int, name: str) -> NDArray[Any]:
     """The array that fills `size` bytes from `start` on."""
     file.seek(start)
-    shape, fortran, dtype = array_header(file, name)
+    version = np.lib.format.read_magic(file)
+    if version not in HEADERS:
+        raise ValueError(f"{name} is an array of format {version}")
+    shape, fortran, dtype = HEADERS[version](file)
     if dtype.hasobject:
         raise DataError(
             f"{file.name}: {name} holds pickled Python objects, which jemkit never unpickles; "

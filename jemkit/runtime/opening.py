@@ -1,5 +1,6 @@
 """Opens files, the only module that does: regular files only, and never written through a link."""
 
+import json
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -13,22 +14,6 @@ MIB = 2**20
 JSON_LIMIT, TOML_LIMIT, LOG_LIMIT = 64 * MIB, MIB, 1024 * MIB
 """The size in bytes above which such a file is not read: jemkit writes none as large."""
 
-MARKS = (
-    (b"\xef\xbb\xbf", "utf-8-sig"),
-    (b"\xff\xfe\x00\x00", "utf-32"),
-    (b"\x00\x00\xfe\xff", "utf-32"),
-    (b"\xff\xfe", "utf-16"),
-    (b"\xfe\xff", "utf-16"),
-)
-"""Byte order marks, which editors on Windows and PowerShell write."""
-
-KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 QUICKLY = os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 """Opening a FIFO does not block."""
 
@@ -46,10 +31,10 @@ def opened(path: Path) -> Iterator[BufferedReader]:
 
 
 @contextmanager
-def opened_in_place(path: Path, *, create: bool = True) -> Iterator[FileIO]:
+def opened_in_place(path: Path) -> Iterator[FileIO]:
     """Open a regular file to read, truncate and append to, created if missing; no link."""
     refuse_link(path)
-    flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | (os.O_CREAT if create else 0) | QUICKLY
+    flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CREAT | QUICKLY
     # unbuffered, since a buffer would be written when it is closed
     with os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0) as file:
         _check_kind(os.fstat(file.fileno()), path)
@@ -76,9 +61,8 @@ def read_text(path: Path, limit: int = TOML_LIMIT) -> str:
 
 
 def decoded(content: bytes) -> str:
-    coding = next((name for mark, name in MARKS if content.startswith(mark)), "utf-8")
     try:
-        return content.decode(coding)
+        return content.decode(json.detect_encoding(content))
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not text in UTF-8 ({error}); save it as UTF-8") from None
 
@@ -105,5 +89,4 @@ def refuse_link(path: Path) -> None:
 
 def _check_kind(status: os.stat_result, path: Path) -> None:
     if not stat.S_ISREG(status.st_mode):
-        kind = KINDS.get(stat.S_IFMT(status.st_mode), "something else")
-        raise DataError(f"{path} is {kind}, not a regular file; it is not read")
+        raise DataError(f"{path} is not a regular file; it is not read")

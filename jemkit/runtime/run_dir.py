@@ -10,24 +10,26 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from jemkit.errors import ConfigError, DataError
 from jemkit.runtime.files import (
     append_text,
-    drop_torn_line,
     read_json,
     set_aside,
+    write_bytes,
     write_json,
     write_text,
 )
 from jemkit.runtime.git import git_state
 from jemkit.runtime.lock import LOCK
-from jemkit.runtime.opening import LOG_LIMIT, make_folder, opened, read_file, refuse_links
+from jemkit.runtime.opening import LOG_LIMIT, make_folder, read_file, refuse_links
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LOGS = METRICS, EVENTS = "metrics.csv", "events.jsonl"
 """The logs to which a run appends."""
@@ -40,6 +42,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
+        self._columns: list[str] | None = None  # of metrics.csv, once they are known
 
     @classmethod
     def create(cls, path: Path) -> "RunFolder":
@@ -90,44 +93,47 @@ class RunFolder:
     def append_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Append rows to metrics.csv; a new column is empty in earlier rows."""
         path = self.path / METRICS
-        before = _columns(path)
-        columns = list(dict.fromkeys([*before, *(name for row in rows for name in row)]))
-        if columns != before:
-            write_text(path, _csv(columns, [*self.sound_metrics(), *rows]))
+        if self._columns is None or not path.exists():
+            self._columns = [*next(iter(self.metrics()), {})]
+        columns = list(dict.fromkeys([*self._columns, *(name for row in rows for name in row)]))
+        if columns != self._columns:
+            write_text(path, _csv(columns, [*self.metrics(), *rows]))
+            self._columns = columns
         else:
             append_text(path, _csv(columns, rows, header=False))
 
     def metrics(self) -> list[dict[str, str]]:
-        """The rows of metrics.csv; a DataError where it is damaged."""
-        path = self.path / METRICS
-        try:
-            return metric_rows(read_file(path, LOG_LIMIT)) if path.exists() else []
-        except DataError as error:
-            raise DataError(f"{path} is damaged: {error}") from None
-
-    def sound_metrics(self) -> list[dict[str, str]]:
         """The rows of metrics.csv; a damaged file is renamed, as a run can continue without."""
-        try:
-            return self.metrics()
-        except DataError as error:
-            self._set_aside(METRICS, str(error))
-            return []
+        return self._mended(METRICS, metric_rows)
 
     def mend_logs(self) -> None:
         """Cut half a line that a kill left at the end of a log; rename a damaged log."""
-        for name, read in ((EVENTS, event_lines), (METRICS, metric_rows)):
-            if fault := _fault_of(self.path / name, read):
-                self._set_aside(name, f"{self.path / name} is damaged: {fault}")
+        self._mended(EVENTS, event_lines)
+        self._mended(METRICS, metric_rows)
 
-    def _set_aside(self, name: str, fault: str) -> None:
-        aside = set_aside(self.path / name).name
-        message = f"{fault}; it is kept as {aside}, and a new one is started"
-        log.warning("%s", message)
-        self.event("damaged", message=message)
+    def _mended(self, name: str, read: Callable[[bytes], list[T]]) -> list[T]:
+        path = self.path / name
+        try:
+            content = read_file(path, LOG_LIMIT)
+            whole = content[: content.rfind(b"\n") + 1]
+            if content and not whole:
+                raise DataError("it has no whole line")
+            lines = read(whole)
+        except FileNotFoundError:
+            return []
+        except (DataError, OSError) as error:
+            aside = set_aside(path).name
+            message = f"{path} is damaged: {error}; it is kept as {aside}, and a new one is started"
+            log.warning("%s", message)
+            self.event("damaged", message=message)
+            return []
+        if whole != content:
+            write_bytes(path, whole)
+        return lines
 
     def drop_metrics_from(self, step: int) -> None:
         """Drop rows that a resumed run will write again."""
-        rows = self.sound_metrics()
+        rows = self.metrics()
         earlier = [row for row in rows if int(row["step"]) < step]
         if len(earlier) < len(rows):
             write_text(self.path / METRICS, _csv(list(rows[0]), earlier))
@@ -167,27 +173,26 @@ def metric_rows(content: bytes) -> list[dict[str, str]]:
 
     The column step has increasing whole numbers, and every row has as many cells as the header.
     """
-    reader = csv.reader(io.StringIO(_text(content), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(_text(content), newline=""), strict=True)
     rows: list[dict[str, str]] = []
+    before = -1
     try:
-        header = next(reader, [])
-        if "step" not in header or len(set(header)) != len(header):
+        columns = list(reader.fieldnames or ())
+        if content and ("step" not in columns or len({*columns}) < len(columns)):
             raise DataError("its first line is not a header with a column step")
-        for cells in reader:
-            if len(cells) != len(header):
+        for row in reader:
+            if None in row or None in row.values():
+                raise DataError(f"line {reader.line_num} has not as many cells as the header")
+            step = row["step"]
+            if not (step.isdecimal() and len(step) < 19 and int(step) > before):
                 raise DataError(
-                    f"line {reader.line_num} has {len(cells)} cells instead of {len(header)}"
+                    f"line {reader.line_num} has the step {step[:40]!r} after step {before}; "
+                    "expected a larger whole number"
                 )
-            rows.append(dict(zip(header, cells, strict=True)))
+            rows.append(row)
+            before = int(step)
     except csv.Error as error:
         raise DataError(f"line {reader.line_num}: {error}") from None
-    before = -1
-    for number, step in enumerate((row["step"] for row in rows), 1):
-        if not (step.isascii() and step.isdecimal() and len(step) < 19):
-            raise DataError(f"row {number} has the step {step[:40]!r}, not a whole number")
-        if int(step) <= before:
-            raise DataError(f"row {number} has step {step} after step {before}")
-        before = int(step)
     return rows
 
 
@@ -212,29 +217,3 @@ def _text(content: bytes) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         raise DataError(f"it is not text in UTF-8 ({error})") from None
-
-
-def _fault_of(path: Path, read: Callable[[bytes], object]) -> str:
-    """What is wrong with a log, "" if nothing is; half a line left by a kill is cut off."""
-    try:
-        content = read_file(path, LOG_LIMIT)
-        whole = content[: content.rfind(b"\n") + 1]
-        read(whole)
-        if not whole:
-            _text(content)
-    except FileNotFoundError:
-        return ""
-    except (DataError, OSError) as error:
-        return str(error)
-    drop_torn_line(path)
-    return ""
-
-
-def _columns(path: Path) -> list[str]:
-    """The columns of a metrics.csv, from its first line; none if that is not a header."""
-    try:
-        with opened(path) as file:
-            header = next(csv.reader([_text(file.readline(LOG_LIMIT))], strict=True), [])
-    except (FileNotFoundError, DataError, csv.Error):
-        return []
-    return header if "step" in header else []

@@ -15,7 +15,6 @@ from toys import toy_recipe, toy_registry
 
 from jemkit import ConfigError, DataError, Preempted, Trainer, train
 from jemkit.runtime import checkpoint, disk
-from jemkit.runtime.files import append_text, drop_torn_line
 from jemkit.runtime.lock import LOCK, locked
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.training.run import still_needed
@@ -104,16 +103,6 @@ def test_the_forecast_covers_what_a_run_takes(tmp_path: Path, optimizer: str) ->
 def test_a_states_bytes_are_those_of_its_tensors_and_little_more(shape: list[int]) -> None:
     x = torch.zeros(shape, dtype=torch.float64)
     assert 8 * x.numel() <= disk.state_bytes({"a": [x], "b": 1}) <= 8 * x.numel() + 4 * disk.LEAF
-
-
-def test_a_line_that_does_not_fit_leaves_no_half(tmp_path: Path) -> None:
-    append_text(tmp_path / "log", "one\n")
-    append_text(tmp_path / "log", "two\n")
-    with (tmp_path / "log").open("a") as file:
-        file.write("thr")
-    drop_torn_line(tmp_path / "log")
-    assert (tmp_path / "log").read_text() == "one\ntwo\n"
-    drop_torn_line(tmp_path / "none")
 
 
 FULL_AMID_A_LINE = """

@@ -98,7 +98,7 @@ def boasting(path: Path) -> None:
         (cut, "damaged, or cut short"),
         (cut_array, "damaged, or cut short"),
         (boasting, "damaged, or cut short"),
-        (Path.mkdir, "a folder, not a regular file"),
+        (Path.mkdir, "is not a regular file"),
         (lambda path: None, "is missing"),
     ],
 )

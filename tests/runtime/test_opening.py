@@ -16,7 +16,6 @@ from jemkit import DataError
 from jemkit.config.layers import read_layer
 from jemkit.runtime.files import (
     append_text,
-    drop_torn_line,
     file_hash,
     load_tensors,
     read_json,
@@ -96,7 +95,6 @@ def test_text_of_another_coding_is_refused(tmp_path: Path) -> None:
 
 WRITERS: dict[str, Callable[[Path], Any]] = {
     "append": lambda path: append_text(path, "mine\n"),
-    "cut": drop_torn_line,
     "lock": lambda path: locked(path, "writes").__enter__(),
 }
 
@@ -110,8 +108,6 @@ def test_nothing_is_written_through_a_link(tmp_path: Path, writer: str) -> None:
         WRITERS[writer](link)
     assert victim.read_text() == "theirs"
     link.unlink()
-    if writer == "cut":
-        return
     link.symlink_to(tmp_path / "new")
     with pytest.raises(DataError, match="is a link"):
         WRITERS[writer](link)
@@ -127,7 +123,7 @@ def test_a_file_of_two_names_changes_under_the_one_alone_that_is_written(
     os.link(victim, name)
     WRITERS[writer](name)
     assert victim.read_text() == "one\ntwo"
-    written = {"append": "one\ntwomine\n", "cut": "one\n", "lock": "one\ntwo"}[writer]
+    written = {"append": "one\ntwomine\n", "lock": "one\ntwo"}[writer]
     assert name.read_text() == written
 
 

@@ -94,7 +94,6 @@ def zipped(path: Path, method: int = zipfile.ZIP_STORED, **entries: bytes) -> Pa
     [
         array("(1000000000000,)"),
         array("(4,)", data=b"\0" * 12),
-        array("(4,)", data=b"\0" * 20),
         array("(-4,)", data=b"\0" * 16),
         array("(2,)", "|O", b"\0" * 16),
         array("(4,)", data=b"\0" * 16, version=9),
