@@ -26,7 +26,7 @@ from jemkit.models.energy import EnergyModel, ModelEnergy
 from jemkit.runtime.modes import eval_mode, frozen, sampling_mode
 from jemkit.runtime.precision import numerics
 from jemkit.runtime.timing import elapsed
-from jemkit.sampling.compile import Backend, CompiledGradient, pays_after
+from jemkit.sampling.compile import Backend, CompiledGradient
 from jemkit.sampling.kernels import eager_gradient
 
 Work = Callable[[], Any]
@@ -85,7 +85,7 @@ def in_turn(named: dict[str, Work], device: torch.device, rounds: int) -> dict[s
     for _ in range(rounds):
         for name, work in named.items():
             times[name].append(elapsed(work, device))
-    figures = {
+    figures: dict[str, dict[str, float]] = {
         name: {
             "seconds": statistics.median(each),
             "bare / this": statistics.median(
@@ -99,7 +99,9 @@ def in_turn(named: dict[str, Work], device: torch.device, rounds: int) -> dict[s
     return {
         **figures,
         "warm_up_s": warm_up,
-        "pays_after_gradients": pays_after(warm_up, eager, compiled),
+        "pays_after_gradients": (
+            warm_up / (eager - compiled) if compiled < eager else float("inf")
+        ),
     }
 
 

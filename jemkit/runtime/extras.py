@@ -1,27 +1,19 @@
 """The command that installs an optional dependency, for the hints of error messages."""
 
 import json
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import distribution
 from urllib.parse import unquote, urlparse
 
 
 def install(extra: str) -> str:
     """The command that installs an extra in the way this jemkit was installed."""
-    try:
-        direct_url = distribution("jemkit").read_text("direct_url.json")
-    except (PackageNotFoundError, OSError):
-        direct_url = None
-    return command(extra, direct_url)
+    return command(extra, distribution("jemkit").read_text("direct_url.json"))
 
 
 def command(extra: str, direct_url: str | None) -> str:
-    try:
-        about = json.loads(direct_url or "{}")
-        url, folder = str(about.get("url", "")), about.get("dir_info")
-        editable = bool(folder.get("editable", False)) if folder is not None else False
-    except (ValueError, AttributeError):
-        folder, url, editable = None, "", False
-    if folder is None or not url.startswith("file:"):
+    about = json.loads(direct_url or "{}")
+    folder = about.get("dir_info")
+    if folder is None or not about["url"].startswith("file:"):
         return f"pip install 'jemkit[{extra}]'"
-    option = "-e " if editable else ""
-    return f"pip install {option}'.[{extra}]' in {unquote(urlparse(url).path)}"
+    option = "-e " if folder.get("editable") else ""
+    return f"pip install {option}'.[{extra}]' in {unquote(urlparse(about['url']).path)}"

@@ -34,28 +34,28 @@ def locked(path: Path, what: str, *, patience: float = 0.0) -> Iterator[None]:
     It is first waited for, up to `patience` seconds. `what` tells others what the holder does, such
     as "trains in runs/a". The kernel releases the lock however the process ends.
     """
+    until = time.monotonic() + patience
     with opened_in_place(path) as file:
-        try:
-            _take(file, time.monotonic() + patience)
-        except BlockingIOError:
-            raise ConfigError(_refusal(path)) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise OSError(error.errno, error.strerror, str(path)) from None
-            cannot = f"{path.parent} cannot be locked on this file system"
-            log.warning("%s; do not start a second run in this folder", cannot)
+        while not _taken(file, path):
+            if time.monotonic() >= until:
+                raise ConfigError(_refusal(path))
+            time.sleep(AGAIN)
         _sign(file, path, what)
         yield
 
 
-def _take(file: FileIO, until: float) -> None:
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                raise
-        time.sleep(AGAIN)
+def _taken(file: FileIO, path: Path) -> bool:
+    """Take the lock if no process holds it, or if the file system has none."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        cannot = f"{path.parent} cannot be locked on this file system"
+        log.warning("%s; do not start a second run in this folder", cannot)
+    return True
 
 
 def _sign(file: FileIO, path: Path, what: str) -> None:

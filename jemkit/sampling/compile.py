@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,13 +18,6 @@ CUDA_MODE = "reduce-overhead"  # torch.compile's mode on CUDA: kernels are recor
 GRAPHS = 64  # limit on compiled graphs; torch's own limit counts all runs of a process together
 
 
-class Compilation(NamedTuple):
-    """One compilation: for which images, and how long it took."""
-
-    shape: tuple[int, ...]
-    seconds: float
-
-
 class CompiledGradient:
     """The gradient of any energy as one graph without graph breaks; a break is an error.
 
@@ -35,7 +28,7 @@ class CompiledGradient:
 
     def __init__(self, backend: Backend = "inductor") -> None:
         self.backend = backend
-        self.compilations: list[Compilation] = []
+        self.compilations: list[float] = []  # the seconds of each
         self.given_up = False
         self._graphs = self._reported = 0
         self._unit: Callable[[EnergyFn, Tensor], Tensor] = torch.compile(
@@ -61,13 +54,13 @@ class CompiledGradient:
             warnings.warn(f"chains run without --compile: {lacking}", stacklevel=2)
             return eager_gradient(energy, x)
         if self._graphs > before:
-            self.compilations.append(Compilation(tuple(x.shape), time.perf_counter() - began))
+            self.compilations.append(time.perf_counter() - began)
         return gradient
 
     @property
     def warm_up(self) -> float:
         """Seconds that compiling took so far."""
-        return sum(each.seconds for each in self.compilations)
+        return sum(self.compilations)
 
     def report(self, folder: RunFolder, watch: Callable[[str, dict[str, Any]], None]) -> None:
         """Compilations since the last call: number of graphs in total, and their seconds."""
@@ -90,11 +83,6 @@ def as_cuda_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(graph, inputs, config_patches=list_mode_options(CUDA_MODE))
-
-
-def pays_after(warm_up: float, eager: float, compiled: float) -> float:
-    """Number of gradients that amortise compiling; infinite if the compiled one is not faster."""
-    return warm_up / (eager - compiled) if compiled < eager else float("inf")
 
 
 MISSING = {"InvalidCxxCompiler", "TritonMissing", "CppCompileError", "CalledProcessError"}

@@ -1,6 +1,7 @@
 """log p(x): negatives from chains that a replay buffer keeps, and their loss (Eqs. 2, 9)."""
 
 import math
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -13,7 +14,6 @@ from jemkit.models.energy import EnergyModel, ModelEnergy
 from jemkit.options import Options
 from jemkit.runtime import distributed
 from jemkit.runtime.disk import readable
-from jemkit.runtime.lazy import Late
 from jemkit.runtime.modes import BatchNormMode, batch_norms, sampling_mode
 from jemkit.sampling.init_dists import Start
 from jemkit.sampling.kernels import Boxed, Sampler, run
@@ -101,31 +101,26 @@ class ReplayBuffer:
     ) -> None:
         self.options, self.start, self.n_classes = options, start, n_classes
         options.check_classes(n_classes)
-        self._late = Late(lambda: self._filled(rng))
-        self._device = rng.device
+        self._rng = rng
         if fill:
-            self._late.get()
+            self.states = self._filled()
         self.chains_begun = 0  # chains begun so far
         self._undo: list[tuple[Tensor, Tensor]] | None = None
         self._chains_at_mark = 0
 
-    @property
+    @cached_property
     def states(self) -> Tensor:
         """[capacity, C, H, W]; a buffer that is not filled yet is filled from its start."""
-        return self._late.get()
+        return self._filled()
 
-    @states.setter
-    def states(self, states: Tensor) -> None:
-        self._late.set(states)
-
-    def _filled(self, rng: Generator) -> Tensor:
-        slots = torch.arange(self.options.capacity, device=rng.device)
+    def _filled(self) -> Tensor:
+        slots = torch.arange(self.options.capacity, device=self._rng.device)
         y = slots * self.n_classes // self.options.capacity
-        return self.start.draw(self.options.capacity, rng, y)
+        return self.start.draw(self.options.capacity, self._rng, y)
 
     def load(self, states: Tensor) -> None:
         """Take saved states; nothing is drawn for it."""
-        filled, capacity = self._late.made, self.options.capacity
+        filled, capacity = "states" in vars(self), self.options.capacity
         room = [*self.states.shape] if filled else [capacity, *states.shape[1:]]
         if [*states.shape] != room:
             raise MisfitError(f"a buffer of {[*states.shape]} does not fit one of {room}")
@@ -134,7 +129,7 @@ class ReplayBuffer:
         if filled:
             self.states.copy_(states)
         else:
-            self.states = states.to(self._device, copy=True)
+            self.states = states.to(self._rng.device, copy=True)
 
     def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """n states to go on from, and the slots that they belong to."""

@@ -1,5 +1,6 @@
 """Initial distributions of chains: p_0."""
 
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -8,7 +9,6 @@ from torch import Generator, Tensor
 
 from jemkit.data import Bounds, Task
 from jemkit.options import Options
-from jemkit.runtime.lazy import Late
 from jemkit.sampling.moments import (
     Form,
     check_groups,
@@ -156,7 +156,6 @@ class MomentStart:
     def __init__(self, task: Task, *, classwise: bool, device: torch.device) -> None:
         self.task, self.classwise, self.device = task, classwise, device
         self.form: Form = form_of(task, classwise=classwise)
-        self._late = Late(lambda: _gaussians(task, classwise, device))
         if task.fill:
             self.check()
 
@@ -165,26 +164,23 @@ class MomentStart:
         if self.classwise:
             check_groups(self.task)
 
-    def prepare(self) -> None:
-        """Load or estimate the Gaussians now; DataError if there are none."""
-        self._late.get()
+    @cached_property
+    def gaussians(self) -> "GaussianStart | LowRankStart":
+        """Loaded or estimated; DataError if there are none."""
+        moments = moments_of(self.task, classwise=self.classwise)
+        stored = {name: tensor.to(self.device) for name, tensor in moments.items()}
+        means = stored["means"]
+        if "basis" in stored:
+            return LowRankStart(means, stored["basis"], stored["spread"], self.task)
+        return GaussianStart(means, expanded(stored["factors"], means.shape[1]), self.task)
 
     def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
-        return self._late.get().draw(n, rng, y)
+        return self.gaussians.draw(n, rng, y)
 
     def tensors(self) -> dict[str, Tensor]:
         """The moments by their names in an exported model's file; loaded, or estimated."""
         moments = moments_of(self.task, classwise=self.classwise)
         return {f"{self.form.kind}.{name}": tensor for name, tensor in moments.items()}
-
-
-def _gaussians(task: Task, classwise: bool, device: torch.device) -> "GaussianStart | LowRankStart":
-    stored = {n: t.to(device) for n, t in moments_of(task, classwise=classwise).items()}
-    if "basis" in stored:
-        return LowRankStart(stored["means"], stored["basis"], stored["spread"], task)
-    return GaussianStart(
-        stored["means"], expanded(stored["factors"], stored["means"].shape[1]), task
-    )
 
 
 def start_name(start: Start) -> str:

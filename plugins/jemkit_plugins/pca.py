@@ -1,13 +1,13 @@
 """WEAT's start (Mirza et al., ECCV 2024): the leading principal components of each class."""
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
 from jemkit import Options, Start, StartSpec, Task, hookimpl
-from jemkit.runtime.lazy import Late
 from jemkit.sampling.init_dists import LowRankStart
 from jemkit.sampling.moments import check_groups
 
@@ -31,14 +31,14 @@ class PCAStart:
 
     def __init__(self, options: PCA, task: Task, device: torch.device) -> None:
         self.options, self.task, self.device = options, task, device
-        self._late = Late(self._estimated)
         if task.fill:
             check_groups(task)
 
     def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
-        return self._late.get().draw(n, rng, y)
+        return self.gaussians.draw(n, rng, y)
 
-    def _estimated(self) -> LowRankStart:
+    @cached_property
+    def gaussians(self) -> LowRankStart:
         images = self.task.images("train")
         check_groups(self.task)
         x = self.task.bounds.from_unit(images.unit()).flatten(1)

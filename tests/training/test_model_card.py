@@ -180,8 +180,6 @@ def test_every_file_that_goes_with_a_model_is_hashed(tmp_path: Path) -> None:
         ('{"url": "file:///a%20b", "dir_info": {"editable": true}}',
          "pip install -e '.[hub]' in /a b"),
         ('{"url": "file:///src", "dir_info": {}}', "pip install '.[hub]' in /src"),
-        ("not json", "pip install 'jemkit[hub]'"),
-        ("[]", "pip install 'jemkit[hub]'"),
     ],
 )  # fmt: skip
 def test_a_hint_names_an_extra_as_jemkit_was_installed(about: str | None, wanted: str) -> None:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from typing import Annotated
 
 import torch
@@ -12,7 +13,6 @@ from torch import Generator, Tensor
 from jemkit import (
     Dataset, Images, MisfitError, Options, PartOf, Shape, Start, Task,
 )  # fmt: skip
-from jemkit.runtime.lazy import Late
 
 
 class Blurred(Options):
@@ -54,15 +54,19 @@ class Drawn(ABC):
 
     def __init__(self, task: Task, device: torch.device) -> None:
         self.task, self.device = task, device
-        self._late: Late[Tensor] = Late(lambda: self.images().x.to(device))
 
     @abstractmethod
     def images(self) -> Images:
         """The set."""
 
+    @cached_property
+    def pixels(self) -> Tensor:
+        """Of the whole set, on the run's device."""
+        return self.images().x.to(self.device)
+
     def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> Tensor:
-        whole = self._late.get()
-        x = whole[torch.randint(len(whole), (n,), generator=rng, device=rng.device)]
+        index = torch.randint(len(self.pixels), (n,), generator=rng, device=rng.device)
+        x = self.pixels[index]
         return self.task.bounds.from_unit(self.altered(Images(x, x).unit(), rng))
 
     def altered(self, x: Tensor, rng: Generator) -> Tensor:

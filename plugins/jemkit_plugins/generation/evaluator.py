@@ -180,7 +180,7 @@ class Generation(Options):
         start = self._start(subject, ctx)
         if isinstance(start, MomentStart):
             try:
-                start.prepare()
+                _ = start.gaussians
             except DataError as error:
                 raise Unmeasurable(str(error)) from None
         return fresh(subject, ctx, n, about, steps=self.steps, start=start)
