@@ -1,5 +1,6 @@
 """Small examples for tests: a task of small random images, a small model, a batch."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -83,7 +84,7 @@ def toy_backbone(
     return Backbone(model, built, bounds=task.bounds, radius_px=task.radius_px)
 
 
-_ROWS: ContextVar[int] = ContextVar("rows", default=6)
+_ROWS: ContextVar[int] = ContextVar("rows", default=sys.maxsize)
 
 
 @contextmanager
