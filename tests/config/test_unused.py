@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from jemkit.training.build import build_run
 TOYS = toy_registry()
 
 
+@cache
 def outcome(backbone: str, objective: str, *sets: str) -> dict[str, torch.Tensor]:
     """All that two steps of a toy run leave behind."""
     recipe = toy_recipe(TOYS, backbone, objective, "plain", *sets).recipe

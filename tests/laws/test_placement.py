@@ -9,6 +9,7 @@ import torch
 from elsewhere import DEVICE, Far, FarGenerator, elsewhere, moved
 from torch import Tensor
 from toys import (
+    MATRIX,
     QUICK,
     REGISTRY,
     backbone_for,
@@ -111,7 +112,13 @@ def test_a_device_of_pretence_computes_what_the_cpu_does() -> None:
     assert not mode.waits
 
 
-@pytest.mark.parametrize("names", QUICK, ids="-".join)
+WHOLE = [
+    pytest.param(names, id="-".join(names), marks=() if names in QUICK else pytest.mark.slow)
+    for names in MATRIX
+]
+
+
+@pytest.mark.parametrize("names", WHOLE)
 def test_a_step_stays_on_its_device_and_waits_for_nothing(names: tuple[str, str, str]) -> None:
     backbone, objective = far_backbone(*names[:2]), moved(objective_of(names[1]))
     updater = updater_of(names[2], backbone.model)

@@ -34,7 +34,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "ebjdatreleased": {},
     "jem": {},
 }
-UPDATES = 20
+UPDATES = 6
 
 
 def updated(updater: str, objective: str, me: Shard) -> dict[str, Tensor]:

@@ -38,7 +38,8 @@ NETWORKS = {
 }
 BLOCKS = [("sam", "blocks"), ("sam", "blocks with batch norm")]
 MATRIX = [*itertools.product(CASES, ("norm-free", "batch norm")), *BLOCKS]
-UPDATES = 4
+QUICK = [*zip(CASES, ("norm-free", "batch norm") * 2, strict=True), *BLOCKS]
+UPDATES = 2
 
 
 def updated(case: str, network: str, *, shard: bool, **memory: Any) -> dict[str, Tensor]:
@@ -67,14 +68,19 @@ def updated(case: str, network: str, *, shard: bool, **memory: Any) -> dict[str,
     return {**fsdp.whole(weights), "norms": torch.stack(norms)}
 
 
-def results() -> dict[str, Any]:
-    """Of everything that needs no folder, in one group."""
+def all_updated(cases: list[tuple[str, str]]) -> dict[str, dict[str, Tensor]]:
     with distributed.together():
-        moved = {
+        return {
             f"{case} {network} {shard}": updated(case, network, shard=shard)
-            for case, network in MATRIX
+            for case, network in cases
             for shard in (False, True)
         }
+
+
+def results() -> dict[str, Any]:
+    """Of everything that needs no folder, in one group."""
+    moved = all_updated(QUICK)
+    with distributed.together():
         moved["sliced"] = updated("sam", "blocks", shard=True, size=2)
         moved["recomputed"] = updated("sam", "blocks with batch norm", shard=True, recompute=True)
         beside = [beside_others(shard=shard) for shard in (False, True)]
@@ -90,13 +96,24 @@ def both() -> list[dict[str, Any]]:
     return every_rank(results)
 
 
-@pytest.mark.parametrize(("case", "network"), MATRIX)
-def test_processes_that_share_the_weights_move_as_those_that_hold_all_of_them(
+@pytest.mark.parametrize(("case", "network"), QUICK)
+def test_processes_with_sharded_weights_train_as_those_with_whole_weights(
     both: list[dict[str, Any]], case: str, network: str
 ) -> None:
-    """Chains, gradients' norms, momenta and averages and all; to 1e-5, for the order of sums."""
+    """Weights, gradient norms, momenta and EMA agree to 1e-5: sums are taken in another order."""
+    check_sharded([rank["updated"] for rank in both], case, network)
+
+
+@pytest.mark.slow
+def test_every_updater_trains_sharded_weights_with_every_norm_as_whole_weights() -> None:
+    results = every_rank(all_updated, MATRIX)
+    for case, network in MATRIX:
+        check_sharded(results, case, network)
+
+
+def check_sharded(ranks: list[dict[str, dict[str, Tensor]]], case: str, network: str) -> None:
     begun = backbone_of("sadajem", network=NETWORKS[network]).model
-    first, second = (rank["updated"] for rank in both)
+    first, second = ranks
     whole, shared = (first[f"{case} {network} {shard}"] for shard in (False, True))
     for name in whole:
         if "running" not in name:  # each process's own until a step's end

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from forked import processes
-from groups import DIGITS, EPOCH, REGISTRY, SICK, STEPS, different, end_of, recipe, run
+from groups import CUT, DIGITS, EPOCH, REGISTRY, SICK, SMALL, STEPS, different, end_of, recipe, run
 from ranks import every_rank, torchrun
 from toys import toy_recipe
 from waiting import until
@@ -30,11 +30,10 @@ from jemkit_plugins.generation.samples import buffer_states
 
 
 def whole_runs(name: str) -> dict[str, list[str]]:
-    """Twice the same run; one that is stopped and gone on with; what one process began."""
+    """A run; the same stopped and resumed; one that a single process began."""
     folder = Path(name)
-    for out in ("a", "b"):
-        run(str(folder / out))
-    run(str(folder / "cut"), until=5)
+    run(str(folder / "a"))
+    run(str(folder / "cut"), until=CUT)
     if distributed.shard().rank == 0:
         shutil.copytree(folder / "cut", folder / "two-then-one")
     run(str(folder / "cut"), resume=True)
@@ -46,7 +45,7 @@ def whole_runs(name: str) -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("runs")
-    run(str(made / "one-then-two"), until=5)
+    run(str(made / "one-then-two"), until=CUT)
     run(str(made / "one"))
     every_rank(whole_runs, str(made))
     return made
@@ -123,9 +122,7 @@ def test_passes_in_which_processes_meet_are_not_compiled(tmp_path: Path) -> None
 def sick_runs(name: str) -> None:
     for out, harmed in (("a", False), ("b", False), ("harmed", True)):
         options = (f"objective.name={out}", f"objective.harmed={harmed}".lower(), "run.epochs=9")
-        made = toy_recipe(
-            REGISTRY, "sadajem", "faulty", "sam", "run.batch_size=8", "run.max_train=54", *options
-        )
+        made = toy_recipe(REGISTRY, "sadajem", "faulty", "sam", *SMALL[:2], *options)
         stops = iter([*[False] * (SICK + EPOCH), True])
         with suppress(Preempted):  # some steps after it has gone back
             train(made, Path(name) / out, registry=REGISTRY, stop=partial(next, stops))
@@ -174,14 +171,10 @@ def test_a_rolled_back_run_of_two_processes_repeats_bit_for_bit(sick: Path) -> N
     assert [at for at in differences if "seconds" not in at and "/objective/name" not in at] == []
 
 
-def test_a_run_of_two_processes_repeats_bit_for_bit(folder: Path) -> None:
-    assert different(folder / "a", folder / "b") == []
-    losses = [[row["loss"] for row in RunFolder(folder / n).metrics()] for n in ("a", "b")]
-    assert losses[0] == losses[1]
-
-
-def test_it_goes_on_bit_for_bit_after_a_stop(folder: Path) -> None:
+def test_a_run_of_two_processes_repeats_bit_for_bit_also_after_a_stop(folder: Path) -> None:
     assert different(folder / "a", folder / "cut") == []
+    losses = [[row["loss"] for row in RunFolder(folder / n).metrics()] for n in ("a", "cut")]
+    assert losses[0] == losses[1]
     events = [json.loads(x)["event"] for x in (folder / "cut" / "events.jsonl").open()]
     assert "preempted" in events
     assert "resume" in events
@@ -208,14 +201,14 @@ def test_another_number_of_processes_reshards_the_buffer_and_says_so(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert "ranks" in end_of(folder / "one-then-two")
-    before = load(folder / "two-then-one" / "checkpoints" / "step-00000005")
+    before = load(folder / "two-then-one" / "checkpoints" / f"step-{CUT:08d}")
     run(str(folder / "two-then-one"), resume=True)
     assert "saved by 2 process(es) and resumed by 1" in caplog.text
     state = end_of(folder / "two-then-one")
     assert "ranks" not in state
     assert len(state["density"]["states"]) == 60
     drawn = [r["density"]["drawn"] for r in (before, *before["ranks"])]
-    assert drawn == [10, 10]  # five steps of two chains each: half of a batch is the density's
+    assert drawn == [2 * CUT] * 2  # half of a batch of four is the density's
     assert state["density"]["drawn"] == 4 * STEPS
 
 
@@ -272,6 +265,7 @@ def refused(name: str) -> list[str]:
     return messages
 
 
+@pytest.mark.slow  # quick: runtime/test_fsdp_runs.py, evaluation/test_distributed_evaluate.py
 def test_torchrun_trains_with_one_writer_and_one_voice(tmp_path: Path) -> None:
     done = torchrun(*DIGITS, "--out", "run", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -147,7 +147,7 @@ def different(one: Path, other: Path) -> list[str]:
 def test_a_run_resumes_bit_for_bit_and_keeps_what_it_was_trained_on(tmp_path: Path) -> None:
     file = written(tmp_path / "new.npz")
     run(str(tmp_path / "whole"), overrides=mixed(file))
-    run(str(tmp_path / "cut"), until=5, overrides=mixed(file))
+    run(str(tmp_path / "cut"), until=2, overrides=mixed(file))
     run(str(tmp_path / "cut"), resume=True, overrides=mixed(file.rename(tmp_path / "moved.npz")))
     assert different(tmp_path / "whole", tmp_path / "cut") == []
     about = read_json(tmp_path / "whole" / "config.json")["extra_data"]
@@ -158,7 +158,7 @@ def test_a_run_resumes_bit_for_bit_and_keeps_what_it_was_trained_on(tmp_path: Pa
 
 def test_a_changed_file_is_refused_while_resuming(tmp_path: Path) -> None:
     file = written(tmp_path / "new.npz")
-    run(str(tmp_path / "cut"), until=5, overrides=mixed(file))
+    run(str(tmp_path / "cut"), until=2, overrides=mixed(file))
     written(file, n=31)
     with pytest.raises(DataError, match="not those that the run was started with, 30 images"):
         run(str(tmp_path / "cut"), resume=True, overrides=mixed(file))
