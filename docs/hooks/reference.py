@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "plugins"), str(ROOT / "cli")]
@@ -103,11 +103,12 @@ def settings_page(registry: Registry) -> str:
     lines = ["# Settings of a run\n\nThe tables of a recipe besides its parts. `--set "
              "run.epochs=30` sets one; `jemkit config show` prints all with their "
              "origins.\n"]  # fmt: skip
-    for name in ("run", "schedule", "sentinel", "extra"):
-        table = Recipe.model_fields[name].annotation
-        assert isinstance(table, type)
-        lines += [f"## `{name}`\n\n{docstring(table)}\n"]
-        lines += [*option_table(options_of(table, registry), registry), ""]
+    for name in ("run", "optimizer", "schedule", "sentinel", "extra"):
+        tables = Recipe.model_fields[name].annotation
+        for table in get_args(tables) or (tables,):
+            which = f" `{table.__name__.lower()}`" if get_args(tables) else ""
+            lines += [f"## `{name}`{which}\n\n{docstring(table)}\n"]
+            lines += [*option_table(options_of(table, registry), registry), ""]
     return "\n".join(lines)
 
 
