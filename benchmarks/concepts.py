@@ -64,8 +64,8 @@ def density(subject: PixelModel, data: Images) -> None:
     other = x[torch.randperm(len(x), generator=seeded())]
     noise = torch.rand(x.shape, generator=seeded())
     sets = {"digits": x, "means of two digits": (x + other) / 2, "uniform noise": noise}
-    panel = compared("E(x) of SADA-JEM with EB-JDAT", "E(x)",
-                     {name: energies(subject, images) for name, images in sets.items()})  # fmt: skip
+    values = {name: energies(subject, images) for name, images in sets.items()}
+    panel = compared("E(x) of SADA-JEM with EB-JDAT", "E(x)", values)
     write_text(IMAGES / "density.svg", picture([panel]))
 
 

@@ -12,7 +12,14 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"\]\(((?:\.\./)+)([^)#\s]+)(#[^)]*)?\)")
 LANGUAGES = {".py": "python", ".toml": "toml", ".md": "markdown"}
-ELSEWHERE = {"README.md#parts": "reference/index.md", "README.md#results": "digits.md"}
+PARTS = re.compile(r"\[([\w ]+)\]\(\.\./README\.md#parts\)")
+KINDS = {"initial distribution": "start"}  # whose page is not named as its kind
+OWN_LOOP = "In your own training loop"  # a section of README that is a page of the site
+ELSEWHERE = {
+    "README.md#parts": "reference/index.md",
+    "README.md#results": "digits.md",
+    "README.md#in-your-own-training-loop": "own-loop.md",
+}
 """README has short tables of what pages of the site tell in full."""
 QUIET = "---\nsearch:\n  exclude: true\n---\n\n"  # code is not what a reader searches for
 
@@ -30,6 +37,9 @@ def fenced(path: Path) -> str:
 def page(target: str) -> str:
     """A page that shows a file, or all files of a folder."""
     path = ROOT / target
+    if target == "README.md":
+        section = path.read_text().partition(f"## {OWN_LOOP}\n")[2].partition("\n## ")[0]
+        return f"# {OWN_LOOP}\n{section}".replace("](docs/", "](")
     if target == "CHANGELOG.md":
         return path.read_text().replace("](docs/", "](")
     shown = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in LANGUAGES)
@@ -38,17 +48,16 @@ def page(target: str) -> str:
 
 def place(target: str) -> str:
     """Where a file outside docs/ stands in the site."""
-    if target == "CHANGELOG.md":
-        return "changelog.md"
+    if target in ("CHANGELOG.md", "README.md"):
+        return "changelog.md" if target == "CHANGELOG.md" else "own-loop.md"
     is_data = (ROOT / target).suffix in (".json", ".csv")
     return f"files/{target}" if is_data else f"files/{target}.md"
 
 
 def on_files(files: Files, config: Any) -> Files:
-    wanted: set[str] = set()
+    wanted = {"CHANGELOG.md", "README.md"}
     for file in files.documentation_pages():
         wanted |= outside(file.content_string, file.src_uri.count("/"))
-    wanted.discard("README.md")
     for target in sorted(wanted):
         if not (ROOT / target).exists():
             continue  # mkdocs reports the link
@@ -62,7 +71,8 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
+    known_pages = {file.src_uri for file in files}
     depth = page.file.src_uri.count("/")
 
     def inside(match: re.Match[str]) -> str:
@@ -72,4 +82,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         known = ELSEWHERE.get(target + anchor)
         return f"]({'../' * depth}{known or place(target) + anchor})"
 
-    return LINK.sub(inside, markdown)
+    def kind(match: re.Match[str]) -> str:
+        where = f"reference/{KINDS.get(match.group(1), match.group(1))}.md"
+        return f"[{match.group(1)}]({where})" if where in known_pages else match.group(0)
+
+    return LINK.sub(inside, PARTS.sub(kind, markdown))

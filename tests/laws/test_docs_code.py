@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import typer
-from cli_tools import CLASSIFIER, SHORT, jemkit
+from cli_tools import SHORT, jemkit
 
 from jemkit.config.registry import installed
 
