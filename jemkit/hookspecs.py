@@ -7,6 +7,9 @@ only register parts; none is called during training.
 `backbone/NAME` and `objective/NAME` to a run that has that part, `backbone/NAME/DATA` and
 `objective/NAME/DATA` to a pair, `run/BACKBONE/OBJECTIVE/DATA` to all three, `preset/NAME` to
 `--preset NAME`. `study/NAME/SCALE` is a study of `jemkit reproduce`.
+
+An entry point of the group `jemkit_api`, whose name is a number, declares the interface that a
+distribution is written for: a plug-in of another number is skipped without importing it.
 """
 
 from collections.abc import Mapping
@@ -27,6 +30,8 @@ from jemkit.sampling.density import DensitySpec
 from jemkit.sampling.init_dists import StartSpec
 from jemkit.sampling.kernels import Sampler
 from jemkit.updaters import UpdaterSpec
+
+API = 1  # the number of this interface; docs/api-stability.md says what changes it
 
 hookspec = pluggy.HookspecMarker("jemkit")
 hookimpl = pluggy.HookimplMarker("jemkit")

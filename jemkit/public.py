@@ -3,6 +3,7 @@
 from jemkit.attacks.ascent import Ascent, L2Ascent, SGLDAscent, SignAscent
 from jemkit.attacks.base import (
     Attack,
+    AttackLoss,
     ModelAttack,
     Norm,
     Perturb,
@@ -116,7 +117,8 @@ from jemkit.updaters import SAM, Guard, Plain, Updater, UpdaterSpec, backward, m
 
 __all__ = [
     "MALA", "MLP", "PGD", "PYLD", "SAM", "SGLD", "WRN", "Adapted", "Ascent", "Attack",
-    "Augmentation", "Backbone", "BackboneSpec", "Ball", "Batch", "Best", "Bounds", "Boxed",
+    "AttackLoss", "Augmentation", "Backbone", "BackboneSpec", "Ball", "Batch", "Best", "Bounds",
+    "Boxed",
     "Buffer", "ConfigError", "Context", "Contrastive", "Criterion", "CriterionFn", "DataError",
     "Dataset", "Density", "DensityPart", "DensitySpec", "Distance", "Diverged", "EnergyFn",
     "EnergyModel", "EnergyModelSpec", "EnergyPart", "Evaluator", "Figure", "Gaussian", "Guard",

@@ -12,7 +12,7 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from jemkit.config.probing import Guest, Refused, contained, lethal
 from jemkit.errors import ConfigError, UnknownName
-from jemkit.hookspecs import HOOKS, KINDS, SPECS
+from jemkit.hookspecs import API, HOOKS, KINDS, SPECS
 from jemkit.options import example, in_name, nearest, pattern
 
 T = TypeVar("T")
@@ -245,6 +245,12 @@ def installed(*, third_party: bool = True) -> Registry:
     entries = [Guest(entry, *_origin(entry)) for entry in ordered]
     own = [plugin for plugin in entries if plugin.distribution == OURS]
     guests = [plugin for plugin in entries if plugin.distribution != OURS] if third_party else []
+    declared = {_origin(entry)[0]: entry.name for entry in entry_points(group="jemkit_api")}
+    for plugin in [g for g in guests if declared.get(g.distribution, str(API)) != str(API)]:
+        guests.remove(plugin)
+        number = declared[plugin.distribution]
+        why = f"is written for API {number}, and this is API {API}: install a version for API {API}"
+        faults.append(Fault(plugin.entry.name, plugin.distribution, plugin.version, why))
     verdicts = [""] * len(own) + lethal(guests)
     for (entry, whose, version), verdict in zip([*own, *guests], verdicts, strict=True):
         began = time.monotonic()

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from jemkit.errors import DataError, Preempted
 from jemkit.testing.drawing import check_ascent, check_density, check_sampler, check_start
 from jemkit.testing.judging import check_attack, check_dataset, check_distance, check_evaluator
 from jemkit.testing.law import ConformanceError, Tried, recorded
@@ -58,6 +59,8 @@ def _tried(kind: str, part: Any, images: int) -> list[Tried]:
             CHECKS[kind](part)
         except ConformanceError:
             pass
+        except (DataError, Preempted):  # no fault of the part
+            raise
         except Exception as error:
             came = f"it raised {type(error).__name__}: {error}"
             tried.append(Tried("runs", "runs without an error", False, came))

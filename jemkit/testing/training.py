@@ -197,7 +197,7 @@ class _Step:
         self.after = _weights(self.model)
         self.statistics = {n: b.clone() for n, b in self.model.named_buffers()}
         self.modes = {n: m.training for n, m in self.model.named_modules()}
-        self.loss_before, self.loss_after = (float(self.loss(m)) for m in (twin, self.model))
+        self.loss_before, self.loss_after = (self.loss(m).item() for m in (twin, self.model))
 
     def loss(self, model: EnergyModel) -> Tensor:
         return F.cross_entropy(model(self.batch.x).logits, self.batch.y)

@@ -1,4 +1,4 @@
-"""`jemkit plugins`: the registered parts, the packages that provide them, their options."""
+"""`jemkit plugins list` and `info`: the parts, the packages that provide them, their options."""
 
 import inspect
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,11 +10,9 @@ from jemkit_cli.terminal import NoPlugins, guarded, installed_parts, say, say_js
 if TYPE_CHECKING:
     from jemkit.config.registry import Offer, Registry
 
-app = typer.Typer(no_args_is_help=True, help="Parts and the plug-ins that provide them.")
 Json = Annotated[bool, typer.Option("--json", help="A JSON array of objects.")]
 
 
-@app.command("list")
 @guarded
 def list_parts(as_json: Json = False, no_plugins: NoPlugins = False) -> None:
     """List every part, and every plug-in that was skipped and why."""
@@ -25,7 +23,6 @@ def list_parts(as_json: Json = False, no_plugins: NoPlugins = False) -> None:
         show_table(list(rows[0]), [[str(cell or "") for cell in row.values()] for row in rows])
 
 
-@app.command()
 @guarded
 def info(
     name: Annotated[str, typer.Argument(help="A part's name.")],
@@ -37,7 +34,7 @@ def info(
     from jemkit.errors import UnknownName
     from jemkit.options import nearest
 
-    offers = _offers(registry)
+    offers = offers_of(registry)
     matches = [_about(offer, registry) for offer in offers if offer.name == name]
     if not matches:
         raise UnknownName(f"no part {name!r}{nearest(name, {o.name for o in offers})}")
@@ -54,7 +51,7 @@ def info(
             say("no options\n")
 
 
-def _offers(registry: "Registry") -> list["Offer"]:
+def offers_of(registry: "Registry") -> list["Offer"]:
     return [offer for shelf in registry.shelves.values() for offer in shelf.offers()]
 
 
@@ -68,7 +65,7 @@ def _rows(registry: "Registry") -> list[dict[str, Any]]:
             "state": "ok",
             "fault": None,
         }
-        for offer in _offers(registry)
+        for offer in offers_of(registry)
     ]
     skipped = [
         {

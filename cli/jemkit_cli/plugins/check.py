@@ -1,0 +1,156 @@
+"""`jemkit plugins check`: the laws of a part, what was tried, and the smallest counterexample."""
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jemkit_cli.plugins.listing import offers_of
+from jemkit_cli.terminal import NoPlugins, guarded, installed_parts, say, say_json, show_table
+
+if TYPE_CHECKING:
+    from jemkit.config.registry import Offer, Registry
+    from jemkit.testing import Examination
+
+MEANINGS = {
+    "box": "Pixels of 0 and 255 are common in images, and clamped chains stay there.",
+    "descent": "A flipped sign trains or samples the opposite, often without any error.",
+    "detached": "A graph that is kept grows with every step, and lets gradients into the chains.",
+    "deterministic": "With hidden state a run cannot be repeated, nor resumed bit for bit.",
+    "differentiable": "Without this gradient the part has no influence on training.",
+    "dtype": "Energies in half precision have rounding errors larger than the gaps of training.",
+    "figures": "Records and comparisons identify a figure by its name and protocol.",
+    "finite": "One NaN in the replay buffer or in a loss ends a run.",
+    "generator": "Other sources of randomness make runs with one seed differ.",
+    "gradients": "Chains and attacks that fill .grad add their gradients to the update.",
+    "guard": "Each step is one update, and an update that is not finite must not be applied.",
+    "inputs": "Changed in place, the batch or the replay buffer is wrong for all that follows.",
+    "interface": "The trainer calls the part by this interface.",
+    "labels": "A label outside the range is an index error on a GPU, far from its cause.",
+    "modes": "In the wrong mode batch norm couples images, or its statistics stop learning.",
+    "probability": "E(x, y) below E(x) would be a probability of more than 1.",
+    "range": "Outside the ball or the pixel range, robust accuracies cannot be compared.",
+    "resume": "A resumed run, or a repeated step, must go on as if it had not been interrupted.",
+    "rows": "If images influence each other, results depend on the batch size and its order.",
+    "runs": "The part fails on the smallest data that jemkit has.",
+    "shape": "By broadcasting, a wrong shape can go on as a wrong number.",
+    "stationary": "The chain samples another density than it claims to: it is not exact.",
+    "statistics": "Running statistics that learn twice are those of no training step.",
+    "switches": "Torch's switches are of the whole process: all that runs later is affected.",
+    "total": "The logged terms must be those that are trained.",
+    "weights": "Only an update may change weights and buffers.",
+    "zero": "d(x, x) is a minimum, so the inner maximisation has no pull at x itself.",
+}
+"""What it means for a joint energy-based model that a law is violated."""
+
+
+@guarded
+def check(
+    name: Annotated[str, typer.Argument(help="A part, or a plug-in with all its parts.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="An option of a part, e.g. NAME.step_size=0.1.", metavar="K=V"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+    no_plugins: NoPlugins = False,
+) -> None:
+    """Test a part by the laws of its kind; exit code 1 if it violates one.
+
+    A backbone is tested with a small network and a small buffer, a data set with its files.
+    """
+    registry = installed_parts(third_party=not no_plugins)
+    from jemkit.config.eval_settings import options_of
+    from jemkit.testing import examine
+
+    options = options_of(overrides or ())
+    parts = []
+    for offer in _chosen(registry, name, options):
+        part = _built(offer, options.get(offer.name, {}), registry)
+        examined = examine(offer.kind, part)
+        parts.append(_about(offer, examined))
+        if not as_json:
+            _show(offer, examined)
+    well = all(part["ok"] for part in parts)
+    if as_json:
+        say_json({"ok": well, "parts": parts})
+    if not well:
+        raise typer.Exit(1)
+
+
+def _chosen(registry: "Registry", name: str, options: dict[str, Any]) -> list["Offer"]:
+    """The parts of this name, or of the plug-in or distribution of this name."""
+    from jemkit.errors import ConfigError, UnknownName
+    from jemkit.options import nearest
+
+    offers = offers_of(registry)
+    chosen = [o for o in offers if o.name == name]
+    chosen = chosen or [o for o in offers if name in (o.distribution, o.part.__module__)]
+    if not chosen:
+        for fault in registry.faults:
+            if name in (fault.plugin, fault.distribution):
+                raise ConfigError(f"the plug-in {name} is skipped: {fault.reason}")
+        names = {*(o.name for o in offers), *(o.distribution for o in offers)}
+        raise UnknownName(f"no part or plug-in {name!r}{nearest(name, names)}")
+    for other in options.keys() - {o.name for o in chosen}:
+        raise ConfigError(f"--set {other}: expected an option of {name}, such as {name}.OPTION=1")
+    return chosen
+
+
+def _built(offer: "Offer", given: dict[str, Any], registry: "Registry") -> Any:
+    from pydantic import ValidationError
+
+    from jemkit.config.messages import explain
+    from jemkit.errors import ConfigError
+
+    try:
+        return offer.part.model_validate(given, context=registry.context)
+    except ValidationError as error:
+        text = explain(error, dict.fromkeys(offer.part.model_fields))
+        hint = f"; set its options by --set {offer.name}.OPTION=VALUE"
+        raise ConfigError(f"{offer.kind} {offer.name}: {text}{hint}") from None
+
+
+def _about(offer: "Offer", examined: "Examination") -> dict[str, Any]:
+    times = Counter(_laws(examined))
+    laws = [
+        {"law": law, "requirement": requirement, "tried": tried, "holds": holds}
+        for (law, requirement, holds), tried in times.items()
+    ]
+    wrong = examined.violated
+    counterexample = wrong and {
+        "law": wrong.law,
+        "requirement": wrong.requirement,
+        "images": examined.images,
+        "result": wrong.result,
+        "meaning": MEANINGS[wrong.law],
+    }
+    return {
+        "kind": offer.kind,
+        "name": offer.name,
+        "distribution": offer.distribution,
+        "ok": wrong is None,
+        "laws": laws,
+        "counterexample": counterexample,
+    }
+
+
+def _laws(examined: "Examination") -> list[tuple[str, str, bool]]:
+    return [(one.law, one.requirement, one.holds) for one in examined.tried]
+
+
+def _show(offer: "Offer", examined: "Examination") -> None:
+    times = Counter(_laws(examined))
+    rows = [
+        ["holds" if holds else "VIOLATED", law, requirement, str(tried)]
+        for (law, requirement, holds), tried in times.items()
+    ]
+    say(f"{offer.kind} {offer.name}  ({offer.distribution} {offer.version})")
+    show_table(["", "law", "requirement", "tried"], rows)
+    wrong = examined.violated
+    if wrong is None:
+        say(f"all {len(rows)} requirements hold\n")
+        return
+    say(f"violated: {wrong.law}: {wrong.requirement}")
+    say(f"smallest counterexample: {examined.images} of the toy images, seed 0; {wrong.result}")
+    say(f"what it means: {MEANINGS[wrong.law]}")
+    say("the requirements after it were not tried\n")
