@@ -7,9 +7,7 @@ import os
 import shutil
 import struct
 import tempfile
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +16,9 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from jemkit.errors import DataError
+from jemkit.errors import DataError, JemkitError, memory_ran_out
 from jemkit.options import expanded
 from jemkit.runtime.disk import until_room
 from jemkit.runtime.opening import (
@@ -36,16 +33,6 @@ from jemkit.runtime.opening import (
 Piece = bytes | memoryview
 MOST_BYTES = 64 * 2**30
 """Limit for a tensor file; a checkpoint of torchvision's largest network has about 10 GiB."""
-
-UNREADABLE = (
-    OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
-)  # fmt: skip
-"""The errors that a damaged JSON or safetensors file raises."""
-DAMAGED = (
-    *UNREADABLE, EOFError, RuntimeError, SyntaxError, MemoryError, zipfile.BadZipFile, zlib.error,
-    tokenize.TokenError,
-)  # fmt: skip
-"""Those of a damaged .npz or .npy file, which may declare an array of any size."""
 
 DTYPES = {
     torch.float64: "F64",
@@ -152,17 +139,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 @contextmanager
-def reading(
-    path: Path, fault: str, errors: tuple[type[Exception], ...] = UNREADABLE
-) -> Iterator[None]:
-    """A block that reads a file; its errors are raised as DataError."""
+def reading(path: Path, fault: str) -> Iterator[None]:
+    """A block that reads a file; its errors but a lack of memory are raised as DataError."""
     try:
         yield
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
-    except DataError:
+    except JemkitError:
         raise
-    except errors as error:
+    except Exception as error:  # whatever a damaged file causes in its reader
+        if memory_ran_out(error):
+            raise
         raise DataError(f"{fault}: {error}") from None
 
 
@@ -197,13 +184,16 @@ def load_tensors(path: Path, most: int = MOST_BYTES) -> dict[str, Tensor]:
 
 def load_arrays(path: Path, most: int = MOST_BYTES) -> dict[str, Tensor]:
     """The arrays of an .npz file; nothing in it is executed, and it is not a zip bomb."""
-    with reading(path, f"{path} is not an .npz file, or is damaged", DAMAGED):
+    with reading(path, f"{path} is not an .npz file, or is damaged"):
         with opened(path) as file, zipfile.ZipFile(file) as archive:
             whole = sum(entry.file_size for entry in archive.infolist())
         if whole > most:
             raise DataError(f"{path} decompresses to {whole:,} bytes; expected {most:,} at most")
         with np.load(io.BytesIO(read_file(path, most)), allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+            try:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+            except MemoryError as error:  # an array may declare any size
+                raise DataError(f"{path} is not an .npz file of weights: {error}") from None
 
 
 @contextmanager

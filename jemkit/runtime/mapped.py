@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jemkit.errors import DataError
-from jemkit.runtime.files import DAMAGED, reading
+from jemkit.runtime.files import reading
 from jemkit.runtime.opening import opened
 
 Arrays = dict[str, NDArray[Any]]
@@ -34,7 +34,7 @@ def map_arrays(path: Path, names: Iterable[str]) -> Arrays:
     They are read-only. Nothing is unpickled, and compressed members are refused.
     """
     wanted = list(names)
-    with reading(path, f"{path} is damaged, or cut short", DAMAGED), opened(path) as file:
+    with reading(path, f"{path} is damaged, or cut short"), opened(path) as file:
         start = file.read(6)
         if start.startswith(b"PK"):
             return _members(file, path, wanted)

@@ -6,9 +6,6 @@ from typing import Any
 
 import torch
 
-Clock = Callable[[], float]
-"""Seconds since some moment."""
-
 
 def settle(device: torch.device) -> None:
     """Wait until the device has finished its work."""
@@ -23,7 +20,7 @@ class Stopwatch:
     time from the first of several steps to the reading after the last is exact.
     """
 
-    def __init__(self, clock: Clock = time.perf_counter) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._first: float | None = None  # when the first step since the last reading began
         self._newest = 0.0
@@ -49,27 +46,20 @@ PATIENCE = 0.2
 make one slower."""
 
 
-def fastest(
-    call: Callable[[], Any],
-    device: torch.device,
-    patience: float = PATIENCE,
-    clock: Clock = time.perf_counter,
-) -> float:
+def fastest(call: Callable[[], Any], device: torch.device, patience: float = PATIENCE) -> float:
     """Seconds of the fastest of several calls, at least three, after one warm-up call."""
     call()
     times: list[float] = []
     began = time.perf_counter()
     while len(times) < 3 or time.perf_counter() - began < patience:
-        times.append(elapsed(call, device, clock))
+        times.append(elapsed(call, device))
     return min(times)
 
 
-def elapsed(
-    call: Callable[[], Any], device: torch.device, clock: Clock = time.perf_counter
-) -> float:
+def elapsed(call: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one call, including the device's work."""
     settle(device)
-    began = clock()
+    began = time.perf_counter()
     call()
     settle(device)
-    return clock() - began
+    return time.perf_counter() - began

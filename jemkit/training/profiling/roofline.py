@@ -5,7 +5,6 @@ Every operation for which torch has a FLOP formula is recorded with its shapes, 
 
 import math
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from jemkit.objective import Objective, Terms
 from jemkit.runtime.modes import frozen_batch_stats
 from jemkit.runtime.precision import numerics
 from jemkit.runtime.run_dir import versions
-from jemkit.runtime.timing import PATIENCE, Clock, elapsed, fastest
+from jemkit.runtime.timing import PATIENCE, elapsed, fastest
 from jemkit.step import train_step
 from jemkit.training.build import RunState
 from jemkit.updaters import Guard, UpdaterSpec
@@ -218,13 +217,11 @@ def product_rate(device: torch.device, dtype: torch.dtype, patience: float = PAT
     return 2 * n**3 / fastest(lambda: torch.mm(a, b, out=product), device, patience)
 
 
-def seconds(
-    work: Work, device: torch.device, patience: float = PATIENCE, clock: Clock = time.perf_counter
-) -> dict[Operation, float]:
+def seconds(work: Work, device: torch.device, patience: float = PATIENCE) -> dict[Operation, float]:
     """The fastest time of one call of each operation, at its own shapes."""
     rng = Generator(device).manual_seed(0)
     with torch.no_grad():
-        return {op: fastest(op.call(rng), device, patience, clock) for op in work}
+        return {op: fastest(op.call(rng), device, patience) for op in work}
 
 
 def typical(call: Callable[[], Any], device: torch.device, rounds: int) -> float:
