@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
-from torch.autograd.function import FunctionCtx
 
 from jemkit.errors import ConfigError, JemkitError
 from jemkit.runtime import pytree
@@ -111,27 +110,17 @@ def size() -> int:
     return shard().size if _together.get() else 1
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over processes, differentiable: the gradient is that of the sum of all losses."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
-        total = x.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, slope: Tensor) -> Any:
-        return _Sum.apply(slope)  # type: ignore[no-untyped-call]
-
-
 def average(x: Tensor) -> Tensor:
     """The average over processes, differentiable.
 
     Once gradients are averaged, they are those that one process with all rows would compute.
     """
     n = size()
-    return x if n == 1 else _Sum.apply(x) / n  # type: ignore[no-untyped-call]
+    if n == 1:
+        return x
+    from torch.distributed.nn.functional import all_reduce  # slow to import
+
+    return all_reduce(x) / n  # type: ignore[no-untyped-call, no-any-return]
 
 
 def mean(x: Tensor) -> Tensor:

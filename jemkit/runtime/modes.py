@@ -128,10 +128,9 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
 
 @contextmanager
 def _training(model: nn.Module, *, on: bool) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
+    modes = _modes([*model.modules()])
     model.train(on)
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        _set_modes(modes)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from jemkit.errors import DataError
-from jemkit.runtime.files import load_tensors, write_json, write_tensors
+from jemkit.runtime.files import load_tensors, write_tensors
 from jemkit.runtime.opening import make_folder, refuse_link
 
 Piece = dict[str, Tensor]
@@ -50,8 +50,6 @@ class ResultCache:
         text = json.dumps(about, sort_keys=True, default=str)
         self.folder = work / hashlib.sha256(text.encode()).hexdigest()[:16]
         _make(self.folder)
-        if not (self.folder / "about.json").exists():
-            write_json(self.folder / "about.json", json.loads(text))
 
     def pieces(
         self,
