@@ -21,7 +21,7 @@ from jemkit.runtime.pytree import differing
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.training import pinned
 from jemkit.training.build import splits_of
-from jemkit.training.opened import saved_state
+from jemkit.training.opened import open_model
 from jemkit.training.pinned import CONFIG
 from jemkit.training.run import resume_from
 from jemkit.training.trainer import Trainer
@@ -104,23 +104,21 @@ def _verified(
 def check_run(folder: Path, registry: Registry) -> None:
     """Reject a run whose data or config.json have changed since it started."""
     recipe = resolve(registry, config=folder / CONFIG).recipe
-    if newest := checkpoint.newest(folder / "checkpoints"):
-        saved_state(folder, newest)
+    if checkpoint.newest(folder / "checkpoints"):
+        open_model(folder, "last")
     splits_of(recipe, pinned.read(folder / CONFIG)).images("train")
 
 
 def cut_points(steps: int, per_epoch: int) -> list[tuple[int, str]]:
     """Where to interrupt a run of `steps` steps: in its first epoch, at its end, in a later one."""
-    if per_epoch >= steps:
-        within = sorted({1, steps // 2, steps - 1} - {0})
-        return [(step, f"within epoch 1, after step {step}") for step in within]
     later = per_epoch * ((steps - 1) // per_epoch) + 1
-    cuts = {per_epoch: f"at the end of epoch 1, after step {per_epoch}"}
-    if per_epoch > 1:
-        cuts[1] = "within epoch 1, after step 1"
-        if later < steps:
-            cuts[later] = f"within epoch {later // per_epoch + 1}, after step {later}"
-    return sorted(cuts.items())
+    cuts = {1, per_epoch, later} if per_epoch < steps else {1, steps // 2, steps - 1}
+    ended = {step: divmod(step, per_epoch) for step in sorted(cuts) if 0 < step < steps}
+    return [
+        (step, f"within epoch {n + 1}, after step {step}" if more else
+         f"at the end of epoch {n}, after step {step}")
+        for step, (n, more) in ended.items()
+    ]  # fmt: skip
 
 
 def _check(recipe: Recipe, steps: int) -> None:

@@ -48,26 +48,22 @@ def open_model(path: Path, which: Which = "best") -> Opened:
             hint = hint if which == "best" else ""
             raise DataError(f"{run} has no complete {which} checkpoint{hint}")
         path = chosen
-    state = saved_state(run, path)
-    weights, averaged = weights_of(state, path)
-    return Opened(run, dict(weights), about_checkpoint(run, path, averaged=averaged), state)
+    opened = read_checkpoint(run, path)
+    check_config(run / CONFIG, opened.state or {}, path)
+    return opened
 
 
-def saved_state(run: Path, path: Path) -> checkpoint.State:
-    """What a run's checkpoint holds, where config.json is the one that it was saved with."""
+def read_checkpoint(run: Path, path: Path) -> Opened:
+    """One of a run's checkpoints."""
     state = checkpoint.load(path)
-    check_config(run / CONFIG, state, path)
-    return state
-
-
-def about_checkpoint(run: Path, path: Path, *, averaged: bool) -> dict[str, Any]:
-    """What a record says of the weights of a checkpoint."""
-    return {
+    weights, averaged = weights_of(state, path)
+    about = {
         "run": run.name,
         "checkpoint": path.name,
         "sha256": checkpoint.verify(path)[checkpoint.MODEL],
         "weights": "averaged" if averaged else "live",
     }
+    return Opened(run, dict(weights), about, state)
 
 
 def run_folder(path: Path) -> RunFolder:

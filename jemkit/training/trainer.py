@@ -24,11 +24,10 @@ from jemkit.step import train_step
 from jemkit.training.build import build_run, load_model
 from jemkit.training.compatibility import trained_threat
 from jemkit.training.metrics_log import GATHER, PATIENCE, Journal
-from jemkit.training.opened import about_checkpoint
+from jemkit.training.opened import read_checkpoint
 from jemkit.training.restore import about_parts
 from jemkit.training.rollback import SPOILT, RollbackPolicy, diagnosis
 from jemkit.training.saved_state import check as check_saved
-from jemkit.training.saved_state import weights_of
 from jemkit.training.validation import Validator, images_to_judge
 from jemkit.updaters import Guard
 
@@ -256,13 +255,12 @@ class Trainer:
     def _judge(self) -> list[dict[str, Any]]:
         """The figures of the best epoch, once its record is written."""
         folder, run, path = self.folder, self.recipe.run, self.folder.checkpoints / "best"
-        state = checkpoint.load(path)
-        about = about_checkpoint(folder.path.resolve(), path, averaged=bool(state["ema"]))
-        about |= about_parts(self.tables, self.recipe, self.task.radius_px)
+        opened = read_checkpoint(folder.path.resolve(), path)
+        about = opened.about | about_parts(self.tables, self.recipe, self.task.radius_px)
         count = images_to_judge(self.parts, run.test_images)
         self.polling.begin()
         with judging(self.parts.device, **self._settings):
-            load_model(self.backbone.model, weights_of(state, path)[0])
+            load_model(self.backbone.model, opened.weights)
             try:
                 with self.polling.passes(self.backbone.model, on=True):
                     record = self.validator(0).judge(about, count)

@@ -39,7 +39,6 @@ from jemkit.training.profiling.roofline import (  # fmt: skip
     rows,
     seconds,
     step_work,
-    takings,
     traffic,
 )
 from jemkit.updaters import SAM, Plain
@@ -93,10 +92,10 @@ def test_a_step_by_hand() -> None:
         eager_gradient(ModelEnergy(backbone.model), x)
     with counted() as update:
         torch.autograd.grad(backbone.model(x).energy.sum(), [*backbone.model.parameters()])
-    assert work.updates == 2
+    assert work.evaluations == 2
     assert flops(work.draw) == (steps * p + adv_steps * b) * flops(gradient)
-    assert flops(work.update) == 2 * (b + p) * flops(update)
-    assert flops(work.whole) == flops(work.draw) + 2 * flops(work.update)
+    assert flops(work.update) == 2 * 2 * (b + p) * flops(update)
+    assert flops(work.whole) == flops(work.draw) + flops(work.update)
 
 
 def test_counting_a_step_leaves_model_and_buffer_alone() -> None:
@@ -110,17 +109,23 @@ def test_counting_a_step_leaves_model_and_buffer_alone() -> None:
     assert all(p.grad is None for p in backbone.model.parameters())
 
 
-def test_an_updater_tells_how_often_it_takes_the_loss() -> None:
+def test_a_step_tells_how_often_an_updater_evaluates_the_loss() -> None:
     registry = toy_registry()
-    counts = {name: takings(registry["updater"][name]()) for name in ("plain", "sam", "awp")}
+    backbone, objective = toy_backbone(TASK), registry["objective"]["ce"]()
+    counts = {
+        name: step_work(
+            backbone, objective, registry["updater"][name](), toy_batch(TASK)
+        ).evaluations
+        for name in ("plain", "sam", "awp")
+    }
     assert counts == {"plain": 1, "sam": 2, "awp": 2}
 
 
 def test_work_adds_up() -> None:
     a, b = (Operation(name, (), cost, 1) for name, cost in (("a", 3), ("b", 5)))
-    whole = StepWork(Counter({a: 1}), Counter({a: 1, b: 1}), updates=2).whole
-    assert whole == {a: 3, b: 2}
-    assert flops(whole) == 19
+    whole = StepWork(Counter({a: 1}), Counter({a: 1, b: 1}), 1).whole
+    assert whole == {a: 2, b: 1}
+    assert flops(whole) == 11
 
 
 def test_every_operation_of_a_step_can_be_called_by_itself() -> None:

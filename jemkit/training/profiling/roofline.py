@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import flop_registry
@@ -121,12 +121,12 @@ class StepWork(NamedTuple):
     """The FLOPs of a training step."""
 
     draw: Work  # of its chains
-    update: Work  # of one evaluation of the loss and its gradient
-    updates: int  # how many of them: 1 for plain descent, 2 under SAM
+    update: Work
+    evaluations: int  # of the loss, in the update: 1 for plain descent, 2 under SAM
 
     @property
     def whole(self) -> Work:
-        return self.draw + Counter({op: self.updates * n for op, n in self.update.items()})
+        return self.draw + self.update
 
 
 def step_work(
@@ -136,36 +136,29 @@ def step_work(
     batch: Batch,
     theta_steps: int = 1,
 ) -> StepWork:
-    """A step's FLOPs, counted while one is computed; buffer and statistics are restored."""
-    rng = Generator(batch.x.device).manual_seed(0)
-    density = backbone.density_or_none
+    """A step's FLOPs, counted while one is computed; buffer, weights and statistics stay."""
+    model, density = backbone.model, backbone.density_or_none
+    still = torch.optim.SGD(model.parameters(), lr=0.0)
+    evaluations = 0
+
+    def terms() -> Terms:
+        nonlocal evaluations
+        evaluations += 1
+        return objective.loss(backbone, batch, draws)
+
     if density is not None:
         density.mark()
     try:
         with counted() as draw:
-            draws = objective.draw(backbone, batch, rng)
-        with counted() as update, frozen_batch_stats(backbone.model):
-            trainable = [p for p in backbone.model.parameters() if p.requires_grad]
-            loss = objective.loss(backbone, batch, draws).total
-            torch.autograd.grad(loss, trainable, allow_unused=True)
+            draws = objective.draw(backbone, batch, Generator(batch.x.device).manual_seed(0))
+        with counted() as update, frozen_batch_stats(model):
+            updater.build(model, still).step(terms, Guard())
     finally:
+        model.zero_grad()
         if density is not None:
             density.rollback()
-    return StepWork(draw, update, theta_steps * takings(updater))
-
-
-def takings(updater: UpdaterSpec) -> int:
-    """How often an updater evaluates the loss in one step."""
-    model, calls = nn.Linear(1, 1), 0
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-
-    def terms() -> Terms:
-        nonlocal calls
-        calls += 1
-        return Terms.weighted({"toy": (1.0, model(torch.ones(1, 1)).sum())})
-
-    updater.build(model, optimizer).step(terms, Guard())
-    return calls
+    times = Counter({operation: theta_steps * n for operation, n in update.items()})
+    return StepWork(draw, times, theta_steps * evaluations)
 
 
 def _hashable(value: Any) -> Any:
@@ -260,7 +253,7 @@ class Roofline(NamedTuple):
             **self.machine._asdict(),
             "flops_draw": flops(self.step.draw),
             "flops_update": flops(self.step.update),
-            "updates": self.step.updates,
+            "updates": self.step.evaluations,
             "flops_step": flops(self.step.whole),
             "bytes_step": traffic(self.step.whole),
             "rate": self.rate,
@@ -297,7 +290,7 @@ def roofline_of(
 
 
 ROWS = {
-    "flops_draw": ("chains of a step", "FLOP"), "flops_update": ("one evaluation", "FLOP"),
+    "flops_draw": ("chains of a step", "FLOP"), "flops_update": ("update", "FLOP"),
     "flops_step": ("whole step", "FLOP"), "bytes_step": ("its traffic", "B"),
     "matmul": ("rate of a large product", "FLOP/s"), "rate": ("rate at its shapes", "FLOP/s"),
     "bandwidth": ("bandwidth of a copy", "B/s"),
