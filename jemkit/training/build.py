@@ -35,6 +35,7 @@ from jemkit.updaters import EMA, Stateful, StepAware, Updater
 log = logging.getLogger(__name__)
 
 State = dict[str, Any]
+LONGEST = 400  # characters of torch's list of wrong names and shapes
 
 
 class RunState(NamedTuple):
@@ -309,18 +310,9 @@ def task_of(recipe: Recipe, splits: Splits) -> Task:
 
 def load_model(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load weights into a model; every name and shape must match."""
-    wanted = model.state_dict()
-    wrong = [
-        f"{name}: {list(weights[name].shape)}, expected {list(t.shape)}"
-        for name, t in wanted.items()
-        if name in weights and weights[name].shape != t.shape
-    ]
-    missing, unknown = sorted(wanted.keys() - weights), sorted(weights.keys() - wanted)
-    faults = [
-        f"{label} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-        for label, names in (("shapes", wrong), ("missing", missing), ("unknown", unknown))
-        if names
-    ]
-    if faults:
-        raise DataError(f"the weights do not fit the model: {'; '.join(faults)}")
-    model.load_state_dict({name: fsdp.like(weights[name], t) for name, t in wanted.items()})
+    own = model.state_dict()
+    try:
+        model.load_state_dict({n: fsdp.like(t, own.get(n, t)) for n, t in weights.items()})
+    except RuntimeError as error:
+        why = " ".join(str(error).split()).partition(": ")[2]
+        raise DataError(f"the weights do not fit the model: {why[:LONGEST]}") from None

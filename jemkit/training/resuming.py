@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from jemkit.config.layers import Table, flat
 from jemkit.config.recipe import Resolved, complete, resolve
 from jemkit.config.registry import Registry
-from jemkit.errors import ConfigError, DataError, UsageError
+from jemkit.errors import DataError, UsageError
 from jemkit.runtime.files import read_json
 
 MOVES = ("run.device", "run.shard")
@@ -44,34 +44,10 @@ def refused(was: Table, now: Table) -> list[Change]:
     return [c for c in differing if c.key not in MAY_DIFFER and not _longer(c)]
 
 
-def resolve_for_resume(
-    registry: Registry,
-    folder: Path,
-    *,
-    preset: str | None,
-    config: Path | None,
-    overrides: list[str] | None,
-    named: Table,
-) -> Resolved:
-    """A run's recipe with these options on top, or the complete command that started it."""
-    saved = folder / "config.json"
-    layers: dict[str, Any] = {
-        "preset": preset, "config": config, "overrides": overrides or (), "named": named,
-    }  # fmt: skip
-    was = complete(resolve(registry, config=saved), registry)
-    candidates: list[Resolved] = []
-    errors: list[ConfigError] = []
-    for base in (saved, None):  # a few options are no complete command, but may be added
-        try:
-            candidates.append(complete(resolve(registry, base=base, **layers), registry))
-        except ConfigError as error:
-            errors.append(error)
-            continue
-        if not refused(was.tables, candidates[-1].tables):
-            return candidates[-1]
-    if candidates:
-        return candidates[0]
-    raise errors[0]
+def resolve_for_resume(registry: Registry, folder: Path, **layers: Any) -> Resolved:
+    """A run's recipe with these layers of `resolve` on top; those that it has change nothing."""
+    layers["overrides"] = layers.get("overrides") or ()
+    return complete(resolve(registry, base=folder / "config.json", **layers), registry)
 
 
 def agreed(
