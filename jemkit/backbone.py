@@ -61,7 +61,8 @@ class Backbone:
     ) -> "Backbone":
         """A backbone around any module that maps images in `bounds` to logits [B, K].
 
-        By default, chains are noisy SGLD with a clamped gradient, from uniform pixels.
+        By default, chains are noisy SGLD with a clamped gradient, from uniform pixels. `radius_px`,
+        that of objectives which attack, is in 1/255 of the range.
         """
         p0 = UniformStart(shape, bounds) if start is None else start
         states = ReplayBuffer(Buffer() if buffer is None else buffer, p0, n_classes, rng)
@@ -72,16 +73,18 @@ class Backbone:
 
     @property
     def has_density(self) -> bool:
+        """Whether samples can be drawn; not of a classifier."""
         return self.density_or_none is not None
 
     @property
     def density(self) -> Density:
+        """How p(x) is drawn and learnt; MisfitError if this is a classifier only."""
         if self.density_or_none is None:
             raise MisfitError("this backbone is a classifier only: it has no density to draw from")
         return self.density_or_none
 
     def scores(self, streams: dict[Stream, Tensor]) -> dict[Stream, Scores]:
-        """Every stream's scores, for an update.
+        """Every stream's scores, for an update; its images are [B, C, H, W].
 
         All streams share one pass if the rows are independent. With batch norm each stream has its
         own pass and batch statistics, and only the streams in `views.stats_from` update the running
@@ -98,7 +101,7 @@ class Backbone:
         return {name: self._single_pass(x, learn=name in learnt) for name, x in streams.items()}
 
     def check_learning(self, streams: Iterable[Stream]) -> None:
-        """Reject `stats_from` with which no stream would update batch norm's running statistics."""
+        """ConfigError if `stats_from` lets no stream update batch norm's running statistics."""
         streamed = sorted(streams)
         named = self.views.stats_from
         usual: tuple[str, ...] = Views.model_fields["stats_from"].default
@@ -173,11 +176,17 @@ def assemble(
 
 
 NetworkPart = Annotated[NetworkSpec, PartOf("network")]
+"""The type of an option that holds a network: a table with `use`, or an instance."""
 EnergyPart = Annotated[EnergyModelSpec, PartOf("energy")]
+"""The type of an option that holds an energy: a table with `use`, or an instance."""
 DensityPart = Annotated[DensitySpec, PartOf("density")]
+"""The type of an option that holds a density: a table with `use`, or an instance."""
 SamplerPart = Annotated[Sampler, PartOf("sampler")]
+"""The type of an option that holds a sampler: a table with `use`, or an instance."""
 StartPart = Annotated[StartSpec, PartOf("start")]
+"""The type of an option that holds an initial distribution: a table with `use`, or an instance."""
 Steps = Annotated[int, Field(ge=0)]
+"""The number of steps of a chain; 0 or more."""
 
 
 class JEMVariant(Options):

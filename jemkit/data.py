@@ -16,6 +16,7 @@ from jemkit.runtime.labels import class_indices
 from jemkit.runtime.work_cache import WHOLE, Shard
 
 Split = Literal["train", "test"]
+"""The splits of a data set; validation images are a part of the training split."""
 
 
 class Bounds(NamedTuple):
@@ -51,6 +52,7 @@ class Images(NamedTuple):
         return self.x.float() / 255 if self.x.dtype == torch.uint8 else self.x.float()
 
     def take(self, index: Tensor | slice) -> "Images":
+        """The images and labels of these rows: indices [N], a mask [N] or a slice."""
         return Images(self.x[index], self.y[index])
 
     def to(self, device: torch.device) -> "Images":
@@ -75,7 +77,8 @@ class Dataset(Protocol):
         """A class variable satisfies it too."""
 
     @property
-    def n_classes(self) -> int: ...
+    def n_classes(self) -> int:
+        """The number of classes, K."""
 
     def load(self, split: Split) -> Images:
         """Read one split whole. Raises DataError with the file that is missing or damaged."""

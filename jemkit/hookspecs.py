@@ -35,6 +35,7 @@ API = 1  # the number of this interface; docs/api-stability.md says what changes
 
 hookspec = pluggy.HookspecMarker("jemkit")
 hookimpl = pluggy.HookimplMarker("jemkit")
+"""Marks a function of a plug-in as an implementation of a hook."""
 
 
 class Kind(NamedTuple):

@@ -15,7 +15,7 @@ from jemkit.models.energy import Scores
 
 
 def watched(scores: Mapping[Stream, Scores], y: Tensor) -> dict[str, Tensor]:
-    """Detached scalars for the log: every stream's mean energy, and accuracies."""
+    """Detached scalars [] for the log: every stream's mean energy, and accuracies; y is [B]."""
     scalars = {NAMES[stream]: of.energy.mean() for stream, of in scores.items()}
     accuracies: dict[Stream, str] = {"x": "accuracy", "x_adv": "accuracy(x~)"}
     for stream, name in accuracies.items():
@@ -27,7 +27,10 @@ def watched(scores: Mapping[Stream, Scores], y: Tensor) -> dict[str, Tensor]:
 def adversary(
     attack: Attack, backbone: Backbone, loss: AttackLoss, x: Tensor, rng: Generator
 ) -> Tensor:
-    """Images near x on which a loss is high, by an attack in the backbone's range and radius."""
+    """Images [B, C, H, W] near x [B, C, H, W] on which a loss, [B], is high.
+
+    They are found by an attack in the backbone's range and radius.
+    """
     radius = training_radius(attack, backbone.radius_px)
     return attack.draw(backbone.model, loss, x, rng, bounds=backbone.bounds, radius_px=radius)
 
@@ -45,7 +48,10 @@ def ce_adversary(
 
 
 def kl_adversary(attack: Attack, backbone: Backbone, x: Tensor, rng: Generator) -> Tensor:
-    """Images near x whose prediction differs most from that of x, by KL divergence."""
+    """Images near x [B, C, H, W] whose prediction differs most from that of x.
+
+    The attack maximises KL(p(. | x) || p(. | x~)).
+    """
     model = backbone.model
     with attack_mode(attack, model), torch.no_grad():
         clean = model(x).logits
@@ -87,8 +93,10 @@ class Terms(NamedTuple):
     def weighted(
         cls, parts: Mapping[str, tuple[float, Tensor]], watched: Mapping[str, Tensor] | None = None
     ) -> "Terms":
-        """Sum the parts (Algorithm 1, line 18). A part of weight 0 must be left out, not
-        computed."""
+        """Sum the parts, scalars [] with their weights (Algorithm 1, line 18).
+
+        A part of weight 0 must be left out, not computed: it is a ConfigError if none is left.
+        """
         if not parts:
             raise ConfigError("every weight of the objective is 0: nothing to learn")
         total = torch.stack([weight * term for weight, term in parts.values()]).sum()

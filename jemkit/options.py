@@ -126,6 +126,7 @@ class PartOf:
         self.kind = kind
 
     def resolve(self, value: Any, source: Any, info: ValidationInfo) -> Any:
+        """The part of a table, or an instance as it is; a validation error if it does not fit."""
         about = {"kind": self.kind, "came": type(value).__name__}
         misfit = "expected a {kind}, got {came}"
         if isinstance(value, Mapping):
@@ -141,6 +142,7 @@ class PartOf:
         return value
 
     def dump(self, value: Any, info: SerializationInfo) -> Any:
+        """The table of a part: its name in `use`, and its options."""
         name = _registry(info)[self.kind].name_of(type(value))
         return {"use": name, **value.model_dump(mode=info.mode, context=info.context)}
 

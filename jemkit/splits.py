@@ -45,6 +45,7 @@ class Splits:
         self._rows: dict[Part, list[int]] = {}  # of the data set's own split
 
     def images(self, split: Part) -> Images:
+        """All images of a split, with labels; read once."""
         if split not in self._read_parts:
             if self.pinned is not None:
                 self.pinned.check_classes(self.dataset)

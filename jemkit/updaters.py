@@ -59,7 +59,10 @@ class Guard:
             optimizer.step()
 
     def defers(self, optimizer: Optimizer, finite: Tensor) -> bool:
-        """Whether the optimizer itself skips an update, so that the host can check later."""
+        """Whether the optimizer itself skips a non-finite update, so that the host checks later.
+
+        `finite` is a bool tensor of shape [].
+        """
         return finite.is_cuda and bool(optimizer.defaults.get("fused"))
 
     def settle(self) -> None:
@@ -126,14 +129,19 @@ class UpdaterSpec(Protocol):
 
 
 class Plain(Options):
-    """One gradient, one step."""
+    """One gradient, one step of the optimizer."""
 
     def build(self, model: nn.Module, optimizer: Optimizer) -> Updater:
         return PlainUpdater(optimizer)
 
 
 class SAM(Options):
-    """Sharpness-aware minimisation (Foret et al. 2021); adaptive is ASAM (Kwon et al. 2021)."""
+    """Sharpness-aware minimisation (Foret et al. 2021); adaptive is ASAM (Kwon et al. 2021).
+
+        w' = w + rho g / |g|,    adaptive: w' = w + rho w^2 g / |w g|
+
+    g is the gradient of the loss at w; the step is taken at w along the gradient found at w'.
+    """
 
     rho: float = Field(0.05, ge=0)
     adaptive: bool = False
@@ -223,8 +231,10 @@ def total_norm(of: list[Tensor], like: Tensor) -> Tensor:
 
 @contextmanager
 def moved_weights(by: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Shift weights inside the block; afterwards the original values are copied back, not
-    subtracted."""
+    """Shift weights inside the block, each by a tensor of its shape [...].
+
+    Afterwards the original values are copied back, not subtracted.
+    """
     params = [fsdp.local(p.detach()) for p in by]
     were = tensors.cloned(params)
     with torch.no_grad():

@@ -17,7 +17,7 @@ class Ascent(Protocol):
     def kernel(self, x: Tensor, radius_px: float, bounds: Bounds, norm: Ball) -> Sampler:
         """The kernel for images x [B, C, H, W]; whoever runs it projects onto the ball.
 
-        It descends an energy, which is the loss with its sign changed.
+        It descends an energy, which is the loss with its sign changed. `radius_px` is in 1/255.
         """
 
 

@@ -17,6 +17,7 @@ AttackLoss = Callable[
 ]  # x~ [B, C, H, W] to [B]; higher is worse for the classifier
 
 Norm = Literal["Linf", "L2", "L1"]
+"""The norm of a threat model."""
 
 
 class Threat(NamedTuple):
@@ -32,9 +33,9 @@ class Threat(NamedTuple):
 
 
 def radius_of(norm: Norm, given: float | None, usual_px: float, option: str) -> float:
-    """The given radius, else the data set's default, which exists for the L-inf norm only.
+    """The given radius in 1/255, else the data set's default, which exists for the L-inf norm only.
 
-    `option` is the name of the option that sets it.
+    `option` is the name of the option that sets it. Raises ConfigError if there is no radius.
     """
     if given is not None:
         return float(given)
@@ -138,7 +139,7 @@ class ModelAttack(Protocol):
 
 
 def training_radius(attack: Attack, usual_px: float) -> float:
-    """The radius that an objective trains at by this attack."""
+    """The radius, in 1/255, that an objective trains at by this attack."""
     if not isinstance(attack, InBall):
         return usual_px
     return radius_of(attack.norm, attack.radius_px, usual_px, "objective.attack.radius_px")
@@ -151,7 +152,7 @@ def nonstandard(why: Iterable[str | None]) -> dict[str, Any]:
 
 
 def ball_of(threat: Threat, name: str) -> Ball:
-    """The norm of a gradient attack, of which there are two."""
+    """The norm of a gradient attack; MisfitError if it is L1, which they do not support."""
     if threat.norm == "L1":
         raise MisfitError(f"{name} supports the norms Linf and L2; for L1 use aa, apgd or square")
     return threat.norm

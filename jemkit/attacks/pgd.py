@@ -47,7 +47,8 @@ class Criterion(NamedTuple):
     rank: Tensor | None = None  # [B], the highest is kept; None: the loss
 
 
-CriterionFn = Callable[[Tensor], Criterion]  # of x~ [B, C, H, W]
+CriterionFn = Callable[[Tensor], Criterion]
+"""x~ [B, C, H, W] to what an attack maximises."""
 
 
 def cross_entropy(model: nn.Module, y: Tensor) -> AttackLoss:
@@ -182,13 +183,14 @@ class PGD(PGDAttack):
         return kernel.project(perturbed(x, kernel.radius, rng, kernel.norm))
 
     def check_training(self) -> None:
-        """Reject restarts in training, where they have no effect."""
+        """Reject restarts in training, where they have no effect, with a ConfigError."""
         if self.restarts > 1:
             raise ConfigError(
                 f"a training attack has one start: restarts is {self.restarts}, set it to 1"
             )
 
     def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
+        """One stage, `pgd`; ConfigError if an option of PGD contradicts the threat model."""
         if self.batch_norm != "running_stats":
             raise ConfigError(
                 f'pgd.batch_norm is "{self.batch_norm}", which is for training: an evaluated model '
@@ -224,7 +226,7 @@ class PGD(PGDAttack):
     def worst(
         self, criterion: CriterionFn, x: Tensor, radius_px: float, norm: Ball, rng: Generator
     ) -> Tensor:
-        """The worst image of all steps and restarts of an ascent in the ball."""
+        """The worst images of all steps and restarts of an ascent from x [B, C, H, W]."""
         best, kernel = Best(x), self.kernel(x, radius_px, UNIT, norm)
 
         def energy(z: Tensor) -> Tensor:
@@ -239,7 +241,7 @@ class PGD(PGDAttack):
         return best.x
 
     def kernel(self, x: Tensor, radius_px: float, bounds: Bounds, norm: Ball) -> Projected:
-        """Steepest ascent around x, projected, as descent on the negative loss."""
+        """Steepest ascent around x [B, C, H, W], projected, as descent on the negative loss."""
         step = bounds.px(self._step_px(radius_px))
         inner: Sampler = (
             SignDescent(step_size=step) if norm == "Linf" else L2Descent(step_size=step)

@@ -55,10 +55,12 @@ class PixelModel(nn.Module):
 
     @property
     def has_density(self) -> bool:
+        """Whether `sample` can draw images."""
         return self.density_or_none is not None
 
     @property
     def density(self) -> Density:
+        """How images are drawn; MisfitError if the model is a classifier only."""
         if self.density_or_none is None:
             raise MisfitError("this model is a classifier without a density and cannot be sampled")
         return self.density_or_none

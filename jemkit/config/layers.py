@@ -14,6 +14,7 @@ from jemkit.options import Options, PartOf, nearest
 from jemkit.runtime.opening import JSON_LIMIT, TOML_LIMIT, read_text
 
 Table = dict[str, Any]
+"""A table of settings, as TOML or JSON has it."""
 PARTS = {"data": "dataset", "backbone": "backbone", "objective": "objective", "updater": "updater"}
 """The tables that select a part, and its kind."""
 

@@ -73,6 +73,7 @@ class Record:
         """A figure by its name; if there are several, the newest standard one, else the newest.
 
         Entries of the protocol select among them: norm="L2", radius_px=128.
+        Raises DataError if there is none.
         """
         named = [figure for figure in self.figures if figure.name == name]
         if not named:

@@ -10,7 +10,8 @@ from jemkit.data import Bounds
 from jemkit.models.energy import EnergyModel
 from jemkit.options import Options
 
-Measure = Callable[[Tensor], Tensor]  # x~ [B, C, H, W] to its distance from the bound x, [B]
+Measure = Callable[[Tensor], Tensor]
+"""x~ [B, C, H, W] to its distance from the bound x, [B]."""
 
 
 @runtime_checkable

@@ -13,7 +13,8 @@ from jemkit.errors import MisfitError
 from jemkit.options import Options
 from jemkit.runtime.microbatch import microbatched
 
-EnergyFn = Callable[[Tensor], Tensor]  # E: [B, ...] to [B]; low where data is likely
+EnergyFn = Callable[[Tensor], Tensor]
+"""E: images [B, ...] to energies [B]; low where an image is likely."""
 
 
 class Scores(NamedTuple):
@@ -49,6 +50,7 @@ class Network(nn.Module, ABC):
         """The first layer's output to features [B, D]."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] to features [B, D]."""
         return self.trunk(self.stem(x))
 
 
@@ -64,11 +66,14 @@ class EnergyModel(nn.Module, ABC):
         """Features [B, D], float32, to scores."""
 
     def forward(self, x: Tensor) -> Scores:
+        """Images [B, C, H, W] to scores."""
         return self.scores(microbatched(self.network, x, self.network))
 
     def scores(self, features: Tensor) -> Scores:
-        """`read` in float32, also if the network runs in bfloat16: bfloat16's rounding error of an
-        energy is larger than the gaps that training minimises."""
+        """`read` of features [B, D] in float32, also if the network runs in bfloat16.
+
+        The rounding error of an energy in bfloat16 is larger than the gaps that training minimises.
+        """
         wide = torch.promote_types(features.dtype, torch.float32)
         with torch.autocast(features.device.type, enabled=False):
             return self.read(features.to(wide))
@@ -142,11 +147,12 @@ class ModelEnergy:
         return self._of(self.model(x))
 
     def stem(self, x: Tensor) -> Tensor:
+        """The first layer's output of images [B, ...]."""
         network = self.model.network
         return microbatched(network.stem, x, network)
 
     def trunk(self, h: Tensor) -> Tensor:
-        """The energy as a function of the first layer's output."""
+        """The energy [B] as a function of the first layer's output [B, ...]."""
         network = self.model.network
         return self._of(self.model.scores(microbatched(network.trunk, h, network)))
 

@@ -196,6 +196,7 @@ class Adapted(Network):
         return x
 
     def trunk(self, h: Tensor) -> Tensor:
+        """The module on images [B, C, H, W], to features [B, D]."""
         return self.module(h)  # type: ignore[no-any-return]
 
 

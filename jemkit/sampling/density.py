@@ -69,7 +69,7 @@ class Buffer(Options):
     conditional: bool = False  # one equal slice of slots for each class
 
     def check_classes(self, n_classes: int) -> None:
-        """Refuse slices that would not be equal."""
+        """ConfigError if the classes would not have equal slices."""
         if self.conditional and self.capacity % n_classes:
             raise ConfigError(
                 f"a class-conditional buffer of {self.capacity} slots cannot be shared evenly "
@@ -77,7 +77,7 @@ class Buffer(Options):
             )
 
     def check_memory(self, shape: tuple[int, int, int], memory: int) -> None:
-        """Refuse more states than a device of so many bytes could ever hold."""
+        """ConfigError for more states [C, H, W] than a device of so many bytes could hold."""
         needed = 4 * self.capacity * math.prod(shape)
         if needed > memory:
             most = memory // (4 * math.prod(shape))
@@ -119,7 +119,7 @@ class ReplayBuffer:
         return self.start.draw(self.options.capacity, self._rng, y)
 
     def load(self, states: Tensor) -> None:
-        """Take saved states; nothing is drawn for it."""
+        """Take saved states [capacity, C, H, W]; MisfitError if these have another shape."""
         filled, capacity = "states" in vars(self), self.options.capacity
         room = [*self.states.shape] if filled else [capacity, *states.shape[1:]]
         if [*states.shape] != room:
@@ -132,7 +132,7 @@ class ReplayBuffer:
             self.states = states.to(self._rng.device, copy=True)
 
     def draw(self, n: int, rng: Generator, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """n states to go on from, and the slots that they belong to."""
+        """States [n, C, H, W] to go on from, and the slots [n] that they belong to."""
         slots = self.slots(n, rng, y)
         restarts = self._restarts(n)
         x = self.states[slots]
@@ -141,6 +141,11 @@ class ReplayBuffer:
         return x, slots
 
     def slots(self, n: int, rng: Generator, y: Tensor | None) -> Tensor:
+        """Indices [n] of slots, drawn without replacement; of the classes y [n] if they are given.
+
+        Raises ConfigError if there are fewer slots than n, MisfitError for classes
+        if the buffer is not class-conditional.
+        """
         capacity = self.options.capacity
         if y is None:
             if n > capacity:
@@ -157,6 +162,7 @@ class ReplayBuffer:
         return y * size + order[y, earlier % size]
 
     def store(self, slots: Tensor, x: Tensor) -> None:
+        """Write the ends of chains, x [n, C, H, W], to the slots [n] that `draw` gave."""
         if self._undo is not None:
             self._undo.append((slots, self.states[slots]))
         self.states[slots] = x

@@ -19,6 +19,7 @@ from jemkit.options import Options
 from jemkit.sampling.reports import report
 
 Ball = Literal["Linf", "L2"]
+"""The norm of a ball that chains and gradient attacks are projected onto."""
 
 
 @runtime_checkable
@@ -37,7 +38,8 @@ class KernelState(Protocol):
     """A named tuple of tensors whose first field is x [B, ...]; it lives as long as one chain."""
 
     @property
-    def x(self) -> Tensor: ...
+    def x(self) -> Tensor:
+        """The images [B, ...]."""
 
     def _asdict(self) -> dict[str, Any]: ...
 
@@ -67,10 +69,14 @@ class StatefulKernel(Protocol[S]):
         """The state that a chain from x [B, ...] begins with."""
 
     def step(self, energy: EnergyFn, state: S, rng: Generator) -> S:
-        """One transition of every row; the wrappers below may have moved `state.x` before it."""
+        """One transition of every row; `state.x` is [B, ...].
+
+        The wrappers below may have moved `state.x` since the step before.
+        """
 
 
-Sampler = StatelessKernel | StatefulKernel[Any]  # a transition kernel
+Sampler = StatelessKernel | StatefulKernel[Any]
+"""A transition kernel: one step of a chain, without memory or with a state."""
 
 
 Gradient = Callable[[EnergyFn, Tensor], Tensor]  # an energy and x [B, ...] to dE/dx, row by row
@@ -91,7 +97,7 @@ _GRADIENT: ContextVar[Gradient] = ContextVar("gradient", default=eager_gradient)
 
 
 def gradient(energy: EnergyFn, x: Tensor) -> Tensor:
-    """The gradient of E at each row of x; leaves every parameter's `.grad` alone."""
+    """dE/dx at each row of x [B, ...]; leaves every parameter's `.grad` alone."""
     return _GRADIENT.get()(energy, x)
 
 
@@ -108,7 +114,10 @@ def gradients_by(unit: Gradient) -> Iterator[None]:
 def chain(
     sampler: Sampler, energy: EnergyFn, x: Tensor, rng: Generator, steps: int, name: str = "sampler"
 ) -> Iterator[Tensor]:
-    """x_1, ..., x_steps, each detached; what the kernel reports is collected under `name`."""
+    """The states x_1, ..., x_steps of a chain from x [B, ...], each detached.
+
+    What the kernel reports is collected under `name`.
+    """
     state = begin(sampler, x, rng)
     for _ in range(steps):
         state = _detached(sampler.step(energy, state, rng))
@@ -127,7 +136,7 @@ def last(states: Iterator[Tensor], x: Tensor) -> Tensor:
 def run(
     sampler: Sampler, energy: EnergyFn, x: Tensor, rng: Generator, steps: int, name: str = "sampler"
 ) -> Tensor:
-    """The last x of a chain; no steps give x back."""
+    """The last x [B, ...] of a chain; no steps give x back."""
     return last(chain(sampler, energy, x, rng, steps, name), x)
 
 
@@ -144,13 +153,17 @@ def _detached(state: Tensor | KernelState) -> Tensor | KernelState:
 
 
 def noise_like(x: Tensor, rng: Generator) -> Tensor:
+    """Standard normal noise of the shape, device and type of x [B, ...]."""
     return torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype)
 
 
 class SGLD(Options):
     """Stochastic gradient Langevin dynamics (Eq. 10), with separate step size and noise as in JEM.
 
-    Both are in model units, [-1, 1]. `clip` bounds each element of the gradient before the step.
+        x <- x - step_size dE/dx + noise N(0, 1)
+
+    Images are [B, ...]; both sizes are in model units, [-1, 1]. `clip` bounds each element of the
+    gradient before the step.
     """
 
     needs_stem: ClassVar[bool] = False
@@ -176,10 +189,11 @@ class SGLD(Options):
 
 
 class PYLD(Options):
-    """Proximal YOPO-Langevin dynamics (JEM++, Yang and Ji 2021).
+    """Proximal YOPO-Langevin dynamics (JEM++, Yang and Ji 2021), of images [B, ...].
 
     One gradient of the trunk, then `inner_steps` that backpropagate only through the stem. If the
-    stem is linear this equals noise-free SGLD with a step size of inner_steps * step_size.
+    stem is linear this equals noise-free SGLD with a step size of inner_steps * step_size, in model
+    units. Raises MisfitError for an energy without a stem.
     """
 
     needs_stem: ClassVar[bool] = True
@@ -209,7 +223,12 @@ class PYLD(Options):
 
 
 class SignDescent(Options):
-    """Steepest descent in the L-infinity norm: PGD's step without the projection."""
+    """Steepest descent in the L-infinity norm: PGD's step without the projection.
+
+        x <- x - step_size sign(dE/dx)
+
+    Images are [B, ...]; the size is in model units, [-1, 1].
+    """
 
     needs_stem: ClassVar[bool] = False
 
@@ -220,7 +239,12 @@ class SignDescent(Options):
 
 
 class L2Descent(Options):
-    """Steepest descent in the L2 norm; a row whose gradient is 0 stays where it is."""
+    """Steepest descent in the L2 norm; a row whose gradient is 0 stays where it is.
+
+        x <- x - step_size dE/dx / |dE/dx|
+
+    Images are [B, ...]; the size is in model units, [-1, 1].
+    """
 
     needs_stem: ClassVar[bool] = False
 
@@ -267,7 +291,7 @@ class Boxed(_Wrapper):
 
 
 def perturbed(x: Tensor, radius: float, rng: Generator, norm: Ball = "Linf") -> Tensor:
-    """x moved to a uniformly drawn point of the ball; `radius` in tensor units."""
+    """x [B, ...] moved to a uniformly drawn point of the ball; `radius` is in tensor units."""
     if norm == "Linf":
         u = torch.rand(x.shape, generator=rng, device=x.device, dtype=x.dtype)
         return x + radius * (2 * u - 1)

@@ -19,11 +19,13 @@ class MomentumState(NamedTuple):
 
 
 class SGLDMomentum(Options):
-    """SGLD with momentum, after WEAT (ECCV 2024): v <- momentum v - step_size dE/dx, then
-    x <- x + v + noise.
+    """SGLD with momentum, after WEAT (ECCV 2024).
 
-    Under a constant gradient v tends to the step of SGLD with step_size / (1 - momentum): the
-    defaults are SGLD's. `clip` bounds each element of the gradient. WEAT clamps
+        v <- momentum v - step_size dE/dx
+        x <- x + v + noise N(0, 1)
+
+    x and v are [B, ...]. Under a constant gradient v tends to the step of SGLD with step_size /
+    (1 - momentum): the defaults are SGLD's. `clip` bounds each element of the gradient. WEAT clamps
     the update instead, and its noise grows with the step size.
     """
 
@@ -90,13 +92,14 @@ class MALAState(NamedTuple):
 
 
 class MALA(Options):
-    """The Metropolis-adjusted Langevin algorithm (Roberts and Tweedie 1996).
+    """The Metropolis-adjusted Langevin algorithm (Roberts and Tweedie 1996), of images [B, ...].
 
-    It samples exp(-E(x) / temperature): each image's SGLD step, of noise
-    sqrt(2 temperature step_size), is accepted or rejected by itself. That is exact where rows do
-    not depend on each other (no batch norm by the batch) and chains are free (`density.box =
-    false`): a box clamps what was accepted. Both energies and gradients are computed in every
-    step, since a box or a ball may have moved x since the one before.
+        x' = x - step_size dE/dx + sqrt(2 temperature step_size) N(0, 1)
+
+    It samples exp(-E(x) / temperature): each image's step x' is accepted or rejected by itself.
+    That is exact where rows do not depend on each other (no batch norm by the batch) and chains are
+    free (`density.box = false`): a box clamps what was accepted. Both energies and gradients are
+    computed in every step, since a box or a ball may have moved x since the one before.
     """
 
     needs_stem: ClassVar[bool] = False

@@ -76,7 +76,7 @@ def trained_threat(objective: Any, usual_px: float) -> Threat | None:
 
 
 def check(backbone: Backbone, objective: Objective[Any]) -> None:
-    """Reject, before the first step, parts that do not fit together."""
+    """Reject, before the first step, parts that do not fit together, with a MisfitError."""
     if objective.needs_density and not backbone.has_density:
         raise MisfitError(
             f"the objective {_name('objective', objective)} learns p(x), and this backbone "

@@ -101,6 +101,7 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
+        """The number of steps of the whole recipe."""
         return self.task.total_steps
 
     def run(self, until: int | None = None) -> None:
