@@ -12,9 +12,8 @@ from jemkit.errors import ConfigError, MisfitError
 from jemkit.runtime.modes import BatchNormMode, sampling_mode
 from jemkit.sampling.kernels import Ball
 
-AttackLoss = Callable[
-    [Tensor], Tensor
-]  # x~ [B, C, H, W] to [B]; higher is worse for the classifier
+AttackLoss = Callable[[Tensor], Tensor]
+"""x~ [B, C, H, W] to [B]; higher is worse for the classifier."""
 
 Norm = Literal["Linf", "L2", "L1"]
 """The norm of a threat model."""

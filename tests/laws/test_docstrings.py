@@ -23,12 +23,12 @@ OBVIOUS = {"unused", "state_dict", "load_state_dict", "to", "clamp", "mark", "ro
 def notes(module: str) -> dict[str, str]:
     """The string below each assignment of a module."""
     body = ast.parse(inspect.getsource(__import__(module, fromlist=["_"]))).body
-    found = {}
+    strings = {}
     for node, below in pairwise(body):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             text = getattr(getattr(below, "value", None), "value", None)
-            found[node.targets[0].id] = text if isinstance(text, str) else ""
-    return found
+            strings[node.targets[0].id] = text if isinstance(text, str) else ""
+    return strings
 
 
 @cache
@@ -49,7 +49,7 @@ def methods(cls: type) -> Iterator[tuple[str, Callable[..., Any]]]:
             yield name, function
 
 
-def told(cls: type, name: str) -> str:
+def doc_of(cls: type, name: str) -> str:
     """The docstring of a method: its own, or that of the protocol or base class it implements."""
     bases = [base for base in cls.__mro__ if vars(base).get(name)]
     protocols = [c for c in OWN.values() if getattr(c, "_is_protocol", False) and name in vars(c)]
@@ -63,7 +63,7 @@ def documented() -> Iterator[tuple[str, Callable[..., Any], str]]:
         yield name, function, function.__doc__ or ""
     for name, cls in OWN.items():
         for method, function in methods(cls):
-            yield f"{name}.{method}", function, f"{told(cls, method)} {cls.__doc__ or ''}"
+            yield f"{name}.{method}", function, f"{doc_of(cls, method)} {cls.__doc__ or ''}"
 
 
 def test_every_public_name_has_a_docstring() -> None:
@@ -75,10 +75,10 @@ def test_every_public_name_has_a_docstring() -> None:
 
 def test_every_public_method_has_a_docstring() -> None:
     assert [f"{name}.{method}" for name, cls in OWN.items() for method, _ in methods(cls)
-            if not told(cls, method).strip()] == []  # fmt: skip
+            if not doc_of(cls, method).strip()] == []  # fmt: skip
 
 
-def test_shapes_of_tensors_are_told() -> None:
+def test_shapes_of_tensors_are_documented() -> None:
     def tensors(function: Callable[..., Any]) -> bool:
         hints = [p.annotation for p in inspect.signature(function).parameters.values()]
         return any("Tensor" in str(hint) for hint in hints)
@@ -87,7 +87,7 @@ def test_shapes_of_tensors_are_told() -> None:
             if tensors(function) and not re.search(r"\[[\w.\]]", text)] == []  # fmt: skip
 
 
-def test_units_of_sizes_are_told() -> None:
+def test_units_of_sizes_are_documented() -> None:
     def sizes(function: Callable[..., Any]) -> bool:
         names = inspect.signature(function).parameters
         return any(n in ("radius", "eps", "size") or n.endswith("_px") for n in names)
@@ -97,7 +97,7 @@ def test_units_of_sizes_are_told() -> None:
             if sizes(function) and not units.search(text)] == []  # fmt: skip
 
 
-def test_errors_are_told() -> None:
+def test_errors_are_documented() -> None:
     known = {n for n, c in vars(errors).items() if inspect.isclass(c)} - {"JemkitError"}
     silent = []
     for name, function, text in documented():
