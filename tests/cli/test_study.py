@@ -3,14 +3,18 @@
 import json
 import math
 import statistics
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from cli_tools import SHORT, jemkit
+from forked import Forked
 from hypothesis import given
 from hypothesis import strategies as st
 from report_runs import card, record
@@ -22,6 +26,7 @@ from jemkit.metrics.evaluator import Notes
 from jemkit.metrics.figures import plain
 from jemkit.metrics.record_file import Record
 from jemkit.runtime.files import write_json
+from jemkit_cli.study import running
 from jemkit_cli.study.plan import (
     Study,
     Unit,
@@ -336,7 +341,31 @@ def test_every_study_that_ships_resolves(tmp_path: Path) -> None:
             assert len(planned(given, tmp_path)) == len(given.rows) * len(given.seeds)
 
 
-def test_a_sweep_from_the_command_line(tmp_path: Path) -> None:
+class Fork:
+    """In place of subprocess.Popen: the command in a fork of the tests' server."""
+
+    starting: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, command: list[str], **_: Any) -> None:
+        assert command[:3] == [sys.executable, "-m", "jemkit"]
+        with self.starting:
+            self.running = Forked(*command[3:], cwd=Path.cwd())
+        self.returncode: int | None = None
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        self.running.process.join(timeout)
+        self.returncode = self.running.poll()
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("jemkit", timeout)
+        return self.running.text("stdout"), self.running.text("stderr")
+
+
+@pytest.mark.parametrize("popen", [Fork, pytest.param(subprocess.Popen, marks=pytest.mark.slow)])
+def test_a_sweep_from_the_command_line(
+    tmp_path: Path, popen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes = SimpleNamespace(**{**vars(subprocess), "Popen": popen})
+    monkeypatch.setattr(running, "subprocess", processes)
     options = [*SHORT[:-1], "--backbone=classifier", "--objective=ce", "--set=optimizer.lr=0.1,0.2"]
     options = [o for o in options if "buffer" not in o and "backbone.steps" not in o]
     given = ["sweep", *options, "--out", str(tmp_path), "--json"]

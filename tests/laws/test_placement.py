@@ -136,8 +136,14 @@ def test_a_step_stays_on_its_device_and_waits_for_nothing(names: tuple[str, str,
 STARTS = ["blurred", "gaussian", "mixture", "noise", "pca", "shuffled", "uniform"]
 
 
-@pytest.mark.parametrize("sampler", sorted(REGISTRY["sampler"]))
-@pytest.mark.parametrize("start", STARTS)
+CHAINS = [
+    pytest.param(s, start, marks=() if s == "sgld" or start == "mixture" else pytest.mark.slow)
+    for start in STARTS
+    for s in sorted(REGISTRY["sampler"])
+]
+
+
+@pytest.mark.parametrize(("sampler", "start"), CHAINS)
 def test_chains_stay_on_their_device_and_wait_for_nothing(sampler: str, start: str) -> None:
     chosen = {"sampler": REGISTRY["sampler"][sampler](), "start": REGISTRY["start"][start]()}
     chosen["buffer"] = Buffer(capacity=300, conditional=True)
