@@ -1,7 +1,6 @@
 """The attack runner: stages on the images still classified correctly, cached batch by batch."""
 
 import hashlib
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,12 +14,11 @@ from torch import Generator, Tensor, nn
 from jemkit.attacks.base import Attack, ModelAttack, Perturb, Threat
 from jemkit.attacks.departures import departures, with_departures
 from jemkit.attacks.pgd import cross_entropy
-from jemkit.attacks.pixel_model import UNIT, PixelModel, weights_hash
+from jemkit.attacks.pixel_model import UNIT, PixelModel
 from jemkit.data import Images
 from jemkit.errors import DataError, MisfitError
 from jemkit.metrics.evaluator import AnyAttack, Context, batches, no_progress
 from jemkit.metrics.figures import Figure, joined, share
-from jemkit.metrics.identity import identity_of
 from jemkit.runtime.microbatch import retry_on_oom
 from jemkit.runtime.modes import preserved_random_state
 from jemkit.runtime.timing import settle
@@ -251,11 +249,6 @@ def _fingerprint(
         "threat": ctx.threat._asdict(),
         "seed": ctx.seed,
         "batch_size": ctx.batch_size,
-        "model": weights_hash(subject),
-        "code": ctx.code or identity_of(subject).sha256,
-        "buffers": tensors_hash(dict(subject.named_buffers())),  # a state dict omits some of them
-        "subject": re.sub(r" at 0x[0-9a-f]+", "", repr(subject)),  # without addresses in memory
-        "bounds": list(subject.bounds),
         "images": tensors_hash(data._asdict()),
-        "device": ctx.rng.device.type,
+        **ctx.about_model(subject),
     }

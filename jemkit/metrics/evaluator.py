@@ -1,5 +1,6 @@
 """Evaluators: measurements of a model, and the context that they get."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,15 +12,16 @@ from torch import Generator, Tensor
 
 from jemkit.attacks.base import Attack, ModelAttack, Threat
 from jemkit.attacks.departures import departures, with_departures
-from jemkit.attacks.pixel_model import PixelModel
+from jemkit.attacks.pixel_model import PixelModel, weights_hash
 from jemkit.data import Images
 from jemkit.errors import DataError, MisfitError, Preempted
 from jemkit.metrics.figures import Figure, share
+from jemkit.metrics.identity import identity_of
 from jemkit.options import Options
 from jemkit.runtime.microbatch import retry_on_oom
 from jemkit.runtime.modes import eval_mode, frozen
 from jemkit.runtime.run_dir import versions
-from jemkit.runtime.work_cache import WHOLE, ResultCache, Shard
+from jemkit.runtime.work_cache import WHOLE, ResultCache, Shard, tensors_hash
 
 AnyAttack = Attack | ModelAttack
 
@@ -81,6 +83,17 @@ class Context:
         cache = ResultCache(self.work, {**about, "versions": versions()}, self.shard)
         self.notes.ledgers.append(cache)
         return cache
+
+    def about_model(self, subject: PixelModel) -> dict[str, Any]:
+        """Everything of a model on which cached work depends."""
+        return {
+            "model": weights_hash(subject),
+            "code": self.code or identity_of(subject).sha256,
+            "buffers": tensors_hash(dict(subject.named_buffers())),  # a state dict omits some
+            "subject": re.sub(r" at 0x[0-9a-f]+", "", repr(subject)),  # without addresses in memory
+            "bounds": list(subject.bounds),
+            "device": self.rng.device.type,
+        }
 
     def split(self, name: str) -> Images:
         """The images of another split; Unmeasurable if there are none."""

@@ -18,9 +18,8 @@ from jemkit.sampling.density import together
 from jemkit.sampling.fresh import in_batches
 from jemkit.metrics.figures import plain
 from jemkit.metrics.figures import BINS, bin_edges, histograms, shares
-from jemkit.metrics.identity import identity_of
 from jemkit.attacks.pgd import cross_entropy, negated
-from jemkit.attacks.pixel_model import UNIT, weights_hash
+from jemkit.attacks.pixel_model import UNIT
 from jemkit.metrics.energy_gap import PGD20, energies, energy_gaps
 from jemkit.runtime.rng import generator
 from jemkit.sampling.init_dists import start_name
@@ -126,14 +125,10 @@ def _origin(subject: PixelModel, ctx: Context) -> dict[str, Any]:
     density = subject.density
     first = density.start.draw(4, Generator(ctx.rng.device).manual_seed(0))
     return {
-        "model": weights_hash(subject),
-        "code": ctx.code or identity_of(subject).sha256,
-        "subject": repr(subject),
-        "bounds": list(subject.bounds),
+        **ctx.about_model(subject),
         "density": [type(density).__name__, repr(getattr(density, "options", None))],
         "sampler": repr(density.sampler),
         "start": hashlib.sha256(first.cpu().contiguous().numpy().data).hexdigest(),
-        "device": ctx.rng.device.type,
     }
 
 

@@ -188,23 +188,21 @@ def written(folder: Path, name: str = "clean", value: float = 0.5) -> None:
     records.save(folder, Record({"sha256": "0"}, {}, [figure], rows=rows), Notes())
 
 
-def test_a_figure_that_was_changed_in_the_record_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["a figure", "an outcome", "no outcomes"])
+def test_a_record_that_was_changed_is_refused(tmp_path: Path, what: str) -> None:
     written(tmp_path)
-    path = tmp_path / "evaluation.json"
-    path.write_text(path.read_text().replace("0.5", "0.9"))
-    with pytest.raises(api.DataError, match=r"evaluation\.json is damaged: the SHA-256"):
-        records.load(tmp_path)
-
-
-def test_an_outcome_that_was_changed_beside_the_record_is_refused(tmp_path: Path) -> None:
-    written(tmp_path)
-    path = tmp_path / "evaluation.safetensors"
-    raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
-    path.write_bytes(raw)
-    with pytest.raises(
-        api.DataError, match=r"evaluation\.safetensors is missing or damaged: the SHA-256"
-    ):
+    path, rows = tmp_path / "evaluation.json", tmp_path / "evaluation.safetensors"
+    message = r"evaluation\.safetensors is missing or damaged: the SHA-256"
+    if what == "a figure":
+        path.write_text(path.read_text().replace("0.5", "0.9"))
+        message = r"evaluation\.json is damaged: the SHA-256"
+    elif what == "an outcome":
+        raw = bytearray(rows.read_bytes())
+        raw[-1] ^= 1
+        rows.write_bytes(raw)
+    else:
+        rows.unlink()
+    with pytest.raises(api.DataError, match=message):
         records.load(tmp_path)
 
 
@@ -233,13 +231,6 @@ def test_every_damaged_record_stays(tmp_path: Path) -> None:
         measured(tmp_path)
     saved = {p.name: p.read_text() for p in tmp_path.glob("damaged-*")}
     assert saved == {"damaged-evaluation.json": "{", "damaged-evaluation-1.json": "["}
-
-
-def test_a_record_whose_outcomes_are_gone_is_refused(tmp_path: Path) -> None:
-    measured(tmp_path)
-    (tmp_path / "evaluation.safetensors").unlink()
-    with pytest.raises(api.DataError, match=r"evaluation\.safetensors is missing or damaged"):
-        records.load(tmp_path)
 
 
 @pytest.mark.parametrize("state", ["before its JSON", "after its JSON"])

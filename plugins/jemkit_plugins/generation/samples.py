@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from jemkit.attacks.pixel_model import PixelModel, weights_hash
+from jemkit.attacks.pixel_model import PixelModel
 from jemkit.errors import DataError
 from jemkit.metrics.evaluator import Context, Unmeasurable
-from jemkit.metrics.identity import identity_of
 from jemkit.metrics.plots import to_bytes
 from jemkit.options import Options
 from jemkit.runtime.rng import generator
@@ -100,12 +99,8 @@ def _judged(
             "samples": about,
             "seed": ctx.seed,
             "batch_size": ctx.batch_size,
-            "model": weights_hash(subject),
-            "code": ctx.code or identity_of(subject).sha256,
-            "subject": repr(subject),
-            "bounds": list(subject.bounds),
             "density": describe(subject.density),
-            "device": ctx.rng.device.type,
+            **ctx.about_model(subject),
         }
     )
     columns = in_batches(
