@@ -92,6 +92,7 @@ def test_before_its_start_it_is_plain_bit_for_bit_and_after_it_is_not(objective:
     assert same(stepped(AGR(), objective, 7).model.state_dict(), plain)
     assert not same(stepped(AGR(), objective, 8).model.state_dict(), plain)
     assert same(stepped(AGR(start=1), objective, 9).model.state_dict(), plain)
+    assert not same(stepped(AGR(start=0.7), objective, 7).model.state_dict(), plain)
 
 
 @pytest.mark.parametrize("objective", ["pgdat", "trades", "mart"])

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from math import log
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,16 +14,28 @@ from logits import batch_of, identity_backbone, logits
 from ranks import every_rank
 from states import cut_and_resumed
 from strategies import labels, normal, seeds
+from torch import nn
 from toys import Flat, backbone_of, gen, objective_of, tiny, toy_recipe, toy_registry, updater_of
 
-from jemkit import PGD, Backbone, Diverged, Guard, LogSumExpEnergy, Trainer, train_step
+from jemkit import (
+    PGD,
+    Backbone,
+    Diverged,
+    Guard,
+    LogSumExpEnergy,
+    Options,
+    Trainer,
+    Updater,
+    train_step,
+)  # fmt: skip
 from jemkit.runtime import distributed
 from jemkit.runtime.pytree import same
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.testing import toy_batch, toy_task
 from jemkit.testing.law import state_of
+from jemkit.updaters import PlainUpdater
 from jemkit_plugins.awp import AWP
-from jemkit_plugins.lasat.attack import adversary
+from jemkit_plugins.lasat.attack import adversary, hardness
 from jemkit_plugins.lasat.forms import FORMS, Form
 from jemkit_plugins.lasat.objective import Draws, LASATObjective, smoothed
 from jemkit_plugins.lasat.options import LASAT
@@ -154,6 +166,52 @@ def test_the_loss_in_the_reward_is_capped(monkeypatch: pytest.MonkeyPatch) -> No
     assert float(objective.learn(backbone, BATCH, gen())) == 10
 
 
+@pytest.mark.parametrize(("tries", "accuracy"), [((1, 1), 1), ((1, -1), 0), ((-1, 1), 0)])
+def test_an_image_is_robust_if_it_withstands_both_restarts(
+    tries: tuple[int, int], accuracy: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = rewarded(robust=0.0)
+    signs = iter(tries)  # the second restart, or the first, turns every image round
+    attack = "jemkit_plugins.lasat.reward.ce_adversary"
+    monkeypatch.setattr(attack, lambda attack, backbone, x, y, rng: next(signs) * x)
+    assert rewarded() - without == pytest.approx(4 * accuracy)
+
+
+def test_the_loss_in_the_reward_is_that_of_eval_mode() -> None:
+    for beta in (None, torch.full((6,), 7.0)):
+        backbone = backbone_of("classifier", TASK)
+        before = state_of(backbone.model)
+        x_adv = (BATCH.x + 0.1).clamp(-1, 1)
+        value = hardness(backbone, BATCH, x_adv, beta)
+        assert same(state_of(backbone.model), before)
+        backbone.model.eval()
+        adv, clean = (backbone.model(x).logits.detach() for x in (x_adv, BATCH.x))
+        wanted = F.cross_entropy(adv if beta is None else clean, BATCH.y)
+        if beta is not None:
+            kl = F.kl_div(adv.log_softmax(1), clean.softmax(1), reduction="none").sum(1)
+            wanted = wanted + 7 * kl.mean()
+        torch.testing.assert_close(value, wanted)
+
+
+class Watching(Options):
+    """Plain updates that record their optimizer's options."""
+
+    recorded: ClassVar[list[dict[str, Any]]] = []
+
+    def build(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Updater:
+        self.recorded.append(optimizer.defaults)
+        return PlainUpdater(optimizer)
+
+
+def test_the_step_in_the_reward_is_sgd_with_the_papers_weight_decay() -> None:
+    objective = built(update=Watching())
+    objective.task = replace(TASK, lr=lambda step: 0.07)
+    objective.draw(backbone_of("classifier", TASK), BATCH, gen())
+    (options,) = Watching.recorded
+    given = {name: options[name] for name in ("lr", "momentum", "weight_decay")}
+    assert given == {"lr": 0.07, "momentum": 0, "weight_decay": 5e-4}
+
+
 @pytest.mark.parametrize("form", ["at", "trades", "awp"])
 def test_the_reward_leaves_the_model_alone_and_teaches_the_strategy(form: str) -> None:
     update = AWP(gamma=0.5) if form == "awp" else tiny("updater", "sam")
@@ -245,6 +303,34 @@ def test_actions_are_drawn_from_the_heads_and_a_single_choice_draws_nothing() ->
     before = rng.get_state()
     assert not sampled({"a": torch.zeros(5, 1)}, rng)["a"].any()
     assert torch.equal(rng.get_state(), before)
+
+
+@pytest.mark.parametrize(("form", "last"), [("at", 1e-4), ("trades", 1e-4), ("awp", 1e-6)])
+def test_the_strategys_learning_rate_drops_with_the_models_in_the_form_with_awp(
+    form: str, last: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective, backbone = built(form=form, every=1), backbone_of("classifier", TASK)
+    objective.task, rates = replace(TASK, total_steps=100), []
+    monkeypatch.setattr(objective.strategy, "reinforce", lambda *args: rates.append(args[-1]))
+    for step in (0, 49, 50, 74, 75, 99):
+        objective.draw(backbone, BATCH._replace(step=step), gen())
+    middle = (1e-4 * last) ** 0.5
+    assert rates == pytest.approx([1e-4, 1e-4, middle, middle, last, last])
+
+
+def test_images_of_the_update_are_attacked_by_the_strategy_as_it_has_just_learnt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    objective, backbone = built(), backbone_of("classifier", TASK)
+    resampled, states = objective.resampled, []
+
+    def watched(*args: Any) -> Draws:
+        states.append([t.clone() for t in objective.strategy.state()])
+        return resampled(*args)
+
+    monkeypatch.setattr(objective, "resampled", watched)
+    draws = objective.draw(backbone, BATCH, gen())
+    assert same(states, [draws.learnt])
 
 
 def test_it_learns_every_so_many_steps() -> None:

@@ -355,6 +355,20 @@ def test_the_average_follows_weights_closely_at_first(tmp_path: Path) -> None:
     assert not torch.equal(*averages)
 
 
+def test_the_average_is_a_copy_in_the_first_share_of_a_run(tmp_path: Path) -> None:
+    options = ["run.ema_decay=0.9", "run.ema_warmup=true", "run.ema_copy=0.25"]  # 3 of 12 steps
+    recipe = toy_recipe(REGISTRY, "jem", "ce", "plain", *options)
+    trainer = Trainer(recipe, RunFolder.create(tmp_path / "run"))
+    assert trainer.ema is not None
+    for decay in (0, 0, 0, 0.1, 2 / 11):
+        before = trainer.ema.average["head.weight"].clone()
+        trainer.one_step()
+        live = trainer.backbone.model.state_dict()["head.weight"]
+        wanted = decay * before + (1 - decay) * live
+        torch.testing.assert_close(trainer.ema.average["head.weight"], wanted)
+        assert torch.equal(trainer.ema.average["head.weight"], live) == (decay == 0)
+
+
 def test_a_run_of_every_objective_takes_a_first_step(tmp_path: Path) -> None:
     for name in ("ce", "pgdat", "trades", "jem", "ebjdat"):
         folder = RunFolder.create(tmp_path / name)
