@@ -59,6 +59,13 @@ def test_where_they_oppose_nothing_is_left_along_g2(seed: int, n: int, scale: fl
     assert abs(float(along)) < 1e-5
 
 
+@given(seed=seeds, n=st.integers(1, 20), scale=st.floats(0.001, 1000))
+def test_no_update_opposes_the_clean_gradient(seed: int, n: int, scale: float) -> None:
+    g1, g2 = normal(seed, n), scale * normal(seed + 1, n)
+    result = surgery(g1, g2)
+    assert float((result * g2).sum()) >= -1e-5 * float(g1.norm() * g2.norm())
+
+
 @given(seed=seeds, scale=st.sampled_from([0.0, 1e-8, 0.01, 1.0, 1e4]))
 def test_no_clean_gradient_leaves_g1_and_the_norm_is_bounded(seed: int, scale: float) -> None:
     g1 = scale * normal(seed, 3, 4)

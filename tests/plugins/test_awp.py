@@ -93,6 +93,19 @@ def test_biases_and_norms_stay_bit_for_bit_while_the_matrices_are_moved() -> Non
     assert moved == {n for n, p in model.named_parameters() if p.ndim > 1}
 
 
+@given(gamma=st.floats(0, 2.0))
+def test_with_a_learning_rate_of_0_all_weights_are_restored_bit_for_bit(gamma: float) -> None:
+    model = toy_model(TASK).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def terms() -> Terms:
+        loss = F.cross_entropy(model(BATCH.x).logits, BATCH.y)
+        return Terms.weighted({"p(y|x)": (1.0, loss)})
+
+    AWP(gamma=gamma).build(model, torch.optim.SGD(model.parameters(), lr=0.0)).step(terms, Guard())
+    assert same(dict(model.named_parameters()), before)
+
+
 @pytest.mark.parametrize("objective", ["pgdat", "trades"])
 def test_until_its_warm_up_is_over_it_is_plain_bit_for_bit(objective: str) -> None:
     """From 9 of 200 epochs on, as in TRADES-AWP: here from step 9 of 200."""

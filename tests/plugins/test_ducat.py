@@ -54,6 +54,11 @@ def test_folding_by_hand() -> None:
     torch.testing.assert_close(largest, torch.tensor([[0.4, 0.2]]))
 
 
+def test_an_odd_number_of_logits_is_refused() -> None:
+    with pytest.raises(MisfitError, match="5 logits cannot be folded: expected an even number"):
+        folded(torch.zeros(3, 5))
+
+
 @pytest.mark.parametrize("fold", ["lse", "max"])
 def test_what_is_judged_are_k_folded_logits_and_the_energy_is_of_all(fold: Fold) -> None:
     x = 3 * torch.randn(8, 4, generator=gen())

@@ -284,6 +284,10 @@ def test_a_model_trains_on_what_another_one_draws_and_labels(
     assert len(about["labels"]["weights"]) == 64
     assert len(list((tmp_path / "cache" / "labels").iterdir())) == 1
     assert "8 of 16 in every batch" in jemkit(*TRAIN, "--dry-run", *share).out
+    toys = mixed(written(tmp_path / "toys.npz", label=None), 0.5, "extra.labels=first")
+    other = toy_recipe(toy_registry(), "classifier", "pgdat", "plain", *toys)  # of three classes
+    with pytest.raises(DataError, match="classes"):
+        build_run(other.recipe)
     Path(bare).unlink()
     judged = jemkit("evaluate", "third", "--only=calibration", "--max-images=20", "--device=cpu")
     assert judged.code == 0, judged.err

@@ -43,7 +43,12 @@ class DummyEnergy(EnergyModel):
 
 
 def folded(raw: Tensor, fold: Fold = "lse") -> Tensor:
-    """Fold logits [B, 2K] to [B, K]."""
+    """Fold logits [B, 2K] to [B, K]; raises MisfitError if their number is odd."""
+    if raw.shape[1] % 2:
+        raise MisfitError(
+            f"{raw.shape[1]} logits cannot be folded: expected an even number, one of each class "
+            "and of its dummy"
+        )
     pairs: Tensor = raw.view(len(raw), 2, -1)
     return pairs.logsumexp(1) if fold == "lse" else pairs.amax(1)
 
