@@ -95,6 +95,12 @@ def test_the_auc_by_hand() -> None:
     assert float(result.mean()) == 5 / 8
 
 
+def test_the_auc_is_of_the_logit_of_the_class_and_not_of_the_energy() -> None:
+    backbone = flat(torch.tensor([[0.0, 5.0]]))  # f[0] is lower and log-sum-exp higher than of x
+    draws = objective().draw(backbone, batch_of(torch.tensor([[1.0, 0.0]]), 0), gen())
+    assert float(draws.auc) == 1
+
+
 def test_without_steps_the_negatives_are_the_starts() -> None:
     backbone = backbone_of("dat", TASK)
     draws = objective_of("dat").draw(backbone, BATCH, gen())

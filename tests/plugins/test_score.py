@@ -5,7 +5,7 @@ import torch
 from logits import batch_of, identity_backbone, logits
 from toys import backbone_of, gen, objective_of
 
-from jemkit import Terms
+from jemkit import PGD, Terms
 from jemkit.testing import toy_batch, toy_task
 from jemkit_plugins.score import squared
 
@@ -47,11 +47,14 @@ def test_p_of_x_is_not_detached_in_the_distance() -> None:
 def test_the_attack_raises_the_squared_distance_inside_the_ball() -> None:
     task = toy_task()
     backbone, batch = backbone_of("classifier", task), toy_batch(task)
-    x_adv = objective_of("score").draw(backbone, batch, gen())
+    start, x_adv = (
+        objective_of("score", attack=PGD(steps=n)).draw(backbone, batch, gen()) for n in (0, 3)
+    )
     limit = task.bounds.px(task.radius_px)
     assert 0 < float((x_adv - batch.x).abs().max()) <= limit + 1e-6
-    clean, adv = (backbone.model(x).logits.softmax(1) for x in (batch.x, x_adv))
-    assert squared(clean, adv).mean() > 0
+    backbone.model.eval()
+    clean, begun, adv = (backbone.model(x).logits.softmax(1) for x in (batch.x, start, x_adv))
+    assert (squared(clean, adv) > squared(clean, begun)).all()
 
 
 def test_without_the_distance_no_attack_runs() -> None:
