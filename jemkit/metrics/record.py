@@ -80,7 +80,7 @@ def save(folder: Path, record: Record, notes: Notes, *, adversarial: bool = Fals
             write(folder, _joined(other, _loaded(folder, name, warned)), name)
             log.warning("the record of another model, or of other images, is kept as %s.json", name)
         if mine is None:
-            record = replace(record, pictures=_free_pictures(folder, stem))
+            record = replace(record, pictures=stem if beside(folder) else PICTURES)
         notes.warnings.extend(w for w in warned if w not in notes.warnings)
         warnings = list(dict.fromkeys([*record.warnings, *notes.warnings]))
         whole = _joined(replace(record, warnings=warnings), mine)
@@ -172,17 +172,6 @@ def _loaded(folder: Path, stem: str, warned: list[str]) -> Record | None:
         aside = set_aside(folder / f"{stem}.json")
         warned.append(f"the previous record is kept as {aside.name}: {error}")
         return None
-
-
-def _free_pictures(folder: Path, stem: str) -> str:
-    """The folder of a new record's pictures: no other record of this place has it."""
-    taken = set()
-    for other in beside(folder):
-        try:
-            taken.add(load(folder, other).pictures)
-        except DataError:  # unknown: leave the usual name to it
-            taken.add(PICTURES)
-    return stem if PICTURES in taken else PICTURES
 
 
 def _joined(new: Record, old: Record | None) -> Record:

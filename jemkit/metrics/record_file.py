@@ -17,7 +17,7 @@ from jemkit.metrics.figures import Figure, finite
 from jemkit.runtime.files import load_tensors, read_json, write_json, write_tensors
 from jemkit.runtime.work_cache import tensors_hash
 
-FORMAT, WITHOUT_PARTS, UNSEALED = 3, 2, 1  # of a record; the oldest has no hashes of its own
+FORMAT, UNSEALED = 3, 1  # of a record; the oldest has no hashes of its own
 
 STEM = "evaluation"
 JSON, ROWS, PICTURES = f"{STEM}.json", f"{STEM}.safetensors", STEM
@@ -209,11 +209,8 @@ def _sealed(path: Path) -> tuple[dict[str, Any], str | None]:
     """The contents of a record's JSON, and the hash of its rows; None for old formats."""
     saved = read_json(path)
     version = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
-    if version not in (FORMAT, WITHOUT_PARTS, UNSEALED):
-        raise DataError(
-            f"{path} has record format {version!r}; this jemkit reads "
-            f"{UNSEALED}, {WITHOUT_PARTS}, {FORMAT}"
-        )
+    if version not in (1, 2, FORMAT):
+        raise DataError(f"{path} has record format {version!r}; this jemkit reads 1, 2, {FORMAT}")
     seal = saved.pop(SEAL, None)
     if seal is None and version == UNSEALED:
         return saved, None

@@ -91,17 +91,16 @@ def test_modules_that_differ_in_an_attribute_are_two_models(pair: tuple[Any, Any
     assert a == identity_of(Plain(pair[0]))
 
 
-def test_another_forward_is_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("target", "name", "value"),
+    [(Plain, "forward", lambda self, x: -x), (sys.modules[__name__], "FACTOR", 3.0)],
+)
+def test_another_forward_or_another_global_that_it_reads_is_another_model(
+    monkeypatch: pytest.MonkeyPatch, target: object, name: str, value: object
+) -> None:
     model = Plain(1.0)
     before = identity_of(model)
-    monkeypatch.setattr(Plain, "forward", lambda self, x: -x)
-    assert identity_of(model) != before
-
-
-def test_a_global_that_forward_reads_is_part_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Plain(1.0)
-    before = identity_of(model)
-    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 3.0)
+    monkeypatch.setattr(target, name, value)
     assert identity_of(model) != before
 
 
@@ -122,16 +121,10 @@ def test_weights_and_buffers_that_no_state_dict_has_are_part_of_the_model() -> N
     assert identity_of(one) != identity_of(two)
 
 
-def test_the_mode_and_what_requires_gradients_are_no_part_of_the_model() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))
-    before = identity_of(model)
-    model.eval().requires_grad_(False)
-    assert identity_of(model) == before
-
-
-def test_what_only_watches_is_no_part_of_the_model() -> None:
+def test_the_mode_gradients_and_what_only_watches_are_no_part_of_the_model() -> None:
     model = PixelModel(linear_model(4, 2))
     before = identity_of(model)
+    model.eval().requires_grad_(False)
     model.poll = lambda: None
     assert identity_of(model) == before
 
