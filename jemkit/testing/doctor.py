@@ -17,12 +17,12 @@ from jemkit.attacks.pgd import PGD
 from jemkit.attacks.pixel_model import PixelModel
 from jemkit.config.registry import Registry
 from jemkit.errors import JemkitError
-from jemkit.models.energy import LogSumExpEnergy
-from jemkit.models.networks import SmallCNN, seeded_init
+from jemkit.models.networks import SmallCNN
 from jemkit.runtime.extras import install
 from jemkit.runtime.files import cache_folder
 from jemkit.runtime.torchvision_compat import torchvision
 from jemkit.sampling.kernels import SGLD, run
+from jemkit.testing.toys import toy_model, toy_task
 
 State = Literal["ok", "warn", "fail"]
 
@@ -186,8 +186,7 @@ def self_test(device: torch.device) -> Check:
 
 def _toys(device: torch.device) -> tuple[PixelModel, torch.Tensor, torch.Generator]:
     """A small network, images and a generator, the same at each call."""
-    with seeded_init(torch.Generator().manual_seed(0)):
-        model = LogSumExpEnergy(SmallCNN(channels=4).build((1, 8, 8)), 10)
+    model = toy_model(toy_task(n_classes=10), SmallCNN(channels=4))
     rng = torch.Generator(device).manual_seed(0)
     x = torch.rand((16, 1, 8, 8), generator=rng, device=device)
     return PixelModel(model.to(device)), x, rng

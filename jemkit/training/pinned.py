@@ -28,10 +28,9 @@ LISTED = 5
 """Names that a message lists before it counts the rest."""
 AGAIN = "Restore the data, or start a new run"
 JUDGED = (
-    "Restore the data, or pass the data set (--dataset, --data-dir) to evaluate the model on it as "
-    "it is now"
+    "Restore the data, or pass the data set to evaluate the model on (--dataset, --data-dir), with "
+    "these classes in this order"
 )
-CLASSES = "Restore the data, or pass the data set that has these classes in this order"
 SAMPLED = "Restore the data"
 NAMED = "Pass a data set with the run's classes, in their order"
 """The advice for each purpose."""
@@ -79,12 +78,11 @@ class Pin(NamedTuple):
     def check_classes(self, dataset: Dataset) -> None:
         """Reject a data set whose classes, in their order, are not the run's."""
         known, came = self.table.classes, class_names(dataset)
-        advice = CLASSES if self.advice == JUDGED else self.advice
         if known is None or came is None:
             if self.table.n_classes != dataset.n_classes:
                 raise DataError(
                     f"the run in {self.folder} has {self.table.n_classes} classes; "
-                    f"{described(dataset)} has {dataset.n_classes}. {advice}"
+                    f"{described(dataset)} has {dataset.n_classes}. {self.advice}"
                 )
         elif came != known:
             order = ""
@@ -93,7 +91,7 @@ class Pin(NamedTuple):
                 order = f", in another order: label {at} was {known[at]} and is now {came[at]}"
             raise DataError(
                 f"the run in {self.folder} has the classes {names(known, came)}; "
-                f"{described(dataset)} has {names(came, known)}{order}. {advice}"
+                f"{described(dataset)} has {names(came, known)}{order}. {self.advice}"
             )
 
     def named(self, dataset: Dataset) -> "Pin":
