@@ -215,6 +215,7 @@ def read_layer(source: Path | Mapping[str, Any]) -> Table:
 
 
 FETCHING = frozenset({"download", "pretrained"})  # options that allow a part to access the network
+TRUE = ("true", "1", "1.0", "yes", "y", "on", "t")  # what pydantic reads as true
 
 
 def offline(tree: Any) -> Any:
@@ -228,7 +229,7 @@ def offline(tree: Any) -> Any:
     if not isinstance(tree, dict):
         return tree
     return {
-        name: False if name in FETCHING and value else offline(value)
+        name: False if name in FETCHING and str(value).lower() in TRUE else offline(value)
         for name, value in tree.items()
     }
 

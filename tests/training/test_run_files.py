@@ -113,7 +113,7 @@ def test_weights_of_another_model_are_refused_by_name_and_shape(
     tmp_path: Path, finished: tuple[Path, Any]
 ) -> None:
     recipe = toy_recipe(REGISTRY, "sadajem", "ebjdat", "plain", "backbone.network.channels=3")
-    with pytest.raises(DataError, match=r"shapes network\.first\.weight"):
+    with pytest.raises(DataError, match=r"size mismatch for network\.first\.weight"):
         train(recipe, tmp_path / "run", registry=REGISTRY, init_from=finished[0])
     assert not (tmp_path / "run").exists()
 
