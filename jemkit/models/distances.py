@@ -48,9 +48,5 @@ class LogitDistance(Options):
     min_size: ClassVar[int] = 1
 
     def bind(self, model: EnergyModel, x: Tensor, bounds: Bounds) -> Measure:
-        clean = _direction(model(x).logits.detach())
-        return lambda x_adv: (clean - _direction(model(x_adv).logits)).square().sum(1)
-
-
-def _direction(logits: Tensor) -> Tensor:
-    return F.normalize(logits, dim=1)
+        clean = F.normalize(model(x).logits.detach(), dim=1)
+        return lambda x_adv: (clean - F.normalize(model(x_adv).logits, dim=1)).square().sum(1)

@@ -187,6 +187,4 @@ def start_name(start: Start) -> str:
     """An initial distribution in a protocol: by its registered name, else by its class."""
     if isinstance(start, MomentStart):
         return str(start.form)
-    if isinstance(start, GaussianStart) and len(start.means) > 1:
-        return "mixture"
     return type(start).__name__.removesuffix("Start").lower()
