@@ -143,8 +143,8 @@ class SAM(Options):
     g is the gradient of the loss at w; the step is taken at w along the gradient found at w'.
     """
 
-    rho: float = Field(0.05, ge=0)
-    adaptive: bool = False
+    rho: float = Field(0.05, ge=0)  # size of the move
+    adaptive: bool = False  # relative to the size of each weight (ASAM)
 
     def unused(self) -> dict[str, str]:
         return {} if self.rho else {"adaptive": "where rho is 0"}

@@ -139,11 +139,11 @@ class PGD(PGDAttack):
     and restarts; in training it returns the last one.
     """
 
-    steps: int = Field(10, ge=0)
+    steps: int = Field(10, ge=0)  # of each restart
     radius_px: Radius | None = None  # None: the data set's, or the evaluation's
     step_px: float | None = Field(None, ge=0)  # None: a quarter of the radius; of adam 25.5
-    norm: Ball = "Linf"
-    restarts: int = Field(1, ge=1)
+    norm: Ball = "Linf"  # of the ball
+    restarts: int = Field(1, ge=1)  # starts; the worst image counts
     start: Literal["uniform", "gaussian", "clean"] = "uniform"
     optimizer: Literal["sign", "adam"] = "sign"  # adam: a tenth of the step in the second half
     batch_norm: BatchNormMode = "running_stats"  # of the model while it trains

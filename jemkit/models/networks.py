@@ -96,9 +96,9 @@ class WRN(Options):
 
     positional: ClassVar[tuple[str, ...]] = ("depth", "width")
 
-    depth: int = Field(28, ge=10)
-    width: int = Field(10, ge=1)
-    norm: Norm = "batch"
+    depth: int = Field(28, ge=10)  # 6 n + 4 layers
+    width: int = Field(10, ge=1)  # factor of the channels
+    norm: Norm = "batch"  # the normalisation layers
     bn_momentum: float = Field(0.1, gt=0, le=1)  # the released code: 0.9
 
     @field_validator("depth")
@@ -145,8 +145,8 @@ class SmallConvNet(Network):
 class SmallCNN(Options):
     """A small convolutional network: 19,000 parameters for 8 x 8 grey images and ten classes."""
 
-    channels: int = Field(16, ge=1)
-    norm: Norm = "none"
+    channels: int = Field(16, ge=1)  # of the first layer
+    norm: Norm = "none"  # the normalisation layers
 
     def build(self, shape: Shape) -> Network:
         return SmallConvNet(shape, self.channels, self.norm)
@@ -175,8 +175,8 @@ class MLP(Options):
 
     positional: ClassVar[tuple[str, ...]] = ("hidden", "layers")
 
-    hidden: int = Field(256, ge=1)
-    layers: int = Field(2, ge=1)
+    hidden: int = Field(256, ge=1)  # units of each hidden layer
+    layers: int = Field(2, ge=1)  # hidden layers
 
     def build(self, shape: Shape) -> Network:
         return Perceptron(shape, self.hidden, self.layers)

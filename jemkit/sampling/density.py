@@ -324,7 +324,7 @@ class DensitySpec(Protocol):
 class Contrastive(Options):
     """Contrastive divergence with persistent chains, the density of all JEM variants."""
 
-    batch_norm: BatchNormMode = "batch_stats"
+    batch_norm: BatchNormMode = "batch_stats"  # how chains normalise
     box: bool = True  # clamp chains to the pixel range
     penalty: float = Field(0.0, ge=0)  # weight of the penalty on squared mean energies
     penalty_on: Literal["means", "positives"] = "means"

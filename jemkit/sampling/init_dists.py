@@ -43,7 +43,7 @@ class Uniform(Options):
 class Noise(Options):
     """Independent normal pixels around the middle of the range, clamped to it."""
 
-    std: float = Field(1.0, gt=0)
+    std: float = Field(1.0, gt=0)  # in model units
 
     def build(self, task: Task, device: torch.device) -> Start:
         return NoiseStart(task.shape, task.bounds, self.std)

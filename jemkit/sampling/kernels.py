@@ -168,9 +168,9 @@ class SGLD(Options):
 
     needs_stem: ClassVar[bool] = False
 
-    step_size: float = Field(1.0, ge=0)
-    noise: float = Field(0.01, ge=0)
-    clip: float | None = Field(None, gt=0)
+    step_size: float = Field(1.0, ge=0)  # c^2 / 2 of Eq. 10, factor of dE/dx
+    noise: float = Field(0.01, ge=0)  # c of Eq. 10, a standard deviation
+    clip: float | None = Field(None, gt=0)  # limit of each element of dE/dx; None: none
 
     @classmethod
     def langevin(cls, c: float) -> "SGLD":
@@ -198,9 +198,9 @@ class PYLD(Options):
 
     needs_stem: ClassVar[bool] = True
 
-    inner_steps: int = Field(5, ge=1)
-    step_size: float = Field(0.2, ge=0)
-    clip: float | None = Field(1.0, gt=0)
+    inner_steps: int = Field(5, ge=1)  # steps for one gradient of the trunk
+    step_size: float = Field(0.2, ge=0)  # factor of dE/dx
+    clip: float | None = Field(1.0, gt=0)  # limit of each element of dE/dx; None: none
 
     def unused(self) -> dict[str, str]:
         idle = dict.fromkeys(("inner_steps", "clip"), "where step_size is 0")
@@ -232,7 +232,7 @@ class SignDescent(Options):
 
     needs_stem: ClassVar[bool] = False
 
-    step_size: float = Field(0.01, ge=0)
+    step_size: float = Field(0.01, ge=0)  # of each pixel
 
     def step(self, energy: EnergyFn, x: Tensor, rng: Generator) -> Tensor:
         return x - self.step_size * gradient(energy, x).sign()
@@ -248,7 +248,7 @@ class L2Descent(Options):
 
     needs_stem: ClassVar[bool] = False
 
-    step_size: float = Field(0.1, ge=0)
+    step_size: float = Field(0.1, ge=0)  # length of a step
 
     def step(self, energy: EnergyFn, x: Tensor, rng: Generator) -> Tensor:
         slope = gradient(energy, x)

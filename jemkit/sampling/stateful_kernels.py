@@ -31,10 +31,10 @@ class SGLDMomentum(Options):
 
     needs_stem: ClassVar[bool] = False
 
-    step_size: float = Field(0.1, ge=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    noise: float = Field(0.01, ge=0)
-    clip: float | None = Field(None, gt=0)
+    step_size: float = Field(0.1, ge=0)  # factor of dE/dx
+    momentum: float = Field(0.9, ge=0, lt=1)  # share of v that is kept
+    noise: float = Field(0.01, ge=0)  # standard deviation
+    clip: float | None = Field(None, gt=0)  # limit of each element of dE/dx; None: none
 
     def unused(self) -> dict[str, str]:
         idle = dict.fromkeys(("momentum", "clip"), "where step_size is 0")
@@ -105,7 +105,7 @@ class MALA(Options):
     needs_stem: ClassVar[bool] = False
     exact: ClassVar[bool] = True  # exp(-E / temperature) is stationary; `check_sampler` tests it
 
-    step_size: float = Field(1.0, gt=0)
+    step_size: float = Field(1.0, gt=0)  # factor of dE/dx
     temperature: float = Field(5e-5, gt=0)  # noise^2 / (2 step_size) of SGLD's defaults
 
     def init(self, x: Tensor, rng: Generator) -> MALAState:

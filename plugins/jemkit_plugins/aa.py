@@ -28,7 +28,7 @@ class AutoAttack(Options):
 
     everyone: ClassVar[bool] = False
 
-    version: Version = "standard"
+    version: Version = "standard"  # of AutoAttack
 
     @property
     def label(self) -> str:

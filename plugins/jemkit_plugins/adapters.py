@@ -24,7 +24,7 @@ class Torchvision(Options):
 
     positional: ClassVar[tuple[str, ...]] = ("model",)
 
-    model: str
+    model: str  # torchvision's name of it
 
     def build(self, shape: Shape) -> Network:
         models = torchvision_compat.torchvision().models
@@ -48,7 +48,7 @@ class Timm(Options):
 
     positional: ClassVar[tuple[str, ...]] = ("model",)
 
-    model: str
+    model: str  # timm's name of it
 
     def build(self, shape: Shape) -> Network:
         torchvision_compat.torchvision()

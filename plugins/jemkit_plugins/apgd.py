@@ -17,9 +17,9 @@ class APGD(Options):
 
     everyone: ClassVar[bool] = False
 
-    steps: int = Field(100, ge=3)
-    restarts: int = Field(1, ge=1)
-    loss: Literal["ce", "dlr"] = "ce"
+    steps: int = Field(100, ge=3)  # of each restart
+    restarts: int = Field(1, ge=1)  # starts; the worst image counts
+    loss: Literal["ce", "dlr"] = "ce"  # what it maximises
     eot: int = Field(1, ge=1)  # gradients to average per step, for a randomised model
 
     @property

@@ -18,9 +18,9 @@ class CW(PGDAttack):
     implemented here.
     """
 
-    steps: int = Field(20, ge=0)
+    steps: int = Field(20, ge=0)  # of each restart
     step_px: float | None = Field(None, ge=0)  # None: a quarter of the radius
-    restarts: int = Field(1, ge=1)
+    restarts: int = Field(1, ge=1)  # starts; the worst image counts
 
     @property
     def label(self) -> str:

@@ -90,8 +90,8 @@ class CIFAR10(Options):
 
     radius_px: ClassVar[float] = 8
 
-    dir: Path = Path("data")
-    download: bool = False
+    dir: Path = Path("data")  # folder of its files
+    download: bool = False  # fetch missing files
     size: Size = 32
 
     @property
@@ -120,8 +120,8 @@ class CIFAR100(Options):
 
     radius_px: ClassVar[float] = 8
 
-    dir: Path = Path("data")
-    download: bool = False
+    dir: Path = Path("data")  # folder of its files
+    download: bool = False  # fetch missing files
     size: Size = 32
 
     @property
@@ -150,8 +150,8 @@ class SVHN(Options):
 
     radius_px: ClassVar[float] = 8
 
-    dir: Path = Path("data")
-    download: bool = False
+    dir: Path = Path("data")  # folder of its files
+    download: bool = False  # fetch missing files
     size: Size = 32
 
     @property

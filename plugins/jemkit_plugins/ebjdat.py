@@ -35,8 +35,8 @@ class EBJDAT(Options):
     w_clean: float | None = Field(None, ge=0)  # of the clean cross-entropy; None: w3
     adv_steps: int = Field(5, ge=0)  # M_adv, Section 4.1
     radius_px: Radius | None = None  # of Omega, Eq. 5, in 1/255; None: the data set's
-    norm: Ball = "Linf"
-    ascent: Annotated[Ascent, PartOf("ascent")] = SignAscent()
+    norm: Ball = "Linf"  # of the ball
+    ascent: Annotated[Ascent, PartOf("ascent")] = SignAscent()  # a step of the chain of x~
     inner: Literal["joint", "marginal", "ce"] = "joint"  # what x~ maximises; Eq. 12: joint
     outer: Literal["align", "squared", "contrastive"] = "align"  # h2; Eq. 11: align
     distance: Annotated[Distance, PartOf("distance")] = NoDistance()  # d of Eq. 13

@@ -28,11 +28,11 @@ class EBJDATReleased(Options):
 
     needs_density: ClassVar[bool] = True
 
-    w1: float = Field(1.0, gt=0)
-    w2: float = Field(0.1, gt=0)
-    w3: float = Field(1.0, gt=0)
-    w_clean: float = Field(1.0, gt=0)
-    adv_steps: int = Field(5, ge=0)
+    w1: float = Field(1.0, gt=0)  # of h1
+    w2: float = Field(0.1, gt=0)  # of h2
+    w3: float = Field(1.0, gt=0)  # of the cross-entropy of x~
+    w_clean: float = Field(1.0, gt=0)  # of the cross-entropy of x
+    adv_steps: int = Field(5, ge=0)  # steps of the chain of x~
     start_px: Radius = 4.0  # 8/255 of the released code, in [-1, 1]
     step_px: float = Field(1.0, ge=0)  # its step size 2/255
     climbs: Literal["logit", "ce"] = "logit"  # f(x~)[y]; there, ce is commented out

@@ -47,8 +47,8 @@ class Energies(Options):
 
     n: int | None = Field(None, ge=2)  # chains; None: 500, in a quick look 64
     steps: int = Field(40, ge=0)  # of each chain
-    bins: int = Field(BINS, ge=2)
-    path_images: int = Field(256, ge=1)
+    bins: int = Field(BINS, ge=2)  # of the histograms
+    path_images: int = Field(256, ge=1)  # of the path of an attack
 
     def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
         sets = {"clean": _Set.of(subject, data, ctx, {})}

@@ -18,10 +18,10 @@ class EnergyAttack(PGDAttack):
     energies.
     """
 
-    of: Literal["x", "xy"] = "xy"
-    steps: int = Field(20, ge=0)
+    of: Literal["x", "xy"] = "xy"  # E(x) or E(x, y)
+    steps: int = Field(20, ge=0)  # of each restart
     step_px: float | None = Field(None, ge=0)  # None: a quarter of the radius
-    restarts: int = Field(1, ge=1)
+    restarts: int = Field(1, ge=1)  # starts; the worst image counts
 
     @property
     def label(self) -> str:
@@ -58,9 +58,9 @@ class Detector(PGDAttack):
     limit: float | Literal["percentile", "own"] = "percentile"  # a number is an energy
     percentile: float = Field(95.0, gt=0, le=100)  # of all clean images, so all are attacked
     tolerance: float = Field(0.0, ge=0)  # added to the limit
-    steps: int = Field(40, ge=0)
+    steps: int = Field(40, ge=0)  # of each restart
     step_px: float | None = Field(None, ge=0)  # None: a quarter of the radius
-    restarts: int = Field(1, ge=1)
+    restarts: int = Field(1, ge=1)  # starts; the worst image counts
 
     def unused(self) -> dict[str, str]:
         options_unused = super().unused()

@@ -36,7 +36,7 @@ class ET3(Options):
     steps: int = Field(0, ge=0)  # the paper's 1 or 2; 0: no defence, nothing is measured
     radius_px: Radius | None = None  # of the ball around the input; None: the attack's
     step_px: float | None = Field(None, ge=0)  # None: the radius over the steps
-    direction: Literal["sign", "l2"] = "sign"
+    direction: Literal["sign", "l2"] = "sign"  # of a step
 
     def unused(self) -> dict[str, str]:
         idle = dict.fromkeys(("radius_px", "step_px", "direction"), "where steps is 0")

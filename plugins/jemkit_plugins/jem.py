@@ -37,9 +37,9 @@ class JEMObjective(Options):
 
     needs_density: ClassVar[bool] = True
 
-    w_px: float = Field(1.0, ge=0)
-    w_pyx: float = Field(1.0, ge=0)
-    negatives: Literal["marginal", "conditional"] = "marginal"
+    w_px: float = Field(1.0, ge=0)  # weight of log p(x)
+    w_pyx: float = Field(1.0, ge=0)  # weight of log p(y | x)
+    negatives: Literal["marginal", "conditional"] = "marginal"  # samples of p(x), or of p(x | y)
 
     def unused(self) -> dict[str, str]:
         return {} if self.w_px else {"negatives": "where w_px is 0"}

@@ -34,9 +34,9 @@ class LPIPS(Options):
 
     min_size: ClassVar[int] = 31  # AlexNet's last pooling needs this size
 
-    net: Literal["alex", "vgg", "squeeze"] = "alex"
+    net: Literal["alex", "vgg", "squeeze"] = "alex"  # the network of the features
     weights: Path | None = None  # .pth, .safetensors or .npz; else torchvision's cache
-    download: bool = False
+    download: bool = False  # fetch missing weights
 
     def unused(self) -> dict[str, str]:
         return {} if self.weights is None else {"download": "where weights are given"}

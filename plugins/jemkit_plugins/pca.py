@@ -19,7 +19,7 @@ class PCA(Options):
     class's own Gaussian in them; WEAT's is `sigma` = 0.005 times the singular values.
     """
 
-    variance: float = Field(0.95, gt=0, le=1)
+    variance: float = Field(0.95, gt=0, le=1)  # share of the variance that the components hold
     sigma: float | None = Field(None, gt=0)  # None: 1 / sqrt(n), n images of the class
 
     def build(self, task: Task, device: torch.device) -> Start:

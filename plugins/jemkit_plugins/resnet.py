@@ -20,10 +20,10 @@ class ResNet(Options):
 
     positional: ClassVar[tuple[str, ...]] = ("depth",)
 
-    depth: Literal[18, 34] = 18
+    depth: Literal[18, 34] = 18  # layers
     width: int = Field(64, ge=1)  # channels of the first stage
     strides: tuple[Literal[1, 2], Literal[1, 2], Literal[1, 2], Literal[1, 2]] = (1, 2, 2, 2)
-    norm: Norm = "batch"
+    norm: Norm = "batch"  # the normalisation layers
 
     def build(self, shape: Shape) -> Network:
         return ResidualNetwork(shape, self)
@@ -83,7 +83,7 @@ class SwishWRN(WRN):
     bn_momentum: float = Field(0.01, gt=0, le=1)
     offset: bool = True  # whether the norms of blocks have one
     mean: tuple[float, ...] = ()  # of the training pixels in [0, 1], per channel; (): none
-    std: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    std: tuple[Annotated[float, Field(gt=0)], ...] = ()  # of the same pixels
 
     def unused(self) -> dict[str, str]:
         batch = self.norm in ("batch", "sync")

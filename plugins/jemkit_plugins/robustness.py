@@ -23,7 +23,7 @@ class Robustness(Options):
     standard_at_any: ClassVar = frozenset({"indicators", "indicator_images"})
 
     indicators: bool | Literal["full"] = True
-    indicator_images: int = Field(128, ge=2)
+    indicator_images: int = Field(128, ge=2)  # at most
 
     def unused(self) -> dict[str, str]:
         return {} if self.indicators else {"indicator_images": "where indicators is false"}

@@ -18,8 +18,8 @@ class Square(Options):
 
     everyone: ClassVar[bool] = False
 
-    queries: int = Field(QUERIES, ge=1)
-    restarts: int = Field(1, ge=1)
+    queries: int = Field(QUERIES, ge=1)  # passes for each image
+    restarts: int = Field(1, ge=1)  # starts; the worst image counts
 
     @property
     def label(self) -> str:

@@ -22,9 +22,9 @@ class TRADES(Options):
     needs_density: ClassVar[bool] = False
     mixes_labels: ClassVar[bool] = True
 
-    beta: float = Field(6.0, ge=0)
-    climbs: Literal["kl", "ce"] = "kl"
-    attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10)
+    beta: float = Field(6.0, ge=0)  # weight of the divergence
+    climbs: Literal["kl", "ce"] = "kl"  # what x~ maximises
+    attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10)  # draws x~
     smoothing: float = Field(0.0, ge=0, lt=1)  # of the labels
     smooth: Literal["all", "generated"] = "all"  # images whose labels are smoothed
 

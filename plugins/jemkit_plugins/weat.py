@@ -22,9 +22,9 @@ class WEAT(Options):
 
     needs_density: ClassVar[bool] = False
 
-    of: Literal["adversarial", "natural"] = "adversarial"
-    beta: float = Field(6.0, ge=0)
-    attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10, start="gaussian")
+    of: Literal["adversarial", "natural"] = "adversarial"  # images of the cross-entropy
+    beta: float = Field(6.0, ge=0)  # weight of the divergence
+    attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10, start="gaussian")  # draws x~
 
     def unused(self) -> dict[str, str]:
         return {} if self.attacks else {"attack": 'where beta is 0 and of = "natural"'}

@@ -32,13 +32,13 @@ class DAT(Options):
     needs_density: ClassVar[bool] = True
 
     step_px: float = Field(25.5, ge=0)  # of the L2 norm; 0.1 in [0, 1]
-    auc: float = Field(0.8, ge=0, le=1)
+    auc: float = Field(0.8, ge=0, le=1)  # at which the number of steps grows
     window: int = Field(1000, ge=1)  # images; rounded up to whole steps
-    max_steps: int = Field(50, ge=0)
+    max_steps: int = Field(50, ge=0)  # limit of the number of steps
     freeze_batch_norm: bool = True  # normalise by the running statistics of stage 1
     attack: Annotated[Attack, PartOf("attack")] = PGD(
         steps=10, norm="L2", radius_px=127.5, step_px=25.5, start="clean"
-    )
+    )  # draws x~
 
     def unused(self) -> dict[str, str]:
         idle = dict.fromkeys(("step_px", "auc", "window"), "where max_steps is 0")

@@ -43,7 +43,7 @@ class Shuffled(Options):
 class Foreign(Options):
     """Training images of another data set."""
 
-    dataset: Annotated[Dataset, PartOf("dataset")]
+    dataset: Annotated[Dataset, PartOf("dataset")]  # whose training images are taken
 
     def build(self, task: Task, device: torch.device) -> Start:
         return Other(task, device, self.dataset)

@@ -15,7 +15,7 @@ Fold = Literal["lse", "max"]
 class Dummies(Options):
     """2K logits, of class c and its dummy c + K, folded to K; E(x) is computed from all 2K."""
 
-    fold: Fold = "lse"
+    fold: Fold = "lse"  # how the logits of a class and its dummy become one
 
     def build(self, network: Network, n_classes: int) -> EnergyModel:
         return DummyEnergy(network, n_classes, self.fold)

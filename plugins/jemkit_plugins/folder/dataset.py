@@ -31,7 +31,7 @@ class Folder(Options):
     radius_px: ClassVar[float] = 8
     augmentation: ClassVar[Augmentation] = Augmentation()  # flips may change a class
 
-    dir: Path
+    dir: Path  # folder of the images
     size: int | None = Field(None, ge=SIZES[0], le=SIZES[1])  # px: centre square, resized
 
     @property

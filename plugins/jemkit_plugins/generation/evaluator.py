@@ -60,11 +60,11 @@ class Generation(Options):
     standard_at_any: ClassVar = frozenset({"n", "inception"})  # both are part of the protocol
 
     n: int = Field(2_500, ge=16)  # papers take 10,000 or 50,000: fewer make every distance larger
-    steps: int = Field(STEPS, ge=0)
+    steps: int = Field(STEPS, ge=0)  # of each chain
     start: Annotated[Annotated[StartSpec, PartOf("start")] | None, BeforeValidator(_part)] = None
     source: Literal["chains", "buffer"] = "chains"  # the buffer is an artefact of training
     selection: Literal["none", "top90"] = "none"  # top90: the most confident of each class
-    reference: Literal["train", "train+test"] = "train"
+    reference: Literal["train", "train+test"] = "train"  # images that samples are compared with
     max_reference: int | None = Field(None, ge=16)  # drawn at random; None: all
     statistics: Path | None = None  # of the reference, by `jemkit fid-stats`; only FID
     inception: Path | None = None  # its weights; None: those in torch's cache or of a package

@@ -30,19 +30,19 @@ class LASAT(Options):
     needs_density: ClassVar[bool] = False
     norm: ClassVar[Ball] = "Linf"
 
-    form: FormName = "at"
+    form: FormName = "at"  # the method that the strategy is added to
     radius_px: Radius | None = None  # of the start, and of the reward's PGD; None: the data set's
-    eps_px: Sizes | None = None
-    iterations: Counts | None = None
-    step_px: Sizes | None = None
-    beta: Sizes | None = None
+    eps_px: Sizes | None = None  # radii to choose from
+    iterations: Counts | None = None  # numbers of steps to choose from
+    step_px: Sizes | None = None  # step sizes to choose from
+    beta: Sizes | None = None  # weights of the divergence to choose from
     smoothing: float = Field(0.3, ge=0, le=0.5)  # of the labels of "at", over the other classes
     every: int | None = Field(None, ge=1)  # steps from one update of the strategy to the next
     robust: float | None = Field(None, ge=0)  # weights of the accuracies in the reward
-    clean: float | None = Field(None, ge=0)
+    clean: float | None = Field(None, ge=0)  # the same of clean images
     baseline: Literal["none", "ema"] = "none"  # what the reward is compared with
     strategy: NetworkPart = WRN(depth=16, width=4)  # the recipe objective/lasat sets the paper's
-    strategy_lr: float = Field(1e-4, gt=0)
+    strategy_lr: float = Field(1e-4, gt=0)  # learning rate of the strategy
     update: Annotated[UpdaterSpec, PartOf("updater")] = Plain()  # of the reward's step
 
     def unused(self) -> dict[str, str]:
