@@ -25,8 +25,8 @@ KINDS = {
     "updater": ("Updaters", "How a loss changes the weights.", "jemkit train --updater {}"),
     "network": ("Networks", "Images to features.", "jemkit train --network {}"),
     "energy": ("Energies", "Features to logits and E(x).", "--set backbone.energy.use={}"),
-    "sampler": ("Samplers", "One step of a chain. Sizes are in model units, where pixels are in [-1,"
-                " 1].", "jemkit train --sampler {}"),
+    "sampler": ("Samplers", "One step of a chain. Sizes are in model units, pixels in [-1, 1].",
+                "jemkit train --sampler {}"),
     "start": ("Initial distributions", "Where chains begin.", "--set backbone.start.use={}"),
     "density": ("Densities", "How p(x) is drawn and learnt.", "--set backbone.density.use={}"),
     "ascent": ("Ascents", "One step of EB-JDAT's inner maximisation.",
@@ -131,9 +131,7 @@ def slug(title: str) -> str:
 def pages() -> Iterator[tuple[str, str]]:
     """Paths in docs/, and their Markdown."""
     registry = installed(third_party=False)
-    index = [
-        "# Reference\n\nThese pages are made from the code, so they list what is registered.\n\n| kind | parts |\n|---|---|"
-    ]
+    index = ["# Reference\n\nThese pages are made from the code.\n\n| kind | parts |\n|---|---|"]
     for kind, (title, _, _) in KINDS.items():
         yield f"reference/{kind}.md", part_page(kind, registry)
         names = ", ".join(f"[`{name}`]({kind}.md#{name})" for name in registry[kind])
