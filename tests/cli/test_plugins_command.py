@@ -193,7 +193,11 @@ def test_check_names_the_law_its_smallest_counterexample_and_its_meaning() -> No
     assert [law["holds"] for law in parts["mean"]["laws"]][-1] is False
     shown = jemkit("plugins", "check", "mean")
     assert shown.code == 1
-    for text in ("VIOLATED", "smallest counterexample: 2 of", "what it means: If images"):
+    for text in (
+        "VIOLATED",
+        "smallest counterexample (seed 0, images: 2): it moved",
+        "what it means: If images",
+    ):
         assert text in shown.out
 
 

@@ -151,6 +151,7 @@ def _show(offer: "Offer", examined: "Examination") -> None:
         say(f"all {len(rows)} requirements hold\n")
         return
     say(f"violated: {wrong.law}: {wrong.requirement}")
-    say(f"smallest counterexample: {examined.images} of the toy images, seed 0; {wrong.result}")
+    result = wrong.result or "this does not hold"
+    say(f"smallest counterexample (seed 0, images: {examined.images}): {result}")
     say(f"what it means: {MEANINGS[wrong.law]}")
     say("the requirements after it were not tried\n")
