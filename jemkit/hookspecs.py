@@ -6,7 +6,8 @@ only register parts; none is called during training.
 `jemkit_recipes` returns recipe layers, TOML files or tables, by what they apply to: `data/NAME`,
 `backbone/NAME` and `objective/NAME` to a run that has that part, `backbone/NAME/DATA` and
 `objective/NAME/DATA` to a pair, `run/BACKBONE/OBJECTIVE/DATA` to all three, `preset/NAME` to
-`--preset NAME`. `study/NAME/SCALE` is a study of `jemkit reproduce`.
+`--preset NAME`. `study/NAME/SCALE` is a study of `jemkit reproduce`, laid over `scale/SCALE`, which
+all studies of a scale share.
 
 An entry point of the group `jemkit_api`, whose name is a number, declares the interface that a
 distribution is written for: a plug-in of another number is skipped without importing it.

@@ -1,6 +1,6 @@
 """The results of a run: as a table, or as JSON for scripts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jemkit_cli.terminal import say, show_table
@@ -119,6 +119,12 @@ def _value(figure: "Figure") -> str:
     return f"{shown(figure)} [{interval}]" if interval else shown(figure)
 
 
+def _hash(features: Mapping[str, Any]) -> str:
+    """The SHA-256 of weights that are not known, since their name says nothing."""
+    unknown = features["weights"] == "unknown"
+    return f" weights of SHA-256 {features.get('sha256')}" if unknown else ""
+
+
 def protocol_text(figure: "Figure") -> str:
     """The protocol of a figure in a few words, next to it."""
     card = figure.protocol
@@ -131,6 +137,9 @@ def protocol_text(figure: "Figure") -> str:
         words.append(f"{card['steps']} steps{size}")
     if "start" in card:
         words.append(f"start {card['start']}")
+    features = card.get("features")
+    if isinstance(features, dict) and features.get("weights"):
+        words.append(f"{features.get('extractor')}, {features['weights']}{_hash(features)}")
     if card.get("standard") is False:
         words.append("non-standard")
     words.append(f"seed {card['seed']}")

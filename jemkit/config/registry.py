@@ -177,7 +177,8 @@ def _given(manager: pluggy.PluginManager, hook: str, what: str) -> dict[Any, Any
     return merged
 
 
-LAYERS = ("data", "backbone", "objective", "run", "preset", "study")  # see `jemkit.hookspecs`
+LAYERS = ("data", "backbone", "objective", "run", "preset", "scale", "study")
+"""What a recipe layer may apply to; `jemkit.hookspecs` explains it."""
 
 
 TABLES = TypeAdapter(dict[str, dict[str, JsonValue]])

@@ -4,94 +4,37 @@ import json
 import math
 import statistics
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from cli_tools import SHORT, jemkit
-from forked import Forked
 from hypothesis import given
 from hypothesis import strategies as st
 from report_runs import card, record
+from study_tools import Calls, Fork, commands_by, done, planned, study
 
 from jemkit.config.registry import installed
 from jemkit.errors import ConfigError, DataError, Diverged, Preempted, UnknownName
-from jemkit.metrics import record as records
-from jemkit.metrics.evaluator import Notes
 from jemkit.metrics.figures import plain
 from jemkit.metrics.record_file import Record
 from jemkit.runtime.files import write_json
-from jemkit_cli.study import running
 from jemkit_cli.study.plan import (
-    Study,
-    Unit,
     find_study,
     grid,
     part_of,
     read_study,
-    study_resolver,
     sweep_study,
-    units,
 )
-from jemkit_cli.study.running import Failed, run_all, state_of
+from jemkit_cli.study.running import Failed, state_of
 from jemkit_cli.study.table import Cell, _interval, table_of
 from jemkit_cli.study.writing import comma_separated, latex, markdown
 
 NAMES = st.lists(st.sampled_from(["a", "b", "c.d", "e.f.g"]), unique=True, min_size=1)
 PLAIN = st.lists(st.sampled_from(["0.1", "2", "x", "[1, 2]", '"p,q"']), unique=True, min_size=1)
-OPTIONS = ("--attack", "pgd")
-
-
-def study(*names: str, **more: Any) -> Study:
-    """A study of PGD-AT at several radii."""
-    rows = [
-        {"name": name, "recipe": {"objective": {"use": "pgdat", "attack": {"steps": 1 + at}}}}
-        for at, name in enumerate(names or ("a", "b"))
-    ]
-    common = {"backbone": {"use": "classifier"}, "data": {"use": "digits"}}
-    given = {"title": "Study", "common": common, "rows": rows, "evaluate": OPTIONS, **more}
-    return Study.model_validate(given)
-
-
-def planned(given: Study, out: Path, **extra: Any) -> list[Unit]:
-    return units(given, installed(), out, study_resolver(given, installed(), extra))
-
-
-class Calls:
-    """Commands that write what jemkit's would, without training."""
-
-    def __init__(self, judged: Callable[[Path], Record] = lambda _: record()) -> None:
-        self.commands: list[tuple[str, ...]] = []
-        self.faults: dict[str, Exception] = {}
-        self.judged = judged
-
-    def __call__(self, arguments: list[str], stopped: threading.Event, folder: Path) -> str:
-        self.commands.append((arguments[0], folder.name))
-        for part, fault in self.faults.items():
-            if part in folder.name:
-                raise fault
-        folder.mkdir(parents=True, exist_ok=True)
-        if arguments[0] == "evaluate":
-            records.save(folder, self.judged(folder), Notes())
-            return "{}"
-        if "--config" in arguments:
-            recipe = json.loads(Path(arguments[arguments.index("--config") + 1]).read_text())
-            write_json(folder / "config.json", {**recipe, "origins": {}})
-        return 'text\n{"seconds": 12.5}'
-
-
-def done(given: Study, out: Path, calls: Calls, jobs: int = 1) -> list[Unit]:
-    plan = planned(given, out)
-    run_all(
-        plan, given.evaluate, jobs=jobs, report=lambda _: None, progress=None, stop=lambda: False,
-        call=calls,
-    )  # fmt: skip
-    return plan
 
 
 @given(NAMES, st.data())
@@ -331,41 +274,11 @@ def test_an_unknown_study_or_scale_names_those_that_there_are() -> None:
         find_study(installed(), "table2", "mars")
 
 
-def test_every_study_that_ships_resolves(tmp_path: Path) -> None:
-    keys = [key for key in installed().recipes if key.startswith("study/")]
-    assert keys
-    for key in keys:
-        _, name, scale = key.split("/")
-        given = find_study(installed(), name, scale)
-        if given.common.get("data", {}).get("use") == "digits":
-            assert len(planned(given, tmp_path)) == len(given.rows) * len(given.seeds)
-
-
-class Fork:
-    """In place of subprocess.Popen: the command in a fork of the tests' server."""
-
-    starting: ClassVar[threading.Lock] = threading.Lock()
-
-    def __init__(self, command: list[str], **_: Any) -> None:
-        assert command[:3] == [sys.executable, "-m", "jemkit"]
-        with self.starting:
-            self.running = Forked(*command[3:], cwd=Path.cwd())
-        self.returncode: int | None = None
-
-    def communicate(self, timeout: float) -> tuple[str, str]:
-        self.running.process.join(timeout)
-        self.returncode = self.running.poll()
-        if self.returncode is None:
-            raise subprocess.TimeoutExpired("jemkit", timeout)
-        return self.running.text("stdout"), self.running.text("stderr")
-
-
 @pytest.mark.parametrize("popen", [Fork, pytest.param(subprocess.Popen, marks=pytest.mark.slow)])
 def test_a_sweep_from_the_command_line(
     tmp_path: Path, popen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    processes = SimpleNamespace(**{**vars(subprocess), "Popen": popen})
-    monkeypatch.setattr(running, "subprocess", processes)
+    commands_by(popen, monkeypatch)
     options = [*SHORT[:-1], "--backbone=classifier", "--objective=ce", "--set=optimizer.lr=0.1,0.2"]
     options = [o for o in options if "buffer" not in o and "backbone.steps" not in o]
     given = ["sweep", *options, "--out", str(tmp_path), "--json"]

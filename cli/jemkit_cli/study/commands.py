@@ -58,12 +58,15 @@ def reproduce(
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of the data set's files.", show_default=False)
     ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Download the data set if it is missing.")
+    ] = False,
     jobs: Jobs = 1,
     dry_run: DryRun = False,
     no_plugins: NoPlugins = False,
     as_json: Json = False,
 ) -> None:
-    """Train and evaluate what a table of a paper compares, and write the table.
+    """Train and evaluate what a table or figure of a paper compares, and write it.
 
     Runs that are complete are found again by their recipe; an interrupted call continues.
     """
@@ -73,7 +76,8 @@ def reproduce(
     study = part_of(find_study(registry, name, scale), _numbers(seeds), row or ())
     own = name.endswith(".toml")  # of the user
     folder = out or RUNS / (Path(name).stem if own else scale)
-    extra = {} if data_dir is None else {"data": {"dir": str(data_dir)}}
+    data: dict[str, Any] = {} if data_dir is None else {"dir": str(data_dir)}
+    extra = {"data": {**data, "download": True} if download else data}
     planned = units(study, registry, folder, study_resolver(study, registry, extra))
     _go(study, planned, folder, Path(name).stem, jobs=jobs, dry_run=dry_run, as_json=as_json)
 
@@ -124,17 +128,19 @@ def _go(
     as_json: bool,
 ) -> None:
     from jemkit_cli.study.forecast import forecast
-    from jemkit_cli.study.running import run_all
+    from jemkit_cli.study.plan import check_data
+    from jemkit_cli.study.running import run_all, state_of
     from jemkit_cli.study.table import table_of
     from jemkit_cli.study.writing import write_all
 
+    check_data([unit for unit in planned if not state_of(unit).complete(study.evaluate)])
     if dry_run:
         _show_forecast(forecast(study, planned, jobs), as_json)
         return
     with tracking(silent=as_json) as progress, stopping() as stop:
         run_all(
-            planned, study.evaluate, jobs=jobs, report=_reporter(as_json), progress=progress,
-            stop=stop,
+            planned, study.evaluate, folder, jobs=jobs, report=_reporter(as_json),
+            progress=progress, stop=stop,
         )  # fmt: skip
     table = table_of(study, planned)
     paths = write_all(table, folder, name)

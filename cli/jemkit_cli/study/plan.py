@@ -6,14 +6,15 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from jemkit.config.layers import Table, flat, read_layer
 from jemkit.config.messages import explain
 from jemkit.config.recipe import Resolved, complete, resolve
 from jemkit.config.registry import Registry
+from jemkit.data import Dataset
 from jemkit.errors import ConfigError, DataError, JemkitError, UnknownName
 from jemkit.options import Options, nearest
 from jemkit.runtime.files import read_json
@@ -21,6 +22,19 @@ from jemkit.training.resuming import MAY_DIFFER
 
 SAME_IMAGES = ("data.dir", "data.download")
 """Settings of the location of the images; a run records the hash of its images."""
+
+
+STATISTICS = "{statistics}"
+"""In options of `jemkit evaluate`: the file of the training images' Inception statistics."""
+
+Evaluation = tuple[str, ...]
+"""The options of one `jemkit evaluate`."""
+
+
+def _several(given: Any) -> Any:
+    """The options of one evaluation as those of several."""
+    texts = isinstance(given, list | tuple) and all(isinstance(each, str) for each in given)
+    return (tuple(given),) if texts else given
 
 
 class Row(Options):
@@ -32,6 +46,8 @@ class Row(Options):
     settings: tuple[str, ...] = ()  # as with --set
     after: str | None = None  # the row whose best weights its runs start from, seed by seed
     paper: dict[str, float] = Field(default_factory=dict)  # published figures by column
+    protocol: str = ""  # what the published figures of this row differ in from the others
+    missing: str = ""  # why there is no run of it: the row has the published figures alone
 
 
 class Study(Options):
@@ -43,7 +59,8 @@ class Study(Options):
     columns: tuple[str, ...] = ("clean", "pgd20")  # names of figures
     compared: str = "pgd20"  # the figure of the differences from the reference
     reference: str | None = None  # a row
-    evaluate: tuple[str, ...] = ()  # options of `jemkit evaluate`
+    evaluate: Annotated[tuple[Evaluation, ...], BeforeValidator(_several)] = ((),)
+    figure: Literal["energies", "trade-off", "samples"] | None = None  # drawn beside the table
     common: dict[str, Any] = Field(default_factory=dict)  # tables of every recipe
     rows: tuple[Row, ...] = Field(min_length=1)
 
@@ -85,12 +102,13 @@ def read_study(source: Path | Table, origin: str) -> Study:
 
 
 def find_study(registry: Registry, name: str, scale: str) -> Study:
-    """The study of a TOML file, or study/NAME/SCALE of a plug-in."""
+    """The study of a TOML file, or study/NAME/SCALE of a plug-in, laid over its scale/SCALE."""
     if name.endswith(".toml"):
         return read_study(Path(name), name)
-    key = f"study/{name}/{scale}"
+    key, whole = f"study/{name}/{scale}", f"scale/{scale}"
     if key in registry.recipes:
-        return read_study(registry.recipes[key], key)
+        general = read_layer(registry.recipes[whole]) if whole in registry.recipes else {}
+        return read_study(merged(general, read_layer(registry.recipes[key])), key)
     there = sorted(k.removeprefix("study/") for k in registry.recipes if k.startswith("study/"))
     scales = [known for known in there if known.startswith(f"{name}/")]
     if scales:
@@ -132,7 +150,7 @@ def sweep_study(
     options = [*_repeated("--attack", attacks), *_repeated("--only", only), "--indicators", "off"]
     return Study(
         title="Sweep", seeds=seeds, columns=tuple(columns or ("clean", "pgd20", "gap_relative")),
-        evaluate=tuple(options), rows=tuple(rows),
+        evaluate=(tuple(options),), rows=tuple(rows),
     )  # fmt: skip
 
 
@@ -176,7 +194,8 @@ def units(
     there = _existing(registry, out)
     known = {run: folder for folder, run in there.items()}
     planned: dict[tuple[str, int], Unit] = {}
-    for seed, row in itertools.product(study.seeds, list(_ordered(study))):
+    trained = [row for row in _ordered(study) if not row.missing]
+    for seed, row in itertools.product(study.seeds, trained):
         try:
             resolved = complete(resolver(row, seed), registry)
         except (ConfigError, DataError) as error:
@@ -193,6 +212,16 @@ def units(
             )
         planned[row.name, seed] = Unit(row, seed, resolved, key, folder)
     return list(planned.values())
+
+
+def check_data(units: Sequence[Unit]) -> None:
+    """Raise DataError before anything runs if a data set is missing or damaged."""
+    checked: list[Dataset] = []
+    for unit in units:
+        data = unit.resolved.recipe.data
+        if data not in checked:
+            data.load("test")
+            checked.append(data)
 
 
 class _Run(NamedTuple):

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,8 @@ from jemkit.errors import ConfigError, Diverged, JemkitError, Preempted
 from jemkit.runtime.files import read_json, write_json
 from jemkit.runtime.lock import LOCK, locked
 from jemkit.runtime.opening import make_folder
-from jemkit_cli.study.plan import Unit
+from jemkit_cli.study.plan import STATISTICS, Evaluation, Unit
+from jemkit_cli.study.statistics import statistics_command, statistics_file
 from jemkit_cli.terminal import STOPPED
 
 MARK = "study.json"
@@ -35,31 +36,38 @@ class State(NamedTuple):
     """The progress of a run."""
 
     trained: dict[str, Any] | None  # the JSON line of `jemkit train`, or {"diverged": message}
-    evaluated: tuple[str, ...] | None  # the options of the evaluation that is complete
+    evaluated: tuple[Evaluation, ...] = ()  # the options of each evaluation that is complete
 
     @property
     def diverged(self) -> bool:
         return self.trained is not None and "diverged" in self.trained
 
-    def complete(self, options: Sequence[str]) -> bool:
-        return self.diverged or (self.trained is not None and self.evaluated == tuple(options))
+    def missing(self, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+        """The evaluations that are still to be run; none of a run that diverged."""
+        return [] if self.diverged else [e for e in evaluations if e not in self.evaluated]
+
+    def complete(self, evaluations: Sequence[Evaluation]) -> bool:
+        return self.trained is not None and not self.missing(evaluations)
 
 
 def state_of(unit: Unit) -> State:
     """The progress stored in the run's folder."""
     path = unit.folder / MARK
     if not path.exists():
-        return State(None, None)
+        return State(None)
     mark = read_json(path)
     if not isinstance(mark, dict):
-        return State(None, None)
-    evaluated = mark.get("evaluated")
-    return State(mark.get("trained"), None if evaluated is None else tuple(evaluated))
+        return State(None)
+    evaluated = mark.get("evaluated") or ()
+    if all(isinstance(each, str) for each in evaluated):  # one evaluation
+        evaluated = [evaluated] if evaluated else []
+    return State(mark.get("trained"), tuple(map(tuple, evaluated)))
 
 
 def run_all(
     units: Sequence[Unit],
-    options: Sequence[str],
+    evaluations: Sequence[Evaluation],
+    out: Path,
     *,
     jobs: int,
     report: Callable[[str], None],
@@ -69,17 +77,21 @@ def run_all(
 ) -> None:
     """Complete every run; runs that diverge are marked, and the others continue.
 
+    `out` has the file of statistics that an evaluation may name; it is computed first.
     Raises Preempted if `stop` returns true: the runs are saved, and the same call continues.
     """
     stopped = threading.Event()
     begun: dict[str, Future[None]] = {}
+    missing = [options for unit in units for options in state_of(unit).missing(evaluations)]
+    file = statistics_file(units, missing, out)
+    study = _Study(evaluations, file, report, stopped, call or _call)
     with ThreadPoolExecutor(jobs) as pool:
+        if file is not None:
+            begun["statistics"] = pool.submit(_write_statistics, units, file, study)
         for unit in units:
-            before = next((begun[u.key] for u in units if u.key in begun and _leads(u, unit)), None)
+            before = [begun[u.key] for u in units if u.key in begun and _leads(u, unit)]
             if unit.key not in begun:  # two rows may be one recipe
-                begun[unit.key] = pool.submit(
-                    _run, unit, units, options, before, report, stopped, call or _call
-                )
+                begun[unit.key] = pool.submit(_run, unit, units, before, begun, study)
         waiting = set(begun.values())
         while waiting:
             done, waiting = wait(waiting, POLL, return_when=FIRST_EXCEPTION)
@@ -94,6 +106,23 @@ def run_all(
         raise error
 
 
+class _Study(NamedTuple):
+    """What the runs of a study share."""
+
+    evaluations: Sequence[Evaluation]
+    statistics: Path | None  # the file that `{statistics}` stands for
+    report: Callable[[str], None]
+    stopped: threading.Event
+    call: Call
+
+
+def _write_statistics(units: Sequence[Unit], path: Path, study: _Study) -> None:
+    if not path.exists():
+        make_folder(path.parent)
+        study.call(statistics_command(units, path), study.stopped, path.parent)
+        study.report(f"statistics {path}")
+
+
 def _leads(one: Unit, other: Unit) -> bool:
     """Whether the other starts from the weights of this run."""
     return other.row.after == one.row.name and other.seed == one.seed
@@ -102,29 +131,32 @@ def _leads(one: Unit, other: Unit) -> bool:
 def _run(
     unit: Unit,
     units: Sequence[Unit],
-    options: Sequence[str],
-    before: "Future[None] | None",
-    report: Callable[[str], None],
-    stopped: threading.Event,
-    call: Call,
+    before: Sequence["Future[None]"],
+    begun: Mapping[str, "Future[None]"],
+    study: _Study,
 ) -> None:
-    if before is not None:
-        before.result()
+    evaluations, report, stopped, call = study.evaluations, study.report, study.stopped, study.call
+    for future in before:
+        future.result()
     first = next((each for each in units if _leads(each, unit)), None)
     state, name = state_of(unit), f"{unit.row.name}, seed {unit.seed}"
-    if state.complete(options):
+    if state.complete(evaluations):
         return
     if state.trained is None:
         if first is not None and state_of(first).diverged:
             trained: dict[str, Any] = {"diverged": f"{first.row.name} diverged"}
         else:
             trained = _train(unit, first, stopped, call)
-        state = State(trained, None)
+        state = State(trained)
         _mark(unit, state)
         report(f"{name}: {_summary(trained)}")
-    if not state.diverged:
-        call(["evaluate", str(unit.folder), *options, "--json"], stopped, unit.folder)
-        _mark(unit, state._replace(evaluated=tuple(options)))
+    for options in state.missing(evaluations):
+        given = [text.replace(STATISTICS, str(study.statistics)) for text in options]
+        if given != list(options):
+            begun["statistics"].result()
+        call(["evaluate", str(unit.folder), *given, "--json"], stopped, unit.folder)
+        state = state._replace(evaluated=(*state.evaluated, options))
+        _mark(unit, state)
         report(f"{name}: evaluated")
 
 

@@ -64,6 +64,7 @@ class Table:
             "reference": self.study.reference,
             "compared": self.study.compared,
             "paper": self.study.paper,
+            "figure": self.study.figure,
             "rows": [_plain(line) for line in self.lines],
             "protocols": {name: figure.protocol for name, figure in self.protocols.items()},
         }

@@ -1,4 +1,4 @@
-"""A study's table as Markdown, LaTeX, CSV and JSON."""
+"""A study's table as Markdown, LaTeX, CSV and JSON, and its figure as SVG."""
 
 import csv
 import io
@@ -9,6 +9,7 @@ from pathlib import Path
 from jemkit.evaluation.run_table import COLUMNS
 from jemkit.runtime.files import write_text
 from jemkit_cli.results import protocol_text
+from jemkit_cli.study.drawing import drawing
 from jemkit_cli.study.table import Cell, Line, Table
 
 TITLES = {column.name: column.title for column in COLUMNS} | {
@@ -17,11 +18,13 @@ TITLES = {column.name: column.title for column in COLUMNS} | {
 
 
 def write_all(table: Table, folder: Path, name: str) -> list[Path]:
-    """NAME.md, NAME.tex, NAME.csv and NAME.json."""
+    """NAME.md, NAME.tex, NAME.csv and NAME.json; NAME.svg if the study has a figure."""
     formats: dict[str, Callable[[Table], str]] = {
-        "md": markdown, "tex": latex, "csv": comma_separated,
+        "md": lambda table: markdown(table, name), "tex": latex, "csv": comma_separated,
         "json": lambda table: json.dumps(table.to_json(), indent=1) + "\n",
     }  # fmt: skip
+    if table.study.figure is not None:
+        formats["svg"] = lambda table: drawing(table, column_title)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for suffix, form in formats.items():
@@ -49,13 +52,14 @@ def cells(table: Table, line: Line) -> list[str]:
     return [line.name, *texts, *("" if value is None else f"{value:g}" for value in published)]
 
 
-def markdown(table: Table) -> str:
-    """The table with its protocol below."""
+def markdown(table: Table, name: str = "figure") -> str:
+    """The table with its protocol below, and the figure of a file NAME.svg above."""
     top = heads(table)
     rows = [f"| {' | '.join(top)} |", f"|{'---|' * len(top)}"]
     rows += [f"| {' | '.join(cells(table, line))} |" for line in table.lines]
     notes = [f"- {note}" for note in footnotes(table)]
-    return "\n".join([f"# {table.study.title}", "", *rows, "", *notes, ""])
+    figure = [] if table.study.figure is None else [f"![{table.study.title}]({name}.svg)", ""]
+    return "\n".join([f"# {table.study.title}", "", *figure, *rows, "", *notes, ""])
 
 
 def latex(table: Table) -> str:
@@ -104,6 +108,11 @@ def footnotes(table: Table) -> list[str]:
             f"The paper's figures are its own, not measured here. {table.study.paper}".strip()
         )
     for line in table.lines:
+        row = table.study.row(line.name)
+        if row.protocol:
+            notes.append(f"{line.name}, the paper's figures: {row.protocol}")
+        if row.missing:
+            notes.append(f"{line.name} is not measured: {row.missing}")
         if line.diverged:
             notes.append(f"{line.name}: {line.diverged} of {len(table.study.seeds)} seeds diverged")
     return notes

@@ -1,0 +1,214 @@
+"""Scales, several evaluations and shared statistics of `jemkit reproduce`."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_tools import jemkit
+from sorted_images import sorted_folder
+from study_tools import OPTIONS, Calls, Fork, commands_by, done, planned, study
+
+from jemkit.config.registry import installed
+from jemkit.errors import ConfigError, DataError
+from jemkit.runtime.files import write_json
+from jemkit_cli.study import forecast as forecasts
+from jemkit_cli.study.plan import STATISTICS, check_data, find_study, part_of
+from jemkit_cli.study.running import MARK, state_of
+from jemkit_cli.study.statistics import statistics_command, statistics_file
+
+TWO = (OPTIONS, ("--attack", "aa", "--max-images", "1000"))
+
+
+def test_each_evaluation_is_run_once_and_those_of_other_studies_stay(tmp_path: Path) -> None:
+    calls = Calls()
+    (unit,) = done(study("a", evaluate=TWO), tmp_path, calls)
+    assert [name for name, _ in calls.commands] == ["train", "evaluate", "evaluate"]
+    done(study("a", evaluate=OPTIONS), tmp_path, calls)
+    done(study("a", evaluate=TWO), tmp_path, calls)
+    assert len(calls.commands) == 3
+    assert state_of(unit).evaluated == TWO
+
+
+def test_a_stop_between_two_evaluations_repeats_none(tmp_path: Path) -> None:
+    class Stopping(Calls):
+        def __call__(self, arguments: list[str], *rest: Any) -> str:
+            if "aa" in arguments and not self.faults:
+                self.faults["a-0"] = DataError("stopped")
+            return super().__call__(arguments, *rest)
+
+    calls = Stopping()
+    with pytest.raises(DataError):
+        done(study("a", evaluate=TWO), tmp_path, calls)
+    again = Calls()
+    done(study("a", evaluate=TWO), tmp_path, again)
+    assert [name for name, _ in again.commands] == ["evaluate"]
+
+
+def test_the_mark_of_a_single_evaluation_is_read(tmp_path: Path) -> None:
+    (unit,) = planned(study("a"), tmp_path)
+    unit.folder.mkdir()
+    write_json(unit.folder / MARK, {"trained": {"seconds": 1.0}, "evaluated": list(OPTIONS)})
+    assert state_of(unit).evaluated == (OPTIONS,)
+    assert state_of(unit).complete((OPTIONS,))
+    write_json(unit.folder / MARK, {"trained": {"seconds": 1.0}, "evaluated": None})
+    assert state_of(unit).missing((OPTIONS,)) == [OPTIONS]
+
+
+class Arguments(Calls):
+    """Commands with all of their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments: list[list[str]] = []
+
+    def __call__(self, arguments: list[str], *rest: Any) -> str:
+        self.arguments.append(arguments)
+        if arguments[0] == "fid-stats":
+            Path(arguments[arguments.index("--out") + 1]).write_bytes(b"statistics")
+            return "{}"
+        return super().__call__(arguments, *rest)
+
+
+def test_statistics_are_computed_once_and_before_anything_else(tmp_path: Path) -> None:
+    fid = ("--set", f"generation.statistics={STATISTICS}")
+    given, calls = study("a", "b", evaluate=(OPTIONS, fid)), Arguments()
+    done(given, tmp_path, calls)
+    assert [each[0] for each in calls.arguments].count("fid-stats") == 1
+    assert calls.arguments[0][0] == "fid-stats"
+    file = statistics_file(planned(given, tmp_path), given.evaluate, tmp_path)
+    assert file is not None
+    assert sum(f"generation.statistics={file}" in each for each in calls.arguments) == 2
+    done(given, tmp_path, calls)
+    assert len(calls.arguments) == 1 + 2 * 3
+    assert statistics_file(planned(given, tmp_path), (OPTIONS,), tmp_path) is None
+
+
+def test_statistics_are_those_of_the_reduced_images(tmp_path: Path) -> None:
+    rows = [{"name": "a", "recipe": {"objective": {"use": "ce"}}}]
+    common = {"data": {"use": "cifar10", "size": 16}, "backbone": {"use": "classifier"}}
+    units = planned(study(common=common, rows=rows), tmp_path, data={"dir": str(tmp_path)})
+    command = statistics_command(units, tmp_path / "file")
+    assert command[:2] == ["fid-stats", "cifar10"]
+    assert command[command.index("--data-dir") + 1] == str(tmp_path)
+    assert command[command.index("--set") + 1] == "data.size=16"
+    rows.append({"name": "b", "recipe": {"objective": {"use": "ce"}, "data": {"size": 8}}})
+    several = planned(study(common=common, rows=rows), tmp_path)
+    with pytest.raises(ConfigError, match="the rows have different data sets"):
+        statistics_file(several, ((STATISTICS,),), tmp_path)
+
+
+def test_a_study_lies_over_the_settings_of_its_scale() -> None:
+    recipes = {
+        "scale/toy": {"study": {"seeds": [3], "columns": ["clean"]},
+                      "common": {"run": {"epochs": 2}, "data": {"use": "digits"}}},
+        "study/mine/toy": {"study": {"title": "Mine", "columns": ["pgd20"]},
+                           "common": {"run": {"batch_size": 8}}, "rows": [{"name": "a"}]},
+    }  # fmt: skip
+    given = find_study(replace(installed(), recipes=recipes), "mine", "toy")
+    assert (given.seeds, given.columns) == ((3,), ("pgd20",))
+    assert given.common == {"run": {"epochs": 2, "batch_size": 8}, "data": {"use": "digits"}}
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_scale_without_its_data_says_how_to_get_them(tmp_path: Path, more: list[str]) -> None:
+    given = ["reproduce", "table2", "--scale", "cifar10-small", "--out", str(tmp_path / "out")]
+    outcome = jemkit(*given, "--data-dir", str(tmp_path), *more)
+    assert outcome.code == 6
+    assert "data_batch_1 is missing; give --data-dir DIR where it is, or --download" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_are_read_before_anything_runs(tmp_path: Path) -> None:
+    common = {"data": {"use": "cifar10"}, "backbone": {"use": "classifier"}}
+    given = study("a", common=common)
+    with pytest.raises(DataError, match="is missing"):
+        check_data(planned(given, tmp_path, data={"dir": str(tmp_path)}))
+
+
+def test_a_forecast_names_the_rows_that_cannot_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def timed(recipe: Any, batch_size: int, _: int) -> tuple[float, int]:
+        sizes.append(batch_size)
+        if recipe.objective.attack.steps == 2:
+            raise DataError("no weights")
+        return (100.0 if len(sizes) > 2 else 0.5), 320
+
+    monkeypatch.setattr(forecasts, "_step_seconds", timed)
+    given = study("a", "b", "c", common={
+        "data": {"use": "digits"}, "backbone": {"use": "classifier"},
+        "run": {"batch_size": 32, "epochs": 3},
+    })  # fmt: skip
+    lines = forecasts.forecast(given, planned(given, tmp_path), 1)
+    assert [line["training, s"] for line in lines] == [15, None, 100 * 4 * 10 * 3, None]
+    assert lines[1]["problem"] == "no weights"
+    assert lines[-1]["problem"] == "1 rows cannot run"
+    assert sizes == [8, 32, 8, 8]  # a slow step is timed with few images alone
+
+
+TOY = """
+[study]
+title = "Reduced images"
+columns = ["clean", "pgd20", "overlap/clean-adv"]
+figure = "energies"
+evaluate = [
+    ["--attack", "pgd", "--only", "robustness", "--indicators", "off"],
+    ["--attack", "pgd", "--only", "energies", "--set", "energies.n=2", "--max-images", "2"],
+]
+
+[common.run]
+epochs = 1
+batch_size = 4
+valid_fraction = 0.5
+
+[common.data]
+use = "folder"
+size = 8
+
+[common.backbone]
+use = "classifier"
+network = { use = "smallcnn" }
+
+[[rows]]
+name = "standard training"
+recipe.objective.use = "ce"
+"""
+
+
+def test_a_toy_study_of_resized_images_runs_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands_by(Fork, monkeypatch)
+    images = sorted_folder(tmp_path / "images", n=4, shape=(12, 12, 3))
+    (tmp_path / "toy.toml").write_text(TOY)
+    out = tmp_path / "out"
+    given = ["reproduce", str(tmp_path / "toy.toml"), "--data-dir", str(images), "--json"]
+    outcome = jemkit(*given, "--out", str(out))
+    assert outcome.code == 0, outcome.err
+    assert set(outcome.record["rows"][0]["cells"]) == {"clean", "pgd20", "overlap/clean-adv"}
+    assert outcome.record["protocols"]["pgd20"]["image_px"] == 8
+    assert {path.name for path in out.glob("toy.*")} == {
+        f"toy.{suffix}" for suffix in ("md", "tex", "csv", "json", "svg")
+    }
+    times = {path: path.stat().st_mtime_ns for path in out.glob("*/*.json")}
+    again = jemkit(*given, "--out", str(out))
+    assert again.record == outcome.record
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+
+
+@pytest.mark.parametrize("name", ["table1", "table2", "table3", "table4", "table5",
+                                  "figure1", "figure2", "figure3"])  # fmt: skip
+@pytest.mark.parametrize("scale", ["digits", "cifar10-small", "cifar10"])
+def test_every_table_and_figure_has_every_scale(tmp_path: Path, name: str, scale: str) -> None:
+    given = find_study(installed(), name, scale)
+    plan = planned(given, tmp_path, data={"dir": str(tmp_path)} if scale != "digits" else {})
+    assert len(plan) == sum(not row.missing for row in given.rows) * len(given.seeds)
+    assert given.paper
+    assert all(math.isfinite(value) for row in given.rows for value in row.paper.values())
+    assert len({json.dumps(unit.resolved.tables["data"], default=str) for unit in plan}) == 1
+    assert part_of(given, (0,), ()).seeds == (0,)
