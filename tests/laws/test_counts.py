@@ -111,9 +111,16 @@ BUILT = [
 ]
 
 
-@pytest.mark.parametrize(("backbone", "objective"), BUILT)
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("updater", ["plain", "sam", "awp"])
+UPDATERS = ["plain", "sam", "awp"]
+STEPS = [  # quick: every pair with every norm, and an updater by turns
+    pytest.param(*pair, norm, updater, marks=() if (i + j) % 3 == k else pytest.mark.slow)
+    for i, pair in enumerate(BUILT)
+    for j, norm in enumerate(NORMS)
+    for k, updater in enumerate(UPDATERS)
+]
+
+
+@pytest.mark.parametrize(("backbone", "objective", "norm", "updater"), STEPS)
 def test_a_step_makes_the_passes_of_its_algorithm_and_no_more(
     backbone: str, objective: str, norm: str, updater: str
 ) -> None:
