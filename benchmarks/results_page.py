@@ -1,0 +1,68 @@
+"""Writes the tables of docs/results.md from the records that `jemkit reproduce` wrote.
+
+    python benchmarks/results_page.py
+
+The JSON of a study is kept as benchmarks/results/SCALE-STUDY.json. Without it the table has the
+published figures alone. A table stands between two comments that name it; nothing else is changed.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from jemkit.config.registry import installed
+from jemkit_cli.study.plan import Study, find_study
+from jemkit_cli.study.table import Cell, Line, Table
+from jemkit_cli.study.writing import cells, heads
+
+ROOT = Path(__file__).parents[1]
+PAGE, RESULTS = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results"
+PLACE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+EMPTY = "not measured yet"
+
+
+def table_of(study: Study, record: dict[str, Any] | None) -> Table:
+    """The table of a record; without one, every row has the published figures alone."""
+    if record is None:
+        lines = [Line(r.name, [], [], [], {}, dict.fromkeys(study.columns, ""), None, 0, r.paper)
+                 for r in study.rows]  # fmt: skip
+        return Table(study, lines)
+    named = ("seeds", "columns", "reference", "compared", "title", "paper")
+    shown = study.model_copy(update={name: record[name] for name in named})
+    return Table(shown, [_line(row) for row in record["rows"]])
+
+
+def markdown(name: str, scale: str) -> str:
+    """The rows of a table, and where its record is or how to write it."""
+    path = RESULTS / f"{scale}-{name}.json"
+    record = json.loads(path.read_text()) if path.exists() else None
+    table = table_of(find_study(installed(third_party=False), name, scale), record)
+    top = heads(table)
+    rows = [f"| {' | '.join(top)} |", f"|{'---|' * len(top)}"]
+    for line in table.lines:
+        texts = cells(table, line)
+        if record is None:
+            texts[1] = EMPTY
+        rows.append(f"| {' | '.join(texts)} |")
+    seeds = ", ".join(map(str, table.study.seeds))
+    source = f"`jemkit reproduce {name} --scale {scale}` measures it."
+    if record is not None:
+        link = f"[{path.name}](../benchmarks/results/{path.name})"
+        source = f"Seeds {seeds}; protocols and hashes: {link}. {record.get('note', '')}".strip()
+    return "\n".join([*rows, "", f"{source} Paper: {table.study.paper}", ""])
+
+
+def page(text: str) -> str:
+    """The page with every table as it is now."""
+    return PLACE.sub(lambda m: f"{m[1]}\n{markdown(m[2], m[3])}\n{m[4]}", text)
+
+
+def _line(row: dict[str, Any]) -> Line:
+    figures = {name: Cell(**cell) for name, cell in row["cells"].items()}
+    difference = Cell(**row["difference"]) if row["difference"] else None
+    return Line(**{**row, "cells": figures, "difference": difference})
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))

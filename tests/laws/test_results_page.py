@@ -1,0 +1,35 @@
+"""docs/results.md has what `jemkit reproduce` wrote, and marks what is not measured."""
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def script() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "benchmarks" / "results_page.py"))
+
+
+def test_the_page_is_the_one_that_the_records_give(script: dict[str, Any]) -> None:
+    text = (ROOT / "docs" / "results.md").read_text()
+    assert script["page"](text) == text, "run python benchmarks/results_page.py"
+
+
+def test_a_table_without_a_record_has_the_papers_figures_alone(script: dict[str, Any]) -> None:
+    if (ROOT / "benchmarks" / "results" / "cifar10-table2.json").exists():
+        pytest.skip("it is measured")
+    rows = script["markdown"]("table2", "cifar10").splitlines()
+    (line,) = (row for row in rows if row.startswith("| VART |"))
+    assert line == "| VART | not measured yet |  |  |  |  | 84.21 | 58.32 | 54.24 |"
+
+
+def test_text_beside_the_tables_stays(script: dict[str, Any]) -> None:
+    text = "before\n<!-- table: table2 cifar10 -->\nold\n<!-- end -->\nafter\n"
+    new = script["page"](text)
+    assert new.startswith("before\n<!-- table: table2 cifar10 -->\n")
+    assert new.endswith("<!-- end -->\nafter\n")
+    assert "old" not in new
