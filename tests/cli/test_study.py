@@ -210,9 +210,13 @@ def test_figures_of_different_protocols_have_no_mean(tmp_path: Path) -> None:
         return record(**({"radius_px": 4.0} if folder.name.startswith("a-1") else {}))
 
     given = study("a", seeds=(0, 1))
-    (line,) = table_of(given, done(given, tmp_path, Calls(judge))).lines
+    table = table_of(given, done(given, tmp_path, Calls(judge)))
+    (line,) = table.lines
     assert "pgd20" not in line.cells
     assert line.why["pgd20"] == "protocols differ"
+    assert [cell.values for cell in line.by_seed["pgd20"]] == [[0.6], [0.6]]
+    assert " / 60.0 % " in markdown(table)
+    assert "clean" not in line.by_seed
     assert line.cells["clean"].mean == 0.9
 
 

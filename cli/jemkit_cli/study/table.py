@@ -41,6 +41,7 @@ class Line:
     checkpoints: list[str]  # SHA-256 of the weights
     seconds: list[float]  # of training
     cells: dict[str, Cell]
+    by_seed: dict[str, list[Cell]]  # of seeds whose protocols differ: they have no mean
     why: dict[str, str]  # why a column has no figure
     difference: Cell | None  # from the reference row, in the compared figure
     diverged: int  # number of seeds
@@ -89,6 +90,7 @@ def table_of(study: Study, units: Sequence[Unit]) -> Table:
             [str(run.record.protocol.get("checkpoint")) for run in runs],
             [state.trained["seconds"] for state in states if state.trained and not state.diverged],
             cells,
+            {name: each for name in study.columns if (each := _by_seed(runs, name))},
             {name: _why(runs, name) for name in study.columns if name not in cells},
             _difference(own, reference) if not apart.get(study.compared) else None,
             sum(state.diverged for state in states),
@@ -107,9 +109,19 @@ def _judged(group: Sequence[Unit], study: Study) -> list[Judged]:
     return read_runs(evaluated, records.load) if evaluated else []
 
 
-def _cell(runs: Sequence[Judged], name: str) -> Cell | None:
+def _figures(runs: Sequence[Judged], name: str) -> list[Figure]:
+    """The figure of every run; empty if one lacks it."""
     figures = [figure for run in runs if (figure := run.figure(name)) is not None]
-    if not figures or len(figures) < len(runs) or differing(runs, name):
+    return figures if len(figures) == len(runs) else []
+
+
+def _by_seed(runs: Sequence[Judged], name: str) -> list[Cell]:
+    return [cell for run in runs if (cell := _cell([run], name))] if differing(runs, name) else []
+
+
+def _cell(runs: Sequence[Judged], name: str) -> Cell | None:
+    figures = _figures(runs, name)
+    if not figures or differing(runs, name):
         return None
     values = [figure.value for figure in figures]
     mean = math.fsum(values) / len(values)
@@ -172,4 +184,10 @@ def _interval(rows: Tensor) -> tuple[float, float]:
 
 def _plain(line: Line) -> dict[str, Any]:
     cells = {name: vars(cell) for name, cell in line.cells.items()}
-    return {**vars(line), "cells": cells, "difference": line.difference and vars(line.difference)}
+    by_seed = {name: [vars(cell) for cell in each] for name, each in line.by_seed.items()}
+    return {
+        **vars(line),
+        "cells": cells,
+        "by_seed": by_seed,
+        "difference": line.difference and vars(line.difference),
+    }

@@ -97,6 +97,10 @@ def footnotes(table: Table) -> list[str]:
         "over seeds" if several else "[a, b] is the 95 % interval over images"
     )  # fmt: skip
     notes = [f"Means over the seeds {seeds}. {spread}." if several else f"Seed {seeds}. {spread}."]
+    if any(line.by_seed for line in table.lines):
+        notes.append(
+            "a / b are the figures of the seeds, whose protocols differ: they have no mean"
+        )
     for name, figure in table.protocols.items():
         notes.append(f"{column_title(name)}: {protocol_text(figure)}")
     if table.protocols:
@@ -135,6 +139,8 @@ def _text(line: Line, name: str) -> str:
     cell = line.cells.get(name)
     if cell is not None:
         return _shown(cell)
+    if name in line.by_seed:
+        return " / ".join(map(_shown, line.by_seed[name]))
     if line.diverged and not line.runs:
         return "diverged"
     return "–" if line.why[name] == "left out" else ""
