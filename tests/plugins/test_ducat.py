@@ -12,7 +12,17 @@ from strategies import labels, normal, seeds
 from torch import Tensor
 from toys import REGISTRY, Flat, backbone_for, backbone_of, gen, objective_of, tiny
 
-from jemkit import Backbone, Context, MisfitError, PixelModel, Threat, Unmeasurable, check, resolve
+from jemkit import (
+    Backbone,
+    Context,
+    MisfitError,
+    PixelModel,
+    Threat,
+    Unmeasurable,
+    ce_adversary,
+    check,
+    resolve,
+)  # fmt: skip
 from jemkit.metrics.evaluator import measure
 from jemkit.testing import toy_batch, toy_task
 from jemkit_plugins.ducat import (
@@ -196,10 +206,14 @@ def test_its_recipe_brings_the_dummies_to_every_backbone() -> None:
 
 def test_its_attack_is_on_2k_logits_and_leaves_the_folding_as_it_was() -> None:
     backbone, batch = backbone_for("ducat", "classifier"), toy_batch(TASK)
-    objective = objective_of("ducat")
+    objective: Any = objective_of("ducat")
     x_adv = objective.draw(backbone, batch, gen())
+    of_folded = ce_adversary(objective.options.attack, backbone, batch.x, batch.y, gen())
     with read_as(backbone.model, "none"):
+        of_all = ce_adversary(objective.options.attack, backbone, batch.x, batch.y, gen())
         assert backbone.model(batch.x).logits.shape == (6, 6)
+    assert torch.equal(x_adv, of_all)
+    assert not torch.equal(x_adv, of_folded)
     assert backbone.model(x_adv).logits.shape == (6, 3)
     with pytest.raises(RuntimeError), read_as(backbone.model, "max"):
         raise RuntimeError

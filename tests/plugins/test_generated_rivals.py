@@ -165,6 +165,17 @@ def test_adam_on_pixels_is_torchs_with_a_tenth_of_the_rate_in_the_second_half() 
     assert PGD(optimizer="adam").label == "pgd10-adam"
 
 
+@pytest.mark.parametrize(("steps", "far"), [(4, 10 + 10 + 1 + 1), (5, 10 + 10 + 1 + 1 + 1)])
+def test_an_attack_by_adam_has_a_tenth_of_the_rate_in_its_second_half(steps: int, far: int) -> None:
+    """Adam moves by its rate in each step up a constant slope."""
+    attack = PGD(steps=steps, optimizer="adam", step_px=10, start="clean")
+    x, bounds = torch.zeros(2, 1, 4, 4), Bounds()
+    x_adv = attack.draw(
+        nn.Identity(), lambda z: z.flatten(1).sum(1), x, gen(), bounds=bounds, radius_px=100
+    )
+    torch.testing.assert_close(x_adv, torch.full_like(x, bounds.px(far)))
+
+
 def test_one_cycle_is_torchs_at_every_step() -> None:
     weight = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.9)

@@ -9,7 +9,17 @@ from strategies import seeds, uniform, weights
 from torch import Tensor, nn
 from toys import OBJECTIVES, backbone_for, backbone_of, gen, linear_model, objective_of
 
-from jemkit import Backbone, Batch, Buffer, ConfigError, MisfitError, Terms
+from jemkit import (
+    PGD,
+    Backbone,
+    Batch,
+    Buffer,
+    ConfigError,
+    MisfitError,
+    Terms,
+    ce_adversary,
+    kl_adversary,
+)  # fmt: skip
 from jemkit.testing import toy_backbone, toy_batch, toy_task
 
 TASK = toy_task()
@@ -170,6 +180,16 @@ def test_with_batch_norm_each_stream_has_a_pass_and_statistics_of_its_own() -> N
     assert int(norm.num_batches_tracked) == 2  # x and x_adv, the classifier's streams
     alone = backbone.model(batch.x_pos)
     torch.testing.assert_close(scores["x_pos"].energy, alone.energy)
+
+
+def test_trades_climbs_the_divergence_or_as_agr_trades_the_cross_entropy() -> None:
+    backbone, batch, attack = backbone_of("classifier"), toy_batch(TASK), PGD(steps=3)
+    of_kl = kl_adversary(attack, backbone, batch.x, gen())
+    of_ce = ce_adversary(attack, backbone, batch.x, batch.y, gen())
+    assert not torch.equal(of_kl, of_ce)
+    for climbs, wanted in (("kl", of_kl), ("ce", of_ce)):
+        objective = objective_of("trades", climbs=climbs, attack=attack)
+        assert torch.equal(objective.draw(backbone, batch, gen()), wanted)
 
 
 def test_without_batch_norm_one_joint_pass_is_every_stream_alone() -> None:
