@@ -25,8 +25,13 @@ EMPTY = "not measured yet"
 def table_of(study: Study, record: dict[str, Any] | None) -> Table:
     """The table of a record; without one, every row has the published figures alone."""
     if record is None:
-        lines = [Line(r.name, [], [], [], {}, dict.fromkeys(study.columns, ""), None, 0, r.paper)
-                 for r in study.rows]  # fmt: skip
+        lines = [
+            Line(
+                name=row.name, runs=[], checkpoints=[], seconds=[], cells={}, by_seed={},
+                why=dict.fromkeys(study.columns, ""), difference=None, diverged=0, paper=row.paper,
+            )
+            for row in study.rows
+        ]  # fmt: skip
         return Table(study, lines)
     named = ("seeds", "columns", "reference", "compared", "title", "paper")
     shown = study.model_copy(update={name: record[name] for name in named})
@@ -60,8 +65,10 @@ def page(text: str) -> str:
 
 def _line(row: dict[str, Any]) -> Line:
     figures = {name: Cell(**cell) for name, cell in row["cells"].items()}
+    apart = row.get("by_seed", {})
+    by_seed = {name: [Cell(**cell) for cell in each] for name, each in apart.items()}
     difference = Cell(**row["difference"]) if row["difference"] else None
-    return Line(**{**row, "cells": figures, "difference": difference})
+    return Line(**{**row, "cells": figures, "by_seed": by_seed, "difference": difference})
 
 
 if __name__ == "__main__":
