@@ -345,8 +345,7 @@ def parts(given: argparse.Namespace) -> dict[str, Any]:
 def step_alone(given: argparse.Namespace) -> dict[str, float]:
     """One jemkit's figures, with nobody beside it."""
     name = MAIN if given.device == "cpu" else "jemkit+cl"
-    figures: dict[str, float] = compared(given, (name,))["steps"][name]
-    return figures
+    return dict(compared(given, (name,))["steps"][name])
 
 
 SCALES: dict[str, tuple[int, ...]] = {
@@ -398,8 +397,4 @@ if __name__ == "__main__":
         serve(given)
     else:
         measure, name = WHAT[given.what]
-        result = measure(given)
-        if given.small:
-            print(json.dumps(result))
-        else:
-            keep(name, result)
+        print(json.dumps(measure(given))) if given.small else keep(name, measure(given))

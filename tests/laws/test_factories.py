@@ -12,7 +12,6 @@ FACTORIES = {
 }  # fmt: skip
 
 HOST = {
-    "jemkit/training/profiling/roofline.py": "a toy that is counted on the CPU",
     "jemkit/metrics/attack_runner.py": "places of images on the host, and what a file holds",
     "jemkit/metrics/figures.py": "a bootstrap of rows, and values that were read",
     "jemkit/sampling/moments.py": "of the training images, which lie on the host",

@@ -56,9 +56,6 @@ def chosen(n: int, eps: Any = 25.5, iterations: Any = 3, step: Any = 6.0) -> dic
     return {name: torch.as_tensor(v).float().expand(n) for name, v in given.items()}
 
 
-# The attack.
-
-
 def test_with_one_choice_each_it_is_pgd_at_with_smoothed_labels() -> None:
     backbone, batch = backbone_of("classifier", TASK), BATCH._replace(step=1)
     single = built(eps_px=(25.5,), iterations=(3,), step_px=(6.375,))

@@ -44,8 +44,7 @@ def begun(recipe: Any, out: Path, steps: int = 4, registry: Registry = REGISTRY)
 
 
 def read(path: Path) -> dict[str, Any]:
-    tree: dict[str, Any] = json.loads(path.read_text())
-    return tree
+    return dict(json.loads(path.read_text()))
 
 
 def rename(root: Path, was: str = "cat", now: str = "lynx") -> None:
@@ -134,7 +133,6 @@ def test_config_json_holds_class_names_counts_and_hashes(run: tuple[Path, Path])
     data = read(run[1] / "config.json")["data"]
     assert data["classes"] == ["cat", "dog", "fox"]
     assert [data[part]["images"] for part in PARTS] == [22, 2, 6]
-    assert {len(data[part]["sha256"]) for part in PARTS} == {64}
     listed = read(run[1] / "data.json")
     assert len({*listed["images"]["train"], *listed["images"]["test"]}) == 28
     assert min(listed["names"]) == "cat/000.png"

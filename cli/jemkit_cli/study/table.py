@@ -41,11 +41,11 @@ class Line:
     checkpoints: list[str]  # SHA-256 of the weights
     seconds: list[float]  # of training
     cells: dict[str, Cell]
-    by_seed: dict[str, list[Cell]]  # of seeds whose protocols differ: they have no mean
     why: dict[str, str]  # why a column has no figure
     difference: Cell | None  # from the reference row, in the compared figure
     diverged: int  # number of seeds
     paper: dict[str, float]
+    by_seed: dict[str, list[Cell]] = field(default_factory=dict)  # protocols differ: without a mean
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,11 @@ def table_of(study: Study, units: Sequence[Unit]) -> Table:
             [str(run.record.protocol.get("checkpoint")) for run in runs],
             [state.trained["seconds"] for state in states if state.trained and not state.diverged],
             cells,
-            {name: each for name in study.columns if (each := _by_seed(runs, name))},
             {name: _why(runs, name) for name in study.columns if name not in cells},
             _difference(own, reference) if not apart.get(study.compared) else None,
             sum(state.diverged for state in states),
             row.paper,
+            {name: each for name in study.columns if (each := _by_seed(runs, name))},
         ))  # fmt: skip
     protocols = {
         name: figure for name in study.columns for run in everything[::-1]
