@@ -10,15 +10,14 @@ from typing import Any, NamedTuple
 
 from jemkit.config.layers import flat
 from jemkit.errors import ConfigError, DataError
-from jemkit.metrics.figures import Figure, canonical
+from jemkit.metrics.figures import RESULTS, Figure, canonical
 from jemkit.metrics.record_file import Record, preferred
 from jemkit.runtime.files import read_json
 
-NOT_PROTOCOL = frozenset(
-    {"checkpoint", "versions", "device", "evaluator", "max_delta_px"}
-    | {"trained_radius_px", "trained_norm"}
-    | {"seconds", "seed", "batch_size", "accuracy_after", "why", "std"}
-)
+NOT_PROTOCOL = RESULTS | {
+    "checkpoint", "versions", "device", "evaluator", "trained_radius_px", "trained_norm",
+    "seed", "batch_size", "why",
+}  # fmt: skip
 """Entries of a card that describe the model, the machine, chance or the result."""
 
 

@@ -217,6 +217,7 @@ def test_figures_of_different_protocols_have_no_mean(tmp_path: Path) -> None:
     assert [cell.values for cell in line.by_seed["pgd20"]] == [[0.6], [0.6]]
     assert " / 60.0 % " in markdown(table)
     assert "clean" not in line.by_seed
+    assert "; between rows or seeds these differ: radius_px" in markdown(table)
     assert line.cells["clean"].mean == 0.9
 
 

@@ -142,6 +142,7 @@ def test_the_radius_has_no_bearing_on_clean_accuracy() -> None:
     "more",
     [
         {"seconds": 3.0}, {"seed": 1}, {"device": "cuda"}, {"accuracy_after": {"apgd": 0.5}},
+        {"infinity": 1.5}, {"mean_distance": 0.5},
         {"checkpoint": "cd"},
         {"max_delta_px": {"L2": 4.0}}, {"sets": {"adversarial": {"max_delta_px": {"L2": 4.0}}}},
     ],

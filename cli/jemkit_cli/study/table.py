@@ -55,6 +55,7 @@ class Table:
     study: Study
     lines: list[Line]
     protocols: dict[str, Figure] = field(default_factory=dict)  # a figure of each column
+    apart: dict[str, list[str]] = field(default_factory=dict)  # entries in which rows differ
 
     def to_json(self) -> dict[str, Any]:
         """A number that is not finite becomes null."""
@@ -68,6 +69,7 @@ class Table:
             "figure": self.study.figure,
             "rows": [_plain(line) for line in self.lines],
             "protocols": {name: figure.protocol for name, figure in self.protocols.items()},
+            "protocols_differ_in": self.apart,
         }
         return finite(whole)  # type: ignore[no-any-return]
 
@@ -77,7 +79,10 @@ def table_of(study: Study, units: Sequence[Unit]) -> Table:
     groups = {row.name: [unit for unit in units if unit.row.name == row.name] for row in study.rows}
     judged = {name: _judged(group, study) for name, group in groups.items()}
     everything = list({run.folder: run for runs in judged.values() for run in runs}.values())
-    apart = {name: "; ".join(differing(everything, name)) for name in study.columns}
+    apart = {
+        name: [text.partition(" is ")[0] for text in differing(everything, name)]
+        for name in study.columns
+    }
     reference = _rows(judged.get(study.reference or "", []), study.compared)
     lines = []
     for row in study.rows:
@@ -100,7 +105,7 @@ def table_of(study: Study, units: Sequence[Unit]) -> Table:
         name: figure for name in study.columns for run in everything[::-1]
         if (figure := run.figure(name)) is not None
     }  # fmt: skip
-    return Table(study, lines, protocols)
+    return Table(study, lines, protocols, {name: keys for name, keys in apart.items() if keys})
 
 
 def _judged(group: Sequence[Unit], study: Study) -> list[Judged]:

@@ -102,7 +102,9 @@ def footnotes(table: Table) -> list[str]:
             "a / b are the figures of the seeds, whose protocols differ: they have no mean"
         )
     for name, figure in table.protocols.items():
-        notes.append(f"{column_title(name)}: {protocol_text(figure)}")
+        keys = table.apart.get(name)
+        rest = f"; between rows or seeds these differ: {', '.join(keys)}" if keys else ""
+        notes.append(f"{column_title(name)}: {protocol_text(figure)}{rest}")
     if table.protocols:
         first = next(iter(table.protocols.values()))
         versions = (f"{name} {version}" for name, version in first.protocol["versions"].items())
