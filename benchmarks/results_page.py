@@ -1,4 +1,4 @@
-"""Writes the tables of docs/results.md from the records that `jemkit reproduce` wrote.
+"""Writes the tables of docs/results.md and docs/digits.md from the records that `jemkit reproduce` wrote.
 
     python benchmarks/results_page.py
 
@@ -17,7 +17,8 @@ from jemkit_cli.study.table import Cell, Line, Table
 from jemkit_cli.study.writing import cells, heads
 
 ROOT = Path(__file__).parents[1]
-PAGE, RESULTS = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "digits.md")
+RESULTS = ROOT / "benchmarks" / "results"
 PLACE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 EMPTY = "not measured yet"
 
@@ -72,4 +73,5 @@ def _line(row: dict[str, Any]) -> Line:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text()))
+    for path in PAGES:
+        path.write_text(page(path.read_text()))
