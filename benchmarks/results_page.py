@@ -1,4 +1,4 @@
-"""Writes the tables of docs/results.md and docs/digits.md from the records that `jemkit reproduce` wrote.
+"""Writes the tables of docs/results.md and docs/digits.md from the records of `jemkit reproduce`.
 
     python benchmarks/results_page.py
 

@@ -1,4 +1,4 @@
-"""docs/results.md and docs/digits.md have what `jemkit reproduce` wrote, and mark what is not measured."""
+"""docs/results.md and docs/digits.md have the tables that `jemkit reproduce` recorded."""
 
 import runpy
 from pathlib import Path
