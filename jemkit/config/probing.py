@@ -6,6 +6,7 @@ changed one is imported by a child process first, and the result is cached. Exce
 raises are reported again at each import.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -48,7 +49,7 @@ def contained() -> Iterator[None]:
     """
     handlers = {number: signal.getsignal(number) for number in STOPS}
     try:
-        with redirect_stdout(sys.stderr):
+        with _on_standard_error():
             yield
     except (Refused, KeyboardInterrupt):
         raise
@@ -58,6 +59,32 @@ def contained() -> Iterator[None]:
         with suppress(ValueError, TypeError):  # another thread; a handler that is not Python's
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def _on_standard_error() -> Iterator[None]:
+    """Send standard output to standard error, also that of C code and of child processes."""
+    _flush()
+    out = -1
+    with suppress(OSError):  # a descriptor is closed
+        out = os.dup(1)
+        os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _flush()
+        if out >= 0:
+            os.dup2(out, 1)
+            os.close(out)
+
+
+def _flush() -> None:
+    """Write what Python and C keep in buffers of standard output."""
+    with suppress(OSError, ValueError, AttributeError):  # closed, or none
+        sys.__stdout__.flush()  # type: ignore[union-attr]
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).fflush(None)
 
 
 class Guest(NamedTuple):

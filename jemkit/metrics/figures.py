@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from pydantic import BeforeValidator, Strict
+from pydantic import BeforeValidator, Field, Strict
 from torch import Generator, Tensor
 
 from jemkit.attacks.base import nonstandard
@@ -26,7 +26,7 @@ class Figure(NamedTuple):
     value: Value
     low: Number | None
     high: Number | None
-    n: Annotated[int, Strict()]
+    n: Annotated[int, Strict(), Field(ge=0)]
     protocol: dict[str, Any]
 
     @property

@@ -177,9 +177,13 @@ def file_hash(path: Path) -> str:
 
 
 def load_tensors(path: Path, most: int = MOST_BYTES) -> dict[str, Tensor]:
-    """The tensors of a safetensors file of at most `most` bytes; nothing in it is executed."""
-    with reading(path, f"{path} is not a safetensors file, or is damaged"):
-        return safetensors.torch.load(read_file(path, most))
+    """The tensors of a safetensors file of at most `most` bytes; nothing in it is executed.
+
+    A file that its header does not account for is rejected before it is read.
+    """
+    fault = f"{path} is not a safetensors file, or is damaged"
+    with reading(path, fault), opened(path, most) as file, safetensors.safe_open(path, "pt"):
+        return safetensors.torch.load(file.read())
 
 
 def load_arrays(path: Path, most: int = MOST_BYTES) -> dict[str, Tensor]:

@@ -19,14 +19,19 @@ QUICKLY = os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BufferedReader]:
+def opened(path: Path, limit: int | None = None) -> Iterator[BufferedReader]:
     """Open a regular file, or a link to one, for reading; DataError if it is something else.
+
+    DataError also if it has more than `limit` bytes.
 
     OSError, with the file's name, if it is missing or may not be read.
     """
     _check_kind(os.stat(path), path)  # before opening: some devices act when they are opened
     with os.fdopen(os.open(path, os.O_RDONLY | QUICKLY), "rb") as file:
-        _check_kind(os.fstat(file.fileno()), path)
+        status = os.fstat(file.fileno())
+        _check_kind(status, path)
+        if limit is not None and status.st_size > limit:
+            raise DataError(f"{path} has {status.st_size:,} bytes; expected {limit:,} at most")
         yield file
 
 
@@ -48,10 +53,7 @@ def is_shared(file: FileIO) -> bool:
 
 def read_file(path: Path, limit: int | None = None) -> bytes:
     """The contents of a regular file; DataError if it has more than `limit` bytes."""
-    with opened(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if limit is not None and size > limit:
-            raise DataError(f"{path} has {size:,} bytes; expected {limit:,} at most")
+    with opened(path, limit) as file:
         return file.read()
 
 

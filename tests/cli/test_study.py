@@ -27,7 +27,9 @@ from jemkit_cli.study.plan import (
     grid,
     part_of,
     read_study,
+    sweep_resolver,
     sweep_study,
+    units,
 )
 from jemkit_cli.study.running import Failed, state_of
 from jemkit_cli.study.table import Cell, _interval, table_of
@@ -70,6 +72,17 @@ def test_a_run_is_known_by_what_changes_its_outcome(tmp_path: Path) -> None:
     assert [unit.key for unit in elsewhere] == [unit.key for unit in plan]
     longer = planned(given, tmp_path, run={"epochs": 7})
     assert not {unit.key for unit in longer} & {unit.key for unit in plan}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["extra.file=a.npz,b.npz", "extra.fraction=0.5"], ["data.use=folder", "data.dir=a,b"]],
+)
+def test_rows_that_only_a_path_tells_apart_are_refused(settings: list[str], tmp_path: Path) -> None:
+    registry = installed(third_party=False)
+    resolver = sweep_resolver(registry, {"named": {}})
+    with pytest.raises(ConfigError, match=r"differ only in (extra\.file|data\.dir)"):
+        units(sweep_study(settings, (0,), (), ()), registry, tmp_path, resolver)
 
 
 def test_what_is_complete_is_not_run_again(tmp_path: Path) -> None:

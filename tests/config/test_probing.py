@@ -237,12 +237,14 @@ def test_what_runs_contained_prints_elsewhere_and_leaves_handlers_alone(capfd: A
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with contained():
         print("printed")
+        os.write(1, b"below python\n")
+        os.system("echo by a child")
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     out, err = capfd.readouterr()
     assert out == ""
-    assert "printed" in err
+    assert all(words in err for words in ("printed", "below python", "by a child"))
 
 
 def test_an_error_whose_message_fails_is_reported_by_its_kind() -> None:

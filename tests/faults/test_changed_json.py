@@ -188,6 +188,7 @@ WRONG: list[tuple[Place, Any]] = [
     (("parts", 0, "figures", 0), [1]), (("parts", 0, "figures", 0), {"a": 1}),
     (("parts", 0, "tables"), {"a": 1}), (("figures", 0, "name"), 7),
     (("figures", 0, "low"), "0.5"), (("figures", 0, "n"), "many"), (("figures", 0, "n"), True),
+    (("figures", 0, "n"), -1),
     (("figures", 0, "value"), "0.5"), (("figures", 0, "value"), 10**400),
     (("figures", 0, "protocol"), [1]), (("warnings", ), [3]), (("left_out", ), {"ood": None}),
 ]  # fmt: skip

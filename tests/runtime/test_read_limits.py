@@ -4,6 +4,7 @@ import io
 import json
 import os
 import struct
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,21 @@ def test_a_file_beyond_the_limit_is_refused_unread(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected 100 at most"):
         load_tensors(path, 100)
     assert load_tensors(path)["a"].shape == (100,)
+
+
+@pytest.mark.parametrize("length", [0, 2**62])
+def test_a_file_that_its_header_does_not_account_for_is_refused_unread(
+    length: int, tmp_path: Path
+) -> None:
+    path = claiming(tmp_path / "a.safetensors", [4], 16, length=length)
+    os.truncate(path, 2**29)  # sparse: it takes no room on the disk
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="not a safetensors file"):
+            load_tensors(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_is_no_regular_file_is_refused_unread(tmp_path: Path) -> None:

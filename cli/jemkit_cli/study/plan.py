@@ -18,10 +18,12 @@ from jemkit.data import Dataset
 from jemkit.errors import ConfigError, DataError, JemkitError, UnknownName
 from jemkit.options import Options, nearest
 from jemkit.runtime.files import read_json
-from jemkit.training.resuming import MAY_DIFFER
+from jemkit.training.resuming import MAY_DIFFER, changes
 
 SAME_IMAGES = ("data.dir", "data.download")
 """Settings of the location of the images; a run records the hash of its images."""
+IMAGES = ("data.dir", "extra.file", "extra.labels")
+"""Settings that name files, which are not part of a run's key."""
 
 
 STATISTICS = "{statistics}"
@@ -210,8 +212,21 @@ def units(
                 f"{folder} is a run of another recipe than the row {row.name!r}: move it away, or "
                 f"choose another --out"
             )
-        planned[row.name, seed] = Unit(row, seed, resolved, key, folder)
+        unit = Unit(row, seed, resolved, key, folder)
+        _check_places(planned.values(), unit)
+        planned[row.name, seed] = unit
     return list(planned.values())
+
+
+def _check_places(planned: Iterable[Unit], unit: Unit) -> None:
+    """Reject two rows that differ only in the images that a path names: they would be one run."""
+    for other in (one for one in planned if one.key == unit.key):
+        differing = changes(other.resolved.tables, unit.resolved.tables)
+        if named := [change.key for change in differing if change.key in IMAGES]:
+            raise ConfigError(
+                f"the rows {other.row.name!r} and {unit.row.name!r} differ only in {named[0]}, "
+                "which does not tell runs apart; give each its own --out"
+            )
 
 
 def check_data(units: Sequence[Unit]) -> None:
