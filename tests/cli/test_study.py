@@ -33,7 +33,7 @@ from jemkit_cli.study.plan import (
 )
 from jemkit_cli.study.running import Failed, state_of
 from jemkit_cli.study.table import Cell, _interval, table_of
-from jemkit_cli.study.writing import comma_separated, latex, markdown
+from jemkit_cli.study.writing import _escaped, comma_separated, latex, markdown
 
 NAMES = st.lists(st.sampled_from(["a", "b", "c.d", "e.f.g"]), unique=True, min_size=1)
 PLAIN = st.lists(st.sampled_from(["0.1", "2", "x", "[1, 2]", '"p,q"']), unique=True, min_size=1)
@@ -72,6 +72,45 @@ def test_a_run_is_known_by_what_changes_its_outcome(tmp_path: Path) -> None:
     assert [unit.key for unit in elsewhere] == [unit.key for unit in plan]
     longer = planned(given, tmp_path, run={"epochs": 7})
     assert not {unit.key for unit in longer} & {unit.key for unit in plan}
+
+
+@pytest.mark.parametrize(
+    "mark", [5, [1], {"trained": 5}, {"trained": None, "evaluated": 5}, {"evaluated": [[["a"]]]}]
+)
+def test_a_damaged_mark_of_a_run_is_named(mark: Any, tmp_path: Path) -> None:
+    (unit,) = planned(study("one"), tmp_path)
+    unit.folder.mkdir()
+    write_json(unit.folder / "study.json", mark)
+    with pytest.raises(DataError, match=r"study\.json is damaged"):
+        state_of(unit)
+
+
+@pytest.mark.parametrize(
+    ("saved", "evaluated"), [(None, ()), ([], ()), (["-q"], (("-q",),)), ([["-q"]], (("-q",),))]
+)
+def test_a_mark_of_at_most_one_evaluation_is_read(
+    saved: Any, evaluated: tuple[Any, ...], tmp_path: Path
+) -> None:
+    (unit,) = planned(study("one"), tmp_path)
+    unit.folder.mkdir()
+    write_json(unit.folder / "study.json", {"trained": None, "evaluated": saved})
+    assert state_of(unit).evaluated == evaluated
+
+
+@pytest.mark.parametrize("start", [5, {"path": 3}, {"a": 1}, "text", [1]])
+def test_a_folder_that_is_no_run_of_jemkit_is_ignored(start: Any, tmp_path: Path) -> None:
+    (unit,) = planned(study("one"), tmp_path)
+    config = {"recipe": unit.resolved.tables, "init_from": start}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config, default=str))
+    (again,) = planned(study("one"), tmp_path)
+    assert again.folder == unit.folder
+
+
+def test_names_are_escaped_for_latex() -> None:
+    assert _escaped(r"a_b #1 {$x^2$} 5 % +- \y") == (
+        r"a\_b \#1 \{\$x\textasciicircum{}2\$\} 5 \% $\pm$ \textbackslash{}y"
+    )
 
 
 @pytest.mark.parametrize(

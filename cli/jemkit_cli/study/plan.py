@@ -255,9 +255,9 @@ def _existing(registry: Registry, out: Path) -> dict[Path, _Run]:
         try:
             resolved = complete(resolve(registry, config=config), registry)
             start = read_json(config).get("init_from")
-        except JemkitError:
+            path = Path(start["path"]).resolve() if start else None
+        except (JemkitError, TypeError, LookupError):
             continue
-        path = Path(start["path"]).resolve() if start else None
         runs[config.parent] = _Run(_key(resolved), path)
     return runs
 

@@ -10,7 +10,9 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jemkit.errors import ConfigError, Diverged, JemkitError, Preempted
+from pydantic import TypeAdapter, ValidationError
+
+from jemkit.errors import ConfigError, DataError, Diverged, JemkitError, Preempted
 from jemkit.runtime.files import read_json, write_json
 from jemkit.runtime.lock import LOCK, locked
 from jemkit.runtime.opening import make_folder
@@ -56,12 +58,18 @@ def state_of(unit: Unit) -> State:
     if not path.exists():
         return State(None)
     mark = read_json(path)
-    if not isinstance(mark, dict):
-        return State(None)
-    evaluated = mark.get("evaluated") or ()
-    if all(isinstance(each, str) for each in evaluated):  # one evaluation
-        evaluated = [evaluated] if evaluated else []
-    return State(mark.get("trained"), tuple(map(tuple, evaluated)))
+    if isinstance(mark, dict):
+        one = mark.get("evaluated") or []
+        if isinstance(one, list) and all(isinstance(text, str) for text in one):
+            mark = {**mark, "evaluated": [one] if one else []}  # of at most one evaluation
+    try:
+        return TypeAdapter(State).validate_python(mark)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(
+            f"{path} is damaged: {where}: {first['msg']}. Delete it, and the run is evaluated again"
+        ) from None
 
 
 def run_all(

@@ -166,8 +166,13 @@ def _number(value: float | None) -> str:
     return "" if value is None else repr(value)
 
 
+SPECIAL = str.maketrans(
+    {c: rf"\{c}" for c in "%_&#${}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+)
+"""The characters that LaTeX does not print as they are."""
+
+
 def _escaped(text: str) -> str:
     """Text escaped for LaTeX."""
-    for plain, written in (("%", r"\%"), ("_", r"\_"), ("&", r"\&"), ("+-", r"$\pm$"), ("–", "--")):
-        text = text.replace(plain, written)
-    return text
+    return text.translate(SPECIAL).replace("+-", r"$\pm$").replace("–", "--")
