@@ -99,8 +99,8 @@ def _vision() -> Check:
     if package.extension._has_ops():
         return Check("torchvision", "ok", f"{about} with its operators", "")
     return Check(
-        "torchvision", "warn", f"{about}; its operators are of another torch",
-        "data sets and models work; for the operators install matching versions of both",
+        "torchvision", "warn", f"{about}; its operators do not load with this build of torch",
+        "data sets and models work; for the operators install CPU or CUDA builds of both",
     )  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from guests import install, place
 
 from jemkit.config import registry
 from jemkit.hookspecs import API
-from jemkit_cli.plugins.check import MEANINGS
+from jemkit_cli.plugins.check import MEANINGS, _given
+from jemkit_cli.plugins.listing import offers_of
 from jemkit_cli.plugins.new import Kind
 
 KINDS = get_args(Kind)
@@ -211,6 +212,25 @@ def test_check_lists_every_requirement_of_a_part_that_keeps_them() -> None:
     laws = {law["law"] for law in part["laws"]}
     assert {"descent", "rows", "box", "generator", "modes", "gradients"} <= laws
     assert "requirements hold" in jemkit("plugins", "check", "sgld", "--no-plugins").out
+
+
+def test_an_option_goes_to_the_part_of_the_name_that_has_it() -> None:
+    chosen = [o for o in offers_of(registry.installed(third_party=False)) if o.name == "jem"]
+    given = {"jem": {"buffer": {}, "nonsense": 1}}
+    sets = {offer.kind: _given(offer, chosen, given) for offer in chosen}
+    assert sets == {"backbone": {"buffer": {}, "nonsense": 1}, "objective": {"nonsense": 1}}
+
+
+def test_a_package_in_this_folder_is_to_be_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zigzag").mkdir()
+    (tmp_path / "zigzag" / "pyproject.toml").write_text("")
+    message = (
+        "no part or plug-in 'zigzag'; to install the one in this folder: pip install -e zigzag"
+    )
+    assert message in one_line(jemkit("plugins", "check", "zigzag", "--no-plugins"), 3)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,10 @@ from jemkit.metrics.record_file import Record
 QUIET = {"robustness": {"indicators": False}}
 
 
-@pytest.mark.parametrize(("build", "clean"), [(resnet20, 0.9173), (resnet2b, 0.6925)])
+@pytest.mark.parametrize(
+    ("build", "clean"),
+    [pytest.param(resnet20, 0.9173, marks=pytest.mark.slow), (resnet2b, 0.6925)],
+)
 def test_the_clean_accuracies_come_out_exactly(build: object, clean: float) -> None:
     record = api.evaluate(build(), cifar10(), registry=REGISTRY, only=("accuracy",))
     assert record.value("clean") == pytest.approx(clean, abs=1e-9)
@@ -19,7 +22,7 @@ def test_the_clean_accuracies_come_out_exactly(build: object, clean: float) -> N
 
 def test_a_network_trained_without_attacks_has_nothing_left_at_eight_pixels() -> None:
     record = api.evaluate(
-        resnet20(), cifar10(200), registry=REGISTRY, attacks=("pgd",), only=("robustness",),
+        resnet20(), cifar10(100), registry=REGISTRY, attacks=("pgd",), only=("robustness",),
         options=QUIET,
     )  # fmt: skip
     assert record.value("clean") > 0.85

@@ -1,6 +1,7 @@
 """`jemkit plugins check`: the laws of a part, what was tried, and the smallest counterexample."""
 
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -64,8 +65,9 @@ def check(
 
     options = options_of(overrides or ())
     parts = []
-    for offer in _chosen(registry, name, options):
-        part = _built(offer, options.get(offer.name, {}), registry)
+    chosen = _chosen(registry, name, options)
+    for offer in chosen:
+        part = _built(offer, _given(offer, chosen, options), registry)
         examined = examine(offer.kind, part)
         parts.append(_about(offer, examined))
         if not as_json:
@@ -90,10 +92,20 @@ def _chosen(registry: "Registry", name: str, options: dict[str, Any]) -> list["O
             if name in (fault.plugin, fault.distribution):
                 raise ConfigError(f"the plug-in {name} is skipped: {fault.reason}")
         names = {*(o.name for o in offers), *(o.distribution for o in offers)}
-        raise UnknownName(f"no part or plug-in {name!r}{nearest(name, names)}")
+        here = f"; to install the one in this folder: pip install -e {name}"
+        hint = here if (Path(name) / "pyproject.toml").is_file() else nearest(name, names)
+        raise UnknownName(f"no part or plug-in {name!r}{hint}")
     for other in options.keys() - {o.name for o in chosen}:
         raise ConfigError(f"--set {other}: expected an option of {name}, such as {name}.OPTION=1")
     return chosen
+
+
+def _given(offer: "Offer", chosen: list["Offer"], options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a part; one that only another part of the same name has is that part's."""
+    others = {f for o in chosen if o.name == offer.name for f in o.part.model_fields}
+    own = offer.part.model_fields.keys()
+    given = options.get(offer.name, {})
+    return {field: value for field, value in given.items() if field in own or field not in others}
 
 
 def _built(offer: "Offer", given: dict[str, Any], registry: "Registry") -> Any:

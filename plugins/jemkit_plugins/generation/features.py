@@ -118,10 +118,10 @@ def inception_file(named: Path | None) -> Path:
         if path.is_file():
             return path
     home = str(Path.home())  # since records may be published
-    place, cache = (str(p).replace(home, "~", 1) for p in (places[0], cached.parent))
+    place, cache = (str(p).replace(home, "~", 1) for p in (places[0], cached))
     raise DataError(
         f"{place} is missing: FID needs Inception's weights, which are not downloaded "
-        f"automatically. {install('fid')} for FID, KID, precision and recall; for IS too download "
+        f"automatically. {install('fid')} for FID, KID, precision and recall. For IS too, download "
         f"{URL} and save it as {cache}, or name it by --set generation.inception=FILE"
     )
 
