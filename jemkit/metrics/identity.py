@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from jemkit.attacks.pixel_model import PixelModel
+from jemkit.errors import memory_ran_out
 
 MODULE_STATE = frozenset(nn.Module().__dict__)
 PARTS = ("_parameters", "_buffers", "_modules")
@@ -69,7 +70,9 @@ def identity_of(module: nn.Module) -> Identity:
     walk = _Walk([type(module).__name__])
     try:
         return Identity(walk.digest(module))
-    except Exception:  # a foreign type may raise anything
+    except Exception as error:  # a foreign type may raise anything
+        if memory_ran_out(error):
+            raise
         return Identity(secrets.token_hex(32), f"{'.'.join(walk.path[:9])}, of type {walk.kind},")
 
 

@@ -262,3 +262,14 @@ def test_a_model_has_one_identity_in_every_process(tmp_path: Path) -> None:
         for seed, order in (("1", "xyz"), ("2", "zyx"))
     }  # fmt: skip
     assert len(messages) == 1
+
+
+def test_memory_that_runs_out_is_no_unknown_model() -> None:
+    class Large:
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            raise MemoryError
+
+    model = nn.Linear(2, 2)
+    model.large = Large()  # type: ignore[assignment]
+    with pytest.raises(MemoryError):
+        identity_of(model)
