@@ -1,5 +1,6 @@
 """Processes of a group on this machine, by gloo: a function that each runs, and its answers."""
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -70,6 +71,7 @@ def ended(running: list[Any]) -> bool:
 
 
 def _one(folder: Path, me: Shard, work: Work, given: tuple[Any, ...]) -> None:
+    faulthandler.enable()  # a crash below Python says where it was
     torch.set_num_threads(1)
     with group(init=f"file://{folder}/meeting", shard=me):
         assert shard() == me
