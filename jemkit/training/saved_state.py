@@ -5,7 +5,7 @@ Hashes verify that a checkpoint contains what was written; the schema, that a ru
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,6 +17,8 @@ from jemkit.errors import DataError
 
 LARGEST = 2**53
 """No count of a run is as large, and every smaller whole number is exact in a float."""
+LONGEST = 4 + 10**6
+"""The numbers of a drift: its own four, and a window of metrics."""
 ADAM = {"step", "exp_avg", "exp_avg_sq"}
 
 Count = Annotated[int, Field(ge=0, lt=LARGEST)]
@@ -116,26 +118,51 @@ def weights_of(state: Mapping[str, Any], path: Path) -> tuple[Tensors, bool]:
     return (weights.model, False) if weights.ema is None else (weights.ema, True)
 
 
-def check(
-    state: Mapping[str, Any], optimizer: Optimizer, loader: Loader, *, total_steps: int, tries: int
-) -> None:
+class Expected(NamedTuple):
+    """What a run's state has to fit."""
+
+    weights: Mapping[str, Tensor]
+    average: bool  # whether the run averages its weights
+    rng: Tensor
+    optimizer: Optimizer
+    loader: Loader
+    total_steps: int
+    tries: int  # of a rollback
+
+
+def check(state: Mapping[str, Any], run: Expected) -> None:
     """Reject a state that this run cannot have saved; the error says where it is wrong.
 
     What the parts check themselves when they load it is left to them.
     """
     saved = _validated(SavedRun, state)
+    _check_weights(saved, run)
+    for where, part in (("", saved), *((f"ranks/{i}/", own) for i, own in enumerate(saved.ranks))):
+        _same_kind(f"{where}rng", part.rng, run.rng)
+    _check_optimizer(saved.optimizer, run.optimizer)
+    _check_position(saved.loader, run.loader, run.total_steps)
+    _check_epochs(saved, run.loader.steps_per_epoch, run.total_steps)
+    if saved.rollback is not None:
+        _check_rollback(saved.rollback, run.tries)
+
+
+def _check_weights(saved: Weights, run: Expected) -> None:
+    """Names and shapes of the model are left to its loader, which would cast another type."""
+    for name in saved.model.keys() & run.weights.keys():
+        if saved.model[name].dtype != run.weights[name].dtype:
+            _same_kind(f"model/{name}", saved.model[name], run.weights[name])
+    if (saved.ema is None) == run.average:
+        raise _wrong("ema", "either the state or the recipe has an average of the weights")
     _check_average(saved)
-    _check_optimizer(saved.optimizer, optimizer)
-    _check_position(saved.loader, loader, total_steps)
-    _check_epochs(saved, loader.steps_per_epoch, total_steps)
-    if saved.rollback is not None and len(saved.rollback.tried) > tries:
-        raise _wrong("care/tried", f"{len(saved.rollback.tried)} attempts of {tries}")
 
 
 def _check_average(saved: Weights) -> None:
-    shapes = {name: tensor.shape for name, tensor in saved.model.items()}
-    if saved.ema is not None and {name: t.shape for name, t in saved.ema.items()} != shapes:
-        raise _wrong("ema", "its names and shapes are not the model's")
+    if saved.ema is None:
+        return
+    if saved.ema.keys() != saved.model.keys():
+        raise _wrong("ema", "its names are not the model's")
+    for name, tensor in saved.ema.items():
+        _same_kind(f"ema/{name}", tensor, saved.model[name])
 
 
 def _check_optimizer(saved: OptimizerState, optimizer: Optimizer) -> None:
@@ -153,9 +180,7 @@ def _check_optimizer(saved: OptimizerState, optimizer: Optimizer) -> None:
             raise _wrong(where, f"it contains {sorted(tensors)}, expected {sorted(names)}")
         for name, tensor in tensors.items():
             wanted = torch.zeros(()) if name == "step" else params[index]
-            if tensor.dtype != wanted.dtype or tensor.shape != wanted.shape:
-                looks = f"{tensor.dtype} {list(tensor.shape)}"
-                raise _wrong(f"{where}/{name}", f"it is {looks}, expected {list(wanted.shape)}")
+            _same_kind(f"{where}/{name}", tensor, wanted)
             if name == "step" and not 0 <= float(tensor) < LARGEST:
                 raise _wrong(f"{where}/step", f"{float(tensor)} is not a count of steps")
 
@@ -163,6 +188,7 @@ def _check_optimizer(saved: OptimizerState, optimizer: Optimizer) -> None:
 def _check_position(saved: Position, loader: Loader, total_steps: int) -> None:
     if saved.step > total_steps:
         raise _wrong("loader/step", f"{saved.step} of {total_steps} steps")
+    _same_kind("loader/rng", saved.rng, loader.rng.get_state())
     n = len(loader.images.y) if saved.step else 0
     order = saved.order.cpu()
     if order.dtype != torch.int64 or not torch.equal(order.sort().values, torch.arange(n)):
@@ -180,6 +206,27 @@ def _check_epochs(saved: SavedRun, per_epoch: int, total_steps: int) -> None:
         raise _wrong("best/epoch", f"{saved.best.epoch} is none of the run's")
     if step == total_steps and epochs and not isinstance(saved.best, Best):
         raise _wrong("best", "a complete run has a best epoch")
+
+
+def _check_rollback(saved: RollbackPolicy, tries: int) -> None:
+    if len(saved.tried) > tries:
+        raise _wrong("care/tried", f"{len(saved.tried)} attempts of {tries}")
+    for name, drift in saved.vitals.drifts.items():
+        where = f"care/vitals/drifts/{name}"
+        if drift.dtype != torch.float64 or drift.ndim != 1 or not 4 <= len(drift) <= LONGEST:
+            raise _wrong(where, f"it is {_looks(drift)}")
+        counts = drift[2:4]
+        if not drift[2:].isfinite().all() or (counts < 0).any() or (counts > LARGEST).any():
+            raise _wrong(where, "it contains something other than numbers")
+
+
+def _same_kind(where: str, saved: Tensor, wanted: Tensor) -> None:
+    if saved.dtype != wanted.dtype or saved.shape != wanted.shape:
+        raise _wrong(where, f"it is {_looks(saved)}, expected {_looks(wanted)}")
+
+
+def _looks(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
 
 
 def _validated(kind: type[Any], state: Mapping[str, Any], source: str = "") -> Any:

@@ -27,6 +27,7 @@ from jemkit.training.metrics_log import GATHER, PATIENCE, Journal
 from jemkit.training.opened import read_checkpoint
 from jemkit.training.restore import about_parts
 from jemkit.training.rollback import SPOILT, RollbackPolicy, diagnosis
+from jemkit.training.saved_state import Expected
 from jemkit.training.saved_state import check as check_saved
 from jemkit.training.validation import Validator, images_to_judge
 from jemkit.updaters import Guard
@@ -303,8 +304,10 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a saved state; DataError if no run of this recipe saved it."""
-        tries = self.recipe.sentinel.tries
-        check_saved(state, self.optimizer, self.loader, total_steps=self.total_steps, tries=tries)
+        check_saved(state, Expected(
+            self.backbone.model.state_dict(), self.ema is not None, self.parts.rng.get_state(),
+            self.optimizer, self.loader, self.total_steps, self.recipe.sentinel.tries,
+        ))  # fmt: skip
         self.parts.load_state_dict(state)
         self.history, self.best = list(state["history"]), dict(state["best"])
         self.journal.seconds = state["seconds"]

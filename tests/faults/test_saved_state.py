@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,17 +162,17 @@ WRONG: list[tuple[Path_, Any, str]] = [
     (("best",), {"score": [1.0, 1.0, 1]}, "best"),
     (("best", "epoch"), "one", "best"),
     (("best", "score"), [0.5], "best"),
-    (("ema",), None, "does not fit this run"),
+    (("ema",), None, "wrong at ema"),
     (("ema",), 3, "ema"),
     (("care", "tried"), REMEDIES, "care/tried: 40 attempts of 3"),
-    (("care", "vitals", "drifts", "E(x)"), torch.zeros(2), "does not fit this run"),
+    (("care", "vitals", "drifts", "E(x)"), torch.zeros(2), "care/vitals/drifts"),
     (("loader", "step"), -1, "loader/step"),
     (("loader", "step"), 10**9, "loader/step"),
     (("loader", "step"), "8", "loader/step"),
     (("loader", "order"), torch.arange(3), "loader/order"),
     (("loader", "order"), torch.arange(48) * 0 + 10**9, "loader/order"),
-    (("loader", "rng"), torch.zeros(7, dtype=torch.uint8), "does not fit this run"),
-    (("rng",), torch.zeros(5056), "does not fit this run"),
+    (("loader", "rng"), torch.zeros(7, dtype=torch.uint8), "loader/rng"),
+    (("rng",), torch.zeros(5056), "wrong at rng"),
     (("history", 0, "accuracy"), "0.5", "history/0/accuracy"),
     (("history",), [], "history"),
     (("seconds",), "long", "seconds"),
@@ -193,6 +194,25 @@ def test_the_place_in_the_state_is_named(saved: Saved, at: Path_, value: Any, me
     with pytest.raises(JemkitError) as caught:
         gone_on(saved, state)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["model", "ema"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float64])
+def test_weights_of_another_type_are_not_cast(saved: Saved, where: str, dtype: torch.dtype) -> None:
+    state = copy.deepcopy(saved.state)
+    name = next(iter(state[where]))
+    state[where][name] = state[where][name].to(dtype)
+    with pytest.raises(DataError, match=rf"wrong at {where}/{re.escape(name)}"):
+        gone_on(saved, state)
+
+
+def test_a_drift_that_is_not_finite_is_not_gone_on_with(saved: Saved) -> None:
+    state = copy.deepcopy(saved.state)
+    drifts = state["care"]["vitals"]["drifts"]
+    name = next(iter(drifts))
+    drifts[name][-1] = math.nan
+    with pytest.raises(DataError, match=r"care/vitals/drifts/.*other than numbers"):
+        gone_on(saved, state)
 
 
 @pytest.mark.parametrize("value", [{}, {"a": torch.zeros(1)}, 3, [1], "x"])
