@@ -9,6 +9,7 @@ from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any
 
 from jemkit.config.probing import END, IMPORT, Refused, Verdict, contained, error_line
+from jemkit.errors import memory_ran_out
 
 if TYPE_CHECKING:
     from jemkit.config.registry import Registry
@@ -41,19 +42,19 @@ def _try(entry: EntryPoint, own: "Registry", descriptor: int) -> None:
     before = _state()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(IMPORT)
-    fault = ""
+    fault, lasting = "", True
     try:
         with contained():
             fault = _unfit(entry.load(), entry.name, own)
     except KeyboardInterrupt as error:
         fault = error_line(error)
-    except Refused:  # what it raises is reported where it is used
-        pass
+    except Refused as error:  # what it raises is reported where it is used
+        lasting = not memory_ran_out(error)
     changed = [what for what, now in _state().items() if now != before[what]]
     if changed and not fault:
         fault = f"its import changes {', '.join(changed)} of the whole process"
     threads = [t.name for t in threading.enumerate() if not t.daemon and t.name != "MainThread"]
-    os.write(descriptor, json.dumps([fault, ", ".join(threads)]).encode())
+    os.write(descriptor, json.dumps([fault, ", ".join(threads), lasting]).encode())
     signal.alarm(END)
 
 
@@ -66,12 +67,12 @@ def _verdict(report: str, code: int) -> Verdict:
         return Verdict(f"its import does not end within {IMPORT} s")
     if not report:
         return Verdict(f"it ends the interpreter when it is imported ({ended})")
-    fault, threads = json.loads(report)
+    fault, threads, lasting = json.loads(report)
     if code == -signal.SIGALRM:
         fault = f"it keeps the process from ending ({threads or 'no thread'} is still running)"
     elif code:
         fault = f"it ends the process itself ({ended})"
-    return Verdict(fault)
+    return Verdict(fault, lasting)
 
 
 def _unfit(module: Any, name: str, own: "Registry") -> str:
@@ -90,6 +91,8 @@ def _unfit(module: Any, name: str, own: "Registry") -> str:
             try:
                 json.dumps(part_schema(offer.part, both))
             except Exception as error:
+                if memory_ran_out(error):  # not a fault of the plug-in
+                    raise
                 why = error_line(error)
                 return f"the options of the {kind} {offer.name!r} have no schema: {why}"
     return ""

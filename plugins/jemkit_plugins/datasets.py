@@ -85,8 +85,8 @@ def _digits() -> NDArray[np.float64]:
     return np.column_stack([digits.data, digits.target])
 
 
-class CIFAR10(Options):
-    """CIFAR-10 (Krizhevsky 2009), read from the published python batches."""
+class _Colour(Options):
+    """Published colour images of 32 px, in files that may be downloaded."""
 
     radius_px: ClassVar[float] = 8
 
@@ -101,6 +101,10 @@ class CIFAR10(Options):
     @property
     def shape(self) -> tuple[int, int, int]:
         return (3, self.size, self.size)
+
+
+class CIFAR10(_Colour):
+    """CIFAR-10 (Krizhevsky 2009), read from the published python batches."""
 
     @property
     def n_classes(self) -> int:
@@ -115,22 +119,8 @@ class CIFAR10(Options):
         return checked(reduced(images, self.size), self.n_classes, f"cifar10 in {self.dir}")
 
 
-class CIFAR100(Options):
+class CIFAR100(_Colour):
     """CIFAR-100 (Krizhevsky 2009) with its fine labels, read from the published python batches."""
-
-    radius_px: ClassVar[float] = 8
-
-    dir: Path = Path("data")  # folder of its files
-    download: bool = False  # fetch missing files
-    size: Size = 32
-
-    @property
-    def augmentation(self) -> Augmentation:
-        return Augmentation(pad=self.size // 8, flip=True)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return (3, self.size, self.size)
 
     @property
     def n_classes(self) -> int:
@@ -145,22 +135,12 @@ class CIFAR100(Options):
         return checked(reduced(images, self.size), self.n_classes, f"cifar100 in {self.dir}")
 
 
-class SVHN(Options):
+class SVHN(_Colour):
     """Street View House Numbers (Netzer et al. 2011), cropped digits; without its extra set."""
-
-    radius_px: ClassVar[float] = 8
-
-    dir: Path = Path("data")  # folder of its files
-    download: bool = False  # fetch missing files
-    size: Size = 32
 
     @property
     def augmentation(self) -> Augmentation:
         return Augmentation(pad=self.size // 8)  # a mirrored digit is not a digit
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return (3, self.size, self.size)
 
     @property
     def n_classes(self) -> int:

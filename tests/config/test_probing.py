@@ -288,6 +288,17 @@ LARGE = {
     "killed": (
         "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "its import was killed (SIGKILL)"
     ),
+    "refused": ("raise MemoryError", ""),
+    "schema": (
+        "from jemkit import Options, hookimpl\n"
+        "class Part(Options):\n"
+        "    needs_stem: bool = False\n"
+        "    def step(self, energy, x, rng): return x\n"
+        "    @classmethod\n"
+        "    def model_json_schema(cls, *args, **more): raise MemoryError\n"
+        "@hookimpl\n"
+        "def jemkit_samplers(): return {'part': Part}", ""
+    ),
     "aborted": ("import os\nos.abort()", "it ends the interpreter when it is imported (SIGABRT)"),
     "json": ("", ""),
 }  # fmt: skip

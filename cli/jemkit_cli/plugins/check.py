@@ -68,10 +68,9 @@ def check(
     chosen = _chosen(registry, name, options)
     for offer in chosen:
         part = _built(offer, _given(offer, chosen, options), registry)
-        examined = examine(offer.kind, part)
-        parts.append(_about(offer, examined))
+        parts.append(_about(offer, examine(offer.kind, part)))
         if not as_json:
-            _show(offer, examined)
+            _show(parts[-1], offer.version)
     well = all(part["ok"] for part in parts)
     if as_json:
         say_json({"ok": well, "parts": parts})
@@ -123,7 +122,7 @@ def _built(offer: "Offer", given: dict[str, Any], registry: "Registry") -> Any:
 
 
 def _about(offer: "Offer", examined: "Examination") -> dict[str, Any]:
-    times = Counter(_laws(examined))
+    times = Counter((one.law, one.requirement, one.holds) for one in examined.tried)
     laws = [
         {"law": law, "requirement": requirement, "tried": tried, "holds": holds}
         for (law, requirement, holds), tried in times.items()
@@ -146,24 +145,19 @@ def _about(offer: "Offer", examined: "Examination") -> dict[str, Any]:
     }
 
 
-def _laws(examined: "Examination") -> list[tuple[str, str, bool]]:
-    return [(one.law, one.requirement, one.holds) for one in examined.tried]
-
-
-def _show(offer: "Offer", examined: "Examination") -> None:
-    times = Counter(_laws(examined))
+def _show(part: dict[str, Any], version: str) -> None:
     rows = [
-        ["holds" if holds else "VIOLATED", law, requirement, str(tried)]
-        for (law, requirement, holds), tried in times.items()
+        ["holds" if one["holds"] else "VIOLATED", one["law"], one["requirement"], str(one["tried"])]
+        for one in part["laws"]
     ]
-    say(f"{offer.kind} {offer.name}  ({offer.distribution} {offer.version})")
+    say(f"{part['kind']} {part['name']}  ({part['distribution']} {version})")
     show_table(["", "law", "requirement", "tried"], rows)
-    wrong = examined.violated
+    wrong = part["counterexample"]
     if wrong is None:
         say(f"all {len(rows)} requirements hold\n")
         return
-    say(f"violated: {wrong.law}: {wrong.requirement}")
-    result = wrong.result or "this does not hold"
-    say(f"smallest counterexample (seed 0, images: {examined.images}): {result}")
-    say(f"what it means: {MEANINGS[wrong.law]}")
+    say(f"violated: {wrong['law']}: {wrong['requirement']}")
+    result = wrong["result"] or "this does not hold"
+    say(f"smallest counterexample (seed 0, images: {wrong['images']}): {result}")
+    say(f"what it means: {wrong['meaning']}")
     say("the requirements after it were not tried\n")
