@@ -26,6 +26,7 @@ from jemkit.evaluation.run_table import (
 from jemkit.metrics import record as records
 from jemkit.metrics.figures import Figure, finite, paired_difference
 from jemkit.runtime.rng import generator
+from jemkit.training import mixing
 from jemkit.training.resuming import MAY_DIFFER
 
 
@@ -175,7 +176,8 @@ def _difference(
 def _but_seed(run: Judged) -> dict[str, Any]:
     """The settings that change a run's outcome.
 
-    If the run has recorded the hash of its images, the hash is used instead of their folder.
+    Images, also generated ones, are compared by their hash if the run has recorded it, and not by
+    their folder.
     """
     recipe = dict(flat(run.config.get("recipe", {})))
     folder = recipe.get("data.dir")
@@ -186,6 +188,9 @@ def _but_seed(run: Judged) -> dict[str, Any]:
         shas = [pin.get(f"{split}.sha256") for split in ("train", "valid", "test")]
         known = None not in shas
         recipe["data.images" if known else "data.dir"] = shas if known else folder
+    generated = run.config.get(mixing.ENTRY)
+    if isinstance(generated, dict):
+        recipe["extra.images"] = mixing.identity(generated)
     return recipe
 
 

@@ -121,7 +121,7 @@ def check_same(loader: Loader, config: Mapping[str, Any]) -> None:
     known, now = config.get(ENTRY), record(loader).get(ENTRY)
     if not isinstance(known, dict | None):
         raise DataError(f"config.json: {ENTRY} is damaged")
-    if _identity(known) != _identity(now):
+    if identity(known) != identity(now):
         named = "none" if now is None else now["file"]
         began = "none" if known is None else f"{known.get('images')} images of {known.get('file')}"
         raise DataError(
@@ -130,7 +130,7 @@ def check_same(loader: Loader, config: Mapping[str, Any]) -> None:
         )
 
 
-def _identity(entry: Mapping[str, Any] | None) -> Any:
+def identity(entry: Mapping[str, Any] | None) -> Any:
     """What has to stay the same; files may move."""
     labels = (entry or {}).get("labels")
     own = {name: (entry or {}).get(name) for name in ("sha256", "images", "fraction")}

@@ -243,7 +243,12 @@ def test_settings_that_change_no_outcome_make_no_group() -> None:
     ]
     assert [s.runs for s in over_seeds(runs, ["clean"])] == [["a", "b"], ["c"], ["d"]]
     for one in runs:
-        del one.config["data"]  # of jemkit 0.1
+        one.config["extra_data"] = {"sha256": "5c", "images": 9, "fraction": 0.5, "labels": None}
+    assert [s.runs for s in over_seeds(runs, ["clean"])] == [["a", "b"], ["c"], ["d"]]
+    runs[1].config["extra_data"]["sha256"] = "6d"
+    assert [s.runs for s in over_seeds(runs[:2], ["clean"])] == [["a"], ["b"]]
+    for one in runs:
+        del one.config["data"], one.config["extra_data"]  # of jemkit 0.1
     assert [s.runs for s in over_seeds(runs[:3], ["clean"])] == [["a", "c"], ["b"]]
 
 
