@@ -195,13 +195,13 @@ class JEMVariant(Options):
     A variant is a subclass with its paper's defaults; the defaults of this class are SADA-JEM's.
     """
 
-    network: NetworkPart = WRN()
-    energy: EnergyPart = LogSumExp()
-    density: DensityPart = Contrastive()
-    sampler: SamplerPart = SGLD(step_size=1.0, noise=0.0, clip=1.0)
-    start: StartPart = Mixture()
+    network: NetworkPart = WRN()  # images to features
+    energy: EnergyPart = LogSumExp()  # features to logits and E(x)
+    density: DensityPart = Contrastive()  # how p(x) is drawn and learnt
+    sampler: SamplerPart = SGLD(step_size=1.0, noise=0.0, clip=1.0)  # one step of a chain
+    start: StartPart = Mixture()  # where new chains begin
     buffer: Buffer = Buffer(capacity=10_000, restart=0.05)
-    steps: Steps = 10  # M
+    steps: Steps = 10  # M: sampler steps of a chain per training step
     views: Views = Views(augment_pos=False, pos_share=0.5)
 
     def unused(self) -> dict[str, str]:

@@ -205,9 +205,9 @@ class Views(Options):
     augment_x: bool = True  # the classifier's view
     augment_pos: bool = True  # the density's view
     noise_x: float = Field(0.0, ge=0)  # standard deviation in model units
-    noise_pos: float = Field(0.0, ge=0)
+    noise_pos: float = Field(0.0, ge=0)  # the same for the density's view
     pos_share: float = Field(1.0, gt=0, le=1)  # share of the batch that the density uses
-    stats_from: tuple[Stream, ...] = ("x", "x_adv")
+    stats_from: tuple[Stream, ...] = ("x", "x_adv")  # streams that update batch norm's statistics
     cutmix: bool = False  # paste a box of another image into the classifier's view
 
 

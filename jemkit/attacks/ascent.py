@@ -48,7 +48,7 @@ class SGLDAscent(SGLD):
     """Along the gradient itself, as Eq. 12 prints it: its step is c^2 / 2, without noise."""
 
     step_size: float = Field(0.01, ge=0)  # in model units, whatever the radius
-    noise: float = Field(0.0, ge=0)  # standard deviation
+    noise: float = Field(0.0, ge=0)  # standard deviation, in model units
 
     def kernel(self, x: Tensor, radius_px: float, bounds: Bounds, norm: Ball) -> Sampler:
         return self

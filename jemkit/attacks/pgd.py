@@ -144,7 +144,7 @@ class PGD(PGDAttack):
     step_px: float | None = Field(None, ge=0)  # None: a quarter of the radius; of adam 25.5
     norm: Ball = "Linf"  # of the ball
     restarts: int = Field(1, ge=1)  # starts; the worst image counts
-    start: Literal["uniform", "gaussian", "clean"] = "uniform"
+    start: Literal["uniform", "gaussian", "clean"] = "uniform"  # where an ascent begins
     optimizer: Literal["sign", "adam"] = "sign"  # adam: a tenth of the step in the second half
     batch_norm: BatchNormMode = "running_stats"  # of the model while it trains
 

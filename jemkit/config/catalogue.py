@@ -25,7 +25,7 @@ class Option(NamedTuple):
     bounds: str  # "> 0, ≤ 1"; empty without bounds
     required: bool
     default: Any  # as in a recipe; None if it is required or not set
-    meaning: str  # the comment behind the field; empty without one
+    meaning: str  # the comment behind or above the field; empty without one
 
 
 def options_of(part: type[Options], registry: Registry) -> list[Option]:
@@ -97,11 +97,12 @@ def shown(default: Any, registry: Registry) -> str:
 
 @cache
 def comments(part: type[Options]) -> dict[str, str]:
-    """The comment behind each field of an options class, also of an inherited one."""
+    """The comment of each field of an options class; that of a base class where it has none."""
     collected: dict[str, str] = {}
     for base in reversed(part.__mro__):
         if issubclass(base, Options) and base is not Options:
-            collected |= _own_comments(base)
+            own = _own_comments(base)
+            collected |= {name: text for name, text in own.items() if text or name not in collected}
     return collected
 
 
@@ -111,14 +112,21 @@ def _own_comments(part: type[Options]) -> dict[str, str]:
         (body,) = ast.parse(source).body
     except (OSError, SyntaxError, ValueError):  # a class that was made, not written
         return {}
-    notes = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
+    tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    notes = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    alone = {
+        t.start[0] for t in tokens if t.type == tokenize.COMMENT and t.line.lstrip()[:1] == "#"
     }
     fields = [node for node in getattr(body, "body", ()) if isinstance(node, ast.AnnAssign)]
     named = {str(getattr(node.target, "id", "")): node for node in fields}
-    return {
-        name: notes.get(node.end_lineno or 0) or notes.get(node.lineno, "")
-        for name, node in named.items()
-    }
+    behind = {n: notes.get(f.end_lineno or 0) or notes.get(f.lineno, "") for n, f in named.items()}
+    above = {n: _lines_above(f.lineno, notes, alone) for n, f in named.items()}
+    return {name: behind[name] or above[name] for name in named}
+
+
+def _lines_above(line: int, notes: Mapping[int, str], alone: set[int]) -> str:
+    """The comment that stands above a line, joined if it has several lines."""
+    first = line
+    while first - 1 in alone:
+        first -= 1
+    return " ".join(notes[number] for number in range(first, line))

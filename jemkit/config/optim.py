@@ -20,11 +20,11 @@ AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 class SGD(Options):
     """Stochastic gradient descent with momentum."""
 
-    use: Literal["sgd"] = "sgd"
-    lr: float = Field(0.1, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    nesterov: bool = False
-    weight_decay: float = Field(5e-4, ge=0)
+    use: Literal["sgd"] = "sgd"  # selects this optimizer
+    lr: float = Field(0.1, gt=0)  # the learning rate, before the schedule's factor
+    momentum: float = Field(0.9, ge=0, lt=1)  # share of the last update that is kept
+    nesterov: bool = False  # whether it is Nesterov's momentum
+    weight_decay: float = Field(5e-4, ge=0)  # factor of the weights in the gradient
     decay_norms: bool = True  # whether batch norm's weights and offsets decay too
 
     def unused(self) -> dict[str, str]:
@@ -50,11 +50,11 @@ class SGD(Options):
 class Adam(Options):
     """Adam, or AdamW with decoupled weight decay."""
 
-    use: Literal["adam", "adamw"] = "adam"
-    lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0)
-    decay_norms: bool = True
+    use: Literal["adam", "adamw"] = "adam"  # adamw: decoupled weight decay
+    lr: float = Field(1e-4, gt=0)  # the learning rate, before the schedule's factor
+    betas: tuple[float, float] = (0.9, 0.999)  # decays of the means of g and of g squared
+    weight_decay: float = Field(0.0, ge=0)  # factor of the weights in the gradient
+    decay_norms: bool = True  # whether batch norm's weights and offsets decay too
 
     def unused(self) -> dict[str, str]:
         return {} if self.weight_decay else {"decay_norms": "where weight_decay is 0"}
@@ -94,11 +94,12 @@ class Schedule(Options):
     step has a rate above 0; in the released code the first step has rate 0.
     """
 
+    # how the factor falls after warm-up
     decay: Literal["constant", "steps", "cosine", "onecycle"] = "steps"
-    warmup: int = Field(1000, ge=0)  # steps
-    warmup_share: float = Field(0.05, ge=0, le=1)
+    warmup: int = Field(1000, ge=0)  # steps of warm-up, at most
+    warmup_share: float = Field(0.05, ge=0, le=1)  # warm-up's share of the run, at most
     at: tuple[float, ...] = (0.5, 0.75)  # of `steps`: shares of the run; jemkit's choice
-    by: float = Field(0.2, gt=0, le=1)
+    by: float = Field(0.2, gt=0, le=1)  # of `steps`: the factor at each
     floor: float = Field(0.0, ge=0, le=1)  # of `cosine`: the factor at the end
 
     def unused(self) -> dict[str, str]:

@@ -42,22 +42,22 @@ log = logging.getLogger(__name__)
 class Run(Options):
     """Length, seed, device and other options of training."""
 
-    epochs: int = Field(100, ge=1)
-    batch_size: int = Field(128, ge=1)
+    epochs: int = Field(100, ge=1)  # passes over the training images
+    batch_size: int = Field(128, ge=1)  # images per update, over all processes
     micro_batch: int = Field(0, ge=0)  # maximum images per forward pass; 0: no limit
     recompute: bool = False  # activation checkpointing in updates: half the memory
-    seed: int = Field(0, ge=0, lt=2**32)
-    theta_steps: int = Field(1, ge=1)  # M_theta
-    valid_fraction: float = Field(0.1, gt=0, lt=1)
+    seed: int = Field(0, ge=0, lt=2**32)  # of weights, batches, chains and attacks
+    theta_steps: int = Field(1, ge=1)  # M_theta: updates per draw
+    valid_fraction: float = Field(0.1, gt=0, lt=1)  # share of training images set aside
     max_train: int | None = Field(None, ge=2)  # use only this many images of the training split
     ema_decay: float = Field(0.0, ge=0, lt=1)  # decay of the EMA of the weights; 0: none
     ema_warmup: bool = False  # a decay of at most (1 + n) / (10 + n) after n updates
     ema_copy: float = Field(0.0, ge=0, le=1)  # share of the run in which the average is a copy
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    compile: bool = False
-    channels_last: Layout = "auto"
-    deterministic: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16: autocast; tf32: on CUDA
+    compile: bool = False  # torch.compile the gradients of chains and attacks
+    channels_last: Layout = "auto"  # the memory format; auto: a fixed rule
+    deterministic: bool = False  # only deterministic algorithms of torch
     threads: int | None = Field(None, ge=1, le=4096)  # of the CPU; None: torch's own choice
     eval_images: int = Field(256, ge=1)  # validation images for PGD-10 after each epoch
     test_images: int | None = Field(None, ge=1)  # of the final evaluation; None: a tenth of n_train

@@ -176,7 +176,7 @@ class MLP(Options):
     positional: ClassVar[tuple[str, ...]] = ("hidden", "layers")
 
     hidden: int = Field(256, ge=1)  # units of each hidden layer
-    layers: int = Field(2, ge=1)  # hidden layers
+    layers: int = Field(2, ge=1)  # number of hidden layers
 
     def build(self, shape: Shape) -> Network:
         return Perceptron(shape, self.hidden, self.layers)

@@ -24,7 +24,7 @@ class Sentinel(Options):
     absolute scale. Two runs that diverged passed 1e4 within three steps of their last normal one.
     """
 
-    on: bool = True
+    on: bool = True  # watch the run
     tries: int = Field(3, ge=0)  # number of rollbacks before the run ends
     # one remedy per attempt
     policy: tuple[Remedy, ...] = Field(("rate", "rate", "steps"), min_length=1)

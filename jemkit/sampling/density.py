@@ -64,7 +64,7 @@ class Density(Protocol):
 class Buffer(Options):
     """A replay buffer's options."""
 
-    capacity: int = Field(10_000, ge=1)
+    capacity: int = Field(10_000, ge=1)  # images that it keeps
     restart: float = Field(0.05, ge=0, le=1)  # share of chains that begin afresh
     conditional: bool = False  # one equal slice of slots for each class
 
@@ -327,6 +327,7 @@ class Contrastive(Options):
     batch_norm: BatchNormMode = "batch_stats"  # how chains normalise
     box: bool = True  # clamp chains to the pixel range
     penalty: float = Field(0.0, ge=0)  # weight of the penalty on squared mean energies
+    # means: both means are squared; positives: each E(x+), and the mean of E(x-)
     penalty_on: Literal["means", "positives"] = "means"
 
     def unused(self) -> dict[str, str]:

@@ -33,7 +33,7 @@ class SGLDMomentum(Options):
 
     step_size: float = Field(0.1, ge=0)  # factor of dE/dx
     momentum: float = Field(0.9, ge=0, lt=1)  # share of v that is kept
-    noise: float = Field(0.01, ge=0)  # standard deviation
+    noise: float = Field(0.01, ge=0)  # standard deviation, in model units
     clip: float | None = Field(None, gt=0)  # limit of each element of dE/dx; None: none
 
     def unused(self) -> dict[str, str]:

@@ -28,7 +28,7 @@ class AutoAttack(Options):
 
     everyone: ClassVar[bool] = False
 
-    version: Version = "standard"  # of AutoAttack
+    version: Version = "standard"  # version of AutoAttack
 
     @property
     def label(self) -> str:

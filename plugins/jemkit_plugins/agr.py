@@ -28,7 +28,7 @@ class AGR(Options):
 
     start: float = Field(0.775, ge=0, le=1)  # fraction of the run: 155 of 200 epochs
     clip: float = Field(0.1, gt=0)  # limit of the norm of each tensor's gradient
-    update: Annotated[UpdaterSpec, PartOf("updater")] = Plain()
+    update: Annotated[UpdaterSpec, PartOf("updater")] = Plain()  # the updater that computes g1
 
     def unused(self) -> dict[str, str]:
         return {"clip": "where start is 1"} if self.start == 1 else {}

@@ -14,8 +14,8 @@ from jemkit import (
 class Classifier(Options):
     """A network and its logits; its energies can be computed, but nothing samples from them."""
 
-    network: Annotated[NetworkSpec, PartOf("network")] = WRN()
-    energy: Annotated[EnergyModelSpec, PartOf("energy")] = LogSumExp()
+    network: Annotated[NetworkSpec, PartOf("network")] = WRN()  # images to features
+    energy: Annotated[EnergyModelSpec, PartOf("energy")] = LogSumExp()  # features to logits
     views: Views = Views()
 
     def unused(self) -> dict[str, str]:

@@ -92,7 +92,7 @@ class _Colour(Options):
 
     dir: Path = Path("data")  # folder of its files
     download: bool = False  # fetch missing files
-    size: Size = 32
+    size: Size = 32  # px of a side; smaller: means over squares of pixels
 
     @property
     def augmentation(self) -> Augmentation:

@@ -29,9 +29,9 @@ class EBJDAT(Options):
 
     needs_density: ClassVar[bool] = True
 
-    w1: float = Field(0.45, ge=0)  # of h1, h2, h3: Table 5, row 5
-    w2: float = Field(0.05, ge=0)
-    w3: float = Field(0.45, ge=0)
+    w1: float = Field(0.45, ge=0)  # weight of h1; all three: Table 5, row 5
+    w2: float = Field(0.05, ge=0)  # weight of h2, the energy gap
+    w3: float = Field(0.45, ge=0)  # weight of h3, the cross-entropy of x~
     w_clean: float | None = Field(None, ge=0)  # of the clean cross-entropy; None: w3
     adv_steps: int = Field(5, ge=0)  # M_adv, Section 4.1
     radius_px: Radius | None = None  # of Omega, Eq. 5, in 1/255; None: the data set's

@@ -28,8 +28,8 @@ class EBJDATReleased(Options):
 
     needs_density: ClassVar[bool] = True
 
-    w1: float = Field(1.0, gt=0)  # of h1
-    w2: float = Field(0.1, gt=0)  # of h2
+    w1: float = Field(1.0, gt=0)  # weight of h1
+    w2: float = Field(0.1, gt=0)  # weight of h2
     w3: float = Field(1.0, gt=0)  # of the cross-entropy of x~
     w_clean: float = Field(1.0, gt=0)  # of the cross-entropy of x
     adv_steps: int = Field(5, ge=0)  # steps of the chain of x~

@@ -30,7 +30,7 @@ class JEAT(Options):
     needs_density: ClassVar[bool] = True
 
     w_px: float = Field(1.0, ge=0)  # 0: PreJEAT, the cross-entropy alone
-    attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10)  # draws x~
+    attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10)  # the attack for x~
 
     @property
     def streams(self) -> tuple[Stream, ...]:

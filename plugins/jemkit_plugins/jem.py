@@ -21,7 +21,7 @@ class JEM(JEMVariant):
     density: DensityPart = Contrastive(box=False)
     sampler: SamplerPart = SGLD(step_size=1.0, noise=0.01)
     start: StartPart = Uniform()
-    steps: Steps = 20  # M
+    steps: Steps = 20  # M: sampler steps of a chain per training step
     views: Views = Views(noise_x=0.03, noise_pos=0.03)
 
 

@@ -24,7 +24,8 @@ class LBGAT(Options):
     needs_density: ClassVar[bool] = False
 
     beta: float = Field(6.0, ge=0)  # weight of the divergence
-    attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10, start="gaussian")  # draws x~
+    # the attack for x~
+    attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10, start="gaussian")
     teacher: NetworkPart = WRN(depth=16, width=4)  # the recipe objective/lbgat sets the paper's
 
     def build(self, task: Task, rng: Generator) -> Objective[Any]:

@@ -23,7 +23,8 @@ class MART(Options):
     needs_density: ClassVar[bool] = False
 
     beta: float = Field(6.0, ge=0)  # on a WideResNet; 5 on a ResNet-18
-    attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10, start="gaussian")  # draws x~
+    # the attack for x~
+    attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10, start="gaussian")
 
     @property
     def streams(self) -> tuple[Stream, ...]:

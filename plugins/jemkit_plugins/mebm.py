@@ -14,7 +14,7 @@ class MEBM(JEMVariant):
     energy: EnergyPart = LinearHead()
     density: DensityPart = Contrastive(penalty=0.5, penalty_on="positives")
     start: StartPart = Gaussian()
-    steps: Steps = 5  # M
+    steps: Steps = 5  # M: sampler steps of a chain per training step
 
 
 @hookimpl

@@ -42,7 +42,7 @@ class OOD(Options):
     standard_at_any: ClassVar = frozenset({"made"})  # each set has its own figures
 
     made: tuple[Made, ...] | None = None  # None: all; rotation only for greyscale images
-    against: tuple[Annotated[Dataset, PartOf("dataset")], ...] = ()
+    against: tuple[Annotated[Dataset, PartOf("dataset")], ...] = ()  # data sets; (): the usual ones
 
     def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
         inside = scores(subject, data, ctx, "test images")

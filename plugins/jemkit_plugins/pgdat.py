@@ -17,7 +17,7 @@ class PGDAT(Options):
 
     needs_density: ClassVar[bool] = False
 
-    attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10)  # draws x~
+    attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10)  # the attack for x~
 
     @property
     def streams(self) -> tuple[Stream, ...]:

@@ -24,7 +24,7 @@ class EOT(PGDAttack):
 
     slope: ClassVar[Slope] = "exact"
 
-    steps: int = Field(20, ge=0)  # gradient steps
+    steps: int = Field(20, ge=0)  # number of gradient steps
     step_px: float | None = Field(None, ge=0)  # None: a quarter of the radius
     samples: int = Field(10, ge=1)  # passes per gradient; one if nothing is random
 

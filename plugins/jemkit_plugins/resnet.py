@@ -20,8 +20,9 @@ class ResNet(Options):
 
     positional: ClassVar[tuple[str, ...]] = ("depth",)
 
-    depth: Literal[18, 34] = 18  # layers
+    depth: Literal[18, 34] = 18  # number of layers
     width: int = Field(64, ge=1)  # channels of the first stage
+    # the stride of each stage
     strides: tuple[Literal[1, 2], Literal[1, 2], Literal[1, 2], Literal[1, 2]] = (1, 2, 2, 2)
     norm: Norm = "batch"  # the normalisation layers
 
@@ -80,7 +81,7 @@ class SwishWRN(WRN):
     input, and convolutions have no biases.
     """
 
-    bn_momentum: float = Field(0.01, gt=0, le=1)
+    bn_momentum: float = Field(0.01, gt=0, le=1)  # weight of a new batch in running statistics
     offset: bool = True  # whether the norms of blocks have one
     mean: tuple[float, ...] = ()  # of the training pixels in [0, 1], per channel; (): none
     std: tuple[Annotated[float, Field(gt=0)], ...] = ()  # of the same pixels

@@ -22,8 +22,8 @@ class Robustness(Options):
 
     standard_at_any: ClassVar = frozenset({"indicators", "indicator_images"})
 
-    indicators: bool | Literal["full"] = True
-    indicator_images: int = Field(128, ge=2)  # at most
+    indicators: bool | Literal["full"] = True  # failure indicators of each figure; full: all
+    indicator_images: int = Field(128, ge=2)  # images for indicators, at most
 
     def unused(self) -> dict[str, str]:
         return {} if self.indicators else {"indicator_images": "where indicators is false"}

@@ -22,7 +22,7 @@ class SCORE(Options):
     beta: float = Field(4.0, ge=0)  # the released checkpoints: 3
     c: float = Field(0.0, ge=0, le=2)  # the largest squared distance of two distributions
     smoothing: float = Field(0.0, ge=0, lt=1)  # of the label
-    attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10)  # draws x~
+    attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10)  # the attack for x~
 
     def unused(self) -> dict[str, str]:
         return {} if self.beta else dict.fromkeys(("attack", "c"), "where beta is 0")

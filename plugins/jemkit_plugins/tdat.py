@@ -26,10 +26,11 @@ class TDAT(Options):
     needs_density: ClassVar[bool] = False
     norm: ClassVar[Ball] = "Linf"
 
-    weight: float = Field(0.6, ge=0)  # lambda
+    weight: float = Field(0.6, ge=0)  # lambda, the weight of the regulariser
     gamma_min: float = Field(0.15, gt=0, le=1)  # the smallest weight of the true label
     relaxation: float = Field(0.6, ge=0)  # beta of the label schedule
     radius_px: Radius | None = None  # None: the data set's
+    # the authors' code, or the paper's formulas
     variant: Literal["released", "paper"] = "released"
 
     def unused(self) -> dict[str, str]:

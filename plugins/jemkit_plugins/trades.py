@@ -24,7 +24,7 @@ class TRADES(Options):
 
     beta: float = Field(6.0, ge=0)  # weight of the divergence
     climbs: Literal["kl", "ce"] = "kl"  # what x~ maximises
-    attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10)  # draws x~
+    attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10)  # the attack for x~
     smoothing: float = Field(0.0, ge=0, lt=1)  # of the labels
     smooth: Literal["all", "generated"] = "all"  # images whose labels are smoothed
 

@@ -24,7 +24,8 @@ class WEAT(Options):
 
     of: Literal["adversarial", "natural"] = "adversarial"  # images of the cross-entropy
     beta: float = Field(6.0, ge=0)  # weight of the divergence
-    attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10, start="gaussian")  # draws x~
+    # the attack for x~
+    attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10, start="gaussian")
 
     def unused(self) -> dict[str, str]:
         return {} if self.attacks else {"attack": 'where beta is 0 and of = "natural"'}

@@ -8,15 +8,17 @@ import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import unquote
 
 import pytest
 from browser import Browser, browser, chromium
 
 import jemkit
-from jemkit.config.catalogue import options_of
+from jemkit.config.catalogue import comments, options_of
+from jemkit.config.recipe import Recipe
 from jemkit.config.registry import installed
+from jemkit.options import Options
 
 ROOT = Path(__file__).parents[2]
 needs_mkdocs = pytest.mark.skipif(
@@ -66,9 +68,38 @@ def test_the_reference_has_every_option_of_every_part(made: dict[str, str]) -> N
             assert len(by_name[name].partition("[source]")[0].split()) > 5, f"{kind} {name}: doc"
 
 
+def test_every_option_of_every_part_and_table_has_a_meaning() -> None:
+    registry = installed(third_party=False)
+    owners = {f"{kind} {n}": part for kind, shelf in registry.shelves.items()
+              for n, part in shelf.items()}  # fmt: skip
+    for name in ("run", "optimizer", "schedule", "sentinel", "extra"):
+        tables = Recipe.model_fields[name].annotation
+        owners |= {f"{name} {t.__name__}": t for t in get_args(tables) or (tables,)}
+    bare = [f"{owner}: {o.name}" for owner, part in owners.items()
+            for o in options_of(part, registry) if len(o.meaning.split()) < 3]  # fmt: skip
+    assert bare == []
+
+
+def test_an_option_has_its_own_comment_or_that_above_it_or_that_of_a_base_class() -> None:
+    assert comments(Inherits) == {"lr": "of the first", "at": "two lines above it", "on": "behind"}
+
+
 def test_the_reference_has_every_public_name_once(reference: Any) -> None:
     names = [n.rpartition(".")[2] for page in reference.public_names().values() for n in page]
     assert sorted(names) == sorted(jemkit.__all__)
+
+
+class Base(Options):
+    lr: float = 0.1  # of the first
+    # two lines
+    # above it
+    at: tuple[float, ...] = (0.1, 0.2)
+    on: bool = True
+
+
+class Inherits(Base):
+    lr: float = 0.2
+    on: bool = False  # behind
 
 
 class Links(HTMLParser):

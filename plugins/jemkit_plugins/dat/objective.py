@@ -38,7 +38,7 @@ class DAT(Options):
     freeze_batch_norm: bool = True  # normalise by the running statistics of stage 1
     attack: Annotated[Attack, PartOf("attack")] = PGD(
         steps=10, norm="L2", radius_px=127.5, step_px=25.5, start="clean"
-    )  # draws x~
+    )  # the attack for x~
 
     def unused(self) -> dict[str, str]:
         idle = dict.fromkeys(("step_px", "auc", "window"), "where max_steps is 0")

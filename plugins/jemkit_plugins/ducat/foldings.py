@@ -19,7 +19,7 @@ class Foldings(Options):
     An attack on 2K logits is misled: it counts the dummy of the true class as a success.
     """
 
-    steps: int = Field(20, ge=0)  # of PGD
+    steps: int = Field(20, ge=0)  # steps of PGD
 
     def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
         model = subject.model

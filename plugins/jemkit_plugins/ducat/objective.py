@@ -35,11 +35,12 @@ class DUCAT(Options):
     clean_dummy: float = Field(0.25, ge=0, le=1)  # b of x
     adv_dummy: float = Field(1.0, ge=0, le=1)  # b of x~
     adv_mass: float = Field(1.0, gt=0)  # factor of the targets of x~
+    # the method whose classes get dummies
     variant: Literal["pgdat", "trades", "mart", "consistency"] = "pgdat"
     beta: float = Field(6.0, ge=0)  # of the divergence, with variant "trades" or "mart"
     consistency: float = Field(1.0, ge=0)  # weight of that variant's divergence
     temperature: float = Field(0.5, gt=0)  # by which its logits are divided
-    attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10)  # draws x~
+    attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10)  # the attack for x~
 
     def unused(self) -> dict[str, str]:
         idle = ("clean_dummy", "adv_dummy", "adv_mass") if self.start == 1 else ()

@@ -61,6 +61,7 @@ class Generation(Options):
 
     n: int = Field(2_500, ge=16)  # papers take 10,000 or 50,000: fewer make every distance larger
     steps: int = Field(STEPS, ge=0)  # of each chain
+    # where new chains begin; None: where those of training begin
     start: Annotated[Annotated[StartSpec, PartOf("start")] | None, BeforeValidator(_part)] = None
     source: Literal["chains", "buffer"] = "chains"  # the buffer is an artefact of training
     selection: Literal["none", "top90"] = "none"  # top90: the most confident of each class
