@@ -102,6 +102,13 @@ def export_model(
     license: Annotated[
         str, typer.Option(metavar="ID", help="License of the weights, e.g. cc-by-4.0.")
     ] = "unknown",
+    moments: Annotated[
+        bool,
+        typer.Option(
+            " /--no-moments", show_default=False,
+            help="Omit moments.safetensors; sampling then needs the training images.",
+        ),
+    ] = True,
     push: Annotated[
         str | None,
         typer.Option(
@@ -118,7 +125,7 @@ def export_model(
     from jemkit.training import model_folder
 
     exported = export.export(
-        run, out=out, which=checkpoint, registry=registry, license=license
+        run, out=out, which=checkpoint, registry=registry, license=license, moments=moments
     )  # fmt: skip
     where = model_folder.push(exported.folder, push) if push is not None else None
     if as_json:

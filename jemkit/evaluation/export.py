@@ -48,10 +48,12 @@ def export(
     which: Which = "best",
     registry: Registry | None = None,
     license: str = "unknown",
+    moments: bool = True,
 ) -> Exported:
     """Write a run's model, with averaged weights if the run has an EMA.
 
-    The folder is self-contained: config.json contains what is needed of the data.
+    The folder is self-contained: config.json contains what is needed of the data. Without
+    `moments` chains that start from Gaussians of the training images need these images.
     """
     _check_run(run)
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,40}", license):
@@ -68,10 +70,10 @@ def export(
     beside: dict[str, bytes | Mapping[str, Any]] = {**_samples(source.path), **hashes}
     if stored:
         beside[FIGURES] = stored.to_json()
-    task, moments = _of_data(source.path / CONFIG, registry or installed())
+    task, gaussians = _of_data(source.path / CONFIG, registry or installed(), moments=moments)
     written = write_model(
         folder, {**config, "source": about, **task}, opened.weights, card, beside=beside,
-        moments=moments, license=license,
+        moments=gaussians, license=license,
     )  # fmt: skip
     count = len(stored.figures) if stored else 0
     return Exported(folder, about["checkpoint"], about["weights"], written, count, note)
@@ -113,7 +115,9 @@ def _about_run(recipe: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     )
 
 
-def _of_data(config: Path, registry: Registry) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _of_data(
+    config: Path, registry: Registry, *, moments: bool
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Facts about the run's data, and the Gaussians of its initial distribution, if available.
 
     They are needed for sampling; without them the data set is requested then.
@@ -122,7 +126,7 @@ def _of_data(config: Path, registry: Registry) -> tuple[dict[str, Any], dict[str
         recipe = resolve(registry, config=config).recipe
         splits = splits_of(recipe, pinned.read(config))
         task = replace(task_of(recipe, splits), fill=False)
-        return {"task": task_table(task)}, _moments(recipe, task)
+        return {"task": task_table(task)}, _moments(recipe, task) if moments else {}
     except JemkitError as error:
         log.warning(
             "the exported model is not self-contained, since its data are missing: %s", error

@@ -48,6 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]  # fmt: skip
     train(resolve(REGISTRY, named=named, overrides=overrides), at / "run", registry=REGISTRY)
     folder = export(at / "run", out=at / "model", registry=REGISTRY).folder
+    export(at / "run", out=at / "bare", registry=REGISTRY, moments=False)
     shutil.rmtree(at / "data")
     return folder
 
@@ -60,6 +61,20 @@ def test_an_exported_model_gives_logits_and_samples_without_any_image(model: Pat
         assert load(model, registry=REGISTRY)(torch.zeros(2, 3, 8, 8)).shape == (2, 3)
     drawn = sample(model, registry=REGISTRY, n=4, steps=2)
     assert drawn.pixels.shape == (4, 3, 8, 8)
+
+
+def test_without_moments_it_gives_logits_and_its_chains_need_the_images(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JEMKIT_CACHE", str(tmp_path / "cache"))
+    bare = model.parent / "bare"
+    assert not (bare / "moments.safetensors").exists()
+    with torch.no_grad():
+        x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        assert load(bare, registry=REGISTRY)(x).equal(load(model, registry=REGISTRY)(x))
+    with pytest.raises(DataError, match="--data-dir"):
+        sample(bare, registry=REGISTRY, n=2, steps=1)
+    assert sample(bare, registry=REGISTRY, n=2, steps=1, start="uniform").pixels.shape[0] == 2
 
 
 def test_changed_moments_are_refused(model: Path, tmp_path: Path) -> None:
