@@ -12,6 +12,8 @@ from jemkit_cli.evaluate import evaluate
 from jemkit_cli.fid_stats import fid_stats
 from jemkit_cli.foreign import export_model, import_model
 from jemkit_cli.report import compare, report
+from jemkit_cli.runs.listing import ls
+from jemkit_cli.runs.removing import rm
 from jemkit_cli.sample import sample
 from jemkit_cli.study.commands import reproduce, sweep
 from jemkit_cli.terminal import say
@@ -43,6 +45,8 @@ app.command()(sample)
 app.command()(evaluate)
 app.command()(report)
 app.command()(compare)
+app.command()(ls)
+app.command()(rm)
 app.command()(sweep)
 app.command()(reproduce)
 app.command("import")(import_model)

@@ -37,7 +37,7 @@ from jemkit.metrics.record_file import (
     write,
 )
 from jemkit.runtime.files import set_aside, write_bytes, write_tensors
-from jemkit.runtime.lock import locked
+from jemkit.runtime.lock import EVALUATION_LOCK, locked
 from jemkit.runtime.opening import make_folder, refuse_links
 
 __all__ = [
@@ -47,7 +47,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 WORK = ".evaluation"  # unfinished work of an evaluation, next to its record
-LOCK, PATIENCE = ".evaluation.lock", 60.0  # held while a record is merged; seconds of waiting
+LOCK, PATIENCE = EVALUATION_LOCK, 60.0  # held while a record is merged; seconds of waiting
 
 ADVERSARIAL = "adversarial-"
 KINDS: tuple[Kind, ...] = ("tables", "rows")

@@ -2,19 +2,21 @@
 
 import errno
 import logging
+import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-from torch import Tensor
-from torch.optim import Optimizer
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jemkit.errors import DataError
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 T = TypeVar("T")
 
@@ -31,6 +33,8 @@ LEAF = 64
 
 def state_bytes(tree: Any) -> int:
     """The size of a state on disk: its tensors, and approximately its JSON."""
+    from torch import Tensor  # `jemkit ls` measures folders without it
+
     if isinstance(tree, Tensor):
         return tree.numel() * tree.element_size() + LEAF
     if isinstance(tree, dict):
@@ -40,7 +44,7 @@ def state_bytes(tree: Any) -> int:
     return LEAF
 
 
-def momenta_bytes(optimizer: Optimizer) -> int:
+def momenta_bytes(optimizer: "Optimizer") -> int:
     """The state that an optimizer will have after its first step."""
     if optimizer.state:
         return 0
@@ -64,8 +68,14 @@ def free_bytes(folder: Path) -> int:
 
 def used_bytes(folder: Path) -> int:
     """The size of the files below a folder; a file with two names is counted once."""
-    stats = [p.lstat() for p in folder.rglob("*") if p.is_file()]
-    return sum({stat.st_ino: stat.st_size for stat in stats}.values())
+    sizes = {}
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # a run that is training renames and prunes
+                status = os.lstat(os.path.join(root, name))
+                if stat.S_ISREG(status.st_mode):
+                    sizes[status.st_ino] = status.st_size
+    return sum(sizes.values())
 
 
 def check_room(

@@ -13,13 +13,15 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from jemkit.errors import ConfigError
-from jemkit.runtime.opening import is_shared, opened_in_place, read_text
+from jemkit.errors import ConfigError, DataError
+from jemkit.runtime.opening import is_shared, opened, opened_in_place, read_text
 
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 """The lock file of a run's folder. It stays when the run ends; only a process holds the lock."""
+EVALUATION_LOCK = ".evaluation.lock"
+"""The lock file of its record, held while figures are merged into it."""
 SIGNED = b'{"pid"'
 """How a lock file begins once it has been held."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -42,6 +44,38 @@ def locked(path: Path, what: str, *, patience: float = 0.0) -> Iterator[None]:
             time.sleep(AGAIN)
         _sign(file, path, what)
         yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock file `path`; nothing is written.
+
+    It is tested only if the process that signed it may be alive, so that one which is about to take
+    the lock is not refused.
+    """
+    try:
+        if not path.exists() or _has_ended(path):
+            return False
+        with opened(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (DataError, OSError):  # no lock file, or a file system without locks
+        return False
+    return False
+
+
+def _has_ended(path: Path) -> bool:
+    """Whether the signature is of a process of this machine that no longer exists."""
+    try:
+        about: dict[str, Any] = json.loads(read_text(path))
+        if about["host"] != socket.gethostname():
+            return False
+        os.kill(int(about["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        return False
+    return False
 
 
 def _taken(file: FileIO, path: Path) -> bool:

@@ -5,7 +5,6 @@ import importlib.metadata
 import io
 import json
 import logging
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -137,16 +136,6 @@ class RunFolder:
         earlier = [row for row in rows if int(row["step"]) < step]
         if len(earlier) < len(rows):
             write_text(self.path / METRICS, _csv(list(rows[0]), earlier))
-
-    def link_latest(self, folder: Path) -> None:
-        """Let the link `latest` in `folder` point to the run."""
-        folder.mkdir(parents=True, exist_ok=True)
-        link, fresh = folder / "latest", folder / f".latest.{os.getpid()}"
-        if link.exists() and not link.is_symlink():
-            return  # a user's own file of that name
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(os.path.relpath(self.path.resolve(), folder.resolve()))
-        os.replace(fresh, link)
 
 
 def versions() -> dict[str, str]:

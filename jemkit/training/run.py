@@ -12,6 +12,7 @@ from jemkit.config.registry import Registry
 from jemkit.errors import DataError, JemkitError, memory_ran_out
 from jemkit.runtime import checkpoint, disk, distributed
 from jemkit.runtime.files import set_aside, write_json
+from jemkit.runtime.latest import link_latest
 from jemkit.runtime.lock import LOCK, locked
 from jemkit.runtime.precision import device_of
 from jemkit.runtime.run_dir import RunFolder
@@ -63,7 +64,7 @@ def train(
                     _begin(trainer, whole, data, init_from, state)
                     for warning in start["warnings"]:
                         _warn_event(folder, "init_from", warning)
-                folder.link_latest(latest or out.parent)
+                link_latest(latest or out.parent, out)
                 folder.event("resume" if goes_on else "start", step=trainer.step)
                 if tight is not None:
                     _warn_event(folder, "disk", tight)
