@@ -11,7 +11,7 @@ CORE := $(addprefix tests/,attacks/test_pgd.py laws/test_golden.py models plugin
 	runtime/test_modes.py runtime/test_out_of_memory.py runtime/test_recomputing.py runtime/test_rng.py sampling \
 	test_updaters.py training/test_resume.py)
 
-.PHONY: train test test-oldest lint rehearse acceptance bench docs
+.PHONY: train test test-oldest lint rehearse acceptance bench docs docs-serve
 
 train: $(STAMP)
 	$(BIN)/jemkit train --backbone sadajem --objective ebjdat
@@ -40,6 +40,11 @@ bench: $(STAMP)
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "Open site/index.html in a browser, or run 'make docs-serve' to search it too."
+
+docs-serve: docs
+	@echo "http://127.0.0.1:8000/ (Ctrl-C ends it)"
+	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory site 8000 >/dev/null 2>&1
 
 .venv/.docs: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'

@@ -7,7 +7,9 @@ import ast
 import inspect
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -57,10 +59,11 @@ def escaped(text: str) -> str:
                    for p in parts)  # fmt: skip
 
 
-def docstring(thing: Any) -> str:
+def docstring(thing: Any, *, blocks: bool = True) -> str:
     """Paragraphs of a docstring; indented ones, such as formulas, are code blocks."""
     paragraphs = (inspect.getdoc(thing) or "").split("\n\n")
-    return "\n\n".join(p if p.startswith("    ") else escaped(p) for p in paragraphs)
+    return "\n\n".join(p if p.startswith("    ") else escaped(p) for p in paragraphs
+                       if blocks or not p.startswith("    "))  # fmt: skip
 
 
 def option_table(options: list[Option], registry: Registry) -> Iterator[str]:
@@ -84,6 +87,16 @@ def cell(text: str) -> str:
     return escaped(text).replace("\n", " ")
 
 
+def formulas(kind: str, name: str) -> str:
+    """The formulas of a part, from equations.toml, as Markdown; empty where there are none."""
+    return "".join(f"$$\n{tex}\n$$\n\n" for tex in equations().get(kind, {}).get(name, ()))
+
+
+@cache
+def equations() -> dict[str, dict[str, list[str]]]:
+    return tomllib.loads(Path(__file__).with_name("equations.toml").read_text())
+
+
 def part_page(kind: str, registry: Registry) -> str:
     title, what, use = KINDS[kind]
     lines = [f"# {title}\n\n{what}\n"]
@@ -91,7 +104,9 @@ def part_page(kind: str, registry: Registry) -> str:
         source = Path(inspect.getfile(part)).relative_to(ROOT).as_posix()
         module = (sys.modules[part.__module__].__doc__ or "").partition("\n")[0]
         about = f"*{escaped(module)}*\n\n" if source.startswith("plugins/") else ""
-        lines.append(f"## `{name}` {{ #{name} }}\n\n{about}{docstring(part)}\n")
+        tex = formulas(kind, name)
+        text = docstring(part, blocks=not tex)
+        lines.append(f"## `{name}` {{ #{name} }}\n\n{about}{text}\n\n{tex}")
         word = f"{name}-NAME" if name in ("timm", "torchvision") else name
         lines.append(f"`{use.format(word)}` · [source](../../{source})\n")
         lines += [*option_table(options_of(part, registry), registry), ""]

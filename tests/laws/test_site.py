@@ -21,8 +21,9 @@ from jemkit.config.registry import installed
 from jemkit.options import Options
 
 ROOT = Path(__file__).parents[2]
+NEEDED = ("mkdocs", "material", "mkdocstrings", "latex2mathml")
 needs_mkdocs = pytest.mark.skipif(
-    any(importlib.util.find_spec(m) is None for m in ("mkdocs", "material", "mkdocstrings")),
+    any(importlib.util.find_spec(m) is None for m in NEEDED),
     reason="needs the extra docs",
 )
 
@@ -87,6 +88,18 @@ def test_an_option_has_its_own_comment_or_that_above_it_or_that_of_a_base_class(
 def test_the_reference_has_every_public_name_once(reference: Any) -> None:
     names = [n.rpartition(".")[2] for page in reference.public_names().values() for n in page]
     assert sorted(names) == sorted(jemkit.__all__)
+
+
+def test_the_reference_has_a_formula_of_every_part_that_computes_one(made: dict[str, str]) -> None:
+    registry = installed(third_party=False)
+    kinds = ("energy", "sampler", "density", "ascent", "distance", "updater", "objective")
+    lacking = [f"{kind} {name}" for kind in kinds for name in registry[kind]
+               if "$$" not in section(made[f"reference/{kind}.md"], name)]  # fmt: skip
+    assert lacking == []
+
+
+def section(page: str, name: str) -> str:
+    return page.partition(f"## `{name}`")[2].partition("\n## ")[0]
 
 
 class Base(Options):
@@ -155,6 +168,14 @@ def test_no_link_of_the_site_is_broken_and_nothing_is_loaded_from_elsewhere(site
     assert broken == []
 
 
+@needs_mkdocs
+def test_formulas_are_mathml_and_no_tex_is_left(site: Path) -> None:
+    for page, count in (("concepts.html", 5), ("reference/objective.html", 30)):
+        assert (site / page).read_text().count("<math ") >= count, page
+    left = [path.name for path in site.rglob("*.html") if "arithmatex" in path.read_text()]
+    assert left == []
+
+
 @pytest.fixture(scope="module")
 def tab(site: Path) -> Iterator[Browser]:
     with browser() as opened:
@@ -164,7 +185,8 @@ def tab(site: Path) -> Iterator[Browser]:
 
 WIDE = """[...document.querySelectorAll("article *")].filter((e) =>
     e.getBoundingClientRect().right > innerWidth + 1 &&
-    !e.closest(".md-typeset__scrollwrap, pre, .highlight")).map((e) => e.outerHTML.slice(0, 80))"""
+    !e.closest(".md-typeset__scrollwrap, pre, .highlight, .formula"))
+    .map((e) => e.outerHTML.slice(0, 80))"""
 LOST = "[...document.images].filter((i) => i.complete && !i.naturalWidth).map((i) => i.src)"
 
 
