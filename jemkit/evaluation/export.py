@@ -88,7 +88,7 @@ def _exported(
     beside: dict[str, bytes | Mapping[str, Any]] = {**_samples(source.path), **hashes}
     if stored:
         beside[FIGURES] = stored.to_json()
-    task, gaussians = _of_data(source.path / CONFIG, registry, moments=moments)
+    task, gaussians = _of_data(opened, registry, moments=moments)
     written = write_model(
         folder, {**config, "source": about, **task}, opened.weights, card, beside=beside,
         moments=gaussians, license=license,
@@ -130,7 +130,7 @@ def save_model(
             gaussians = load_tensors(opened.folder / MOMENTS)
     else:
         config, beside = pinned.for_others(config, opened.folder)
-        task, gaussians = _of_data(opened.folder / CONFIG, registry, moments=True)
+        task, gaussians = _of_data(again or opened, registry)
         config = {**config, **task}
     about = dict(source) if isinstance(source, dict) else {}
     if changed:
@@ -211,17 +211,17 @@ def _about_run(recipe: Mapping[str, Any], about: Mapping[str, Any]) -> str:
 
 
 def _of_data(
-    config: Path, registry: Registry, *, moments: bool
+    opened: Opened, registry: Registry, *, moments: bool = True
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Facts about the run's data, and the Gaussians of its initial distribution, if available.
 
     They are needed for sampling; without them the data set is requested then.
     """
     try:
-        recipe = resolve(registry, config=config).recipe
-        pin = pinned.read(config)
+        config = opened.folder / CONFIG
+        recipe, pin = resolve(registry, config=config).recipe, pinned.read(config)
         splits = splits_of(recipe, pin)
-        task = pinned_task(recipe, splits, pin) or task_of(recipe, splits)
+        task = pinned_task(recipe, splits, pin, opened.state) or task_of(recipe, splits)
         task = replace(task, fill=False)
         return {"task": task_table(task)}, _moments(recipe, task) if moments else {}
     except JemkitError as error:

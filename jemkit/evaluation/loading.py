@@ -64,10 +64,13 @@ class LoadedModel(PixelModel):
         self.origin = origin
 
     def scores(self, pixels: Tensor) -> Scores:
-        """Scores of images [B, C, H, W] in [0, 1], or of bytes in 0..255."""
+        """Scores of images [B, C, H, W] in [0, 1], or of bytes in 0..255; else DataError."""
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         if not (tracing or torch.compiler.is_compiling()):
             check_unit(pixels)
+            if pixels.shape[1] != self.shape[0]:
+                came = f"images of {pixels.shape[1]} channels"
+                raise DataError(f"{came}: the model takes {list(self.shape)}, [C, H, W]")
         return super().scores(pixels)
 
     def logits(self, pixels: Tensor) -> Tensor:
@@ -102,6 +105,9 @@ class LoadedModel(PixelModel):
         `label` is a class, by number or name, several, over which the images are spread in order,
         or "all"; `y` [n] is the class of each. Such chains descend E(x, y), others E(x). `start` is
         another initial distribution. With `rng` the chains draw from it instead of from `seed`.
+
+        Raises MisfitError for a classifier, ConfigError or UsageError for what cannot be drawn,
+        DataError if the start needs images that are not there.
         """
         several = [label] if isinstance(label, int | str) else [*(label or ())]
         if several and y is not None:
@@ -139,7 +145,8 @@ class LoadedModel(PixelModel):
         config.json, model.safetensors and README.md, which `jemkit.from_pretrained` reads.
 
         Weights that were changed since they were loaded are saved as they are now, and without the
-        figures of the run.
+        figures of the run. Raises MisfitError for one of a file of weights, without a recipe;
+        ConfigError if the folder is not empty.
         """
         if self.origin is None:
             raise MisfitError(
@@ -210,6 +217,9 @@ def load(
 
     A .safetensors file needs its `network`, such as "wrn-28-10"; `dataset` or `shape` says for
     which images it was made, if several fit.
+
+    Raises DataError for a path that is missing, damaged or none of these, ConfigError for options
+    or parts that do not fit it.
     """
     at, parts, on = Path(path).expanduser(), registry or installed(), device_of(device)
     if not at.exists():
@@ -244,7 +254,8 @@ def from_pretrained(
     """The model of an exported folder, or of a repository of the Hugging Face hub, "me/model".
 
     The hub needs the extra `hub`. Only the files of an exported model are downloaded; nothing in
-    them is executed, and their hashes are checked. A folder of this name comes first.
+    them is executed, and their hashes are checked. A folder of this name comes first. Raises
+    DataError if there is no such model, or it is damaged; ConfigError without the extra.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
