@@ -15,6 +15,7 @@ from jemkit_cli.report import compare, report
 from jemkit_cli.runs.listing import ls
 from jemkit_cli.runs.removing import rm
 from jemkit_cli.sample import sample
+from jemkit_cli.show.command import show
 from jemkit_cli.study.commands import reproduce, sweep
 from jemkit_cli.terminal import say
 from jemkit_cli.train import train
@@ -47,6 +48,7 @@ app.command()(report)
 app.command()(compare)
 app.command()(ls)
 app.command()(rm)
+app.command()(show)
 app.command()(sweep)
 app.command()(reproduce)
 app.command("import")(import_model)

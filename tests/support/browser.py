@@ -58,10 +58,10 @@ class Browser:
             raise RuntimeError(f"{method}: {answer['error']['message']}")
         return answer["result"]
 
-    def open(self, path: Path) -> None:
-        """Open a file, and wait until it has loaded."""
+    def open(self, path: Path | str) -> None:
+        """Open a file or an address, and wait until it has loaded."""
         self.errors, self.requests = [], []
-        url = path.resolve().as_uri()
+        url = path if isinstance(path, str) else path.resolve().as_uri()
         self.send("Page.navigate", url=url)
         deadline = time.monotonic() + SAFETY
         while self.run("[location.href, document.readyState]") != [url, "complete"]:

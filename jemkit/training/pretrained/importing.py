@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import torch
-
 from jemkit.config.layers import Table
 from jemkit.config.recipe import Resolved, complete, resolve
 from jemkit.config.registry import Registry
@@ -16,7 +14,6 @@ from jemkit.models.norms import Norm
 from jemkit.training import pinned
 from jemkit.training.model_card import table_of
 from jemkit.training.model_folder import TaskTable, check_vacant, write_model
-from jemkit.training.opened import open_model
 from jemkit.training.pretrained.layouts import (
     Format,
     Reading,
@@ -27,7 +24,7 @@ from jemkit.training.pretrained.layouts import (
 )
 from jemkit.training.pretrained.probing import StateDict
 from jemkit.training.pretrained.reading import read_checkpoint
-from jemkit.training.restore import restored
+from jemkit.training.restore import load
 
 DATASETS = {10: "cifar10", 100: "cifar100"}
 """The data set of a published checkpoint by its number of classes, if none is given."""
@@ -92,7 +89,7 @@ def import_checkpoint(
     }  # fmt: skip
     written = write_model(
         folder, _config(resolved, shape, source), reading.weights, _card(source, reading, resolved),
-        check=lambda made: restored(open_model(made), registry, torch.device("cpu")),
+        check=lambda made: load(made, registry=registry),
     )  # fmt: skip
     tables = resolved.tables
     return Imported(
