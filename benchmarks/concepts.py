@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jemkit import PGD, Images, PixelModel, Threat, installed, load, moved_weights
-from jemkit.metrics.charts import Axes, Panel, Series, histograms, key, lines, picture
+from jemkit.metrics.charts import Axes, Panel, Series, histograms, key_of, lines, picture
 from jemkit.metrics.plots import save_grid
 from jemkit.runtime.files import write_text
 
@@ -94,7 +94,7 @@ def updater(plain: PixelModel, awp: PixelModel, data: Images) -> None:
     title = "Loss near the weights"
     chart, _ = lines(curves, Axes(title, "size of the move, relative to each weight",
                                   "cross-entropy of x̃"))  # fmt: skip
-    panel = Panel(title, chart, [(key(one.slot), one.label) for one in curves])
+    panel = Panel(title, chart, list(map(key_of, curves)))
     write_text(IMAGES / "updater.svg", picture([panel]))
 
 

@@ -3,12 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from textwrap import wrap
 from typing import Any, NamedTuple
 
 from jemkit.runtime.html import Html, join, tag
 
 WIDTH, HEIGHT = 360.0, 236.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 10.0, 12.0, 36.0
+TITLE, LINE = 52, 16.0
+"""Characters in a line of a title, and its height."""
 MARKS = ("circle", "square", "diamond", "up", "down", "cross", "plus", "ring")
 COLOURS = len(MARKS)
 LARGEST = 1e150  # what is larger is no number that a chart has room for; it is a gap like NaN
@@ -39,12 +42,24 @@ class Axes(NamedTuple):
     diagonal: bool = False
 
 
+class Key(NamedTuple):
+    """An entry of a legend."""
+
+    sign: Html
+    words: str
+    full: str = ""  # the whole name, if the words shorten it
+    label: str = ""  # such as "non-standard"
+
+
 class Panel(NamedTuple):
-    """A chart in a file, with its title and legend."""
+    """A chart with its title and legend."""
 
     title: str
     chart: Html
-    legend: Sequence[tuple[Html, str]] = ()
+    legend: Sequence[Key] = ()
+    name: str = ""  # of its file
+    label: str = ""  # such as "non-standard"
+    notes: Sequence[str] = ()
 
 
 class _Scale(NamedTuple):
@@ -81,7 +96,7 @@ def lines(series: Sequence[Series], axes: Axes) -> Html:
 
 def histograms(
     table: Mapping[str, Any], names: Mapping[str, str], slot: int, axes: Axes
-) -> tuple[Html, list[tuple[Html, str]]]:
+) -> tuple[Html, list[Key]]:
     """The named sets of a table of `jemkit.metrics.figures.histograms`, and their legend."""
     present = [name for name in names if table.get(name)]
     shares = {name: [v / (sum(table[name]) or 1.0) for v in table[name]] for name in present}
@@ -91,7 +106,7 @@ def histograms(
         words += [f"{table['n'][name]} images"] if name in table.get("n", {}) else []
         words += [f"mean {table['mean'][name]:.3g}"] if name in table.get("mean", {}) else []
         outline = tag("path", d="M1 11V3H25V11", class_=f"set set{at} s{slot % COLOURS}")
-        legend.append((_key(outline), ", ".join(words)))
+        legend.append(Key(_key(outline), ", ".join(words)))
     return histogram(table["edges"], shares, slot, axes), legend
 
 
@@ -134,18 +149,22 @@ def dots_key(slot: int, at: int) -> Html:
 def picture(panels: Sequence[Panel], columns: int = 2) -> str:
     """A file with charts side by side, each with title and legend."""
     rows = max(len(panel.legend) for panel in panels)
-    width, height = WIDTH + 24, HEIGHT + 52 + 16 * rows
+    above = [wrap(_labelled(panel.title, panel.label), TITLE) for panel in panels]
+    top = LINE * (max(map(len, above)) - 1)
+    width, height = WIDTH + 24, HEIGHT + 52 + 16 * rows + top
     parts = []
     for at, panel in enumerate(panels):
         keys = (
-            tag("g", sign, _words(name, 32, 10, "start"),
-                transform=f"translate({LEFT} {HEIGHT + 38 + 16 * row})")
-            for row, (sign, name) in enumerate(panel.legend)
+            tag("g", sign, _words(_labelled(words, label), 32, 10, "start"),
+                transform=f"translate({LEFT} {HEIGHT + 38 + top + 16 * row})")
+            for row, (sign, words, _, label) in enumerate(panel.legend)
         )  # fmt: skip
-        title = _words(panel.title, 8, 20, "start", "title")
-        chart = tag("g", panel.chart, transform="translate(0 30)")
+        title = [
+            _words(line, 8, 20 + LINE * i, "start", "title") for i, line in enumerate(above[at])
+        ]
+        chart = tag("g", panel.chart, transform=f"translate(0 {30 + top})")
         x, y = at % columns * width + 8, at // columns * height
-        parts.append(tag("g", title, chart, *keys, transform=f"translate({x:g} {y:g})"))
+        parts.append(tag("g", *title, chart, *keys, transform=f"translate({x:g} {y:g})"))
     size = min(columns, len(panels)) * width, -(-len(panels) // columns) * height
     whole = tag(
         "svg", tag("style", Html(style())),
@@ -154,6 +173,10 @@ def picture(panels: Sequence[Panel], columns: int = 2) -> str:
         viewBox=f"0 0 {size[0]:g} {size[1]:g}", class_="chart", font_family="system-ui, sans-serif",
     )  # fmt: skip
     return f"{whole}\n"
+
+
+def _labelled(words: str, label: str) -> str:
+    return f"{words} ({label})" if label else words
 
 
 def style() -> str:
@@ -180,9 +203,15 @@ def mark(slot: int, x: float = 6.0, y: float = 6.0, r: float = 3.4, words: str =
     return tag("circle", title, cx=f"{x:.1f}", cy=f"{y:.1f}", r=r, class_=style)
 
 
-def key(slot: int) -> Html:
-    """A run's line and marker for a legend."""
-    return _key(tag("path", d="M1 6H25", class_=f"line s{slot % COLOURS}"), mark(slot, 13))
+def key(slot: int, *, marked: bool = True) -> Html:
+    """A run's line for a legend, with its marker if the curve has markers."""
+    line = tag("path", d="M1 6H25", class_=f"line s{slot % COLOURS}")
+    return _key(line, mark(slot, 13)) if marked else _key(line)
+
+
+def key_of(series: Series) -> Key:
+    """The legend's entry of a curve, as it is drawn."""
+    return Key(key(series.slot, marked=series.marked), series.label)
 
 
 def _key(*parts: Html) -> Html:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jemkit.errors import DataError
-from jemkit.metrics.charts import Axes, Panel, Series, key, lines, picture
+from jemkit.metrics.charts import Axes, Panel, Series, key_of, lines, picture
 from jemkit.runtime.files import write_text
 from jemkit.runtime.opening import LOG_LIMIT, read_file
 
@@ -98,7 +98,7 @@ def _panel(
         for at, (name, (x, y)) in enumerate(zip(names, curves.values(), strict=True))
     ]
     svg = lines(series, Axes(title, "step", "", None, y_range))
-    return Panel(title, svg, [(key(one.slot), one.label) for one in series])
+    return Panel(title, svg, [key_of(one) for one in series])
 
 
 def _text(path: Path) -> str:

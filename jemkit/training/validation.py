@@ -85,7 +85,8 @@ class Validator:
                 samples = self.task.bounds.to_unit(self._samples(ctx.rng))
                 rows["samples"] = subject.scores(samples).energy
         norm = {"Linf": "L-inf"}.get(ctx.threat.norm, ctx.threat.norm)
-        title = f"PGD-20 at {ctx.threat.radius_px:g}/255, {norm}; chains of {GRID_STEPS} steps"
+        attack = f"PGD-20 at {ctx.threat.radius_px:g}/255, {norm}"
+        title = f"validation images; {attack}; chains of {GRID_STEPS} steps"
         table = histograms({name: energy.cpu().flatten() for name, energy in rows.items()})
         axes = charts.Axes(title, "E(x)", "share of images")
         chart, legend = charts.histograms(table, dict(zip(rows, rows, strict=True)), 0, axes)

@@ -250,6 +250,40 @@ def test_a_damaged_accuracy_is_a_gap_in_the_curves(tmp_path: Path) -> None:
     assert (tmp_path / "curves.svg").exists()
 
 
+def test_a_legend_has_markers_where_the_curve_has_them(tmp_path: Path) -> None:
+    for epochs_done, marked in ((5, True), (50, False)):
+        lines = [f'{{"event": "epoch", "step": {n}, "accuracy": 0.5}}' for n in range(epochs_done)]
+        (tmp_path / "events.jsonl").write_text("\n".join(lines))
+        save_curves(tmp_path)
+        text = (tmp_path / "curves.svg").read_text()
+        assert ('class="mark' in text) == marked
+
+
+def test_a_long_title_is_broken_into_lines_and_nothing_of_it_is_lost() -> None:
+    words = "validation images; PGD-20 at 25.5/255, L-inf; chains of 40 steps"
+    panel = charts.Panel(words, charts.histogram([], {}, 0, charts.Axes(words, "x", "y")))
+    titles = re.findall('class="title">([^<]*)<', charts.picture([panel]))
+    assert " ".join(titles) == words
+    assert max(map(len, titles)) <= charts.TITLE
+
+
+def test_curves_of_one_run_alone_are_grouped_by_kind(runs: list[Path], tmp_path: Path) -> None:
+    page = render(runs[:1])
+    titles = re.findall("<figcaption>([^<]+?) ?</figcaption>", page.split('id="training"')[1])
+    assert titles == ["Validation accuracy", "Terms of the loss", "Mean energies", "Energy gaps",
+                      "Gradient norm"]  # fmt: skip
+    other = whole_run(tmp_path / "other", shift=1.0)
+    (other / "metrics.csv").write_text("step,loss,loss a,loss b\n0,1,2,3\n1,1,2,3\n")
+    titles = re.findall("<figcaption>([^<]+?) ?</figcaption>",
+                        render([runs[0], other]).split('id="training"')[1])  # fmt: skip
+    assert titles == [
+        "Validation accuracy", "Validation accuracy under PGD-10", "loss",
+        "Terms of the loss of ebjdat alone", "Mean energies of ebjdat alone",
+        "Energy gaps of ebjdat alone", "Gradient norm of ebjdat alone",
+        "Terms of the loss of other alone",
+    ]  # fmt: skip
+
+
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
 def test_ticks_are_few_round_and_inside(low: float, width: float) -> None:
     ticks = charts.ticks(low, low + width)

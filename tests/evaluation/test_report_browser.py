@@ -1,5 +1,6 @@
 """The report in a browser: by touch, key and mouse, on paper, and with a hostile record."""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import pytest
 from browser import Browser, browser, chromium
 from hostile_report import hostile_run, three_runs
+from report_runs import N, bare_run, card, full_record
 
 from jemkit.evaluation.report import write
+from jemkit.metrics.figures import plain
 
 needs_chromium = pytest.mark.skipif(chromium() is None, reason="needs chromium")
 
@@ -52,10 +55,9 @@ def test_every_picture_shows(page: Browser) -> None:
 
 @needs_chromium
 def test_a_click_on_its_head_sorts_a_column_and_missing_figures_stay_last(page: Browser) -> None:
-    names = "[...document.querySelectorAll('#comparison tbody th')].map((e) => e.textContent)"
-    heads = page.run(
-        "[...document.querySelectorAll('#comparison thead th')].map((e) => e.innerText)"
-    )
+    first = "[...document.querySelector('#comparison table').querySelectorAll"
+    names = f"{first}('tbody th')].map((e) => e.textContent)"
+    heads = page.run(f"{first}('thead th')].map((e) => e.innerText)")
     at = next(i for i, head in enumerate(heads, 1) if head == "AA")
     column = f"#comparison thead th:nth-child({at})"
     assert page.run(names) == ["ebjdat", "trades", "quick"]
@@ -78,6 +80,29 @@ def test_the_page_never_scrolls_sideways(page: Browser, width: int) -> None:
 
 
 @needs_chromium
+def test_at_1280_the_comparison_is_not_cut(
+    window: Browser, runs: list[Path], tmp_path: Path
+) -> None:
+    """With as many sets of other images as an evaluation has, and names as a study gives."""
+    whole = full_record()
+    more = [plain(f"auroc/{name}", 0.9, N, card()) for name in ("uniform", "gaussian", "rotation")]
+    many = bare_run(
+        tmp_path / f"better-dm-no-generated-images-{'0' * 40}-18a18984",
+        dataclasses.replace(whole, figures=[*whole.figures, *more]),
+    )
+    window.size(1280, 900)
+    window.open(write([many, *runs], tmp_path / "report.html"))
+    boxes = "[...document.querySelectorAll('#comparison .scroll')]"
+    widths = window.run(f"{boxes}.map((e) => [e.scrollWidth, e.clientWidth])")
+    assert len(widths) == 2
+    assert all(inner <= outer for inner, outer in widths)
+    name = window.run("document.querySelector('#comparison .run > span').textContent")
+    assert name == "better-dm-no-gene…000-18a18984"
+    full = window.run("document.querySelector('#comparison .run > span').title")
+    assert full == many.name
+
+
+@needs_chromium
 def test_dark_is_dark_and_its_words_are_light(page: Browser) -> None:
     style = "getComputedStyle(document.body)"
     light = [page.run(f"{style}.backgroundColor"), page.run(f"{style}.color")]
@@ -97,7 +122,8 @@ def test_a_card_opens_on_a_tap_on_the_keyboards_focus_and_under_the_mouse(
         page.size(375, 800, phone=True)
         page.tap("#comparison .number")
     elif how == "key":
-        page.run("[...document.querySelectorAll('#comparison .sort')].at(-1).focus()")
+        first = "document.querySelector('#comparison table')"
+        page.run(f"[...{first}.querySelectorAll('.sort')].at(-1).focus()")
         for _ in range(2):  # a table wider than the page is a stop of its own
             if not page.run(OPEN):
                 page.press("Tab")

@@ -45,6 +45,7 @@ def test_a_run_leaves_its_config_metrics_events_curves_samples_and_checkpoints(
         assert picture.read_bytes().startswith(b"\x89PNG")
     for picture in (out / "curves.svg", out / "energies.svg"):
         assert ElementTree.parse(picture).getroot().tag.endswith("svg")
+    assert "validation images; PGD-20" in (out / "energies.svg").read_text()
     assert {p.name for p in (out / "checkpoints").iterdir()} >= {"best", "step-00000012"}
     assert (out.parent / "latest").resolve() == out.resolve()
     assert summary.run == out

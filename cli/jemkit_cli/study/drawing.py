@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jemkit.metrics import charts
 from jemkit.metrics import record as records
-from jemkit.metrics.charts import Axes, Panel, Series
+from jemkit.metrics.charts import Axes, Key, Panel, Series
 from jemkit.metrics.figures import Figure
 from jemkit.metrics.record_file import Record
 from jemkit.runtime.html import Html, tag
@@ -85,8 +85,10 @@ def _measured(line: Line, name: str, slot: int) -> Series:
 
 def _accuracies(series: Sequence[Series], attack: str, origin: str) -> Panel:
     axes = Axes(attack, "clean accuracy", f"accuracy under {attack}")
-    chart = charts.lines([each._replace(marked=True) for each in series], axes)
-    return Panel(f"{attack}, {origin}", chart, [(charts.key(s.slot), s.label) for s in series])
+    marked = [each._replace(marked=True) for each in series]
+    return Panel(
+        f"{attack}, {origin}", charts.lines(marked, axes), list(map(charts.key_of, marked))
+    )
 
 
 def _samples(table: Table) -> list[Panel]:
@@ -109,13 +111,13 @@ def _embedded(path: Path) -> Html:
     )  # fmt: skip
 
 
-def _protocol(record: Record | None) -> tuple[Html, str]:
+def _protocol(record: Record | None) -> Key:
     """How the samples were drawn, as a legend without a sign."""
     figures = record.figures if record else []
     for figure in figures:
         if figure.protocol.get("split") == "generated":
-            return Html(""), _drawn(figure)
-    return Html(""), ""
+            return Key(Html(""), _drawn(figure))
+    return Key(Html(""), "")
 
 
 def _drawn(figure: Figure) -> str:

@@ -1,18 +1,23 @@
 """Code shared by the sections of a report: runs, figures with protocol cards, charts."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from jemkit.config.layers import flat
 from jemkit.evaluation.run_table import Judged, other_images, shown, shown_interval
 from jemkit.metrics import charts
-from jemkit.metrics.charts import Axes, Series
+from jemkit.metrics.charts import Axes, Key, Panel, Series
 from jemkit.metrics.figures import Figure
 from jemkit.runtime.html import Html, join, tag
 
 LAST = ("checkpoint", "device", "evaluator", "versions", "seconds", "max delta")
 """Entries of a card that come after those that define the figure."""
+
+
+SHORT = 30
+"""Characters of a run's name that a report shows; the whole name is its title."""
 
 
 @dataclass
@@ -21,47 +26,60 @@ class Book:
 
     runs: Sequence[Judged]
 
-    def lines(self, series: Sequence[Series], axes: Axes, notes: object = None) -> Html:
-        """A chart over all runs with its legend."""
-        names = {s.slot: self.run_name(s.slot) for s in series}
-        return self.chart(series, axes, names if len(self.runs) > 1 else {}, notes)
+    @cached_property
+    def names(self) -> list[str]:
+        """The names of the runs, shortened where that keeps them distinct."""
+        short = [shortened(run.name) for run in self.runs]
+        return [
+            run.name if short.count(name) > 1 else name
+            for run, name in zip(self.runs, short, strict=True)
+        ]
+
+    def lines(self, name: str, series: Sequence[Series], axes: Axes, *notes: str) -> Panel:
+        """A chart over all runs, with their legend if there are several."""
+        keys = [self.legend_key(s) for s in series] if len(self.runs) > 1 else []
+        return Panel(axes.title, charts.lines(series, axes), keys, name, notes=notes)
 
     def judged_lines(
-        self, series: Sequence[Series], axes: Axes, *extra_notes: object, table: str = ""
-    ) -> Html:
+        self, name: str, series: Sequence[Series], axes: Axes, *notes: str, table: str = ""
+    ) -> Panel:
         """A chart of evaluated values.
 
         It is labelled if the protocol is not standard or the runs were evaluated on different
         images.
         """
         slots = [s.slot for s in series]
-        names = {slot: self.judged_name(slot, table) for slot in slots}
-        if len(self.runs) == 1:
-            labels = {slot: self.label(slot, table) for slot in slots}
-            names = {slot: label for slot, label in labels.items() if label is not None}
-        notes = [*extra_notes]
+        labels = {slot: self.label(slot, table) for slot in slots}
         if differs := other_images([self.runs[slot] for slot in slots], table):
-            notes.append(f"Not the same images: {'; '.join(differs)}")
-        return self.chart(series, axes, names, join(*map(note, notes)))
+            notes = (*notes, f"Not the same images: {'; '.join(differs)}")
+        panel = self.lines(name, series, axes, *notes)
+        if len(self.runs) == 1:
+            return panel._replace(label=next(iter(labels.values()), ""))
+        keys = [self.legend_key(s)._replace(label=labels[s.slot]) for s in series]
+        return panel._replace(legend=keys)
 
-    def chart(
-        self, series: Sequence[Series], axes: Axes, names: Mapping[int, Html], notes: object
-    ) -> Html:
-        """A chart with the names of its curves, and a note."""
-        return panel(axes.title, charts.lines(series, axes), legend(names.values()), notes)
+    def legend_key(self, series: Series) -> Key:
+        """The legend's entry of a curve of a run."""
+        name, full = self.names[series.slot], self.runs[series.slot].name
+        return Key(charts.key(series.slot, marked=series.marked), name, full)
 
     def run_name(self, slot: int) -> Html:
-        return self.key(slot, self.runs[slot].name)
-
-    def key(self, slot: int, name: str) -> Html:
-        return tag("span", charts.key(slot), tag("span", name), class_="run")
+        name, full = self.names[slot], self.runs[slot].name
+        words = tag("span", name, title=full if name != full else None)
+        return tag("span", charts.key(slot), words, class_="run")
 
     def judged_name(self, slot: int, table: str = "") -> Html:
         """The run's name where figures or tables of its record are shown."""
-        return join(self.run_name(slot), " ", self.label(slot, table))
+        return join(self.run_name(slot), " ", badge(self.label(slot, table)))
 
-    def label(self, slot: int, table: str = "") -> Html | None:
-        return badge(self.runs[slot].record.card_of("tables", table))
+    def label(self, slot: int, table: str = "") -> str:
+        """The label of a protocol that is not the standard one, else nothing."""
+        return label_of(self.runs[slot].record.card_of("tables", table))
+
+
+def shortened(name: str) -> str:
+    """A name of at most SHORT characters, with its end: runs of a study differ there."""
+    return name if len(name) <= SHORT else f"{name[: SHORT - 13]}…{name[-12:]}"
 
 
 def number(figure: Figure, run: Judged, *, best: bool = False) -> Html:
@@ -75,19 +93,32 @@ def carded(words: str, card: object, class_: str) -> Html:
     return join(button, tag("div", card, class_="card", role="note"))
 
 
-def legend(keys: Iterable[object]) -> Html | None:
-    items = [tag("li", key) for key in keys]
-    return tag("ul", *items, class_="legend") if items else None
+def drawn(panel: Panel) -> Html:
+    """A chart with its title, legend and notes."""
+    title = join(panel.title, " ", badge(panel.label))
+    items = [
+        tag("li", tag("span", sign, " ", tag("span", words, title=full if full != words else None)),
+            " ", badge(label))
+        for sign, words, full, label in panel.legend
+    ]  # fmt: skip
+    legend = tag("ul", *items, class_="legend") if items else None
+    return captioned(title, panel.chart, legend, *map(note, panel.notes))
 
 
-def badge(protocol: Mapping[str, Any]) -> Html | None:
+def label_of(protocol: Mapping[str, Any]) -> str:
+    return "non-standard" if protocol.get("standard") is False else ""
+
+
+def badge(label: str) -> Html | None:
     """The label of a protocol that is not the standard one."""
-    if protocol.get("standard") is not False:
-        return None
-    return tag("span", "non-standard", class_="badge")
+    return tag("span", label, class_="badge") if label else None
 
 
-def panel(title: object, *parts: object) -> Html:
+def badge_of(protocol: Mapping[str, Any]) -> Html | None:
+    return badge(label_of(protocol))
+
+
+def captioned(title: object, *parts: object) -> Html:
     """A chart or picture with its title."""
     return tag("figure", tag("figcaption", title), *parts)
 
@@ -122,5 +153,5 @@ def _card(figure: Figure, run: Judged) -> Html:
     rest = [row for row in settings(figure.protocol) if row[0] != "images"]
     rest.sort(key=lambda row: row[0].startswith(LAST))
     rows = (join(tag("dt", key), tag("dd", value)) for key, value in (*top, *rest))
-    title = tag("p", tag("b", figure.name), f" of {run.name} ", badge(figure.protocol))
+    title = tag("p", tag("b", figure.name), f" of {run.name} ", badge_of(figure.protocol))
     return join(title, tag("dl", *rows))

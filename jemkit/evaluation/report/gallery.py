@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from jemkit.evaluation.report.book import Book, note, panel, section
+from jemkit.evaluation.report.book import Book, captioned, note, section
 from jemkit.evaluation.report.tables import protocol_words
 from jemkit.evaluation.run_table import Judged
 from jemkit.metrics import record as records
@@ -75,6 +75,6 @@ def _newest_samples(folder: Path) -> dict[str, Path]:
 def _picture(title: str, path: Path, run: str) -> Html:
     content = read_file(path, LARGEST)
     if not content.startswith(PNG):
-        return panel(title, note(f"{path.name} is no PNG"))
+        return captioned(title, note(f"{path.name} is no PNG"))
     source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-    return panel(title, tag("img", src=source, alt=f"{title}, {run}"))
+    return captioned(title, tag("img", src=source, alt=f"{title}, {run}"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jemkit.errors import DataError
 from jemkit.evaluation.report import gallery, plots, tables
-from jemkit.evaluation.report.book import Book, note, section
+from jemkit.evaluation.report.book import Book, badge, note, section
 from jemkit.evaluation.run_table import read_runs
 from jemkit.metrics import charts
 from jemkit.metrics import record as records
@@ -44,7 +44,7 @@ def write(folders: Sequence[Path], out: Path | None = None) -> Path:
 
 def render(folders: Sequence[Path]) -> str:
     """The page as HTML; the same runs give the same bytes."""
-    book = Book(read_runs(folders, _read))
+    book = read_book(folders)
     shown = {name: _shown(book, name) for name in SECTIONS}
     missing = [
         tag("li", coded(SECTIONS[name][1]))
@@ -55,14 +55,19 @@ def render(folders: Sequence[Path]) -> str:
     if missing:
         body.append(section("absent", "Not here", tag("ul", *missing, class_="notes")))
     links = (tag("a", name, href=f"#{_id(part)}") for name, part in shown.items() if part)
-    names = ", ".join(run.name for run in book.runs)
+    names, short = ", ".join(run.name for run in book.runs), ", ".join(book.names)
     return _document(
         f"jemkit: {names}",
-        tag("header", tag("p", "jemkit report", class_="kind"), tag("h1", names), _subjects(book)),
+        tag("header", tag("p", "jemkit report", class_="kind"), tag("h1", short), _subjects(book)),
         tag("nav", *links, aria_label="Sections"),
         tag("main", *body),
         tag("footer", *_footer(book)),
     )
+
+
+def read_book(folders: Sequence[Path]) -> Book:
+    """The runs of a report; a run that was not evaluated yet has an empty record."""
+    return Book(read_runs(folders, _read))
 
 
 def _document(title: str, *body: Html) -> str:
@@ -111,7 +116,14 @@ def _subjects(book: Book) -> Html:
         if card.get("radius_px") is not None:
             parts.append(f"{card.get('norm')} {card['radius_px']:g}/255")
         rows.append(
-            tag("li", book.run_name(slot), " ", " · ".join(map(str, parts)), " ", book.label(slot))
+            tag(
+                "li",
+                book.run_name(slot),
+                " ",
+                " · ".join(map(str, parts)),
+                " ",
+                badge(book.label(slot)),
+            )
         )
     return tag("ul", *rows, class_="subjects")
 

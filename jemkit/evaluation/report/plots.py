@@ -1,54 +1,100 @@
-"""The sections of a report with charts."""
+"""The charts of a report, and its sections with charts."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from jemkit.evaluation.report.book import Book, legend, note, panel, section
+from jemkit.evaluation.report.book import Book, drawn, section
 from jemkit.metrics import charts
-from jemkit.metrics.charts import Axes, Series
-from jemkit.metrics.curves import epochs, metrics
-from jemkit.runtime.html import Html, join, tag
+from jemkit.metrics.charts import Axes, Key, Panel, Series, key_of
+from jemkit.metrics.curves import KINDS, LEGEND, Curve, epochs, metrics
+from jemkit.runtime.html import Html, tag
 
 SETS = {"clean": "clean, x", "adversarial": "adversarial, x~", "generated": "generated"}
-ATTACKED = {"radius_curve": "radius, in 1/255", "steps_curve": "steps"}
+NORMS = {"Linf": "L∞"}
+GROUPS = {
+    "loss": "Terms of the loss", "E(": "Mean energies", "gap": "Energy gaps",
+    "gradient norm": "Gradient norm", "accuracy": "Accuracy", "sampler/": "Sampler",
+    "ascent/": "Ascent",
+}  # fmt: skip
+"""The titles of charts with all curves of a kind of one run."""
 
 
-def energies(book: Book) -> Html | None:
-    """Histograms of each run's energies, energies against confidence, and along an attack."""
-    panels = []
-    for slot, run in enumerate(book.runs):
-        table = run.record.tables.get("energies")
-        if table:
-            panels.append(_energies(book, slot, table, "E(x)"))
-        if table and "joint" in table:
-            panels.append(_energies(book, slot, table["joint"], "E(x, y)"))
-        if points := run.record.tables.get("energy_confidence"):
-            panels.append(_confidence(book, slot, points))
-    for name, title in (
-        ("mean", "Mean E(x) along the attack"),
-        ("joint", "Mean E(x, y) along the attack"),
-    ):
-        curves = [
-            _way(run.name, slot, path, name)
-            for slot, run in enumerate(book.runs)
-            if name in (path := run.record.tables.get("energy_path") or {})
-        ]
-        if curves:
-            notes = ["bars hold 80 % of the images"] if any(curve.low for curve in curves) else []
-            panels.append(
-                book.judged_lines(
-                    curves, Axes(title, "step of the attack", "energy"), *notes, table="energy_path"
-                )
-            )
-    return _section("energies", panels)
+def panels(book: Book) -> list[Panel]:
+    """Every chart of a report."""
+    kinds = (_robustness, _energies, _calibration, _ood, _training)
+    return [panel for kind in kinds for panel in kind(book)]
 
 
 def robustness(book: Book) -> Html | None:
     """Accuracy against the radius and the steps of an attack; one chart each."""
-    panels = []
-    for name, label in ATTACKED.items():
+    return _section("robustness", _robustness(book))
+
+
+def energies(book: Book) -> Html | None:
+    """Histograms of each run's energies, energies against confidence, and along an attack."""
+    return _section("energies", _energies(book))
+
+
+def calibration(book: Book) -> Html | None:
+    """Accuracy against confidence, bin by bin."""
+    return _section("calibration", _calibration(book))
+
+
+def ood(book: Book) -> Html | None:
+    """Energies of other images and of the test images, one chart per run."""
+    return _panels(list(_ood(book)))
+
+
+def training(book: Book) -> Html | None:
+    """Terms, energies and gaps against the step, and validation results after each epoch."""
+    return _section("training", _training(book))
+
+
+def _energies(book: Book) -> Iterator[Panel]:
+    for slot, run in enumerate(book.runs):
+        table = run.record.tables.get("energies")
+        if table:
+            yield _histograms(book, slot, table, "E(x)")
+        if table and "joint" in table:
+            yield _histograms(book, slot, table["joint"], "E(x, y)")
+        if points := run.record.tables.get("energy_confidence"):
+            yield _confidence(book, slot, points)
+    yield from _paths(book)
+
+
+def _paths(book: Book) -> Iterator[Panel]:
+    """Mean energies along an attack; those of a single run are in one chart."""
+    stored = [run.record.tables.get("energy_path") or {} for run in book.runs]
+    curves = {
+        label: [_way(run.name, slot, stored[slot], name)
+                for slot, run in enumerate(book.runs) if name in stored[slot]]
+        for name, label in (("mean", "E(x)"), ("joint", "E(x, y)"))
+    }  # fmt: skip
+    curves = {label: series for label, series in curves.items() if series}
+    if len(book.runs) == 1:
+        both = [s._replace(label=label, slot=at)
+                for at, (label, (s,)) in enumerate(curves.items())]  # fmt: skip
+        if both:
+            axes = Axes("Mean energies along the attack", "step of the attack", "energy")
+            yield Panel(
+                axes.title, charts.lines(both, axes), list(map(key_of, both)), "energy-path",
+                book.label(0, "energy_path"), _bars(both),
+            )  # fmt: skip
+        return
+    for label, series in curves.items():
+        axes = Axes(f"Mean {label} along the attack", "step of the attack", label)
+        name = f"energy-path-{label}"
+        yield book.judged_lines(name, series, axes, *_bars(series), table="energy_path")
+
+
+def _bars(series: Sequence[Series]) -> list[str]:
+    return ["bars hold 80 % of the images"] if any(curve.low for curve in series) else []
+
+
+def _robustness(book: Book) -> Iterator[Panel]:
+    for name, of in (("radius_curve", "radius"), ("steps_curve", "steps")):
         kinds: dict[tuple[str, str], list[Series]] = {}
         counts: dict[tuple[str, str], dict[str, Any]] = {}
         for slot, run in enumerate(book.runs):
@@ -57,23 +103,27 @@ def robustness(book: Book) -> Html | None:
                 x, y, low, high = map(_numbers, zip(*table["points"], strict=True))
                 curve = Series(run.name, slot, x, y, low, high, marked=True)
                 kinds.setdefault(kind, []).append(curve)
-                counts.setdefault(kind, {})[run.name] = table.get("n")
-        for kind, series in kinds.items():
-            title = f"Accuracy against the {label.split(',')[0]}: {kind[0]}, {kind[1]}"
+                counts.setdefault(kind, {})[book.names[slot]] = table.get("n")
+        for (attack, norm), series in kinds.items():
+            norm_name = NORMS.get(norm, norm)
+            title = f"Accuracy against the {of}: {attack}, {norm_name}"
+            label = f"{norm_name} radius, in 1/255" if of == "radius" else "steps of the attack"
             axes = Axes(title, label, "accuracy", None, (0.0, 1.0))
-            images = [f"{n} images of {run}" for run, n in counts[kind].items()]
-            if len(numbers := set(counts[kind].values())) == 1:
-                images = [f"{numbers.pop()} images"]
-            notes = (
-                f"{', '.join(images)}: the first ones, until the indicators have enough that "
-                "are right, and not all that the figures above are of; bars are 95 % intervals"
-            )
-            panels.append(book.judged_lines(series, axes, notes, table=name))
-    return _section("robustness", panels)
+            note = _images_of(counts[attack, norm])
+            yield book.judged_lines(f"{of}-{attack}-{norm}", series, axes, note, table=name)
 
 
-def calibration(book: Book) -> Html | None:
-    """Accuracy against confidence, bin by bin."""
+def _images_of(counts: Mapping[str, Any]) -> str:
+    images = [f"{n} images of {run}" for run, n in counts.items()]
+    if len(numbers := set(counts.values())) == 1:
+        images = [f"{numbers.pop()} images"]
+    return (
+        f"{', '.join(images)}: the first ones, until the indicators have enough that are right, "
+        "and not all that the figures above are of; bars are 95 % intervals"
+    )
+
+
+def _calibration(book: Book) -> Iterator[Panel]:
     series, tables = [], []
     for slot, run in enumerate(book.runs):
         table = run.record.tables.get("reliability")
@@ -86,25 +136,23 @@ def calibration(book: Book) -> Html | None:
             )
             tables.append((slot, table["edges"], counts))
     if not series:
-        return None
+        return
     unit = (0.0, 1.0)
     axes = Axes("Reliability", "confidence", "accuracy", unit, unit, diagonal=True)
     remark = "On the dashed line, confidence equals accuracy."
-    panels = [book.judged_lines(series, axes, remark, table="reliability")]
+    yield book.judged_lines("reliability", series, axes, remark, table="reliability")
     for slot, edges, counts in tables:
-        title = f"Confidences of {book.runs[slot].name}"
+        title = f"Confidences of {book.names[slot]}"
         total = sum(counts) or 1.0
         shares = {"all": [n / total for n in counts]}
-        chart_html = charts.histogram(
+        chart = charts.histogram(
             _numbers(edges), shares, slot, Axes(title, "confidence", "share of images")
         )
-        panels.append(panel(join(title, " ", book.label(slot, "reliability")), chart_html))
-    return _section("calibration", panels)
+        label = book.label(slot, "reliability")
+        yield Panel(title, chart, (), f"confidences-{book.names[slot]}", label)
 
 
-def ood(book: Book) -> Html | None:
-    """Energies of other images and of the test images, one chart per run."""
-    panels = []
+def _ood(book: Book) -> Iterator[Panel]:
     for slot, run in enumerate(book.runs):
         if table := run.record.tables.get("ood_energies"):
             edges = _numbers(table["edges"])
@@ -112,45 +160,73 @@ def ood(book: Book) -> Html | None:
             sets = [name for name in table["n"] if name in table]
             sets.sort(key=lambda name: (name != "test", name))
             series = [Series(name, at, middles, table[name]) for at, name in enumerate(sets)]
-            names = {at: book.key(at, name) for at, name in enumerate(sets)}
-            axes = Axes(f"E(x) of test and other images: {run.name}", "E(x)", "share of images")
-            panels.append(book.chart(series, axes, names, book.label(slot, "ood_energies")))
-    return _panels(panels) if panels else None
+            name = book.names[slot]
+            axes = Axes(f"E(x) of test and other images: {name}", "E(x)", "share of images")
+            yield Panel(
+                axes.title, charts.lines(series, axes), list(map(key_of, series)),
+                f"ood-energies-{name}", book.label(slot, "ood_energies"),
+            )  # fmt: skip
 
 
-def training(book: Book) -> Html | None:
-    """Terms, energies and gaps against the step, and validation results after each epoch."""
+def _training(book: Book) -> Iterator[Panel]:
     read = [metrics(run.folder) for run in book.runs]
-    panels = _validation(book)
-    for name in sorted({name for curves in read for name in curves}, key=_place):
-        series, lost = [], []
-        for slot, (run, curves) in enumerate(zip(book.runs, read, strict=True)):
-            if curve := curves.get(name):
-                series.append(Series(run.name, slot, curve.x, curve.y))
-                lost += [f"{run.name}: {curve.lost} values are not finite"] if curve.lost else []
-        remark = note("; ".join(lost), "; the gaps in the curve") if lost else None
-        panels.append(book.lines(series, Axes(name, "step", ""), remark))
-    return _section("training", panels)
+    yield from _validation(book)
+    names = sorted({name for curves in read for name in curves}, key=_place)
+    for name in names:
+        of = [slot for slot, curves in enumerate(read) if name in curves]
+        if len(of) > 1:
+            series = [Series(book.names[s], s, read[s][name].x, read[s][name].y) for s in of]
+            axes = Axes(name, "step", LEGEND.get(name, name))
+            notes = _lost({book.names[slot]: read[slot][name] for slot in of})
+            yield book.lines(f"training-{name}", series, axes, *notes)
+    for slot, curves in enumerate(read):
+        alone = [name for name in names if [slot] == [s for s, c in enumerate(read) if name in c]]
+        for kind in KINDS:
+            of_kind = {name: curves[name] for name in alone if name.startswith(kind)}
+            if of_kind:
+                yield _grouped(book, slot, kind, of_kind)
 
 
-def _energies(book: Book, slot: int, table: Mapping[str, Any], which: str) -> Html:
-    axes = Axes(f"{which} of {book.runs[slot].name}", which, "share of images")
-    chart_html, keys = charts.histograms(table, SETS, slot, axes)
-    title = join(axes.title, " ", book.label(slot, "energies"))
-    return panel(title, chart_html, legend(join(sign, " ", words) for sign, words in keys))
+def _grouped(book: Book, slot: int, kind: str, curves: Mapping[str, Curve]) -> Panel:
+    """The curves of one kind that only one run has, in one chart."""
+    series = [
+        Series(LEGEND.get(name, name), at, curve.x, curve.y)
+        for at, (name, curve) in enumerate(curves.items())
+    ]
+    of = f" of {book.names[slot]} alone" if len(book.runs) > 1 else ""
+    (only, *more) = series
+    axes = Axes(f"{GROUPS[kind]}{of}", "step", "" if more else only.label)
+    keys = list(map(key_of, series)) if more else []
+    name = f"training-{GROUPS[kind]}{of}"
+    return Panel(axes.title, charts.lines(series, axes), keys, name, notes=_lost(curves))
 
 
-def _confidence(book: Book, slot: int, points: Sequence[Sequence[float]]) -> Html:
+def _lost(curves: Mapping[str, Curve]) -> list[str]:
+    """A note on the values that are not finite."""
+    lost = [f"{name}: {c.lost} values are not finite" for name, c in curves.items() if c.lost]
+    return [f"{'; '.join(lost)}; the gaps in the curve"] if lost else []
+
+
+def _histograms(book: Book, slot: int, table: Mapping[str, Any], which: str) -> Panel:
+    name = book.names[slot]
+    axes = Axes(f"{which} of {name}", which, "share of images")
+    chart, keys = charts.histograms(table, SETS, slot, axes)
+    return Panel(axes.title, chart, keys, f"{which}-{name}", book.label(slot, "energies"))
+
+
+def _confidence(book: Book, slot: int, points: Sequence[Sequence[float]]) -> Panel:
     """Energy against confidence, image by image."""
     groups = [[(float(x), float(y)) for x, y, right in points if right == is_right]
               for is_right in (1.0, 0.0)]  # fmt: skip
     axes = Axes("Energy against confidence", "E(x)", "largest p(y | x)", None, (0.0, 1.0))
-    keys = (
-        join(charts.dots_key(slot, at), f" {name}, {len(group)}")
+    keys = [
+        Key(charts.dots_key(slot, at), f"{name}, {len(group)}")
         for at, (name, group) in enumerate(zip(("right", "wrong"), groups, strict=True))
-    )
-    title = join(f"{axes.title}: {book.runs[slot].name} ", book.label(slot, "energy_confidence"))
-    return panel(title, charts.scatter(groups[0], groups[1], slot, axes), legend(keys))
+    ]
+    name = book.names[slot]
+    chart = charts.scatter(groups[0], groups[1], slot, axes)
+    label = book.label(slot, "energy_confidence")
+    return Panel(f"{axes.title}: {name}", chart, keys, f"energy-confidence-{name}", label)
 
 
 def _way(name: str, slot: int, path: Mapping[str, Any], which: str) -> Series:
@@ -162,21 +238,30 @@ def _way(name: str, slot: int, path: Mapping[str, Any], which: str) -> Series:
     return Series(name, slot, steps, values, low, high, marked=True)
 
 
-def _validation(book: Book) -> list[Html]:
-    histories = [epochs(run.folder) for run in book.runs]
-    panels = []
-    for name, title in (
-        ("accuracy", "Validation accuracy"), ("pgd10", "Validation accuracy under PGD-10"),
-    ):  # fmt: skip
-        series = []
-        for slot, (run, history) in enumerate(zip(book.runs, histories, strict=True)):
+def _validation(book: Book) -> Iterator[Panel]:
+    """Validation accuracies; those of a single run are in one chart."""
+    curves: dict[str, list[Series]] = {"Validation accuracy": [],
+                                       "Validation accuracy under PGD-10": []}  # fmt: skip
+    for slot, run in enumerate(book.runs):
+        history = epochs(run.folder)
+        for name, series in zip(("accuracy", "pgd10"), curves.values(), strict=True):
             if points := [(event["step"], event[name]) for event in history if name in event]:
                 x, y = map(_numbers, zip(*points, strict=True))
-                series.append(Series(run.name, slot, x, y))
+                series.append(Series(book.names[slot], slot, x, y))
+    unit = (0.0, 1.0)
+    if len(book.runs) == 1:
+        words = ("clean", "under PGD-10")
+        both = [s._replace(label=word, slot=at)
+                for at, (word, of) in enumerate(zip(words, curves.values(), strict=True))
+                for s in of]  # fmt: skip
+        axes = Axes("Validation accuracy", "step", "accuracy", None, unit)
+        if both:
+            chart = charts.lines(both, axes)
+            yield Panel(axes.title, chart, list(map(key_of, both)), "validation")
+        return
+    for title, series in curves.items():
         if series:
-            axes = Axes(title, "step", "accuracy", None, (0.0, 1.0))
-            panels.append(book.lines(series, axes))
-    return panels
+            yield book.lines(title, series, Axes(title, "step", "accuracy", None, unit))
 
 
 def _place(name: str) -> tuple[int, str]:
@@ -184,12 +269,13 @@ def _place(name: str) -> tuple[int, str]:
     return next((i for i, kind in enumerate(order) if name.startswith(kind)), len(order)), name
 
 
-def _section(name: str, panels: Sequence[Html]) -> Html | None:
-    return section(name, name.capitalize(), _panels(panels)) if panels else None
+def _section(name: str, panels: Iterator[Panel]) -> Html | None:
+    whole = _panels(list(panels))
+    return section(name, name.capitalize(), whole) if whole else None
 
 
-def _panels(panels: Sequence[Html]) -> Html:
-    return tag("div", *panels, class_="panels")
+def _panels(panels: Sequence[Panel]) -> Html | None:
+    return tag("div", *map(drawn, panels), class_="panels") if panels else None
 
 
 def _numbers(values: Sequence[Any]) -> list[float]:

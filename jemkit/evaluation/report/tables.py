@@ -2,16 +2,27 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jemkit.config.layers import flat
 from jemkit.evaluation.report import plots
-from jemkit.evaluation.report.book import Book, badge, carded, note, number, section, settings
+from jemkit.evaluation.report.book import (
+    Book,
+    badge_of,
+    carded,
+    note,
+    number,
+    section,
+    settings,
+)
 from jemkit.evaluation.run_table import Judged, Line, comparison, shown_interval, stem_of
 from jemkit.metrics.figures import Figure
 from jemkit.metrics.record_file import beside
 from jemkit.runtime.html import Html, coded, join, table, tag
+
+MOST = 8
+"""Columns of the comparison that fit on a page of 1100 px, beside the names of the runs."""
 
 ABOUT = {
     "clean": "Accuracy on clean images; higher is better",
@@ -28,13 +39,8 @@ ABOUT = {
 def overview(book: Book) -> Html:
     """The comparison: all runs, the main figures, the best of each marked."""
     lines = comparison(book.runs)
-    head = [_head("Run")]
-    head += [_head(line.column.title, ABOUT.get(stem_of(line.column.name))) for line in lines]
-    rows = [
-        [book.run_name(slot), *(_figure(book, line, slot) for line in lines)]
-        for slot in range(len(book.runs))
-    ]
-    tables = [
+    whole = [_compared(book, part) for part in _fitting(lines)]
+    notes = [
         note(tag("b", line.column.title), " is not comparable: ", "; ".join(line.differs))
         for line in lines
         if line.differs
@@ -42,8 +48,25 @@ def overview(book: Book) -> Html:
     about = "Hover over, focus or tap a figure to see its protocol."
     if len(book.runs) > 1:
         about += " Bold and underlined: the best of a column."
-    whole = table(head, rows, "sortable")
-    return section("comparison", "Comparison", whole, *tables, note(about))
+    return section("comparison", "Comparison", *whole, *notes, note(about))
+
+
+def _fitting(lines: Sequence[Line]) -> list[Sequence[Line]]:
+    """The columns of each table, so many as fit on a page; AUROC begins a table of its own."""
+    ood = [line for line in lines if stem_of(line.column.name) == "auroc"]
+    groups = [[line for line in lines if line not in ood], ood] if len(lines) > MOST else [lines]
+    return [group[at : at + MOST] for group in groups for at in range(0, len(group), MOST)]
+
+
+def _compared(book: Book, lines: Sequence[Line]) -> Html:
+    """A table of all runs with these columns."""
+    head = [_head("Run")]
+    head += [_head(line.column.title, ABOUT.get(stem_of(line.column.name))) for line in lines]
+    rows = [
+        [book.run_name(slot), *(_figure(book, line, slot) for line in lines)]
+        for slot in range(len(book.runs))
+    ]
+    return table(head, rows, "sortable figures")
 
 
 def cautions(book: Book) -> Html | None:
@@ -123,7 +146,7 @@ def every_figure(book: Book) -> Html:
     rows: list[list[object]] = []
     for slot, run in enumerate(book.runs):
         for figure in run.record.figures:
-            value = join(number(figure, run), " ", badge(figure.protocol))
+            value = join(number(figure, run), " ", badge_of(figure.protocol))
             first_cells = [book.run_name(slot), figure.name, _cell(value, figure.value)]
             rows.append([*first_cells, shown_interval(figure) or "–", figure.n, _words(figure)])
     head = map(_head, ("Run", "Figure", "Value"))
@@ -166,7 +189,8 @@ def _figure(book: Book, line: Line, slot: int) -> Html:
                aria_label="protocols differ")  # fmt: skip
     interval = tag("small", shown_interval(figure)) if figure.low is not None else None
     return _cell(
-        join(value, mark if line.differs else None, interval, badge(figure.protocol)), figure.value
+        join(value, mark if line.differs else None, interval, badge_of(figure.protocol)),
+        figure.value,
     )
 
 
