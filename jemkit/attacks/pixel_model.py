@@ -53,6 +53,10 @@ class PixelModel(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         return self.scores(pixels).logits
 
+    def unchecked(self) -> "PixelModel":
+        """The same model without checks of its images, for evaluation."""
+        return self
+
     @property
     def has_density(self) -> bool:
         """Whether `sample` can draw images."""
@@ -82,39 +86,6 @@ class PixelModel(nn.Module):
         return self.bounds.to_unit(self.bounds.clamp(x))
 
 
-class LoadedModel(PixelModel):
-    """The model that `load` returns; images of 0..255 as floats are rejected.
-
-    Evaluations use the PixelModel that `pixel_model` makes of it.
-    """
-
-    def scores(self, pixels: Tensor) -> Scores:
-        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        if not (tracing or torch.compiler.is_compiling()):
-            check_unit(pixels)
-        return super().scores(pixels)
-
-
-FAR = 10.0  # images may exceed [0, 1] by noise; images of 0..255 have larger values
-
-
-def check_unit(pixels: Tensor) -> None:
-    """Refuse images that are surely not in [0, 1], nor bytes."""
-    if pixels.dtype == torch.uint8 or not pixels.numel() or pixels.is_meta:
-        return
-    if not pixels.is_floating_point():
-        raise DataError(f"images of {pixels.dtype}: expected floats in [0, 1], or uint8 in 0..255")
-    try:
-        high = float(pixels.detach().max())
-    except RuntimeError:  # inside torch.func.vmap nobody knows
-        return
-    if high > FAR:
-        raise DataError(
-            f"images with values up to {high:g}: expected floats in [0, 1], or uint8 in 0..255; "
-            "divide pixels of 0..255 by 255"
-        )
-
-
 def _nothing() -> None:
     return None
 
@@ -124,10 +95,8 @@ def pixel_model(module: nn.Module, bounds: Bounds = UNIT) -> PixelModel:
 
     An energy model gets images in `bounds`, a classifier gets [0, 1] and normalises them itself.
     """
-    if isinstance(module, LoadedModel):
-        return PixelModel(module.model, module.bounds, module.density_or_none, module.dtype)
     if isinstance(module, PixelModel):
-        return module
+        return module.unchecked()
     if isinstance(module, EnergyModel):
         return PixelModel(module, bounds)
     return PixelModel(LogitEnergy(Adapted(module)), bounds)

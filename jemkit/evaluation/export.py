@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +17,25 @@ from jemkit.errors import ConfigError, DataError, JemkitError
 from jemkit.metrics import record
 from jemkit.metrics.record_file import Record
 from jemkit.runtime import checkpoint
+from jemkit.runtime.files import load_tensors, new_folder, read_json, write_bytes
 from jemkit.runtime.opening import read_file
+from jemkit.runtime.pytree import same
+from jemkit.runtime.run_dir import RunFolder
 from jemkit.sampling.init_dists import MomentStart
+from jemkit.sampling.moments import MOMENTS, brought
 from jemkit.training import pinned
 from jemkit.training.build import splits_of, task_of
 from jemkit.training.model_card import CONFIG, FIGURES, SAMPLES, WEIGHTS, figures_table, table_of
-from jemkit.training.model_folder import check_vacant, task_table, write_model
-from jemkit.training.opened import Which, open_model, run_folder
+from jemkit.training.model_folder import (
+    FILES,
+    check_vacant,
+    is_exported,
+    task_table,
+    write_model,
+)
+from jemkit.training.opened import Opened, Which, open_model, run_folder
+from jemkit.training.pinned import DETAILS
+from jemkit.training.restore import pinned_task
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +68,19 @@ def export(
     `moments` chains that start from Gaussians of the training images need these images.
     """
     _check_run(run)
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,40}", license):
-        raise ConfigError(f"license {license!r}: expected an identifier such as mit or cc-by-4.0")
-    source = run_folder(run)
-    folder = source.path / "export" if out is None else out
+    _check_license(license)
+    folder = run_folder(run).path / "export" if out is None else out
     check_vacant(folder)
-    opened = open_model(run, which)
-    about, config = opened.about, _without_home(source.config)
+    parts = registry or installed()
+    return _exported(open_model(run, which), folder, parts, license, moments=moments)
+
+
+def _exported(
+    opened: Opened, folder: Path, registry: Registry, license: str, *, moments: bool = True
+) -> Exported:
+    """The weights of a run as they were saved, with the run's figures and samples."""
+    source, about = RunFolder(opened.folder), opened.about
+    config = _without_home(source.config)
     stored, note = _record_of(source.path, about["sha256"], config)
     card = _about_run(config["recipe"], about) + "\n"
     card += figures_table(stored.figures, stored.protocol) if stored else f"{note}\n"
@@ -70,13 +88,90 @@ def export(
     beside: dict[str, bytes | Mapping[str, Any]] = {**_samples(source.path), **hashes}
     if stored:
         beside[FIGURES] = stored.to_json()
-    task, gaussians = _of_data(source.path / CONFIG, registry or installed(), moments=moments)
+    task, gaussians = _of_data(opened, registry, moments=moments)
     written = write_model(
         folder, {**config, "source": about, **task}, opened.weights, card, beside=beside,
         moments=gaussians, license=license,
     )  # fmt: skip
     count = len(stored.figures) if stored else 0
     return Exported(folder, about["checkpoint"], about["weights"], written, count, note)
+
+
+def save_model(
+    opened: Opened,
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    registry: Registry,
+    *,
+    license: str | None = None,
+) -> None:
+    """Write these weights of an opened model to a folder, with what it was read from.
+
+    Unchanged weights of a run are exported, and an exported model is copied. With changed weights
+    figures and samples are left out.
+    """
+    _check_license(license or "unknown")
+    check_vacant(folder)
+    again = _again(opened)
+    changed = again is None or not same(again.weights, {n: t.cpu() for n, t in weights.items()})
+    exported = is_exported(opened.folder)
+    if again is not None and not changed and not exported:
+        _exported(again, folder, registry, license or "unknown")
+        return
+    if not changed and license is None:
+        _copied(opened.folder, folder)
+        return
+    config = _without_home(read_json(opened.folder / CONFIG))
+    source, gaussians = opened.about, {}
+    beside = _files(opened.folder, (DETAILS,) if changed else (DETAILS, FIGURES, SAMPLES))
+    if exported:
+        source = config.get("source")
+        if brought(opened.folder / CONFIG) is not None:
+            gaussians = load_tensors(opened.folder / MOMENTS)
+    else:
+        config, beside = pinned.for_others(config, opened.folder)
+        task, gaussians = _of_data(again or opened, registry)
+        config = {**config, **task}
+    about = dict(source) if isinstance(source, dict) else {}
+    if changed:
+        about["changed"] = "the weights were changed after they were loaded"
+    figures = f"The figures are in `{FIGURES}`." if FIGURES in beside else UNMEASURED
+    card = f"{_about_run(config['recipe'], about)}\n{figures}\n"
+    write_model(
+        folder, {**config, "source": about}, weights, card, beside=beside, moments=gaussians,
+        license=license or "unknown",
+    )  # fmt: skip
+
+
+UNMEASURED = "No figure of these weights was measured yet: `jemkit evaluate` measures them."
+
+
+def _again(opened: Opened) -> Opened | None:
+    """The same, read once more with its weights; None if its files are gone."""
+    name = opened.about.get("checkpoint")
+    path = opened.folder / "checkpoints" / name if name else opened.folder
+    try:
+        return open_model(path)
+    except JemkitError:
+        return None
+
+
+def _files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
+    """The contents of those files of a folder that exist."""
+    return {name: read_file(folder / name) for name in names if (folder / name).is_file()}
+
+
+def _copied(folder: Path, to: Path) -> None:
+    """Copy the files of an exported model."""
+    with new_folder(to) as work:
+        for name in FILES:
+            for content in _files(folder, [name]).values():
+                write_bytes(work / name, content)
+
+
+def _check_license(license: str) -> None:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,40}", license):
+        raise ConfigError(f"license {license!r}: expected an identifier such as mit or cc-by-4.0")
 
 
 def _check_run(run: Path) -> None:
@@ -116,16 +211,18 @@ def _about_run(recipe: Mapping[str, Any], about: Mapping[str, Any]) -> str:
 
 
 def _of_data(
-    config: Path, registry: Registry, *, moments: bool
+    opened: Opened, registry: Registry, *, moments: bool = True
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Facts about the run's data, and the Gaussians of its initial distribution, if available.
 
     They are needed for sampling; without them the data set is requested then.
     """
     try:
-        recipe = resolve(registry, config=config).recipe
-        splits = splits_of(recipe, pinned.read(config))
-        task = replace(task_of(recipe, splits), fill=False)
+        config = opened.folder / CONFIG
+        recipe, pin = resolve(registry, config=config).recipe, pinned.read(config)
+        splits = splits_of(recipe, pin)
+        task = pinned_task(recipe, splits, pin, opened.state) or task_of(recipe, splits)
+        task = replace(task, fill=False)
         return {"task": task_table(task)}, _moments(recipe, task) if moments else {}
     except JemkitError as error:
         log.warning(

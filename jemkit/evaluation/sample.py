@@ -4,7 +4,7 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -34,10 +34,10 @@ from jemkit.runtime.work_cache import WHOLE, Piece, ResultCache, Shard
 from jemkit.sampling.density import Buffered, Classwise, together
 from jemkit.sampling.fresh import even_batches, in_batches
 from jemkit.sampling.init_dists import MomentStart, Start, start_name
-from jemkit.training.opened import Which, open_model
+from jemkit.training.opened import Opened, Which, open_model
 from jemkit.training.pinned import SAMPLED
 from jemkit.training.reshard import gather_state
-from jemkit.training.restore import restored
+from jemkit.training.restore import Restored, restored
 
 STEPS = 40  # of a fresh chain, where none are given
 
@@ -101,15 +101,38 @@ def sample_request(
     them. With `classes`, chains descend E(x, y), and the images are distributed evenly over the
     classes in order.
     """
+    _check_numbers(n, steps, start, source)
+    on = device_of(device)
+    run = opened(path, registry, on, which, dataset)
+    return request_of(
+        run, on, registry, n=n, steps=steps, start=start, source=source, classes=classes, seed=seed
+    )
+
+
+def _check_numbers(n: int, steps: int | None, start: str | None, source: str) -> None:
     if n < 1:
         raise UsageError(f"{n} images: expected 1 or more")
     if steps is not None and steps < 0:
         raise UsageError(f"chains of {steps} steps: expected 0 or more")
     if source == "buffer" and (steps is not None or start is not None):
         raise ConfigError("steps and start apply to new chains only, not to states of the buffer")
-    on = device_of(device)
-    run = opened(path, registry, on, which, dataset)
-    y = _labels(classes or [], n, run, on)
+
+
+def request_of(
+    run: SampleSource,
+    on: torch.device,
+    registry: Registry,
+    *,
+    n: int,
+    steps: int | None = None,
+    start: str | None = None,
+    source: Literal["chains", "buffer"] = "chains",
+    classes: Sequence[str] | None = None,
+    seed: int = 0,
+) -> SampleRequest:
+    """The same for a model that is open, on the device `on`."""
+    _check_numbers(n, steps, start, source)
+    y = _labels(classes or (), n, run, on)
     p0: Start | None = None
     if source == "buffer":
         steps, how = 0, {"source": "buffer", "start": "buffer", "steps": 0}
@@ -186,7 +209,9 @@ def place(protocol: dict[str, Any], out: Path | None) -> Path:
     return folder
 
 
-def _labels(classes: list[str], n: int, run: SampleSource, device: torch.device) -> Tensor | None:
+def _labels(
+    classes: Sequence[str], n: int, run: SampleSource, device: torch.device
+) -> Tensor | None:
     """The class of each image: the requested classes, in blocks as even as n allows."""
     if not classes:
         return None
@@ -293,6 +318,11 @@ def opened(
     """
     model = open_model(path, which)
     source = restored(model, registry, device, dataset, advice=SAMPLED, same_data=True)
+    return source_of(model, source)
+
+
+def source_of(model: Opened, source: Restored) -> SampleSource:
+    """What was opened and restored, for sampling."""
     table, backbone = source.tables["backbone"], source.backbone
     if not backbone.has_density:
         raise MisfitError(

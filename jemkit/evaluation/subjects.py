@@ -9,24 +9,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from pydantic import ValidationError
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from jemkit.attacks.pixel_model import PixelModel, anchored, in_own_type, pixel_model
-from jemkit.config.messages import explain
 from jemkit.config.recipe import resolve
 from jemkit.config.registry import Registry
-from jemkit.data import Dataset, Images, checked
+from jemkit.data import Dataset, Images, Shape, checked
 from jemkit.errors import ConfigError, DataError, MisfitError
+from jemkit.evaluation.weights import model_with, network_of
 from jemkit.metrics.identity import identity_of
-from jemkit.models.energy import LogSumExpEnergy
-from jemkit.models.networks import seeded_init
 from jemkit.options import Options
-from jemkit.runtime.files import file_hash, load_tensors
+from jemkit.runtime.files import file_hash
 from jemkit.runtime.labels import count_classes
 from jemkit.runtime.modes import eval_mode, preserved_random_state
 from jemkit.sampling.density import Buffered
 from jemkit.splits import Splits
-from jemkit.training.build import load_model
 from jemkit.training.opened import Which, open_model
 from jemkit.training.reshard import gather_state
 from jemkit.training.restore import about_parts, is_own, restored
@@ -205,26 +202,10 @@ def _weights(
     network: str | None,
     dataset: dict[str, Any] | None,
 ) -> EvalTarget:
-    if path.suffix != ".safetensors":
-        raise DataError(
-            f"{path}: expected a run, a checkpoint folder, an exported model or a .safetensors file"
-        )
-    if network is None:
-        raise ConfigError(
-            f"{path} contains only weights: specify their network, such as --network wrn-28-10"
-        )
+    spec = network_of(path, network, registry)
     data: Dataset = resolve(registry, named={"data": dataset} if dataset else {}).recipe.data
-    part, named = registry["network"].named(network)
-    test = data.load("test")
-    numbers = {k: int(v) if v.isdecimal() else v for k, v in named.items()}
-    try:
-        options: Any = part.model_validate(numbers)
-    except ValidationError as error:
-        raise ConfigError(explain(error, {}, dict.fromkeys(named, "option"))) from None
-    with seeded_init(Generator(device).manual_seed(0)):
-        built = options.build(tuple(test.x.shape[1:]))
-    model = LogSumExpEnergy(built, data.n_classes).to(device)
-    load_model(model, load_tensors(path))
+    shape: Shape = tuple(data.load("test").x.shape[1:])  # type: ignore[assignment]
+    model = model_with(path, spec, shape, data.n_classes, device)
     name = registry["dataset"].name_of(type(data))
     about = {"file": path.name, "network": network, "data": name, "trained_radius_px": None}
     target = subject_of(PixelModel(model), data)

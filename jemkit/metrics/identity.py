@@ -154,6 +154,7 @@ class _Walk:
         own = {name: entry for name, entry in vars(value).items() if name not in MODULE_STATE}
         if isinstance(value, PixelModel):  # a density's settings are part of its figures
             del own["density_or_none"], own["poll"]
+            own.pop("origin", None)
         if type(value).__module__.startswith(WRAPPERS):
             own = {"code": str(getattr(value, "code", ""))}
         self.add(type(value))

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from jemkit.backbone import Backbone
 from jemkit.config.optim import OptimizerOptions
 from jemkit.config.recipe import Recipe, Run
-from jemkit.data import Loader, Task, Views, images_hash, steps_per_epoch
+from jemkit.data import Loader, Shape, Task, Views, images_hash, steps_per_epoch
 from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.models.energy import EnergyModel
 from jemkit.objective import Objective, ObjectiveSpec, StatefulObjective
@@ -292,17 +292,25 @@ def splits_of(recipe: Recipe, pinned: Pinned | None = None) -> Splits:
 def task_of(recipe: Recipe, splits: Splits) -> Task:
     """What the parts must know of this recipe's data and length; reads the training split."""
     images = splits.images("train")
-    n_train = len(images.y)
+    shape: Shape = tuple(images.x.shape[1:])  # type: ignore[assignment]
+    n_classes, n_train = recipe.data.n_classes, len(images.y)
+    return described_task(recipe, splits, shape, n_classes, n_train, images_hash(images))
+
+
+def described_task(
+    recipe: Recipe, splits: Splits, shape: Shape, n_classes: int, n_train: int, hash: str
+) -> Task:
+    """The task of training images of which this is known; reads none."""
     steps = steps_per_epoch(n_train, recipe.run.batch_size, mixed=recipe.extra.on)
     total = steps * recipe.run.epochs
     return Task(
-        shape=tuple(images.x.shape[1:]),  # type: ignore[arg-type]
-        n_classes=recipe.data.n_classes,
+        shape=shape,
+        n_classes=n_classes,
         radius_px=recipe.data.radius_px,
         n_train=n_train,
         total_steps=total,
         images=splits.images,
-        hash=images_hash(images),
+        hash=hash,
         augmentation=recipe.data.augmentation,
         lr=lambda step: recipe.optimizer.lr * recipe.schedule.factor(step, total),
     )

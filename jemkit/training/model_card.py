@@ -138,7 +138,6 @@ def _use(name: str, task: Mapping[str, Any] | None) -> str:
         "## Use\n\n```python\nimport torch\nimport jemkit\n\n"
         f"model = jemkit.load({json.dumps(where)})\n"
         f"images = torch.zeros(1, {shape})  # in [0, 1]\n"
-        "logits = model(images)\n"
-        "energy = model.scores(images).energy\n```\n\n"
+        "logits, energy = model(images), model.energy(images)\n```\n\n"
         f"```\njemkit evaluate {where}\n```\n"
     )

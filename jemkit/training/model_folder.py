@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
@@ -25,9 +25,12 @@ from jemkit.runtime.opening import refuse_link
 from jemkit.runtime.run_dir import versions
 from jemkit.sampling.moments import MOMENTS
 from jemkit.splits import Splits
-from jemkit.training.model_card import CARD, CONFIG, SAMPLES, WEIGHTS, page
+from jemkit.training.model_card import CARD, CONFIG, FIGURES, SAMPLES, WEIGHTS, page
+from jemkit.training.pinned import DETAILS, Size
 
 FORMAT = 1
+FILES = (CONFIG, WEIGHTS, CARD, MOMENTS, FIGURES, SAMPLES, DETAILS)
+"""All files that an exported model may have."""
 
 
 def is_exported(folder: Path) -> bool:
@@ -48,10 +51,6 @@ def verify(folder: Path) -> str:
         if Path(name).name != name or not path.is_file() or file_hash(path) != sha:
             raise DataError(f"{path} is missing or damaged: its SHA-256 is not {sha}")
     return str(wanted[WEIGHTS])
-
-
-Size = Annotated[int, Field(gt=0, le=2**16, strict=True)]
-"""The side of an image, or the number of its channels."""
 
 
 class TaskTable(BaseModel):
@@ -124,18 +123,39 @@ def write_model(
 def push(folder: Path, repo: str) -> str:
     """Upload an exported model to the Hugging Face hub; returns its address."""
     verify(folder)
-    try:
-        hub = import_module("huggingface_hub")
-    except ImportError as error:
-        raise ConfigError(
-            f"--push needs the package huggingface_hub ({error}): {install('hub')}"
-        ) from None
+    hub = _hub("--push")
     try:
         api = hub.HfApi()
         api.create_repo(repo, exist_ok=True)
         return str(api.upload_folder(repo_id=repo, folder_path=str(folder)))
     except (OSError, ValueError) as error:  # the hub's errors are of these types
         raise DataError(f"{folder} was not pushed to {repo}: {error}") from None
+
+
+def pull(repo: str, revision: str | None = None) -> Path:
+    """Download an exported model from the Hugging Face hub, or find it in the hub's cache.
+
+    Only the files of an exported model are fetched, and never code. Returns the folder.
+    """
+    hub = _hub(f"{repo} is not a folder here, and to download it from the Hugging Face hub jemkit")
+    try:
+        return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=[*FILES]))
+    except Exception as error:  # the hub's libraries raise many types
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"{repo} is not a folder here, and it was not downloaded from the Hugging Face hub: "
+            f"{type(error).__name__}: {reason}"
+        ) from None
+
+
+def _hub(purpose: str) -> Any:
+    """The package huggingface_hub."""
+    try:
+        return import_module("huggingface_hub")
+    except ImportError as error:
+        raise ConfigError(
+            f"{purpose} needs the package huggingface_hub ({error}): {install('hub')}"
+        ) from None
 
 
 def check_vacant(folder: Path) -> None:

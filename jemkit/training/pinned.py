@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -36,6 +36,10 @@ NAMED = "Pass a data set with the run's classes, in their order"
 """The advice for each purpose."""
 
 
+Size = Annotated[int, Field(gt=0, le=2**16, strict=True)]
+"""The side of an image, or the number of its channels."""
+
+
 class SplitPin(BaseModel):
     """The images of a split at the start of the run."""
 
@@ -52,6 +56,7 @@ class Table(BaseModel):
 
     n_classes: int = Field(ge=1)
     classes: tuple[str, ...] | None = None  # in the order of the labels; None: unknown
+    shape: tuple[Size, Size, Size] | None = None  # of an image; None: unknown
     train: SplitPin | None = None
     valid: SplitPin | None = None
     test: SplitPin | None = None
@@ -162,6 +167,7 @@ def pin(splits: Splits) -> tuple[Table, Details]:
     }
     table = Table(
         n_classes=dataset.n_classes, classes=class_names(dataset),
+        shape=tuple(images["train"].x.shape[1:]),
         test_sha256=tensors_hash(images["test"]._asdict()), **fields,
     )  # fmt: skip
     hashed = {part: image_hashes(own) for part, own in images.items()}

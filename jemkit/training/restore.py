@@ -6,22 +6,23 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from jemkit.attacks.pixel_model import LoadedModel, PixelModel
 from jemkit.backbone import Backbone
 from jemkit.config.recipe import Recipe, resolve
-from jemkit.config.registry import Registry, installed
-from jemkit.data import Images, Task, images_hash
+from jemkit.config.registry import Registry
+from jemkit.data import Images, Shape, Task, images_hash
 from jemkit.errors import ConfigError, DataError, JemkitError
 from jemkit.models.networks import check_features
+from jemkit.runtime.checkpoint import State
 from jemkit.runtime.files import read_json
 from jemkit.runtime.rng import generator
 from jemkit.sampling.moments import brought
 from jemkit.splits import Splits
-from jemkit.training.build import laid_out, load_model, splits_of, task_of
+from jemkit.training.build import described_task, laid_out, load_model, splits_of, task_of
 from jemkit.training.compatibility import trained_threat
 from jemkit.training.model_folder import saved_task
-from jemkit.training.opened import Opened, open_model
+from jemkit.training.opened import Opened
 from jemkit.training.pinned import CONFIG, JUDGED, Pin, read
 
 
@@ -45,10 +46,12 @@ def restored(
     *,
     advice: str = JUDGED,
     same_data: bool = False,
+    without_images: bool = False,
 ) -> Restored:
     """The backbone of what was opened, with its weights, and its own data as they were.
 
-    Another `dataset` must have the run's classes; with `same_data`, its images too.
+    Another `dataset` must have the run's classes; with `same_data`, its images too. With
+    `without_images` no image is read if the shape of the images is known otherwise.
     """
     config = opened.folder / CONFIG
     resolved = resolve(registry, config=config, named={"data": dataset} if dataset else {})
@@ -59,6 +62,8 @@ def restored(
         pin = pin.named(recipe.data)
     splits = splits_of(recipe, None if other else pin)
     saved = saved_task(read_json(config), recipe, splits) if is_own(dataset) else None
+    if saved is None and without_images and is_own(dataset):
+        saved = pinned_task(recipe, splits, pin, opened.state)
     task = task_of(recipe, splits) if saved is None else saved
     trained_px = task.radius_px if is_own(dataset) else _usual_radius(config, registry)
     if other:
@@ -70,6 +75,26 @@ def restored(
         _check_shape(backbone, saved, config)
     laid_out(backbone.model, run.layout, device)  # as in training, bit for bit
     return Restored(recipe, resolved.tables, task, splits, backbone, pin, trained_px)
+
+
+def pinned_task(
+    recipe: Recipe, splits: Splits, pin: Pin | None, state: State | None = None
+) -> Task | None:
+    """The task of a run by its config.json, without its images; None if it does not say enough.
+
+    Runs of earlier versions have no shape: it is then the data set's, if it has a fixed one, or
+    that of the states in the checkpoint's replay buffer.
+    """
+    train = None if pin is None else pin.table.train
+    if pin is None or train is None:
+        return None
+    states = ((state or {}).get("density") or {}).get("states")
+    buffer: Any = states.shape[1:] if isinstance(states, Tensor) and states.dim() == 4 else None
+    known = pin.table.shape or getattr(recipe.data, "shape", None) or buffer
+    shape: Shape | None = None if known is None else tuple(known)
+    if shape is None:
+        return None
+    return described_task(recipe, splits, shape, pin.table.n_classes, train.images, train.sha256)
 
 
 def _own_start(task: Task, config: Path, registry: Registry, pin: Pin | None) -> Task:
@@ -132,16 +157,3 @@ def about_parts(tables: dict[str, Any], recipe: Recipe, radius_px: float | None)
         "trained_radius_px": None if trained is None else trained.radius_px,
         **other,
     }
-
-
-def load(
-    folder: str | Path, *, registry: Registry | None = None, device: str = "cpu"
-) -> PixelModel:
-    """The model of an exported or imported folder: [0, 1] images to logits, in eval mode.
-
-    It reads no data set. A run of `jemkit train` gives its best checkpoint, with averaged weights
-    if it has an EMA; that reads the run's data.
-    """
-    run = restored(open_model(Path(folder)), registry or installed(), torch.device(device))
-    density = run.backbone.density_or_none
-    return LoadedModel(run.backbone.model, run.task.bounds, density).eval()

@@ -16,7 +16,7 @@ from imagefolders import split_folder
 from toys import REGISTRY, toy_recipe, toy_registry
 from typer.testing import CliRunner
 
-from jemkit import evaluate, train
+from jemkit import evaluate, load, train
 from jemkit.attacks.pixel_model import pixel_model
 from jemkit.config.eval_settings import settings_of
 from jemkit.config.registry import Registry
@@ -32,7 +32,6 @@ from jemkit.runtime.files import file_hash, load_tensors, read_json, write_json
 from jemkit.runtime.pytree import same
 from jemkit.training.model_card import CARD, CONFIG, WEIGHTS
 from jemkit.training.model_folder import FORMAT, push, verify, write_model
-from jemkit.training.restore import load
 from jemkit_cli.foreign import export_model
 
 

@@ -10,14 +10,13 @@ from exported_runs import averaged_run, clean
 from imagefolders import split_folder
 from toys import toy_recipe, toy_registry
 
-from jemkit import train
+from jemkit import load, train
 from jemkit.config.registry import Registry
 from jemkit.errors import ConfigError, DataError, MisfitError
 from jemkit.evaluation.export import export
 from jemkit.evaluation.sample import draw_samples, sample, sample_request
 from jemkit.sampling.fresh import TOGETHER
 from jemkit.sampling.moments import MOMENTS
-from jemkit.training import restore
 from jemkit.training.model_card import WEIGHTS
 from jemkit.training.model_folder import verify
 from jemkit.training.plan import plan
@@ -92,7 +91,7 @@ def test_an_exported_model_samples_where_no_training_image_is_left(
     monkeypatch.setenv("JEMKIT_CACHE", str(tmp_path / "none"))
     try:
         assert torch.equal(sample(folder, registry=parts, n=7, steps=3).pixels, wanted)
-        assert restore.load(folder, registry=parts)(torch.rand(2, 1, 8, 8)).shape == (2, 2)
+        assert load(folder, registry=parts)(torch.rand(2, 1, 8, 8)).shape == (2, 2)
         with pytest.raises(DataError, match=r"--data-dir DIR.*--start uniform"):
             sample(folder, registry=parts, n=7, steps=3, start="gaussian")
         there = {"dir": str(hidden)}

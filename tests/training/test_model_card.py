@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 from ranks import in_a_new_process
 from toys import REGISTRY
 
-from jemkit import train
+from jemkit import load, train
 from jemkit.config.recipe import resolve
 from jemkit.evaluation.export import export
 from jemkit.metrics.figures import Figure
 from jemkit.runtime.extras import command, install
 from jemkit.training.model_card import LONGEST, MOST, escaped, figures_table, page, quoted
 from jemkit.training.model_folder import verify, write_model
-from jemkit.training.restore import load
 
 HOSTILE = [
     "[x](javascript:alert(1))", "<script>alert(1)</script>", "---", "a\n---\nb: c", "# title",

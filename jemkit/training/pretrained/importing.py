@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import torch
+
 from jemkit.config.layers import Table
 from jemkit.config.recipe import Resolved, complete, resolve
 from jemkit.config.registry import Registry
@@ -14,6 +16,7 @@ from jemkit.models.norms import Norm
 from jemkit.training import pinned
 from jemkit.training.model_card import table_of
 from jemkit.training.model_folder import TaskTable, check_vacant, write_model
+from jemkit.training.opened import open_model
 from jemkit.training.pretrained.layouts import (
     Format,
     Reading,
@@ -24,7 +27,7 @@ from jemkit.training.pretrained.layouts import (
 )
 from jemkit.training.pretrained.probing import StateDict
 from jemkit.training.pretrained.reading import read_checkpoint
-from jemkit.training.restore import load
+from jemkit.training.restore import restored
 
 DATASETS = {10: "cifar10", 100: "cifar100"}
 """The data set of a published checkpoint by its number of classes, if none is given."""
@@ -89,7 +92,7 @@ def import_checkpoint(
     }  # fmt: skip
     written = write_model(
         folder, _config(resolved, shape, source), reading.weights, _card(source, reading, resolved),
-        check=lambda made: load(made, registry=registry),
+        check=lambda made: restored(open_model(made), registry, torch.device("cpu")),
     )  # fmt: skip
     tables = resolved.tables
     return Imported(
