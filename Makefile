@@ -11,7 +11,11 @@ CORE := $(addprefix tests/,attacks/test_pgd.py laws/test_golden.py models plugin
 	runtime/test_modes.py runtime/test_out_of_memory.py runtime/test_recomputing.py runtime/test_rng.py sampling \
 	test_updaters.py training/test_resume.py)
 
-.PHONY: train test test-oldest lint rehearse acceptance bench docs docs-serve
+# The plug-ins of examples/ that are distributions with tests of their own.
+GUESTS := vitjem hmc multitargeted
+GUEST := build/guests
+
+.PHONY: train test test-oldest test-guests lint rehearse acceptance bench docs docs-serve
 
 train: $(STAMP)
 	$(BIN)/jemkit train --backbone sadajem --objective ebjdat
@@ -21,6 +25,20 @@ test: $(STAMP)
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -rs $(CORE)
+
+# Built as wheels, and installed with jemkit's wheel in an environment that takes the rest from .venv.
+test-guests: $(STAMP)
+	rm -rf $(GUEST)
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(GUEST)/wheels \
+		. $(addprefix ./examples/,$(GUESTS))
+	$(BIN)/python -m venv --without-pip $(GUEST)/venv
+	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		$(BIN)/python -c "$$site" >"$$($(GUEST)/venv/bin/python -c "$$site")/outer.pth"
+	$(BIN)/pip --python $(GUEST)/venv install --quiet --no-deps --ignore-installed \
+		$(GUEST)/wheels/*.whl
+	$(BIN)/pip --python $(GUEST)/venv install --quiet --constraint constraints.txt \
+		$(GUEST)/wheels/*.whl || echo "SKIPPED: timm could not be installed, tests skip"
+	OMP_NUM_THREADS=1 $(GUEST)/venv/bin/python -P -m pytest -rs examples
 
 rehearse: $(STAMP)
 	$(BIN)/python benchmarks/gpu/pack --out build/gpu \

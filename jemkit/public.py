@@ -88,6 +88,7 @@ from jemkit.objective import (
 )
 from jemkit.options import Options, PartOf, Radius
 from jemkit.runtime.modes import eval_mode, frozen, frozen_batch_norm, frozen_batch_stats
+from jemkit.runtime.torchvision_compat import torchvision
 from jemkit.sampling.density import Buffer, Contrastive, Density, DensitySpec, ReplayBuffer
 from jemkit.sampling.init_dists import Gaussian, Mixture, Start, StartSpec, Uniform
 from jemkit.sampling.kernels import (
@@ -252,6 +253,7 @@ __all__ = [
     "resolve",
     "run",
     "soft_labels",
+    "torchvision",
     "train",
     "train_step",
     "training_radius",

@@ -22,9 +22,12 @@ OPERATORS = {
 }
 
 
-@cache
 def torchvision() -> ModuleType:
-    """The package torchvision, with its datasets and models; imported on the first call."""
+    """The package torchvision, with its datasets and models; imported on the first call.
+
+    Packages that import torchvision themselves, such as timm, load after this call also where its
+    compiled operators were built for another torch. ConfigError if it cannot be imported.
+    """
     spec = find_spec("torchvision")
     if spec is None or spec.origin is None:
         raise ConfigError(
@@ -42,6 +45,7 @@ def torchvision() -> ModuleType:
         ) from error
 
 
+@cache
 def _load_operators(package: Path) -> None:
     """Load the compiled operators if they fit this torch; the real ones take precedence."""
     finder = FileFinder(str(package), (ExtensionFileLoader, EXTENSION_SUFFIXES))

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 from cli_tools import SHORT, Outcome, process
 from forked import forked
 from ranks import in_a_new_process
+
+from jemkit.hookspecs import API
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "plugin"
@@ -85,6 +88,27 @@ def test_a_variant_in_one_short_module_trains_by_its_name(example: Path, tmp_pat
     assert recipe["backbone"]["energy"] == {"use": "tempered", "temperature": 4.0}
     drawn = with_site(example, "sample", "here", "--n=4", "--steps=1", cwd=tmp_path)
     assert drawn.code == 0, drawn.err
+
+
+@pytest.mark.parametrize("name", ["vitjem", "hmc", "multitargeted"])
+def test_each_example_is_a_package_of_one_short_module(name: str) -> None:
+    """`make test-guests` builds, installs and tests them."""
+    folder = ROOT / "examples" / name
+    code = (folder / f"jemkit_{name}.py").read_text()
+    assert len(code.splitlines()) < 80
+    assert code.count("from jemkit") == 1
+    project = tomllib.loads((folder / "pyproject.toml").read_text())
+    assert project["project"]["entry-points"] == {
+        "jemkit": {name: f"jemkit_{name}"}, "jemkit_api": {str(API): f"jemkit_{name}"}
+    }  # fmt: skip
+    assert project["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"] == [
+        f"jemkit_{name}.py"
+    ]
+    assert f"jemkit plugins check {name}" in (folder / "README.md").read_text()
+    tests = (folder / "tests" / f"test_{name}.py").read_text()
+    assert "CHECKS[" in tests
+    (guests,) = re.findall(r"^GUESTS := (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert name in guests.split()
 
 
 def test_no_plugins_leaves_the_built_in_parts(example: Path, tmp_path: Path) -> None:

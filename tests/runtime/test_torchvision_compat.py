@@ -72,7 +72,7 @@ def test_operators_that_are_there_are_left_alone() -> None:
 def test_an_absent_torchvision_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ConfigError, match="pip install torchvision"):
-        torchvision_compat.torchvision.__wrapped__()
+        torchvision_compat.torchvision()
 
 
 def test_nobody_else_imports_torchvision() -> None:

@@ -19,7 +19,7 @@ Kind = Literal[
 ]
 USES = {
     "distance": "jemkit train --set objective.distance.use=$name",
-    "attack": "jemkit train --objective pgdat --set objective.attack.use=$name",
+    "attack": "jemkit evaluate runs/RUN --attack $name",
     "evaluator": "jemkit evaluate runs/RUN --only $name",
 }
 """The command that uses a part; of the other kinds it is an option of `jemkit train`."""
