@@ -9,7 +9,7 @@ import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
-from jemkit.metrics.charts import Axes, Panel, Series, lines, picture
+from jemkit.metrics.charts import Axes, Panel, Series, key_of, lines, picture
 from jemkit.metrics.figures import bin_edges, shares
 from jemkit.metrics.plots import to_bytes
 from jemkit.runtime.html import Html, join, tag, text
@@ -150,16 +150,10 @@ def course(shown: ShownModel, states: Sequence[State], label: int | None) -> Htm
 
 def _chart(title: str, series: Sequence[Series], axes: Axes) -> Html:
     """Curves as an image, so that its style and the page's are apart."""
-    legend = [(_key(line.slot), line.label) for line in series]
-    panel = Panel(title, lines(series, axes._replace(title=title)), legend)
+    chart = lines(series, axes._replace(title=title))
+    panel = Panel(title, chart, [key_of(line) for line in series])
     source = base64.b64encode(picture([panel], columns=1).encode()).decode()
     return Html(f'<img class="chart" alt="{title}" src="data:image/svg+xml;base64,{source}">')
-
-
-def _key(slot: int) -> Html:
-    """A line of a legend."""
-    line = tag("path", d="M1 6H25", class_=f"line s{slot}")
-    return tag("svg", line, viewBox="0 0 26 12", width=26, height=12)
 
 
 def before_and_after(

@@ -85,10 +85,12 @@ def shown_model(
 ) -> ShownModel:
     """The run, checkpoint or exported model at `path`; `dataset` is where its data are now.
 
-    Without its data the model of an export is shown without test images.
+    Where the data are missing the model is shown without test images.
     """
     opened = open_model(path, which)
-    run = restored(opened, registry, device, dataset, advice=SAMPLED, same_data=True)
+    run = restored(
+        opened, registry, device, dataset, advice=SAMPLED, same_data=True, without_images=True
+    )
     test, untested = _test_images(run)
     names = run.pin.table.classes if run.pin is not None else None
     use = {kind: run.tables[kind]["use"] for kind in ("backbone", "objective", "data")}
