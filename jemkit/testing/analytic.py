@@ -204,5 +204,5 @@ class _AnalyticModel(EnergyModel):
 
 
 def analytic_model(energy: EnergyFn) -> EnergyModel:
-    """An energy function as a model, which samplers that need a stem take too."""
+    """An energy function of x [B, ...] as a model, which samplers that need a stem take too."""
     return _AnalyticModel(energy)

@@ -37,6 +37,7 @@ class Examination(NamedTuple):
 
     @property
     def violated(self) -> Tried | None:
+        """The requirement that the part violates; None if all hold."""
         return next((one for one in self.tried if not one.holds), None)
 
 

@@ -35,7 +35,7 @@ def toy_task(
     seed: int = 0,
     bounds: Bounds = Bounds(),
 ) -> Task:
-    """A task of images that a small network can learn."""
+    """A task of `n_train` images, `size` px a side, that a small network can learn."""
     whole = toy_images(2 * n_train, n_classes, size, channels, seed)
     parts = {"train": whole.take(slice(n_train)), "valid": whole.take(slice(n_train, None))}
     return Task(

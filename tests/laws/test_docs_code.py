@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ import pytest
 import typer
 from cli_tools import SHORT, jemkit
 
+from jemkit.config.recipe import resolve
 from jemkit.config.registry import installed
+from jemkit.options import Options
+from jemkit_cli.study.plan import read_study
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-ELSEWHERE = {"README.md": "test_docs.py", "write-a-plugin.md": "test_docs.py"}
+EXAMPLE = ROOT / "examples" / "plugin"
+ELSEWHERE = {"README.md": "test_docs.py", "write-a-plugin.md": "test_docs.py and below"}
 """Pages whose Python code other tests run: in pieces, or with fewer steps."""
 
 
@@ -131,3 +136,47 @@ def test_the_code_of_a_page_runs(page: Path, place: Path, monkeypatch: pytest.Mo
         for slow, fast in FASTER.items():
             code = code.replace(slow, fast)
         exec(compile(code, page.name, "exec"), scope)
+
+
+def fenced(language: str, page: str) -> list[str]:
+    text = (ROOT / "docs" / page).read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
+def test_the_guide_shows_the_code_of_its_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    *pieces, check = fenced("python", "write-a-plugin.md")
+    example = (EXAMPLE / "jemkit_tempered.py").read_text()
+    assert [piece for piece in pieces if piece not in example] == []
+    monkeypatch.syspath_prepend(EXAMPLE)
+    exec(compile(check, "write-a-plugin.md", "exec"), {})
+
+
+def test_the_methods_that_the_guide_indents_are_methods_of_a_part() -> None:
+    text = (ROOT / "docs" / "write-a-plugin.md").read_text()
+    (unused,) = re.findall(r"^(    def unused.*?)^$", text, re.M | re.S)
+    scope: dict[str, Any] = {"Options": Options}
+    exec(f"class Part(Options):\n    penalty: float = 0.0\n{unused}", scope)
+    assert scope["Part"]().unused() == {"penalty_on": "where penalty is 0"}
+    assert scope["Part"](penalty=1.0).unused() == {}
+
+
+def test_the_toml_of_the_pages_is_read_by_what_they_say_reads_it() -> None:
+    registry = installed(third_party=False)
+    (recipe,) = fenced("toml", "train.md")
+    resolved = resolve(registry, config=tomllib.loads(recipe)).recipe
+    assert (resolved.run.epochs, resolved.run.seed) == (30, 1)
+    (study,) = fenced("toml", "studies.md")
+    assert len(read_study(tomllib.loads(study), "studies.md").rows) == 2
+    example = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]["entry-points"]
+    for page in ("write-a-plugin.md", "api-stability.md"):
+        (tables,) = fenced("toml", page)
+        assert tomllib.loads(tables)["project"]["entry-points"] == example, page
+
+
+def test_every_fenced_block_is_of_a_language_that_a_test_reads() -> None:
+    marked = [(page.name, word) for page in PAGES
+              for word in re.findall(r"^```(\w+)", page.read_text(), re.M)]  # fmt: skip
+    toml = {name for name, language in marked if language == "toml"}
+    assert toml == {"train.md", "studies.md", "write-a-plugin.md", "api-stability.md"}
+    assert {language for _, language in marked} == {"python", "toml", "text"}
+    assert [name for name, language in marked if language == "text"] == ["architecture.md"]

@@ -9,11 +9,15 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
-import jemkit
-from jemkit import errors, public
+from jemkit import errors, evaluation, public, testing, training
 
-CLASSES = {n: c for n in jemkit.__all__ if inspect.isclass(c := getattr(public, n))}
-FUNCTIONS = {n: f for n in jemkit.__all__ if inspect.isfunction(f := getattr(public, n))}
+PUBLIC = {
+    name: getattr(module, name)
+    for module in (evaluation, training, testing, public)
+    for name in module.__all__
+}
+CLASSES = {n: c for n, c in PUBLIC.items() if inspect.isclass(c)}
+FUNCTIONS = {n: f for n, f in PUBLIC.items() if inspect.isfunction(f)}
 OWN = {n: c for n, c in CLASSES.items() if c.__module__.startswith("jemkit")}
 OBVIOUS = {"unused", "state_dict", "load_state_dict", "to", "clamp", "mark", "rollback"}
 """Methods whose name says all, or whose protocol does."""
@@ -25,18 +29,22 @@ def notes(module: str) -> dict[str, str]:
     body = ast.parse(inspect.getsource(__import__(module, fromlist=["_"]))).body
     strings = {}
     for node, below in pairwise(body):
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if isinstance(targets[0], ast.Name):
             text = getattr(getattr(below, "value", None), "value", None)
-            strings[node.targets[0].id] = text if isinstance(text, str) else ""
+            strings[targets[0].id] = text if isinstance(text, str) else ""
     return strings
 
 
 @cache
 def modules() -> dict[str, str]:
     """The module that defines each public name."""
-    tree = ast.parse(inspect.getsource(public))
-    return {a.name: str(node.module) for node in tree.body
-            if isinstance(node, ast.ImportFrom) for a in node.names}  # fmt: skip
+    named: dict[str, str] = {}
+    for module in (public, testing):
+        for node in ast.parse(inspect.getsource(module)).body:
+            if isinstance(node, ast.ImportFrom):
+                named |= {alias.name: str(node.module) for alias in node.names}
+    return {**named, "Watch": "jemkit.training.trainer"}
 
 
 def methods(cls: type) -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -68,7 +76,7 @@ def documented() -> Iterator[tuple[str, Callable[..., Any], str]]:
 
 def test_every_public_name_has_a_docstring() -> None:
     bare = [n for n, c in {**CLASSES, **FUNCTIONS}.items() if not (c.__doc__ or "").strip()]
-    aliases = [n for n in jemkit.__all__ if n not in CLASSES and n not in FUNCTIONS]
+    aliases = [n for n in PUBLIC if n not in CLASSES and n not in FUNCTIONS]
     bare += [n for n in aliases if not notes(modules()[n]).get(n)]
     assert bare == []
 
@@ -92,7 +100,7 @@ def test_units_of_sizes_are_documented() -> None:
         names = inspect.signature(function).parameters
         return any(n in ("radius", "eps", "size") or n.endswith("_px") for n in names)
 
-    units = re.compile(r"1/255|units?\b|_px")
+    units = re.compile(r"1/255|units?\b|px\b")
     assert [name for name, function, text in documented()
             if sizes(function) and not units.search(text)] == []  # fmt: skip
 
