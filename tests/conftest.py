@@ -1,7 +1,9 @@
 """How the tests run: one thread, bounded examples, a cache of their own."""
 
+import gc
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,10 @@ settings.register_profile(
 settings.register_profile("ci", settings.get_profile("here"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 torch.set_num_threads(1)
+
+# Else both processes, and each that a test starts, compile all files anew.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,6 +60,12 @@ together."""
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False  # else pytest-xdist begins with the most tests
+
+
+def pytest_collection_finish() -> None:
+    """A collection, as after each OOM, need not search what was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

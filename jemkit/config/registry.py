@@ -3,7 +3,8 @@
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
+from functools import cache
+from importlib.metadata import Distribution, entry_points
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -241,10 +242,11 @@ def installed(*, third_party: bool = True) -> Registry:
     slow: list[str] = []
     distinct = set(entry_points(group="jemkit"))  # an editable install may list its own twice
     ordered = sorted(distinct, key=lambda entry: (entry.name, entry.value))
-    entries = [Guest(entry, *_origin(entry)) for entry in ordered]
+    origin = cache(_origin)  # parses a distribution's metadata once, not for each of its plug-ins
+    entries = [Guest(entry, *origin(entry.dist)) for entry in ordered]
     own = [plugin for plugin in entries if plugin.distribution == OURS]
     guests = [plugin for plugin in entries if plugin.distribution != OURS] if third_party else []
-    declared = {_origin(entry)[0]: entry.name for entry in entry_points(group="jemkit_api")}
+    declared = {origin(entry.dist)[0]: entry.name for entry in entry_points(group="jemkit_api")}
     for plugin in [g for g in guests if declared.get(g.distribution, str(API)) != str(API)]:
         guests.remove(plugin)
         number = declared[plugin.distribution]
@@ -275,10 +277,10 @@ OURS = "jemkit"
 SLOW = 5.0  # seconds after which a plug-in's import is reported as slow; each command waits for it
 
 
-def _origin(entry: EntryPoint) -> tuple[str, str]:
-    """The distribution of a plug-in, and its version, as far as its metadata contain them."""
+def _origin(dist: Distribution | None) -> tuple[str, str]:
+    """The name of a distribution, and its version, as far as its metadata contain them."""
     try:
-        name, version = (entry.dist.name, entry.dist.version) if entry.dist else (None, None)
+        name, version = (dist.name, dist.version) if dist else (None, None)
     except Exception:  # metadata that are damaged
         name = version = None
     return str(name or "(unknown)"), str(version or "")

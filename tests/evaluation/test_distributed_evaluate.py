@@ -1,8 +1,6 @@
 """One evaluation, or one drawing, by several processes: what one process alone finds."""
 
-import os
 import re
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,10 @@ import pytest
 from cli_tools import SHORT, Outcome, jemkit
 from forked import commands
 from ranks import every_rank, torchrun
+from terminated import sigterm_after_a_piece
 
 from jemkit import ConfigError
 from jemkit.runtime import distributed
-from jemkit.runtime.work_cache import Piece, ResultCache
 from jemkit.sampling.fresh import TOGETHER
 
 PGD = ("--attack", "pgd", "--only", "robustness", "--set", "robustness.indicators=false")
@@ -72,17 +70,6 @@ def test_a_mistake_is_reported_once_and_ends_all(run: Path, tmp_path: Path) -> N
     assert "probably a fraction" in errors(outcomes)[0]
     assert ends(outcomes) == {3}
     assert not (tmp_path / "new").exists()
-
-
-def sigterm_after_a_piece() -> None:
-    """Send this process SIGTERM once the first piece of its work is written."""
-    write = ResultCache._write
-
-    def written(self: ResultCache, name: str, piece: Piece) -> None:
-        write(self, name, piece)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    ResultCache._write = written  # type: ignore[method-assign]
 
 
 def require_stopped(outcomes: list[Outcome]) -> None:

@@ -22,7 +22,7 @@ def test_the_clean_accuracies_come_out_exactly(build: object, clean: float) -> N
 
 def test_a_network_trained_without_attacks_has_nothing_left_at_eight_pixels() -> None:
     record = api.evaluate(
-        resnet20(), cifar10(100), registry=REGISTRY, attacks=("pgd",), only=("robustness",),
+        resnet20(), cifar10(40), registry=REGISTRY, attacks=("pgd",), only=("robustness",),
         options=QUIET,
     )  # fmt: skip
     assert record.value("clean") > 0.85

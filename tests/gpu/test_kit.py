@@ -5,9 +5,10 @@ import lzma
 import os
 import subprocess
 import sys
-import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from toys import root
+from waiting import until
 
 sys.path.insert(0, str(root() / "benchmarks" / "gpu"))
 
@@ -138,23 +140,33 @@ def test_missing_batches_are_named(tmp_path: Path) -> None:
         packing._batches(tmp_path)
 
 
+def limit_once(ready: Callable[[list[str]], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit of a command comes once it is ready, and a moment later; not before."""
+    wait = processes._wait
+
+    def waited(process: Any, limit: float, grace: float) -> int | None:
+        until(lambda: process.poll() is not None or ready(process.args), "the command")
+        return wait(process, min(limit, 0.2), grace)
+
+    monkeypatch.setattr(processes, "_wait", waited)
+
+
 @pytest.mark.parametrize("apart", [False, True])  # a session of its own, as probes have
-def test_a_command_ends_at_its_limit_with_all_that_it_started(tmp_path: Path, apart: bool) -> None:
+def test_a_command_ends_at_its_limit_with_all_that_it_started(
+    tmp_path: Path, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mark = tmp_path / "pid"
-    child = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    child = f"import os, time; open({str(mark)!r}, 'w').write(f'{{os.getpid()}} '); time.sleep(60)"
+    limit_once(lambda _: mark.exists() and mark.read_text().endswith(" "), monkeypatch)
     code = (
         "import subprocess, sys; print('began', flush=True); "
         f"subprocess.run([sys.executable, '-c', {child!r}], start_new_session={apart})"
     )
-    done = processes.run([sys.executable, "-c", code], 3.0)
+    done = processes.run([sys.executable, "-c", code], 60)
     assert (done.status, done.code) == ("timeout", None)
     assert "began" in done.output
     pid = int(mark.read_text())
-    for _ in range(100):  # the kernel sweeps it up a little later
-        if not _alive(pid):
-            break
-        time.sleep(0.05)
-    assert not _alive(pid)
+    until(lambda: not _alive(pid), "the kernel to sweep it up")
 
 
 def _alive(pid: int) -> bool:
@@ -165,14 +177,18 @@ def _alive(pid: int) -> bool:
     return state != "Z"
 
 
-def test_a_command_may_save_before_it_is_killed() -> None:
+def test_a_command_may_save_before_it_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log"
+    limit_once(lambda _: "ready" in log.read_text(), monkeypatch)
     code = (
         "import signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))\n"
         "print('ready', flush=True)\n"
         "time.sleep(60)"
     )
-    done = processes.run([sys.executable, "-c", code], 3.0, grace=20.0)
+    done = processes.run([sys.executable, "-c", code], 60, grace=1800, log=log)
     assert (done.status, done.code) == ("failed", 5)
 
 
@@ -204,8 +220,6 @@ def kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(runner, "KIT", folder)
     monkeypatch.setattr(runner, "install", lambda site: None)
     monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
-    stages = [s._replace(rehearsed=12 if s.name == "tests" else 60) for s in runner.STAGES]
-    monkeypatch.setattr(runner, "STAGES", stages)
     return folder
 
 
@@ -220,6 +234,12 @@ def test_a_stage_that_fails_or_hangs_costs_the_next_nothing(
     (kit / "wheels" / "jemkit-1-py3-none-any.whl").touch()
     where = ["--out", tmp_path / "out", "--work", tmp_path / "work"]
     names = ["environment", "probes", "tests", "resume"]
+
+    def hangs(command: list[str]) -> bool:
+        record = tmp_path / "out" / "tests.json"
+        return "tests" in command and record.exists() and record.read_text().endswith("}")
+
+    limit_once(hangs, monkeypatch)
     assert started(monkeypatch, "--rehearse", *where, "--stages", *names) == 1
     records = {n: json.loads((tmp_path / "out" / f"{n}.json").read_text()) for n in names}
     statuses = {name: record["status"] for name, record in records.items()}

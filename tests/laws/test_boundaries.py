@@ -4,6 +4,7 @@ import ast
 import re
 import tokenize
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,11 @@ OWNER = {path: package for package, at in PACKAGES.items() for path in at.rglob(
 FILES = sorted(OWNER)
 OURS = set(PACKAGES)
 PROJECT = (root() / "pyproject.toml").read_text()
-TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def over(files: list[Path]) -> Callable[[Callable[[Path], None]], Callable[[], None]]:
@@ -98,7 +103,7 @@ ALLOWED = {
 
 @over(FILES)
 def test_a_package_imports_only_what_it_may(path: Path) -> None:
-    assert tops(imports(TREES[path])) & OURS <= ALLOWED[OWNER[path]]
+    assert tops(imports(tree_of(path))) & OURS <= ALLOWED[OWNER[path]]
 
 
 @over([p for p in FILES if OWNER[p] == "jemkit_plugins"])
@@ -106,7 +111,7 @@ def test_a_plug_in_imports_of_plug_ins_its_own_folder_or_one_that_offers_no_part
     path: Path,
 ) -> None:
     home = PACKAGES["jemkit_plugins"]
-    for name in imports(TREES[path]):
+    for name in imports(tree_of(path)):
         top, _, rest = name.partition(".")
         if top == "jemkit_plugins":
             folder = home / rest.split(".")[0]
@@ -116,7 +121,7 @@ def test_a_plug_in_imports_of_plug_ins_its_own_folder_or_one_that_offers_no_part
 
 @over(FILES)
 def test_imports_are_absolute(path: Path) -> None:
-    levels = {n.level for n in ast.walk(TREES[path]) if isinstance(n, ast.ImportFrom)}
+    levels = {n.level for n in ast.walk(tree_of(path)) if isinstance(n, ast.ImportFrom)}
     assert levels <= {0}
 
 
@@ -131,19 +136,19 @@ def starting_with(start: str) -> list[Path]:
         path = next((p for p in (at.with_suffix(".py"), at / "__init__.py") if p in OWNER), None)
         if path is not None and name not in reached:
             reached[name] = path
-            queue += [name.rpartition(".")[0], *at_import(TREES[path])]
+            queue += [name.rpartition(".")[0], *at_import(tree_of(path))]
     return [path for path in reached.values() if OWNER[path] == "jemkit_cli"]
 
 
 @over(sorted(starting_with("jemkit_cli.commands") + starting_with("jemkit_cli.app")))
 def test_the_command_line_imports_the_library_inside_its_functions(path: Path) -> None:
-    assert not tops(at_import(TREES[path])) & {"jemkit", "torch", "jemkit_plugins"}
+    assert not tops(at_import(tree_of(path))) & {"jemkit", "torch", "jemkit_plugins"}
 
 
 @over(FILES)
 def test_torchvision_comes_in_by_one_door(path: Path) -> None:
     if path != PACKAGES["jemkit"] / "runtime" / "torchvision_compat.py":
-        assert "torchvision" not in tops(imports(TREES[path]))
+        assert "torchvision" not in tops(imports(tree_of(path)))
 
 
 SLOW = {"torchvision", "lpips", "matplotlib", "sklearn", "timm", "pyautoattack", "torch_fidelity"}
@@ -151,13 +156,13 @@ SLOW = {"torchvision", "lpips", "matplotlib", "sklearn", "timm", "pyautoattack",
 
 @over(FILES)
 def test_what_one_part_needs_is_imported_where_it_is_used(path: Path) -> None:
-    assert not tops(at_import(TREES[path])) & SLOW
+    assert not tops(at_import(tree_of(path))) & SLOW
 
 
 @over(FILES)
 def test_nobody_unpickles(path: Path) -> None:
-    assert not tops(imports(TREES[path])) & {"dill", "cloudpickle", "joblib", "shelve"}
-    names = {name_of(n) for n in ast.walk(TREES[path]) if isinstance(n, ast.Attribute)}
+    assert not tops(imports(tree_of(path))) & {"dill", "cloudpickle", "joblib", "shelve"}
+    names = {name_of(n) for n in ast.walk(tree_of(path)) if isinstance(n, ast.Attribute)}
     assert {n for n in names if n.startswith("pickle.")} <= {"pickle.UnpicklingError"}
     for call in calls(path, "torch.load"):
         safe = {k.arg: ast.unparse(k.value) for k in call.keywords}
@@ -167,7 +172,7 @@ def test_nobody_unpickles(path: Path) -> None:
 def calls(path: Path, *names: str) -> list[ast.Call]:
     return [
         node
-        for node in ast.walk(TREES[path])
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Call) and name_of(node.func) in names
     ]
 
@@ -184,8 +189,8 @@ GLOBAL = (
 @over(FILES)
 def test_nobody_draws_from_random_state_of_the_process(path: Path) -> None:
     assert not calls(path, *GLOBAL)
-    assert not tops(imports(TREES[path])) & {"random"}
-    names = {name_of(n) for n in ast.walk(TREES[path]) if isinstance(n, ast.Attribute)}
+    assert not tops(imports(tree_of(path))) & {"random"}
+    names = {name_of(n) for n in ast.walk(tree_of(path)) if isinstance(n, ast.Attribute)}
     assert not {n for n in names if n.startswith(("np.random", "numpy.random"))}
     drawn = calls(path, *(f"torch.{f}" for f in ("rand", "randn", "randint", "randperm", "normal")))
     for call in drawn:
@@ -223,7 +228,7 @@ def test_files_are_opened_by_one_module_which_takes_no_fifo_and_writes_through_n
     path: Path,
 ) -> None:
     """A file of a run, or any that a user names, may be a stranger's."""
-    for node in ast.walk(TREES[path]):
+    for node in ast.walk(tree_of(path)):
         if not isinstance(node, ast.Call):
             continue
         owner, _, last = called(node.func).rpartition(".")
@@ -246,14 +251,14 @@ def called(node: ast.AST) -> str:
 
 @over(FILES)
 def test_no_mistake_of_a_user_is_an_assertion(path: Path) -> None:
-    assert not [n for n in ast.walk(TREES[path]) if isinstance(n, ast.Assert)]
+    assert not [n for n in ast.walk(tree_of(path)) if isinstance(n, ast.Assert)]
 
 
 @over(FILES)
 def test_only_an_updater_calls_backward(path: Path) -> None:
     methods = {
         n.func.attr
-        for n in ast.walk(TREES[path])
+        for n in ast.walk(tree_of(path))
         if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
     }
     assert path.name == "updaters.py" or "backward" not in methods
@@ -265,7 +270,7 @@ def test_modes_change_only_through_their_context_managers(path: Path) -> None:
     allowed = {"modes.py": {"train", "eval"}, "trainer.py": {"train"}}.get(path.name, set())
     if "testing" in path.parts:
         allowed = {"train", "eval"}
-    for node in ast.walk(TREES[path]):
+    for node in ast.walk(tree_of(path)):
         if (
             isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)
@@ -277,7 +282,7 @@ def test_modes_change_only_through_their_context_managers(path: Path) -> None:
 
 @over(FILES)
 def test_no_bare_pixel_fraction_stands_in_the_code(path: Path) -> None:
-    for node in ast.walk(TREES[path]):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
             numbers = [n.value for n in (node.left, node.right) if isinstance(n, ast.Constant)]
             assert len(numbers) < 2 or numbers[1] != 255, ast.unparse(node)
@@ -287,12 +292,12 @@ def test_no_bare_pixel_fraction_stands_in_the_code(path: Path) -> None:
 def test_a_file_has_one_subject_and_at_most_400_lines(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 400
-    assert path.name == "__init__.py" or ast.get_docstring(TREES[path])
+    assert path.name == "__init__.py" or ast.get_docstring(tree_of(path))
 
 
 @over(FILES)
 def test_a_function_fits_on_a_screen(path: Path) -> None:
-    for node in ast.walk(TREES[path]):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.FunctionDef):
             first, last = node.body[0].lineno, node.end_lineno or 0
             assert last - first <= 45, node.name
@@ -357,7 +362,7 @@ def test_importing_the_library_loads_no_plug_in_and_nothing_slow() -> None:
 def test_every_module_of_plug_ins_is_an_entry_point_or_helps_one() -> None:
     home = PACKAGES["jemkit_plugins"]
     for path in home.rglob("*.py"):
-        tree = TREES[path]
+        tree = tree_of(path)
         hooks = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name[:7] == "jemkit_"]
         if hooks:
             plugin = path.relative_to(home).with_suffix("").parts[0]

@@ -1,13 +1,13 @@
 """No test's outcome depends on the clock: what it waits for, it waits for by `waiting.until`."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 from toys import root
 from waiting import SAFETY
 
 HERE = root() / "tests"
-TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in HERE.rglob("*.py")}
 CLOCKS = {"time.monotonic", "time.perf_counter", "time.time", "time.process_time"}
 MAY_READ_A_CLOCK = {
     "support/waiting.py",  # the one that waits
@@ -17,8 +17,13 @@ MAY_READ_A_CLOCK = {
 }
 
 
+@cache
+def trees() -> dict[Path, ast.Module]:
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in HERE.rglob("*.py")}
+
+
 def offenders(wrong: type[ast.AST]) -> list[tuple[Path, ast.AST]]:
-    return [(p, n) for p, tree in TREES.items() for n in ast.walk(tree) if isinstance(n, wrong)]
+    return [(p, n) for p, tree in trees().items() for n in ast.walk(tree) if isinstance(n, wrong)]
 
 
 def test_no_test_reads_a_clock() -> None:

@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from toys import root
@@ -46,7 +47,9 @@ def imported(path: Path) -> set[str]:
     return collected - {name_of(path)}
 
 
-IMPORTS = {name: imported(path) for name, path in FILES.items()}
+@cache
+def all_imports() -> dict[str, set[str]]:
+    return {name: imported(path) for name, path in FILES.items()}
 
 
 def reached(start: str) -> set[str]:
@@ -54,7 +57,7 @@ def reached(start: str) -> set[str]:
     collected: set[str] = set()
     queue = [start]
     while queue:
-        for name in IMPORTS[queue.pop()] - collected:
+        for name in all_imports()[queue.pop()] - collected:
             collected.add(name)
             queue.append(name)
     return collected
@@ -68,7 +71,7 @@ def test_a_module_imports_from_its_own_folder_and_from_layers_before_it() -> Non
     upwards = [
         (name, other)
         for name in FILES
-        for other in sorted(IMPORTS[name])
+        for other in sorted(all_imports()[name])
         if RANK[other.split(".")[0]] > RANK[name.split(".")[0]]
     ]
     assert upwards == []

@@ -2,6 +2,8 @@
 
 import itertools
 from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -208,14 +210,18 @@ class CrampedPlugin:
 
 def toy_registry(guests: Iterable[Plugin] = ()) -> Registry:
     """The built-in plug-ins, the toy data set, and whoever else comes."""
-    from importlib.metadata import entry_points
+    return _registry_with(*guests)
 
-    plugins = [
-        Plugin(e.name, e.load(), "jemkit")
-        for e in set(entry_points(group="jemkit"))
-        if e.dist and e.dist.name == "jemkit"
-    ]
-    return registry_of([*plugins, Plugin("toy", ToyPlugin), *guests])
+
+@cache
+def _registry_with(*guests: Plugin) -> Registry:
+    return registry_of([*_built_in(), Plugin("toy", ToyPlugin), *guests])
+
+
+@cache
+def _built_in() -> list[Plugin]:
+    own = [e for e in set(entry_points(group="jemkit")) if e.dist and e.dist.name == "jemkit"]
+    return [Plugin(e.name, e.load(), "jemkit") for e in own]
 
 
 def toy_recipe(

@@ -268,12 +268,12 @@ def test_a_truncated_file_is_a_data_error(share: float, old: bool, place: Path) 
         read_checkpoint(place)
 
 
-def test_thousands_of_state_dicts_and_endless_names_are_refused(tmp_path: Path) -> None:
+def test_a_thousand_state_dicts_and_endless_names_are_refused(tmp_path: Path) -> None:
     names = ("conv1.bias", "layer1.0.conv1.bias", "linear.weight")
-    many = {f"m{i}.{name}": torch.zeros(1) for i in range(4000) for name in names}
+    many = {f"m{i}.{name}": torch.zeros(1) for i in range(1000) for name in names}
     torch.save(many, tmp_path / "many.pt")
     with pytest.raises(
-        DataError, match="it contains 4000 state dicts that fit; select one by --key"
+        DataError, match="it contains 1000 state dicts that fit; select one by --key"
     ):
         read_checkpoint(tmp_path / "many.pt")
     assert read_checkpoint(tmp_path / "many.pt", key="m17").key == "m17"
