@@ -42,6 +42,7 @@ EXTRAS = {
     "huggingface_hub": ("hub", "jemkit export --push"),
     "torch_fidelity": ("metrics", "FID and IS by Inception"),
     "tensorboard": ("tensorboard", "run.tensorboard"),
+    "gradio": ("show", "jemkit show"),
 }
 """Packages that only one feature needs: the extra, and that feature."""
 

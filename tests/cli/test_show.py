@@ -1,6 +1,7 @@
 """What `jemkit show` computes, receives and draws; none of it needs gradio."""
 
 import asyncio
+import base64
 import io
 import math
 import os
@@ -10,6 +11,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cli_tools import jemkit, one_line
@@ -254,6 +256,15 @@ class TestDrawing:
         assert "nan" in drawing.before_and_after(odd, [state, state], 0, reference, steps=1)
         broken = Reference(torch.tensor([math.nan]), "1 test image")
         assert "no histogram" in drawing.histogram(broken, [("E", 0.0)])
+
+    def test_an_image_is_drawn_pixel_by_pixel_in_its_colours(self) -> None:
+        for shape in ((1, 1, 5, 7), (1, 3, 5, 7)):
+            x = (torch.arange(35.0) / 35).view(1, 1, 5, 7).expand(shape)
+            code = drawing.pixels(x, "a & b").partition("base64,")[2].partition('"')[0]
+            array = np.asarray(Pillow.open(io.BytesIO(base64.b64decode(code))))
+            assert array.shape == ((5, 7) if shape[1] == 1 else (5, 7, 3))
+            back = torch.tensor(array).view(5, 7, -1)[:, :, -1] / 255
+            assert torch.allclose(back, x[0, -1], atol=1 / 255)
 
     def test_of_many_classes_the_most_probable_are_listed(self, shown: ShownModel) -> None:
         many = shown_toy(classes=tuple(f"class{i}" for i in range(100)))

@@ -28,7 +28,7 @@ def page(trained: tuple[Path, Outcome], tmp_path: Path) -> Iterator[Forked]:
     until(lambda: "the page is at" in running.text("stdout") or running.poll() is not None,
           "the page's address", lambda: running.text("stderr"))  # fmt: skip
     yield running
-    running.send_signal(signal.SIGKILL)
+    running.send_signal(signal.SIGTERM)
     running.wait()
 
 
