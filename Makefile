@@ -70,7 +70,7 @@ docs-serve: docs
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,metrics]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,metrics,figures]'
 	touch $(STAMP)
 
 $(OLDEST)/.installed: pyproject.toml constraints.txt

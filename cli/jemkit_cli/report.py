@@ -1,15 +1,19 @@
 """`jemkit report` and `jemkit compare`: figures and charts of one or several runs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jemkit_cli.printable import printable
 from jemkit_cli.terminal import guarded, say, say_json, show_table
 
 if TYPE_CHECKING:
-    from jemkit.evaluation.compare import Comparison, Difference, Spread
+    from jemkit.evaluation.compare import Comparison
+    from jemkit.evaluation.report.book import Book
     from jemkit.evaluation.run_table import Line
+    from jemkit_cli.paper.tabular import Grid
 
 Runs = Annotated[
     list[Path] | None,
@@ -20,6 +24,17 @@ Runs = Annotated[
 ]
 RUNS = Path("runs")
 LATEST = RUNS / "latest"
+
+
+Figures = Annotated[
+    Path | None,
+    typer.Option(
+        "--figures",
+        help="Also write every figure as PDF and SVG, and every table as LaTeX and CSV, there.",
+        metavar="FOLDER",
+        show_default=False,
+    ),
+]
 
 
 @guarded
@@ -33,11 +48,18 @@ def report(
         typer.Option(help="File to write; report.html in the first run's folder by default.",
                      show_default=False),
     ] = None,
+    figures: Figures = None,
 ) -> None:  # fmt: skip
     """Write one HTML file with figures and charts of the runs; it works offline."""
-    from jemkit.evaluation.report import write
+    from jemkit.evaluation.report import read_book, write
 
-    say(f"report {write(runs or [LATEST], out)}")
+    folders = runs or [LATEST]
+    say(f"report {write(folders, out)}")
+    if figures is not None:
+        from jemkit_cli.paper import grids
+
+        book = read_book(folders)
+        _write(book, grids.of_runs(book.runs), figures)
 
 
 @guarded
@@ -51,19 +73,36 @@ def compare(
     seeds: Annotated[
         bool, typer.Option("--seeds", help="Mean +- deviation over runs that differ in their seed.")
     ] = False,
+    figures: Figures = None,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:  # fmt: skip
     """Compare runs: their figures and, for two runs, paired differences over the same images."""
     from jemkit.evaluation.compare import compare as build_run
     from jemkit.evaluation.compare import newest
 
-    comparison = build_run(runs or newest(RUNS), names=figure or (), seeds=seeds)
+    folders = runs or newest(RUNS)
+    comparison = build_run(folders, names=figure or (), seeds=seeds)
     if as_json:
         say_json(comparison.to_json())
-        return
-    _show_lines(comparison)
-    _show_differences(comparison)
-    _show_spreads(comparison)
+    else:
+        _show_lines(comparison)
+        _show_differences(comparison)
+        _show_spreads(comparison)
+    if figures is not None:
+        from jemkit.evaluation.report import read_book
+        from jemkit_cli.paper import grids
+
+        _write(read_book(folders), grids.of_comparison(comparison), figures, silent=as_json)
+
+
+def _write(book: "Book", grids: "Sequence[Grid]", folder: Path, *, silent: bool = False) -> None:
+    from jemkit_cli.paper.writing import write_all
+
+    written = write_all(book, grids, folder)
+    for note in written.notes:
+        typer.echo(printable(f"note: {note}"), err=True)
+    if not silent:
+        say(f"figures {folder}: {len(written.paths)} files")
 
 
 def _show_lines(comparison: "Comparison") -> None:
@@ -109,51 +148,31 @@ def _cells(line: "Line") -> list[str]:
 def _show_differences(comparison: "Comparison") -> None:
     if not comparison.differences:
         return
-    rows = [[_named(d), *_difference(d)] for d in comparison.differences if not d.why]
-    if rows:
-        a, b = comparison.runs
-        head = ["figure", f"{a} - {b}, points", "95 % interval", "images", "holds 0"]
-        show_table(head, rows, "the same images, paired bootstrap")
+    from jemkit_cli.paper.grids import named, paired
+
+    table = paired(comparison)
+    if table.rows:
+        show_table(table.head, table.rows, "the same images, paired bootstrap")
     for difference in comparison.differences:
         if difference.why:
             why = _why(comparison, difference.name, difference.why)
-            say(f"{_named(difference)}: no paired difference: {why}")
-
-
-def _difference(difference: "Difference") -> list[str]:
-    low, high = f"{100 * difference.low:+.2f}", f"{100 * difference.high:+.2f}"
-    holds = "yes" if difference.holds_zero else "no"
-    return [f"{100 * difference.mean:+.2f}", f"{low} to {high}", str(difference.n), holds]
-
-
-def _named(row: "Difference | Spread") -> str:
-    """A figure with the entries of its protocol that distinguish it from others of its name."""
-    return f"{row.name}, {row.protocol}" if row.protocol else row.name
+            say(f"{named(difference)}: no paired difference: {why}")
 
 
 def _show_spreads(comparison: "Comparison") -> None:
-    """Mean and deviation in the unit of the table above, by the settings that differ."""
+    """Mean and deviation over seeds; the settings are shown once."""
     if not comparison.spreads:
         return
-    keys = list(dict.fromkeys(key for spread in comparison.spreads for key in spread.settings))
+    from jemkit_cli.paper.grids import named, over_seeds
+
+    table = over_seeds(comparison)
     rows, above = [], None
-    for spread in comparison.spreads:
-        if spread.why:
-            continue
-        who = [str(spread.settings.get(key, "-")) for key in keys] or [", ".join(spread.runs)]
-        seeds = ", ".join(map(str, spread.seeds))
-        shown = [""] * len(who) if who == above else who
-        rows.append([*shown, _named(spread), _spread(spread), seeds])
+    for row in table.rows:
+        who = row[:-3]
+        rows.append([*([""] * len(who) if who == above else who), *row[-3:]])
         above = who
-    show_table([*(keys or ["runs"]), "figure", "mean +- deviation", "seeds"], rows, "over seeds")
+    show_table(table.head, rows, "over seeds")
     for spread in comparison.spreads:
         if spread.why:
             why = _why(comparison, spread.name, spread.why)
-            say(f"{', '.join(spread.runs)}: no mean of {_named(spread)}: {why}")
-
-
-def _spread(spread: "Spread") -> str:
-    mean = f"{spread.mean:.2%}" if spread.share else f"{spread.mean:.4g}"
-    if spread.sd is None:
-        return mean
-    return f"{mean} +- {spread.sd:.2%}" if spread.share else f"{mean} +- {spread.sd:.2g}"
+            say(f"{', '.join(spread.runs)}: no mean of {named(spread)}: {why}")

@@ -10,7 +10,7 @@ from jemkit.runtime.html import Html, join, tag
 
 WIDTH, HEIGHT = 360.0, 236.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 10.0, 12.0, 36.0
-TITLE, LINE = 52, 16.0
+TITLE, LINE = 42, 16.0
 """Characters in a line of a title, and its height."""
 MARKS = ("circle", "square", "diamond", "up", "down", "cross", "plus", "ring")
 COLOURS = len(MARKS)

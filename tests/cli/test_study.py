@@ -22,6 +22,7 @@ from jemkit.errors import ConfigError, DataError, Diverged, Preempted, UnknownNa
 from jemkit.metrics.figures import plain
 from jemkit.metrics.record_file import Record
 from jemkit.runtime.files import write_json
+from jemkit_cli.paper.tabular import escaped
 from jemkit_cli.study.plan import (
     find_study,
     grid,
@@ -33,7 +34,7 @@ from jemkit_cli.study.plan import (
 )
 from jemkit_cli.study.running import Failed, state_of
 from jemkit_cli.study.table import Cell, _interval, table_of
-from jemkit_cli.study.writing import _escaped, comma_separated, latex, markdown
+from jemkit_cli.study.writing import comma_separated, latex, markdown
 
 NAMES = st.lists(st.sampled_from(["a", "b", "c.d", "e.f.g"]), unique=True, min_size=1)
 PLAIN = st.lists(st.sampled_from(["0.1", "2", "x", "[1, 2]", '"p,q"']), unique=True, min_size=1)
@@ -108,7 +109,7 @@ def test_a_folder_that_is_no_run_of_jemkit_is_ignored(start: Any, tmp_path: Path
 
 
 def test_names_are_escaped_for_latex() -> None:
-    assert _escaped(r"a_b #1 {$x^2$} 5 % +- \y") == (
+    assert escaped(r"a_b #1 {$x^2$} 5 % +- \y") == (
         r"a\_b \#1 \{\$x\textasciicircum{}2\$\} 5 \% $\pm$ \textbackslash{}y"
     )
 

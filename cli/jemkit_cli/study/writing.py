@@ -1,13 +1,12 @@
 """A study's table as Markdown, LaTeX, CSV and JSON, and its figure as SVG."""
 
-import csv
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 from jemkit.evaluation.run_table import COLUMNS
 from jemkit.runtime.files import write_text
+from jemkit_cli.paper import tabular
 from jemkit_cli.results import protocol_text
 from jemkit_cli.study.drawing import drawing
 from jemkit_cli.study.table import Cell, Line, Table
@@ -64,28 +63,23 @@ def markdown(table: Table, name: str = "figure") -> str:
 
 def latex(table: Table) -> str:
     """A tabular of booktabs with its protocol as comments."""
-    top = heads(table)
-    rows = [" & ".join(map(_escaped, cells(table, line))) + r" \\" for line in table.lines]
-    notes = [f"% {note}" for note in footnotes(table)]
-    head = " & ".join(map(_escaped, top)) + r" \\"
-    body = [r"\toprule", head, r"\midrule", *rows, r"\bottomrule"]
-    columns = f"l{'r' * (len(top) - 1)}"
-    return "\n".join([*notes, rf"\begin{{tabular}}{{{columns}}}", *body, r"\end{tabular}", ""])
+    rows = [cells(table, line) for line in table.lines]
+    return tabular.latex(heads(table), rows, footnotes(table))
 
 
 def comma_separated(table: Table) -> str:
     """One line for each row, figure and seed, with the hash of the weights."""
-    text = io.StringIO()
-    out = csv.writer(text, lineterminator="\n")
-    out.writerow(["row", "figure", "run", "checkpoint", "value", "mean", "sd", "low", "high"])
+    rows: list[list[object]] = [
+        ["row", "figure", "run", "checkpoint", "value", "mean", "sd", "low", "high"]
+    ]
     for line in table.lines:
         for name, cell in line.cells.items():
-            spread = [_number(value) for value in (cell.mean, cell.sd, cell.low, cell.high)]
+            spread = [cell.mean, cell.sd, cell.low, cell.high]
             for run, checkpoint, value in zip(
                 line.runs, line.checkpoints, cell.values, strict=True
             ):
-                out.writerow([line.name, name, run, checkpoint, _number(value), *spread])
-    return text.getvalue()
+                rows.append([line.name, name, run, checkpoint, value, *spread])
+    return tabular.comma_separated(rows)
 
 
 def footnotes(table: Table) -> list[str]:
@@ -160,19 +154,3 @@ def _shown(cell: Cell) -> str:
 def _points(cell: Cell) -> str:
     bounds = [f"{100 * bound:+.1f}" for bound in (cell.low, cell.high) if bound is not None]
     return f"{100 * cell.mean:+.1f} [{', '.join(bounds)}]"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else repr(value)
-
-
-SPECIAL = str.maketrans(
-    {c: rf"\{c}" for c in "%_&#${}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-)
-"""The characters that LaTeX does not print as they are."""
-
-
-def _escaped(text: str) -> str:
-    """Text escaped for LaTeX."""
-    return text.translate(SPECIAL).replace("+-", r"$\pm$").replace("–", "--")

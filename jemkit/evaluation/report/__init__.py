@@ -4,6 +4,6 @@ May import: evaluation, and what evaluation may import. A new file: a section of
 `page.SECTIONS`.
 """
 
-from jemkit.evaluation.report.page import render, write
+from jemkit.evaluation.report.page import read_book, render, write
 
-__all__ = ["render", "write"]
+__all__ = ["read_book", "render", "write"]

@@ -16,6 +16,8 @@ LAST = ("checkpoint", "device", "evaluator", "versions", "seconds", "max delta")
 """Entries of a card that come after those that define the figure."""
 
 
+UNDRAWABLE = (KeyError, TypeError, ValueError, IndexError, AttributeError)
+"""Errors of a table in a form that this version does not know."""
 SHORT = 30
 """Characters of a run's name that a report shows; the whole name is its title."""
 

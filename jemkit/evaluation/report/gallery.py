@@ -34,6 +34,18 @@ def others(book: Book) -> Html | None:
     return _gallery(book, "others", "Other pictures", pictures)
 
 
+def files(book: Book) -> list[tuple[str, Path]]:
+    """Every picture of a report, with a name for a file."""
+    return [
+        (f"{name}-{book.names[slot]}", path)
+        for slot, run in enumerate(book.runs)
+        for name, path in [
+            *(("training-samples", path) for path in _newest_samples(run.folder).values()),
+            *records.pictures(run.folder, run.record).items(),
+        ]
+    ]
+
+
 def _gallery(book: Book, name: str, title: str, pictures: Sequence[dict[str, Path]]) -> Html | None:
     parts = []
     for slot, (run, paths) in enumerate(zip(book.runs, pictures, strict=True)):

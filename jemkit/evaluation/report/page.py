@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jemkit.errors import DataError
 from jemkit.evaluation.report import gallery, plots, tables
-from jemkit.evaluation.report.book import Book, badge, note, section
+from jemkit.evaluation.report.book import UNDRAWABLE, Book, badge, note, section
 from jemkit.evaluation.run_table import read_runs
 from jemkit.metrics import charts
 from jemkit.metrics import record as records
@@ -94,7 +94,7 @@ def _shown(book: Book, name: str) -> Html | None:
     """A section, or a message if a table has a form that this version cannot plot."""
     try:
         return SECTIONS[name][0](book)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except UNDRAWABLE as error:
         message = f"This part of the record cannot be drawn: {type(error).__name__}: {error}"
         return section(name.lower(), name, note(message))
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from jemkit.evaluation.report.book import Book, drawn, section
+from jemkit.evaluation.report.book import UNDRAWABLE, Book, drawn, section
 from jemkit.metrics import charts
 from jemkit.metrics.charts import Axes, Key, Panel, Series, key_of
 from jemkit.metrics.curves import KINDS, LEGEND, Curve, epochs, metrics
@@ -21,10 +21,17 @@ GROUPS = {
 """The titles of charts with all curves of a kind of one run."""
 
 
-def panels(book: Book) -> list[Panel]:
-    """Every chart of a report."""
-    kinds = (_robustness, _energies, _calibration, _ood, _training)
-    return [panel for kind in kinds for panel in kind(book)]
+def panels(book: Book) -> tuple[list[Panel], list[str]]:
+    """Every chart of a report, and what cannot be drawn."""
+    drawn_panels: list[Panel] = []
+    faults = []
+    for kind in (_robustness, _energies, _calibration, _ood, _training):
+        try:
+            drawn_panels += kind(book)
+        except UNDRAWABLE as error:
+            name = kind.__name__.strip("_")
+            faults.append(f"the {name} of the records cannot be drawn: {error!r}")
+    return drawn_panels, faults
 
 
 def robustness(book: Book) -> Html | None:
@@ -85,7 +92,7 @@ def _paths(book: Book) -> Iterator[Panel]:
         return
     for label, series in curves.items():
         axes = Axes(f"Mean {label} along the attack", "step of the attack", label)
-        name = f"energy-path-{label}"
+        name = "energy-path" if label == "E(x)" else "joint-energy-path"
         yield book.judged_lines(name, series, axes, *_bars(series), table="energy_path")
 
 
@@ -176,7 +183,8 @@ def _training(book: Book) -> Iterator[Panel]:
         of = [slot for slot, curves in enumerate(read) if name in curves]
         if len(of) > 1:
             series = [Series(book.names[s], s, read[s][name].x, read[s][name].y) for s in of]
-            axes = Axes(name, "step", LEGEND.get(name, name))
+            label = LEGEND.get(name, name)
+            axes = Axes(label if name.startswith("gap") else name, "step", label)
             notes = _lost({book.names[slot]: read[slot][name] for slot in of})
             yield book.lines(f"training-{name}", series, axes, *notes)
     for slot, curves in enumerate(read):
@@ -211,7 +219,8 @@ def _histograms(book: Book, slot: int, table: Mapping[str, Any], which: str) -> 
     name = book.names[slot]
     axes = Axes(f"{which} of {name}", which, "share of images")
     chart, keys = charts.histograms(table, SETS, slot, axes)
-    return Panel(axes.title, chart, keys, f"{which}-{name}", book.label(slot, "energies"))
+    of = {"E(x)": "energies", "E(x, y)": "joint-energies"}[which]
+    return Panel(axes.title, chart, keys, f"{of}-{name}", book.label(slot, "energies"))
 
 
 def _confidence(book: Book, slot: int, points: Sequence[Sequence[float]]) -> Panel:
