@@ -7,6 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from jemkit_cli import bench, config, plugins
+from jemkit_cli.check import check
 from jemkit_cli.doctor import doctor
 from jemkit_cli.evaluate import evaluate
 from jemkit_cli.fid_stats import fid_stats
@@ -53,6 +54,7 @@ app.command()(sweep)
 app.command()(reproduce)
 app.command("import")(import_model)
 app.command("export")(export_model)
+app.command()(check)
 app.command()(doctor)
 app.command("verify-resume")(verify_resume)
 app.command("fid-stats")(fid_stats)

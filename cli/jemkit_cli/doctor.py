@@ -1,11 +1,15 @@
 """`jemkit doctor`: checks the installation."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jemkit_cli.terminal import NoPlugins, guarded, say, say_json
+
+if TYPE_CHECKING:
+    from jemkit.testing.doctor import Check
 
 
 @guarded
@@ -25,11 +29,16 @@ def doctor(
     if as_json:
         say_json({"ok": well, "checks": [check._asdict() for check in checks]})
     else:
-        for check in checks:
-            say(f"{check.state:<5} {check.name:<20} {check.what}")
-            if check.advice:
-                say(f"{'':26} -> {check.advice}")
-        failed = [check.name for check in checks if check.state == "fail"]
-        say(f"failed: {', '.join(failed)}" if failed else "nothing fails")
+        show_checks(checks)
     if not well:
         raise typer.Exit(1)
+
+
+def show_checks(checks: Sequence["Check"]) -> None:
+    """A line for each check, its advice below it, and the names of those that failed."""
+    for check in checks:
+        say(f"{check.state:<5} {check.name:<20} {check.what}")
+        if check.advice:
+            say(f"{'':26} -> {check.advice}")
+    failed = [check.name for check in checks if check.state == "fail"]
+    say(f"failed: {', '.join(failed)}" if failed else "nothing fails")

@@ -7,6 +7,7 @@ import typer
 
 from jemkit_cli.progress import tracking
 from jemkit_cli.results import show_record
+from jemkit_cli.selection import Mean, Std, Weights, WeightsKey, preparation
 from jemkit_cli.terminal import NoPlugins, guarded, installed_parts, say_json, stopping
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def evaluate(
     run: Annotated[
         Path,
         typer.Argument(
-            help="A run, a checkpoint folder, an exported model or a .safetensors file.",
+            help="A run, a checkpoint folder, an exported model, a .safetensors file, or Python "
+            "code that builds a torch module, my.py:build.",
             metavar="[RUN]",
         ),
     ] = Path("runs/latest"),
@@ -94,6 +96,10 @@ def evaluate(
         str | None,
         _option("--network", "Network of a .safetensors file, e.g. wrn-28-10.", WHERE, "NAME"),
     ] = None,
+    weights: Weights = None,
+    key: WeightsKey = None,
+    mean: Mean = None,
+    std: Std = None,
     dataset: Annotated[
         str | None, _option("--dataset", "Another data set than that of the run.", WHERE, "NAME")
     ] = None,
@@ -118,7 +124,10 @@ def evaluate(
         bool, typer.Option("--json", help="Print the record as one line of JSON.")
     ] = False,
 ) -> None:
-    """Evaluate a model: accuracy, robustness, energies, calibration, OOD, generation."""
+    """Evaluate a model: accuracy, robustness, energies, calibration, OOD, generation.
+
+    my.py:build is run as Python code, with all rights that you have; its weights are not.
+    """
     wanted = {
         "attacks": attack or (), "norm": norm, "eps_px": eps_px, "max_images": max_images,
         "batch_size": batch_size, "seed": seed, "protocol": protocol, "quick": quick,
@@ -128,7 +137,12 @@ def evaluate(
     data = {"use": dataset, "dir": data_dir and str(data_dir), "download": download or None}
     given = {k: v for k, v in data.items() if v is not None}
     where = {
-        "subject": {"which": checkpoint, "network": network, "dataset": given or None},
+        "subject": {
+            "which": checkpoint,
+            "network": network,
+            "dataset": given or None,
+            "preparation": preparation(weights, key, mean, std),
+        },
         "device": device,
         "out": out,
     }

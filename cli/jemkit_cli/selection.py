@@ -11,6 +11,7 @@ from jemkit_cli.terminal import installed_parts
 if TYPE_CHECKING:
     from jemkit.config.recipe import Resolved
     from jemkit.config.registry import Registry
+    from jemkit.evaluation.user_code import Preparation
 
 
 def _option(name: str, text: str, panel: str, metavar: str | None = None) -> Any:
@@ -155,3 +156,30 @@ class RecipeOptions:
         from jemkit.config.recipe import complete, resolve
 
         return complete(resolve(registry, **self.layers()), registry)
+
+
+CODE = "A model of Python code, my.py:build"
+Weights = Annotated[
+    Path | None, _option("--weights", "Its weights: .pt, .pth or .safetensors.", CODE, "FILE")
+]
+WeightsKey = Annotated[
+    str | None, _option("--key", "Key of the weights, if the file has several.", CODE, "NAME")
+]
+Mean = Annotated[
+    str | None,
+    _option("--mean", "Mean of each channel in [0, 1], subtracted from images.", CODE, "M,M,M"),
+]
+Std = Annotated[
+    str | None,
+    _option("--std", "Standard deviation of each channel, divided by.", CODE, "S,S,S"),
+]
+
+
+def preparation(
+    weights: Path | None, key: str | None, mean: str | None, std: str | None
+) -> "Preparation":
+    """These options, as the library takes them."""
+    from jemkit.evaluation.user_code import Preparation, numbers_of
+
+    means, stds = numbers_of(mean, "--mean"), numbers_of(std, "--std")
+    return Preparation(weights, key, means, stds)

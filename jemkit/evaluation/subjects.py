@@ -16,6 +16,15 @@ from jemkit.config.recipe import resolve
 from jemkit.config.registry import Registry
 from jemkit.data import Dataset, Images, Shape, checked
 from jemkit.errors import ConfigError, DataError, MisfitError
+from jemkit.evaluation.user_code import (
+    AS_BUILT,
+    Code,
+    Preparation,
+    code_of,
+    described,
+    first_pass,
+    prepared_module,
+)
 from jemkit.evaluation.weights import model_with, network_of
 from jemkit.metrics.identity import identity_of
 from jemkit.options import Options
@@ -55,16 +64,17 @@ def subject_at(
     which: Which = "best",
     network: str | None = None,
     dataset: dict[str, Any] | None = None,
+    preparation: Preparation = AS_BUILT,
 ) -> EvalTarget:
     """The model at a path; `dataset` replaces the data set on which it was trained.
 
-    A .safetensors file, which has only weights, needs a `network`.
+    A .safetensors file, which has only weights, needs a `network`. The `preparation` is that of a
+    module which Python code builds, my.py:build; this code is run.
     """
-    if not path.exists():
-        raise DataError(
-            f"{path} does not exist; pass a run of `jemkit train`, a checkpoint folder, an "
-            "exported model or a .safetensors file"
-        )
+    code = code_of(path)
+    _check_options(path, code, network, preparation)
+    if code is not None:
+        return _of_code(code, preparation, registry, device, dataset)
     if not path.is_dir():
         return _weights(path, registry, device, network, dataset)
     if network is not None:
@@ -92,6 +102,24 @@ def subject_at(
         tuple(warnings),
         run.recipe.run.threads,
     )
+
+
+def _check_options(
+    path: Path, code: Code | None, network: str | None, preparation: Preparation
+) -> None:
+    """Reject a path that does not exist, and options that it does not take."""
+    if code is not None and network is not None:
+        raise ConfigError(f"--network is only for a file of weights; {code} builds its own network")
+    if code is None and preparation != AS_BUILT:
+        raise ConfigError(
+            f"--weights, --key, --mean and --std are for a model that Python code builds, "
+            f"my.py:build; {path} is none"
+        )
+    if code is None and not path.exists():
+        raise DataError(
+            f"{path} does not exist; pass a run of `jemkit train`, a checkpoint folder, an "
+            "exported model, a .safetensors file or Python code, my.py:build"
+        )
 
 
 def subject_of(
@@ -193,6 +221,23 @@ def _reduced(dataset: Dataset, part: type[Options]) -> dict[str, int]:
     """The data set's own size for another published one, whose default is a number."""
     usual, size = part.model_fields.get("size"), getattr(dataset, "size", None)
     return {"size": size} if usual and isinstance(usual.default, int) and size else {}
+
+
+def _of_code(
+    code: Code,
+    how: Preparation,
+    registry: Registry,
+    device: torch.device,
+    dataset: dict[str, Any] | None,
+) -> EvalTarget:
+    data: Dataset = resolve(registry, named={"data": dataset} if dataset else {}).recipe.data
+    name = registry["dataset"].name_of(type(data))
+    module = prepared_module(code, how, data, device)
+    with first_pass(code, name):
+        target = subject_of(module, data)
+    about = {**target.about, **described(code, how, name)}
+    folder = code.file.with_name(f"{code.file.stem}-evaluation")
+    return target._replace(about=about, folder=folder)
 
 
 def _weights(

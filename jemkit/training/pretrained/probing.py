@@ -1,7 +1,7 @@
 """Finds the state dict in the contents of a file, by its names, however it is nested."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -60,6 +60,37 @@ def state_dict_in(loaded: Any, format: Format | None = None, key: str | None = N
     return selected._replace(beside=_beside(values, selected), averaged=averaged)
 
 
+def state_dict_by(loaded: Any, names: Collection[str], key: str | None = None) -> StateDict:
+    """The only state dict with exactly these names, or the one that has most of them.
+
+    Wrappers such as DataParallel do not count in a name; averaged weights are preferred.
+    """
+    tensors = {n: v for n, v in _named_values(loaded).items() if isinstance(v, Tensor)}
+    if not tensors:
+        raise DataError(
+            f"it contains no weights: {_kinds(loaded)}; expected a state_dict of names and tensors"
+        )
+    own = {_bare(name): name for name in names}
+    under: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        for prefix in ("", *(f"{above}." for above in _above(name))):
+            inner = _bare(name.removeprefix(prefix))
+            under.setdefault(prefix, {})[own.get(inner, inner)] = tensor
+    states = [StateDict(prefix.rstrip("."), weights) for prefix, weights in under.items()]
+    if key is not None:
+        states = _keyed(states, key)
+    exact = [state for state in states if set(names) == set(state.weights)]
+    if exact:
+        selected, averaged = _select(exact)
+        return selected._replace(averaged=averaged)
+    return max(states, key=lambda state: len(set(names) & set(state.weights)))
+
+
+def _bare(name: str) -> str:
+    """A name without the parts that wrappers insert."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 def _named_values(loaded: Any) -> dict[str, Any]:
     """Every value that is not a container, by its dotted name; endless nesting is rejected."""
     values: dict[str, Any] = {}
@@ -82,10 +113,7 @@ def _named_values(loaded: Any) -> dict[str, Any]:
 
 def _unwrapped(values: dict[str, Any]) -> dict[str, Any]:
     """The same without the prefixes of wrappers, as long as every value keeps a unique name."""
-    bare = {
-        ".".join(part for part in name.split(".") if part not in WRAPPERS): value
-        for name, value in values.items()
-    }
+    bare = {_bare(name): value for name, value in values.items()}
     return bare if len(bare) == len(values) else values
 
 

@@ -6,7 +6,7 @@ import pickle
 import pickletools
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from jemkit.errors import DataError
 from jemkit.runtime.opening import read_file
 from jemkit.training.pretrained.layouts import Format
-from jemkit.training.pretrained.probing import StateDict, state_dict_in
+from jemkit.training.pretrained.probing import StateDict, state_dict_by, state_dict_in
 
 LIMIT = 4 * 2**30
 """Size limit of a file; a wrn-28-10 with its buffer has 270 million bytes."""
@@ -56,6 +56,23 @@ def read_checkpoint(path: Path, format: Format | None = None, key: str | None = 
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     return state._replace(file=path.name, sha256=hashlib.sha256(data).hexdigest())
+
+
+def read_state_dict(path: Path, names: Collection[str], key: str | None = None) -> StateDict:
+    """The weights of a .pt, .pth or .safetensors file by these names, under any key and prefix.
+
+    If none fits, the weights with most of the names, for a message. DataError if the file has no
+    weights, or if several state dicts fit and differ; `key` selects one.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} is not a file; expected weights, .pt, .pth or .safetensors")
+    data = read_file(path, LIMIT)
+    try:
+        state = state_dict_by(loaded(data), names, key)
+        _check_weights(state.weights, len(data))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    return state
 
 
 def loaded(data: bytes) -> Any:
