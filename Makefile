@@ -15,7 +15,7 @@ CORE := $(addprefix tests/,attacks/test_pgd.py laws/test_golden.py models plugin
 GUESTS := vitjem hmc multitargeted
 GUEST := build/guests
 
-.PHONY: train test test-oldest test-guests lint rehearse acceptance bench docs docs-serve
+.PHONY: train test test-oldest test-guests lint rehearse acceptance bench docs docs-serve notebooks
 
 train: $(STAMP)
 	$(BIN)/jemkit train --backbone sadajem --objective ebjdat
@@ -55,6 +55,13 @@ acceptance: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py && $(BIN)/python benchmarks/steps.py && \
 	$(BIN)/python benchmarks/gradients.py && $(BIN)/python benchmarks/charts.py
+
+notebooks: .venv/.notebooks
+	$(BIN)/python examples/notebooks/execute.py
+
+.venv/.notebooks: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[notebooks]'
+	touch $@
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

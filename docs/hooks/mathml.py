@@ -11,6 +11,7 @@ from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.S)
+FUNCTION = re.compile(r"(<mi>(?:log|exp|cos|tanh)</mi>)(?=<mi>|<mover>|<msu[bp]>)")
 BRACKET = '<mo stretchy="false">&#x00028;'
 WORD = re.compile(rf'<mo((?: movablelimits="true")?>[A-Za-z]{{2,}})</mo>({BRACKET})?')
 
@@ -20,7 +21,7 @@ def mathml(tex: str, *, block: bool) -> str:
     made = str(convert(tex, display="block" if block else "inline"))
     if unknown := re.search(r"(\\|&#x0005C;|<mi>&<)\w*", made):
         raise PluginError(f"the formula {tex} has {unknown[0]}, which latex2mathml does not know")
-    made = WORD.sub(spaced, made)
+    made = FUNCTION.sub(r'\1<mspace width="0.167em"/>', WORD.sub(spaced, made))
     return made.replace("<math ", f'<math alttext="{escape(tex)}" ', 1)
 
 

@@ -48,6 +48,7 @@ API = {
     "updaters": "Training", "step": "Training", "training": "Training", "runtime": "Training",
     "metrics": "Evaluation", "evaluation": "Evaluation", "config": "Recipes and plug-ins",
     "hookspecs": "Recipes and plug-ins", "options": "Recipes and plug-ins", "errors": "Errors",
+    "testing": "Tests of plug-ins",
 }  # fmt: skip
 """The page of the API's reference for a name, by the module that defines it."""
 
@@ -129,9 +130,9 @@ def settings_page(registry: Registry) -> str:
 
 def public_names() -> dict[str, list[str]]:
     """Every public name as the path of its definition, by its page's title."""
-    tree = ast.parse((ROOT / "jemkit" / "public.py").read_text())
+    files = (ROOT / "jemkit" / "public.py", ROOT / "jemkit" / "testing" / "__init__.py")
     pages: dict[str, list[str]] = {title: [] for title in dict.fromkeys(API.values())}
-    for node in tree.body:
+    for node in (node for file in files for node in ast.parse(file.read_text()).body):
         if isinstance(node, ast.ImportFrom) and node.module:
             title = API[node.module.split(".")[1]]
             pages[title] += [f"{node.module}.{alias.name}" for alias in node.names]

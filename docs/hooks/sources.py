@@ -50,6 +50,8 @@ def place(target: str) -> str:
     """Where a file outside docs/ stands in the site."""
     if target in ("CHANGELOG.md", "README.md"):
         return "changelog.md" if target == "CHANGELOG.md" else "own-loop.md"
+    if target.endswith(".ipynb"):
+        return f"notebooks/{Path(target).stem}.md"
     is_data = (ROOT / target).suffix in (".json", ".csv")
     return f"files/{target}" if is_data else f"files/{target}.md"
 
@@ -59,8 +61,8 @@ def on_files(files: Files, config: Any) -> Files:
     for file in files.documentation_pages():
         wanted |= outside(file.content_string, file.src_uri.count("/"))
     for target in sorted(wanted):
-        if not (ROOT / target).exists():
-            continue  # mkdocs reports the link
+        if not (ROOT / target).exists() or target.endswith(".ipynb"):
+            continue  # mkdocs reports the link; notebooks have a hook of their own
         where = place(target)
         if where.endswith(".md"):
             made = File.generated(config, where, content=page(target),

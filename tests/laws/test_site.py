@@ -15,6 +15,7 @@ import pytest
 from browser import Browser, browser, chromium
 
 import jemkit
+from jemkit import testing
 from jemkit.config.catalogue import comments, options_of
 from jemkit.config.recipe import Recipe
 from jemkit.config.registry import installed
@@ -49,7 +50,9 @@ def made(reference: Any) -> dict[str, str]:
 def test_the_navigation_has_every_page_and_docs_readme_too(made: dict[str, str]) -> None:
     listed = set(re.findall(r"[\w/-]+\.md\b", (ROOT / "mkdocs.yml").read_text()))
     pages = {path.name for path in (ROOT / "docs").glob("*.md")}
-    assert listed == pages | set(made) | {"changelog.md", "own-loop.md"}
+    notebooks = (ROOT / "examples" / "notebooks").glob("*.ipynb")
+    also = {"changelog.md", "own-loop.md", *(f"notebooks/{path.stem}.md" for path in notebooks)}
+    assert listed == pages | set(made) | also
     contents = (ROOT / "docs" / "README.md").read_text()
     assert [page for page in sorted(pages - {"README.md"}) if f"({page})" not in contents] == []
 
@@ -87,7 +90,7 @@ def test_an_option_has_its_own_comment_or_that_above_it_or_that_of_a_base_class(
 
 def test_the_reference_has_every_public_name_once(reference: Any) -> None:
     names = [n.rpartition(".")[2] for page in reference.public_names().values() for n in page]
-    assert sorted(names) == sorted(jemkit.__all__)
+    assert sorted(names) == sorted([*jemkit.__all__, *testing.__all__])
 
 
 def test_the_reference_has_a_formula_of_every_part_that_computes_one(made: dict[str, str]) -> None:
