@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 NoPlugins = Annotated[bool, typer.Option("--no-plugins", help="Use only jemkit's own parts.")]
 P = ParamSpec("P")
-USAGE, STOPPED, DATA, INTERRUPTED = 2, 5, 6, process.INTERRUPTED
+USAGE, CONFIG, STOPPED, DATA, INTERRUPTED = 2, 3, 5, 6, process.INTERRUPTED
 
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
@@ -121,6 +121,10 @@ def _exit_of(error: BaseException) -> tuple[int, str]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         hint = "; free some space and run the same command again, nothing is lost" if full else ""
         return DATA, f"{error.filename}: {error.strerror}{hint}"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.split(".")[0]
+        if not package.startswith("jemkit"):
+            return CONFIG, f"a part of this command needs the package {package}: install it"
     return 0, ""
 
 

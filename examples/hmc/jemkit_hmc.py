@@ -21,18 +21,19 @@ class HMC(Options):
 
         p <- p - h / (2 T) dE/dx;  x <- x + h p;  p <- p - h / (2 T) dE/dx,  h^2 = 2 T step_size
 
-    It samples exp(-E(x) / T), T the temperature. With one leapfrog step it is `mala`. Pixels are
-    free along a trajectory: a box clamps its end only, after the test, so the sampler is exact if
-    `density.box = false` and rows do not depend on each other (no batch norm by the batch).
-    A step has leapfrog + 1 gradients and two energies, since a box may have moved x before it.
+    It samples exp(-E(x) / T) inside the box, T the temperature: a pixel that reaches an end of its
+    range turns round, as does its p, so that the density has nothing to clamp. That is exact where
+    rows do not depend on each other (no batch norm by the batch). One leapfrog step without a box
+    is `mala`. A step has leapfrog + 1 gradients and two energies.
     """
 
     needs_stem: ClassVar[bool] = False
     exact: ClassVar[bool] = True  # exp(-E / temperature) is stationary; the laws test it
 
-    step_size: float = Field(1.0, gt=0)  # factor of dE/dx in a leapfrog step, in model units
+    step_size: float = Field(0.03, gt=0)  # factor of dE/dx in a leapfrog step, in model units
     leapfrog: int = Field(5, ge=1)  # steps before each test
     temperature: float = Field(5e-5, gt=0)  # as of mala and of SGLD's defaults
+    box: tuple[float, float] | None = (-1.0, 1.0)  # the model's range of pixels; None: no ends
 
     def init(self, x: Tensor, rng: Generator) -> HMCState:
         return HMCState(x, {})
@@ -54,9 +55,19 @@ class HMC(Options):
         half = length / (2 * self.temperature)  # of a step of the momentum
         momentum = momentum - half * gradient(energy, x)
         for last in [False] * (self.leapfrog - 1) + [True]:
-            x = x + length * momentum
+            x, momentum = self.reflected(x + length * momentum, momentum)
             momentum = momentum - (half if last else 2 * half) * gradient(energy, x)
         return x, momentum
+
+    def reflected(self, x: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
+        """Both [B, ...], after every turn at an end of the box."""
+        if self.box is None:
+            return x, momentum
+        low, width = self.box[0], self.box[1] - self.box[0]
+        beyond = (x - low) % (2 * width)  # there and back
+        back = beyond > width
+        x = low + torch.where(back, 2 * width - beyond, beyond)
+        return x, torch.where(back, -momentum, momentum)
 
 
 @hookimpl

@@ -42,9 +42,15 @@ class Broken(Options):
     def step(self, energy, x, rng):
         raise KeyError("velocity")
 
+class Distant(Options):
+    needs_stem: bool = False
+
+    def step(self, energy, x, rng):
+        import a_module_that_nobody_has.inner
+
 @hookimpl
 def jemkit_samplers():
-    return {"climb": Climb, "mean": Mean, "broken": Broken}
+    return {"climb": Climb, "mean": Mean, "broken": Broken, "distant": Distant}
 """
 BAD = {
     "syntax": ("def step(:\n", "SyntaxError"),
@@ -175,6 +181,15 @@ def test_faulty_plug_ins_are_named_and_the_others_stay() -> None:
     done = jemkit("plugins", "check", "later")
     assert "the plug-in later is skipped: is written for API" in done.err
     assert done.code == 3
+
+
+@pytest.mark.usefixtures("site")
+def test_a_package_that_a_part_imports_late_is_named() -> None:
+    done = jemkit("train", *SHORT, "--sampler=distant", "--out=distant")
+    assert done.code == 3, done.err
+    assert "Traceback" not in done.err
+    message = "a part of this command needs the package a_module_that_nobody_has: install it"
+    assert done.err.splitlines()[-1] == f"error: {message}"
 
 
 @pytest.mark.usefixtures("site")
