@@ -21,6 +21,7 @@ ELSEWHERE = {
     "README.md#in-your-own-training-loop": "own-loop.md",
 }
 """README has short tables of what pages of the site tell in full."""
+SOURCE = '<details class="mkdocstrings-source"'
 QUIET = "---\nsearch:\n  exclude: true\n---\n\n"  # code is not what a reader searches for
 
 
@@ -71,6 +72,10 @@ def on_files(files: Files, config: Any) -> Files:
             made = File.generated(config, where, abs_src_path=str(ROOT / target))
         files.append(made)
     return files
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    return html.replace(SOURCE, f"{SOURCE} data-search-exclude")
 
 
 def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
