@@ -162,7 +162,7 @@ def picture(panels: Sequence[Panel], columns: int = 2) -> str:
         title = [
             _words(line, 8, 20 + LINE * i, "start", "title") for i, line in enumerate(above[at])
         ]
-        chart = tag("g", panel.chart, transform=f"translate(0 {30 + top})")
+        chart = tag("g", panel.chart, transform=f"translate(0 {30 + top:g})")
         x, y = at % columns * width + 8, at // columns * height
         parts.append(tag("g", *title, chart, *keys, transform=f"translate({x:g} {y:g})"))
     size = min(columns, len(panels)) * width, -(-len(panels) // columns) * height

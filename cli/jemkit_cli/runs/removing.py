@@ -115,7 +115,7 @@ def _confirm(places: Sequence[Path], size: int, yes: bool) -> None:
         raise typer.BadParameter("this is not a terminal, and nothing was deleted; pass --yes")
     for place in places:
         typer.echo(printable(str(place)), err=True)
-    typer.confirm(f"Delete these {len(places)} folders, {readable(size)}?", abort=True, err=True)
+    typer.confirm(f"Delete with everything in it, {readable(size)}?", abort=True, err=True)
 
 
 def _delete(place: Path) -> None:
