@@ -98,8 +98,10 @@ class Stack:
 
     def _came_from(self, path: str, origins: Mapping[str, str]) -> None:
         """Replace the origins of the values at `path` by these."""
-        remaining = {k: v for k, v in self.origins.items() if k != path and not inside(k, path)}
-        self.origins = remaining | {f"{path}{key}": origin for key, origin in origins.items()}
+        below = f"{path}."
+        for key in [k for k in self.origins if k == path or k.startswith(below)]:
+            del self.origins[key]
+        self.origins |= {f"{path}{key}": origin for key, origin in origins.items()}
 
     def spelt(self, kind: str, use: Any, origin: str) -> tuple[str, Table]:
         """A part's registered name, and the options in its pattern: wrn-16-2 has depth 16."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from jemkit.attacks.pixel_model import PixelModel
 from jemkit.errors import memory_ran_out
+from jemkit.runtime.preemption import PreemptionCheck
 
 MODULE_STATE = frozenset(nn.Module().__dict__)
 PARTS = ("_parameters", "_buffers", "_modules")
@@ -161,7 +162,9 @@ class _Walk:
         self._entries(sorted(own.items()))
         for kind in PARTS:  # in their order, in which a container applies them
             self._entries(vars(value)[kind].items())
-        self._entries((kind, list(vars(value)[kind].values())) for kind in HOOKS)
+        for kind in HOOKS:
+            hooks = [hook for hook in vars(value)[kind].values() if not _only_checks(hook)]
+            self._entries([(kind, hooks)])
 
     def _scripted(self, value: Any) -> None:
         """The code and the constants of a scripted or traced module, as they are after freezing."""
@@ -197,6 +200,11 @@ class _Walk:
         if version_of(_home(item)) is None:
             self.add((item.__code__, item.__defaults__, item.__kwdefaults__))
             self._entries(_globals(item).items())
+
+
+def _only_checks(hook: Any) -> bool:
+    """Whether a hook only checks for a stop; through it, all of a training would be hashed."""
+    return isinstance(getattr(hook, "__self__", None), PreemptionCheck)
 
 
 def _home(value: Any) -> str:

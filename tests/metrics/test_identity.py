@@ -19,6 +19,7 @@ from toys import linear_model
 
 from jemkit import PixelModel
 from jemkit.metrics.identity import identity_of, version_of
+from jemkit.runtime.preemption import PreemptionCheck
 
 FACTOR = 2.0
 
@@ -262,6 +263,17 @@ def test_a_model_has_one_identity_in_every_process(tmp_path: Path) -> None:
         for seed, order in (("1", "xyz"), ("2", "zyx"))
     }  # fmt: skip
     assert len(messages) == 1
+
+
+def test_a_check_for_a_stop_is_no_part_of_the_model() -> None:
+    """Through its hook all of a training would be hashed, with each attack of each validation."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    check = PreemptionCheck(lambda: False, lambda: 0)
+    alone = identity_of(model)
+    with check.passes(model, on=True):
+        assert identity_of(model) == alone
+        model.register_forward_pre_hook(lambda *_: None)
+        assert identity_of(model) != alone
 
 
 def test_memory_that_runs_out_is_no_unknown_model() -> None:
