@@ -23,6 +23,7 @@ from jemkit.attacks.base import Attack, ModelAttack
 from jemkit.backbone import BackboneSpec
 from jemkit.data import Dataset
 from jemkit.metrics.evaluator import Evaluator
+from jemkit.metrics.tracker import TrackerSpec
 from jemkit.models.distances import Distance
 from jemkit.models.energy import EnergyModelSpec
 from jemkit.models.networks import NetworkSpec
@@ -61,6 +62,7 @@ KINDS = {
     "dataset": Kind("jemkit_datasets", Dataset, ("load", "n_classes", "radius_px", "augmentation")),
     "attack": Kind("jemkit_attacks", Attack | ModelAttack, ()),
     "evaluator": Kind("jemkit_evaluators", Evaluator, ("__call__",)),
+    "tracker": Kind("jemkit_trackers", TrackerSpec, ("build",)),
 }
 HOOKS = (*(kind.hook for kind in KINDS.values()), "jemkit_recipes")
 

@@ -68,6 +68,9 @@ def parts_of(part: Any, path: str = "") -> Iterator[tuple[str, Options]]:
     elif isinstance(part, tuple | list):
         for item in part:
             yield from parts_of(item, path)
+    elif isinstance(part, Mapping):
+        for name, item in part.items():
+            yield from parts_of(item, f"{path}.{name}")
 
 
 LARGEST = 2**63  # no number of an option is as large: neither a tensor nor a loop could take it

@@ -62,6 +62,14 @@ from jemkit.hookspecs import hookimpl
 from jemkit.metrics.evaluator import Context, Evaluator, Unmeasurable, batches
 from jemkit.metrics.figures import Figure
 from jemkit.metrics.record_file import Record
+from jemkit.metrics.tracker import (
+    Figures,
+    ScalarTracker,
+    Status,
+    TrackedRun,
+    Tracker,
+    TrackerSpec,
+)
 from jemkit.models.distances import Distance, LogitDistance, Measure, NoDistance
 from jemkit.models.energy import (
     EnergyFn,
@@ -155,6 +163,7 @@ __all__ = [
     "EnergyPart",
     "Evaluator",
     "Figure",
+    "Figures",
     "Gaussian",
     "Guard",
     "Images",
@@ -199,6 +208,7 @@ __all__ = [
     "SGLDMomentum",
     "Sampler",
     "SamplerPart",
+    "ScalarTracker",
     "Scores",
     "Shape",
     "SignAscent",
@@ -210,12 +220,16 @@ __all__ = [
     "StartPart",
     "StartSpec",
     "StatefulKernel",
+    "Status",
     "Steps",
     "Stream",
     "Table",
     "Task",
     "Terms",
     "Threat",
+    "TrackedRun",
+    "Tracker",
+    "TrackerSpec",
     "Trainer",
     "Uniform",
     "UnknownName",
@@ -259,4 +273,4 @@ __all__ = [
     "training_radius",
     "watched",
     "without_batch_norm",
-]  # fmt: skip
+]

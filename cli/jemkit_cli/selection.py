@@ -52,6 +52,11 @@ class RecipeOptions:
     updater: Annotated[
         str | None, _option("--updater", "Update rule.", PARTS, "NAME"), "updater.use"
     ] = None
+    tracker: Annotated[
+        list[str] | None,
+        _option("--tracker", "Receives the figures, e.g. wandb; repeatable.", PARTS, "NAME"),
+        "trackers",
+    ] = None
     data_dir: Annotated[
         Path | None,
         _option("--data-dir", "Folder of the data set's files.", PARTS),
@@ -145,6 +150,8 @@ class RecipeOptions:
             table = named
             for step in path:
                 table = table.setdefault(step, {})
+            if isinstance(value, list):
+                value = {name: {"use": name} for name in value}
             table[last] = str(value) if isinstance(value, Path) else value
         return {
             "preset": self.preset, "config": self.config, "overrides": self.overrides or (),

@@ -39,6 +39,8 @@ KINDS = {
     "attack": ("Attacks", "Adversarial images, for evaluation and for training.",
                "jemkit evaluate --attack {}"),
     "evaluator": ("Evaluators", "What `jemkit evaluate` measures.", "jemkit evaluate --only {}"),
+    "tracker": ("Trackers", "What receives a run's figures while it trains.",
+                "jemkit train --tracker {}"),
 }  # fmt: skip
 """Each kind's title, what it is, and how a part of it is selected."""
 

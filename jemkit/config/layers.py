@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jemkit.config.optim import SGD, Adam
 from jemkit.config.registry import Registry
-from jemkit.config.retired import current
+from jemkit.config.retired import current, tracked
 from jemkit.errors import ConfigError, DataError, UnknownName
 from jemkit.options import Options, PartOf, nearest
 from jemkit.runtime.opening import JSON_LIMIT, TOML_LIMIT, read_text
@@ -47,9 +47,20 @@ class Stack:
         self.lost: list[tuple[str, str, Any]] = []  # origin, dotted key and value
 
     def lay(self, layer: Layer) -> None:
-        for name, table in layer.table.items():
+        for name, table in tracked(layer.table, layer.origin).items():
+            if name == "trackers":
+                self._lay_trackers(table, layer.origin)
+                continue
             kind = "optimizer" if name == "optimizer" else PARTS.get(name)
             self._lay(self.tables, name, table, layer.origin, kind, name)
+
+    def _lay_trackers(self, tables: Table, origin: str) -> None:
+        """Tables of trackers; one without `use` is of the tracker of its name."""
+        into = self.tables.setdefault("trackers", {})
+        for name, table in tables.items():
+            if isinstance(table, dict) and not isinstance(into.get(name), dict):
+                table = {"use": name, **table}
+            self._lay(into, name, table, origin, "tracker", f"trackers.{name}")
 
     def _lay(
         self, into: Table, key: str, new: Any, origin: str, kind: str | None, path: str

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from jemkit.attacks.base import HasBatchNormMode
 from jemkit.backbone import BackboneSpec, without_batch_norm
@@ -30,6 +30,7 @@ from jemkit.config.registry import Registry
 from jemkit.config.unused import check_unused
 from jemkit.data import Dataset
 from jemkit.errors import ConfigError
+from jemkit.metrics.tracker import TrackerSpec
 from jemkit.objective import NamesStreams, Objective, ObjectiveSpec
 from jemkit.options import Options, PartOf, nearest, parts_of
 from jemkit.runtime.divergence_monitor import Sentinel
@@ -62,7 +63,6 @@ class Run(Options):
     eval_images: int = Field(256, ge=1)  # validation images for PGD-10 after each epoch
     test_images: int | None = Field(None, ge=1)  # of the final evaluation; None: a tenth of n_train
     shard: bool = False  # with torchrun: FSDP-sharded weights
-    tensorboard: bool = False  # write TensorBoard files beside metrics.csv
     keep: int = Field(2, ge=1)  # newest checkpoints to keep, besides the best and the sentinel's
 
     def unused(self) -> dict[str, str]:
@@ -73,6 +73,10 @@ class Run(Options):
     def layout(self) -> Layout:
         """`channels_last` as it applies: FSDP-sharded weights are contiguous."""
         return "no" if self.shard else self.channels_last
+
+
+TrackerName = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,40}$")]
+"""The name of a tracker in a recipe; the file of what it keeps has this name."""
 
 
 class Recipe(Options):
@@ -87,6 +91,15 @@ class Recipe(Options):
     schedule: Schedule
     sentinel: Sentinel = Sentinel()
     extra: Extra = Extra()
+    trackers: dict[TrackerName, Annotated[TrackerSpec, PartOf("tracker")]] = {}
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _switched_on(cls, tables: Any) -> Any:
+        """The tables of trackers that are not false."""
+        if not isinstance(tables, Mapping):
+            return tables
+        return {name: table for name, table in tables.items() if table is not False}
 
     def unused(self) -> dict[str, str]:
         attacks = (
@@ -124,7 +137,7 @@ def resolve(
     Settings of a part that a later layer replaces are dropped, with a warning. The saved config
     `base` of a run comes before the preset.
     """
-    own = [*_config(base), *_preset(registry, preset), *_config(config)]
+    own = [*_config(base), *_preset(registry, preset), *_untracked(_config(config))]
     own.append(Layer("option", choices(named or {})))
     own += override_layers(overrides)
     own.append(Layer("option", named or {}))
@@ -270,6 +283,15 @@ def _config(config: Path | Table | None) -> list[Layer]:
     if config is None:
         return []
     return [Layer(str(config) if isinstance(config, Path) else "config", read_layer(config))]
+
+
+def _untracked(layers: list[Layer]) -> list[Layer]:
+    """Layers without the trackers of a saved config, which are those of its own run alone."""
+    return [
+        layer._replace(table={k: v for k, v in layer.table.items() if k != "trackers"})
+        if layer.origin.lower().endswith(".json") else layer
+        for layer in layers
+    ]  # fmt: skip
 
 
 def _check_tables(layer: Layer) -> None:

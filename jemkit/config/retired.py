@@ -1,6 +1,9 @@
 """Runs of jemkit 0.1: their config.json in the terms of this version."""
 
+import logging
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 Table = dict[str, Any]
 
@@ -23,10 +26,28 @@ GONE = ("step", "step_px", "step_size", "margin", "start_px", *FIXED)
 
 def current(tables: Table) -> Table:
     """The tables of a saved recipe; a value that can no longer be had stays, and is refused."""
-    tables = _without_keep(tables)
+    tables = _without_keep(tracked(tables))
     objective = tables.get("objective")
     if isinstance(objective, dict) and objective.get("use") == "ebjdat":
         tables["objective"] = _translated(objective)
+    return tables
+
+
+def tracked(tables: Table, origin: str = "") -> Table:
+    """The tables with the tracker that `run.tensorboard` selected; logged for a layer."""
+    run = tables.get("run")
+    on = run.get("tensorboard") if isinstance(run, dict) else None
+    if not isinstance(run, dict) or str(on).lower() not in ("true", "false"):
+        return tables
+    if origin:
+        log.warning(
+            "run.tensorboard (from %s) is deprecated and will be removed: use --tracker "
+            "tensorboard, or [trackers.tensorboard] in a file", origin
+        )  # fmt: skip
+    tables = {**tables, "run": {k: v for k, v in run.items() if k != "tensorboard"}}
+    tracker = {"use": "tensorboard"} if str(on).lower() == "true" else False
+    if tracker or origin:
+        tables["trackers"] = {**tables.get("trackers", {}), "tensorboard": tracker}
     return tables
 
 

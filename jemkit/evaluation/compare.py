@@ -27,7 +27,7 @@ from jemkit.metrics import record as records
 from jemkit.metrics.figures import Figure, finite, paired_difference
 from jemkit.runtime.rng import generator
 from jemkit.training import mixing
-from jemkit.training.resuming import MAY_DIFFER
+from jemkit.training.resuming import may_differ
 
 
 class Difference(NamedTuple):
@@ -181,8 +181,8 @@ def _but_seed(run: Judged) -> dict[str, Any]:
     """
     recipe = dict(flat(run.config.get("recipe", {})))
     folder = recipe.get("data.dir")
-    for key in ("run.seed", *MAY_DIFFER):
-        recipe.pop(key, None)
+    recipe = {key: value for key, value in recipe.items() if not may_differ(key)}
+    recipe.pop("run.seed", None)
     if folder is not None:
         pin = dict(flat(run.config.get("data") or {}))
         shas = [pin.get(f"{split}.sha256") for split in ("train", "valid", "test")]

@@ -33,6 +33,9 @@ T = TypeVar("T")
 LOGS = METRICS, EVENTS = "metrics.csv", "events.jsonl"
 """The logs to which a run appends."""
 
+TRACKERS = "trackers"  # what trackers keep, a file each
+FOLDERS = "checkpoints", "samples", TRACKERS, "tensorboard", "wandb"
+
 
 class RunFolder:
     """The folder of a run; created, or opened to resume."""
@@ -75,7 +78,7 @@ class RunFolder:
     @staticmethod
     def check_links(path: Path) -> None:
         """Reject a run that would be written through links to files elsewhere."""
-        refuse_links(path, (LOCK, *LOGS, "checkpoints", "samples", "tensorboard"))
+        refuse_links(path, (LOCK, *LOGS, *FOLDERS))
 
     @property
     def config(self) -> dict[str, Any]:

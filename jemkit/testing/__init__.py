@@ -24,6 +24,7 @@ from jemkit.testing.judging import check_attack, check_dataset, check_distance, 
 from jemkit.testing.law import ConformanceError
 from jemkit.testing.modelling import check_backbone, check_energy_model, check_network, small
 from jemkit.testing.toys import toy_backbone, toy_batch, toy_model, toy_task
+from jemkit.testing.tracking import check_tracker
 from jemkit.testing.training import check_objective, check_updater
 
 __all__ = [
@@ -31,6 +32,6 @@ __all__ = [
     "GaussianEnergy", "MixtureEnergy", "RingEnergy", "analytic_model", "check_ascent",
     "check_attack", "check_backbone", "check_dataset", "check_density", "check_distance",
     "check_energy_model", "check_evaluator", "check_network", "check_objective", "check_sampler",
-    "check_start", "check_updater", "examine", "small", "toy_backbone", "toy_batch", "toy_model",
-    "toy_task",
+    "check_start", "check_tracker", "check_updater", "examine", "small", "toy_backbone",
+    "toy_batch", "toy_model", "toy_task",
 ]  # fmt: skip

@@ -41,7 +41,9 @@ GIGABYTE = 2**30
 EXTRAS = {
     "huggingface_hub": ("hub", "jemkit export --push"),
     "torch_fidelity": ("metrics", "FID and IS by Inception"),
-    "tensorboard": ("tensorboard", "run.tensorboard"),
+    "tensorboard": ("tensorboard", "--tracker tensorboard"),
+    "wandb": ("wandb", "--tracker wandb"),
+    "mlflow": ("mlflow", "--tracker mlflow"),
     "gradio": ("show", "jemkit show"),
 }
 """Packages that only one feature needs: the extra, and that feature."""

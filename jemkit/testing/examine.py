@@ -9,6 +9,7 @@ from jemkit.testing.judging import check_attack, check_dataset, check_distance, 
 from jemkit.testing.law import ConformanceError, Tried, recorded
 from jemkit.testing.modelling import check_backbone, check_energy_model, check_network, small
 from jemkit.testing.toys import at_most
+from jemkit.testing.tracking import check_tracker
 from jemkit.testing.training import check_objective, check_updater
 
 CHECKS: Mapping[str, Callable[[Any], None]] = {
@@ -25,6 +26,7 @@ CHECKS: Mapping[str, Callable[[Any], None]] = {
     "dataset": check_dataset,
     "attack": check_attack,
     "evaluator": check_evaluator,
+    "tracker": check_tracker,
 }
 """The check of each kind of part, by the kind's name."""
 

@@ -144,10 +144,10 @@ def _shortened(resolved: Resolved, steps: int) -> Resolved:
         "max_train": min(n, n_train + n_valid),
         "epochs": max(2, steps),
         "eval_images": min(run.eval_images, LOOKED_AT),
-        "tensorboard": False,
         "keep": 2,
     }
-    return with_run(resolved, **changed)
+    untracked = resolved.recipe.model_copy(update={"trackers": {}})
+    return with_run(resolved._replace(recipe=untracked), **changed)
 
 
 def _cut(resolved: Resolved, path: Path, cut: int, steps: int, stop: Callable[[], bool]) -> Trainer:

@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jemkit.errors import ConfigError
 from jemkit.objective import Terms
 from jemkit.runtime import distributed
-from jemkit.runtime.extras import install
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.runtime.timing import Stopwatch
+from jemkit.training.tracking import Tracking
 from jemkit.updaters import Guard
 
 GATHER, PATIENCE = 20, 1.0
@@ -26,12 +25,12 @@ class Journal:
     """
 
     def __init__(
-        self, folder: RunFolder, *, tensorboard: bool = False, stopwatch: Stopwatch | None = None
-    ) -> None:
+        self, folder: RunFolder, tracking: Tracking | None = None,
+        *, stopwatch: Stopwatch | None = None,
+    ) -> None:  # fmt: skip
         self.folder, self.stopwatch = folder, stopwatch or Stopwatch()
+        self.tracking = tracking
         self.seconds = 0.0  # of all steps that were read
-        self._board: Any = None  # opened at the first rows, when the folder is a run
-        self._opener = distributed.prepared(_summary_writer) if tensorboard else None
         self._gathered = time.monotonic()
         self._rows: list[tuple[dict[str, Any], list[str], Tensor]] = []
         self._images = 0
@@ -73,23 +72,8 @@ class Journal:
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         self.folder.append_metrics(rows)
-        if self._opener is not None:
-            if self._board is None:
-                self._board = self._opener(self.folder.path / "tensorboard")
-            for row in rows:
-                for name, value in row.items():
-                    self._board.add_scalar(name.replace(" ", "/"), value, row["step"])
-
-
-def _summary_writer() -> Any:
-    """The class that writes for TensorBoard; a ConfigError where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ConfigError(
-            f"run.tensorboard needs the package tensorboard: {install('tensorboard')}"
-        ) from None
-    return SummaryWriter
+        if self.tracking is not None:
+            self.tracking.rows(rows)
 
 
 def with_gaps(row: dict[str, Any]) -> dict[str, Any]:

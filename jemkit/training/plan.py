@@ -16,6 +16,7 @@ from jemkit.training.build import RunState, build_run, load_model
 from jemkit.training.initial_weights import doubts, initial
 from jemkit.training.mixing import MixedLoader
 from jemkit.training.run import checkpoint_count
+from jemkit.training.tracking import Tracking
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 def plan(resolved: Resolved, out: Path, *, init_from: Path | None = None) -> dict[str, Any]:
     """Make every check that `train` makes before its first step; returns a description by name."""
     RunFolder.check_vacant(out)
+    Tracking(resolved.recipe.trackers, RunFolder(out))
     parts = build_run(resolved.recipe, fill=False)
     model = parts.backbone.model
     if init_from is not None:

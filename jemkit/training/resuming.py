@@ -4,7 +4,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jemkit.config.layers import Table, flat
+from jemkit.config.layers import Table, flat, inside
 from jemkit.config.recipe import Resolved, complete, resolve
 from jemkit.config.registry import Registry
 from jemkit.errors import DataError, UsageError
@@ -13,8 +13,8 @@ from jemkit.runtime.files import read_json
 MOVES = ("run.device", "run.shard")
 """Where a run resumes; config.json keeps where it started."""
 MAY_DIFFER = (
-    *MOVES, "run.micro_batch", "run.recompute", "run.keep", "run.tensorboard", "data.dir",
-    "data.download", "extra.file", "extra.labels",
+    *MOVES, "run.micro_batch", "run.recompute", "run.keep", "run.tensorboard", "trackers",
+    "data.dir", "data.download", "extra.file", "extra.labels",
 )  # fmt: skip
 """Settings that do not change a run's outcome; what they name is compared by its hash."""
 EPOCHS = "run.epochs"
@@ -41,7 +41,12 @@ def changes(was: Table, now: Table) -> list[Change]:
 def refused(was: Table, now: Table) -> list[Change]:
     """The changes with which a run cannot resume; more epochs are allowed."""
     differing = changes(was, now)
-    return [c for c in differing if c.key not in MAY_DIFFER and not _longer(c)]
+    return [c for c in differing if not may_differ(c.key) and not _longer(c)]
+
+
+def may_differ(key: str) -> bool:
+    """Whether a setting does not change a run's outcome."""
+    return key in MAY_DIFFER or key.partition(".")[0] in MAY_DIFFER
 
 
 def resolve_for_resume(registry: Registry, folder: Path, **layers: Any) -> Resolved:
@@ -68,7 +73,11 @@ def agreed(
         )
     began = dict(flat((_stored_config(state, path) or config)["recipe"]))
     recipe, sources = deepcopy(config["recipe"]), dict(config.get("origins", {}))
-    adopted = [change for change in changes(was.tables, given.tables) if change.key not in MOVES]
+    tracked = given.tables.get("trackers", {})
+    adopted = [
+        change for change in changes(was.tables, given.tables)
+        if change.key not in MOVES and not inside(change.key, "trackers")
+    ]  # fmt: skip
     for change in adopted:
         table, (*tables, option) = recipe, change.key.split(".")
         for name in tables:
@@ -76,8 +85,9 @@ def agreed(
         table[option] = change.now
         sources[change.key] = given.origins.get(change.key, "option")
     epochs = int(began.get(EPOCHS, given.recipe.run.epochs))
-    config = {**config, "recipe": recipe, "origins": sources}
-    return {"config": config, "changed": bool(adopted), "epochs": epochs}
+    changed = bool(adopted) or recipe.get("trackers", {}) != tracked
+    config = {**config, "recipe": {**recipe, "trackers": tracked}, "origins": sources}
+    return {"config": config, "changed": changed, "epochs": epochs}
 
 
 def check_config(config: Path, state: dict[str, Any], path: Path) -> dict[str, Any]:

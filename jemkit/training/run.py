@@ -69,12 +69,14 @@ def train(
                 if tight is not None:
                     _warn_event(folder, "disk", tight)
                 trainer.writer.ready(state)
+                trainer.tracking.begin(whole.tables, trainer.step, trainer.total_steps)
 
             distributed.on_rank_zero(write)
             return trainer
 
         held.enter_context(distributed.group(device_of(whole.recipe.run.device).type))
         trainer = set_up()
+        held.enter_context(trainer.tracking)
         trainer.run()
         return trainer.finish()
 

@@ -29,6 +29,7 @@ from jemkit.training.restore import about_parts
 from jemkit.training.rollback import SPOILT, RollbackPolicy, diagnosis
 from jemkit.training.saved_state import Expected
 from jemkit.training.saved_state import check as check_saved
+from jemkit.training.tracking import Tracking
 from jemkit.training.validation import Validator, images_to_judge
 from jemkit.updaters import Guard
 
@@ -76,13 +77,14 @@ class Trainer:
         self.watch: Watch = shown or (lambda kind, what: None)
         self.stop: Callable[[], bool] = lambda: False  # called between steps, and inside long ones
         self.polling = PreemptionCheck(lambda: self.stop(), lambda: self.guard.updates)
+        self.tracking = Tracking(self.recipe.trackers, folder)
         self.parts = parts = build_run(self.recipe, pinned)
         self.task, self.splits, self.rng = parts.task, parts.splits, parts.rng
         self.backbone, self.objective, self.loader = parts.backbone, parts.objective, parts.loader
         self.optimizer, self.updater, self.ema = parts.optimizer, parts.updater, parts.ema
         self.rollback = RollbackPolicy(self.recipe.sentinel, parts, self.recipe.run.seed)
         self.guard, self.writer = Guard(), checkpoint.Writer()
-        self.journal = Journal(folder, tensorboard=self.recipe.run.tensorboard)
+        self.journal = Journal(folder, self.tracking)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
         self._redrawn = 0.0
@@ -233,7 +235,7 @@ class Trainer:
         return metrics, sizes, (self.parts.micro.size, self.parts.micro.recompute)
 
     def _log_epoch(self, entry: dict[str, Any]) -> None:
-        self.folder.event("epoch", **entry)
+        self.tracking.epoch(entry)
         if self.step == self.total_steps or time.monotonic() > self._redrawn + REDRAW:
             curves.save(self.folder.path)
             self._redrawn = time.monotonic()
@@ -270,9 +272,7 @@ class Trainer:
             except Preempted:  # everything trained is saved
                 self._end("stopped during the final evaluation; continue with --resume")
         records.save(folder.path, record, Notes())
-        figures = [figure._asdict() for figure in record.figures]
-        folder.event("end", figures=figures)
-        return figures
+        return self.tracking.evaluation(self.step, record.figures)
 
     def _end(self, message: str) -> NoReturn:
         self.folder.event("preempted", step=self.step)
@@ -374,7 +374,7 @@ class Trainer:
                     checkpoint.remove(path)
             checkpoint.save(folder / name, rolled_back)
             self.folder.drop_metrics_from(self.step)
-            self.folder.event("rollback", **entry)
+            self.tracking.rollback(entry, self.step)
 
         distributed.on_rank_zero(put_back)
         self.watch("rollback", entry)

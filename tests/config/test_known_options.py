@@ -83,6 +83,8 @@ KNOWN = {
     "inception features",
     "evaluator ood": "made against",
     "evaluator robustness": "indicators indicator_images",
+    "tracker mlflow": "experiment",
+    "tracker wandb": "project entity mode",
 }
 """All options of all parts. A new one is added here with a row in `ACTS`, or in `EVALUATIONS`."""
 
@@ -90,7 +92,7 @@ PLAIN: dict[str, list[str]] = {
     "run": ["epochs", "batch_size", "micro_batch", "recompute", "seed", "theta_steps",
             "valid_fraction", "max_train", "ema_decay", "ema_warmup", "ema_copy", "device",
             "precision", "compile", "channels_last", "deterministic", "threads", "eval_images",
-            "test_images", "shard", "tensorboard", "keep"],
+            "test_images", "shard", "keep"],
     "schedule": ["decay", "warmup", "warmup_share", "at", "by", "floor"],
     "sgd": ["use", "lr", "momentum", "nesterov", "weight_decay", "decay_norms"],
     "adam": ["use", "lr", "betas", "weight_decay", "decay_norms"],

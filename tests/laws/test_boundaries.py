@@ -152,6 +152,7 @@ def test_torchvision_comes_in_by_one_door(path: Path) -> None:
 
 
 SLOW = {"torchvision", "lpips", "matplotlib", "sklearn", "timm", "pyautoattack", "torch_fidelity"}
+SLOW |= {"wandb", "mlflow", "tensorboard"}
 
 
 @over(FILES)

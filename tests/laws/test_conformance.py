@@ -17,7 +17,7 @@ from toys import (
     toy_registry,
 )
 
-from jemkit import Augmentation, Images, Options, Terms, testing
+from jemkit import Augmentation, Images, Options, Terms, Tracker, testing
 from jemkit.errors import ConfigError
 from jemkit_plugins import aa
 
@@ -286,6 +286,30 @@ class Reading(Options):
         return torch.nn.Sequential(network, head)
 
 
+class Follower(Tracker):
+    """A tracker whose callbacks do what a test wants of it."""
+
+    def __init__(self, at: str, does: Any) -> None:
+        def callback(*given: Any) -> None:
+            does(*given)
+
+        setattr(self, at, callback)
+
+
+class Follow(Options):
+    """A tracker's options."""
+
+    at: str = "on_step"
+    does: Any = None
+
+    def build(self) -> Any:
+        return Follower(self.at, self.does) if self.does else self.does
+
+
+def overwriting(run: Any) -> None:
+    (run.folder / "metrics.csv").write_text("")
+
+
 def nothing(*_: Any) -> None:
     return None
 
@@ -358,12 +382,23 @@ BROKEN = [
     (testing.check_dataset, Photographs(gives=pictures(y=torch.zeros(6))), "int64"),
     (testing.check_updater, Rule(), "builds what has `step`; it gave None"),
     (testing.check_energy_model, Reading(), "gives Scores.*it gave a tensor"),
+    (testing.check_tracker, Follow(), "`build` gives a Tracker; it gave None"),
+    (
+        testing.check_tracker,
+        Follow(at="on_steps", does=nothing),
+        "did you mean 'on_step'",
+    ),
+    (testing.check_tracker, Follow(does=lambda step, row: row.clear()), "leaves its arguments"),
+    (testing.check_tracker, Follow(does=lambda *_: torch.rand(1)), "torch's global generator"),
+    (testing.check_tracker, Follow(does=lambda *_: torch.set_grad_enabled(False)), "switches"),
+    (testing.check_tracker, Follow(at="on_begin", does=overwriting), "leaves the run's config"),
 ]
 
 
 @pytest.mark.parametrize(("check", "part", "law"), BROKEN)
 def test_a_part_that_breaks_a_law_is_refused_with_that_law(check: Any, part: Any, law: str) -> None:
-    with pytest.raises(testing.ConformanceError, match=law):
+    # some leave torch's switches changed
+    with torch.enable_grad(), pytest.raises(testing.ConformanceError, match=law):
         check(part)
 
 
@@ -375,6 +410,7 @@ def test_a_data_set_keeps_the_laws_of_its_kind() -> None:
 def test_every_kind_of_part_has_laws_or_a_reason_to_have_none() -> None:
     own = {"distance", "network", "backbone", "objective", "updater"}
     apart = {"dataset"}  # files decide: test_datasets.py
+    apart |= {"tracker"}  # stand-ins for their packages: test_trackers.py
     assert set(REGISTRY.shelves) == {*KINDS, *own, *apart}
 
 

@@ -15,7 +15,13 @@ from jemkit import run
 from jemkit.config.recipe import resolve
 from jemkit.config.registry import installed
 from jemkit.sampling.reports import reports
-from jemkit.testing import check_ascent, check_evaluator, check_objective, check_sampler
+from jemkit.testing import (
+    check_ascent,
+    check_evaluator,
+    check_objective,
+    check_sampler,
+    check_tracker,
+)
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -53,7 +59,7 @@ def test_every_link_leads_to_a_file(page: Path) -> None:
 def test_the_table_of_parts_names_every_part_and_links_its_file() -> None:
     registry = installed(third_party=False)
     for kind in ("backbone", "objective", "updater", "sampler", "ascent", "distance", "dataset",
-                 "start", "attack", "evaluator"):  # fmt: skip
+                 "start", "attack", "evaluator", "tracker"):  # fmt: skip
         label = "data set" if kind == "dataset" else kind
         (row,) = re.findall(rf"^\| {label} \| (.*?) \|", readme(), re.M)
         bare = re.sub(r"\([^)]*\)", "", row)
@@ -132,6 +138,14 @@ def test_the_guides_evaluator_keeps_the_laws() -> None:
     check_evaluator(scope["Confidence"]())
 
 
+def test_the_guides_tracker_keeps_the_laws() -> None:
+    guide = (ROOT / "docs" / "write-a-plugin.md").read_text()
+    (code,) = re.findall(r"```python no-tracker\n(.*?)```", guide, re.S)
+    scope: dict[str, Any] = {}
+    exec(IMPORTS + code, scope)
+    check_tracker(scope["LeastTracker"]())
+
+
 def test_the_page_on_evaluation_names_every_attack_and_evaluator() -> None:
     registry = installed(third_party=False)
     page = (ROOT / "docs" / "evaluate.md").read_text()
@@ -140,14 +154,16 @@ def test_the_page_on_evaluation_names_every_attack_and_evaluator() -> None:
 
 
 IMPORTS = """
+import math
 from typing import ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor
 from jemkit import (
-    Backbone, Ball, Batch, Bounds, Context, EnergyFn, Figure, Images, Options, PixelModel, Sampler,
-    Terms, batches, gradient, noise_like, watched,
+    Backbone, Ball, Batch, Bounds, Context, EnergyFn, Figure, Figures, Images, Options, PixelModel,
+    Sampler, ScalarTracker, Status, Terms, TrackedRun, Tracker, batches, gradient, noise_like,
+    watched,
 )
 """
 

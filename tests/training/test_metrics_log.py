@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from toys import toy_recipe, toy_registry
 
-from jemkit import Guard, Terms, Trainer, train
+from jemkit import Guard, Terms, Trainer
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.runtime.timing import Stopwatch, settle
 from jemkit.training.metrics_log import Journal
@@ -145,24 +145,3 @@ def test_settling_waits_for_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None
     assert waited == []
     settle(torch.device("cuda", 0))
     assert waited == [torch.device("cuda", 0)]
-
-
-class Board:
-    """A SummaryWriter, which makes its folder when it is made."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self.log = folder / "events"
-
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        with self.log.open("a") as file:
-            file.write(f"{name} {step}\n")
-
-
-def test_a_run_with_tensorboard_begins_and_logs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("jemkit.training.metrics_log._summary_writer", lambda: Board)
-    recipe = toy_recipe(toy_registry(), "classifier", "ce", "plain", "run.tensorboard=true")
-    train(recipe, tmp_path / "run", registry=toy_registry())
-    assert "loss 0" in (tmp_path / "run" / "tensorboard" / "events").read_text().splitlines()

@@ -20,6 +20,7 @@ MEANINGS = {
     "deterministic": "With hidden state a run cannot be repeated, nor resumed bit for bit.",
     "differentiable": "Without this gradient the part has no influence on training.",
     "dtype": "Energies in half precision have rounding errors larger than the gaps of training.",
+    "files": "Resuming, reports and comparisons read these files.",
     "figures": "Records and comparisons identify a figure by its name and protocol.",
     "finite": "One NaN in the replay buffer or in a loss ends a run.",
     "generator": "Other sources of randomness make runs with one seed differ.",

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from jemkit.config.registry import Registry
 
 Kind = Literal[
-    "backbone", "objective", "sampler", "updater", "distance", "dataset", "attack", "evaluator"
-]
+    "backbone", "objective", "sampler", "updater", "distance", "dataset", "attack", "evaluator",
+    "tracker",
+]  # fmt: skip
 USES = {
     "distance": "jemkit train --set objective.distance.use=$name",
     "attack": "jemkit evaluate runs/RUN --attack $name",

@@ -18,7 +18,7 @@ from jemkit.data import Dataset
 from jemkit.errors import ConfigError, DataError, JemkitError, UnknownName
 from jemkit.options import Options, nearest
 from jemkit.runtime.files import read_json
-from jemkit.training.resuming import MAY_DIFFER, changes
+from jemkit.training.resuming import changes, may_differ
 
 SAME_IMAGES = ("data.dir", "data.download")
 """Settings of the location of the images; a run records the hash of its images."""
@@ -311,7 +311,9 @@ def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _key(resolved: Resolved, before: str = "") -> str:
-    skipped = {*MAY_DIFFER, *SAME_IMAGES}
-    settings = {k: v for k, v in flat(resolved.tables) if k not in skipped}
+    settings = {
+        key: value for key, value in flat(resolved.tables)
+        if key not in SAME_IMAGES and not may_differ(key)
+    }  # fmt: skip
     text = json.dumps([settings, before], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
