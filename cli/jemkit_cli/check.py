@@ -59,7 +59,7 @@ def check(
         typer.Option("--json", help="One line of JSON: the input, the checks, whether all passed."),
     ] = False,
 ) -> None:  # fmt: skip
-    """Show a model's input and radius, and check its logits and gradients; exit code 1 on a failure.
+    """Show a model's input and radius; check its logits and gradients; exit code 1 on a failure.
 
     my.py:build is run as Python code, with all rights that you have; its weights are not.
     """
