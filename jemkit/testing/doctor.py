@@ -45,6 +45,7 @@ EXTRAS = {
     "wandb": ("wandb", "--tracker wandb"),
     "mlflow": ("mlflow", "--tracker mlflow"),
     "gradio": ("show", "jemkit show"),
+    "svglib": ("figures", "the PDF files of --figures"),
 }
 """Packages that only one feature needs: the extra, and that feature."""
 
