@@ -92,6 +92,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[s
             sys.setprofile(None)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(out.parent)  # the link runs/latest is written there
         patch.setattr(Loader, "batch", batch)
         patch.setattr(trainer.Trainer, "one_step", one_step)
         patch.setattr(trainer, "PATIENCE", math.inf)  # a slow step would write its metrics at once

@@ -162,9 +162,11 @@ def test_the_methods_that_the_guide_indents_are_methods_of_a_part() -> None:
 
 def test_the_toml_of_the_pages_is_read_by_what_they_say_reads_it() -> None:
     registry = installed(third_party=False)
-    (recipe,) = fenced("toml", "train.md")
-    resolved = resolve(registry, config=tomllib.loads(recipe)).recipe
+    recipe, trackers = (tomllib.loads(text) for text in fenced("toml", "train.md"))
+    resolved = resolve(registry, config=recipe).recipe
     assert (resolved.run.epochs, resolved.run.seed) == (30, 1)
+    wandb = resolve(registry, config=trackers).tables["trackers"]["wandb"]
+    assert wandb == {**wandb, **trackers["trackers"]["wandb"]}
     (study,) = fenced("toml", "studies.md")
     assert len(read_study(tomllib.loads(study), "studies.md").rows) == 2
     example = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]["entry-points"]

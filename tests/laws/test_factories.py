@@ -18,6 +18,8 @@ HOST = {
     "jemkit/metrics/plots.py": "pixels of a PNG",
     "jemkit/attacks/purification.draw": "a generator an image, as on every device; then moved",
     "jemkit/runtime/distributed.py": "lengths and bytes that go to other processes by gloo",
+    "cli/jemkit_cli/show/drawing.generated": "a mean of energies that were read",
+    "cli/jemkit_cli/show/received.drawn_image": "as a browser sent it; moved when it is used",
     "cli/jemkit_cli/study/table.py": "outcomes that were read, a generator of the CPU",
     "jemkit/training/mixing.py": "a generator of the CPU, the same everywhere",
     "jemkit/training/pseudo_labels._labels": "places of images on the host",
