@@ -130,6 +130,34 @@ def test_damaged_runs_are_named_and_the_others_are_listed(runs: Path) -> None:
     assert "runs/a/config.json is no JSON: " in out
 
 
+@pytest.mark.parametrize(
+    ("line", "figures"),
+    [
+        ('{"event": "end", "step": 3}', {}),
+        ('{"event": "start", "time": 1e300}', {}),
+        ('{"event": "start", "time": NaN}', {}),
+        (f'{{"event": "end", "figures": [{{"name": "clean", "value": 1{"0" * 400}}}]}}',
+         {"clean": {"name": "clean", "value": None, "standard": False}}),
+    ],
+)  # fmt: skip
+def test_odd_values_in_the_files_of_a_run_are_no_error(
+    runs: Path, line: str, figures: dict[str, Any]
+) -> None:
+    config = runs / "b" / "config.json"
+    config.write_text(config.read_text().replace('"seed": 1', '"seed": NaN'))
+    (runs / "b" / "events.jsonl").write_text(f"{line}\n")
+    (row,) = listed("runs/b")["runs"]
+    assert (row["seed"], row["figures"]) == (None, figures)
+    assert "\n1 run, 0.0 MB" in jemkit("ls", "runs/b").out
+
+
+def test_a_setting_that_is_unset_is_no_unknown_one(runs: Path) -> None:
+    config = runs / "b" / "config.json"
+    config.write_text(config.read_text().replace('"epochs": 3', '"epochs": 3, "minutes": null'))
+    assert names("--where=run.minutes=null") == ["b"]
+    assert names("--where=run.minutes=3") == []
+
+
 @pytest.mark.usefixtures("runs")
 def test_the_list_is_made_without_torch() -> None:
     code = (

@@ -56,7 +56,7 @@ def ls(
 ) -> None:  # fmt: skip
     """List the runs of a folder: parts, epochs, state, figures, size and date."""
     from jemkit_cli.runs.folders import leftovers
-    from jemkit_cli.runs.summary import STATES
+    from jemkit_cli.runs.summary import ABSENT, STATES
 
     _check(state, STATES, "--state")
     _check(sort, tuple(SORTS), "--sort")
@@ -64,7 +64,8 @@ def ls(
                      where or ())  # fmt: skip
     runs, damaged = _read(folder)
     _check_keys([key for key, _ in wanted], runs)
-    selected = [run for run in runs if all(_matches(run.setting(k), v) for k, v in wanted)]
+    selected = [run for run in runs
+                if all(_matches(run.setting(k, ABSENT), v) for k, v in wanted)]  # fmt: skip
     selected = [run for run in selected if state in (None, run.state)]
     selected.sort(key=lambda run: (run.started, run.name))
     selected.sort(key=SORTS[sort], reverse=reverse)
@@ -102,7 +103,7 @@ def _show(runs: Sequence["Summary"], there: int, folder: Path) -> None:
     from jemkit.runtime.disk import readable
 
     if not runs:
-        say(f"no run in {folder}" if not there else f"none of {there} runs in {folder} matches")
+        say(f"none of {_counted(there)} in {folder} matches" if there else f"no run in {folder}")
         return
     heads = ["run", "backbone", "objective", "data", "epochs", "state",
              "clean", "PGD", "AA", "FID", "size", "date"]  # fmt: skip
@@ -111,8 +112,11 @@ def _show(runs: Sequence["Summary"], there: int, folder: Path) -> None:
     if any(not value.standard for run in runs for value in run.figures.values()):
         say("~ non-standard protocol; `jemkit compare` shows protocols and intervals")
     size = readable(sum(run.size for run in runs))
-    count = f"{len(runs)}" if len(runs) == there else f"{len(runs)} of {there}"
-    say(f"{count} runs, {size}")
+    say(f"{'' if len(runs) == there else f'{len(runs)} of '}{_counted(there)}, {size}")
+
+
+def _counted(runs: int) -> str:
+    return f"{runs} run{'' if runs == 1 else 's'}"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -178,8 +182,10 @@ def _check(value: str | None, known: Sequence[str], option: str) -> None:
 
 def _check_keys(keys: Sequence[str], runs: Sequence["Summary"]) -> None:
     """Refuse a setting that no run has: it is probably misspelt."""
+    from jemkit_cli.runs.summary import ABSENT
+
     for key in keys if runs else ():
-        if all(run.setting(key) is None for run in runs):
+        if all(run.setting(key, ABSENT) is ABSENT for run in runs):
             raise typer.BadParameter(
                 f"--where {key}: no run has this setting; `jemkit config show` lists them all"
             )

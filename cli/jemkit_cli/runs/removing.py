@@ -20,7 +20,7 @@ WEIGHTS = "checkpoints"
 
 @guarded
 def rm(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN...")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN")],
     checkpoints: Annotated[
         bool,
         typer.Option("--checkpoints", help="Delete only the checkpoints; figures and logs stay."),

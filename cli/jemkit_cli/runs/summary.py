@@ -19,6 +19,10 @@ FIGURES = {"clean": r"clean", "pgd": r"pgd\d*", "aa": r"aa", "fid": r"fid|fd-.*"
 ENDS = {"end": "finished", "diverged": "diverged"}
 BEGINS = ("start", "resume")
 STATES = ("running", "finished", "diverged", "interrupted")
+ABSENT = object()
+"""A setting that a recipe does not have; one that is unset is None."""
+LAST_TIME = 2.5e11
+"""Seconds since 1970 until the year 9892; a larger number is no time."""
 
 
 class Value(NamedTuple):
@@ -43,23 +47,23 @@ class Summary:
     figures: dict[str, Value]
     faults: list[str] = field(default_factory=list)  # its damaged files
 
-    def setting(self, key: str) -> Any:
-        """An option of the recipe by its dotted name; None if there is none."""
+    def setting(self, key: str, absent: Any = None) -> Any:
+        """An option of the recipe by its dotted name; `absent` if there is none."""
         value: Any = self.recipe
         for name in key.split("."):
-            value = value.get(name) if isinstance(value, Mapping) else None
+            value = value.get(name, absent) if isinstance(value, Mapping) else absent
         return value
 
     def to_json(self) -> dict[str, Any]:
         return {
             "run": self.name,
             "path": str(self.path),
-            "backbone": self.setting("backbone.use"),
-            "objective": self.setting("objective.use"),
-            "dataset": self.setting("data.use"),
-            "seed": self.setting("run.seed"),
+            "backbone": _scalar(self.setting("backbone.use")),
+            "objective": _scalar(self.setting("objective.use")),
+            "dataset": _scalar(self.setting("data.use")),
+            "seed": _scalar(self.setting("run.seed")),
             "epochs_done": self.done,
-            "epochs": self.setting("run.epochs"),
+            "epochs": _scalar(self.setting("run.epochs")),
             "state": self.state,
             "figures": {kind: value._asdict() for kind, value in self.figures.items()},
             "bytes": self.size,
@@ -80,12 +84,12 @@ def read(path: Path, name: str) -> Summary:
     running = ended not in ENDS.values() and is_locked(path / LOCK)
     figures = _figures(path / "evaluation.json", faults)
     if not figures:
-        figures = next((e["figures"] for e in reversed(events) if e["event"] == "end"), [])
-    times = (event.get("time") for event in events)
-    began = next((t for t in times if isinstance(t, int | float)), None)
+        figures = next((e.get("figures") for e in reversed(events) if e["event"] == "end"), [])
+    times = (_number(event.get("time")) for event in events)
+    began = next((t for t in times if t is not None and 0 <= t <= LAST_TIME), None)
     return Summary(
         name, path, recipe, "running" if running else ended, _epochs_done(events),
-        (path / "config.json").stat().st_mtime if began is None else float(began),
+        (path / "config.json").stat().st_mtime if began is None else began,
         used_bytes(path), _by_kind(figures), faults,
     )  # fmt: skip
 
@@ -186,7 +190,20 @@ def _by_kind(figures: Any) -> dict[str, Value]:
 def _values(figures: Any) -> Iterator[Value]:
     for figure in figures if isinstance(figures, list) else []:
         if isinstance(figure, dict) and isinstance(figure.get("name"), str):
-            value, protocol = figure.get("value"), figure.get("protocol")
-            number = float(value) if isinstance(value, int | float) else math.nan
+            protocol = figure.get("protocol")
             standard = isinstance(protocol, dict) and protocol.get("standard") is True
-            yield Value(figure["name"], number if math.isfinite(number) else None, standard)
+            yield Value(figure["name"], _number(figure.get("value")), standard)
+
+
+def _number(value: Any) -> float | None:
+    """A finite number; None if it is none."""
+    try:
+        number = float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:  # an integer of more than 308 digits
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _scalar(value: Any) -> Any:
+    """A setting as JSON; None if it is neither a name nor a finite number."""
+    return value if isinstance(value, str | int) else _number(value)
