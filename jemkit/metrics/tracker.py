@@ -22,8 +22,8 @@ class TrackedRun(NamedTuple):
     recipe: dict[str, Any]  # every setting, as in config.json
     step: int  # 0, or the step that the run resumes from
     total_steps: int
-    stored: dict[str, Any]  # what the tracker has kept when the run began, such as an id
-    store: Callable[[dict[str, Any]], None]  # keeps values of JSON in the run's folder
+    stored: dict[str, Any]  # what the tracker stored before, such as an id
+    store: Callable[[dict[str, Any]], None]  # saves values of JSON in the run's folder
 
 
 class Tracker:

@@ -1,4 +1,4 @@
-"""Conformance checks of trackers, on a run that is only acted."""
+"""Conformance checks of trackers, on a simulated run."""
 
 import json
 import math
@@ -34,18 +34,18 @@ def check_tracker(spec: TrackerSpec) -> None:
         folder.mkdir()
         for name, text in LOGS.items():
             write_text(folder / name, text)
-        stopped = _Acted(spec, folder, 0, stored)
+        stopped = _SimulatedRun(spec, folder, 0, stored)
         stopped.call("on_begin", stopped.run)
         stopped.train()
         stopped.call("on_rollback", 1)
         stopped.train()
         stopped.call("on_end", "preempted")
-        resumed = _Acted(spec, folder, 2, stored)
+        resumed = _SimulatedRun(spec, folder, 2, stored)
         resumed.call("on_begin", resumed.run)
         resumed.train()
         resumed.call("on_evaluation", 3, [Figure("clean", 0.5, 0.4, 0.6, 8, {"split": "test"})])
         resumed.call("on_end", "finished")
-        empty = _Acted(spec, folder, 0, stored)
+        empty = _SimulatedRun(spec, folder, 0, stored)
         empty.call("on_begin", empty.run)
         empty.call("on_end", "failed")
         law = "leaves the run's config.json, metrics.csv and events.jsonl alone"
@@ -53,7 +53,7 @@ def check_tracker(spec: TrackerSpec) -> None:
         require(same, spec, "files", law)
 
 
-class _Acted:
+class _SimulatedRun:
     """A run as a tracker sees it, from a step on."""
 
     def __init__(self, spec: TrackerSpec, folder: Path, step: int, stored: dict[str, Any]) -> None:

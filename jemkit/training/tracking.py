@@ -104,18 +104,18 @@ def _step(step: int, figures: Figures, tracker: Tracker) -> None:
 
 
 def _store(path: Path, values: dict[str, Any]) -> None:
-    """Keep values of a tracker in the run's folder."""
+    """Save values of a tracker in the run's folder."""
     make_folder(path.parent)
     write_json(path, values)
 
 
 def _stored(path: Path) -> dict[str, Any]:
-    """What a tracker has kept in an earlier part of the run; nothing if the file is damaged."""
+    """What a tracker stored in an earlier part of the run; nothing if the file is damaged."""
     if not path.is_file():
         return {}
     try:
         values = read_json(path)
     except DataError as error:
-        log.warning("%s; the tracker starts anew", error)
+        log.warning("%s; the tracker ignores it", error)
         return {}
     return values if isinstance(values, dict) else {}

@@ -20,7 +20,7 @@ class Board(ScalarTracker):
 
     def restart(self, step: int) -> None:
         """Events of this step and of later ones, from before a resumption, are not shown."""
-        self.board: Any = self.writer(self.folder, purge_step=step or None)
+        self.board: Any = self.writer(self.folder, purge_step=step)
 
     def log(self, step: int, figures: Figures) -> None:
         for name, value in figures.items():

@@ -10,7 +10,7 @@ import pytest
 from toys import REGISTRY, toy_recipe, toy_registry
 from trackers import stand_in
 
-from jemkit import Preempted, train
+from jemkit import Preempted, TrackedRun, train
 from jemkit.testing import check_tracker
 from jemkit_plugins.mlflow import spelt
 
@@ -46,6 +46,8 @@ def test_wandb_and_mlflow_get_every_figure_and_continue_their_run(
         (None, "jem", "offline", "run"), ("new1", "jem", "offline", "run"),
     ]  # fmt: skip
     assert wandb.began[0]["config"]["run"]["epochs"] == 2
+    assert [began["resume"] for began in wandb.began] == ["allow"] * 2
+    assert wandb.axes == [("step", {}), ("*", {"step_metric": "step"})] * 2
     assert wandb.codes == [5, 0]
     shown = [row for row in wandb.rows if "loss" in row]
     assert [row["step"] for row in shown] == [*range(6)]
@@ -63,8 +65,6 @@ def test_wandb_and_mlflow_get_every_figure_and_continue_their_run(
 def test_an_id_that_is_none_and_a_run_that_is_gone_begin_a_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jemkit import TrackedRun
-
     wandb, mlflow = stand_in(monkeypatch)
     for id in ("../../x", 3, "f" * 32):
         for name in ("wandb", "mlflow"):
@@ -72,6 +72,46 @@ def test_an_id_that_is_none_and_a_run_that_is_gone_begin_a_new_one(
             tracker.on_begin(TrackedRun(tmp_path, {}, 3, 6, {"id": id}, lambda _: None))
     assert [began["id"] for began in wandb.began] == [None, "3", "f" * 32]
     assert len(mlflow.store.runs) == 3
+
+
+def test_tensorboard_hides_all_points_after_a_rollback_to_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch)
+    tracker = REGISTRY["tracker"]["tensorboard"]().build()
+    tracker.on_begin(TrackedRun(tmp_path, {}, 0, 6, {}, lambda _: None))
+    tracker.on_step(0, {"loss": 9.0})
+    tracker.on_rollback(0)
+    tracker.on_end("finished")
+    lines = (tmp_path / "tensorboard" / "scalars.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines][1:] == [["loss", 9.0, 0], {"purge": 0}]
+
+
+def test_mlflow_gets_figures_after_each_epoch_and_shows_a_resumed_run_as_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, mlflow = stand_in(monkeypatch)
+    stored: dict[str, Any] = {}
+    for _ in range(2):
+        tracker = REGISTRY["tracker"]["mlflow"]().build()
+        tracker.on_begin(TrackedRun(tmp_path, {}, 0, 6, {**stored}, stored.update))
+        assert [*mlflow.store.runs.values()] == ["RUNNING"]
+        tracker.on_epoch(3, {"pgd10": 0.5})
+        (*_, last) = mlflow.store.metrics
+        assert (last[0], last[1], last[3]) == ("valid/pgd10", 0.5, 3)
+        tracker.on_end("preempted")
+        assert [*mlflow.store.runs.values()] == ["KILLED"]
+        mlflow.store.metrics.clear()
+
+
+def test_every_setting_reaches_mlflow_a_hundred_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, mlflow = stand_in(monkeypatch)
+    recipe = {"run": {f"setting{i}": i for i in range(250)}}
+    tracker = REGISTRY["tracker"]["mlflow"]().build()
+    tracker.on_begin(TrackedRun(tmp_path, recipe, 0, 6, {}, lambda _: None))
+    assert mlflow.store.params == [(f"run.setting{i}", str(i)) for i in range(250)]
 
 
 def test_names_of_figures_are_spelt_in_mlflows_alphabet() -> None:

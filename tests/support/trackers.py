@@ -89,6 +89,9 @@ class Meddling(Tracker):
         assert isinstance(figures, dict)
         figures["pgd10"] = 2.0
 
+    def on_evaluation(self, step: int, figures: Any) -> None:
+        figures.clear()
+
 
 class Meddle(Options):
     """Options of a tracker that changes what it is given."""
@@ -115,7 +118,7 @@ class Writer:
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
         folder.mkdir(exist_ok=True)
         self.file = (folder / "scalars.jsonl").open("a")
-        self.file.write(json.dumps({"purge": purge_step or 0}) + "\n")
+        self.file.write(json.dumps({"purge": purge_step}) + "\n")
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self.file.write(json.dumps([name, float(value), step]) + "\n")
@@ -132,13 +135,14 @@ class WandB(ModuleType):
         self.began: list[dict[str, Any]] = []
         self.rows: list[dict[str, Any]] = []
         self.codes: list[int] = []
+        self.axes: list[Any] = []
         self.Settings = SimpleNamespace
 
     def init(self, **given: Any) -> Any:
         self.began.append(given)
         return SimpleNamespace(
             id=given["id"] or f"new{len(self.began)}",
-            define_metric=lambda *names, **options: None,
+            define_metric=lambda name, **options: self.axes.append((name, options)),
             log=self.rows.append,
             finish=lambda exit_code: self.codes.append(exit_code),
         )

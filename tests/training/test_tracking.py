@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,9 @@ def scalars(out: Path) -> dict[str, dict[int, float]]:
     for line in map(json.loads, (out / "tensorboard" / "scalars.jsonl").read_text().splitlines()):
         if isinstance(line, dict):
             for points in shown.values():
-                for step in [step for step in points if step >= line["purge"] > 0]:
+                for step in [
+                    step for step in points if line["purge"] is not None and step >= line["purge"]
+                ]:
                     del points[step]
         else:
             shown.setdefault(line[0], {})[line[2]] = line[1]
@@ -130,6 +133,22 @@ def test_callbacks_come_in_the_order_of_the_run(tmp_path: Path) -> None:
     assert CALLS[-1] == ("end", "finished")
 
 
+def test_a_tracker_changes_nothing_of_what_another_gets(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"run": {"epochs": 2}}
+    specs = recipe("trackers.meddle={}", "trackers.hear={}").recipe.trackers
+    assert [*specs] == ["meddle", "hear"]
+    with Tracking(specs, RunFolder(tmp_path)) as tracking:
+        tracking.begin(given, 0, 12)
+        tracking.rows([{"step": 0, "loss": 1.0}])
+        tracking.epoch({"epoch": 1, "step": 2, "pgd10": 0.5})
+        tracking.evaluation(3, [Figure("clean", 0.5, None, None, 6, {})])
+    assert given == CALLS[0][1].recipe == {"run": {"epochs": 2}}
+    assert CALLS[1:] == [
+        ("step", 0, {"loss": 1.0}), ("epoch", 2, {"pgd10": 0.5}),
+        ("evaluation", 3, [Figure("clean", 0.5, None, None, 6, {})]), ("end", "finished"),
+    ]  # fmt: skip
+
+
 def weights(out: Path) -> dict[str, torch.Tensor]:
     (path,) = (out / "checkpoints").glob("step-00000006")
     return {
@@ -189,7 +208,7 @@ def test_a_missing_package_is_an_error_before_the_data_are_read(
     monkeypatch.setattr(Toy, "load", lambda *_: pytest.fail("the data are read"))
     for name in ("tensorboard", "wandb", "mlflow"):
         missing = "torch.utils.tensorboard" if name == "tensorboard" else name
-        monkeypatch.setitem(__import__("sys").modules, missing, None)
+        monkeypatch.setitem(sys.modules, missing, None)
         wanted = rf"the tracker {name} needs the package {name}: pip install .*\[{name}\]"
         with pytest.raises(ConfigError, match=wanted):
             tracked(tmp_path / "run", f"trackers.{name}={{}}")
@@ -237,7 +256,7 @@ def test_a_damaged_file_of_what_was_stored_is_named_and_not_used(
         tracked(tmp_path / "run", "trackers.hear={}", stop=after(3))
     (tmp_path / "run" / "trackers" / "hear.json").write_text("{")
     tracked(tmp_path / "run", "trackers.hear={}", resume=True)
-    assert "the tracker starts anew" in caplog.text
+    assert "the tracker ignores it" in caplog.text
     assert [run.stored for name, run, *_ in CALLS if name == "begin"] == [{}, {}]
 
 
