@@ -133,7 +133,9 @@ def save_model(
         task, gaussians = _of_data(again or opened, registry)
         config = {**config, **task}
     about = dict(source) if isinstance(source, dict) else {}
-    if changed:
+    if again is None:
+        about["changed"] = "the checkpoint is gone, so the weights could not be compared with it"
+    elif changed:
         about["changed"] = "the weights were changed after they were loaded"
     figures = f"The figures are in `{FIGURES}`." if FIGURES in beside else UNMEASURED
     card = f"{_about_run(config['recipe'], about)}\n{figures}\n"

@@ -1,10 +1,10 @@
 """A trained model as a torch module: from a run, a checkpoint, an export, weights or a hub."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Generator, Tensor
@@ -109,7 +109,11 @@ class LoadedModel(PixelModel):
         Raises MisfitError for a classifier, ConfigError or UsageError for what cannot be drawn,
         DataError if the start needs images that are not there.
         """
-        several = [label] if isinstance(label, int | str) else [*(label or ())]
+        several: list[Any] = [label]
+        if not isinstance(label, str) and isinstance(label, Iterable):
+            several = [*label]
+        elif label is None:
+            several = []
         if several and y is not None:
             raise ConfigError("label and y both are classes of the images: pass one of them")
         request = self._request(n, several, seed=seed, steps=steps, start=start)
@@ -138,6 +142,11 @@ class LoadedModel(PixelModel):
         )  # fmt: skip
         if start is None or isinstance(start, str):
             return request
+        if not isinstance(start, Start):
+            raise ConfigError(
+                f"start: got {type(start).__name__}, expected the name of an initial distribution "
+                "or what has `draw`; options such as Uniform() have `build`, which gives it"
+            )
         return request._replace(start=start)
 
     def save_pretrained(self, folder: str | Path, *, license: str | None = None) -> Path:
@@ -229,6 +238,10 @@ def load(
         )
     if not at.is_dir():
         return _of_weights(at, network, dataset, shape, parts, on).eval()
+    if which not in get_args(Which):
+        raise ConfigError(
+            f"which={which!r}: a run has the checkpoints {' and '.join(get_args(Which))}"
+        )
     if (network, dataset, shape) != (None, None, None):
         raise ConfigError(
             f"network, dataset and shape are only for a file of weights; {at} contains its own "
@@ -236,7 +249,8 @@ def load(
         )
     opened = open_model(at, which)
     run = restored(opened, parts, on, without_images=True)
-    origin = Origin(opened._replace(weights={}, state=None), run, on, parts)
+    placed = next(run.backbone.model.parameters()).device  # of "cuda" it is cuda:0
+    origin = Origin(opened._replace(weights={}, state=None), run, placed, parts)
     names = run.pin.table.classes if run.pin is not None else None
     return LoadedModel(
         run.backbone.model, run.task.bounds, run.backbone.density_or_none, shape=run.task.shape,

@@ -162,7 +162,7 @@ def check_vacant(folder: Path) -> None:
     """Reject a folder that an export cannot use."""
     refuse_link(folder)
     if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
-        raise ConfigError(f"{folder} already exists and is not empty; choose another --out")
+        raise ConfigError(f"{folder} already exists and is not empty; choose another folder")
     if folder.absolute() == Path.cwd():
         raise ConfigError(
             f"{folder} is the working folder, which an export would replace as a whole; choose "

@@ -45,7 +45,7 @@ def open_model(path: Path, which: Which = "best") -> Opened:
         chosen = steps / "best" if which == "best" else checkpoint.newest(steps)
         if chosen is None or not chosen.exists():
             hint = "; no epoch is complete yet; --checkpoint last uses the newest step"
-            hint = hint if which == "best" else ""
+            hint = hint if which == "best" and checkpoint.newest(steps) else ""
             raise DataError(f"{run} has no complete {which} checkpoint{hint}")
         path = chosen
     opened = read_checkpoint(run, path)

@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from exported_runs import averaged_run
@@ -112,6 +113,34 @@ def test_samples_that_cannot_be_are_refused(folder: Path, parts: Registry) -> No
         model.sample(2, y=torch.tensor([0, 1, 2]))
     with pytest.raises(ConfigError, match="no start 'unform'"):
         model.sample(2, start="unform")
+
+
+def test_labels_and_starts_of_other_types(folder: Path, parts: Registry) -> None:
+    model = load(folder, registry=parts)
+    other: Any = np.int64(2)
+    assert torch.equal(model.sample(2, label=other, steps=1), model.sample(2, label=2, steps=1))
+    other = 2.0
+    with pytest.raises(ConfigError, match=r"class '2\.0': expected a number of 0\.\.2"):
+        model.sample(2, label=other)
+    other = api.Uniform()
+    with pytest.raises(ConfigError, match=r"start: got Uniform, .* have `build`"):
+        model.sample(2, start=other)
+
+
+def test_a_model_samples_on_its_device_however_that_is_named(folder: Path, parts: Registry) -> None:
+    """A tensor on "cuda" is on cuda:0, one on "cpu:0" on cpu."""
+    drawn = load(folder, registry=parts, device="cpu:0").sample(2, steps=1)
+    assert torch.equal(drawn, load(folder, registry=parts).sample(2, steps=1))
+
+
+def test_a_checkpoint_or_a_device_that_does_not_exist_is_refused(
+    run: Path, parts: Registry
+) -> None:
+    newest: Any = "newest"
+    with pytest.raises(ConfigError, match="which='newest': a run has the checkpoints best and"):
+        load(run, registry=parts, which=newest)
+    with pytest.raises(ConfigError, match="device 'gpu': expected auto, cpu or cuda"):
+        load(run, registry=parts, device="gpu")
 
 
 def test_a_copy_samples_by_its_own_weights(folder: Path, parts: Registry) -> None:
@@ -223,6 +252,21 @@ def test_changed_weights_are_saved_without_the_figures_of_the_others(
     card = (saved / "README.md").read_text()
     assert "the weights were changed after they were loaded" in card
     assert "No figure of these weights was measured yet" in card
+
+
+def test_a_model_whose_checkpoint_is_gone_is_not_called_changed(
+    run: Path, parts: Registry, tmp_path: Path, x: torch.Tensor
+) -> None:
+    copied = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    model = load(copied, registry=parts)
+    shutil.rmtree(copied / "checkpoints")
+    saved = model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(load(saved, registry=parts)(x), model(x))
+    card = (saved / "README.md").read_text()
+    assert "the weights were changed after" not in card
+    assert "the checkpoint is gone, so the weights could not be compared with it" in card
+    with pytest.raises(DataError, match=r"has no complete best checkpoint$"):  # nor another
+        load(copied, registry=parts)
 
 
 class Hub:
