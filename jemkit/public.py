@@ -1,5 +1,7 @@
 """The public names of jemkit, and where each is defined."""
 
+from typing import TYPE_CHECKING
+
 from jemkit.attacks.ascent import Ascent, L2Ascent, SGLDAscent, SignAscent
 from jemkit.attacks.base import (
     Attack,
@@ -124,6 +126,9 @@ from jemkit.training.run import train
 from jemkit.training.trainer import Trainer
 from jemkit.updaters import SAM, Guard, Plain, Updater, UpdaterSpec, backward, moved_weights
 
+if TYPE_CHECKING:
+    from jemkit.training.classifier import JEMClassifier
+
 __all__ = [
     "MALA",
     "MLP",
@@ -167,6 +172,7 @@ __all__ = [
     "Gaussian",
     "Guard",
     "Images",
+    "JEMClassifier",
     "JEMVariant",
     "JemkitError",
     "KernelState",
@@ -274,3 +280,12 @@ __all__ = [
     "watched",
     "without_batch_norm",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """JEMClassifier when it is first used, as scikit-learn takes a second to import."""
+    if name != "JEMClassifier":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from jemkit.training.classifier import JEMClassifier
+
+    return JEMClassifier

@@ -134,11 +134,11 @@ def public_names() -> dict[str, list[str]]:
     """Every public name as the path of its definition, by its page's title."""
     files = (ROOT / "jemkit" / "public.py", ROOT / "jemkit" / "testing" / "__init__.py")
     pages: dict[str, list[str]] = {title: [] for title in dict.fromkeys(API.values())}
-    for node in (node for file in files for node in ast.parse(file.read_text()).body):
-        if isinstance(node, ast.ImportFrom) and node.module:
+    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text()))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jemkit."):
             title = API[node.module.split(".")[1]]
             pages[title] += [f"{node.module}.{alias.name}" for alias in node.names]
-    return {title: sorted(names, key=lambda n: n.rpartition(".")[2].lower())
+    return {title: sorted(set(names), key=lambda n: n.rpartition(".")[2].lower())
             for title, names in pages.items()}  # fmt: skip
 
 
