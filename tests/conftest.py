@@ -32,6 +32,14 @@ def own_cache() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test leaves the link runs/latest to its run in the folder where the tests are started."""
+    link, own = Path("runs/latest").absolute(), tmp_path_factory.getbasetemp().resolve()
+    yield
+    assert not link.resolve().is_relative_to(own), f"a test wrote {link}, to {link.resolve()}"
+
+
 @pytest.fixture(autouse=True)
 def own_log() -> Iterator[None]:
     """No handler that a test, or a fixture of a whole module, adds to the log reaches another."""

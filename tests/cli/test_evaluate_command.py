@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from cli_tools import SHORT, jemkit
+from cli_tools import jemkit, short_run
 from forked import forked
 from terminated import sigterm_after_a_piece
 
@@ -23,10 +23,7 @@ PGD = ("--attack", "pgd", "--only", "robustness", *QUIET)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run on digits."""
-    out = tmp_path_factory.mktemp("evaluate") / "run"
-    outcome = jemkit("train", *SHORT, "--quiet", "--out", str(out))
-    assert outcome.code == 0, outcome.err
-    return out
+    return short_run(tmp_path_factory.mktemp("evaluate"))
 
 
 def judged(run: Path, out: Path, *options: str) -> dict[str, dict[str, object]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli_tools import SHORT, Outcome, jemkit
+from cli_tools import Outcome, jemkit, short_run
 from forked import commands
 from ranks import every_rank, torchrun
 from terminated import sigterm_after_a_piece
@@ -21,10 +21,7 @@ PGD = ("--attack", "pgd", "--only", "robustness", "--set", "robustness.indicator
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run on digits."""
-    out = tmp_path_factory.mktemp("sharing") / "run"
-    outcome = jemkit("train", *SHORT, "--quiet", "--out", str(out))
-    assert outcome.code == 0, outcome.err
-    return out
+    return short_run(tmp_path_factory.mktemp("sharing"))
 
 
 def errors(outcomes: list[Outcome]) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_tools import SHORT, jemkit
+from cli_tools import short_run
 from imagefolders import split_folder
 from torch import Tensor, nn
 from toys import REGISTRY, gen, linear_model, toy_recipe, toy_registry
@@ -32,10 +32,7 @@ ONLY = {"only": ("accuracy",)}
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run on digits."""
-    out = tmp_path_factory.mktemp("subjects") / "run"
-    outcome = jemkit("train", *SHORT, "--quiet", "--out", str(out))
-    assert outcome.code == 0, outcome.err
-    return out
+    return short_run(tmp_path_factory.mktemp("subjects"))
 
 
 class Sees(nn.Module):

@@ -66,6 +66,14 @@ def jemkit(*arguments: str) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
+def short_run(folder: Path) -> Path:
+    """A short run on digits, made in a folder, where the link runs/latest is written too."""
+    with contextlib.chdir(folder):
+        outcome = jemkit("train", *SHORT, "--quiet", "--out", "run")
+    assert outcome.code == 0, outcome.err
+    return folder / "run"
+
+
 def one_line(done: Outcome, code: int) -> str:
     """The only line of an error."""
     assert done.code == code, done.err
