@@ -1,12 +1,13 @@
-"""All laws of one part: what was tried, and the smallest counterexample to the first that fails."""
+"""All laws of one part: what was tried, and the smallest counterexample to each that fails."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jemkit.errors import DataError, Preempted
 from jemkit.testing.drawing import check_ascent, check_density, check_sampler, check_start
 from jemkit.testing.judging import check_attack, check_dataset, check_distance, check_evaluator
-from jemkit.testing.law import ConformanceError, Tried, recorded
+from jemkit.testing.law import Tried, recorded
 from jemkit.testing.modelling import check_backbone, check_energy_model, check_network, small
 from jemkit.testing.toys import at_most
 from jemkit.testing.tracking import check_tracker
@@ -31,40 +32,56 @@ CHECKS: Mapping[str, Callable[[Any], None]] = {
 """The check of each kind of part, by the kind's name."""
 
 
+class Violation(NamedTuple):
+    """A requirement that a part violates, by the smallest batch that shows it."""
+
+    law: str
+    requirement: str
+    result: str
+    images: int
+
+
 class Examination(NamedTuple):
-    """The requirements that a part was tested for, in order; the last may be violated."""
+    """The requirements that a part was tested for, in order, and those that it violates."""
 
     tried: list[Tried]
-    images: int  # of the smallest batch that violates the last; 0 where all hold
-
-    @property
-    def violated(self) -> Tried | None:
-        """The requirement that the part violates; None if all hold."""
-        return next((one for one in self.tried if not one.holds), None)
+    violations: list[Violation]
+    stopped: str  # the error after which no more was tested; "" if there was none
 
 
 def examine(kind: str, part: Any) -> Examination:
-    """Test every law of a kind, up to the first that the part violates."""
-    tried = _tried(kind, part, images=6)
-    violated = next((one for one in tried if not one.holds), None)
-    if violated is None:
-        return Examination(tried, 0)
+    """Test every law of a kind, also after one that the part violates."""
+    tried, stopped = _tried(kind, part, images=6)
+    smallest = {
+        _subject(one): Violation(one.law, one.requirement, one.result, 6)
+        for one in reversed(tried)
+        if not one.holds
+    }
+    left = {*smallest}
     for images in range(1, 6):
-        fewer = _tried(kind, part, images)
-        if not fewer[-1].holds and fewer[-1].law == violated.law:
-            return Examination([*tried[:-1], fewer[-1]], images)
-    return Examination(tried, 6)
+        if not left:
+            break
+        for one in _tried(kind, part, images)[0]:
+            if not one.holds and (subject := _subject(one)) in left:
+                smallest[subject] = Violation(one.law, one.requirement, one.result, images)
+                left.remove(subject)
+    return Examination(tried, [*reversed(smallest.values())], stopped)
 
 
-def _tried(kind: str, part: Any, images: int) -> list[Tried]:
+def _subject(one: Tried) -> tuple[str, str]:
+    """A requirement without shapes, which depend on the number of images."""
+    return one.law, re.sub(r"\[[\d, ]*\]", "", one.requirement)
+
+
+def _tried(kind: str, part: Any, images: int) -> tuple[list[Tried], str]:
     with recorded() as tried, at_most(images):
         try:
             CHECKS[kind](part)
-        except ConformanceError:
-            pass
         except (DataError, Preempted):  # no fault of the part
             raise
         except Exception as error:
             came = f"it raised {type(error).__name__}: {error}"
-            tried.append(Tried("runs", "runs without an error", False, came))
-    return tried
+            if all(one.holds for one in tried):  # else it may follow from what was violated
+                tried.append(Tried("runs", "runs without an error", False, came))
+            return tried, came
+    return tried, ""

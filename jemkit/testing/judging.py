@@ -1,7 +1,7 @@
 """Conformance checks of distances, data sets, attacks and evaluators."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,10 @@ def check_dataset(dataset: Dataset) -> None:
     require(positive, dataset, "range", law, f"it gave {radius!r}")
     law = "`augmentation` is an Augmentation"
     require_kind(dataset.augmentation, Augmentation, dataset, law)
+    law = "`class_names` has a string for each class, if the data set names them"
+    names = getattr(dataset, "class_names", None)
+    texts = isinstance(names, Sequence) and all(isinstance(name, str) for name in names)
+    require(names is None or (texts and len(names) == k), dataset, "interface", law, gave(names))
     splits: tuple[Split, ...] = ("train", "test")
     shapes = {_check_split(dataset, split) for split in splits}
     law = "both splits are of one shape"
@@ -92,6 +96,11 @@ def _check_split(dataset: Dataset, split: Split) -> tuple[int, ...]:
     counted = images.y.dtype == torch.int64 and images.y.shape == (len(images.x),)
     law = "labels are int64, one for each image"
     require(counted, dataset, "labels", law, gave(images.y))
+    if callable(getattr(dataset, "files", None)):
+        names = dataset.files(split)  # type: ignore[attr-defined]
+        texts = isinstance(names, Sequence) and all(isinstance(name, str) for name in names)
+        law = f"`files({split!r})` has a string for each image, in their order"
+        require(texts and len(names) == len(images.y), dataset, "interface", law, gave(names))
     low, high = int(images.y.min()), int(images.y.max())
     law = f"labels are from 0 to {dataset.n_classes - 1}"
     inside = low >= 0 and high < dataset.n_classes

@@ -34,7 +34,7 @@ _TRIED: ContextVar[list[Tried] | None] = ContextVar("tried", default=None)
 
 @contextmanager
 def recorded() -> Iterator[list[Tried]]:
-    """Collects the requirements that the block tests, up to the first that is violated."""
+    """Collects the requirements that the block tests; one that is violated raises nothing."""
     tried: list[Tried] = []
     token = _TRIED.set(tried)
     try:
@@ -44,11 +44,11 @@ def recorded() -> Iterator[list[Tried]]:
 
 
 def require(holds: bool, part: object, law: str, requirement: str, result: str = "") -> None:
-    """Raise ConformanceError with the requirement if it is violated."""
+    """Raise ConformanceError with the requirement if it is violated, or record it in `recorded`."""
     tried = _TRIED.get()
     if tried is not None:
         tried.append(Tried(law, requirement, holds, result))
-    if not holds:
+    elif not holds:
         name = part.__name__ if isinstance(part, type) else type(part).__name__
         raise ConformanceError(f"{name}: {requirement}" + (f"; {result}" if result else ""), law)
 

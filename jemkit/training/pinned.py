@@ -5,7 +5,6 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -14,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jemkit.data import Dataset, Images, NamesClasses, images_hash
-from jemkit.errors import DataError
+from jemkit.errors import DataError, MisfitError
 from jemkit.runtime.files import file_hash, read_json, write_json
 from jemkit.runtime.work_cache import tensors_hash
 from jemkit.splits import Part, Splits
@@ -216,28 +215,54 @@ def class_names(dataset: Dataset) -> tuple[str, ...] | None:
     """A data set's class names in the order of the labels, if it provides them."""
     if not isinstance(dataset, NamesClasses):
         return None
-    return tuple(map(_text, dataset.class_names))
+    return tuple(_texts(dataset.class_names, dataset, "class_names", "each class, its name"))
 
 
 def files_of(dataset: Dataset) -> dict[str, list[str]]:
     """The names of a data set's files by its splits, in the order of its images."""
-    names: Any = getattr(dataset, "files", None)
-    by_split: dict[str, list[str]] = {}
-    for part in PARTS if callable(names) else ():
-        with suppress(LookupError, ValueError):  # a split that the data set does not have
-            by_split[part] = [*map(_text, names(part))]
-    return by_split
+    files: Any = getattr(dataset, "files", None)
+    given: dict[str, Any] = {}
+    for part in PARTS if callable(files) else ():
+        try:
+            given[part] = files(part)
+        except (LookupError, ValueError):  # a split that the data set does not have
+            continue
+        except TypeError as error:
+            raise _misfit(dataset, f"files({part!r})", f"an error, {error}", NAME_EACH) from error
+    return {
+        part: _texts(names, dataset, f"files({part!r})", NAME_EACH) for part, names in given.items()
+    }
 
 
 def _names(files: Mapping[str, list[str]], splits: Splits, part: Part) -> list[str]:
     """The file of each image of a run's split."""
-    own = files.get(part) or files["train"]
-    return [own[row] for row in splits.rows(part)]
+    split = part if files.get(part) else "train"
+    own, rows = files.get(split, []), splits.rows(part)
+    if rows and max(rows) >= len(own):
+        count = f"{len(own)} names, for at least {max(rows) + 1} images"
+        raise _misfit(splits.dataset, f"files({split!r})", count, NAME_EACH)
+    return [own[row] for row in rows]
 
 
-def _text(name: str) -> str:
-    """A name that any file can store; a name that is not Unicode has its bytes escaped."""
-    return name.encode("utf-8", "backslashreplace").decode()
+NAME_EACH = "each image, the name of its file, in the order of `load`"
+
+
+def _texts(names: Any, dataset: Dataset, what: str, wanted: str) -> list[str]:
+    """Names that any file can store; one that is not Unicode has its bytes escaped."""
+    several = isinstance(names, Iterable) and not isinstance(names, str | bytes)
+    each = list(names) if several else [names]
+    strange = [name for name in each if not isinstance(name, str)] if several else each
+    if strange:
+        raise _misfit(dataset, what, repr(strange[0])[:80], wanted)
+    return [name.encode("utf-8", "backslashreplace").decode() for name in each]
+
+
+def _misfit(dataset: Dataset, what: str, came: str, wanted: str) -> MisfitError:
+    name, plugin = type(dataset).__name__, type(dataset).__module__
+    return MisfitError(
+        f"`{what}` of the data set {name}, of the plug-in {plugin}, gives {came}; "
+        f"expected a string for {wanted}. Correct the plug-in, or install another version"
+    )
 
 
 def image_hashes(images: Images) -> list[str]:

@@ -22,6 +22,7 @@ from jemkit_cli.plugins.new import Kind
 KINDS = get_args(Kind)
 LONGEST = {"backbone": 45}
 FAULTY = """
+import torch
 from jemkit import Options, gradient, hookimpl
 
 class Climb(Options):
@@ -42,6 +43,13 @@ class Broken(Options):
     def step(self, energy, x, rng):
         raise KeyError("velocity")
 
+class Careless(Options):
+    needs_stem: bool = False
+
+    def step(self, energy, x, rng):
+        torch.rand(1)
+        return x - x.mean(dim=0)
+
 class Distant(Options):
     needs_stem: bool = False
 
@@ -50,7 +58,8 @@ class Distant(Options):
 
 @hookimpl
 def jemkit_samplers():
-    return {"climb": Climb, "mean": Mean, "broken": Broken, "distant": Distant}
+    own = {"climb": Climb, "mean": Mean, "broken": Broken}
+    return {**own, "careless": Careless, "distant": Distant}
 """
 BAD = {
     "syntax": ("def step(:\n", "SyntaxError"),
@@ -197,16 +206,13 @@ def test_check_names_the_law_its_smallest_counterexample_and_its_meaning() -> No
     done = jemkit("plugins", "check", "faulty", "--json")
     assert done.code == 1, done.err
     parts = {part["name"]: part for part in done.record["parts"]}
-    counterexamples = {name: part["counterexample"] for name, part in parts.items()}
-    assert counterexamples["climb"]["law"] == "descent"
-    assert "E rose by" in counterexamples["climb"]["result"]
-    assert (counterexamples["mean"]["law"], counterexamples["mean"]["images"]) == ("rows", 2)
-    assert counterexamples["broken"]["result"] == "it raised KeyError: 'velocity'"
-    assert all(
-        counterexamples[name]["meaning"] == MEANINGS[counterexamples[name]["law"]]
-        for name in counterexamples
-    )
-    assert [law["holds"] for law in parts["mean"]["laws"]][-1] is False
+    first = {name: part["violations"][0] for name, part in parts.items()}
+    assert first["climb"]["law"] == "descent"
+    assert "E rose by" in first["climb"]["result"]
+    assert (first["mean"]["law"], first["mean"]["images"]) == ("rows", 2)
+    assert first["broken"]["result"] == parts["broken"]["stopped"]
+    assert first["broken"]["result"] == "it raised KeyError: 'velocity'"
+    assert all(one["meaning"] == MEANINGS[one["law"]] for one in first.values())
     shown = jemkit("plugins", "check", "mean")
     assert shown.code == 1
     for text in (
@@ -217,13 +223,28 @@ def test_check_names_the_law_its_smallest_counterexample_and_its_meaning() -> No
         assert text in shown.out
 
 
+@pytest.mark.usefixtures("site")
+def test_check_goes_on_after_a_violated_law_and_lists_all() -> None:
+    done = jemkit("plugins", "check", "careless", "--json")
+    assert done.code == 1, done.err
+    (part,) = done.record["parts"]
+    violated = {(one["law"], one["images"]) for one in part["violations"]}
+    assert violated == {("generator", 1), ("rows", 2)}
+    laws = [law["law"] for law in part["laws"] if not law["holds"]]
+    assert laws == ["generator", "rows"]
+    assert (part["laws"][-1]["law"], part["stopped"]) == ("descent", None)
+    shown = jemkit("plugins", "check", "careless").out
+    assert shown.count("what it means: ") == 2
+    assert f"2 of {len(part['laws'])} requirements are violated" in shown
+
+
 def test_check_lists_every_requirement_of_a_part_that_keeps_them() -> None:
     done = jemkit("plugins", "check", "sgld", "--set=sgld.noise=0.1", "--no-plugins", "--json")
     assert done.code == 0, done.err
     parts = {part["kind"]: part for part in done.record["parts"]}
     assert parts.keys() == {"sampler", "ascent"}
     part = parts["sampler"]
-    assert part["counterexample"] is None
+    assert (part["violations"], part["stopped"]) == ([], None)
     laws = {law["law"] for law in part["laws"]}
     assert {"descent", "rows", "box", "generator", "modes", "gradients"} <= laws
     assert "requirements hold" in jemkit("plugins", "check", "sgld", "--no-plugins").out

@@ -171,8 +171,14 @@ class Photographs(Options):
     n_classes: int = 2
     gives: Any
 
+    class_names: Any = ("no", "yes")
+    listed: Any = ["a.png"] * 6
+
     def load(self, split: str) -> Any:
         return self.gives
+
+    def files(self, split: str) -> Any:
+        return self.listed
 
 
 def pictures(dtype: torch.dtype = torch.uint8, **other: Any) -> Images:
@@ -285,6 +291,8 @@ BROKEN = [
     (testing.check_evaluator, Opinion(gives=[0.5]), "gives a list of Figure; it gave a float"),
     (testing.check_attack, Ascent(gives=nothing), "is a tensor .*; it gave None"),
     (testing.check_attack, Ascent(gives=lambda x: x.clone().requires_grad_()), "detached"),
+    (testing.check_dataset, Photographs(gives=None, class_names=("no",)), "string for each class"),
+    (testing.check_dataset, Photographs(gives=pictures(), listed=["a.png"]), "for each image"),
     (testing.check_dataset, Photographs(gives=None), "gives Images.*it gave None"),
     (testing.check_dataset, Photographs(gives=pictures(torch.float64)), "uint8, or float32"),
     (testing.check_dataset, Photographs(gives=pictures(y=torch.arange(6))), "from 0 to 1"),
