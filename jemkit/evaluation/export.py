@@ -80,7 +80,7 @@ def _exported(
 ) -> Exported:
     """The weights of a run as they were saved, with the run's figures and samples."""
     source, about = RunFolder(opened.folder), opened.about
-    config = _without_home(source.config)
+    config = _portable(source.config)
     stored, note = _record_of(source.path, about["sha256"], config)
     card = _about_run(config["recipe"], about) + "\n"
     card += figures_table(stored.figures, stored.protocol) if stored else f"{note}\n"
@@ -121,7 +121,7 @@ def save_model(
     if not changed and license is None:
         _copied(opened.folder, folder)
         return
-    config = _without_home(read_json(opened.folder / CONFIG))
+    config = _portable(read_json(opened.folder / CONFIG))
     source, gaussians = opened.about, {}
     beside = _files(opened.folder, (DETAILS,) if changed else (DETAILS, FIGURES, SAMPLES))
     if exported:
@@ -240,8 +240,18 @@ def _moments(recipe: Recipe, task: Task) -> dict[str, Tensor]:
     return start.tensors() if isinstance(start, MomentStart) else {}
 
 
+def _portable(config: Any) -> Any:
+    """A config without user names and folders of this machine, since a model may be published."""
+    shared = _without_home(config)
+    origins = {
+        key: Path(origin).name if os.path.isabs(origin) else origin
+        for key, origin in shared.get("origins", {}).items()
+    }
+    return {**shared, "origins": origins} if origins else shared
+
+
 def _without_home(value: Any) -> Any:
-    """A config without user names in its paths, since a model may be published; ~ is kept."""
+    """Paths in the home folder begin with ~."""
     if isinstance(value, dict):
         return {key: _without_home(inner) for key, inner in value.items()}
     home = f"{Path.home()}{os.sep}"

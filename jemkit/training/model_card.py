@@ -67,12 +67,17 @@ def table_of(rows: Rows) -> str:
 
 
 def figures_table(figures: Sequence[Figure], common: Mapping[str, Any]) -> str:
-    """The headline figures, each with its protocol in short form."""
+    """The headline figures, each with its protocol in short form; of each name the best protocol
+    first."""
 
-    def rank(figure: Figure) -> tuple[bool, int]:
-        place = HEADLINES.index(figure.name) if figure.name in HEADLINES else len(HEADLINES)
-        return not figure.protocol.get("standard", True), place
+    def rank(figure: Figure) -> tuple[bool, bool, int, int]:
+        named = figure.name in HEADLINES
+        place = HEADLINES.index(figure.name) if named else len(HEADLINES)
+        again = figure is not first[figure.name]
+        return again, not named, place, figure.protocol.get("standard", True) is False
 
+    best = sorted(figures, key=lambda f: (f.protocol.get("standard", True) is not False, f.n))
+    first = {figure.name: figure for figure in best}  # standard, else of most images
     shown = sorted(figures, key=rank)[:MOST]
     rows = "".join(_row(figure, {**common, **figure.protocol}) for figure in shown)
     left = len(figures) - len(shown)

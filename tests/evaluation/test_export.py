@@ -93,6 +93,19 @@ def test_no_path_of_an_exported_config_names_the_user(
     assert str(tmp_path) not in config.read_text()
 
 
+def test_origins_in_an_exported_config_name_files_without_their_folders(
+    parts: Registry, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(toy_recipe(parts), run, registry=parts)
+    config = read_json(run / CONFIG)
+    origins = {"run.seed": str(tmp_path / "mine.toml"), "run.epochs": "--set run.epochs=4/2"}
+    write_json(run / CONFIG, {**config, "origins": {**config["origins"], **origins}})
+    exported = read_json(export(run, out=tmp_path / "model", registry=parts).folder / CONFIG)
+    assert exported["origins"]["run.seed"] == "mine.toml"
+    assert exported["origins"]["run.epochs"] == "--set run.epochs=4/2"
+
+
 def test_the_card_has_the_figures_of_these_weights_alone(
     averaged: Path, parts: Registry, tmp_path: Path
 ) -> None:

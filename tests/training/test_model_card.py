@@ -107,13 +107,15 @@ def figure(name: str, **protocol: Any) -> Figure:
 
 def test_a_card_has_ten_figures_at_most_the_headlines_first() -> None:
     figures = [figure(f"other{i}") for i in range(30)]
-    figures += [figure("fid"), figure("aa", standard=False), figure("clean"), figure("pgd20")]
+    figures += [figure("fid"), figure("aa", standard=False), figure("pgd20", standard=False)]
+    figures += [figure("clean"), figure("pgd20")]
     text = figures_table(figures, {"norm": "Linf", "radius_px": 8})
     rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
     assert len(rows) == MOST
-    assert [row.split(" | ")[0][2:] for row in rows[:3]] == ["clean", "pgd20", "fid"]
+    first = ["clean", "aa (NON-STANDARD protocol)", "pgd20", "fid"]
+    assert [row.split(" | ")[0][2:] for row in rows[:4]] == first
     assert "norm Linf, radius_px 8" in rows[0]
-    assert "24 more" in text
+    assert "25 more" in text
 
 
 @pytest.fixture(scope="module")
