@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -28,8 +29,8 @@ from jemkit.config.messages import explain
 from jemkit.config.optim import SGD, OptimizerOptions, Schedule
 from jemkit.config.registry import Registry
 from jemkit.config.unused import check_unused
-from jemkit.data import Dataset
-from jemkit.errors import ConfigError
+from jemkit.data import Augmentation, Dataset
+from jemkit.errors import ConfigError, DataError
 from jemkit.metrics.tracker import TrackerSpec
 from jemkit.objective import NamesStreams, Objective, ObjectiveSpec
 from jemkit.options import Options, PartOf, nearest, parts_of
@@ -108,7 +109,26 @@ class Recipe(Options):
             if isinstance(part, HasBatchNormMode)
         )
         network = getattr(self.backbone, "network", None)
-        return {} if network is None else without_batch_norm(network, attacks)
+        idle = {} if network is None else without_batch_norm(network, attacks)
+        return {**idle, **self._unused_views()} if hasattr(self.backbone, "views") else idle
+
+    def _unused_views(self) -> dict[str, str]:
+        """Options of the views without effect on this data set, or without a density."""
+        views: dict[str, str] = {}
+        with suppress(DataError):  # a property of another package's data set may read files
+            if self.data.augmentation == Augmentation():
+                views |= dict.fromkeys(AUGMENT, "on this data set, which has no augmentation")
+        has_density = getattr(self.backbone, "has_density", True)
+        if not has_density and not getattr(self.objective, "two_views", False):
+            views |= dict.fromkeys(DENSITY_VIEW, "on a classifier, which has no density")
+        return views
+
+
+AUGMENT = ("backbone.views.augment_x", "backbone.views.augment_pos")
+DENSITY_VIEW = tuple(
+    f"backbone.views.{option}" for option in ("augment_pos", "noise_pos", "pos_share")
+)
+"""Options of the density's view, which an objective with `two_views` uses without a density."""
 
 
 class Resolved(NamedTuple):

@@ -1,7 +1,7 @@
 """A classifier without a density: the backbone of adversarial training."""
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from torch import Generator
 
@@ -14,16 +14,14 @@ from jemkit import (
 class Classifier(Options):
     """A network and its logits; its energies can be computed, but nothing samples from them."""
 
+    has_density: ClassVar[bool] = False
+
     network: Annotated[NetworkSpec, PartOf("network")] = WRN()  # images to features
     energy: Annotated[EnergyModelSpec, PartOf("energy")] = LogSumExp()  # features to logits
     views: Views = Views()
 
     def unused(self) -> dict[str, str]:
-        views = dict.fromkeys(
-            ("views.augment_pos", "views.noise_pos", "views.pos_share"),
-            "on a classifier, which has no density",
-        )
-        return {**views, **without_batch_norm(self.network)}
+        return without_batch_norm(self.network)
 
     def build(self, task: Task, rng: Generator) -> Backbone:
         return assemble(task, rng, network=self.network, energy=self.energy, views=self.views)

@@ -145,6 +145,8 @@ ACTS: list[tuple[tuple[str, str, str], list[str], str]] = [
     (("classifier", "ducat", ""), [], "objective.variant=mart"),
     (("classifier", "ducat", ""), [], "objective.variant=consistency"),
     (("classifier", "ducat", ""), ["objective.variant=mart"], "objective.beta=1"),
+    *[(("classifier", "ducat", ""), ["objective.variant=consistency"], f"backbone.views.{option}")
+      for option in ("augment_pos=false", "noise_pos=0.5")],
     *[(("classifier", "ducat", ""), ["objective.variant=consistency"], f"objective.{option}")
       for option in ("consistency=9", "temperature=9")],
     *[(("classifier", "lbgat", ""), [], f"objective.{option}")
@@ -283,6 +285,15 @@ def test_on_a_classifier_the_densitys_view_does_nothing() -> None:
     for option in ("augment_pos=false", "noise_pos=0.5", "pos_share=0.5"):
         with pytest.raises(ConfigError, match="on a classifier, which has no density"):
             toy_recipe(TOYS, "classifier", "ce", "plain", f"backbone.views.{option}")
+        other = ["objective.variant=consistency", f"backbone.views.{option}"]
+        toy_recipe(TOYS, "classifier", "ducat", "plain", *other)  # which trains on both views
+
+
+def test_augmentation_does_nothing_on_a_data_set_that_has_none() -> None:
+    for option in ("augment_pos=true", "augment_x=false"):
+        with pytest.raises(ConfigError, match=r"does nothing on this data set, which has no aug"):
+            resolve(REGISTRY, overrides=["backbone.use=sadajem", f"backbone.views.{option}"])
+    resolve(REGISTRY, overrides=["backbone.views.augment_pos=true", "data.use=svhn"])
 
 
 def test_what_lower_layers_say_may_be_said_again_and_may_have_nothing_to_do() -> None:

@@ -17,7 +17,7 @@ from hypothesis import settings as bounded
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jemkit.errors import DataError
+from jemkit.errors import DataError, memory_ran_out
 from jemkit.training.pretrained import read_checkpoint
 from jemkit.training.pretrained.layouts import read_layout
 
@@ -75,6 +75,21 @@ def test_a_pickle_that_asks_for_memory_is_refused(new: bool, tmp_path: Path) -> 
     torch.save({"a": Greedy()}, tmp_path / "a.pt", _use_new_zipfile_serialization=new)
     with pytest.raises(DataError, match=r"calls .*bytearray"):
         read_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: 3 bytes")])
+def test_memory_that_runs_out_while_a_sound_file_is_read_is_no_fault_of_the_file(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise error
+
+    torch.save(made().state_dict(), tmp_path / "a.pt")
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(type(error)) as caught:
+        read_checkpoint(tmp_path / "a.pt")
+    assert memory_ran_out(caught.value)
+    assert not isinstance(caught.value, DataError)
 
 
 def test_a_whole_module_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from jemkit.errors import DataError
+from jemkit.errors import DataError, memory_ran_out
 from jemkit.runtime.opening import read_file
 from jemkit.training.pretrained.layouts import Format
 from jemkit.training.pretrained.probing import StateDict, state_dict_by, state_dict_in
@@ -76,7 +76,10 @@ def read_state_dict(path: Path, names: Collection[str], key: str | None = None) 
 
 
 def loaded(data: bytes) -> Any:
-    """The object that torch.save or safetensors wrote; DataError if it is anything else."""
+    """The object that torch.save or safetensors wrote; DataError if it is anything else.
+
+    An OOM is raised as it is.
+    """
     try:
         return _loaded(data)
     except DataError:
@@ -84,6 +87,9 @@ def loaded(data: bytes) -> Any:
     except pickle.UnpicklingError:  # torch's own text suggests loading without its protection
         raise DataError("its pickle is damaged or contains more than weights") from None
     except Exception as error:  # a damaged file raises many types of errors
+        legacy = data[:2] == b"\x80\x02"  # where a damaged size can ask for any amount of memory
+        if memory_ran_out(error) and not (legacy and isinstance(error, RuntimeError)):
+            raise
         why = " ".join(str(error).split())[:200] or "no reason given"
         what = f"{type(error).__name__}: {why}"
         raise DataError(f"it is damaged or not a checkpoint: {what}") from None

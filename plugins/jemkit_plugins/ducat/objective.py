@@ -42,6 +42,11 @@ class DUCAT(Options):
     temperature: float = Field(0.5, gt=0)  # by which its logits are divided
     attack: Annotated[Attack, PartOf("attack")] = PGD(steps=10)  # the attack for x~
 
+    @property
+    def two_views(self) -> bool:
+        """Whether the options of the density's view have an effect without a density."""
+        return self.variant == "consistency"
+
     def unused(self) -> dict[str, str]:
         idle = ("clean_dummy", "adv_dummy", "adv_mass") if self.start == 1 else ()
         reasons = dict.fromkeys(idle, "where start is 1")
