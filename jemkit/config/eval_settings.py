@@ -7,7 +7,7 @@ import torch
 from pydantic import BeforeValidator, Field, ValidationError
 
 from jemkit.attacks.base import Norm, Threat, check_width, radius_of
-from jemkit.config.layers import override_layers
+from jemkit.config.layers import merged, override_layers
 from jemkit.config.messages import explain
 from jemkit.config.registry import Registry
 from jemkit.config.unused import check_given
@@ -74,7 +74,7 @@ def options_of(overrides: Iterable[str]) -> dict[str, dict[str, Any]]:
                 raise ConfigError(
                     f"{layer.origin}: expected NAME.OPTION=VALUE, such as pgd.steps=50"
                 )
-            by_evaluator[name] = {**by_evaluator.get(name, {}), **options}
+            by_evaluator[name] = merged(by_evaluator.get(name, {}), options)
     return by_evaluator
 
 

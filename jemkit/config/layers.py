@@ -62,6 +62,15 @@ class Stack:
                 table = {"use": name, **table}
             self._lay(into, name, table, origin, "tracker", f"trackers.{name}")
 
+    def of_part(self, kind: str, name: str, options: Table, origin: str) -> Table:
+        """All options of one part: its defaults, with these laid over them as in a recipe."""
+        tables: Table = {}
+        self._lay(tables, name, {"use": name}, "default", kind, name)
+        others = {option: value for option, value in options.items() if option != "use"}
+        self._lay(tables, name, others, origin, kind, name)
+        del tables[name]["use"]
+        return {**tables[name], **{k: v for k, v in options.items() if k == "use"}}
+
     def _lay(
         self, into: Table, key: str, new: Any, origin: str, kind: str | None, path: str
     ) -> None:
@@ -290,6 +299,16 @@ def _override(text: str) -> Table:
     except (ValueError, RecursionError) as error:
         short = text if len(text) < 200 else f"{text[:200]}..."
         raise ConfigError(f"--set {short} is not KEY=VALUE: {error}") from None
+
+
+def merged(table: Mapping[str, Any], other: Mapping[str, Any]) -> Table:
+    """A table with the values of another, also inside its tables."""
+    both = {
+        name: merged(table[name], value)
+        for name, value in other.items()
+        if isinstance(value, dict) and isinstance(table.get(name), dict)
+    }
+    return {**table, **other, **both}
 
 
 def choices(table: Mapping[str, Any]) -> Table:

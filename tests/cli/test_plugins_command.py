@@ -13,9 +13,11 @@ import pytest
 from cli_tools import SHORT, jemkit, one_line, process
 from guests import install, place
 
+from jemkit import resolve
 from jemkit.config import registry
+from jemkit.config.eval_settings import options_of
 from jemkit.hookspecs import API
-from jemkit_cli.plugins.check import MEANINGS, _given
+from jemkit_cli.plugins.check import MEANINGS, _built, _given
 from jemkit_cli.plugins.listing import offers_of
 from jemkit_cli.plugins.new import Kind
 
@@ -250,6 +252,23 @@ def test_check_lists_every_requirement_of_a_part_that_keeps_them() -> None:
     assert "requirements hold" in jemkit("plugins", "check", "sgld", "--no-plugins").out
 
 
+def test_check_takes_the_options_of_the_parts_of_a_part_as_train_does() -> None:
+    parts = registry.installed(third_party=False)
+    texts = ["jem.sampler.step_size=0.5", "jem.sampler.use=pyld", "jem.sampler.inner_steps=3",
+             "jem.network.use=wrn-10-1"]  # fmt: skip
+    chosen = [o for o in offers_of(parts) if (o.name, o.kind) == ("jem", "backbone")]
+    part = _built(chosen[0], options_of(texts)["jem"], parts)
+    of_train = resolve(parts, overrides=["backbone.use=jem", *(
+        text.replace("jem.", "backbone.", 1) for text in texts)])  # fmt: skip
+    assert part.sampler == of_train.recipe.backbone.sampler  # type: ignore[attr-defined]
+    assert (part.sampler.step_size, part.sampler.inner_steps, part.network.depth) == (0.5, 3, 10)
+    refused = one_line(jemkit("plugins", "check", "jem", "--set=jem.sampler.nois=1"), 3)
+    assert "nois: no such option (did you mean 'noise'" in refused
+    assert "use: no such option" in one_line(
+        jemkit("plugins", "check", "jem", "--set=jem.use=x"), 3
+    )
+
+
 def test_an_option_goes_to_the_part_of_the_name_that_has_it() -> None:
     chosen = [o for o in offers_of(registry.installed(third_party=False)) if o.name == "jem"]
     given = {"jem": {"buffer": {}, "nonsense": 1}}
@@ -307,6 +326,9 @@ def laws_in(folder: Path) -> set[str]:
         (["my-jitter", "--kind=sampler"], 2, "one lower-case word"),
         (["2x", "--kind=sampler"], 2, "such as my_sampler"),
         (["lambda", "--kind=sampler"], 2, "cannot be the name"),
+        (["true", "--kind=sampler"], 2, "--set KEY=true, reads it as a value that is not text"),
+        (["nan", "--kind=distance"], 2, "choose another, such as my_nan"),
+        (["a" * 41, "--kind=tracker"], 2, "of at most 40 characters"),
         (["sgld", "--kind=backbone"], 3, "already a part 'sgld', the sampler of jemkit"),
         (["plugins", "--kind=backbone"], 3, "the module jemkit_plugins is already installed"),
         (["jitter", "--kind=sampler", "--out=there"], 2, "there already exists; choose another"),

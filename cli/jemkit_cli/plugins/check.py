@@ -111,13 +111,15 @@ def _given(offer: "Offer", chosen: list["Offer"], options: dict[str, Any]) -> di
 def _built(offer: "Offer", given: dict[str, Any], registry: "Registry") -> Any:
     from pydantic import ValidationError
 
+    from jemkit.config.layers import Stack
     from jemkit.config.messages import explain
     from jemkit.errors import ConfigError
 
+    table = Stack(registry).of_part(offer.kind, offer.name, given, "--set")
     try:
-        return offer.part.model_validate(given, context=registry.context)
+        return offer.part.model_validate(table, context=registry.context)
     except ValidationError as error:
-        text = explain(error, dict.fromkeys(offer.part.model_fields))
+        text = explain(error, {**dict.fromkeys(offer.part.model_fields), **table})
         hint = f"; set its options by --set {offer.name}.OPTION=VALUE"
         raise ConfigError(f"{offer.kind} {offer.name}: {text}{hint}") from None
 

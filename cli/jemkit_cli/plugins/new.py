@@ -25,6 +25,11 @@ USES = {
 }
 """The command that uses a part; of the other kinds it is an option of `jemkit train`."""
 
+NO_TEXT = ("true", "false", "inf", "nan")
+"""Words that TOML reads as something else than text."""
+LONGEST = 40
+"""Characters of a name, as a recipe limits those of trackers."""
+
 FILES = {
     "pyproject": "pyproject.toml",
     "readme": "README.md",
@@ -76,10 +81,15 @@ def _check_name(name: str, kind: str, registry: "Registry") -> None:
     from jemkit.errors import ConfigError, UsageError
 
     word = name.isascii() and name.isidentifier() and name == name.lower()
-    if not word or name.startswith("_") or keyword.iskeyword(name):
+    if not word or name.startswith("_") or keyword.iskeyword(name) or len(name) > LONGEST:
         raise UsageError(
-            f"{name!r} cannot be the name of a part: it should be one lower-case word of letters, "
-            f"digits and _, such as my_{kind}"
+            f"{name[:LONGEST]!r} cannot be the name of a part: it should be one lower-case word of "
+            f"letters, digits and _, of at most {LONGEST} characters, such as my_{kind}"
+        )
+    if name in NO_TEXT:
+        raise UsageError(
+            f"{name!r} cannot be the name of a part: TOML, and so --set KEY={name}, reads it as "
+            f"a value that is not text; choose another, such as my_{name}"
         )
     for offer in offers_of(registry):
         if offer.name == name:
