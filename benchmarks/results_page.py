@@ -2,8 +2,9 @@
 
     python benchmarks/results_page.py
 
-The JSON of a study is kept as benchmarks/results/SCALE-STUDY.json. Without it the table has the
-published figures alone. A table stands between two comments that name it; nothing else is changed.
+The JSON of a study is kept as benchmarks/results/SCALE-STUDY.json. What it does not have yet is
+shown by the published figures alone. A table stands between two comments that name it; nothing else
+is changed.
 """
 
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jemkit.config.registry import installed
-from jemkit_cli.study.plan import Study, find_study
+from jemkit_cli.study.plan import Row, Study, find_study
 from jemkit_cli.study.table import Cell, Line, Table
 from jemkit_cli.study.writing import cells, heads
 
@@ -24,19 +25,19 @@ EMPTY = "not measured yet"
 
 
 def table_of(study: Study, record: dict[str, Any] | None) -> Table:
-    """The table of a record; without one, every row has the published figures alone."""
-    if record is None:
-        lines = [
-            Line(
-                name=row.name, runs=[], checkpoints=[], seconds=[], cells={}, by_seed={},
-                why=dict.fromkeys(study.columns, ""), difference=None, diverged=0, paper=row.paper,
-            )
-            for row in study.rows
-        ]  # fmt: skip
-        return Table(study, lines)
-    named = ("seeds", "columns", "reference", "compared", "title", "paper")
-    shown = study.model_copy(update={name: record[name] for name in named})
-    return Table(shown, [_line(row) for row in record["rows"]])
+    """The table of a record; rows that it lacks have the published figures alone."""
+    if record is not None:
+        named = ("seeds", "columns", "reference", "compared", "title", "paper")
+        study = study.model_copy(update={name: record[name] for name in named})
+    measured = {row["name"]: _line(row) for row in record["rows"]} if record else {}
+    return Table(study, [measured.get(row.name) or _empty(row, study) for row in study.rows])
+
+
+def _empty(row: Row, study: Study) -> Line:
+    return Line(
+        name=row.name, runs=[], checkpoints=[], seconds=[], cells={}, by_seed={},
+        why=dict.fromkeys(study.columns, ""), difference=None, diverged=0, paper=row.paper,
+    )  # fmt: skip
 
 
 def markdown(name: str, scale: str) -> str:
@@ -48,7 +49,7 @@ def markdown(name: str, scale: str) -> str:
     rows = [f"| {' | '.join(top)} |", f"|{'---|' * len(top)}"]
     for line in table.lines:
         texts = cells(table, line)
-        if record is None:
+        if record is None or line.name not in {row["name"] for row in record["rows"]}:
             texts[1] = EMPTY
         rows.append(f"| {' | '.join(texts)} |")
     seeds = ", ".join(map(str, table.study.seeds))

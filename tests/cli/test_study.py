@@ -337,6 +337,7 @@ def test_a_sweep_from_the_command_line(
     tmp_path: Path, popen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands_by(popen, monkeypatch)
+    monkeypatch.chdir(tmp_path)
     options = [*SHORT[:-1], "--backbone=classifier", "--objective=ce", "--set=optimizer.lr=0.1,0.2"]
     options = [o for o in options if "buffer" not in o and "backbone.steps" not in o]
     given = ["sweep", *options, "--out", str(tmp_path), "--json"]

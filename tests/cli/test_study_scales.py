@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,26 @@ def test_each_evaluation_is_run_once_and_those_of_other_studies_stay(tmp_path: P
     done(study("a", evaluate=TWO), tmp_path, calls)
     assert len(calls.commands) == 3
     assert state_of(unit).evaluated == TWO
+
+
+def test_a_row_can_have_its_last_weights_evaluated(tmp_path: Path) -> None:
+    given, calls = study("a", "b", evaluate=TWO), Arguments()
+    last = given.rows[0].model_copy(update={"checkpoint": "last"})
+    given = given.model_copy(update={"rows": (last, *given.rows[1:])})
+    plan = done(given, tmp_path, calls)
+    done(given, tmp_path, calls)
+    asked = [(Path(a[1]).name[0], "last" in a) for a in calls.arguments if a[0] == "evaluate"]
+    assert sorted(asked) == [("a", True), ("a", True), ("b", False), ("b", False)]
+    assert all(state_of(unit).complete(given.evaluations(unit.row)) for unit in plan)
+
+
+@pytest.mark.parametrize("scale", ["cifar10-small", "cifar10"])
+def test_models_without_adversarial_training_are_not_chosen_by_their_robustness(scale: str) -> None:
+    tables = [key for key in installed().recipes if re.fullmatch(f"study/.*/{scale}", key)]
+    for key in tables:
+        for row in find_study(installed(), key.split("/")[1], scale).rows:
+            plain = row.recipe.get("objective", {}).get("use") in ("ce", "jem")
+            assert (row.checkpoint == "last") == plain, (key, row.name)
 
 
 def test_a_stop_between_two_evaluations_repeats_none(tmp_path: Path) -> None:
@@ -184,6 +205,7 @@ def test_a_toy_study_of_resized_images_runs_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands_by(Fork, monkeypatch)
+    monkeypatch.chdir(tmp_path)
     images = sorted_folder(tmp_path / "images", n=4, shape=(12, 12, 3))
     (tmp_path / "toy.toml").write_text(TOY)
     out = tmp_path / "out"

@@ -66,7 +66,7 @@ class Calls:
 def done(given: Study, out: Path, calls: Calls, jobs: int = 1) -> list[Unit]:
     plan = planned(given, out)
     run_all(
-        plan, given.evaluate, out, jobs=jobs, report=lambda _: None, progress=None,
+        plan, given, out, jobs=jobs, report=lambda _: None, progress=None,
         stop=lambda: False, call=calls,
     )  # fmt: skip
     return plan

@@ -133,13 +133,15 @@ def _go(
     from jemkit_cli.study.table import table_of
     from jemkit_cli.study.writing import write_all
 
-    check_data([unit for unit in planned if not state_of(unit).complete(study.evaluate)])
+    check_data(
+        [unit for unit in planned if not state_of(unit).complete(study.evaluations(unit.row))]
+    )
     if dry_run:
         _show_forecast(forecast(study, planned, jobs), as_json)
         return
     with tracking(silent=as_json) as progress, stopping() as stop:
         run_all(
-            planned, study.evaluate, folder, jobs=jobs, report=_reporter(as_json),
+            planned, study, folder, jobs=jobs, report=_reporter(as_json),
             progress=progress, stop=stop,
         )  # fmt: skip
     table = table_of(study, planned)

@@ -31,7 +31,7 @@ def forecast(study: Study, units: Sequence[Unit], jobs: int) -> list[dict[str, A
     none. A row that cannot run has the reason as `problem`.
     """
     states = {unit.key: state_of(unit) for unit in units}
-    complete = [unit for unit in units if _is_evaluated(states[unit.key], study)]
+    complete = [unit for unit in units if _is_evaluated(unit, states[unit.key], study)]
     known = [_evaluation_seconds(unit) for unit in complete]
     evaluation = sum(known) / len(known) if known else None
     training: dict[str, float | None] = {}
@@ -39,7 +39,7 @@ def forecast(study: Study, units: Sequence[Unit], jobs: int) -> list[dict[str, A
     lines: list[dict[str, Any]] = []
     for unit in units:
         state = states[unit.key]
-        done = state.complete(study.evaluate)
+        done = state.complete(study.evaluations(unit.row))
         if state.trained is None and unit.row.name not in training:
             try:
                 training[unit.row.name] = _training_seconds(unit)
@@ -67,8 +67,8 @@ def _whole(seconds: float | None) -> int | None:
     return None if seconds is None else math.ceil(seconds)
 
 
-def _is_evaluated(state: State, study: Study) -> bool:
-    return not state.diverged and state.complete(study.evaluate)
+def _is_evaluated(unit: Unit, state: State, study: Study) -> bool:
+    return not state.diverged and state.complete(study.evaluations(unit.row))
 
 
 def _training_seconds(unit: Unit) -> float:

@@ -46,6 +46,7 @@ class Row(Options):
     preset: str | None = None
     recipe: dict[str, Any] = Field(default_factory=dict)  # tables, as in a --config file
     settings: tuple[str, ...] = ()  # as with --set
+    checkpoint: Literal["best", "last"] = "best"  # whose weights are evaluated
     after: str | None = None  # the row whose best weights its runs start from, seed by seed
     paper: dict[str, float] = Field(default_factory=dict)  # published figures by column
     protocol: str = ""  # what the published figures of this row differ in from the others
@@ -65,6 +66,11 @@ class Study(Options):
     figure: Literal["energies", "trade-off", "samples"] | None = None  # drawn beside the table
     common: dict[str, Any] = Field(default_factory=dict)  # tables of every recipe
     rows: tuple[Row, ...] = Field(min_length=1)
+
+    def evaluations(self, row: Row) -> tuple[Evaluation, ...]:
+        """The options of the evaluations of a row's runs."""
+        which = () if row.checkpoint == "best" else ("--checkpoint", row.checkpoint)
+        return tuple((*options, *which) for options in self.evaluate)
 
     def row(self, name: str) -> Row:
         """The row of a name; a ConfigError if there is none."""

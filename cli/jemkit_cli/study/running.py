@@ -16,7 +16,7 @@ from jemkit.errors import ConfigError, DataError, Diverged, JemkitError, Preempt
 from jemkit.runtime.files import read_json, write_json
 from jemkit.runtime.lock import LOCK, locked
 from jemkit.runtime.opening import make_folder
-from jemkit_cli.study.plan import STATISTICS, Evaluation, Unit
+from jemkit_cli.study.plan import STATISTICS, Evaluation, Study, Unit
 from jemkit_cli.study.statistics import statistics_command, statistics_file
 from jemkit_cli.terminal import STOPPED
 
@@ -74,7 +74,7 @@ def state_of(unit: Unit) -> State:
 
 def run_all(
     units: Sequence[Unit],
-    evaluations: Sequence[Evaluation],
+    study: Study,
     out: Path,
     *,
     jobs: int,
@@ -90,16 +90,16 @@ def run_all(
     """
     stopped = threading.Event()
     begun: dict[str, Future[None]] = {}
-    missing = [options for unit in units for options in state_of(unit).missing(evaluations)]
+    missing = [e for unit in units for e in state_of(unit).missing(study.evaluations(unit.row))]
     file = statistics_file(units, missing, out)
-    study = _Study(evaluations, file, report, stopped, call or _call)
+    shared = _Shared(study, file, report, stopped, call or _call)
     with ThreadPoolExecutor(jobs) as pool:
         if file is not None:
-            begun["statistics"] = pool.submit(_write_statistics, units, file, study)
+            begun["statistics"] = pool.submit(_write_statistics, units, file, shared)
         for unit in units:
             before = [begun[u.key] for u in units if u.key in begun and _leads(u, unit)]
             if unit.key not in begun:  # two rows may be one recipe
-                begun[unit.key] = pool.submit(_run, unit, units, before, begun, study)
+                begun[unit.key] = pool.submit(_run, unit, units, before, begun, shared)
         waiting = set(begun.values())
         while waiting:
             done, waiting = wait(waiting, POLL, return_when=FIRST_EXCEPTION)
@@ -114,21 +114,21 @@ def run_all(
         raise error
 
 
-class _Study(NamedTuple):
+class _Shared(NamedTuple):
     """What the runs of a study share."""
 
-    evaluations: Sequence[Evaluation]
+    study: Study
     statistics: Path | None  # the file that `{statistics}` stands for
     report: Callable[[str], None]
     stopped: threading.Event
     call: Call
 
 
-def _write_statistics(units: Sequence[Unit], path: Path, study: _Study) -> None:
+def _write_statistics(units: Sequence[Unit], path: Path, shared: _Shared) -> None:
     if not path.exists():
         make_folder(path.parent)
-        study.call(statistics_command(units, path), study.stopped, path.parent)
-        study.report(f"statistics {path}")
+        shared.call(statistics_command(units, path), shared.stopped, path.parent)
+        shared.report(f"statistics {path}")
 
 
 def _leads(one: Unit, other: Unit) -> bool:
@@ -141,9 +141,10 @@ def _run(
     units: Sequence[Unit],
     before: Sequence["Future[None]"],
     begun: Mapping[str, "Future[None]"],
-    study: _Study,
+    shared: _Shared,
 ) -> None:
-    evaluations, report, stopped, call = study.evaluations, study.report, study.stopped, study.call
+    evaluations = shared.study.evaluations(unit.row)
+    report, stopped, call = shared.report, shared.stopped, shared.call
     for future in before:
         future.result()
     first = next((each for each in units if _leads(each, unit)), None)
@@ -159,7 +160,7 @@ def _run(
         _mark(unit, state)
         report(f"{name}: {_summary(trained)}")
     for options in state.missing(evaluations):
-        given = [text.replace(STATISTICS, str(study.statistics)) for text in options]
+        given = [text.replace(STATISTICS, str(shared.statistics)) for text in options]
         if given != list(options):
             begun["statistics"].result()
         call(["evaluate", str(unit.folder), *given, "--json"], stopped, unit.folder)

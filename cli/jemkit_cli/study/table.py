@@ -109,7 +109,9 @@ def table_of(study: Study, units: Sequence[Unit]) -> Table:
 
 
 def _judged(group: Sequence[Unit], study: Study) -> list[Judged]:
-    folders = [unit.folder for unit in group if state_of(unit).complete(study.evaluate)]
+    folders = [
+        unit.folder for unit in group if state_of(unit).complete(study.evaluations(unit.row))
+    ]
     evaluated = [folder for folder in folders if (folder / records.JSON).exists()]
     return read_runs(evaluated, records.load) if evaluated else []
 
