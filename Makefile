@@ -75,6 +75,10 @@ docs-serve: docs
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
+.venv/.show: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[show]'
+	touch $@
+
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,metrics,figures]'

@@ -92,8 +92,9 @@ def updater(plain: PixelModel, awp: PixelModel, data: Images) -> None:
                 losses.append(float(F.cross_entropy(subject(x), data.y)))
         curves.append(Series(name, slot, sizes, losses))
     title = "Loss near the weights"
-    chart, _ = lines(curves, Axes(title, "size of the move, relative to each weight",
-                                  "cross-entropy of x̃"))  # fmt: skip
+    axes = Axes(title, "size of the move, relative to each weight", "cross-entropy of x̃",
+                (0.0, 1.04 * sizes[-1]))  # fmt: skip
+    chart = lines(curves, axes)
     panel = Panel(title, chart, list(map(key_of, curves)))
     write_text(IMAGES / "updater.svg", picture([panel]))
 
