@@ -39,8 +39,8 @@ def test_a_row_can_have_its_last_weights_evaluated(tmp_path: Path) -> None:
     given = given.model_copy(update={"rows": (last, *given.rows[1:])})
     plan = done(given, tmp_path, calls)
     done(given, tmp_path, calls)
-    asked = [(Path(a[1]).name[0], "last" in a) for a in calls.arguments if a[0] == "evaluate"]
-    assert sorted(asked) == [("a", True), ("a", True), ("b", False), ("b", False)]
+    evaluated = [(Path(a[1]).name[0], "last" in a) for a in calls.arguments if a[0] == "evaluate"]
+    assert sorted(evaluated) == [("a", True), ("a", True), ("b", False), ("b", False)]
     assert all(state_of(unit).complete(given.evaluations(unit.row)) for unit in plan)
 
 
