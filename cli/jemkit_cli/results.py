@@ -63,6 +63,8 @@ def show(summary: "Summary") -> None:
 def show_record(record: "Record") -> None:
     """Every figure of an evaluation with its protocol, the indicators and what was omitted."""
     shown = [figure for figure in record.figures if not _in_detail(figure)]
+    if reasons := _reasons(record.protocol):
+        say(f"not the standard protocol: {'; '.join(reasons)}")
     _show_figures(shown, _title(record))
     if len(shown) < len(record.figures):
         say(f"{len(record.figures) - len(shown)} more figures are in the record: --json, report")
@@ -102,6 +104,21 @@ def _title(record: "Record") -> str:
     parts = [str(about[k]) for k in ("run", "file", "model", "backbone", "objective") if k in about]
     label = record.protocol["protocol"] if record.protocol["standard"] else "NON-STANDARD"
     return f"{' '.join(parts)}: {label} protocol"
+
+
+def _reasons(card: Mapping[str, Any]) -> list[str]:
+    """Why figures are not of the standard protocol, as far as it holds for all of them."""
+    if card["standard"]:
+        return []
+    quick = "--quick: PGD alone without --attack, and fewer images, chains and indicators"
+    reasons = [quick] if card["quick"] else []
+    if card["protocol"] != "standard":
+        reasons.append(f"--protocol {card['protocol']}")
+    if card["selection"] != "all":
+        reasons.append(f"test images: {card['selection']}")
+    if card.get("trained_on"):
+        reasons.append(f"{card['trained_on']} test images are training or validation images")
+    return reasons
 
 
 def _show_indicators(attack: str, findings: list[dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from jemkit.attacks.pixel_model import PixelModel, ZeroGradientModel, anchored, weights_hash
+from jemkit.config.eval_settings import settings_of, threat_of
 from jemkit.data import Images
 from jemkit.errors import DataError, JemkitError, MisfitError, memory_ran_out
 from jemkit.evaluation.subjects import EvalTarget
@@ -64,8 +65,12 @@ class ModelReport(NamedTuple):
 
 
 def check_model(target: EvalTarget, eps_px: float | None = None) -> ModelReport:
-    """Check a model on some of its test images; a fault in it is a failed check, not an error."""
-    model, radius = target.model, target.radius_px if eps_px is None else eps_px
+    """Check a model on some of its test images; a fault in it is a failed check, not an error.
+
+    Raises ConfigError if `eps_px` is no radius.
+    """
+    threat = threat_of(settings_of({"eps_px": eps_px}), target.radius_px, target.test.x[0].numel())
+    model, radius = target.model, threat.radius_px
     scaling = scaling_of(model)
     shape = list(target.test.x.shape[1:])
     about = {

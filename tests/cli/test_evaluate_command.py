@@ -109,6 +109,17 @@ def test_a_wider_radius_and_another_norm_are_in_the_card(run: Path, tmp_path: Pa
     assert 120 < two["protocol"]["max_delta_px"]["L2"] <= 127.5 * (1 + 1e-4)
 
 
+def test_the_table_of_a_quick_evaluation_begins_with_what_was_shortened(
+    run: Path, tmp_path: Path
+) -> None:
+    quick = ("--quick", "--max-images", "20", "--only", "accuracy")
+    outcome = jemkit("evaluate", str(run), *quick, "--out", str(tmp_path))
+    assert outcome.code == 0, outcome.err
+    first = outcome.out.splitlines()[0]
+    assert first.startswith("not the standard protocol: --quick: PGD alone without --attack")
+    assert first.endswith("; test images: 20 of 500, stratified by class, seed 0")
+
+
 def test_the_table_shows_clean_first_and_every_protocol(run: Path, tmp_path: Path) -> None:
     outcome = jemkit("evaluate", str(run), *PGD, "--out", str(tmp_path), "--max-images", "40")
     assert outcome.code == 0, outcome.err
@@ -116,6 +127,9 @@ def test_the_table_shows_clean_first_and_every_protocol(run: Path, tmp_path: Pat
     assert lines[0].strip().startswith("clean accuracy")
     assert "25.5/255" in outcome.out
     assert "NON-STANDARD" in outcome.out
+    first = outcome.out.splitlines()[0]
+    subset = "test images: 40 of 500, stratified by class, seed 0"
+    assert first == f"not the standard protocol: {subset}"
     assert "weights " in outcome.out
 
 

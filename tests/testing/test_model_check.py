@@ -1,5 +1,6 @@
 """`jemkit check`: each fault of a model fails the check that names it."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from cli_tools import jemkit
 from torch import Tensor, nn
 
-from jemkit import PixelModel, installed
+from jemkit import ConfigError, PixelModel, installed
 from jemkit.data import Images
 from jemkit.evaluation.subjects import EvalTarget, subject_of
 from jemkit.evaluation.user_code import Normalised
@@ -123,6 +124,14 @@ def test_a_model_that_cannot_be_passed_stops_there(digits: Images) -> None:
     report = check_model(target._replace(model=broken))
     assert report.checks[-1].name == "logits"
     assert "RuntimeError: mat1 and mat2" in report.checks[-1].what
+
+
+@pytest.mark.parametrize("radius", [0.03, -1.0, math.nan, 256.0])
+def test_a_radius_that_no_evaluation_takes_is_refused(
+    radius: float, means: Tensor, digits: Images
+) -> None:
+    with pytest.raises(ConfigError, match=r"eps.px"):
+        check_model(subject_of(Centroids(means, Centroids.logits), digits, 10), radius)
 
 
 def test_a_density_is_tried() -> None:
