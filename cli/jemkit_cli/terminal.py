@@ -117,8 +117,10 @@ def _exit_of(error: BaseException) -> tuple[int, str]:
         return error.exit_code, f"interrupted{str(error).removeprefix('stopped')}"
     if isinstance(error, JemkitError):
         return error.exit_code, str(error)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError) and error.filename is None and full:
+        return DATA, f"the output, or a file, cannot be written: {error.strerror}; free some space"
     if isinstance(error, OSError) and error.filename is not None:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         hint = "; free some space and run the same command again, nothing is lost" if full else ""
         return DATA, f"{error.filename}: {error.strerror}{hint}"
     if isinstance(error, ModuleNotFoundError) and error.name:

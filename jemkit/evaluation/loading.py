@@ -71,6 +71,8 @@ class LoadedModel(PixelModel):
             if pixels.shape[1] != self.shape[0]:
                 came = f"images of {pixels.shape[1]} channels"
                 raise DataError(f"{came}: the model takes {list(self.shape)}, [C, H, W]")
+            if pixels.is_floating_point():  # as an array of float64 gives
+                pixels = pixels.to(next((p.dtype for p in self.parameters()), pixels.dtype))
         return super().scores(pixels)
 
     def logits(self, pixels: Tensor) -> Tensor:

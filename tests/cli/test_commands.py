@@ -1,5 +1,6 @@
 """The command does what README says: it samples, lists, shows, and refuses in one line."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -243,6 +244,16 @@ class TestHelp:
             "scipy", "matplotlib", "torchvision", "timm", "lpips", "tensorboard", "pyautoattack",
             "torch_fidelity", "huggingface_hub",
         }  # fmt: skip
+
+    def test_a_full_disk_behind_standard_output_is_one_message(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("jemkit_cli.plugins.listing.say_json", full)
+        done = jemkit("plugins", "list", "--json", "--no-plugins")
+        assert "cannot be written: No space left on device" in one_line(done, 6)
 
     def test_no_command_shows_the_help(self) -> None:
         done = jemkit()

@@ -67,6 +67,14 @@ def test_a_loaded_model_is_a_module_with_logits_energies_and_probabilities(
         assert torch.equal(proba.argmax(1), scores.logits.argmax(1))
 
 
+def test_images_of_another_precision_are_read_in_the_models(
+    folder: Path, parts: Registry, x: torch.Tensor
+) -> None:
+    model = load(folder, registry=parts)
+    with torch.no_grad():
+        assert torch.equal(model(x.double()), model(x))
+
+
 def test_labels_and_images_that_cannot_be_are_refused(
     folder: Path, parts: Registry, x: torch.Tensor
 ) -> None:
