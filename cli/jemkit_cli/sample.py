@@ -83,7 +83,8 @@ def sample(
     say(f"grid {png}")
     say(f"images {npz}")
     for name, value in samples.protocol.items():
-        say(f"  {name}: {value}")
+        inner = value.items() if isinstance(value, dict) else ()
+        say(f"  {name}: {', '.join(f'{key} {each}' for key, each in inner) or value}")
 
 
 def _draw(

@@ -201,7 +201,7 @@ def newest(runs: Path, count: int = 2) -> list[Path]:
     finished.sort(key=lambda path: (path.stat().st_mtime, path.parent.name))
     if len(finished) < count:
         raise DataError(
-            f"{runs} holds {len(finished)} runs with figures, but a comparison needs {count}; name "
-            "the runs, or measure some by `jemkit evaluate`"
+            f"runs with figures in {runs}: {len(finished)}, and a comparison needs {count}; train "
+            "another, evaluate one that was not (`jemkit evaluate`), or name the runs"
         )
     return [path.parent for path in finished[-count:]]

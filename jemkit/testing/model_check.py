@@ -19,6 +19,7 @@ from jemkit.runtime.microbatch import MicroBatch
 from jemkit.runtime.modes import eval_mode, frozen, preserved_random_state
 from jemkit.runtime.precision import judging
 from jemkit.runtime.rng import generator
+from jemkit.sampling.init_dists import start_name
 from jemkit.selection import stratified
 from jemkit.testing.doctor import Check, State
 
@@ -281,8 +282,8 @@ class _Examination:
     def _sampling(self) -> tuple[State, str, str]:
         if not self.model.has_density:
             return "ok", "none: a classifier without a density", ""
-        start, sampler = (type(p).__name__ for p in
-                          (self.model.density.start, self.model.density.sampler))  # fmt: skip
+        density = self.model.density
+        start, sampler = start_name(density.start), type(density.sampler).__name__
         rng: Generator = generator(self.device, 0, "check")
         try:
             x = self.model.sample(2, rng, steps=1)
