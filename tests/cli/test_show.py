@@ -254,6 +254,8 @@ class TestDrawing:
         assert "E(x) = nan" in page
         state = chains.State(0, x, view)
         assert "nan" in drawing.before_and_after(odd, [state, state], 0, reference, steps=1)
+        captions = drawing.generated(odd, image.x, [view], reference)
+        assert "<span>E(x) = nan</span>" in captions  # on a line of its own
         broken = Reference(torch.tensor([math.nan]), "1 test image")
         assert "no histogram" in drawing.histogram(broken, [("E", 0.0)])
 

@@ -28,7 +28,7 @@ STYLE = """
 .jk figcaption span { display: block }
 .jk img.pixels { width: 168px; max-width: 100%; image-rendering: pixelated; display: block;
   border: 1px solid var(--border-color-primary) }
-.jk .strip img.pixels { width: 92px } .jk .strip figcaption { max-width: 92px }
+.jk .strip img.pixels { width: 92px } .jk .strip figcaption { max-width: 104px }
 .jk img.chart { width: 100%; max-width: 440px; height: auto; display: block; margin-top: 8px }
 .jk .bars { flex: 1 1 210px; min-width: 0; max-width: 380px }
 .jk .bar { display: flex; gap: 6px; align-items: center; font-size: 13px }
@@ -83,14 +83,14 @@ def looked_at(
     )
 
 
-def pixels(x: Tensor, caption: str, more: str = "") -> Html:
+def pixels(x: Tensor, caption: str, *more: str) -> Html:
     """An image [1, C, H, W] in [0, 1], enlarged, with its caption."""
     array = to_bytes(x[0].cpu()).permute(1, 2, 0).numpy()
     image = Pillow.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    below = join(caption, tag("span", more) if more else None)
+    below = join(caption, *(tag("span", line) for line in more))
     return tag(
         "figure", Html(f'<img class="pixels" alt="{text(caption)}" src="{source}">'),
         tag("figcaption", below),
@@ -172,7 +172,7 @@ def before_and_after(
     row = [
         pixels(first.x, "before", _said(shown, first)),
         pixels(last.x, f"after {last.step} of {steps} steps", _said(shown, last)),
-        pixels(grey, "difference", f"at most {number(255 * far)}/255, grey is 0"),
+        pixels(grey, "difference", f"at most {number(255 * far)}/255", "grey is 0"),
     ]
     marked = [("before", first.view.energy), ("after", last.view.energy)]
     charts = [course(shown, states, label), histogram(reference, marked)]
@@ -192,8 +192,8 @@ def generated(
     figures = []
     for i, view in enumerate(looked):
         p = float(view.probabilities[view.label])
-        more = f"{shown.classes[view.label]} ({percent(p)}), E(x) = {number(view.energy)}"
-        figures.append(pixels(x[i : i + 1], f"image {i + 1}", more))
+        more = f"{shown.classes[view.label]} ({percent(p)})", f"E(x) = {number(view.energy)}"
+        figures.append(pixels(x[i : i + 1], f"image {i + 1}", *more))
     mean = float(torch.tensor([view.energy for view in looked], dtype=torch.float64).mean())
     return block(
         tag("div", *figures, class_="row strip"),

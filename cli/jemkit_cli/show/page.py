@@ -108,7 +108,7 @@ class Page:
         n = len(self.shown.test.y)
         index = gr.Slider(0, n - 1, 0, step=1, label="Test image", elem_id="index")
         with gr.Row():
-            kind = gr.Dropdown([ANY, *self.shown.classes], value=ANY, label="Class", min_width=120)
+            kind = gr.Dropdown([ANY, *self.shown.classes], value=ANY, label="Class", min_width=150)
             following = gr.Button("Next image", min_width=120, elem_id="next")
         self._choose(index.change, self._test_image, index)
         following.click(reported(self._next), [index, kind], index, **HIDDEN)
