@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
-    "here", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
+    "here", deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("ci", settings.get_profile("here"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "here")

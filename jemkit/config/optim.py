@@ -21,10 +21,10 @@ class SGD(Options):
     """Stochastic gradient descent with momentum."""
 
     use: Literal["sgd"] = "sgd"  # selects this optimizer
-    lr: float = Field(0.1, gt=0)  # the learning rate, before the schedule's factor
+    lr: float = Field(0.1, gt=0, le=1e30)  # the learning rate, before the schedule's factor
     momentum: float = Field(0.9, ge=0, lt=1)  # share of the last update that is kept
     nesterov: bool = False  # whether it is Nesterov's momentum
-    weight_decay: float = Field(5e-4, ge=0)  # factor of the weights in the gradient
+    weight_decay: float = Field(5e-4, ge=0, le=1e30)  # factor of the weights in the gradient
     decay_norms: bool = True  # whether batch norm's weights and offsets decay too
 
     def unused(self) -> dict[str, str]:
@@ -51,9 +51,9 @@ class Adam(Options):
     """Adam, or AdamW with decoupled weight decay."""
 
     use: Literal["adam", "adamw"] = "adam"  # adamw: decoupled weight decay
-    lr: float = Field(1e-4, gt=0)  # the learning rate, before the schedule's factor
+    lr: float = Field(1e-4, gt=0, le=1e30)  # the learning rate, before the schedule's factor
     betas: tuple[float, float] = (0.9, 0.999)  # decays of the means of g and of g squared
-    weight_decay: float = Field(0.0, ge=0)  # factor of the weights in the gradient
+    weight_decay: float = Field(0.0, ge=0, le=1e30)  # factor of the weights in the gradient
     decay_norms: bool = True  # whether batch norm's weights and offsets decay too
 
     def unused(self) -> dict[str, str]:

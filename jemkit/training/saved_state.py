@@ -66,8 +66,10 @@ class RollbackPolicy(Part):
 
 
 class Group(Part):
-    lr: Annotated[float, Field(ge=0)]
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Settings that float32 can hold, as in the recipe."""
+
+    lr: Annotated[float, Field(ge=0, le=1e30)]
+    weight_decay: Annotated[float, Field(ge=0, le=1e30)] = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     params: list[Count]
 

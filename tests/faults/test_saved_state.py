@@ -146,6 +146,15 @@ def test_a_state_with_one_value_changed_is_refused_or_gone_on_with(
     assert trainer.step == END
 
 
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_settings_of_the_optimizer_that_float32_cannot_hold_are_refused(
+    saved: Saved, name: str
+) -> None:
+    state = changed(saved.state, ("optimizer", "param_groups", 0, name), "odd", 1e308)
+    with pytest.raises(JemkitError, match=name):
+        gone_on(saved, state)
+
+
 def test_a_state_as_it_was_written_is_gone_on_with(saved: Saved) -> None:
     assert gone_on(saved, saved.state).step == END
     trainer = Trainer(saved.recipe, RunFolder(saved.folder / "again"))
