@@ -25,8 +25,14 @@ SHORT: dict[str, Any] = {
 }  # fmt: skip
 
 
+@parametrize_with_checks([JEMClassifier(**SHORT)], legacy=False)
+def test_scikit_learns_checks_of_the_interface_pass(estimator: Any, check: Any) -> None:
+    check(estimator)
+
+
+@pytest.mark.slow
 @parametrize_with_checks([JEMClassifier(**SHORT)])
-def test_scikit_learns_checks_of_estimators_pass(estimator: Any, check: Any) -> None:
+def test_all_of_scikit_learns_checks_of_estimators_pass(estimator: Any, check: Any) -> None:
     check(estimator)
 
 
