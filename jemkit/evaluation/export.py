@@ -243,11 +243,14 @@ def _moments(recipe: Recipe, task: Task) -> dict[str, Tensor]:
 def _portable(config: Any) -> Any:
     """A config without user names and folders of this machine, since a model may be published."""
     shared = _without_home(config)
-    origins = {
-        key: Path(origin).name if os.path.isabs(origin) else origin
-        for key, origin in shared.get("origins", {}).items()
-    }
-    return {**shared, "origins": origins} if origins else shared
+    if not isinstance(origins := shared.get("origins"), dict):
+        return shared
+    return {**shared, "origins": {key: _short(origin) for key, origin in origins.items()}}
+
+
+def _short(origin: Any) -> Any:
+    """The file of a setting without its folder."""
+    return Path(origin).name if isinstance(origin, str) and os.path.isabs(origin) else origin
 
 
 def _without_home(value: Any) -> Any:

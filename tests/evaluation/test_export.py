@@ -93,6 +93,17 @@ def test_no_path_of_an_exported_config_names_the_user(
     assert str(tmp_path) not in config.read_text()
 
 
+@pytest.mark.parametrize("origins", [None, [], {"run.seed": None}])
+def test_damaged_origins_do_not_keep_a_run_from_being_exported(
+    parts: Registry, tmp_path: Path, origins: Any
+) -> None:
+    run = tmp_path / "run"
+    train(toy_recipe(parts), run, registry=parts)
+    write_json(run / CONFIG, {**read_json(run / CONFIG), "origins": origins})
+    exported = read_json(export(run, out=tmp_path / "model", registry=parts).folder / CONFIG)
+    assert exported["origins"] == origins
+
+
 def test_origins_in_an_exported_config_name_files_without_their_folders(
     parts: Registry, tmp_path: Path
 ) -> None:
