@@ -1,5 +1,6 @@
 """Export of a run's model: config.json, model.safetensors and a model card."""
 
+import json
 import logging
 import os
 import re
@@ -243,6 +244,10 @@ def _moments(recipe: Recipe, task: Task) -> dict[str, Tensor]:
 def _portable(config: Any) -> Any:
     """A config without user names and folders of this machine, since a model may be published."""
     shared = _without_home(config)
+    try:
+        json.dumps(shared, allow_nan=False)
+    except ValueError:
+        raise DataError(f"{CONFIG} is damaged: it has a number that is not finite") from None
     if not isinstance(origins := shared.get("origins"), dict):
         return shared
     return {**shared, "origins": {key: _short(origin) for key, origin in origins.items()}}

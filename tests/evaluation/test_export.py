@@ -104,6 +104,17 @@ def test_damaged_origins_do_not_keep_a_run_from_being_exported(
     assert exported["origins"] == origins
 
 
+def test_a_number_that_is_not_finite_in_a_runs_config_is_an_error(
+    parts: Registry, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(toy_recipe(parts), run, registry=parts)
+    config = {**read_json(run / CONFIG), "note": float("nan")}
+    (run / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(DataError, match="not finite"):
+        export(run, out=tmp_path / "model", registry=parts)
+
+
 def test_origins_in_an_exported_config_name_files_without_their_folders(
     parts: Registry, tmp_path: Path
 ) -> None:
