@@ -72,7 +72,8 @@ def agreed(
             f"{'; '.join(map(str, wrong))}. Omit what differs, or start a new run"
         )
     began = dict(flat((_stored_config(state, path) or config)["recipe"]))
-    recipe, sources = deepcopy(config["recipe"]), dict(config.get("origins", {}))
+    origins = config.get("origins")
+    recipe, sources = deepcopy(config["recipe"]), dict(origins if isinstance(origins, dict) else {})
     tracked = given.tables.get("trackers", {})
     adopted = [
         change for change in changes(was.tables, given.tables)
