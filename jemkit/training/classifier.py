@@ -50,7 +50,8 @@ class JEMClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     learning_rate : float or None
         The largest one; None: that of the recipe.
     valid_fraction : float
-        Share of X that is not trained on, but used to choose the epoch.
+        Share of X, between 0 and 1, that is not trained on, but used to choose the epoch; at
+        least one row.
     data_range : (float, float) or None
         The values that are black and white. None: 0 and 255 of bytes; otherwise the smallest and
         largest value of X, of each feature of vectors.
@@ -108,6 +109,8 @@ class JEMClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         rows, targets = checked
         check_classification_targets(targets)
         self.classes_, labels = np.unique(targets, return_inverse=True)
+        if not 0 < self.valid_fraction < 1:
+            raise ValueError(f"valid_fraction = {self.valid_fraction}: expected one in (0, 1)")
         if len(self.classes_) < 2:
             raise ValueError(f"the data have 1 class, {self.classes_[0]!r}; expected 2 or more")
         self._layout = Layout.of(rows, self.data_range)
@@ -156,7 +159,7 @@ class JEMClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return density
 
     def sample(self, n_samples: int = 1, *, steps: int | None = None) -> Array:
-        """Rows (n, ...) in the range of X: ends of chains of the density that start anew.
+        """Rows (n_samples, ...) in the range of X: the final states of new chains of the density.
 
         `steps` is the length of a chain, 40 by default. The same `random_state` gives the same
         rows. Raises MisfitError for a backbone without a density.

@@ -67,8 +67,11 @@ def table_of(rows: Rows) -> str:
 
 
 def figures_table(figures: Sequence[Figure], common: Mapping[str, Any]) -> str:
-    """The headline figures, each with its protocol in short form; of each name the best protocol
-    first."""
+    """The headline figures, each with its protocol in short form.
+
+    A figure that was measured several times is listed by its standard protocol, else by that of
+    the most images; the other times come after all other figures.
+    """
 
     def rank(figure: Figure) -> tuple[bool, bool, int, int]:
         named = figure.name in HEADLINES

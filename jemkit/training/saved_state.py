@@ -66,7 +66,7 @@ class RollbackPolicy(Part):
 
 
 class Group(Part):
-    """Settings that float32 can hold, as in the recipe."""
+    """Settings of an optimizer, in the bounds of the recipe, which float32 can hold."""
 
     lr: Annotated[float, Field(ge=0, le=1e30)]
     weight_decay: Annotated[float, Field(ge=0, le=1e30)] = 0.0

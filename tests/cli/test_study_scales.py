@@ -44,6 +44,24 @@ def test_a_row_can_have_its_last_weights_evaluated(tmp_path: Path) -> None:
     assert all(state_of(unit).complete(given.evaluations(unit.row)) for unit in plan)
 
 
+def test_figures_of_another_checkpoint_are_measured_again(tmp_path: Path) -> None:
+    best, calls = study("a", evaluate=TWO), Arguments()
+    row = best.rows[0].model_copy(update={"checkpoint": "last"})
+    last = best.model_copy(update={"rows": (row,)})
+    for given in (best, last, last, best):
+        done(given, tmp_path, calls)
+    asked = ["last" in a for a in calls.arguments if a[0] == "evaluate"]
+    assert asked == [False, False, True, True, False, False]
+
+
+def test_one_recipe_with_two_checkpoints_is_refused(tmp_path: Path) -> None:
+    given = study("a")
+    row = given.rows[0].model_copy(update={"name": "b", "checkpoint": "last"})
+    both = given.model_copy(update={"rows": (*given.rows, row)})
+    with pytest.raises(ConfigError, match="one recipe with two checkpoints"):
+        planned(both, tmp_path)
+
+
 @pytest.mark.parametrize("scale", ["cifar10-small", "cifar10"])
 def test_models_without_adversarial_training_are_not_chosen_by_their_robustness(scale: str) -> None:
     tables = [key for key in installed().recipes if re.fullmatch(f"study/.*/{scale}", key)]

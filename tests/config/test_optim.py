@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import nn
 
 from jemkit.config.optim import SGD, Adam, Schedule
@@ -95,3 +96,12 @@ def test_an_optimizer_is_torchs_own_and_steps_like_it(ours: SGD | Adam) -> None:
         ends.append((weight.detach(), optimizer.state_dict()["param_groups"]))
     assert torch.equal(ends[0][0], ends[1][0])
     assert ends[0][1] == ends[1][1]
+
+
+@pytest.mark.parametrize("part", [SGD, Adam])
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_rates_that_float32_cannot_hold_are_refused(
+    part: type[SGD] | type[Adam], name: str
+) -> None:
+    with pytest.raises(ValidationError, match=name):
+        part.model_validate({name: 1e308})

@@ -155,6 +155,13 @@ def tried(folder: Path, name: str, file: str, tree: Any, command: Callable[[Path
         command(again)
 
 
+@pytest.mark.parametrize("origins", [None, [], "x", {"run.seed": None}])
+def test_damaged_origins_of_settings_are_harmless(folder: Path, origins: Any) -> None:
+    tree = json.loads((folder / "whole" / "config.json").read_text())
+    for command in RUN:
+        tried(folder, "whole", "config.json", {**tree, "origins": origins}, command)
+
+
 @pytest.mark.parametrize("kind", FILES)
 def test_a_file_that_is_only_written_again_is_taken(folder: Path, kind: str) -> None:
     name, file, whole, commands = FILES[kind]

@@ -1,5 +1,6 @@
 """docs/results.md and docs/digits.md have the tables that `jemkit reproduce` recorded."""
 
+import json
 import runpy
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,20 @@ def test_a_table_without_a_record_has_the_papers_figures_alone(script: dict[str,
     rows = script["markdown"]("table2", "cifar10").splitlines()
     (line,) = (row for row in rows if row.startswith("| VART |"))
     assert line == "| VART | not measured yet |  |  |  |  | 84.21 | 58.32 | 54.24 |"
+
+
+def test_rows_that_a_record_lacks_have_the_papers_figures_alone(
+    script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = json.loads((ROOT / "benchmarks" / "results" / "digits-table2.json").read_text())
+    part = {**whole, "rows": [row for row in whole["rows"] if row["name"] != "MART"]}
+    (tmp_path / "digits-table2.json").write_text(json.dumps(part))
+    before = script["markdown"]("table2", "digits").splitlines()
+    monkeypatch.setitem(script["markdown"].__globals__, "RESULTS", tmp_path)
+    after = script["markdown"]("table2", "digits").splitlines()
+    (changed,) = (row for row in after if row not in before)
+    assert changed.startswith("| MART | not measured yet |")
+    assert len(after) == len(before)
 
 
 def test_text_beside_the_tables_stays(script: dict[str, Any]) -> None:

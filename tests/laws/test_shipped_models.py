@@ -10,8 +10,11 @@ import torch
 from toys import root
 
 import jemkit
+from jemkit.training.model_folder import FILES
 
 MODELS = sorted(path.parent for path in (root() / "examples" / "models").glob("*/config.json"))
+MADE = (".evaluation", ".evaluation.lock", "evaluation.json", "evaluation.safetensors")
+"""What evaluating a model writes beside it; git ignores it."""
 each = pytest.mark.parametrize("folder", MODELS, ids=lambda p: p.name)
 
 
@@ -22,6 +25,7 @@ def test_there_are_models_and_the_page_lists_them() -> None:
 
 @each
 def test_a_model_is_small_and_names_no_place(folder: Path) -> None:
+    assert {path.name for path in folder.iterdir()} <= {*FILES, *MADE}
     assert sum(path.stat().st_size for path in folder.iterdir()) < 5e6
     for path in folder.glob("*.json"):
         assert not re.search(r'"(/|~/)', path.read_text()), path.name

@@ -151,6 +151,8 @@ X8, Y8 = np.arange(64.0).reshape(8, 8), [0, 1] * 4
         (np.zeros((8, 4, 4)), Y8, {}, ValueError, "images of 4 pixels; expected 8 to 64"),
         (np.zeros((8, 5000)), Y8, {}, ValueError, "5000 features; expected at most 4096"),
         (X8, Y8, {"data_range": (1, 0)}, ValueError, "data_range"),
+        (X8, Y8, {"valid_fraction": 0.0}, ValueError, "valid_fraction"),
+        (X8, Y8, {"valid_fraction": 1.5}, ValueError, "valid_fraction"),
         (X8 * np.nan, Y8, {}, ValueError, "NaN"),
         (X8, Y8, {"backbone": "jemm"}, ConfigError, "jemm"),
         (X8, Y8, {"settings": {"backbone.stepz": 1}}, ConfigError, "stepz"),

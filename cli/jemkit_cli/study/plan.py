@@ -29,6 +29,9 @@ IMAGES = ("data.dir", "extra.file", "extra.labels")
 STATISTICS = "{statistics}"
 """In options of `jemkit evaluate`: the file of the training images' Inception statistics."""
 
+LAST = ("--checkpoint", "last")
+"""The last options of an evaluation of a run's last weights."""
+
 Evaluation = tuple[str, ...]
 """The options of one `jemkit evaluate`."""
 
@@ -69,7 +72,7 @@ class Study(Options):
 
     def evaluations(self, row: Row) -> tuple[Evaluation, ...]:
         """The options of the evaluations of a row's runs."""
-        which = () if row.checkpoint == "best" else ("--checkpoint", row.checkpoint)
+        which = LAST if row.checkpoint == "last" else ()
         return tuple((*options, *which) for options in self.evaluate)
 
     def row(self, name: str) -> Row:
@@ -225,13 +228,20 @@ def units(
 
 
 def _check_places(planned: Iterable[Unit], unit: Unit) -> None:
-    """Reject two rows that differ only in the images that a path names: they would be one run."""
+    """Reject two rows that would be one run: if only the images that a path names differ, or the
+    checkpoint that is evaluated."""
     for other in (one for one in planned if one.key == unit.key):
         differing = changes(other.resolved.tables, unit.resolved.tables)
         if named := [change.key for change in differing if change.key in IMAGES]:
             raise ConfigError(
                 f"the rows {other.row.name!r} and {unit.row.name!r} differ only in {named[0]}, "
                 "which does not tell runs apart; give each its own --out"
+            )
+        if other.row.checkpoint != unit.row.checkpoint:
+            raise ConfigError(
+                f"the rows {other.row.name!r} and {unit.row.name!r} are one recipe with two "
+                "checkpoints, and a run has the figures of one; evaluate the same, or give each "
+                "its own --out"
             )
 
 

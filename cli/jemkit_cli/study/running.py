@@ -16,7 +16,7 @@ from jemkit.errors import ConfigError, DataError, Diverged, JemkitError, Preempt
 from jemkit.runtime.files import read_json, write_json
 from jemkit.runtime.lock import LOCK, locked
 from jemkit.runtime.opening import make_folder
-from jemkit_cli.study.plan import STATISTICS, Evaluation, Study, Unit
+from jemkit_cli.study.plan import LAST, STATISTICS, Evaluation, Study, Unit
 from jemkit_cli.study.statistics import statistics_command, statistics_file
 from jemkit_cli.terminal import STOPPED
 
@@ -164,7 +164,8 @@ def _run(
         if given != list(options):
             begun["statistics"].result()
         call(["evaluate", str(unit.folder), *given, "--json"], stopped, unit.folder)
-        state = state._replace(evaluated=(*state.evaluated, options))
+        kept = [e for e in state.evaluated if (e[-2:] == LAST) == (options[-2:] == LAST)]
+        state = state._replace(evaluated=(*kept, options))  # a record is of one checkpoint
         _mark(unit, state)
         report(f"{name}: evaluated")
 
