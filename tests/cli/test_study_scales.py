@@ -50,8 +50,8 @@ def test_figures_of_another_checkpoint_are_measured_again(tmp_path: Path) -> Non
     last = best.model_copy(update={"rows": (row,)})
     for given in (best, last, last, best):
         done(given, tmp_path, calls)
-    asked = ["last" in a for a in calls.arguments if a[0] == "evaluate"]
-    assert asked == [False, False, True, True, False, False]
+    last_weights = ["last" in a for a in calls.arguments if a[0] == "evaluate"]
+    assert last_weights == [False, False, True, True, False, False]
 
 
 def test_one_recipe_with_two_checkpoints_is_refused(tmp_path: Path) -> None:

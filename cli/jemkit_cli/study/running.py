@@ -164,8 +164,8 @@ def _run(
         if given != list(options):
             begun["statistics"].result()
         call(["evaluate", str(unit.folder), *given, "--json"], stopped, unit.folder)
-        kept = [e for e in state.evaluated if (e[-2:] == LAST) == (options[-2:] == LAST)]
-        state = state._replace(evaluated=(*kept, options))  # a record is of one checkpoint
+        others = [e for e in state.evaluated if (e[-2:] == LAST) == (options[-2:] == LAST)]
+        state = state._replace(evaluated=(*others, options))  # a record is of one checkpoint
         _mark(unit, state)
         report(f"{name}: evaluated")
 
