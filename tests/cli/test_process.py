@@ -5,6 +5,7 @@ import fcntl
 import os
 import pty
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -373,7 +375,7 @@ def test_an_error_of_c_code_without_an_exception_is_memory_that_ran_out() -> Non
 
 @pytest.mark.parametrize("more", [8 << 20, 250 << 20])
 def test_a_limit_of_memory_ends_a_command_with_7(tmp_path: Path, more: int) -> None:
-    """The limit is what the process has when torch is imported, and a little."""
+    """The limit is what the process has when torch is imported, and a little; disk it has enough."""
     big = ("--network=wrn-40-10", "--device=cpu", "--set=run.max_train=80", "--epochs=1")
     done = forked(
         "train", "--backbone=jem", "--objective=jem", *big,
@@ -384,7 +386,8 @@ def test_a_limit_of_memory_ends_a_command_with_7(tmp_path: Path, more: int) -> N
 
 
 def limit_memory(more: int) -> None:
-    """What the process has, and so many bytes more."""
+    """What the process has, and so many bytes more; of disk whatever a run of that size takes."""
+    shutil.disk_usage = lambda _: SimpleNamespace(free=1 << 50)  # type: ignore[assignment]
     has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (has + more, has + more))
 

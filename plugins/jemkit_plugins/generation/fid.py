@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from functools import reduce
+from statistics import linear_regression
 from typing import NamedTuple
 
 import torch
@@ -78,9 +79,7 @@ def at_infinity(rows: Tensor, reference: Moments, rng: Generator, *, points: int
     """
     sizes = torch.linspace(max(2, len(rows) // 2), len(rows), points).long().tolist()
     distances = [_of_rows(_some(rows, size, rng), reference) for size in sizes]
-    inverse = torch.tensor([[1.0, 1 / size] for size in sizes], dtype=torch.float64)
-    values = torch.tensor(distances, dtype=torch.float64)
-    return float(torch.linalg.lstsq(inverse, values[:, None]).solution[0, 0])
+    return linear_regression([1 / size for size in sizes], distances).intercept
 
 
 def _of_rows(rows: Tensor, reference: Moments) -> float:
