@@ -45,6 +45,22 @@ def memory_of(device: torch.device) -> int:
         return 2**46
 
 
+def slow_precision(precision: Precision, device: torch.device) -> str | None:
+    """A warning if the device computes in bf16 only by emulation; None otherwise."""
+    if precision != "bf16":
+        return None
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if native:
+        return None
+    return (
+        f"run.precision: bf16 is emulated on this {device.type.upper()}, which has no instructions "
+        "for it, and is many times slower than fp32; use --set run.precision=fp32"
+    )
+
+
 @contextmanager
 def as_trained(
     device_type: str, precision: Precision, *, deterministic: bool, threads: int | None

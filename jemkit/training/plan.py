@@ -9,6 +9,7 @@ from jemkit.config.recipe import Recipe, Resolved
 from jemkit.data import Loader
 from jemkit.runtime import disk
 from jemkit.runtime.files import cache_folder
+from jemkit.runtime.precision import slow_precision
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.sampling.density import Buffered
 from jemkit.sampling.init_dists import MomentStart, start_name
@@ -32,6 +33,8 @@ def plan(resolved: Resolved, out: Path, *, init_from: Path | None = None) -> dic
         load_model(model, start.weights)
         for doubt in doubts(start, resolved.recipe, parts.task.total_steps):
             log.warning("%s", doubt)
+    if slow := slow_precision(resolved.recipe.run.precision, parts.device):
+        log.warning("%s", slow)
     names = {table: part["use"] for table, part in resolved.tables.items() if "use" in part}
     network = resolved.tables["backbone"].get("network", {})
     return {

@@ -14,7 +14,7 @@ from jemkit.runtime import checkpoint, disk, distributed
 from jemkit.runtime.files import set_aside, write_json
 from jemkit.runtime.latest import link_latest
 from jemkit.runtime.lock import LOCK, locked
-from jemkit.runtime.precision import device_of
+from jemkit.runtime.precision import device_of, slow_precision
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.training import mixing, pinned, resuming
 from jemkit.training.build import leads
@@ -68,6 +68,8 @@ def train(
                 folder.event("resume" if goes_on else "start", step=trainer.step)
                 if tight is not None:
                     _warn_event(folder, "disk", tight)
+                if slow := slow_precision(whole.recipe.run.precision, trainer.parts.device):
+                    _warn_event(folder, "precision", slow)
                 trainer.writer.ready(state)
                 trainer.tracking.begin(whole.tables, trainer.step, trainer.total_steps)
 

@@ -375,7 +375,7 @@ def test_an_error_of_c_code_without_an_exception_is_memory_that_ran_out() -> Non
 
 @pytest.mark.parametrize("more", [8 << 20, 250 << 20])
 def test_a_limit_of_memory_ends_a_command_with_7(tmp_path: Path, more: int) -> None:
-    """The limit is what the process has when torch is imported, and a little; disk it has enough."""
+    """The limit is what the process has when torch is imported, and a little."""
     big = ("--network=wrn-40-10", "--device=cpu", "--set=run.max_train=80", "--epochs=1")
     done = forked(
         "train", "--backbone=jem", "--objective=jem", *big,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli_tools import jemkit
 from sorted_images import sorted_folder
 from study_tools import OPTIONS, Calls, Fork, commands_by, done, planned, study
@@ -16,9 +17,18 @@ from jemkit.config.registry import installed
 from jemkit.errors import ConfigError, DataError
 from jemkit.runtime.files import write_json
 from jemkit_cli.study import forecast as forecasts
-from jemkit_cli.study.plan import STATISTICS, check_data, find_study, part_of
+from jemkit_cli.study.plan import (
+    STATISTICS,
+    check_data,
+    find_study,
+    part_of,
+    slow_units,
+    with_settings,
+)
 from jemkit_cli.study.running import MARK, state_of
 from jemkit_cli.study.statistics import statistics_command, statistics_file
+from jemkit_cli.study.table import table_of
+from jemkit_cli.study.writing import markdown
 
 TWO = (OPTIONS, ("--attack", "aa", "--max-images", "1000"))
 
@@ -188,6 +198,45 @@ def test_a_forecast_names_the_rows_that_cannot_run(
     assert lines[1]["problem"] == "no weights"
     assert lines[-1]["problem"] == "1 rows cannot run"
     assert sizes == [8, 32, 8, 8]  # a slow step is timed with few images alone
+
+
+def test_settings_of_a_study_apply_to_every_row_and_are_in_its_table(tmp_path: Path) -> None:
+    given = study("a", "b")
+    own = given.rows[0].model_copy(update={"settings": ("run.epochs=7",)})
+    given = given.model_copy(update={"rows": (own, given.rows[1])})
+    changed = with_settings(given, ["run.epochs=2", "optimizer.lr=0.3"])
+    plan = planned(changed, tmp_path)
+    assert [unit.resolved.recipe.run.epochs for unit in plan] == [2, 2]
+    assert not {unit.key for unit in plan} & {unit.key for unit in planned(given, tmp_path)}
+    table = table_of(changed, done(changed, tmp_path, Calls()))
+    assert table.to_json()["settings"] == ["run.epochs=2", "optimizer.lr=0.3"]
+    assert "- Every row with run.epochs=2, optimizer.lr=0.3." in markdown(table).splitlines()
+
+
+def test_settings_on_the_command_line_reach_every_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        forecasts, "_training_seconds", lambda unit: unit.resolved.recipe.run.epochs
+    )
+    given = ("reproduce", "table2", "--row=MART", "--seeds=0", "--dry-run", "--json")
+    monkeypatch.chdir(tmp_path)
+    outcome = jemkit(*given, "--set", "run.epochs=3")
+    assert [line["training, s"] for line in outcome.record] == [3, 3]
+    refused = jemkit(*given, "--set", "run.epoch=3")
+    assert refused.code == 3
+    assert "run.epoch" in refused.err
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_study_in_a_precision_that_is_emulated_says_so_once(
+    native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    for precision, expected in (("bf16", [] if native else ["run.precision"]), ("fp32", [])):
+        common = {"run": {"precision": precision, "device": "cpu"}, "data": {"use": "digits"}}
+        texts = slow_units(planned(study("a", "b", common=common), tmp_path))
+        assert [text.partition(":")[0] for text in texts] == expected
 
 
 TOY = """

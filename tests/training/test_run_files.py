@@ -77,6 +77,19 @@ def test_events_tell_of_the_start_each_epoch_and_the_end(finished: tuple[Path, A
     assert {"accuracy", "pgd10", "step"} <= set(events[1])
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_a_run_in_a_precision_that_is_emulated_says_so(
+    native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    recipe = toy_recipe(REGISTRY, "classifier", "ce", "plain", "run.precision=bf16", "run.epochs=1")
+    train(recipe, tmp_path / "run", registry=REGISTRY)
+    lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    warnings = [e["message"] for e in map(json.loads, lines) if e["event"] == "precision"]
+    assert [text.partition(":")[0] for text in warnings] == ([] if native else ["run.precision"])
+    assert [text for text in caplog.messages if "emulated" in text] == warnings
+
+
 def test_the_figures_are_of_the_whole_test_split_and_say_how(finished: tuple[Path, Any]) -> None:
     figures = {figure.name: figure for figure in finished[1].figures}
     assert {"clean", "pgd20", "gap_mean", "gap_variance", "gap_signed", "gap_relative"} <= set(

@@ -1,5 +1,6 @@
 """`jemkit reproduce` and `jemkit sweep`: many runs, one protocol, one table."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +23,8 @@ from jemkit_cli.terminal import (
 if TYPE_CHECKING:
     from jemkit_cli.study.plan import Study, Unit
     from jemkit_cli.study.table import Table
+
+log = logging.getLogger(__name__)
 
 RUNS = Path("runs")
 
@@ -61,19 +64,27 @@ def reproduce(
     download: Annotated[
         bool, typer.Option("--download", help="Download the data set if it is missing.")
     ] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Any option, of every row, e.g. run.precision=fp32; repeatable.",
+            metavar="K=V", show_default=False,
+        ),
+    ] = None,
     jobs: Jobs = 1,
     dry_run: DryRun = False,
     no_plugins: NoPlugins = False,
     as_json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Train and evaluate what a table or figure of a paper compares, and write it.
 
     Runs that are complete are found again by their recipe; an interrupted call continues.
     """
-    from jemkit_cli.study.plan import find_study, part_of, study_resolver, units
+    from jemkit_cli.study.plan import find_study, part_of, study_resolver, units, with_settings
 
     registry = installed_parts(third_party=not no_plugins)
     study = part_of(find_study(registry, name, scale), _numbers(seeds), row or ())
+    study = with_settings(study, settings or ())
     own = name.endswith(".toml")  # of the user
     folder = out or RUNS / (Path(name).stem if own else scale)
     data: dict[str, Any] = {} if data_dir is None else {"dir": str(data_dir)}
@@ -128,14 +139,15 @@ def _go(
     as_json: bool,
 ) -> None:
     from jemkit_cli.study.forecast import forecast
-    from jemkit_cli.study.plan import check_data
+    from jemkit_cli.study.plan import check_data, slow_units
     from jemkit_cli.study.running import run_all, state_of
     from jemkit_cli.study.table import table_of
     from jemkit_cli.study.writing import write_all
 
-    check_data(
-        [unit for unit in planned if not state_of(unit).complete(study.evaluations(unit.row))]
-    )
+    states = [(unit, state_of(unit)) for unit in planned]
+    check_data([unit for unit, state in states if not state.complete(study.evaluations(unit.row))])
+    for text in slow_units([unit for unit, state in states if state.trained is None]):
+        log.warning("%s", text)
     if dry_run:
         _show_forecast(forecast(study, planned, jobs), as_json)
         return

@@ -18,6 +18,7 @@ from jemkit.data import Dataset
 from jemkit.errors import ConfigError, DataError, JemkitError, UnknownName
 from jemkit.options import Options, nearest
 from jemkit.runtime.files import read_json
+from jemkit.runtime.precision import device_of, slow_precision
 from jemkit.training.resuming import changes, may_differ
 
 SAME_IMAGES = ("data.dir", "data.download")
@@ -68,6 +69,7 @@ class Study(Options):
     evaluate: Annotated[tuple[Evaluation, ...], BeforeValidator(_several)] = ((),)
     figure: Literal["energies", "trade-off", "samples"] | None = None  # drawn beside the table
     common: dict[str, Any] = Field(default_factory=dict)  # tables of every recipe
+    settings: tuple[str, ...] = ()  # as with --set, over those of every row
     rows: tuple[Row, ...] = Field(min_length=1)
 
     def evaluations(self, row: Row) -> tuple[Evaluation, ...]:
@@ -144,6 +146,11 @@ def part_of(study: Study, seeds: Sequence[int], rows: Sequence[str]) -> Study:
     )
 
 
+def with_settings(study: Study, settings: Sequence[str]) -> Study:
+    """The study with more settings, as with --set, of every row."""
+    return study.model_copy(update={"settings": (*study.settings, *settings)})
+
+
 def sweep_study(
     settings: Sequence[str], seeds: tuple[int, ...], attacks: Sequence[str], columns: Sequence[str]
 ) -> Study:
@@ -178,8 +185,9 @@ def study_resolver(
         config = merged(merged(study.common, row.recipe), extra)
         named = {"run": {"seed": seed}}
         return resolve(
-            registry, preset=row.preset, config=config, overrides=row.settings, named=named
-        )
+            registry, preset=row.preset, config=config, named=named,
+            overrides=(*row.settings, *study.settings),
+        )  # fmt: skip
 
     return resolved
 
@@ -253,6 +261,13 @@ def check_data(units: Sequence[Unit]) -> None:
         if data not in checked:
             data.load("test")
             checked.append(data)
+
+
+def slow_units(units: Sequence[Unit]) -> list[str]:
+    """Warnings of a precision that the device of these runs only emulates."""
+    runs = [unit.resolved.recipe.run for unit in units]
+    warnings = [slow_precision(run.precision, device_of(run.device)) for run in runs]
+    return [text for text in dict.fromkeys(warnings) if text is not None]
 
 
 class _Run(NamedTuple):

@@ -67,6 +67,7 @@ class Table:
             "compared": self.study.compared,
             "paper": self.study.paper,
             "figure": self.study.figure,
+            "settings": list(self.study.settings),
             "rows": [_plain(line) for line in self.lines],
             "protocols": {name: figure.protocol for name, figure in self.protocols.items()},
             "protocols_differ_in": self.apart,

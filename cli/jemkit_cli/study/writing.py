@@ -91,6 +91,8 @@ def footnotes(table: Table) -> list[str]:
         "over seeds" if several else "[a, b] is the 95 % interval over images"
     )  # fmt: skip
     notes = [f"Means over the seeds {seeds}. {spread}." if several else f"Seed {seeds}. {spread}."]
+    if table.study.settings:
+        notes.append(f"Every row with {', '.join(table.study.settings)}.")
     if any(line.by_seed for line in table.lines):
         notes.append(
             "a / b are the figures of the seeds, whose protocols differ: they have no mean"
