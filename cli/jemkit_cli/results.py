@@ -45,8 +45,8 @@ def record(summary: "Summary", resolved: "Resolved") -> dict[str, Any]:
 def show(summary: "Summary") -> None:
     """Every figure with its protocol, and the path of the run."""
     card = summary.figures[0].protocol
-    criterion = "best PGD-10 accuracy on validation"
-    title = f"epoch {summary.best_epoch} of {summary.epochs} ({criterion})"
+    criterion = {"pgd10": "PGD-10 accuracy", "accuracy": "accuracy"}[summary.select]
+    title = f"epoch {summary.best_epoch} of {summary.epochs} (best {criterion} on validation)"
     _show_figures(summary.figures, title)
     if card["selection"] != "all":
         say(

@@ -41,6 +41,10 @@ from jemkit.updaters import UpdaterSpec
 log = logging.getLogger(__name__)
 
 
+Select = Literal["pgd10", "accuracy"]
+"""The accuracy on validation images by which the best epoch is selected."""
+
+
 class Run(Options):
     """Length, seed, device and other options of training."""
 
@@ -62,6 +66,7 @@ class Run(Options):
     deterministic: bool = False  # only deterministic algorithms of torch
     threads: int | None = Field(None, ge=1, le=4096)  # of the CPU; None: torch's own choice
     eval_images: int = Field(256, ge=1)  # validation images for PGD-10 after each epoch
+    select: Select = "pgd10"  # what selects the best epoch on validation
     test_images: int | None = Field(None, ge=1)  # of the final evaluation; None: a tenth of n_train
     shard: bool = False  # with torchrun: FSDP-sharded weights
     keep: int = Field(2, ge=1)  # newest checkpoints to keep, besides the best and the sentinel's

@@ -1,4 +1,4 @@
-"""Runs of jemkit 0.1: their config.json in the terms of this version."""
+"""Runs of earlier versions: their config.json in the terms of this one."""
 
 import logging
 from typing import Any
@@ -27,7 +27,9 @@ GONE = ("step", "step_px", "step_size", "margin", "start_px", *FIXED)
 def current(tables: Table) -> Table:
     """The tables of a saved recipe; a value that can no longer be had stays, and is refused."""
     tables = _without_keep(tracked(tables))
-    objective = tables.get("objective")
+    run, objective = tables.get("run"), tables.get("objective")
+    if isinstance(run, dict) and "eval_images" in run:  # a saved run has every option
+        tables["run"] = {"select": "pgd10", **run}  # as before it was one
     if isinstance(objective, dict) and objective.get("use") == "ebjdat":
         tables["objective"] = _translated(objective)
     return tables

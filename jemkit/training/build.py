@@ -232,11 +232,31 @@ def leads() -> bool:
     return distributed.shard().rank == 0
 
 
+NARROW = 16
+"""Input channels of a strided 1x1 convolution below which channels last is unsafe on a CPU: the
+gradient of its weights overwrites memory (oneDNN issue 6035, seen with AVX2 and torch 2.13)."""
+
+
+def _unsafe(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.Conv2d) and module.in_channels // module.groups < NARROW
+        and max(module.kernel_size) == 1 and max(module.stride) > 1
+    )  # fmt: skip
+
+
 def laid_out(model: nn.Module, choice: Layout, device: torch.device) -> nn.Module:
-    """Use channels last if requested. `auto` uses it except with instance norm on a CPU, which
-    alone was slower with it in measurements (docs/performance.md)."""
-    slower = device.type == "cpu" and any(isinstance(m, nn.InstanceNorm2d) for m in model.modules())
-    last = choice == "yes" or (choice == "auto" and not slower)
+    """Use channels last if requested. On a CPU `auto` does not use it with instance norm, which
+    alone was slower with it in measurements (docs/performance.md), nor where oneDNN is unsafe."""
+    on_cpu, modules = device.type == "cpu", list(model.modules())
+    unsafe = on_cpu and any(_unsafe(module) for module in modules)
+    if choice == "yes" and unsafe:
+        raise MisfitError(
+            f'run.channels_last = "yes": a strided 1x1 convolution of this network has fewer than '
+            f"{NARROW} input channels, whose gradients oneDNN writes out of bounds on a CPU; use "
+            f"auto or no"
+        )
+    slower = on_cpu and any(isinstance(module, nn.InstanceNorm2d) for module in modules)
+    last = choice == "yes" or (choice == "auto" and not slower and not unsafe)
     return model.to(memory_format=torch.channels_last) if last else model  # type: ignore[call-overload]
 
 

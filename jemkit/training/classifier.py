@@ -45,8 +45,8 @@ class JEMClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     backbone, objective, network : str
         Parts of jemkit by name. None as a network: "mlp" for vectors, "smallcnn" for images.
     epochs, batch_size : int
-        Length of the training. The weights of the epoch with the best accuracy, under PGD-10 first,
-        on the validation images are kept.
+        Length of the training. The weights of the epoch with the best accuracy on the validation
+        images are kept: under PGD-10, or clean where the objective does not train with attacks.
     learning_rate : float or None
         The largest one; None: that of the recipe.
     valid_fraction : float

@@ -30,7 +30,7 @@ from jemkit.training.rollback import SPOILT, RollbackPolicy, diagnosis
 from jemkit.training.saved_state import Expected
 from jemkit.training.saved_state import check as check_saved
 from jemkit.training.tracking import Tracking
-from jemkit.training.validation import Validator, images_to_judge
+from jemkit.training.validation import Validator, images_to_judge, is_better
 from jemkit.updaters import Guard
 
 __all__ = ["Summary", "Trainer", "Watch", "train_step"]
@@ -45,6 +45,7 @@ class Summary(NamedTuple):
     run: Path
     epochs: int
     best_epoch: int
+    select: str  # the validation accuracy that selected it, `run.select`
     seconds: float
     figures: list[Figure]
 
@@ -54,8 +55,7 @@ class Summary(NamedTuple):
 
 
 Watch = Callable[[str, dict[str, Any]], None]
-"""Called at a run's "start", "step", "epoch", "rollback", "compiled" and "end", with what to
-show."""
+"""Called with what to show at "start", "step", "epoch", "rollback", "compiled" and "end"."""
 
 
 class Trainer:
@@ -215,7 +215,7 @@ class Trainer:
         entry = {"epoch": epoch, "step": self.step, **metrics, "seconds": round(self.seconds, 3)}
         self.history.append(entry)
         score = [metrics["pgd10"], metrics["accuracy"], epoch]
-        if better := not self.best or score > self.best["score"]:
+        if better := is_better(score, self.best.get("score"), self.recipe.run.select):
             self.best = {"epoch": epoch, "score": score}
         self.save(replace=True, best=better)
         distributed.on_rank_zero(lambda: self._log_epoch(entry))
@@ -250,9 +250,9 @@ class Trainer:
         """Evaluate the weights of the best epoch on the test split, at full size."""
         with self.parts.whole_model():
             figures = distributed.on_rank_zero(self._judge)
-        best, epochs = self.best["epoch"], self.recipe.run.epochs
+        best, run = self.best["epoch"], self.recipe.run
         reloaded = [Figure(**figure) for figure in figures]
-        summary = Summary(self.folder.path, epochs, best, self.seconds, reloaded)
+        summary = Summary(self.folder.path, run.epochs, best, run.select, self.seconds, reloaded)
         self.watch("end", {"summary": summary})
         return summary
 

@@ -13,6 +13,7 @@ from jemkit.attacks.pgd import PGD
 from jemkit.attacks.pixel_model import PixelModel
 from jemkit.backbone import Backbone
 from jemkit.config.eval_settings import Settings, protocol_card
+from jemkit.config.recipe import Select
 from jemkit.data import Images, Task, checked
 from jemkit.metrics import charts
 from jemkit.metrics import record as records
@@ -39,6 +40,15 @@ PER_IMAGE = 44
 
 GRID, GRID_STEPS = 100, 40
 """Images in an epoch's sample grid, and the number of steps of their newly started chains."""
+
+
+def is_better(score: list[float], best: list[float] | None, select: Select) -> bool:
+    """Whether an epoch is better than the best so far; scores are PGD-10 accuracy, accuracy, epoch.
+
+    The accuracy that `select` names decides, then the other one, then the later epoch.
+    """
+    order = (0, 1, 2) if select == "pgd10" else (1, 0, 2)
+    return best is None or [score[at] for at in order] > [best[at] for at in order]
 
 
 @dataclass(frozen=True)

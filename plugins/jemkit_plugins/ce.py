@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Generator
 
-from jemkit import Backbone, Batch, Objective, Options, Stream, Terms, hookimpl, watched
+from jemkit import Backbone, Batch, Objective, Options, Stream, Table, Terms, hookimpl, watched
 
 
 class CE(Options):
@@ -30,3 +30,8 @@ class CE(Options):
 @hookimpl
 def jemkit_objectives() -> Mapping[str, type[Objective[Any]]]:
     return {"ce": CE}
+
+
+@hookimpl
+def jemkit_recipes() -> Mapping[str, Table]:
+    return {"objective/ce": {"run": {"select": "accuracy"}}}

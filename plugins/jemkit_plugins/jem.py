@@ -94,5 +94,6 @@ def jemkit_recipes() -> Mapping[str, Mapping[str, Any]]:
             "updater": {"use": "plain"},
             "schedule": {"decay": "steps", "at": [0.8, 0.9], "by": 0.3},  # 160 and 180 of 200
             "run": {"epochs": 200, "batch_size": 64},
-        }
+        },
+        "objective/jem": {"run": {"select": "accuracy"}},
     }

@@ -92,7 +92,7 @@ PLAIN: dict[str, list[str]] = {
     "run": ["epochs", "batch_size", "micro_batch", "recompute", "seed", "theta_steps",
             "valid_fraction", "max_train", "ema_decay", "ema_warmup", "ema_copy", "device",
             "precision", "compile", "channels_last", "deterministic", "threads", "eval_images",
-            "test_images", "shard", "keep"],
+            "select", "test_images", "shard", "keep"],
     "schedule": ["decay", "warmup", "warmup_share", "at", "by", "floor"],
     "sgd": ["use", "lr", "momentum", "nesterov", "weight_decay", "decay_norms"],
     "adam": ["use", "lr", "betas", "weight_decay", "decay_norms"],

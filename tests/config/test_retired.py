@@ -106,6 +106,18 @@ def test_an_old_config_whose_objective_is_replaced_is_not_refused(tmp_path: Path
     assert resolve(REGISTRY, config=path, named=named).tables["objective"]["use"] == "jem"
 
 
+@pytest.mark.parametrize("objective", ["jem", "ebjdat"])
+def test_a_run_of_before_selects_its_best_epoch_as_it_did(tmp_path: Path, objective: str) -> None:
+    tables = resolve(REGISTRY, named={"objective": {"use": objective}}).tables
+    before = {name: value for name, value in tables["run"].items() if name != "select"}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"recipe": {**tables, "run": before}, "origins": {}}))
+    assert resolve(REGISTRY, config=path).recipe.run.select == "pgd10"
+    part = {"objective": {"use": objective}, "run": {"epochs": 3}}
+    path.write_text(json.dumps(part))
+    assert resolve(REGISTRY, config=path).recipe.run.select == tables["run"]["select"]
+
+
 def test_only_the_config_of_a_run_is_translated() -> None:
     for option in ("step=gradient", "direction=lower"):
         with pytest.raises(ConfigError, match="no such option"):
