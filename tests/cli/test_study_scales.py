@@ -19,6 +19,7 @@ from jemkit.runtime.files import write_json
 from jemkit_cli.study import forecast as forecasts
 from jemkit_cli.study.plan import (
     STATISTICS,
+    Study,
     check_data,
     find_study,
     part_of,
@@ -230,6 +231,25 @@ def test_settings_on_the_command_line_reach_every_run(
     refused = jemkit(*given, "--set", "run.epoch=3")
     assert refused.code == 3
     assert "run.epoch" in refused.err
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        study("a", settings=["run.seed=3"]),
+        study("a", common={"run": {"seed": 3}, "data": {"use": "digits"}}),
+        study(rows=[{"name": "a", "settings": ["run.seed = 3"]}]),
+    ],
+)
+def test_a_seed_among_the_settings_of_a_study_is_refused(given: Study, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"row 'a': run\.seed is set.*--seeds 0,1,2"):
+        planned(given, tmp_path)
+
+
+def test_seeds_of_a_sweep_are_no_setting() -> None:
+    outcome = jemkit("sweep", "--backbone=classifier", "--objective=ce", "--set=run.seed=1,2")
+    assert outcome.code == 3
+    assert "--seeds 0,1,2" in outcome.err
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -176,6 +176,17 @@ def _repeated(option: str, values: Iterable[str]) -> list[str]:
     return [text for value in values for text in (option, value)]
 
 
+def _check_no_seed(config: Mapping[str, Any], settings: Iterable[str]) -> None:
+    """Reject a seed among the settings of a row, which the seeds of the study would replace."""
+    run = config.get("run", {})
+    named = [text.partition("=")[0].strip() for text in settings]
+    if "run.seed" in named or (isinstance(run, Mapping) and "seed" in run):
+        raise ConfigError(
+            "run.seed is set, but every row is trained with the seeds of the study: give them by "
+            "--seeds 0,1,2, or as seeds = [0, 1, 2] in [study]"
+        )
+
+
 def study_resolver(
     study: Study, registry: Registry, extra: Mapping[str, Any]
 ) -> Callable[[Row, int], Resolved]:
@@ -183,10 +194,12 @@ def study_resolver(
 
     def resolved(row: Row, seed: int) -> Resolved:
         config = merged(merged(study.common, row.recipe), extra)
+        settings = (*row.settings, *study.settings)
+        _check_no_seed(config, settings)
         named = {"run": {"seed": seed}}
         return resolve(
             registry, preset=row.preset, config=config, named=named,
-            overrides=(*row.settings, *study.settings),
+            overrides=settings,
         )  # fmt: skip
 
     return resolved
@@ -196,6 +209,7 @@ def sweep_resolver(registry: Registry, layers: Mapping[str, Any]) -> Callable[[R
     """Resolves a combination of a sweep; `layers` are the other options."""
 
     def resolved(row: Row, seed: int) -> Resolved:
+        _check_no_seed({}, row.settings)
         named = merged(layers["named"], {"run": {"seed": seed}})
         return resolve(registry, **{**layers, "overrides": row.settings, "named": named})
 
