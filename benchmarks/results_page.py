@@ -1,10 +1,10 @@
-"""Writes the tables of docs/results.md and docs/digits.md from the records of `jemkit reproduce`.
+"""Writes the tables of docs/ from the records of `jemkit reproduce`.
 
     python benchmarks/results_page.py
 
-The JSON of a study is kept as benchmarks/results/SCALE-STUDY.json. What it does not have yet is
-shown by the published figures alone. A table stands between two comments that name it; nothing else
-is changed.
+The JSON of a study is kept as benchmarks/results/SCALE-STUDY.json; `benchmarks` is the scale of the
+studies that are files in benchmarks. What it does not have yet is shown by the published figures
+alone. A table stands between two comments that name it; nothing else is changed.
 """
 
 import json
@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from jemkit.config.registry import installed
-from jemkit_cli.study.plan import Row, Study, find_study
+from jemkit_cli.study.plan import Row, Study, find_study, read_study
 from jemkit_cli.study.table import Cell, Line, Table
 from jemkit_cli.study.writing import cells, heads
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "digits.md")
+PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("results", "digits", "cifar10"))
 RESULTS = ROOT / "benchmarks" / "results"
 PLACE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 EMPTY = "not measured yet"
+OWN = "benchmarks"
 
 
 def table_of(study: Study, record: dict[str, Any] | None) -> Table:
@@ -44,7 +45,7 @@ def markdown(name: str, scale: str) -> str:
     """The rows of a table, and where its record is or how to write it."""
     path = RESULTS / f"{scale}-{name}.json"
     record = json.loads(path.read_text()) if path.exists() else None
-    table = table_of(find_study(installed(third_party=False), name, scale), record)
+    table = table_of(_study(name, scale), record)
     top = heads(table)
     rows = [f"| {' | '.join(top)} |", f"|{'---|' * len(top)}"]
     for line in table.lines:
@@ -53,11 +54,20 @@ def markdown(name: str, scale: str) -> str:
             texts[1] = EMPTY
         rows.append(f"| {' | '.join(texts)} |")
     seeds = ", ".join(map(str, table.study.seeds))
-    source = f"`jemkit reproduce {name} --scale {scale}` measures it."
+    own = f"benchmarks/{name}.toml" if scale == OWN else f"{name} --scale {scale}"
+    source = f"`jemkit reproduce {own}` measures it."
     if record is not None:
         link = f"[{path.name}](../benchmarks/results/{path.name})"
         source = f"Seeds {seeds}; protocols and hashes: {link}. {record.get('note', '')}".strip()
-    return "\n".join([*rows, "", f"{source} Paper: {table.study.paper}", ""])
+    paper = f" Paper: {table.study.paper}" if table.study.paper else ""
+    return "\n".join([*rows, "", f"{source}{paper}", ""])
+
+
+def _study(name: str, scale: str) -> Study:
+    if scale == OWN:
+        path = ROOT / "benchmarks" / f"{name}.toml"
+        return read_study(path, path.name)
+    return find_study(installed(third_party=False), name, scale)
 
 
 def page(text: str) -> str:
