@@ -32,8 +32,9 @@ def merged(before: dict[str, Any] | None, part: dict[str, Any]) -> dict[str, Any
     if before is None:
         return {**part, "rows": rows, "note": NOTE}
     for name in SAME:
-        if name in before and before[name] != part[name]:
-            raise SystemExit(f"error: {name} is {before[name]} in the record and {part[name]} here")
+        there = before.get(name, [])  # records of before `settings` have none
+        if there != part[name]:
+            raise SystemExit(f"error: {name} is {there} in the record and {part[name]} here")
     measured = {row["name"] for row in rows}
     others = [row for row in before["rows"] if row["name"] not in measured]
     return {**before, "settings": part["settings"], "rows": [*others, *rows]}

@@ -74,7 +74,7 @@ def test_one_recipe_with_two_checkpoints_is_refused(tmp_path: Path) -> None:
         planned(both, tmp_path)
 
 
-@pytest.mark.parametrize("scale", ["cifar10-small", "cifar10"])
+@pytest.mark.parametrize("scale", ["digits", "cifar10-small", "cifar10"])
 def test_models_without_adversarial_training_are_not_chosen_by_their_robustness(scale: str) -> None:
     tables = [key for key in installed().recipes if re.fullmatch(f"study/.*/{scale}", key)]
     for key in tables:
@@ -83,7 +83,8 @@ def test_models_without_adversarial_training_are_not_chosen_by_their_robustness(
             plain = row.recipe.get("objective", {}).get("use") in ("ce", "jem")
             if not row.missing:
                 run = study_resolver(table, installed(), {})(row, 0).recipe.run
-                assert (run.select == "accuracy") == plain, (key, row.name)
+                by_accuracy = plain and scale != "digits"  # whose records have one rule
+                assert (run.select == "accuracy") == by_accuracy, (key, row.name)
 
 
 def test_a_stop_between_two_evaluations_repeats_none(tmp_path: Path) -> None:
@@ -246,7 +247,8 @@ def test_a_seed_among_the_settings_of_a_study_is_refused(given: Study, tmp_path:
         planned(given, tmp_path)
 
 
-def test_seeds_of_a_sweep_are_no_setting() -> None:
+def test_seeds_of_a_sweep_are_no_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     outcome = jemkit("sweep", "--backbone=classifier", "--objective=ce", "--set=run.seed=1,2")
     assert outcome.code == 3
     assert "--seeds 0,1,2" in outcome.err

@@ -43,6 +43,9 @@ def test_measured_rows_replace_theirs_and_others_stay(
 def test_tables_of_two_studies_are_not_merged() -> None:
     with pytest.raises(SystemExit, match="seeds"):
         SCRIPT["merged"]({**table({}), "seeds": [1]}, table({}))
+    before = {name: value for name, value in table({}).items() if name != "settings"}
+    with pytest.raises(SystemExit, match="settings"):
+        SCRIPT["merged"](before, {**table({}), "settings": ["run.precision=fp32"]})
 
 
 def test_shipped_models_continue_a_study_as_runs(tmp_path: Path) -> None:
