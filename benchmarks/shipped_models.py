@@ -1,6 +1,6 @@
 """Writes models of a study into examples/models, for readers who want to evaluate without training.
 
-    python benchmarks/shipped_models.py runs/cifar10-small pgdat=pgd-at-0-4b351930 ...
+    python benchmarks/shipped_models.py runs/cifar10-small pgdat=pgd-at-0-59880c76 ...
 
 `:last` after the name of a run ships its last weights instead of the best.
 

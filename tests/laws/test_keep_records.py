@@ -50,7 +50,7 @@ def test_tables_of_two_studies_are_not_merged() -> None:
 
 def test_shipped_models_continue_a_study_as_runs(tmp_path: Path) -> None:
     copied = SCRIPT["continued"](tmp_path, RECORD)
-    assert {"pgd-at-0-4b351930", "eb-jdat-sada-jem-squared-0-12a97e26"} <= {p.name for p in copied}
+    assert {"pgd-at-0-59880c76", "eb-jdat-sada-jem-squared-0-4f9e5d3e"} <= {p.name for p in copied}
     for folder in copied:
         unit = Unit(Row(name="a"), 0, None, "", folder)  # type: ignore[arg-type]
         (row,) = (row for row in RECORD["rows"] if folder.name in row["runs"])
