@@ -2,7 +2,7 @@
 
     JEMKIT_CIFAR10=data python -m pytest -m slow tests/plugins/test_fid_cifar10.py
 
-It takes one to three hours of two cores the first time, and needs the extra `fid`.
+It takes hours the first time, and needs the extra `fid`.
 """
 
 import os
