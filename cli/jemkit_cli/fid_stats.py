@@ -19,6 +19,11 @@ def fid_stats(
         Literal["train", "test"],
         typer.Option(help="Split; train includes the validation images."),
     ] = "train",
+    max_images: Annotated[
+        int | None,
+        typer.Option(min=2, help="A subset of the images, in proportion to the classes.",
+                     show_default=False),
+    ] = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of the data set's files.", show_default=False)
     ] = None,
@@ -48,19 +53,23 @@ def fid_stats(
     registry = installed_parts(third_party=not no_plugins)
     from jemkit.config.recipe import resolve
     from jemkit.runtime.precision import device_of
+    from jemkit.selection import part_of
 
     given = {"use": dataset, **({"dir": str(data_dir)} if data_dir else {})}
     data = resolve(registry, overrides=overrides or (), named={"data": given}).recipe.data
+    images = data.load(split)
+    part = part_of(images, max_images or len(images.y))
+    described = {"dataset": dataset, "split": split, "selection": part.text}
     evaluator: Any = registry["evaluator"]["generation"]
     with tracking(silent=as_json) as progress, stopping() as stop:
         about = evaluator.write_statistics(
-            data.load(split), out, {"dataset": dataset, "split": split}, inception=inception,
-            device=device_of(device), batch_size=batch_size, progress=progress, stop=stop,
+            part.images, out, described, inception=inception, device=device_of(device),
+            batch_size=batch_size, progress=progress, stop=stop,
         )  # fmt: skip
     if as_json:
         say_json({**about, "file": str(out)})
         return
-    say(f"{about['count']} images of {dataset} ({split}), SHA-256 {about['sha256']}")
+    say(f"{about['count']} images of {dataset} ({split}, {part.text}), SHA-256 {about['sha256']}")
     weights = about["features"]
     say(f"features {weights['extractor']}, {weights['weights']}, SHA-256 {weights['sha256']}")
     say(f"statistics {out}")

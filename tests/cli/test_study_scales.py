@@ -18,7 +18,6 @@ from jemkit.errors import ConfigError, DataError
 from jemkit.runtime.files import write_json
 from jemkit_cli.study import forecast as forecasts
 from jemkit_cli.study.plan import (
-    STATISTICS,
     Study,
     check_data,
     find_study,
@@ -28,7 +27,7 @@ from jemkit_cli.study.plan import (
     with_settings,
 )
 from jemkit_cli.study.running import MARK, state_of
-from jemkit_cli.study.statistics import statistics_command, statistics_file
+from jemkit_cli.study.statistics import study_statistics
 from jemkit_cli.study.table import table_of
 from jemkit_cli.study.writing import markdown
 
@@ -128,31 +127,51 @@ class Arguments(Calls):
 
 
 def test_statistics_are_computed_once_and_before_anything_else(tmp_path: Path) -> None:
-    fid = ("--set", f"generation.statistics={STATISTICS}")
+    fid = ("--set", "generation.statistics={statistics}")
     given, calls = study("a", "b", evaluate=(OPTIONS, fid)), Arguments()
     done(given, tmp_path, calls)
     assert [each[0] for each in calls.arguments].count("fid-stats") == 1
     assert calls.arguments[0][0] == "fid-stats"
-    file = statistics_file(planned(given, tmp_path), given.evaluate, tmp_path)
-    assert file is not None
-    assert sum(f"generation.statistics={file}" in each for each in calls.arguments) == 2
+    named = study_statistics(planned(given, tmp_path), given.evaluate, tmp_path)
+    assert named is not None
+    assert sum(f"generation.statistics={named.file}" in each for each in calls.arguments) == 2
     done(given, tmp_path, calls)
     assert len(calls.arguments) == 1 + 2 * 3
-    assert statistics_file(planned(given, tmp_path), (OPTIONS,), tmp_path) is None
+    assert study_statistics(planned(given, tmp_path), (OPTIONS,), tmp_path) is None
 
 
 def test_statistics_are_those_of_the_reduced_images(tmp_path: Path) -> None:
     rows = [{"name": "a", "recipe": {"objective": {"use": "ce"}}}]
     common = {"data": {"use": "cifar10", "size": 16}, "backbone": {"use": "classifier"}}
     units = planned(study(common=common, rows=rows), tmp_path, data={"dir": str(tmp_path)})
-    command = statistics_command(units, tmp_path / "file")
+    named = study_statistics(units, (("{statistics}",),), tmp_path)
+    assert named is not None
+    command = named.command
     assert command[:2] == ["fid-stats", "cifar10"]
     assert command[command.index("--data-dir") + 1] == str(tmp_path)
     assert command[command.index("--set") + 1] == "data.size=16"
     rows.append({"name": "b", "recipe": {"objective": {"use": "ce"}, "data": {"size": 8}}})
     several = planned(study(common=common, rows=rows), tmp_path)
     with pytest.raises(ConfigError, match="the rows have different data sets"):
-        statistics_file(several, ((STATISTICS,),), tmp_path)
+        study_statistics(several, (("{statistics}",),), tmp_path)
+
+
+def test_options_of_the_statistics_are_those_of_their_command(tmp_path: Path) -> None:
+    whole = ("--set", "generation.statistics={statistics}")
+    subset = ("--set", "generation.statistics={statistics --max-images 100}")
+    calls = Arguments()
+    done(study("a", evaluate=whole), tmp_path, calls)
+    done(study("a", evaluate=subset), tmp_path, calls)
+    first, second = (each for each in calls.arguments if each[0] == "fid-stats")
+    assert "--max-images" not in first
+    assert second[-2:] == ["--max-images", "100"]
+    files = [each[each.index("--out") + 1] for each in (first, second)]
+    assert files[0] != files[1]
+    named = [each[-2] for each in calls.arguments if each[0] == "evaluate"]
+    assert named == [f"generation.statistics={file}" for file in files]
+    both = study("a", "b", evaluate=(whole, subset))
+    with pytest.raises(ConfigError, match=r"\{statistics\} and \{statistics --max-images 100\}"):
+        done(both, tmp_path, calls)
 
 
 def test_a_study_lies_over_the_settings_of_its_scale() -> None:

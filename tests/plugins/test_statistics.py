@@ -137,3 +137,16 @@ def test_the_command_writes_what_evaluation_takes(
     assert result.about["shape"] == [1, 8, 8]
     assert {path.name for path in tmp_path.iterdir()} == {out.name}
     assert f"statistics {out}" in jemkit("fid-stats", "digits", "-o", str(out)).out
+
+
+def test_the_command_takes_a_subset_and_says_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_module, "inception_file", lambda path: path)
+    monkeypatch.setattr(feature_module, "inception", lambda path, device: pixels())
+    out = tmp_path / "digits.safetensors"
+    outcome = jemkit("fid-stats", "digits", "-o", str(out), "--max-images", "100", "--json")
+    assert outcome.code == 0, outcome.err
+    about = statistics.read(out).about
+    assert about["count"] == statistics.read(out).moments.n == 100
+    assert about["selection"] == "100 of 1297, stratified by class, seed 0"

@@ -27,8 +27,9 @@ IMAGES = ("data.dir", "extra.file", "extra.labels")
 """Settings that name files, which are not part of a run's key."""
 
 
-STATISTICS = "{statistics}"
-"""In options of `jemkit evaluate`: the file of the training images' Inception statistics."""
+STATISTICS = re.compile(r"\{statistics((?: [^{}]+)?)\}")
+"""In options of `jemkit evaluate`: the file of the training images' Inception statistics.
+Options of the `jemkit fid-stats` that writes it may follow: `{statistics --max-images 10000}`."""
 
 LAST = ("--checkpoint", "last")
 """The last options of an evaluation of a run's last weights."""

@@ -16,8 +16,8 @@ from jemkit.errors import ConfigError, DataError, Diverged, JemkitError, Preempt
 from jemkit.runtime.files import read_json, write_json
 from jemkit.runtime.lock import LOCK, locked
 from jemkit.runtime.opening import make_folder
-from jemkit_cli.study.plan import LAST, STATISTICS, Evaluation, Study, Unit
-from jemkit_cli.study.statistics import statistics_command, statistics_file
+from jemkit_cli.study.plan import LAST, Evaluation, Study, Unit
+from jemkit_cli.study.statistics import Statistics, study_statistics
 from jemkit_cli.terminal import STOPPED
 
 MARK = "study.json"
@@ -91,11 +91,11 @@ def run_all(
     stopped = threading.Event()
     begun: dict[str, Future[None]] = {}
     missing = [e for unit in units for e in state_of(unit).missing(study.evaluations(unit.row))]
-    file = statistics_file(units, missing, out)
-    shared = _Shared(study, file, report, stopped, call or _call)
+    reference = study_statistics(units, missing, out)
+    shared = _Shared(study, reference, report, stopped, call or _call)
     with ThreadPoolExecutor(jobs) as pool:
-        if file is not None:
-            begun["statistics"] = pool.submit(_write_statistics, units, file, shared)
+        if reference is not None:
+            begun["statistics"] = pool.submit(_write_statistics, reference, shared)
         for unit in units:
             before = [begun[u.key] for u in units if u.key in begun and _leads(u, unit)]
             if unit.key not in begun:  # two rows may be one recipe
@@ -118,17 +118,18 @@ class _Shared(NamedTuple):
     """What the runs of a study share."""
 
     study: Study
-    statistics: Path | None  # the file that `{statistics}` stands for
+    statistics: Statistics | None  # what `{statistics}` stands for
     report: Callable[[str], None]
     stopped: threading.Event
     call: Call
 
 
-def _write_statistics(units: Sequence[Unit], path: Path, shared: _Shared) -> None:
-    if not path.exists():
-        make_folder(path.parent)
-        shared.call(statistics_command(units, path), shared.stopped, path.parent)
-        shared.report(f"statistics {path}")
+def _write_statistics(wanted: Statistics, shared: _Shared) -> None:
+    folder = wanted.file.parent
+    if not wanted.file.exists():
+        make_folder(folder)
+        shared.call(wanted.command, shared.stopped, folder)
+        shared.report(f"statistics {wanted.file}")
 
 
 def _leads(one: Unit, other: Unit) -> bool:
@@ -160,8 +161,8 @@ def _run(
         _mark(unit, state)
         report(f"{name}: {_summary(trained)}")
     for options in state.missing(evaluations):
-        given = [text.replace(STATISTICS, str(shared.statistics)) for text in options]
-        if given != list(options):
+        given = shared.statistics.named_in(options) if shared.statistics else options
+        if given != options:
             begun["statistics"].result()
         call(["evaluate", str(unit.folder), *given, "--json"], stopped, unit.folder)
         others = [e for e in state.evaluated if (e[-2:] == LAST) == (options[-2:] == LAST)]

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jemkit.config.layers import flat
 from jemkit.errors import ConfigError
@@ -14,31 +14,49 @@ PLACE = ("use", "dir", "download")
 """Settings of a data set that do not change its images, and its name."""
 
 
-def statistics_file(
-    units: Sequence[Unit], evaluations: Iterable[Evaluation], out: Path
-) -> Path | None:
-    """The file of the statistics that these evaluations name; None if none does.
+class Statistics(NamedTuple):
+    """A file of statistics, and the command that writes it."""
 
-    Its name depends on the data set and its options. Raises ConfigError if the runs differ in them.
+    file: Path
+    command: list[str]
+
+    def named_in(self, options: Evaluation) -> Evaluation:
+        """The options with this file in place of `{statistics}`."""
+        return tuple(STATISTICS.sub(lambda _: str(self.file), text) for text in options)
+
+
+def study_statistics(
+    units: Sequence[Unit], evaluations: Iterable[Evaluation], out: Path
+) -> Statistics | None:
+    """The statistics that these evaluations name; None if none does.
+
+    The file's name depends on the data set, its options and those of `jemkit fid-stats`. Raises
+    ConfigError if the runs or the evaluations differ in them.
     """
-    if not any(STATISTICS in text for options in evaluations for text in options):
+    texts = [text for options in evaluations for text in options]
+    named = sorted({match[1] for text in texts for match in STATISTICS.finditer(text)})
+    if not named:
         return None
+    if len(named) > 1:
+        wanted = " and ".join(f"{{statistics{options}}}" for options in named)
+        raise ConfigError(f"the evaluations name {wanted}: a study has one reference, name one")
+    (options,) = named
     sets = {json.dumps(_images(unit), sort_keys=True, default=str) for unit in units}
     if len(sets) > 1:
         raise ConfigError(
-            f"the rows have different data sets ({'; '.join(sorted(sets))}), and {STATISTICS} is "
+            f"the rows have different data sets ({'; '.join(sorted(sets))}), and {{statistics}} is "
             "the file of one: give the rows one [common.data]"
         )
-    digest = hashlib.sha256(sets.pop().encode()).hexdigest()[:8]
-    return out / f"statistics-{digest}.safetensors"
+    digest = hashlib.sha256((sets.pop() + options).encode()).hexdigest()[:8]
+    file = out / f"statistics-{digest}.safetensors"
+    return Statistics(file, [*_command(units[0], file), *options.split()])
 
 
-def statistics_command(units: Sequence[Unit], path: Path) -> list[str]:
-    """The command that writes the file."""
-    data: dict[str, Any] = units[0].resolved.tables["data"]
+def _command(unit: Unit, path: Path) -> list[str]:
+    data: dict[str, Any] = unit.resolved.tables["data"]
     where = ["--data-dir", str(data["dir"])] if data.get("dir") else []
-    options = [(k, v) for k, v in flat(data) if k not in PLACE and v is not None]
-    more = [text for k, v in options for text in ("--set", f"data.{k}={json.dumps(v)}")]
+    settings = [(k, v) for k, v in flat(data) if k not in PLACE and v is not None]
+    more = [text for k, v in settings for text in ("--set", f"data.{k}={json.dumps(v)}")]
     return ["fid-stats", str(data["use"]), "--out", str(path), "--json", *where, *more]
 
 
