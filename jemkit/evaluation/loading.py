@@ -68,8 +68,8 @@ class LoadedModel(PixelModel):
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         if not (tracing or torch.compiler.is_compiling()):
             check_unit(pixels)
-            if pixels.shape[1] != self.shape[0]:
-                came = f"images of {pixels.shape[1]} channels"
+            if tuple(pixels.shape[1:]) != self.shape:
+                came = f"images {list(pixels.shape[1:])}"
                 raise DataError(f"{came}: the model takes {list(self.shape)}, [C, H, W]")
             if pixels.is_floating_point():  # as an array of float64 gives
                 pixels = pixels.to(next((p.dtype for p in self.parameters()), pixels.dtype))

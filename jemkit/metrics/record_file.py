@@ -187,6 +187,8 @@ def every(folder: Path) -> Iterator[Record]:
 
 def _read(folder: Path, stem: str) -> Record:
     path = folder / f"{stem}.json"
+    if folder.is_file():
+        raise DataError(f"{folder} is a file; expected the folder of a run")
     if not path.exists():
         raise DataError(f"no {path.name} in {folder}; `jemkit evaluate` of a run writes it there")
     saved, wanted = _sealed(path)

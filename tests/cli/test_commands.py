@@ -136,6 +136,9 @@ class TestSample:
             assert "expected a number" in one_line(done, 3)
         assert "0 images: expected 1 or more" in one_line(jemkit("sample", run, "--n=0"), 2)
         assert "-1 steps: expected 0 or more" in one_line(jemkit("sample", run, "--steps=-1"), 2)
+        Path("taken").write_text("a file")
+        occupied = jemkit("sample", run, "--n=1", "--steps=1", "--out=taken")
+        assert "a file has the name of a folder of this path" in one_line(occupied, 6)
         unknown = jemkit("sample", run, "--start=unifrm")
         assert "did you mean 'uniform'?" in one_line(unknown, 3)
         assert jemkit("train", *CLASSIFIER, "--out=plain", "--json").code == 0

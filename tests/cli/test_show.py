@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import MutableMapping
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -320,3 +321,10 @@ class TestServer:
         message = one_line(jemkit("show", "nowhere"), 3)
         assert "needs the package gradio" in message
         assert "[show]" in message
+
+    def test_a_folder_named_gradio_is_not_the_package(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = ModuleSpec("gradio", None)
+        monkeypatch.setattr("jemkit_cli.show.command.find_spec", lambda name: folder)
+        assert "needs the package gradio" in one_line(jemkit("show", "nowhere"), 3)

@@ -85,8 +85,10 @@ def test_labels_and_images_that_cannot_be_are_refused(
         model.energy(x, 3)
     with pytest.raises(DataError, match=r"expected images as a tensor \[B, C, H, W\]"):
         model(x[0])
-    with pytest.raises(DataError, match=r"images of 3 channels: the model takes \[1, 8, 8\]"):
+    with pytest.raises(DataError, match=r"images \[3, 8, 8\]: the model takes \[1, 8, 8\]"):
         model(x.expand(5, 3, 8, 8))
+    with pytest.raises(DataError, match=r"images \[1, 8, 7\]: the model takes \[1, 8, 8\]"):
+        model(x[..., :7])
     with pytest.raises(DataError, match="got ndarray"):
         model(x.numpy())  # type: ignore[arg-type]
 

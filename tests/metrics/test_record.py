@@ -246,6 +246,13 @@ def test_a_record_that_names_what_it_cannot_have_is_refused(
         records.load(tmp_path)
 
 
+def test_a_file_in_place_of_a_run_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    file.write_text("")
+    with pytest.raises(DataError, match=r"report\.html is a file; expected the folder of a run"):
+        records.load(file)
+
+
 def test_the_outcome_of_a_measurement_and_its_seconds_are_no_protocol() -> None:
     card = {"attack": "pgd", "seconds": 1.0, "max_delta_px": {"L2": 1.0}, "accuracy_after": {}}
     one = share("pgd20", 1, 2, card)

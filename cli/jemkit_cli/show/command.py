@@ -66,7 +66,8 @@ def show(
 
 def _check_gradio() -> None:
     """Before any slow work: the package that makes the page is there."""
-    if find_spec("gradio") is None:
+    spec = find_spec("gradio")
+    if spec is None or spec.origin is None:  # a folder of this name has no origin
         _without_gradio("it is not installed")
 
 
