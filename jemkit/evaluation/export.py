@@ -244,6 +244,8 @@ def _moments(recipe: Recipe, task: Task) -> dict[str, Tensor]:
 def _portable(config: Any) -> Any:
     """A config without user names and folders of this machine, since a model may be published."""
     shared = _without_home(config)
+    if isinstance(start := shared.get("init_from"), dict):  # the folder of the run alone
+        shared = {**shared, "init_from": {k: Path(str(v)).name for k, v in start.items()}}
     try:
         json.dumps(shared, allow_nan=False)
     except ValueError:

@@ -89,7 +89,7 @@ def test_no_path_of_an_exported_config_names_the_user(
     begun = tmp_path / "second"
     train(toy_recipe(parts), begun, registry=parts, init_from=tmp_path / "first")
     config = export(begun, out=tmp_path / "model", registry=parts).folder / CONFIG
-    assert read_json(config)["init_from"]["path"] == "~/first"
+    assert read_json(config)["init_from"] == {"given": "first", "path": "first"}
     assert str(tmp_path) not in config.read_text()
 
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jemkit_cli.study.plan import Row, Unit
+from jemkit.config.registry import installed
+from jemkit_cli.study.plan import Row, Unit, find_study, part_of, study_resolver, units
 from jemkit_cli.study.running import state_of
 
 ROOT = Path(__file__).parents[2]
@@ -57,3 +58,7 @@ def test_shipped_models_continue_a_study_as_runs(tmp_path: Path) -> None:
         state = state_of(unit)
         assert state.trained == {"seconds": row["seconds"][0]}
         assert state.missing([("-q",)]) == [("-q",)]
+    study = find_study(installed(), "table2", "cifar10-small")
+    rows = part_of(study, (), ["PGD-AT", "DAT, after PGD-AT"])
+    planned = units(rows, installed(), tmp_path, study_resolver(rows, installed(), {}))
+    assert {unit.folder for unit in planned} <= set(copied)

@@ -301,7 +301,7 @@ def _existing(registry: Registry, out: Path) -> dict[Path, _Run]:
         try:
             resolved = complete(resolve(registry, config=config), registry)
             start = read_json(config).get("init_from")
-            path = Path(start["path"]).resolve() if start else None
+            path = (out / start["path"]).resolve() if start else None  # a name in an export
         except (JemkitError, TypeError, LookupError):
             continue
         runs[config.parent] = _Run(_key(resolved), path)
