@@ -22,6 +22,11 @@ def _option(name: str, text: str, panel: str, metavar: str | None = None) -> Any
 
 
 WHAT, HOW, WHERE = "What is measured", "How", "On what"
+SETTINGS = (
+    "norm", "eps_px", "max_images", "batch_size", "seed", "protocol", "quick", "refine_steps",
+    "selection",
+)  # fmt: skip
+BY_INDICATORS = {"full": ["robustness.indicators=full"], "off": ["robustness.indicators=false"]}
 
 
 @guarded
@@ -128,12 +133,12 @@ def evaluate(
 
     my.py:build is run as Python code, with all rights that you have; its weights are not.
     """
-    wanted = {
-        "attacks": attack or (), "norm": norm, "eps_px": eps_px, "max_images": max_images,
+    wanted, options = requested({
+        "attack": attack, "norm": norm, "eps_px": eps_px, "max_images": max_images,
         "batch_size": batch_size, "seed": seed, "protocol": protocol, "quick": quick,
-        "refine_steps": refine_steps, "only": only or (), "skip": skip or (),
-        "selection": selection,
-    }  # fmt: skip
+        "refine_steps": refine_steps, "only": only, "skip": skip, "selection": selection,
+        "overrides": overrides, "indicators": indicators,
+    })  # fmt: skip
     data = {"use": dataset, "dir": data_dir and str(data_dir), "download": download or None}
     given = {k: v for k, v in data.items() if v is not None}
     where = {
@@ -146,10 +151,8 @@ def evaluate(
         "device": device,
         "out": out,
     }
-    by_indicators = {"full": ["robustness.indicators=full"], "off": ["robustness.indicators=false"]}
-    overrides = [*(overrides or []), *by_indicators.get(indicators, [])]
     record = _judged(
-        run, wanted, overrides, where, third_party=not no_plugins,
+        run, wanted, options, where, third_party=not no_plugins,
         keep_adversarial=save_adversarial, silent=as_json,
     )  # fmt: skip
     if record is None:  # rank 0 writes the output
@@ -158,6 +161,14 @@ def evaluate(
         say_json(record.to_json())
     else:
         show_record(record)
+
+
+def requested(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What these parameters of the command request: settings, and options of attacks and evaluators
+    as texts."""
+    wanted = {name: given[name] for name in SETTINGS}
+    wanted |= {"attacks": given["attack"] or (), **{k: given[k] or () for k in ("only", "skip")}}
+    return wanted, [*(given["overrides"] or []), *BY_INDICATORS.get(given["indicators"], [])]
 
 
 def _judged(

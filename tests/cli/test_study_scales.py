@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_tools import jemkit
+from cli_tools import jemkit, one_line
 from sorted_images import sorted_folder
 from study_tools import OPTIONS, Calls, Fork, commands_by, done, planned, study
 
@@ -17,6 +17,7 @@ from jemkit.config.registry import installed
 from jemkit.errors import ConfigError, DataError
 from jemkit.runtime.files import write_json
 from jemkit_cli.study import forecast as forecasts
+from jemkit_cli.study.evaluations import check_evaluations
 from jemkit_cli.study.plan import (
     Study,
     check_data,
@@ -172,6 +173,40 @@ def test_options_of_the_statistics_are_those_of_their_command(tmp_path: Path) ->
     both = study("a", "b", evaluate=(whole, subset))
     with pytest.raises(ConfigError, match=r"\{statistics\} and \{statistics --max-images 100\}"):
         done(both, tmp_path, calls)
+
+
+BUILT_IN = sorted(key for key in installed().recipes if key.startswith("study/"))
+
+
+@pytest.mark.parametrize("key", BUILT_IN)
+def test_the_evaluations_of_every_study_are_ones_that_evaluate_accepts(key: str) -> None:
+    _, name, scale = key.split("/")
+    check_evaluations(find_study(installed(), name, scale), installed())
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (("--bogus",), "No such option: --bogus"),
+    (("--max-images", "some"), "valid integer"),
+    (("--skip", "robustness", "--indicators", "off"), "options of 'robustness' are set"),
+    (("--attack", "pdg"), "did you mean 'pgd'"),
+    (("--only", "generation", "--set", "generation.m=3"), "no such option"),
+])  # fmt: skip
+def test_options_that_evaluate_refuses_end_a_study_before_it_trains(
+    options: tuple[str, ...], message: str
+) -> None:
+    given = study("a", evaluate=options)
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_evaluations(given, installed())
+    assert " ".join(options) in str(caught.value)
+
+
+def test_a_sweep_names_an_unknown_attack_before_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = one_line(jemkit("sweep", "--set=run.epochs=1,2", "--attack=pdg"), 3)
+    assert "did you mean 'pgd'" in message
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_study_lies_over_the_settings_of_its_scale() -> None:

@@ -80,11 +80,13 @@ def reproduce(
 
     Runs that are complete are found again by their recipe; an interrupted call continues.
     """
+    from jemkit_cli.study.evaluations import check_evaluations
     from jemkit_cli.study.plan import find_study, part_of, study_resolver, units, with_settings
 
     registry = installed_parts(third_party=not no_plugins)
     study = part_of(find_study(registry, name, scale), _numbers(seeds), row or ())
     study = with_settings(study, settings or ())
+    check_evaluations(study, registry)
     own = name.endswith(".toml")  # of the user
     folder = out or RUNS / (Path(name).stem if own else scale)
     data: dict[str, Any] = {} if data_dir is None else {"dir": str(data_dir)}
@@ -115,6 +117,7 @@ def sweep(
 
     A --set with several values, separated by commas, is varied: --set objective.w2=0.05,0.5.
     """
+    from jemkit_cli.study.evaluations import check_evaluations
     from jemkit_cli.study.plan import sweep_resolver, sweep_study, units
 
     registry = recipe.registry()
@@ -124,6 +127,7 @@ def sweep(
     study = sweep_study(
         recipe.overrides or (), numbers, tuple(attack or ("pgd",)), tuple(figure or ())
     )
+    check_evaluations(study, registry)
     planned = units(study, registry, out, sweep_resolver(registry, recipe.layers()))
     _go(study, planned, out, "sweep", jobs=jobs, dry_run=dry_run, as_json=as_json)
 
