@@ -22,10 +22,6 @@ def _option(name: str, text: str, panel: str, metavar: str | None = None) -> Any
 
 
 WHAT, HOW, WHERE = "What is measured", "How", "On what"
-SETTINGS = (
-    "norm", "eps_px", "max_images", "batch_size", "seed", "protocol", "quick", "refine_steps",
-    "selection",
-)  # fmt: skip
 BY_INDICATORS = {"full": ["robustness.indicators=full"], "off": ["robustness.indicators=false"]}
 
 
@@ -166,7 +162,9 @@ def evaluate(
 def requested(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """What these parameters of the command request: settings, and options of attacks and evaluators
     as texts."""
-    wanted = {name: given[name] for name in SETTINGS}
+    from jemkit.config.eval_settings import Settings
+
+    wanted = {name: given[name] for name in Settings.model_fields if name in given}
     wanted |= {"attacks": given["attack"] or (), **{k: given[k] or () for k in ("only", "skip")}}
     return wanted, [*(given["overrides"] or []), *BY_INDICATORS.get(given["indicators"], [])]
 

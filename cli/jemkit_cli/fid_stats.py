@@ -21,7 +21,7 @@ def fid_stats(
     ] = "train",
     max_images: Annotated[
         int | None,
-        typer.Option(min=2, help="A subset of the images, in proportion to the classes.",
+        typer.Option(min=2, help="Size of a subset stratified by class; all by default.",
                      show_default=False),
     ] = None,
     data_dir: Annotated[

@@ -123,7 +123,7 @@ def _exit_of(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OSError) and error.filename is not None:
         hint = "; free some space and run the same command again, nothing is lost" if full else ""
         if isinstance(error, FileExistsError | NotADirectoryError):
-            hint = "; a file has the name of a folder of this path: give another path"
+            hint = "; a part of this path is a file or a broken link: give another path"
         return DATA, f"{error.filename}: {error.strerror}{hint}"
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.split(".")[0]

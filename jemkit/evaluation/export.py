@@ -207,6 +207,7 @@ def _about_run(recipe: Mapping[str, Any], about: Mapping[str, Any]) -> str:
             ("backbone", recipe["backbone"]["use"]),
             ("network", f"{network.get('use', '')} ({shown})"),
             ("objective", recipe["objective"]["use"]),
+            ("updater", recipe.get("updater", {}).get("use", "plain")),
             ("data set", recipe["data"]["use"]),
             *about.items(),
         ]
@@ -244,8 +245,9 @@ def _moments(recipe: Recipe, task: Task) -> dict[str, Tensor]:
 def _portable(config: Any) -> Any:
     """A config without user names and folders of this machine, since a model may be published."""
     shared = _without_home(config)
-    if isinstance(start := shared.get("init_from"), dict):  # the folder of the run alone
-        shared = {**shared, "init_from": {k: Path(str(v)).name for k, v in start.items()}}
+    if isinstance(start := config.get("init_from"), dict):
+        run = _run_name(Path(str(start.get("path", ""))))
+        shared = {**shared, "init_from": {"given": run, "path": run}}
     try:
         json.dumps(shared, allow_nan=False)
     except ValueError:
@@ -253,6 +255,12 @@ def _portable(config: Any) -> Any:
     if not isinstance(origins := shared.get("origins"), dict):
         return shared
     return {**shared, "origins": {key: _short(origin) for key, origin in origins.items()}}
+
+
+def _run_name(path: Path) -> str:
+    """The name of the run whose folder, checkpoint or export this is."""
+    inside = [i for i, part in enumerate(path.parts) if part in ("checkpoints", "export")]
+    return path.parts[inside[-1] - 1] if inside and inside[-1] > 0 else path.name
 
 
 def _short(origin: Any) -> Any:

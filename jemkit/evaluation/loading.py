@@ -68,9 +68,12 @@ class LoadedModel(PixelModel):
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         if not (tracing or torch.compiler.is_compiling()):
             check_unit(pixels)
-            if tuple(pixels.shape[1:]) != self.shape:
-                came = f"images {list(pixels.shape[1:])}"
-                raise DataError(f"{came}: the model takes {list(self.shape)}, [C, H, W]")
+            if tuple(pixels.shape[1:]) != tuple(self.shape):
+                hint = "" if self.origin else "; load the weights with the shape= of their images"
+                raise DataError(
+                    f"images {list(pixels.shape[1:])}: the model takes {list(self.shape)}, "
+                    f"[C, H, W]{hint}"
+                )
             if pixels.is_floating_point():  # as an array of float64 gives
                 pixels = pixels.to(next((p.dtype for p in self.parameters()), pixels.dtype))
         return super().scores(pixels)

@@ -36,8 +36,19 @@ CITED = {
     "ICLR 2018",
     "trades": "Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy, "
     "ICML 2019",
+    "mart": "Wang et al., Improving Adversarial Robustness Requires Revisiting Misclassified "
+    "Examples, ICLR 2020",
+    "awp": "Wu, Xia and Wang, Adversarial Weight Perturbation Helps Robust Generalization, "
+    "NeurIPS 2020",
+    "sam": "Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, "
+    "ICLR 2021",
+    "dat": "Scalable Energy-Based Models via Adversarial Training (DAT), arXiv 2510.13872, "
+    "ICLR 2026",
 }
-"""The paper of a backbone or an objective, by registered name."""
+"""The paper of a backbone, an objective or an updater, by registered name."""
+
+PARTS = ("backbone", "objective", "updater")
+"""The parts of a recipe that a card names."""
 
 Rows = Sequence[tuple[str, Any]]
 
@@ -116,7 +127,8 @@ def page(
     samples: bool,
 ) -> str:
     """The whole card."""
-    parts = [str(recipe[table]["use"]) for table in ("backbone", "objective")]
+    parts = [str(recipe[table]["use"]) for table in PARTS if table in recipe]
+    parts = [part for part in parts if part != "plain"]  # the updater without a method
     named = dict.fromkeys(["joint-energy-based-model", *parts])
     tags = "".join(f"- {quoted(tag)}\n" for tag in named)
     papers = "".join(f"- {CITED[part]}\n" for part in dict.fromkeys(parts) if part in CITED)

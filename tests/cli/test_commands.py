@@ -138,7 +138,7 @@ class TestSample:
         assert "-1 steps: expected 0 or more" in one_line(jemkit("sample", run, "--steps=-1"), 2)
         Path("taken").write_text("a file")
         occupied = jemkit("sample", run, "--n=1", "--steps=1", "--out=taken")
-        assert "a file has the name of a folder of this path" in one_line(occupied, 6)
+        assert "a part of this path is a file" in one_line(occupied, 6)
         unknown = jemkit("sample", run, "--start=unifrm")
         assert "did you mean 'uniform'?" in one_line(unknown, 3)
         assert jemkit("train", *CLASSIFIER, "--out=plain", "--json").code == 0

@@ -12,6 +12,7 @@ import torch
 from cli_tools import jemkit, one_line
 from sorted_images import sorted_folder
 from study_tools import OPTIONS, Calls, Fork, commands_by, done, planned, study
+from toys import root
 
 from jemkit.config.registry import installed
 from jemkit.errors import ConfigError, DataError
@@ -165,7 +166,7 @@ def test_options_of_the_statistics_are_those_of_their_command(tmp_path: Path) ->
     done(study("a", evaluate=subset), tmp_path, calls)
     first, second = (each for each in calls.arguments if each[0] == "fid-stats")
     assert "--max-images" not in first
-    assert second[-2:] == ["--max-images", "100"]
+    assert second[2:4] == ["--max-images", "100"]
     files = [each[each.index("--out") + 1] for each in (first, second)]
     assert files[0] != files[1]
     named = [each[-2] for each in calls.arguments if each[0] == "evaluate"]
@@ -175,13 +176,14 @@ def test_options_of_the_statistics_are_those_of_their_command(tmp_path: Path) ->
         done(both, tmp_path, calls)
 
 
+FILES = [str(path) for path in (root() / "benchmarks").glob("*.toml")]
 BUILT_IN = sorted(key for key in installed().recipes if key.startswith("study/"))
 
 
-@pytest.mark.parametrize("key", BUILT_IN)
-def test_the_evaluations_of_every_study_are_ones_that_evaluate_accepts(key: str) -> None:
-    _, name, scale = key.split("/")
-    check_evaluations(find_study(installed(), name, scale), installed())
+@pytest.mark.parametrize("study", [*BUILT_IN, *FILES])
+def test_the_evaluations_of_every_study_are_ones_that_evaluate_accepts(study: str) -> None:
+    named = study.removeprefix("study/").split("/") if study in BUILT_IN else (study, "")
+    check_evaluations(find_study(installed(), *named), installed())
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -190,6 +192,12 @@ def test_the_evaluations_of_every_study_are_ones_that_evaluate_accepts(key: str)
     (("--skip", "robustness", "--indicators", "off"), "options of 'robustness' are set"),
     (("--attack", "pdg"), "did you mean 'pgd'"),
     (("--only", "generation", "--set", "generation.m=3"), "no such option"),
+    (("--norm", "L2"), "no default radius"),
+    (("other",), "unexpected extra argument"),
+    (("--skip", "generation", "--set", "generation.statistics={statistics}"), "does not run"),
+    (("--set", "generation.statistcs={statistics}"), "did you mean 'statistics'"),
+    (("--set", "generation.statistics={statistics --max-image 3}"), "No such option: --max-image"),
+    (("--set", "generation.statistics={statistics --inception 'a}"), "No closing quotation"),
 ])  # fmt: skip
 def test_options_that_evaluate_refuses_end_a_study_before_it_trains(
     options: tuple[str, ...], message: str
@@ -197,7 +205,7 @@ def test_options_that_evaluate_refuses_end_a_study_before_it_trains(
     given = study("a", evaluate=options)
     with pytest.raises(ConfigError, match=message) as caught:
         check_evaluations(given, installed())
-    assert " ".join(options) in str(caught.value)
+    assert options[-1].partition("=")[2] in str(caught.value)
 
 
 def test_a_sweep_names_an_unknown_attack_before_it_trains(

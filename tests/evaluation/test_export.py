@@ -81,13 +81,14 @@ def test_the_config_says_what_it_is(averaged: Path, tmp_path: Path) -> None:
     assert config["source"]["checkpoint"] == "best"
 
 
+@pytest.mark.parametrize("inside", ["", "checkpoints/best"])
 def test_no_path_of_an_exported_config_names_the_user(
-    parts: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inside: str, parts: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     train(toy_recipe(parts), tmp_path / "first", registry=parts)
     begun = tmp_path / "second"
-    train(toy_recipe(parts), begun, registry=parts, init_from=tmp_path / "first")
+    train(toy_recipe(parts), begun, registry=parts, init_from=tmp_path / "first" / inside)
     config = export(begun, out=tmp_path / "model", registry=parts).folder / CONFIG
     assert read_json(config)["init_from"] == {"given": "first", "path": "first"}
     assert str(tmp_path) not in config.read_text()

@@ -205,10 +205,12 @@ def test_weights_alone_need_a_network_and_say_for_which_images_they_are(tmp_path
     path = tmp_path / "mine.safetensors"
     write_tensors(path, model.state_dict())
     x = torch.rand(3, 1, 8, 8, generator=gen())
-    for how in ({}, {"dataset": "digits"}, {"shape": (1, 8, 8)}):
+    for how in ({}, {"dataset": "digits"}, {"shape": [1, 8, 8]}):
         loaded = load(path, network="mlp-8-1", registry=parts, **how)  # type: ignore[arg-type]
-        assert (loaded.shape, loaded.n_classes) == ((1, 8, 8), 10)
+        assert (tuple(loaded.shape), loaded.n_classes) == ((1, 8, 8), 10)
         assert torch.equal(loaded(x), model(2 * x - 1).logits)
+    with pytest.raises(DataError, match="with the shape= of their images"):
+        loaded(x[:, :, 1:])
     with pytest.raises(MisfitError, match="cannot be sampled"):
         loaded.sample(1)
     with pytest.raises(MisfitError, match="has no recipe"):

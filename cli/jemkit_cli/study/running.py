@@ -17,7 +17,7 @@ from jemkit.runtime.files import read_json, write_json
 from jemkit.runtime.lock import LOCK, locked
 from jemkit.runtime.opening import make_folder
 from jemkit_cli.study.plan import LAST, Evaluation, Study, Unit
-from jemkit_cli.study.statistics import Statistics, study_statistics
+from jemkit_cli.study.statistics import StatisticsFile, study_statistics
 from jemkit_cli.terminal import STOPPED
 
 MARK = "study.json"
@@ -118,13 +118,13 @@ class _Shared(NamedTuple):
     """What the runs of a study share."""
 
     study: Study
-    statistics: Statistics | None  # what `{statistics}` stands for
+    statistics: StatisticsFile | None  # what `{statistics}` stands for
     report: Callable[[str], None]
     stopped: threading.Event
     call: Call
 
 
-def _write_statistics(wanted: Statistics, shared: _Shared) -> None:
+def _write_statistics(wanted: StatisticsFile, shared: _Shared) -> None:
     folder = wanted.file.parent
     if not wanted.file.exists():
         make_folder(folder)
@@ -161,7 +161,7 @@ def _run(
         _mark(unit, state)
         report(f"{name}: {_summary(trained)}")
     for options in state.missing(evaluations):
-        given = shared.statistics.named_in(options) if shared.statistics else options
+        given = shared.statistics.substituted(options) if shared.statistics else options
         if given != options:
             begun["statistics"].result()
         call(["evaluate", str(unit.folder), *given, "--json"], stopped, unit.folder)

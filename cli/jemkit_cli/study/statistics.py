@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,33 +15,28 @@ PLACE = ("use", "dir", "download")
 """Settings of a data set that do not change its images, and its name."""
 
 
-class Statistics(NamedTuple):
+class StatisticsFile(NamedTuple):
     """A file of statistics, and the command that writes it."""
 
     file: Path
     command: list[str]
 
-    def named_in(self, options: Evaluation) -> Evaluation:
+    def substituted(self, options: Evaluation) -> Evaluation:
         """The options with this file in place of `{statistics}`."""
         return tuple(STATISTICS.sub(lambda _: str(self.file), text) for text in options)
 
 
 def study_statistics(
     units: Sequence[Unit], evaluations: Iterable[Evaluation], out: Path
-) -> Statistics | None:
+) -> StatisticsFile | None:
     """The statistics that these evaluations name; None if none does.
 
     The file's name depends on the data set, its options and those of `jemkit fid-stats`. Raises
     ConfigError if the runs or the evaluations differ in them.
     """
-    texts = [text for options in evaluations for text in options]
-    named = sorted({match[1] for text in texts for match in STATISTICS.finditer(text)})
-    if not named:
+    options = statistics_options(evaluations)
+    if options is None:
         return None
-    if len(named) > 1:
-        wanted = " and ".join(f"{{statistics{options}}}" for options in named)
-        raise ConfigError(f"the evaluations name {wanted}: a study has one reference, name one")
-    (options,) = named
     sets = {json.dumps(_images(unit), sort_keys=True, default=str) for unit in units}
     if len(sets) > 1:
         raise ConfigError(
@@ -49,15 +45,29 @@ def study_statistics(
         )
     digest = hashlib.sha256((sets.pop() + options).encode()).hexdigest()[:8]
     file = out / f"statistics-{digest}.safetensors"
-    return Statistics(file, [*_command(units[0], file), *options.split()])
+    return StatisticsFile(file, _command(units[0], file, shlex.split(options)))
 
 
-def _command(unit: Unit, path: Path) -> list[str]:
+def statistics_options(evaluations: Iterable[Evaluation]) -> str | None:
+    """The text of the options of `jemkit fid-stats` in these evaluations; None if they name no
+    statistics, ConfigError if they name several."""
+    texts = [text for options in evaluations for text in options]
+    several = sorted({match[1] for text in texts for match in STATISTICS.finditer(text)})
+    if len(several) > 1:
+        named = " and ".join(f"{{statistics{options}}}" for options in several)
+        raise ConfigError(
+            f"the evaluations name {named}: a study has one set of FID statistics, name one"
+        )
+    return several[0] if several else None
+
+
+def _command(unit: Unit, path: Path, options: Sequence[str]) -> list[str]:
     data: dict[str, Any] = unit.resolved.tables["data"]
     where = ["--data-dir", str(data["dir"])] if data.get("dir") else []
     settings = [(k, v) for k, v in flat(data) if k not in PLACE and v is not None]
     more = [text for k, v in settings for text in ("--set", f"data.{k}={json.dumps(v)}")]
-    return ["fid-stats", str(data["use"]), "--out", str(path), "--json", *where, *more]
+    name, out = str(data["use"]), ["--out", str(path), "--json"]
+    return ["fid-stats", name, *options, *where, *more, *out]
 
 
 def _images(unit: Unit) -> dict[str, Any]:

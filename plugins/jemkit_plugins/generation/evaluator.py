@@ -29,9 +29,6 @@ from jemkit_plugins.generation.features import (
 from jemkit_plugins.generation.samples import GeneratedImages, fresh, buffer_states
 
 CPU = torch.device("cpu")
-ENOUGH = 2048
-"""With fewer images a covariance of Inception's 2,048 features does not have full rank."""
-
 UNBIASED = 10_000
 """Number of samples from which on FID is reported without its extrapolation."""
 
@@ -116,10 +113,10 @@ class Generation(Options):
             )
         label = "" if self.selection == "none" else f"-{self.selection}"
         x = samples.most_confident(TOP_SHARE).x if self.selection == "top90" else samples.x
-        if len(x) < ENOUGH:
+        if len(x) < fid.FULL_RANK:
             ctx.notes.warnings.append(
-                f"generation is measured on {len(x)} samples, under {ENOUGH:,}: its distances are "
-                "too large to be compared with others'"
+                f"generation is measured on {len(x)} samples, under {fid.FULL_RANK:,}: its "
+                "distances are too large to be compared with others'"
             )
         _show(x, ctx, label)
         ours = extracted(features, x, ctx, "features of samples")
@@ -216,7 +213,7 @@ class Generation(Options):
             "split": "generated",
             "images": n,
             "n": n,
-            "few": n < ENOUGH,
+            "few": n < fid.FULL_RANK,
             "source": self.source,
             "steps": self.steps if chains else None,
             "start": start if chains else None,

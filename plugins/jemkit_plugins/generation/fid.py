@@ -11,6 +11,9 @@ from torch import Generator, Tensor
 ROWS = 1000
 """Number of rows whose distances are in memory at a time."""
 
+FULL_RANK = 2048
+"""With fewer images a covariance of Inception's 2,048 features does not have full rank."""
+
 
 class Spread(NamedTuple):
     """A mean over parts of the data, and the standard deviation over the parts."""

@@ -1,6 +1,7 @@
 """Statistics of a reference set for FID: mean and scatter of its features, computed once."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,6 +77,12 @@ def write_of(
         generator(device, 0), Threat("Linf", 0.0), batch_size=batch_size, work=work, stop=stop,
         progress=progress or no_progress,
     )  # fmt: skip
+    if len(images.y) < fid.FULL_RANK:
+        logging.getLogger("jemkit").warning(
+            "statistics of %d images, under %s: the covariance of Inception's features does not "
+            "have full rank, and a FID against it does not compare with others",
+            len(images.y), f"{fid.FULL_RANK:,}",
+        )  # fmt: skip
     result = measured(images, network, ctx, about)
     write(out, result)
     for cache in ctx.notes.ledgers:
