@@ -142,6 +142,12 @@ def _hash(features: Mapping[str, Any]) -> str:
     return f" weights of SHA-256 {features.get('sha256')}" if unknown else ""
 
 
+def _reference_set(reference: Mapping[str, Any]) -> str:
+    """The split of the images that samples are compared with: of FID statistics their own."""
+    named = "split" if reference["set"] == "statistics" else "set"
+    return str(reference.get(named, "reference"))
+
+
 def protocol_text(figure: "Figure") -> str:
     """The protocol of a figure in a few words, next to it."""
     card = figure.protocol
@@ -157,6 +163,8 @@ def protocol_text(figure: "Figure") -> str:
     features = card.get("features")
     if isinstance(features, dict) and features.get("weights"):
         words.append(f"{features.get('extractor')}, {features['weights']}{_hash(features)}")
+    if isinstance(reference := card.get("reference"), dict):
+        words.append(f"against {reference['count']} {_reference_set(reference)} images")
     if card.get("standard") is False:
         words.append("non-standard")
     words.append(f"seed {card['seed']}")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 from pydantic import BaseModel
@@ -46,7 +47,9 @@ def with_departures(card: Mapping[str, Any], changed: Mapping[str, Any]) -> dict
 
 
 def plain(value: Any) -> Any:
-    """An option as JSON has it."""
+    """An option as JSON has it; of a path its name, since records may be published."""
+    if isinstance(value, PurePath):
+        return value.name
     if isinstance(value, BaseModel):
         return {"part": type(value).__name__, **{k: plain(v) for k, v in value}}
     if isinstance(value, list | tuple):

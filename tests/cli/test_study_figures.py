@@ -106,3 +106,12 @@ def test_what_cannot_be_trained_has_the_papers_figures_alone(tmp_path: Path) -> 
 def test_a_fid_names_the_weights_of_its_features(weights: str, shown: str) -> None:
     features = {"extractor": "Inception", "sha256": "12" * 32, "weights": weights}
     assert shown in protocol_text(plain("fid", 30.0, 64, card(features=features)))
+
+
+@pytest.mark.parametrize(("reference", "shown"), [
+    ({"set": "train", "count": 50_000}, "against 50000 train images"),
+    ({"set": "statistics", "split": "test", "count": 10_000}, "against 10000 test images"),
+    ({"set": "statistics", "count": 10_000}, "against 10000 reference images"),
+])  # fmt: skip
+def test_a_fid_names_its_reference(reference: dict[str, Any], shown: str) -> None:
+    assert shown in protocol_text(plain("fid", 30.0, 64, card(reference=reference)))

@@ -15,6 +15,7 @@ from toys import REGISTRY, linear_model
 from jemkit import DataError, Images, PixelModel, evaluate
 from jemkit.attacks.base import ModelAttack, Threat
 from jemkit.attacks.departures import departures
+from jemkit.attacks.departures import plain as plain_option
 from jemkit.attacks.pgd import PGD
 from jemkit.metrics import record as records
 from jemkit.metrics.evaluator import Context
@@ -347,6 +348,10 @@ def test_an_option_at_what_its_default_means_is_the_default() -> None:
     assert not departures(PGD(step_px=2.0, radius_px=8.0, norm="Linf"), THREAT)
     assert not departures(PGD(norm="L2"), Threat("L2", 8.0))
     assert departures(PGD(step_px=2.0), Threat("Linf", 4.0)) == {"step_px": 2.0}
+
+
+def test_a_path_among_the_options_is_listed_without_its_folder() -> None:
+    assert plain_option([Path("/home/me/statistics.safetensors")]) == ["statistics.safetensors"]
 
 
 @pytest.mark.parametrize(("fraction", "px"), [
