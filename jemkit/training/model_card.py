@@ -47,8 +47,8 @@ CITED = {
 }
 """The paper of a backbone, an objective or an updater, by registered name."""
 
-PARTS = ("backbone", "objective", "updater")
-"""The parts of a recipe that a card names."""
+PLAIN = "plain"
+"""The updater of an ordinary gradient step, which has no paper."""
 
 Rows = Sequence[tuple[str, Any]]
 
@@ -127,8 +127,9 @@ def page(
     samples: bool,
 ) -> str:
     """The whole card."""
-    parts = [str(recipe[table]["use"]) for table in PARTS if table in recipe]
-    parts = [part for part in parts if part != "plain"]  # the updater without a method
+    parts = [str(recipe[table]["use"]) for table in ("backbone", "objective")]
+    if (updater := recipe.get("updater", {}).get("use", PLAIN)) != PLAIN:
+        parts.append(str(updater))
     named = dict.fromkeys(["joint-energy-based-model", *parts])
     tags = "".join(f"- {quoted(tag)}\n" for tag in named)
     papers = "".join(f"- {CITED[part]}\n" for part in dict.fromkeys(parts) if part in CITED)

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
 from jemkit.config.eval_settings import evaluators_of, options_of, settings_of, threat_of
 from jemkit.config.registry import Registry
@@ -52,8 +51,7 @@ def _parameters(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     """The parameters that a command of jemkit would be called with."""
     from jemkit_cli.commands import app  # which imports this package
 
-    group = typer.main.get_command(app)
-    assert isinstance(group, TyperGroup)
+    group = typer.main.get_group(app)
     try:
         return group.commands[command].make_context(command, list(arguments)).params
     except Exception as error:  # its type is click's, which newer versions of typer contain
