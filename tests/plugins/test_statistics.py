@@ -124,11 +124,15 @@ def test_the_distance_of_few_rows_is_that_of_their_moments(n: int, dimension: in
     assert fid._of_rows(rows, reference) == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_command_writes_what_evaluation_takes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pixels are the features in place of Inception's."""
     monkeypatch.setattr(feature_module, "inception_file", lambda path: path)
     monkeypatch.setattr(feature_module, "inception", lambda path, device: pixels())
+
+
+@pytest.mark.usefixtures("without_weights")
+def test_the_command_writes_what_evaluation_takes(tmp_path: Path) -> None:
     out = tmp_path / "digits.safetensors"
     outcome = jemkit("fid-stats", "digits", "-o", str(out), "--json")
     assert outcome.code == 0, outcome.err
@@ -139,14 +143,12 @@ def test_the_command_writes_what_evaluation_takes(
     assert f"statistics {out}" in jemkit("fid-stats", "digits", "-o", str(out)).out
 
 
-def test_the_command_takes_a_subset_and_says_which(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(feature_module, "inception_file", lambda path: path)
-    monkeypatch.setattr(feature_module, "inception", lambda path, device: pixels())
+@pytest.mark.usefixtures("without_weights")
+def test_the_command_takes_a_subset_and_says_which(tmp_path: Path) -> None:
     out = tmp_path / "digits.safetensors"
     outcome = jemkit("fid-stats", "digits", "-o", str(out), "--max-images", "100", "--json")
     assert outcome.code == 0, outcome.err
+    assert "statistics of 100 images, under 2,048" in outcome.err
     about = statistics.read(out).about
     assert about["count"] == statistics.read(out).moments.n == 100
     assert about["selection"] == "100 of 1297, stratified by class, seed 0"

@@ -194,3 +194,11 @@ def test_every_hint_of_an_extra_goes_by_one_function() -> None:
             if path.name != "extras.py":
                 assert "pip install 'jemkit[" not in path.read_text(), path
     assert install("hub").startswith("pip install ")
+
+
+@pytest.mark.parametrize(("updater", "named"), [("awp", True), ("plain", False)])
+def test_a_card_names_and_cites_an_updater_of_a_paper(updater: str, named: bool) -> None:
+    recipe = {**RECIPE, "updater": {"use": updater}}
+    text = page("a", recipe, "", task=None, sha="0" * 64, license="mit", samples=False)
+    assert (updater in front_matter(text)["tags"]) is named
+    assert ("Adversarial Weight Perturbation" in text) is named
