@@ -181,7 +181,7 @@ def draw_samples(
 def save(samples: Samples, out: Path | None = None) -> tuple[Path, Path]:
     """Write a PNG grid and an .npz of the images; the file names contain a hash of the protocol.
 
-    The .npz has `images` [N, H, W, C] in 0..255, `y` (empty if no classes were requested) and
+    The .npz has `image` [N, H, W, C] in 0..255, `label` [N] if classes were requested, and
     `protocol`, a JSON string.
     """
     text = json.dumps(samples.protocol, sort_keys=True)

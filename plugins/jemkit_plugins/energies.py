@@ -28,7 +28,7 @@ SHORT = {"clean": "clean", "adversarial": "adv", "generated": "gen"}
 """The names of the sets in figures."""
 
 QUANTILES = (0.1, 0.9)
-"""The attack whose path is plotted."""
+"""Of E(x) at each state of the attack; the chart of its path shows the range between them."""
 
 POINTS = 500
 """Number of images in the table of energy against confidence."""

@@ -30,7 +30,8 @@ class ET3(Options):
     Measured on clean images and under each attack. Each attack is run through the defence with its
     exact gradient (that of a sign is 0), and on the model without the defence, since a defence can
     hide the gradient. An image counts as robust if it withstands both. The second attack alone is a
-    figure labelled oblivious.
+    figure labelled oblivious. Of AutoAttack it attacks only the images that the undefended model
+    classifies correctly.
     """
 
     steps: int = Field(0, ge=0)  # the paper's 1 or 2; 0: no defence, nothing is measured

@@ -28,6 +28,7 @@ from jemkit_cli.study.plan import (
     grid,
     part_of,
     read_study,
+    study_resolver,
     sweep_resolver,
     sweep_study,
     units,
@@ -368,3 +369,12 @@ def test_seeds_that_are_no_list_are_refused(seeds: str) -> None:
     outcome = jemkit("reproduce", "table2", "--seeds", seeds)
     assert outcome.code == 2
     assert "--seeds" in outcome.err
+
+
+def test_rivals_on_cifar10_are_trained_as_their_published_models() -> None:
+    table = find_study(installed(), "table2", "cifar10")
+    resolver = study_resolver(table, installed(), {})
+    tables = {row.name: resolver(row, 0).tables for row in table.rows if not row.missing}
+    assert tables["LBGAT"]["objective"]["beta"] == 0
+    assert tables["TDAT"]["backbone"]["network"]["use"] == "resnet"
+    assert tables["TDAT"]["backbone"]["network"]["depth"] == 18

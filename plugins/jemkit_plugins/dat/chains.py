@@ -17,7 +17,7 @@ from jemkit_plugins.dat.starts import Blurred
 class FreshChains(Options):
     """Draws new chains that descend E(x, y), in eval mode; the loss is binary cross-entropy.
 
-    If no classes are given, image i has class i mod K. There is no replay buffer.
+    If no classes are given, image i of a batch has class i mod K. There is no replay buffer.
     """
 
     def build(
