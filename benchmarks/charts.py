@@ -24,7 +24,7 @@ LABELS = {
     "jemkit+cl": "jemkit, channels last",
     "jemkit+cl+hold": "jemkit, channels last,\nmemory held",
     "jemkit+cl+compile": "jemkit, channels last,\nchains compiled",
-    "jemkit+cl+anew": "jemkit, channels last,\nactivation checkpointing",
+    "jemkit+cl+recompute": "jemkit, channels last,\nactivation checkpointing",
     "jemkit+cl+bf16": "jemkit, channels last,\nbf16",
     "jemkit+cl+bf16+compile": "jemkit, channels last,\nbf16, compiled",
 }

@@ -49,7 +49,7 @@ def cost(registry: Registry, tables: dict[str, Any], steps: int, rounds: int) ->
         epoch = in_turn(after_an_epoch, lambda: None, rounds)["first_ms"]
         step_ms = timings["second_ms"] / steps
         rows = [dict(row) for row in as_numbers(runs[0].folder)] * 20
-        read = in_turn(lambda: [monitor.vitals.row(row) for row in rows], lambda: None, rounds)
+        read = in_turn(lambda: [monitor.statistics.row(row) for row in rows], lambda: None, rounds)
         row_ms = read["first_ms"] / len(rows)
         per_epoch = runs[0].loader.steps_per_epoch
     return {

@@ -55,14 +55,14 @@ REGISTRY = installed(third_party=False)
 MAIN = "jemkit+cl+hold"
 VARIANTS = {
     "cpu": (
-        "jemkit", "jemkit+cl", MAIN, "jemkit+cl+compile", "jemkit+cl+anew", "jemkit+cl+bf16"
+        "jemkit", "jemkit+cl", MAIN, "jemkit+cl+compile", "jemkit+cl+recompute", "jemkit+cl+bf16"
     ),
     "cuda": (
-        "jemkit+cl", "jemkit+cl+anew", "jemkit+cl+compile", "jemkit+cl+bf16",
+        "jemkit+cl", "jemkit+cl+recompute", "jemkit+cl+compile", "jemkit+cl+bf16",
         "jemkit+cl+bf16+compile"
     ),
 }  # fmt: skip
-"""cl: channels last; hold: memory held; anew: activation checkpointing; all else as run.NAME is."""
+"""cl: channels last; hold: memory held; recompute: checkpointing; all else as run.NAME is."""
 RIVALS = ("released", "bare")
 EPOCHS, IMAGES = 100, 45_000  # of the forecast: CIFAR-10 without its validation split
 
@@ -114,7 +114,7 @@ def jemkit(given: argparse.Namespace, *variants: str) -> Callable[[], Any]:
         objective = compiled_chains(objective, CompiledGradient())
     if "bf16" in variants:
         objective = in_bf16(objective, batch.x.device.type)
-    micro = MicroBatch(recompute="anew" in variants)
+    micro = MicroBatch(recompute="recompute" in variants)
 
     def step() -> None:
         with micro.active():

@@ -1,7 +1,8 @@
 """Backbones: JEM variants, ready for any objective."""
 
-from collections.abc import Iterable
-from typing import Annotated, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -41,7 +42,8 @@ class Backbone:
         self.views = Views() if views is None else views
         self.bounds, self.radius_px = bounds, radius_px
         self._separate = bool(batch_norms(model))
-        self.passed: set[Stream] = set()  # by an update so far
+        self.scored_streams: set[Stream] = set()  # in updates so far
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext  # of passes
 
     @classmethod
     def of_module(
@@ -96,7 +98,7 @@ class Backbone:
             joint = self.model(torch.cat(list(streams.values())))
             parts = joint.split([len(x) for x in streams.values()])
             return dict(zip(streams, parts, strict=True))
-        self.passed |= set(streams)
+        self.scored_streams |= set(streams)
         learnt = set(streams) & set(self.views.stats_from) or set(streams) & {"x_pos"}
         return {name: self._single_pass(x, learn=name in learnt) for name, x in streams.items()}
 

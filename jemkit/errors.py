@@ -59,6 +59,10 @@ class DataError(JemkitError, ValueError):
     exit_code = 6
 
 
+class NotFinite(DataError):
+    """Outputs of a model that are NaN or infinite."""
+
+
 NO_MEMORY = (
     "allocate memory", "not enough memory", "out of memory", "bad_alloc", "ALLOC_FAILED",
     "could not create a primitive", "unable to find an engine",

@@ -71,8 +71,8 @@ def soft_labels(
     """The labels of a batch as distributions [B, K], smoothed, and mixed as CutMix mixed x."""
     share = torch.full((len(batch.y), 1), smoothing, device=batch.y.device)
     if only_generated:
-        real = torch.zeros_like(batch.y) if batch.generated is None else batch.generated
-        share = share * real[:, None]
+        none = torch.zeros_like(batch.y)
+        share = share * (none if batch.generated is None else batch.generated)[:, None]
     one_hot = torch.zeros(len(batch.y), n_classes, device=batch.y.device)
     one_hot.scatter_(1, batch.y[:, None], 1.0)  # F.one_hot waits for the device
     labels = (1 - share) * one_hot + share / n_classes

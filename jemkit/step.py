@@ -9,8 +9,15 @@ from jemkit.backbone import Backbone
 from jemkit.data import Batch
 from jemkit.objective import Objective, StatefulObjective, Terms
 from jemkit.runtime import tensors
+from jemkit.runtime.modes import seeded_random_state
 from jemkit.sampling.reports import reports
 from jemkit.updaters import Guard, StepAware, Updater, pooled
+
+
+def seeded_step(seed: Generator, *step: Any) -> Terms:
+    """`train_step`, for which torch's global generators are seeded: dropout draws from them."""
+    with seeded_random_state(seed):
+        return train_step(*step)
 
 
 def train_step(
@@ -40,7 +47,7 @@ def train_step(
 
         def terms() -> Terms:
             evaluated.append(objective.loss(backbone, batch, draws))
-            backbone.check_learning(backbone.passed)
+            backbone.check_learning(backbone.scored_streams)
             return evaluated[-1]
 
         if isinstance(updater, StepAware):

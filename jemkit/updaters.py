@@ -77,8 +77,8 @@ class Guard:
         if verdict.finite:
             return
         self.verdict = verdict  # later updates followed a non-finite one
-        sick = [f"{name} = {float(t)}" for name, t in verdict.parts.items() if not t.isfinite()]
-        what = ", ".join(sick) or f"the gradient (norm {float(verdict.grad_norm)})"
+        broken = [f"{name} = {float(t)}" for name, t in verdict.parts.items() if not t.isfinite()]
+        what = ", ".join(broken) or f"the gradient (norm {float(verdict.grad_norm)})"
         raise Diverged(f"update {verdict.update}: not finite: {what}; this update was not applied")
 
 
@@ -201,7 +201,7 @@ def backward(optimizer: Optimizer, terms: Callable[[], Terms]) -> Terms:
     evaluated.total.backward()  # type: ignore[no-untyped-call]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     grads = [p.grad for p in params if p.grad is not None]
-    distributed.reduce(grad for grad in grads if not fsdp.is_shared(grad))
+    distributed.reduce(grad for grad in grads if not fsdp.is_sharded(grad))
     return evaluated
 
 

@@ -248,7 +248,7 @@ def out_of_memory(given: Given) -> dict[str, Any]:
         energy.mean().backward()
         return float(next(model.parameters()).grad.norm())
 
-    norm = micro.fit(work)
+    norm = micro.retry_on_oom(work)
     if calls[0] < 2:
         raise RuntimeError("memory did not run out: the probe tried nothing")
     if not math.isfinite(norm):

@@ -15,7 +15,7 @@ def import_model(
     path: Annotated[
         Path,
         typer.Argument(
-            help="A published checkpoint, .pt, .pth or .safetensors, or a folder with one.",
+            help="A published checkpoint, .pt, .pth or .safetensors.",
             metavar="CHECKPOINT", show_default=False,
         ),
     ],

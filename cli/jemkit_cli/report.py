@@ -77,11 +77,11 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:  # fmt: skip
     """Compare runs: their figures and, for two runs, paired differences over the same images."""
-    from jemkit.evaluation.compare import compare as build_run
+    from jemkit.evaluation.compare import compare as compare_runs
     from jemkit.evaluation.compare import newest
 
     folders = runs or newest(RUNS)
-    comparison = build_run(folders, names=figure or (), seeds=seeds)
+    comparison = compare_runs(folders, names=figure or (), seeds=seeds)
     if as_json:
         say_json(comparison.to_json())
     else:

@@ -50,9 +50,9 @@ def show(summary: "Summary") -> None:
     _show_figures(summary.figures, title)
     if card["selection"] != "all":
         say(
-            f"evaluated on a subset of the test images, {card['selection']}: by default as many "
-            f"as take a tenth of the training time. run.test_images sets the number, and `jemkit "
-            f"evaluate {summary.run}` evaluates the run on all"
+            f"evaluated on a subset of the test images, {card['selection']}: by default "
+            f"1,000, or as many as take a tenth of the training time. run.test_images sets the "
+            f"number, and `jemkit evaluate {summary.run}` evaluates the run on all"
         )
     say(f"trained in {summary.seconds:.1f} s")
     say(", ".join(f"{name} {version}" for name, version in card["versions"].items()))

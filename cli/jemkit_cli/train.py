@@ -61,6 +61,8 @@ def train(
         resolved = _saved(registry, out, recipe)
     else:
         resolved = recipe.resolve(registry)
+        if out is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            fail("torchrun --max-restarts continues the run in --out: name the folder", USAGE)
         out = out or _new_run(resolved)
         if recipe.preset is not None and not silent:
             _introduce(registry, recipe.preset)

@@ -20,7 +20,8 @@ def departures(part: object, threat: Threat) -> dict[str, Any]:
     if not isinstance(part, BaseModel):
         return {}
     fields, free = type(part).model_fields, getattr(part, "standard_at_any", ())
-    implied = {**threat._asdict(), "step_px": threat.radius_px / 4}
+    step = getattr(part, "default_step_px", lambda radius_px: radius_px / 4)(threat.radius_px)
+    implied = {**threat._asdict(), "step_px": step}
     changed = {}
     for name, field in fields.items():
         value = getattr(part, name)

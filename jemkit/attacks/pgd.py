@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from jemkit.attacks.base import AttackLoss, Perturb, Threat, ball_of
 from jemkit.attacks.pixel_model import UNIT, PixelModel
 from jemkit.data import Bounds
-from jemkit.errors import ConfigError, DataError
+from jemkit.errors import ConfigError, NotFinite
 from jemkit.models.energy import EnergyFn
 from jemkit.options import Options, Radius
 from jemkit.runtime.modes import BatchNormMode, sampling_mode
@@ -89,9 +89,9 @@ class Best:
 
     @property
     def x(self) -> Tensor:
-        """The worst of each row; DataError if a loss was NaN, which cannot be compared."""
+        """The worst of each row; NotFinite if a loss was NaN, which cannot be compared."""
         if not self._finite:
-            raise DataError("the model's loss is NaN on attacked images: it has diverged")
+            raise NotFinite("the model's loss is NaN on attacked images: it has diverged")
         return self._x
 
 
@@ -250,10 +250,12 @@ class PGD(PGDAttack):
             inner = AdamDescent(step_size=step, drop=self.steps // 2)
         return Projected(inner, x, bounds.px(radius_px), bounds, norm)
 
-    def _step_px(self, radius_px: float) -> float:
-        if self.step_px is not None:
-            return self.step_px
+    def default_step_px(self, radius_px: float) -> float:
+        """The step size that `step_px = None` stands for, in 1/255 of the range."""
         return ADAM_PX if self.optimizer == "adam" else radius_px / 4
+
+    def _step_px(self, radius_px: float) -> float:
+        return self.default_step_px(radius_px) if self.step_px is None else self.step_px
 
     @property
     def _pgd(self) -> "PGD":

@@ -193,7 +193,7 @@ class ZeroGradientModel(PixelModel):
         return Scores(scores.logits + none[:, None], scores.energy + none)
 
 
-def anchored(subject: PixelModel, pixels: Tensor) -> PixelModel:
+def with_gradient(subject: PixelModel, pixels: Tensor) -> PixelModel:
     """The model itself, or a ZeroGradientModel if no path leads from logits to pixels."""
     x = pixels.detach().clone().requires_grad_()
     with torch.enable_grad(), eval_mode(subject):  # in train mode batch norm would be updated

@@ -149,7 +149,8 @@ def evaluators_of(settings: Settings, registry: Registry) -> dict[str, Evaluator
     rest = [name for name in shelf if name not in ORDER]
     selected = {*settings.only, "accuracy"} if settings.only else set(shelf)
     names = [n for n in (*ORDER, *rest) if n in selected and n not in settings.skip]
-    _check_options(settings, registry, [*attacks_of(settings, registry), *names])
+    attacks = attacks_of(settings, registry)
+    _check_options(settings, registry, names if names == ["accuracy"] else [*attacks, *names])
     return {name: _built(registry, "evaluator", name, settings.options) for name in names}
 
 

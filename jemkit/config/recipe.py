@@ -67,7 +67,7 @@ class Run(Options):
     threads: int | None = Field(None, ge=1, le=4096)  # of the CPU; None: torch's own choice
     eval_images: int = Field(256, ge=1)  # validation images for PGD-10 after each epoch
     select: Select = "pgd10"  # what selects the best epoch on validation
-    test_images: int | None = Field(None, ge=1)  # of the final evaluation; None: a tenth of n_train
+    test_images: int | None = Field(None, ge=1)  # of the final evaluation; None: 1,000, or more
     shard: bool = False  # with torchrun: FSDP-sharded weights
     keep: int = Field(2, ge=1)  # newest checkpoints to keep, besides the best and the sentinel's
 
@@ -114,7 +114,9 @@ class Recipe(Options):
             if isinstance(part, HasBatchNormMode)
         )
         network = getattr(self.backbone, "network", None)
-        idle = {} if network is None else without_batch_norm(network, attacks)
+        idle = {} if network is None else without_batch_norm(
+            network, [*attacks, "optimizer.decay_norms"]
+        )  # fmt: skip
         return {**idle, **self._unused_views()} if hasattr(self.backbone, "views") else idle
 
     def _unused_views(self) -> dict[str, str]:

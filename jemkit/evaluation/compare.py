@@ -83,7 +83,9 @@ class Comparison:
             }
             for line in self.lines
         ]
-        differences = [{**d._asdict(), "holds_zero": d.holds_zero} for d in self.differences]
+        differences = [
+            {**d._asdict(), "holds_zero": None if d.why else d.holds_zero} for d in self.differences
+        ]
         spreads = [spread._asdict() for spread in self.spreads]
         whole = {"runs": self.runs, "lines": lines, "paired": differences, "seeds": spreads}
         return finite(whole)  # type: ignore[no-any-return]

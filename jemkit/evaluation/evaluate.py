@@ -34,7 +34,7 @@ from jemkit.metrics.evaluator import (
     measure,
     no_progress,
 )
-from jemkit.metrics.figures import Figure, joined
+from jemkit.metrics.figures import Figure, joined, near_chance
 from jemkit.metrics.outputs import probe_outputs
 from jemkit.metrics.record_file import Record
 from jemkit.runtime import distributed
@@ -172,8 +172,8 @@ class _Judgement:
         if keep_adversarial:
             self._write(adversarial=True)
         distributed.barrier(self.ctx.poll)  # other processes may still read it
-        for ledger in self.ctx.notes.ledgers:
-            ledger.remove()
+        for cache in self.ctx.notes.caches:
+            cache.remove()
         return self.record()
 
     def record(self) -> Record:
@@ -195,7 +195,7 @@ class _Judgement:
         settle(rng.device)
         took = {"seconds": round(time.monotonic() - began, 3)}  # an attack computes its own
         figures = [f._replace(protocol={**ctx.card, **took, **f.protocol}) for f in figures]
-        if name == "accuracy" and figures[0].value < 1.5 / self.subject.n_classes:
+        if name == "accuracy" and near_chance(figures[0].value, self.subject.n_classes):
             self.ctx.notes.warnings.append(
                 f"clean accuracy is {figures[0].value:.1%}, close to chance for "
                 f"{self.subject.n_classes} classes: is the preprocessing inside the model?"

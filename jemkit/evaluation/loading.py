@@ -304,6 +304,8 @@ def _of_weights(
     parts: Registry,
     device: torch.device,
 ) -> LoadedModel:
+    if shape is not None and dataset is not None:
+        raise ConfigError("dataset and shape both say for which images: pass one of them")
     network, weights = network_of(path, name, parts), load_tensors(path)
     if shape is None and dataset is not None:
         shape = fixed_shape(parts, dataset)

@@ -72,10 +72,14 @@ COLUMNS = (
 )
 HASH = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{56}\b")  # a SHA-256 is shown by its first digits
 
-UNATTACKED = ("clean", "ece", "nll", "brier", "auroc", "fid", "fd", "kid", "is")
+UNATTACKED = (
+    "clean", "ece", "nll", "brier", "temperature", "auroc", "aupr", "fpr95", "fid", "fd", "kid",
+    "kd", "is", "precision", "recall",
+)  # fmt: skip
 """Figures that do not depend on norm and radius, unless their card names an attack."""
 
-HIGHER, LOWER = ("clean", "auroc", "aupr", "is"), ("fid", "fd", "kid", "gap", "ece", "nll", "brier")
+HIGHER = ("clean", "auroc", "aupr", "is", "precision", "recall")
+LOWER = ("fid", "fd", "kid", "kd", "gap", "ece", "nll", "brier", "fpr95")
 
 
 class Line(NamedTuple):

@@ -147,7 +147,8 @@ def request_of(
             "together": together(density, run.backbone.model, even_batches(n)),
         }
         p0 = density.start if start is None else registry["start"][start]().build(run.task, on)
-    about = {"class": None if y is None else sorted(set(y.tolist())), "images": n, "seed": seed}
+    in_order = None if y is None else list(dict.fromkeys(y.tolist()))
+    about = {"class": in_order, "images": n, "seed": seed}
     if isinstance(p0, MomentStart) and p0.form.rank is not None:
         how["start"] = start_name(p0)
     protocol = {**how, **run.card, **about, "device": on.type}
@@ -217,6 +218,9 @@ def _labels(
         return None
     every = range(run.task.n_classes)
     wanted = [*every] if "all" in classes else [_label(text, run) for text in classes]
+    twice = [label for label in wanted if wanted.count(label) > 1]
+    if twice:
+        raise UsageError(f"class {twice[0]} is requested twice; request each class once")
     labels = torch.tensor(wanted, device=device)
     return labels[torch.arange(n, device=device) * len(labels) // n]
 
@@ -271,7 +275,7 @@ def _fresh(
     run, model, most = request.run, request.run.backbone.model, max(1, request.steps)
     y = None if request.y is None else request.y.tolist()
     about = {"request": request.protocol, "backbone": run.table, "data": run.task.hash, "y": y}
-    ledger = ResultCache(work, about, shard)
+    cache = ResultCache(work, about, shard)
     polling = PreemptionCheck(lambda: stop(), lambda: 0)
 
     def report(done: int) -> None:
@@ -293,14 +297,14 @@ def _fresh(
         with polling.passes(model, on=True), MicroBatch().active():
             x = in_batches(
                 even_batches(request.n), draw, generators,
-                cache=ledger, poll=polling.between, done=report,
+                cache=cache, poll=polling.between, done=report,
             )["x"]  # fmt: skip
         distributed.barrier(polling.between)  # other processes may still read it
     except Preempted:
         raise Preempted(
             "stopped; finished batches are saved, and the same command continues"
         ) from None
-    ledger.remove()
+    cache.remove()
     return x
 
 

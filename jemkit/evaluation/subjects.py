@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from jemkit.attacks.pixel_model import PixelModel, anchored, in_own_type, pixel_model
+from jemkit.attacks.pixel_model import PixelModel, in_own_type, pixel_model, with_gradient
 from jemkit.config.recipe import resolve
 from jemkit.config.registry import Registry
 from jemkit.data import Dataset, Images, Shape, checked
@@ -73,6 +73,8 @@ def subject_at(
     """
     code = code_of(path)
     _check_options(path, code, network, preparation)
+    if which == "last" and (code is not None or not path.is_dir()):
+        raise ConfigError(f"only a run has a last checkpoint; {path} holds one set of weights")
     if code is not None:
         return _of_code(code, preparation, registry, device, dataset)
     if not path.is_dir():
@@ -140,7 +142,7 @@ def subject_of(
     with eval_mode(plain), preserved_random_state():
         plain = in_own_type(plain, first)
         classes = known or _width(plain, first)
-        model = anchored(plain, first)
+        model = with_gradient(plain, first)
     source = "the test images" if known else f"the test images of a model of {classes} outputs"
     test = checked(test, classes, source)
     about = {"model": type(module).__name__, "sha256": identity.sha256, **identity.card}

@@ -97,6 +97,8 @@ def prepared_module(
     code: Code, how: Preparation, data: Dataset, device: torch.device
 ) -> Normalised:
     """The module that the code builds, with its weights, for the images of a data set."""
+    if how.key is not None and how.weights is None:
+        raise ConfigError(f"--key {how.key} selects weights of a file: name it with --weights")
     mean, std = _scaling(how, int(data.load("test").x.shape[1]))
     module = built(code)
     if how.weights is not None:

@@ -16,7 +16,7 @@ from jemkit.attacks.departures import departures, with_departures
 from jemkit.attacks.pgd import cross_entropy
 from jemkit.attacks.pixel_model import UNIT, PixelModel
 from jemkit.data import Images
-from jemkit.errors import DataError, MisfitError
+from jemkit.errors import MisfitError, NotFinite
 from jemkit.metrics.evaluator import AnyAttack, Context, batches, no_progress
 from jemkit.metrics.figures import Figure, joined, share
 from jemkit.runtime.microbatch import retry_on_oom
@@ -56,14 +56,14 @@ def attacked(
     own = {"attack": name, **ctx.threat._asdict(), **whole.card(ctx.threat, n_classes)}
     card = {**joined(ctx.card, own), "batch_size": ctx.batch_size}
     protocol = with_departures(card, departures(attack, ctx.threat))
-    ledger = ctx.ledger(_fingerprint(subject, attack, data, ctx, name))
-    course = AttackRun(subject, data, ctx, ledger, name)
-    stages = course.run(whole.bind(subject, ctx.threat), everyone=whole.everyone)
-    x, x_adv = data.unit().cpu(), course.x_adv
+    cache = ctx.result_cache(_fingerprint(subject, attack, data, ctx, name))
+    run = AttackRun(subject, data, ctx, cache, name)
+    stages = run.run(whole.bind(subject, ctx.threat), everyone=whole.everyone)
+    x, x_adv = data.unit().cpu(), run.x_adv
     protocol["accuracy_after"] = stages
     protocol["max_delta_px"] = check_bound(x, x_adv, ctx.threat, name)
-    protocol["seconds"] = round(course.seconds, 3)  # of all batches, from all processes
-    return Attacked(whole.label, x_adv, course.right, stages, protocol, course.passes)
+    protocol["seconds"] = round(run.seconds, 3)  # of all batches, from all processes
+    return Attacked(whole.label, x_adv, run.right, stages, protocol, run.passes)
 
 
 def robust_share(attacked_images: Attacked, ctx: Context) -> Figure:
@@ -86,11 +86,11 @@ class AttackRun:
     """
 
     def __init__(
-        self, subject: PixelModel, data: Images, ctx: Context, ledger: ResultCache, name: str
+        self, subject: PixelModel, data: Images, ctx: Context, cache: ResultCache, name: str
     ) -> None:
-        self.subject, self.data, self.ctx, self.ledger, self.name = subject, data, ctx, ledger, name
+        self.subject, self.data, self.ctx, self.cache, self.name = subject, data, ctx, cache, name
         self.x_adv, self.seconds, self.passes = data.unit().cpu().clone(), 0.0, 0
-        (clean,) = ledger.pieces(["clean"], self._clean, ctx.poll, no_progress)
+        (clean,) = cache.pieces(["clean"], self._clean, ctx.poll, no_progress)
         self.right = clean["right"].bool()
 
     def run(self, stages: Mapping[str, Perturb], *, everyone: bool) -> dict[str, float]:
@@ -117,7 +117,7 @@ class AttackRun:
 
         hashes = [hashlib.sha256(part.contiguous().numpy().data).hexdigest()[:8] for part in parts]
         names = [f"{at}-{b:05d}-{part}" for b, part in enumerate(hashes)]
-        pieces = self.ledger.pieces(names, compute, self.ctx.poll, done)
+        pieces = self.cache.pieces(names, compute, self.ctx.poll, done)
         for part, piece in zip(parts, pieces, strict=True):
             self.x_adv[part] = piece["x_adv"]
             self.right[part] &= piece["right"].bool()
@@ -155,7 +155,7 @@ class AttackRun:
         with torch.no_grad():
             logits = self.subject(x)
         if not logits.isfinite().all():
-            raise DataError(f"the model's logits contain NaN or inf on {which} images")
+            raise NotFinite(f"the model's logits contain NaN or inf on {which} images")
         right: Tensor = logits.argmax(1) == y
         return right.to(torch.uint8).cpu()
 

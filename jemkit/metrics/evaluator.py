@@ -14,7 +14,7 @@ from jemkit.attacks.base import Attack, ModelAttack, Threat
 from jemkit.attacks.departures import departures, with_departures
 from jemkit.attacks.pixel_model import PixelModel, weights_hash
 from jemkit.data import Images
-from jemkit.errors import DataError, MisfitError, Preempted
+from jemkit.errors import MisfitError, NotFinite, Preempted
 from jemkit.metrics.figures import Figure, share
 from jemkit.metrics.identity import identity_of
 from jemkit.options import Options
@@ -42,7 +42,7 @@ class Notes:
     pictures: dict[str, bytes] = field(default_factory=dict)  # PNG, by name
     adversarial: dict[str, Tensor] = field(default_factory=dict)  # x~ by attack, [N, C, H, W]
     warnings: list[str] = field(default_factory=list)
-    ledgers: list[ResultCache] = field(default_factory=list)  # not needed once recorded
+    caches: list[ResultCache] = field(default_factory=list)  # not needed once recorded
 
 
 Progress = Callable[[str, int, int], None]  # the name of long work, how much is done, of how much
@@ -78,10 +78,10 @@ class Context:
         if self.stop():
             raise Preempted("stopped; finished batches are saved, and the same command continues")
 
-    def ledger(self, about: dict[str, Any]) -> ResultCache:
+    def result_cache(self, about: dict[str, Any]) -> ResultCache:
         """The cache of work that depends on `about`."""
         cache = ResultCache(self.work, {**about, "versions": versions()}, self.shard)
-        self.notes.ledgers.append(cache)
+        self.notes.caches.append(cache)
         return cache
 
     def about_model(self, subject: PixelModel) -> dict[str, Any]:
@@ -125,8 +125,8 @@ def measure(
     finally:
         subject.poll = before
         if ctx.work is None:
-            for ledger in ctx.notes.ledgers:
-                ledger.remove()
+            for cache in ctx.notes.caches:
+                cache.remove()
 
 
 def batches(data: Images, ctx: Context, what: str = "") -> Iterator[tuple[Tensor, Tensor]]:
@@ -148,7 +148,7 @@ class Accuracy(Options):
             for x, y in batches(data, ctx, "clean accuracy"):
                 logits = subject(x)
                 if not logits.isfinite().all():  # argmax would accept NaN as a class
-                    raise DataError("the model's logits contain NaN or inf on clean images")
+                    raise NotFinite("the model's logits contain NaN or inf on clean images")
                 right.append((logits.argmax(1) == y).cpu())
         rows = torch.cat(right)
         ctx.notes.rows["clean"] = rows

@@ -84,6 +84,15 @@ def share(name: str, right: int, n: int, protocol: dict[str, Any]) -> Figure:
     return Figure(name, right / n, *wilson(right, n, Z), n, protocol)
 
 
+def near_chance(accuracy: float, n_classes: int) -> bool:
+    """Whether a classifier hardly does better than a guess among its classes.
+
+    That is less than 1.5 / K, and less than a tenth of the way from 1 / K to 1.
+    """
+    guess = 1 / n_classes
+    return accuracy < min(1.5 * guess, guess + 0.1 * (1 - guess))
+
+
 def wilson(count: int, n: int, z: float) -> tuple[float, float]:
     """The bounds of a share, z standard deviations away."""
     p = count / n

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from jemkit.attacks.pixel_model import PixelModel, anchored
+from jemkit.attacks.pixel_model import PixelModel, with_gradient
 from jemkit.data import Images
 from jemkit.errors import MisfitError
 from jemkit.metrics.figures import wilson
@@ -171,7 +171,7 @@ def _check_no_probabilities(logits: Tensor, far: list[Tensor]) -> None:
 
 def _without_gradient(subject: PixelModel, x: Tensor, y: Tensor) -> int:
     """The number of images without a gradient of the cross-entropy."""
-    model, z = anchored(subject, x[:2]), x.clone().requires_grad_()
+    model, z = with_gradient(subject, x[:2]), x.clone().requires_grad_()
     with frozen(model), torch.enable_grad():
         (grad,) = torch.autograd.grad(F.cross_entropy(model(z), y, reduction="sum"), z)
     size = grad.flatten(1).abs().amax(1)

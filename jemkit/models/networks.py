@@ -135,11 +135,26 @@ class SmallConvNet(Network):
         h = self.conv1(F.leaky_relu(self.norm1(h), 0.2))
         h = self.conv2(F.leaky_relu(self.norm2(h), 0.2))
         h = F.leaky_relu(self.norm3(h), 0.2)
-        if h.shape[-1] % 4:
+        if h.shape[-1] % 4 and h.is_cuda and torch.are_deterministic_algorithms_enabled():
+            h = matrix_pooled(h, 4)
+        elif h.shape[-1] % 4:
             h = F.adaptive_avg_pool2d(h, 4)
         elif h.shape[-1] != 4:  # the same, with a deterministic gradient on a GPU
             h = F.avg_pool2d(h, h.shape[-1] // 4)
         return h.flatten(1)
+
+
+def matrix_pooled(h: Tensor, side: int) -> Tensor:
+    """Adaptive average pooling of a map [B, C, S, S] to `side`, by products with a matrix.
+
+    Their gradient is deterministic on a GPU, where that of torch's operator is not.
+    """
+    size = h.shape[-1]
+    bins = torch.zeros(side, size, dtype=h.dtype, device=h.device)
+    for i in range(side):
+        first, last = i * size // side, -(-(i + 1) * size // side)
+        bins[i, first:last] = 1 / (last - first)
+    return bins @ h @ bins.T
 
 
 class SmallCNN(Options):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from jemkit.runtime import distributed
-from jemkit.runtime.fsdp import is_shared
+from jemkit.runtime.fsdp import is_sharded
 from jemkit.runtime.microbatch import checkpointed, recomputes
 
 Norm = Literal["none", "batch", "sync", "instance", "group"]
@@ -60,7 +60,7 @@ def _fixed(norm: nn.BatchNorm2d) -> bool:
     """Whether a norm is an affine map per channel: running statistics and frozen weights, as in
     attacks."""
     needs_gradient = norm.training or norm.weight.requires_grad or norm.bias.requires_grad
-    return norm.running_var is not None and not needs_gradient and not is_shared(norm.weight)
+    return norm.running_var is not None and not needs_gradient and not is_sharded(norm.weight)
 
 
 class _FixedNorm(torch.autograd.Function):

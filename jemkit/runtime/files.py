@@ -24,7 +24,7 @@ from jemkit.runtime.disk import until_room
 from jemkit.runtime.opening import (
     JSON_LIMIT,
     decoded,
-    is_shared,
+    has_hard_links,
     opened,
     opened_in_place,
     read_file,
@@ -95,7 +95,7 @@ def append_text(path: Path, text: str) -> None:
     def added() -> None:
         with opened_in_place(path) as file:
             before, left = file.seek(0, os.SEEK_END), memoryview(text.encode())
-            if is_shared(file):
+            if has_hard_links(file):
                 file.seek(0)
                 return write_bytes(path, file.read() + left)
             try:

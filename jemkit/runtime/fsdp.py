@@ -80,7 +80,7 @@ def check(
         )
 
 
-def is_shared(t: Tensor) -> "TypeGuard[DTensor]":
+def is_sharded(t: Tensor) -> "TypeGuard[DTensor]":
     if type(t) in (Tensor, nn.Parameter):  # importing DTensor takes a second
         return False
     from torch.distributed.tensor import DTensor
@@ -90,17 +90,17 @@ def is_shared(t: Tensor) -> "TypeGuard[DTensor]":
 
 def fusable(parameters: Sequence[Tensor]) -> bool:
     """Whether an optimizer can use its fused kernel."""
-    return parameters[0].is_cuda and not is_shared(parameters[0])
+    return parameters[0].is_cuda and not is_sharded(parameters[0])
 
 
 def local(t: Tensor) -> Tensor:
     """This process's shard, which shares its memory; it may have no rows."""
-    return t.to_local() if is_shared(t) else t
+    return t.to_local() if is_sharded(t) else t
 
 
 def like(full: Tensor, t: Tensor) -> Tensor:
     """This process's part of a whole tensor, sharded as t is."""
-    if not is_shared(t):
+    if not is_sharded(t):
         return full
     from torch.distributed.tensor import distribute_tensor
 
@@ -116,7 +116,7 @@ def fill(t: Tensor, full: Tensor) -> None:
 def reshard_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """An optimizer's saved state with this process's part of every momentum buffer."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    if not any(is_shared(p) for p in params):
+    if not any(is_sharded(p) for p in params):
         return state
     names = [i for group in state["param_groups"] for i in group["params"]]
     owner = dict(zip(names, params, strict=True))
@@ -136,7 +136,7 @@ def whole(tree: Any, *, keep: bool = True) -> Any:
     """
 
     def gathered(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not is_shared(value):
+        if not isinstance(value, Tensor) or not is_sharded(value):
             return value
         full: Tensor = value.full_tensor().detach()
         return full.cpu() if keep else None
@@ -147,10 +147,10 @@ def whole(tree: Any, *, keep: bool = True) -> Any:
 def total(values: Tensor, of: Sequence[Tensor]) -> Tensor:
     """The sum of values [N], one per tensor of `of`, over all processes that have a part of it."""
     parts = list(zip(values.unbind(), of, strict=True))
-    shared = [value for value, t in parts if is_shared(t)]
-    if not shared:
+    sharded = [value for value, t in parts if is_sharded(t)]
+    if not sharded:
         return values.sum()
-    summed = torch.stack(shared).sum()
+    summed = torch.stack(sharded).sum()
     dist.all_reduce(summed)
-    own = [value for value, t in parts if not is_shared(t)]
+    own = [value for value, t in parts if not is_sharded(t)]
     return summed + torch.stack(own).sum() if own else summed

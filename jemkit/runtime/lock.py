@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jemkit.errors import ConfigError, DataError
-from jemkit.runtime.opening import is_shared, opened, opened_in_place, read_text
+from jemkit.runtime.opening import has_hard_links, opened, opened_in_place, read_text
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def _sign(file: FileIO, path: Path, what: str) -> None:
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     about = {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "what": what}
     file.seek(0)
-    if is_shared(file) or file.read(len(SIGNED)) not in (SIGNED, b""):
+    if has_hard_links(file) or file.read(len(SIGNED)) not in (SIGNED, b""):
         return
     try:
         os.ftruncate(file.fileno(), 0)

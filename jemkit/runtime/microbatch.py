@@ -42,13 +42,13 @@ class MicroBatch:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Every pass inside the block uses it."""
-        token = _HELD.set(self)
+        token = _ACTIVE.set(self)
         try:
             yield
         finally:
-            _HELD.reset(token)
+            _ACTIVE.reset(token)
 
-    def fit(
+    def retry_on_oom(
         self,
         work: Callable[[], T],
         rng: Generator | None = None,
@@ -169,7 +169,7 @@ class MicroBatch:
             )
 
 
-_HELD: ContextVar[MicroBatch | None] = ContextVar("micro_batch", default=None)
+_ACTIVE: ContextVar[MicroBatch | None] = ContextVar("micro_batch", default=None)
 
 
 def can_recompute(network: nn.Module) -> bool:
@@ -203,13 +203,13 @@ def microbatched(part: Callable[[Tensor], Tensor], x: Tensor, of: nn.Module) -> 
     """A network's pass, or a part of one, with the current micro-batch."""
     if torch.compiler.is_compiling():
         return part(x)
-    micro = _HELD.get()
+    micro = _ACTIVE.get()
     return part(x) if micro is None else micro.microbatched(part, x, of)
 
 
 def cuts(n: int) -> bool:
     """Whether the current micro-batch would split a pass of n images."""
-    micro = _HELD.get()
+    micro = _ACTIVE.get()
     return micro is not None and micro.cuts(n)
 
 
@@ -217,10 +217,10 @@ def recomputes() -> bool:
     """Whether the current pass should use activation checkpointing."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
-    micro = _HELD.get()
+    micro = _ACTIVE.get()
     return micro is not None and micro.recomputes
 
 
 def retry_on_oom(work: Callable[[], T], rng: Generator | None = None) -> T:
     """Work that can be repeated, with the current micro-batch or a new one."""
-    return (_HELD.get() or MicroBatch()).fit(work, rng)
+    return (_ACTIVE.get() or MicroBatch()).retry_on_oom(work, rng)

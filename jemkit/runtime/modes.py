@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 BatchNormMode = Literal["batch_stats", "running_stats", "released"]
@@ -26,6 +26,18 @@ def preserved_random_state() -> Iterator[None]:
     """Put torch's global generators back, which a model may draw from and pyautoattack seeds."""
     devices = range(torch.cuda.device_count())  # pyautoattack seeds CUDA's even for work on the CPU
     with torch.random.fork_rng(devices=devices, device_type="cuda"):
+        yield
+
+
+@contextmanager
+def seeded_random_state(rng: Generator) -> Iterator[None]:
+    """Seed torch's global generators of the CPU and of a generator's device from it, and put them
+    back: dropout and stochastic depth draw from them."""
+    devices = [rng.device] if rng.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices, device_type="cuda"):
+        if devices:
+            torch.cuda.set_rng_state(rng.get_state(), rng.device)
+        torch.set_rng_state(Generator().manual_seed(rng.initial_seed()).get_state())
         yield
 
 

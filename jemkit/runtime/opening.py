@@ -46,7 +46,7 @@ def opened_in_place(path: Path) -> Iterator[FileIO]:
         yield file
 
 
-def is_shared(file: FileIO) -> bool:
+def has_hard_links(file: FileIO) -> bool:
     """Whether an open file has other names (hard links), which would change with it."""
     return os.fstat(file.fileno()).st_nlink > 1
 

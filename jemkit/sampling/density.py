@@ -91,9 +91,10 @@ class Buffer(Options):
 class ReplayBuffer:
     """The ends of earlier chains, from which most new chains begin; on the run's device.
 
-    Slots are drawn without replacement, so that no chain's end is lost to another's. How many
-    chains restart is the running sum of n * restart, rounded down: exact over many draws, and
-    known without waiting for the device. Rows of a draw have no order, so the first ones restart.
+    Slots are drawn without replacement, except where a batch has more images of a class than the
+    class has slots. How many chains restart is the running sum of n * restart, rounded down: exact
+    over many draws, and known without waiting for the device. Rows of a draw have no order, so the
+    first ones restart.
     """
 
     def __init__(
@@ -141,10 +142,10 @@ class ReplayBuffer:
         return x, slots
 
     def slots(self, n: int, rng: Generator, y: Tensor | None) -> Tensor:
-        """Indices [n] of slots, drawn without replacement; of the classes y [n] if they are given.
+        """Indices [n] of slots, which differ; with classes y [n], of the slots of each class.
 
-        Raises ConfigError if there are fewer slots than n, MisfitError for classes
-        if the buffer is not class-conditional.
+        A class with more rows than slots repeats them. Raises ConfigError if there are fewer slots
+        than n, and MisfitError for classes if the buffer is not class-conditional.
         """
         capacity = self.options.capacity
         if y is None:

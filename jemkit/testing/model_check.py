@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from jemkit.attacks.pixel_model import PixelModel, ZeroGradientModel, anchored, weights_hash
+from jemkit.attacks.pixel_model import PixelModel, ZeroGradientModel, weights_hash, with_gradient
 from jemkit.config.eval_settings import settings_of, threat_of
 from jemkit.data import Images
 from jemkit.errors import DataError, JemkitError, MisfitError, memory_ran_out
 from jemkit.evaluation.subjects import EvalTarget
 from jemkit.evaluation.user_code import Normalised
+from jemkit.metrics.figures import near_chance
 from jemkit.metrics.outputs import probe_outputs
 from jemkit.models.networks import Adapted
 from jemkit.runtime.microbatch import MicroBatch
@@ -207,7 +208,7 @@ class _Examination:
         return "ok", "neither probabilities nor bounded", ""
 
     def _gradient(self) -> tuple[State, str, str]:
-        if isinstance(anchored(self.model, self.x[:2]), ZeroGradientModel):
+        if isinstance(with_gradient(self.model, self.x[:2]), ZeroGradientModel):
             text = "no gradient leads from the logits to the pixels"
             return "fail", text, "remove no_grad, detach or numpy from the forward pass"
         grad = self._ascent(lambda z: F.cross_entropy(z, self.y, reduction="sum"))
@@ -256,8 +257,8 @@ class _Examination:
         if best > own + 0.1:
             advice = f"the module may expect {name}: see --mean and --std"
             text += f"; with images scaled to {name} {best:.1%}"
-            return "fail" if own < 1.5 / k else "warn", text, advice
-        if own < 1.5 / k:
+            return "fail" if near_chance(own, k) else "warn", text, advice
+        if near_chance(own, k):
             chance = f", close to chance for {k} classes"
             return "fail", f"{text}{chance}", "check weights, preprocessing and the data set"
         return "ok", text, ""

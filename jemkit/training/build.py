@@ -173,7 +173,8 @@ def build_run(recipe: Recipe, pinned: Pinned | None = None, *, fill: bool = True
     if unit is not None:
         objective = compiled_chains(objective, unit)
     if run.precision == "bf16":
-        objective = in_bf16(objective, device.type)
+        narrow = in_bf16(objective, device.type)
+        objective, backbone.autocast = narrow, narrow.losing
     return RunState(
         **{**own, "objective": objective},
         optimizer=optimizer,
@@ -278,7 +279,7 @@ def placed(backbone: Backbone, run: Run, task: Task) -> tuple[EnergyModel, Energ
 
 def shardable(updater: Updater, model: EnergyModel) -> Updater:
     """The updater, unless the weights are sharded and it has a state that cannot be."""
-    if isinstance(updater, Stateful) and fsdp.is_shared(next(model.parameters())):
+    if isinstance(updater, Stateful) and fsdp.is_sharded(next(model.parameters())):
         raise MisfitError(
             f"run.shard: the updater {type(updater).__name__} keeps a state of its own, which "
             "jemkit cannot shard; choose plain, sam or awp, or leave run.shard out"

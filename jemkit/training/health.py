@@ -1,12 +1,14 @@
 """HealthMonitor: passes the metrics of each step and epoch to the sentinel."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from jemkit.data import Bounds, Images
+from jemkit.errors import NotFinite
 from jemkit.models.energy import ModelEnergy
 from jemkit.runtime.divergence_monitor import Finding, RunStatistics, Sentinel, Unhealthy
 from jemkit.runtime.microbatch import retry_on_oom
@@ -21,10 +23,10 @@ CHAINS = 32
 
 
 class HealthMonitor:
-    """Raises Unhealthy with the first finding; `vitals` is what it remembers between checks."""
+    """Raises Unhealthy with the first finding; `statistics` is what it remembers between checks."""
 
     def __init__(self, options: Sentinel, parts: RunState) -> None:
-        self.options, self.parts, self.vitals = options, parts, RunStatistics(options)
+        self.options, self.parts, self.statistics = options, parts, RunStatistics(options)
         learns = parts.objective.needs_density
         self.chains = parts.backbone.density_or_none if learns else None  # that it draws from
         valid = parts.splits.images("valid").y
@@ -39,7 +41,19 @@ class HealthMonitor:
     def rows(self, rows: Iterable[dict[str, Any]]) -> None:
         """Check every step's metrics, in order."""
         for row in rows if self.options.on else ():
-            _raise(self.vitals.row(row))
+            _raise(self.statistics.row(row))
+
+    @contextmanager
+    def outputs(self, step: int) -> Iterator[None]:
+        """Validation after an epoch: outputs that are not finite are a finding.
+
+        Its last update may have had a finite loss and gradient, and no step followed.
+        """
+        try:
+            yield
+        except NotFinite as error:
+            since = step - self.parts.loader.steps_per_epoch
+            raise Unhealthy("outputs", since, str(error)) from None
 
     def body(self, step: int, average: Mapping[str, Tensor]) -> dict[str, float]:
         """Check weights, statistics and buffer after an epoch; returns sizes that must not grow."""
@@ -66,7 +80,7 @@ class HealthMonitor:
     def _stuck(self, buffer: ReplayBuffer, since: int) -> Finding | None:
         if not buffer.states.isfinite().all():
             return Finding("buffer", since, "not finite: states of the replay buffer")
-        share = float(sick_slots(buffer, self.parts.task.bounds, self.limit).float().mean())
+        share = float(unhealthy_slots(buffer, self.parts.task.bounds, self.limit).float().mean())
         if share <= self.options.stuck:
             return None
         stuck = f"{share:.0%} of the replay buffer's chains are stuck"
@@ -78,9 +92,9 @@ class HealthMonitor:
             return
         since = step - self.parts.loader.steps_per_epoch
         for name, size in sizes.items():
-            _raise(self.vitals.level(name, size, since))
+            _raise(self.statistics.level(name, size, since))
         since = step - self.options.collapse * self.parts.loader.steps_per_epoch
-        _raise(self.vitals.accuracy(accuracies, self._chance, self._images, max(0, since)))
+        _raise(self.statistics.accuracy(accuracies, self._chance, self._images, max(0, since)))
 
 
 def _raise(finding: Finding | None) -> None:
@@ -107,16 +121,16 @@ def unfit(tensors: Mapping[str, Tensor]) -> str | None:
     return next((name for name, t in named.items() if not t.isfinite().all()), None)
 
 
-def sick_slots(buffer: ReplayBuffer, bounds: Bounds, limit: float) -> Tensor:
+def unhealthy_slots(buffer: ReplayBuffer, bounds: Bounds, limit: float) -> Tensor:
     """Slots [N] with a pixel that is not finite, or more than `limit` of them at the boundary."""
     states = buffer.states.flatten(1)
     edge = (states <= bounds.low) | (states >= bounds.high)
     return ~states.isfinite().all(dim=1) | (edge.float().mean(dim=1) > limit)
 
 
-def renew(buffer: ReplayBuffer, sick: Tensor, rng: Generator) -> int:
+def renew(buffer: ReplayBuffer, unhealthy: Tensor, rng: Generator) -> int:
     """Reinitialise the chains of these slots [N]; returns their number."""
-    slots = sick.nonzero().squeeze(1)
+    slots = unhealthy.nonzero().squeeze(1)
     if len(slots):
         y = slots * buffer.n_classes // buffer.options.capacity
         buffer.states[slots] = buffer.start.draw(len(slots), rng, y)

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from jemkit.errors import DataError
+from jemkit.errors import ConfigError, DataError
 from jemkit.runtime import checkpoint
 from jemkit.runtime.files import load_tensors
 from jemkit.runtime.run_dir import RunFolder
@@ -28,7 +28,13 @@ class Opened(NamedTuple):
 
 
 def open_model(path: Path, which: Which = "best") -> Opened:
-    """Open a run at one of its checkpoints, a checkpoint, or an exported or imported model."""
+    """Open a run at one of its checkpoints, a checkpoint, or an exported or imported model.
+
+    Raises DataError if it is damaged or missing, ConfigError for the last checkpoint of what has
+    none.
+    """
+    if which == "last" and (is_exported(path) or (path / checkpoint.MANIFEST).exists()):
+        raise ConfigError(f"only a run has a last checkpoint; {path} holds one set of weights")
     if is_exported(path):
         sha = verify(path)
         return Opened(path, load_tensors(path / WEIGHTS), {"run": path.name, "sha256": sha})

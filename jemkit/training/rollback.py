@@ -5,13 +5,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from torch import Generator
+
 from jemkit.errors import DataError
 from jemkit.runtime import checkpoint, distributed
 from jemkit.runtime.divergence_monitor import Finding, Remedy, Sentinel
 from jemkit.runtime.rng import generator
 from jemkit.sampling.density import Penalised, penalty_of
 from jemkit.training.build import RunState
-from jemkit.training.health import HealthMonitor, renew, sick_slots
+from jemkit.training.health import HealthMonitor, renew, unhealthy_slots
 
 PENALTY = 0.1
 """Weight of the penalty on squared mean energies, as recommended to users of JEM whose runs
@@ -36,6 +38,14 @@ class RollbackPolicy:
     @property
     def may_try(self) -> bool:
         return self.options.on and len(self.tried) < self.options.tries
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why no rollback is possible or would help; None if one may."""
+        images = self.parts.loader.images.x
+        if images.is_floating_point() and not images.isfinite().all():
+            return SPOILT
+        return None if self.options.on else "the sentinel is off"
 
     @property
     def rate(self) -> float:
@@ -83,6 +93,11 @@ class RollbackPolicy:
         entry["with"] = self.continued_with()
         return entry
 
+    def stream(self, what: str, step: int) -> Generator:
+        """A random stream of this process for a step, another one in every attempt."""
+        words = (what, step, len(self.tried), distributed.shard().rank)
+        return generator(self.parts.device, self.seed, *words)
+
     def _reseed_chains(self, attempt: int) -> int:
         """Give this process's chains another stream; restart the unhealthy and count them."""
         monitor, parts, rank = self.monitor, self.parts, distributed.shard().rank
@@ -91,7 +106,7 @@ class RollbackPolicy:
         buffer = monitor.buffer
         if buffer is None:
             return 0
-        return renew(buffer, sick_slots(buffer, parts.task.bounds, monitor.limit), parts.rng)
+        return renew(buffer, unhealthy_slots(buffer, parts.task.bounds, monitor.limit), parts.rng)
 
     def apply_remedies(self, tried: list[dict[str, Any]]) -> None:
         self.tried = list(tried)
@@ -128,10 +143,10 @@ class RollbackPolicy:
         return sum(entry["remedy"] == remedy for entry in self.tried)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tried": self.tried, "vitals": self.monitor.vitals.state_dict()}
+        return {"tried": self.tried, "vitals": self.monitor.statistics.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.monitor.vitals.load_state_dict(state["vitals"])
+        self.monitor.statistics.load_state_dict(state["vitals"])
         self.apply_remedies(state["tried"])
 
 

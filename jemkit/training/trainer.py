@@ -20,20 +20,18 @@ from jemkit.runtime.precision import judging, numerics
 from jemkit.runtime.preemption import PreemptionCheck
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.splits import Pinned
-from jemkit.step import train_step
+from jemkit.step import seeded_step
 from jemkit.training.build import build_run, load_model
 from jemkit.training.compatibility import trained_threat
 from jemkit.training.metrics_log import GATHER, PATIENCE, Journal
 from jemkit.training.opened import read_checkpoint
 from jemkit.training.restore import about_parts
-from jemkit.training.rollback import SPOILT, RollbackPolicy, diagnosis
+from jemkit.training.rollback import RollbackPolicy, diagnosis
 from jemkit.training.saved_state import Expected
 from jemkit.training.saved_state import check as check_saved
 from jemkit.training.tracking import Tracking
 from jemkit.training.validation import Validator, images_to_judge, is_better
 from jemkit.updaters import Guard
-
-__all__ = ["Summary", "Trainer", "Watch", "train_step"]
 
 REDRAW = 10.0
 """Seconds between two updates of curves.svg, which take longer than a short epoch."""
@@ -109,7 +107,8 @@ class Trainer:
 
     def run(self, until: int | None = None) -> None:
         """Train to the end of the recipe, or until `until` steps are done; then save."""
-        run, last = self.recipe.run, min(until or self.total_steps, self.total_steps)
+        run, total = self.recipe.run, self.total_steps
+        last = min(total if until is None else until, total)
         self.watch("start", {"step": self.step, "total": self.total_steps, "epochs": run.epochs})
         self.backbone.model.train()
         if self.recipe.sentinel.on and self.step == 0:
@@ -174,11 +173,13 @@ class Trainer:
             with distributed.together():
                 batch = self.loader.batch()
                 take = partial(
-                    train_step, self.backbone, self.objective, self.updater, batch, self.rng,
-                    self.guard, run.theta_steps,
+                    seeded_step, self.rollback.stream("network", step), self.backbone,
+                    self.objective, self.updater, batch, self.rng, self.guard, run.theta_steps,
                 )  # fmt: skip
                 log = partial(self.folder.event, "memory", step=step)
-                terms = self.parts.micro.fit(take, moved=lambda: self.guard.updates, on_change=log)
+                terms = self.parts.micro.retry_on_oom(
+                    take, moved=lambda: self.guard.updates, on_change=log
+                )
         except BaseException:
             self.loader.load_state_dict(before)
             self.journal.stopwatch.drop()
@@ -229,7 +230,8 @@ class Trainer:
         with self.polling.passes(self.backbone.model, on=polls), strict:
             sizes = self.rollback.monitor.body(self.step, self.ema.average if self.ema else {})
             validator = self.validator(epoch)
-            with nullcontext() if self.ema is None else self.ema.applied(self.backbone.model):
+            average = nullcontext() if self.ema is None else self.ema.applied(self.backbone.model)
+            with average, self.rollback.monitor.outputs(self.step):
                 metrics = validator.validate(run.eval_images)
             validator.draw_grid(self.folder.samples / f"epoch-{epoch:04d}.png")
         return metrics, sizes, (self.parts.micro.size, self.parts.micro.recompute)
@@ -356,9 +358,7 @@ class Trainer:
         finding = self._earliest(error)
         newest = distributed.on_rank_zero(lambda: policy.newest_proven(folder, finding.since))
         name, state = newest
-        cause = None if policy.options.on else "the sentinel is off"
-        if not self.loader.images.unit().isfinite().all():
-            cause = SPOILT
+        cause = policy.obstacle
         if state is None or cause or not policy.may_try:
             distributed.on_rank_zero(lambda: self._give_up(finding, name, cause))
         tried, best, seconds = policy.tried, self.best, self.seconds

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from jemkit import (
     Backbone, Batch, Guard, MisfitError, Options, PartOf, Plain, Terms, Updater, UpdaterSpec,
-    backward, frozen_batch_stats, hookimpl,
+    backward, frozen_batch_stats, hookimpl, soft_labels,
 )  # fmt: skip
 from jemkit.runtime import fsdp
 from jemkit.updaters import Stateful, StepAware
@@ -41,7 +41,7 @@ class AGRUpdater:
     """Gets the batch from `begin`, to compute its clean cross-entropy."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, options: AGR) -> None:
-        if fsdp.is_shared(next(model.parameters())):
+        if fsdp.is_sharded(next(model.parameters())):
             raise MisfitError(
                 "run.shard: the updater agr compares whole gradients, which no process has; omit "
                 "--shard, or use another updater"
@@ -58,8 +58,10 @@ class AGRUpdater:
 
     def begin(self, backbone: Backbone, batch: Batch) -> None:
         def clean() -> Terms:
-            logits = backbone.model(batch.x).logits
-            return Terms.weighted({"p(y|x)": (1.0, F.cross_entropy(logits, batch.y))})
+            with backbone.autocast():
+                logits = backbone.model(batch.x).logits
+            labels = batch.y if batch.mixed is None else soft_labels(batch, logits.shape[1])
+            return Terms.weighted({"p(y|x)": (1.0, F.cross_entropy(logits, labels))})
 
         late = batch.step >= self.options.start * self.total_steps
         self.clean = clean if late else None

@@ -83,10 +83,10 @@ class Energies(Options):
             return {"x": subject.sample(rows.stop - rows.start, rng, steps=self.steps).cpu()}
 
         card: dict[str, Any] = {"chains": n, "chain_steps": self.steps, "together": side}
-        ledger = ctx.ledger({**card, **_origin(subject, ctx), "seed": ctx.seed})
+        cache = ctx.result_cache({**card, **_origin(subject, ctx), "seed": ctx.seed})
         x = in_batches(
             sizes, draw, partial(generator, ctx.rng.device, ctx.seed, "energies"),
-            cache=ledger, poll=ctx.poll, done=lambda rows: ctx.progress("chains", rows, n),
+            cache=cache, poll=ctx.poll, done=lambda rows: ctx.progress("chains", rows, n),
         )["x"]  # fmt: skip
         broken = int((~x.isfinite()).flatten(1).any(1).sum())
         if broken:

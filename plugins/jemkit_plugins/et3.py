@@ -46,6 +46,13 @@ class ET3(Options):
     def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
         if not self.steps:
             raise Unmeasurable("no test-time defence was requested: set et3.steps to 1 or 2")
+        if ctx.threat.norm == "L1":
+            raise Unmeasurable("the defence descends in balls of Linf and L2, not of L1")
+        if type(subject) is not PixelModel:
+            raise Unmeasurable(
+                "the defence is measured on a model itself: neither with --refine-steps, nor on "
+                "a model without gradients"
+            )
         radius = ctx.threat.radius_px if self.radius_px is None else self.radius_px
         defended = Descended(subject, self, radius, ball_of(ctx.threat, "et3"))
         card = joined(ctx.card, {"defence": defended.card, "standard": False, "why": defended.why})

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import arange
 
 from jemkit import Context, Evaluator, Figure, Images, Options, PixelModel, hookimpl
-from jemkit.attacks.pixel_model import anchored
+from jemkit.attacks.pixel_model import with_gradient
 from jemkit.metrics.attack_runner import Attacked, attacked, robust_share
 from jemkit_plugins.indicators import examine, outputs_of
 from jemkit_plugins.indicators.plan import QUICK_SHARE
@@ -30,7 +30,7 @@ class Robustness(Options):
 
     def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
         first = data.take(arange(min(2, len(data.y)))).to(ctx.rng.device)
-        model = anchored(subject, first.unit())
+        model = with_gradient(subject, first.unit())
         results = {
             name: attacked(model, attack, data, ctx, name) for name, attack in ctx.attacks.items()
         }

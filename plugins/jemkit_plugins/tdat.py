@@ -72,6 +72,7 @@ class TDATObjective:
         m = self.m
         if m is None or m.shape != batch.x.shape:
             m = eps * torch.randn(batch.x.shape, generator=rng, device=batch.x.device).sign()
+        m = m.to(batch.x.device)  # of a checkpoint it is on the CPU
         label = self.relaxed(batch)
 
         def loss(x: Tensor) -> Tensor:

@@ -26,6 +26,10 @@ class Board(ScalarTracker):
         for name, value in figures.items():
             self.board.add_scalar(name.replace(" ", "/"), value, step)
 
+    def on_epoch(self, step: int, figures: Figures) -> None:
+        """At the epoch's last step: a run that resumes after it does not hide them."""
+        super().on_epoch(max(0, step - 1), figures)
+
     def on_rollback(self, step: int) -> None:
         self.board.close()
         self.restart(step)

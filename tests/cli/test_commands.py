@@ -98,7 +98,7 @@ class TestSample:
             assert archive["label"].tolist() == [3] * 6 + [1] * 6
             protocol = json.loads(str(archive["protocol"]))
         assert protocol == record["protocol"]
-        assert (protocol["start"], protocol["steps"], protocol["class"]) == ("uniform", 2, [1, 3])
+        assert (protocol["start"], protocol["steps"], protocol["class"]) == ("uniform", 2, [3, 1])
         assert protocol["sampler"]["use"] == "sgld"
         assert protocol["sha256"] in (home / done.record["run"] / "events.jsonl").read_text()
         Image.open(record["png"]).verify()

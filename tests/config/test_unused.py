@@ -246,6 +246,7 @@ IDLE: list[tuple[list[str], str, str]] = [
     ([], "run.ema_warmup=true", "where ema_decay is 0"),
     (["run.ema_decay=0.9"], "run.ema_copy=0.1", "without ema_warmup"),
     (["optimizer.weight_decay=0"], "optimizer.decay_norms=false", "where weight_decay is 0"),
+    (["backbone.network.norm=group"], "optimizer.decay_norms=false", "without batch norm"),
     (["objective.use=trades"], "objective.smooth=generated", "where smoothing is 0"),
     ([], "extra.fraction=0.5", "without a file, --extra-data"),
     (["objective.use=dat", "objective.max_steps=0"], "objective.auc=0.3", "max_steps is 0"),

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from report_runs import RECIPE, bare_run, full_record, record
 
 from jemkit.errors import ConfigError, DataError
-from jemkit.evaluation.compare import compare, newest, over_seeds, paired
+from jemkit.evaluation.compare import (
+    Comparison,
+    Difference,
+    compare,
+    newest,
+    over_seeds,
+    paired,
+)
 from jemkit.evaluation.run_table import (
     Judged,
     Line,
@@ -313,3 +320,19 @@ def test_a_figure_that_no_run_has_is_refused_with_those_there_are(tmp_path: Path
 def test_a_folder_without_a_record_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="jemkit evaluate"):
         compare([tmp_path])
+
+
+@pytest.mark.parametrize("name", ["precision", "recall", "aupr/svhn", "fpr95/svhn", "temperature"])
+def test_figures_without_an_attack_are_compared_across_radii(name: str) -> None:
+    results = [
+        Record({}, {}, [plain(name, 0.5, 9, {"norm": "Linf", "radius_px": px})]) for px in (4, 8)
+    ]
+    runs = [judged(str(at), result) for at, result in enumerate(results)]
+    assert differing(runs, name) == []
+
+
+def test_a_difference_that_is_not_defined_does_not_say_whether_it_holds_zero() -> None:
+    undefined = Difference("clean", math.nan, math.nan, math.nan, 0, "protocols differ")
+    around_zero = Difference("aa", 0.0, -0.1, 0.1, 9)
+    (first, second) = Comparison(["a", "b"], [], [undefined, around_zero], []).to_json()["paired"]
+    assert (first["holds_zero"], second["holds_zero"]) == (None, True)

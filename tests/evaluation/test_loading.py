@@ -144,11 +144,13 @@ def test_a_model_samples_on_its_device_however_that_is_named(folder: Path, parts
 
 
 def test_a_checkpoint_or_a_device_that_does_not_exist_is_refused(
-    run: Path, parts: Registry
+    run: Path, folder: Path, parts: Registry
 ) -> None:
     newest: Any = "newest"
     with pytest.raises(ConfigError, match="which='newest': a run has the checkpoints best and"):
         load(run, registry=parts, which=newest)
+    with pytest.raises(ConfigError, match="only a run has a last checkpoint"):
+        load(folder, registry=parts, which="last")
     with pytest.raises(ConfigError, match="device 'gpu': expected auto, cpu or cuda"):
         load(run, registry=parts, device="gpu")
 
@@ -215,6 +217,8 @@ def test_weights_alone_need_a_network_and_say_for_which_images_they_are(tmp_path
         loaded.sample(1)
     with pytest.raises(MisfitError, match="has no recipe"):
         loaded.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ConfigError, match="pass one of them"):
+        load(path, network="mlp-8-1", dataset="digits", shape=(1, 8, 8), registry=parts)
     with pytest.raises(ConfigError, match="specify their network"):
         load(path, registry=parts)
     with pytest.raises(DataError, match="do not fit the model"):

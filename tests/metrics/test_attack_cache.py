@@ -75,12 +75,12 @@ def test_two_shards_give_what_one_process_gives(tmp_path: Path) -> None:
 
 
 def test_only_the_first_shard_clears_up(tmp_path: Path) -> None:
-    ledgers = [ResultCache(tmp_path, {}, Shard(rank, 2)) for rank in range(2)]
-    ledgers[1].remove()
-    assert ledgers[0].folder is not None
-    assert ledgers[0].folder.exists()
-    ledgers[0].remove()
-    assert not ledgers[0].folder.exists()
+    caches = [ResultCache(tmp_path, {}, Shard(rank, 2)) for rank in range(2)]
+    caches[1].remove()
+    assert caches[0].folder is not None
+    assert caches[0].folder.exists()
+    caches[0].remove()
+    assert not caches[0].folder.exists()
 
 
 def test_without_a_work_folder_nothing_is_written(
@@ -190,13 +190,13 @@ def test_a_buffer_that_no_state_dict_shows_is_part_of_the_model(tmp_path: Path) 
 
 
 def test_a_ledger_waits_for_a_piece_and_a_stop_ends_the_wait(tmp_path: Path) -> None:
-    ledger = ResultCache(tmp_path, {}, Shard(1, 2))
+    cache = ResultCache(tmp_path, {}, Shard(1, 2))
 
     def poll() -> None:
         raise Preempted("stopped")
 
     with pytest.raises(Preempted):
-        next(ledger.pieces(["a"], lambda _: {}, poll, lambda _: None))
+        next(cache.pieces(["a"], lambda _: {}, poll, lambda _: None))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -210,8 +210,8 @@ def test_pieces_that_an_equal_evaluation_tidied_up_are_computed_by_whoever_still
         if time.monotonic() > ended:
             raise Preempted("waited in vain")
 
-    def pieces_of(ledger: ResultCache) -> Iterator[Piece]:
-        return ledger.pieces(names, lambda i: {"x": torch.tensor(i)}, poll, lambda _: None)
+    def pieces_of(cache: ResultCache) -> Iterator[Piece]:
+        return cache.pieces(names, lambda i: {"x": torch.tensor(i)}, poll, lambda _: None)
 
     work = tmp_path / "work"
     late, other = ResultCache(work, {}, Shard(rank, 2)), ResultCache(work, {}, Shard(1 - rank, 2))
@@ -237,13 +237,13 @@ def test_the_folder_of_half_done_work_goes_with_the_last_of_it(tmp_path: Path) -
 
 
 def test_a_piece_that_an_equal_evaluation_tidied_up_is_computed_again(tmp_path: Path) -> None:
-    ledger, other = (ResultCache(tmp_path, {}) for _ in range(2))
+    cache, other = (ResultCache(tmp_path, {}) for _ in range(2))
 
     def done(_: int) -> None:
         other.remove()
 
     calls = iter(range(9))
-    (result,) = ledger.pieces(["a"], lambda _: {"x": torch.ones(2)}, lambda: next(calls), done)
+    (result,) = cache.pieces(["a"], lambda _: {"x": torch.ones(2)}, lambda: next(calls), done)
     assert torch.equal(result["x"], torch.ones(2))
 
 

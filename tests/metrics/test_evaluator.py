@@ -15,7 +15,7 @@ from jemkit.attacks.base import Threat
 from jemkit.metrics.attack_runner import attacked
 from jemkit.metrics.energy_gap import Robustness
 from jemkit.metrics.evaluator import Accuracy, Context, measure
-from jemkit.metrics.figures import share
+from jemkit.metrics.figures import near_chance, share
 from jemkit.runtime.pytree import same
 from jemkit.testing import toy_model, toy_task
 from jemkit.testing.law import state_of
@@ -197,3 +197,11 @@ def test_progress_is_reported_to_the_last_image() -> None:
     ctx = context(batch_size=16, progress=lambda what, done, total: messages.append((done, total)))
     figures(linear_model(64, 3), TASK.images("valid"), Accuracy(), ctx)
     assert messages == [(16, 40), (32, 40), (40, 40)]
+
+
+@pytest.mark.parametrize(("accuracy", "classes", "near"), [
+    (0.5, 2, True), (0.54, 2, True), (0.7, 2, False), (0.39, 3, True), (0.45, 3, False),
+    (0.14, 10, True), (0.16, 10, False), (0.014, 100, True), (0.016, 100, False),
+])  # fmt: skip
+def test_an_accuracy_is_near_that_of_a_guess(accuracy: float, classes: int, near: bool) -> None:
+    assert near_chance(accuracy, classes) is near

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -348,6 +349,9 @@ def test_an_option_at_what_its_default_means_is_the_default() -> None:
     assert not departures(PGD(step_px=2.0, radius_px=8.0, norm="Linf"), THREAT)
     assert not departures(PGD(norm="L2"), Threat("L2", 8.0))
     assert departures(PGD(step_px=2.0), Threat("Linf", 4.0)) == {"step_px": 2.0}
+    adam = partial(PGD, optimizer="adam")
+    assert departures(adam(step_px=2.0), Threat("Linf", 8.0)) == {"step_px": 2.0}
+    assert not departures(adam(step_px=25.5), Threat("Linf", 8.0))
 
 
 def test_a_path_among_the_options_is_listed_without_its_folder() -> None:

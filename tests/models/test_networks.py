@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import normal
 from torch import Tensor, nn
 from toys import gen
 
-from jemkit.models.networks import MLP, WRN, SmallCNN, seeded_init
+from jemkit.models.networks import MLP, WRN, SmallCNN, matrix_pooled, seeded_init
 from jemkit.models.norms import Norm, norm_layer
 from jemkit.runtime.modes import eval_mode, frozen
 
@@ -170,3 +171,9 @@ def test_a_frozen_norm_keeps_what_it_made_for_its_backward_pass_and_not_what_it_
             collected = saved_places()
             assert read
             assert not {t.data_ptr() for t in read} & collected
+
+
+@pytest.mark.parametrize("size", [5, 7, 14, 16, 4])
+def test_pooling_by_a_matrix_is_adaptive_pooling(size: int) -> None:
+    h = normal(size, 2, 3, size, size)
+    torch.testing.assert_close(matrix_pooled(h, 4), F.adaptive_avg_pool2d(h, 4))

@@ -1,5 +1,7 @@
 """AGR's surgery worked by hand and over random gradients, and when it begins."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,8 +21,10 @@ from jemkit import (
     Plain,
     Updater,
     UpdaterSpec,
+    soft_labels,
     train_step,
 )  # fmt: skip
+from jemkit.data import Mixed
 from jemkit.runtime import fsdp
 from jemkit.runtime.pytree import same
 from jemkit.testing import toy_batch, toy_task
@@ -134,7 +138,7 @@ def test_a_run_tells_it_its_length() -> None:
 
 def test_sharded_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model: EnergyModel = backbone_of("classifier", TASK).model
-    monkeypatch.setattr(fsdp, "is_shared", lambda t: True)
+    monkeypatch.setattr(fsdp, "is_sharded", lambda t: True)
     with pytest.raises(MisfitError, match="omit --shard"):
         AGR().build(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
@@ -191,3 +195,29 @@ def test_an_updater_with_a_state_is_refused() -> None:
     model = backbone_of("classifier", TASK).model
     with pytest.raises(MisfitError, match=r"updater.update: PlainUpdater keeps a state of its own"):
         AGR(update=Keeping()).build(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_the_clean_pass_has_the_precision_and_the_labels_of_the_objective() -> None:
+    backbone = backbone_of("classifier", TASK)
+    updater = AGR(start=0).build(backbone.model, torch.optim.SGD(backbone.model.parameters(), 0.1))
+    assert isinstance(updater, AGRUpdater)
+    share = torch.full((len(BATCH.y),), 0.25)
+    partner = torch.arange(len(BATCH.y)).flip(0)
+    mixed = BATCH._replace(mixed=Mixed(partner, share))
+    for batch in (BATCH, mixed):
+        for narrow in (False, True):
+            autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=narrow)
+            backbone.autocast = autocast
+            updater.begin(backbone, batch)
+            assert updater.clean is not None
+            with autocast():
+                logits = backbone.model(batch.x).logits
+            expected = F.cross_entropy(logits, soft_labels(batch, logits.shape[1]))
+            torch.testing.assert_close(updater.clean().total, expected)
+
+
+def test_a_run_in_bf16_has_its_clean_pass_in_bf16() -> None:
+    recipe = toy_recipe(toy_registry(), "classifier", "trades", "agr", "run.precision=bf16")
+    backbone = build_run(recipe.recipe).backbone
+    with backbone.autocast():
+        assert torch.is_autocast_enabled("cpu")

@@ -1,5 +1,6 @@
 """DUCAT: folding, targets and the loss worked by hand; dummies begin late, and are folded away."""
 
+from dataclasses import replace
 from math import exp, log
 from typing import Any
 
@@ -234,6 +235,9 @@ def test_accuracy_is_reported_through_both_foldings_and_on_2k_logits() -> None:
     plain = PixelModel(backbone_of("classifier").model, TASK.bounds)
     with pytest.raises(Unmeasurable, match="no dummy classes"):
         measure(plain, data, [Foldings()], context())
+    in_l1 = replace(context(), threat=Threat("L1", 255.0))
+    with pytest.raises(Unmeasurable, match="does not support L1"):
+        measure(subject, data, [Foldings()], in_l1)
 
 
 def test_an_attack_on_2k_logits_takes_the_dummy_of_the_true_class_for_a_success() -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from toys import gen, linear_model
 
 from jemkit import PGD, Context, PixelModel, Threat, Unmeasurable, evaluate
-from jemkit.attacks.pixel_model import UNIT
+from jemkit.attacks.pixel_model import UNIT, ZeroGradientModel
+from jemkit.attacks.purification import Refinement, refined
 from jemkit.metrics.attack_runner import attacked
 from jemkit.metrics.evaluator import measure
 from jemkit.metrics.figures import Figure
@@ -164,3 +165,12 @@ def test_it_runs_only_on_demand() -> None:
     record = evaluate(trained(), data(9), n_classes=3, attacks=("pgd",), eps_px=40, max_images=9,
                       options={"pgd": {"steps": 1}})  # fmt: skip
     assert "no test-time defence" in record.left_out["et3"]
+
+
+def test_it_is_measured_on_a_model_itself_in_norms_that_it_has() -> None:
+    with pytest.raises(Unmeasurable, match="not of L1"):
+        figures(Threat("L1", 255.0))
+    context = Context(gen(), LINF, batch_size=20, attacks={"pgd": PGD(steps=1)})
+    for other in (refined(trained(), Refinement(steps=1)), ZeroGradientModel(trained())):
+        with pytest.raises(Unmeasurable, match="neither with --refine-steps, nor on"):
+            measure(other, data(), [ET3(steps=1)], context)

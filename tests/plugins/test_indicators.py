@@ -24,7 +24,7 @@ from jemkit import Images
 from jemkit.attacks.autoattack import Stage
 from jemkit.attacks.base import Norm, Threat
 from jemkit.attacks.pgd import PGD, margin
-from jemkit.attacks.pixel_model import PixelModel, anchored, pixel_model
+from jemkit.attacks.pixel_model import PixelModel, pixel_model, with_gradient
 from jemkit.metrics.attack_runner import Attacked, attacked
 from jemkit.metrics.evaluator import Context
 from jemkit.metrics.outputs import Finding, at_least, surely
@@ -107,7 +107,7 @@ def verdict(
     """The findings of PGD-20's figure, by their names."""
     data = Images(digits("test").x[:n], digits("test").y[:n])
     with frozen(module), eval_mode(module):
-        subject = anchored(pixel_model(module), data.unit()[:2])
+        subject = with_gradient(pixel_model(module), data.unit()[:2])
         attacked_by = {"pgd": attacked(subject, PGD(steps=20), data, ctx, "pgd")}
         budget = attacked_by["pgd"].passes if bounded else None
         rows = examine(subject, data, attacked_by, ctx, images, budget)["pgd20"]

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from cli_tools import jemkit
+from cli_tools import jemkit, one_line
+from pydantic import ValidationError
 from torch import Tensor
 
 from jemkit import Context, Images
@@ -14,8 +15,10 @@ from jemkit.attacks.base import Threat
 from jemkit.errors import ConfigError, DataError, Preempted
 from jemkit.runtime.files import write_tensors
 from jemkit.runtime.rng import generator
+from jemkit_plugins.generation import evaluator as evaluator_module
 from jemkit_plugins.generation import features as feature_module
 from jemkit_plugins.generation import fid, statistics
+from jemkit_plugins.generation.evaluator import Generation
 from jemkit_plugins.generation.features import INCEPTION, Extracted, Features
 
 CPU = torch.device("cpu")
@@ -152,3 +155,23 @@ def test_the_command_takes_a_subset_and_says_which(tmp_path: Path) -> None:
     about = statistics.read(out).about
     assert about["count"] == statistics.read(out).moments.n == 100
     assert about["selection"] == "100 of 1297, stratified by class, seed 0"
+
+
+@pytest.mark.usefixtures("without_weights")
+def test_a_folder_in_place_of_a_file_is_refused_at_once(tmp_path: Path) -> None:
+    done = jemkit("fid-stats", "digits", "-o", str(tmp_path))
+    assert "is a folder; name a file" in one_line(done, 6)
+
+
+def test_statistics_without_inceptions_weights_are_refused_before_any_attack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statistics.write(tmp_path / "s.safetensors", made())
+    Generation(statistics=tmp_path / "s.safetensors", features=pixels())
+
+    def missing(_: Path | None) -> Path:
+        raise DataError("FID needs Inception's weights")
+
+    monkeypatch.setattr(evaluator_module, "inception_file", missing)
+    with pytest.raises(ValidationError, match="needs Inception's weights"):
+        Generation(statistics=tmp_path / "s.safetensors")

@@ -173,3 +173,19 @@ def test_the_real_mlflow_gets_every_figure(tmp_path: Path, monkeypatch: pytest.M
     history = client.get_metric_history(run.info.run_id, "loss")
     assert {m.step: m.value for m in history} == {int(r["step"]): float(r["loss"]) for r in rows}
     assert {"valid/pgd10", "test/clean", "loss_p_y_given_x"} <= set(run.data.metrics)
+
+
+def test_tensorboard_keeps_the_validation_of_an_epoch_that_a_run_resumes_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch)
+    for step in (0, 3):
+        tracker = REGISTRY["tracker"]["tensorboard"]().build()
+        tracker.on_begin(TrackedRun(tmp_path, {}, step, 6, {}, lambda _: None))
+        if step == 0:
+            tracker.on_epoch(3, {"pgd10": 0.5})
+        tracker.on_end("preempted")
+    lines = (tmp_path / "tensorboard" / "scalars.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"purge": 0}, ["valid/pgd10", 0.5, 2], {"purge": 3},
+    ]  # fmt: skip

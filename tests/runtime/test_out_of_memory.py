@@ -89,7 +89,7 @@ def test_work_is_done_again_with_half_the_images_and_the_same_draws(room: int, n
         return ModelEnergy(model).stem(x)
 
     micro = MicroBatch()
-    features = micro.fit(work, rng, on_change=lambda **what: sizes.append(what["images"]))
+    features = micro.retry_on_oom(work, rng, on_change=lambda **what: sizes.append(what["images"]))
     tried = [n // 2**k for k in range(6) if n // 2**k]
     refused = [most for most in tried if -(-n // -(-n // most)) > room]  # in slices of equal size
     halvings = tried[1 : 1 + len(refused)]
@@ -188,7 +188,7 @@ def test_an_update_that_has_begun_is_not_taken_again() -> None:
         raise MemoryError
 
     with pytest.raises(OutOfMemory, match="which cannot be undone") as caught:
-        MicroBatch().fit(work, moved=lambda: len(done))
+        MicroBatch().retry_on_oom(work, moved=lambda: len(done))
     assert not caught.value.undone
     assert len(done) == 1
 

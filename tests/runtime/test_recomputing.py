@@ -166,7 +166,7 @@ class Hungry(nn.Module):
 
 def test_on_oom_activations_are_recomputed_before_anything_else() -> None:
     network, x, micro, changes = Hungry(enough=True), torch.ones(8, 1, 2, 2), MicroBatch(), []
-    features = micro.fit(
+    features = micro.retry_on_oom(
         lambda: micro.microbatched(network, x, network),
         on_change=lambda **what: changes.append(what),
     )
@@ -176,14 +176,14 @@ def test_on_oom_activations_are_recomputed_before_anything_else() -> None:
     with frozen(network):  # a chain's pass, in which no weight asks for a gradient
         other = MicroBatch()
         with pytest.raises(OutOfMemory, match="cannot be split"):
-            other.fit(lambda: other.microbatched(network, x, network))
+            other.retry_on_oom(lambda: other.microbatched(network, x, network))
         assert not other.recompute
 
 
 def test_memory_for_which_that_is_not_enough_ends_it() -> None:
     network, x, micro = Hungry(enough=False), torch.ones(8, 1, 2, 2), MicroBatch()
     with pytest.raises(OutOfMemory, match="cannot be split"):
-        micro.fit(lambda: micro.microbatched(network, x, network))
+        micro.retry_on_oom(lambda: micro.microbatched(network, x, network))
     assert (micro.size, micro.recompute) == (4, True)
 
 
@@ -205,23 +205,23 @@ def test_a_pass_that_was_not_too_large_yet_is_halved_before_it_is_given_up() -> 
     """A GPU then has it wait in the host's memory."""
     network, x, micro = Busy(), torch.ones(8, 1, 2, 2), MicroBatch(16)
     with frozen(network):
-        micro.fit(lambda: micro.microbatched(network, x, network))
+        micro.retry_on_oom(lambda: micro.microbatched(network, x, network))
     assert (micro.size, micro.recompute) == (4, False)
 
 
 def test_a_pass_that_keeps_nothing_is_halved_at_once() -> None:
     network, x, micro = Busy().eval(), torch.ones(8, 1, 2, 2), MicroBatch()
     with torch.no_grad():
-        micro.fit(lambda: micro.microbatched(network, x, network))
+        micro.retry_on_oom(lambda: micro.microbatched(network, x, network))
     assert (micro.size, micro.recompute) == (4, False)
 
 
 def test_a_single_image_has_its_activations_recomputed() -> None:
     network, x, micro = Hungry(enough=True), torch.ones(1, 1, 2, 2), MicroBatch()
-    micro.fit(lambda: micro.microbatched(network, x, network))
+    micro.retry_on_oom(lambda: micro.microbatched(network, x, network))
     assert (micro.size, micro.recompute) == (0, True)
     with pytest.raises(OutOfMemory, match="and smaller passes would not help"):
-        MicroBatch().fit(lambda: network(x))
+        MicroBatch().retry_on_oom(lambda: network(x))
 
 
 def test_where_a_step_cannot_be_retried_the_error_says_what_helps() -> None:
@@ -238,7 +238,7 @@ def test_where_a_step_cannot_be_retried_the_error_says_what_helps() -> None:
         micro = MicroBatch(recompute=recompute)
         network.enough = not recompute
         with pytest.raises(OutOfMemory, match=message):
-            micro.fit(partial(work, micro), moved=lambda: len(done))
+            micro.retry_on_oom(partial(work, micro), moved=lambda: len(done))
 
 
 def trainer(path: Path, *overrides: str) -> Trainer:

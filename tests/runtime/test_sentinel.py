@@ -13,7 +13,7 @@ from toys import backbone_of, toy_recipe, toy_registry
 from jemkit import ConfigError
 from jemkit.runtime.divergence_monitor import Drift, Finding, RunStatistics, Sentinel
 from jemkit.testing import toy_task
-from jemkit.training.health import edge_limit, renew, sick_slots, unfit
+from jemkit.training.health import edge_limit, renew, unfit, unhealthy_slots
 
 names = st.sampled_from(["loss", "loss p(x)", "E(x+)", "gap x+ x-", "gradient norm", "accuracy"])
 scales = st.floats(-6, 6).map(lambda power: 2.0 ** round(3 * power))
@@ -33,10 +33,10 @@ def exploding(seed: int, at: int = 100, steps: int = 200) -> list[float]:
 
 @given(name=names, value=st.sampled_from([math.nan, math.inf, -math.inf]), at=st.integers(0, 90))
 def test_whatever_is_not_finite_is_a_finding_at_once(name: str, value: float, at: int) -> None:
-    vitals = RunStatistics(Sentinel())
+    statistics = RunStatistics(Sentinel())
     rows: list[dict[str, Any]] = [{"step": i, "lr": 0.1, name: float(i % 3)} for i in range(at)]
-    assert not any(vitals.row(row) for row in rows)
-    finding = vitals.row({"step": at, "lr": 0.1, name: value})
+    assert not any(statistics.row(row) for row in rows)
+    finding = statistics.row({"step": at, "lr": 0.1, name: value})
     assert finding == Finding(name, at, f"not finite: {name} = {value}")
 
 
@@ -94,10 +94,10 @@ def test_a_sentinel_that_is_saved_and_loaded_finds_the_same(seed: int, cut: int)
 def test_accuracy_at_chance_is_a_collapse_only_after_it_was_clearly_above(
     classes: int, images: int
 ) -> None:
-    vitals, chance = RunStatistics(Sentinel()), 1 / classes
+    statistics, chance = RunStatistics(Sentinel()), 1 / classes
 
     def collapsed(*history: float) -> bool:
-        return vitals.accuracy(history, chance, images, 0) is not None
+        return statistics.accuracy(history, chance, images, 0) is not None
 
     assert collapsed(1.0, chance, chance)
     assert collapsed(0.2, 1.0, 0.0, chance)
@@ -108,13 +108,13 @@ def test_accuracy_at_chance_is_a_collapse_only_after_it_was_clearly_above(
 
 
 def test_a_size_that_grows_a_thousandfold_is_a_finding_and_its_usual_growth_is_not() -> None:
-    vitals = RunStatistics(Sentinel())
+    statistics = RunStatistics(Sentinel())
     for size in (1e-3, 1.0, 2.0, 30.0, 20.0):
-        assert vitals.level("slope", size, 0) is None
-    finding = vitals.level("slope", 1e4, 7)
+        assert statistics.level("slope", size, 0) is None
+    finding = statistics.level("slope", 1e4, 7)
     assert finding is not None
     assert finding.since == 7
-    assert vitals.level("slope", math.nan, 8) is not None
+    assert statistics.level("slope", math.nan, 8) is not None
 
 
 def test_only_tensors_with_a_nan_or_an_infinity_are_unfit() -> None:
@@ -129,16 +129,16 @@ def test_the_sick_slots_of_a_buffer_and_no_others_begin_afresh() -> None:
     backbone = backbone_of("jem", task)
     buffer = backbone.density.buffer
     limit = edge_limit(task.images("train"), 0.5)
-    assert not sick_slots(buffer, task.bounds, limit).any()
+    assert not unhealthy_slots(buffer, task.bounds, limit).any()
     buffer.states[3] = 1.0
     buffer.states[5] = -2.0  # a chain without a box may leave the range
     buffer.states[7, 0, 0, 0] = math.nan
     before = buffer.states.clone()
-    sick = sick_slots(buffer, task.bounds, limit)
-    assert sick.nonzero().squeeze(1).tolist() == [3, 5, 7]
-    assert renew(buffer, sick, torch.Generator().manual_seed(0)) == 3
-    assert not sick_slots(buffer, task.bounds, limit).any()
-    assert torch.equal(buffer.states[~sick], before[~sick])
+    unhealthy = unhealthy_slots(buffer, task.bounds, limit)
+    assert unhealthy.nonzero().squeeze(1).tolist() == [3, 5, 7]
+    assert renew(buffer, unhealthy, torch.Generator().manual_seed(0)) == 3
+    assert not unhealthy_slots(buffer, task.bounds, limit).any()
+    assert torch.equal(buffer.states[~unhealthy], before[~unhealthy])
 
 
 @pytest.mark.parametrize("table", [

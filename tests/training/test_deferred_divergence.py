@@ -17,10 +17,12 @@ from toys import backbone_of, gen, objective_of, toy_recipe, toy_registry
 
 from jemkit import Diverged, Guard, Options, Plain, Terms, Trainer, hookimpl, train_step
 from jemkit.config.registry import Plugin
+from jemkit.errors import NotFinite
 from jemkit.runtime.checkpoint import complete, load
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.testing import toy_batch, toy_task
 from jemkit.training.rollback import step_of
+from jemkit.training.validation import Validator
 
 EPOCH, AT = 6, 8  # steps; the one that is not finite
 TASK = toy_task()
@@ -157,3 +159,32 @@ def test_with_the_sentinel_a_run_goes_on_from_finite_values(tmp_path: Path) -> N
         trainer.run()
     assert sick == 3 * [False]
     assert saved(tmp_path / "run") == {0: False, EPOCH: False}
+
+
+def test_outputs_that_are_not_finite_in_validation_lead_to_a_rollback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate, calls, kinds = Validator.validate, list[int](), list[str]()
+
+    def once(self: Validator, n: int) -> dict[str, float]:
+        calls.append(n)
+        if len(calls) == 1:
+            raise NotFinite("the model's logits contain NaN or inf on clean images")
+        return validate(self, n)
+
+    monkeypatch.setattr(Validator, "validate", once)
+    recipe = toy_recipe(REGISTRY, "classifier", "ce", "plain")
+    trainer = Trainer(
+        recipe, RunFolder.create(tmp_path / "run"), lambda kind, _: kinds.append(kind)
+    )
+    trainer.run()
+    assert kinds.count("rollback") == 1
+    (tried,) = trainer.rollback.tried
+    assert (tried["signal"], tried["to"], tried["step"]) == ("outputs", 0, EPOCH)
+    assert trainer.step == trainer.total_steps
+
+
+def test_no_step_is_taken_up_to_step_zero(tmp_path: Path) -> None:
+    trainer = Trainer(toy_recipe(REGISTRY, "classifier", "ce"), RunFolder.create(tmp_path / "run"))
+    trainer.run(until=0)
+    assert trainer.step == 0

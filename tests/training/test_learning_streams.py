@@ -62,7 +62,7 @@ def test_an_objective_names_the_streams_that_it_passes(name: str, options: dict[
     objective, built = objective_of(name, **options), backbone_for(name, "sadajem")
     stepped(built, objective)
     assert isinstance(objective, NamesStreams)
-    assert set(objective.streams) == built.passed
+    assert set(objective.streams) == built.scored_streams
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A layout is a rule or a measurement; what was measured once holds for whoever reads the run."""
+"""run.channels_last: the fixed rule of "auto", and what is refused on a CPU."""
 
 from typing import Any
 

@@ -25,6 +25,8 @@ class Foldings(Options):
         model = subject.model
         if not isinstance(model, DummyEnergy):
             raise Unmeasurable("the model has no dummy classes to fold")
+        if ctx.threat.norm == "L1":
+            raise Unmeasurable("PGD, which attacks each folding, does not support L1")
         pgd, figures = PGD(steps=self.steps), []
         (perturb,) = pgd.bind(subject, ctx.threat).values()
         card = {**ctx.card, **pgd.card(ctx.threat, model.head.out_features // 2)}

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BeforeValidator, Field, InstanceOf, field_validator
+from pydantic import BeforeValidator, Field, InstanceOf, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
 from torch import Tensor
 
@@ -83,6 +83,13 @@ class Generation(Options):
         if path is not None:
             statistics.read(path)
         return path
+
+    @model_validator(mode="after")
+    def _weights_of_statistics(self) -> Self:
+        """Before any attack runs: statistics are compared with samples in Inception's features."""
+        if self.statistics is not None and self.features is None:
+            inception_file(self.inception)
+        return self
 
     @staticmethod
     def write_statistics(images: Images, out: Path, about: dict[str, Any], **how: Any) -> Any:

@@ -103,7 +103,7 @@ def extracted(features: Features, images: Tensor, ctx: Context, what: str) -> Ex
     about = {"features": features.name, **features.card, "images": sha, "shape": list(images.shape)}
     batches = {"batch_size": ctx.batch_size, "device": ctx.rng.device.type}
     names = [f"{i:05d}" for i in range(len(parts))]
-    pieces = list(ctx.ledger({**about, **batches}).pieces(names, compute, ctx.poll, done))
+    pieces = list(ctx.result_cache({**about, **batches}).pieces(names, compute, ctx.poll, done))
     logits = [piece["logits"] for piece in pieces if "logits" in piece]
     rows = torch.cat([piece["features"] for piece in pieces])
     return Extracted(rows, torch.cat(logits) if logits else None)

@@ -94,7 +94,7 @@ def _judged(
         x = to_bytes(pixels)
         return {"x": x.cpu(), **_classified(subject, x, ctx)}
 
-    ledger = ctx.ledger(
+    cache = ctx.result_cache(
         {
             "samples": about,
             "seed": ctx.seed,
@@ -105,7 +105,7 @@ def _judged(
     )
     columns = in_batches(
         even_batches(n), piece, partial(generator, ctx.rng.device, ctx.seed, "generation"),
-        cache=ledger, poll=ctx.poll, done=lambda rows: ctx.progress("samples", rows, n),
+        cache=cache, poll=ctx.poll, done=lambda rows: ctx.progress("samples", rows, n),
     )  # fmt: skip
     return GeneratedImages(**columns)
 

@@ -71,6 +71,8 @@ def write_of(
 
     Unfinished work is beside the file: the same call continues it.
     """
+    if out.is_dir():
+        raise DataError(f"{out} is a folder; name a file, such as {out / 'statistics.safetensors'}")
     network = features.inception(features.inception_file(inception), device)
     work = out.parent / f".{out.name}.work"
     ctx = Context(
@@ -85,7 +87,7 @@ def write_of(
         )  # fmt: skip
     result = measured(images, network, ctx, about)
     write(out, result)
-    for cache in ctx.notes.ledgers:
+    for cache in ctx.notes.caches:
         cache.remove()
     return result.about
 

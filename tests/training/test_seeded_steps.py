@@ -1,0 +1,32 @@
+"""Networks that draw from torch's global generators, as dropout does, train repeatably."""
+
+from pathlib import Path
+
+import torch
+from toys import toy_recipe, toy_registry
+
+from jemkit import Trainer
+from jemkit.runtime.run_dir import RunFolder
+
+REGISTRY = toy_registry()
+
+
+def drawn(out: Path, *overrides: str) -> list[float]:
+    """What the network draws from torch's global generator in two steps of a run."""
+    recipe = toy_recipe(REGISTRY, "classifier", "ce", "plain", *overrides)
+    trainer, values = Trainer(recipe, RunFolder.create(out)), list[float]()
+    trainer.backbone.model.register_forward_pre_hook(lambda *_: values.append(float(torch.rand(1))))
+    before = torch.get_rng_state()
+    for _ in range(2):
+        trainer.one_step()
+    assert torch.equal(torch.get_rng_state(), before)
+    return values
+
+
+def test_the_global_generator_is_the_runs_own_and_its_state_is_put_back(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    first = drawn(tmp_path / "a")
+    torch.manual_seed(2)
+    assert drawn(tmp_path / "b") == first
+    assert drawn(tmp_path / "c", "run.seed=7") != first
+    assert len(set(first)) == len(first) == 2
