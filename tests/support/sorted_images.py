@@ -16,9 +16,10 @@ def put(path: Path, pixels: np.ndarray) -> Path:
     return path
 
 
-def sorted_folder(root: Path, *, n: int = 2, shape: tuple[int, ...] = (8, 8)) -> Path:
+def sorted_folder(
+    root: Path, *, n: int = 2, shape: tuple[int, ...] = (8, 8), seed: int = 0
+) -> Path:
     """root/{train,test}/{cat,dog}/0..n.png"""
-    seed = 0
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             for i in range(n):

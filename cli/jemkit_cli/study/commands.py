@@ -46,7 +46,10 @@ def reproduce(
         str,
         typer.Argument(help="A study that a plug-in provides, or a TOML file.", metavar="STUDY"),
     ],
-    scale: Annotated[str, typer.Option(help="Data and size of the study.")] = "digits",
+    scale: Annotated[
+        str | None,
+        typer.Option(help="Data and size of the study; digits by default.", show_default=False),
+    ] = None,
     seeds: Seeds = None,
     row: Annotated[
         list[str] | None,
@@ -83,16 +86,23 @@ def reproduce(
     from jemkit_cli.study.evaluations import check_evaluations
     from jemkit_cli.study.plan import find_study, part_of, study_resolver, units, with_settings
 
+    own = name.endswith(".toml")  # of the user
+    if own and scale is not None:
+        raise typer.BadParameter(f"--scale {scale}: {name} has its own data and size; omit --scale")
+    scale = scale or "digits"
     registry = installed_parts(third_party=not no_plugins)
     study = part_of(find_study(registry, name, scale), _numbers(seeds), row or ())
     study = with_settings(study, settings or ())
     check_evaluations(study, registry)
-    own = name.endswith(".toml")  # of the user
     folder = out or RUNS / (Path(name).stem if own else scale)
     data: dict[str, Any] = {} if data_dir is None else {"dir": str(data_dir)}
     extra = {"data": {**data, "download": True} if download else data}
     planned = units(study, registry, folder, study_resolver(study, registry, extra))
-    _go(study, planned, folder, Path(name).stem, jobs=jobs, dry_run=dry_run, as_json=as_json)
+    options = ["--no-plugins"] if no_plugins else []
+    _go(
+        study, planned, folder, Path(name).stem, options, jobs=jobs, dry_run=dry_run,
+        as_json=as_json,
+    )  # fmt: skip
 
 
 @takes(RecipeOptions)
@@ -117,19 +127,23 @@ def sweep(
 
     A --set with several values, separated by commas, is varied: --set objective.w2=0.05,0.5.
     """
+    from jemkit.config.recipe import resolve
     from jemkit_cli.study.evaluations import check_evaluations
-    from jemkit_cli.study.plan import sweep_resolver, sweep_study, units
+    from jemkit_cli.study.plan import grid, sweep_resolver, sweep_study, units
 
     registry = recipe.registry()
     if recipe.seed is not None and seeds is not None:
         raise typer.BadParameter("--seed and --seeds are both given; omit --seed")
-    numbers = _numbers(seeds) or (recipe.seed or 0,)
+    first = [f"{name}={value}" for name, value in grid(recipe.overrides or ())[0].items()]
+    own = resolve(registry, **{**recipe.layers(), "overrides": first}).recipe.run.seed
+    numbers = _numbers(seeds) or (own,)
     study = sweep_study(
         recipe.overrides or (), numbers, tuple(attack or ("pgd",)), tuple(figure or ())
     )
     check_evaluations(study, registry)
     planned = units(study, registry, out, sweep_resolver(registry, recipe.layers()))
-    _go(study, planned, out, "sweep", jobs=jobs, dry_run=dry_run, as_json=as_json)
+    options = ["--no-plugins"] if recipe.no_plugins else []
+    _go(study, planned, out, "sweep", options, jobs=jobs, dry_run=dry_run, as_json=as_json)
 
 
 def _go(
@@ -137,12 +151,15 @@ def _go(
     planned: "Sequence[Unit]",
     folder: Path,
     name: str,
+    options: Sequence[str],
     *,
     jobs: int,
     dry_run: bool,
     as_json: bool,
 ) -> None:
+    """Run what is missing and write the table; `options` are passed to every command."""
     from jemkit_cli.study.forecast import forecast
+    from jemkit_cli.study.images import check_images
     from jemkit_cli.study.plan import check_data, slow_units
     from jemkit_cli.study.running import run_all, state_of
     from jemkit_cli.study.table import table_of
@@ -150,6 +167,7 @@ def _go(
 
     states = [(unit, state_of(unit)) for unit in planned]
     check_data([unit for unit, state in states if not state.complete(study.evaluations(unit.row))])
+    check_images(planned)
     for text in slow_units([unit for unit, state in states if state.trained is None]):
         log.warning("%s", text)
     if dry_run:
@@ -158,7 +176,7 @@ def _go(
     with tracking(silent=as_json) as progress, stopping() as stop:
         run_all(
             planned, study, folder, jobs=jobs, report=_reporter(as_json),
-            progress=progress, stop=stop,
+            progress=progress, stop=stop, options=options,
         )  # fmt: skip
     table = table_of(study, planned)
     paths = write_all(table, folder, name)

@@ -11,7 +11,7 @@ from jemkit.metrics.figures import Figure
 from jemkit.metrics.record_file import Record
 from jemkit.runtime.html import Html, tag
 from jemkit.runtime.opening import read_file
-from jemkit_cli.study.table import Line, Table
+from jemkit_cli.study.table import Line, Table, record_of
 
 SETS = {"clean": "clean", "adversarial": "under PGD-20", "generated": "generated"}
 LARGEST = 2**26
@@ -33,7 +33,9 @@ def _records(table: Table) -> list[tuple[Line, Path, Record | None]]:
     entries = []
     for line in table.lines:
         folder = Path(line.runs[0]) if line.runs else Path()
-        entries.append((line, folder, records.load(folder) if line.runs else None))
+        known = line.checkpoints[:1] != ["None"]  # a record may lack the hash
+        weights = line.checkpoints[0] if line.runs and known else None
+        entries.append((line, folder, record_of(folder, weights) if line.runs else None))
     return entries
 
 

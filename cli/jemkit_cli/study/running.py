@@ -39,6 +39,7 @@ class State(NamedTuple):
 
     trained: dict[str, Any] | None  # the JSON line of `jemkit train`, or {"diverged": message}
     evaluated: tuple[Evaluation, ...] = ()  # the options of each evaluation that is complete
+    weights: str | None = None  # SHA-256 of those that were evaluated; None: of the last record
 
     @property
     def diverged(self) -> bool:
@@ -82,17 +83,19 @@ def run_all(
     progress: Callable[[str, int, int], None] | None,
     stop: Callable[[], bool],
     call: Call | None = None,
+    options: Sequence[str] = (),
 ) -> None:
     """Complete every run; runs that diverge are marked, and the others continue.
 
-    `out` has the file of statistics that an evaluation may name; it is computed first.
+    `out` has the file of statistics that an evaluation may name; it is computed first. `options`
+    are passed to every command.
     Raises Preempted if `stop` returns true: the runs are saved, and the same call continues.
     """
     stopped = threading.Event()
     begun: dict[str, Future[None]] = {}
     missing = [e for unit in units for e in state_of(unit).missing(study.evaluations(unit.row))]
     reference = study_statistics(units, missing, out)
-    shared = _Shared(study, reference, report, stopped, call or _call)
+    shared = _Shared(study, reference, report, stopped, call or _call, options)
     with ThreadPoolExecutor(jobs) as pool:
         if reference is not None:
             begun["statistics"] = pool.submit(_write_statistics, reference, shared)
@@ -122,13 +125,14 @@ class _Shared(NamedTuple):
     report: Callable[[str], None]
     stopped: threading.Event
     call: Call
+    options: Sequence[str]
 
 
 def _write_statistics(wanted: StatisticsFile, shared: _Shared) -> None:
     folder = wanted.file.parent
     if not wanted.file.exists():
         make_folder(folder)
-        shared.call(wanted.command, shared.stopped, folder)
+        shared.call([*wanted.command, *shared.options], shared.stopped, folder)
         shared.report(f"statistics {wanted.file}")
 
 
@@ -156,7 +160,7 @@ def _run(
         if first is not None and state_of(first).diverged:
             trained: dict[str, Any] = {"diverged": f"{first.row.name} diverged"}
         else:
-            trained = _train(unit, first, stopped, call)
+            trained = _train(unit, first, shared)
         state = State(trained)
         _mark(unit, state)
         report(f"{name}: {_summary(trained)}")
@@ -164,9 +168,12 @@ def _run(
         given = shared.statistics.substituted(options) if shared.statistics else options
         if given != options:
             begun["statistics"].result()
-        call(["evaluate", str(unit.folder), *given, "--json"], stopped, unit.folder)
+        common = [*_device(unit), *_moved(unit), *shared.options, "--json"]
+        output = call(["evaluate", str(unit.folder), *given, *common], stopped, unit.folder)
         others = [e for e in state.evaluated if (e[-2:] == LAST) == (options[-2:] == LAST)]
-        state = state._replace(evaluated=(*others, options))  # a record is of one checkpoint
+        state = state._replace(  # a record is of one checkpoint
+            evaluated=(*others, options), weights=_weights(output)
+        )
         _mark(unit, state)
         report(f"{name}: evaluated")
 
@@ -177,16 +184,37 @@ def _summary(trained: dict[str, Any]) -> str:
     return f"trained in {trained['seconds']:.0f} s"
 
 
-def _train(unit: Unit, first: Unit | None, stopped: threading.Event, call: Call) -> dict[str, Any]:
+def _weights(output: str) -> str | None:
+    """The SHA-256 of the weights in the record that `jemkit evaluate` printed."""
+    record = json.loads(output.splitlines()[-1])
+    sha = record.get("subject", {}).get("sha256")
+    return sha if isinstance(sha, str) else None
+
+
+def _device(unit: Unit) -> list[str]:
+    """The option for the device of the run's recipe."""
+    device = unit.resolved.recipe.run.device
+    return [] if device == "auto" else ["--device", device]
+
+
+def _moved(unit: Unit) -> list[str]:
+    """The option for the folder of the data, if it is another one than when the run began."""
+    folder = unit.resolved.tables["data"].get("dir")
+    before = read_json(unit.folder / "config.json")["recipe"].get("data", {}).get("dir")
+    return [] if folder in (None, before) else ["--data-dir", str(folder)]
+
+
+def _train(unit: Unit, first: Unit | None, shared: _Shared) -> dict[str, Any]:
     """Start or continue the run; returns the last line that the command printed."""
-    arguments = ["train", "--out", str(unit.folder), "--json", "--quiet"]
+    arguments = ["train", "--out", str(unit.folder), "--json", "--quiet", *shared.options]
     if (unit.folder / "config.json").exists():
-        arguments.append("--resume")
+        arguments += ["--resume", *_moved(unit)]
     else:
         arguments += ["--config", str(_recipe_file(unit))]
         arguments += ["--init-from", str(first.folder)] if first is not None else []
     try:
-        line: dict[str, Any] = json.loads(call(arguments, stopped, unit.folder).splitlines()[-1])
+        output = shared.call(arguments, shared.stopped, unit.folder)
+        line: dict[str, Any] = json.loads(output.splitlines()[-1])
         return line
     except Diverged as error:
         return {"diverged": str(error)}

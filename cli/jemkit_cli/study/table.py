@@ -2,8 +2,9 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from jemkit.evaluation.run_table import Judged, differing, is_share, read_runs
 from jemkit.metrics import record as records
 from jemkit.metrics.figures import Figure, finite
+from jemkit.metrics.record_file import Record
 from jemkit.runtime.rng import generator
 from jemkit_cli.study.plan import Study, Unit
 from jemkit_cli.study.running import state_of
@@ -78,18 +80,19 @@ class Table:
 def table_of(study: Study, units: Sequence[Unit]) -> Table:
     """The table of the complete runs; missing figures are empty."""
     groups = {row.name: [unit for unit in units if unit.row.name == row.name] for row in study.rows}
-    judged = {name: _judged(group, study) for name, group in groups.items()}
+    by_seed = {name: _evaluated(group, study) for name, group in groups.items()}
+    judged = {name: list(runs.values()) for name, runs in by_seed.items()}
     everything = list({run.folder: run for runs in judged.values() for run in runs}.values())
     apart = {
         name: [text.partition(" is ")[0] for text in differing(everything, name)]
         for name in study.columns
     }
-    reference = _rows(judged.get(study.reference or "", []), study.compared)
+    reference = by_seed.get(study.reference or "", {})
     lines = []
     for row in study.rows:
         runs, states = judged[row.name], [state_of(unit) for unit in groups[row.name]]
         cells = {name: cell for name in study.columns if (cell := _cell(runs, name)) is not None}
-        own = _rows(runs, study.compared) if row.name != study.reference else None
+        own = by_seed[row.name] if row.name != study.reference else {}
         lines.append(Line(
             row.name,
             [str(run.folder) for run in runs],
@@ -97,7 +100,7 @@ def table_of(study: Study, units: Sequence[Unit]) -> Table:
             [state.trained["seconds"] for state in states if state.trained and not state.diverged],
             cells,
             {name: _why(runs, name) for name in study.columns if name not in cells},
-            _difference(own, reference) if not apart.get(study.compared) else None,
+            _difference(own, reference, study.compared) if not apart.get(study.compared) else None,
             sum(state.diverged for state in states),
             row.paper,
             {name: each for name in study.columns if (each := _by_seed(runs, name))},
@@ -109,12 +112,25 @@ def table_of(study: Study, units: Sequence[Unit]) -> Table:
     return Table(study, lines, protocols, {name: keys for name, keys in apart.items() if keys})
 
 
-def _judged(group: Sequence[Unit], study: Study) -> list[Judged]:
-    folders = [
-        unit.folder for unit in group if state_of(unit).complete(study.evaluations(unit.row))
-    ]
-    evaluated = [folder for folder in folders if (folder / records.JSON).exists()]
-    return read_runs(evaluated, records.load) if evaluated else []
+def _evaluated(group: Sequence[Unit], study: Study) -> dict[int, Judged]:
+    """The complete runs by seed, each with the record of the weights that the study evaluated."""
+    seeds: list[int] = []
+    complete: dict[Path, Record] = {}
+    for unit in group:
+        state = state_of(unit)
+        record = record_of(unit.folder, state.weights)
+        if state.complete(study.evaluations(unit.row)) and record is not None:
+            seeds.append(unit.seed)
+            complete[unit.folder.resolve()] = record
+    runs = read_runs(list(complete), complete.__getitem__) if complete else []
+    return dict(zip(seeds, runs, strict=True))
+
+
+def record_of(folder: Path, weights: str | None) -> Record | None:
+    """The record of the weights with this SHA-256, or the last one; None if there is none."""
+    if not (folder / records.JSON).exists():
+        return None
+    return records.load(folder) if weights is None else records.of_weights(folder, weights)
 
 
 def _figures(runs: Sequence[Judged], name: str) -> list[Figure]:
@@ -164,11 +180,15 @@ def _rows(runs: Sequence[Judged], name: str) -> Tensor | None:
     return torch.stack(rows) if rows and len({len(row) for row in rows}) == 1 else None
 
 
-def _difference(own: Tensor | None, reference: Tensor | None) -> Cell | None:
-    """The row minus the reference, seed by seed and image by image."""
-    if own is None or reference is None or own.shape != reference.shape:
+def _difference(
+    own: Mapping[int, Judged], reference: Mapping[int, Judged], name: str
+) -> Cell | None:
+    """The row minus the reference, of the seeds that both have, image by image."""
+    seeds = [seed for seed in own if seed in reference]
+    a, b = (_rows([runs[seed] for seed in seeds], name) for runs in (own, reference))
+    if a is None or b is None or a.shape != b.shape:
         return None
-    gap = own - reference
+    gap = a - b
     values: list[float] = gap.mean(1).tolist()
     sd = statistics.stdev(values) if len(values) > 1 else None
     return Cell(values, float(gap.mean()), sd, *_interval(gap), share=True)
