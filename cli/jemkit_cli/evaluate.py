@@ -189,6 +189,7 @@ def _judged(
         subject, settings = distributed.prepared(
             lambda: _prepared(registry, run, wanted, overrides, where)
         )
+        subject = _agreed(subject)
         with (
             tracking(silent=silent or me.rank > 0) as progress,
             stopping() as stop,
@@ -199,6 +200,26 @@ def _judged(
                 keep_adversarial=keep_adversarial,
             )  # fmt: skip
     return None if me.rank else record
+
+
+def _agreed(subject: "EvalTarget") -> "EvalTarget":
+    """The model with rank 0's hash, by which processes share work; MisfitError if models differ.
+
+    What cannot be hashed has a random one in each process.
+    """
+    from jemkit.errors import MisfitError
+    from jemkit.runtime import distributed
+
+    about = subject.about
+    first = distributed.on_rank_zero(lambda: about["sha256"])
+    (differing,) = distributed.total(first != about["sha256"] and "identity" not in about)
+    if differing:
+        raise MisfitError(
+            f"{differing} of the processes built another model than the first: its code may draw "
+            "from a generator that torch.manual_seed does not seed, such as numpy's. Seed that, or "
+            "evaluate in one process"
+        )
+    return subject._replace(about={**about, "sha256": first})
 
 
 def _prepared(

@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor
 
-from jemkit.attacks.base import Perturb, Threat
+from jemkit.attacks.base import Norm, Perturb, Threat
 from jemkit.attacks.pgd import margin
 from jemkit.attacks.pixel_model import PixelModel
-from jemkit.errors import DataError
+from jemkit.data import Shape
+from jemkit.errors import DataError, MisfitError
 from jemkit.runtime.modes import preserved_random_state
 
 Part = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
@@ -68,6 +69,15 @@ class Stage:
         if self._targeted:
             about["targets"] = self._aims(n_classes)
         return about | ({"radii": "3, 2, 1 times the radius"} if self.widened else {})
+
+    def check_images(self, shape: Shape, norm: Norm) -> None:
+        """MisfitError if Square cannot begin on images [C, H, W] in this norm."""
+        _, height, width = shape
+        if self.name == "square" and not squares_fit(height, width, norm):
+            raise MisfitError(
+                f"{package()}'s Square fails on images of {height} x {width} px in {norm}: its "
+                "first squares do not fit in. Use other attacks, such as pgd and apgd, or Linf"
+            )
 
     def departures(self, n_classes: int) -> list[str]:
         """What is not as published, for want of classes."""
@@ -126,6 +136,18 @@ class Stage:
         if "margin" in loss:
             part.dlr_loss = lambda z, y: -margin(z, y)
         return part
+
+
+def squares_fit(height: int, width: int, norm: Norm) -> bool:
+    """Whether pyautoattack's Square can begin on images of this height and width.
+
+    In L2 and L1 it tiles them with squares of H // 5 pixels, and fails if one crosses the border.
+    """
+    side = height // 5
+    if norm == "Linf" or side == 1:
+        return True
+    first = (height - 5 * side) // 2
+    return side > 0 and all(first + length // side * side <= length for length in (height, width))
 
 
 def package() -> str:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkab
 from torch import Generator, Tensor, nn
 
 from jemkit.attacks.pixel_model import UNIT, PixelModel
-from jemkit.data import Bounds
+from jemkit.data import Bounds, Shape
 from jemkit.errors import ConfigError, MisfitError
 from jemkit.runtime.modes import BatchNormMode, sampling_mode
 from jemkit.sampling.kernels import Ball
@@ -114,6 +114,14 @@ class Attack(Protocol):
         radius_px: float,
     ) -> Tensor:
         """x~ [B, C, H, W], detached; `radius_px` applies if the attack sets none."""
+
+
+@runtime_checkable
+class ChecksImages(Protocol):
+    """An attack that supports only some image shapes."""
+
+    def check_images(self, shape: Shape, threat: Threat) -> None:
+        """Raise MisfitError for images [C, H, W] that it does not support."""
 
 
 @runtime_checkable

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from jemkit.attacks.base import ChecksImages, Threat
 from jemkit.attacks.pixel_model import PixelModel, check_subject, names_of, other_types
 from jemkit.attacks.purification import Refined, Refinement, refined
 from jemkit.config.eval_settings import (
@@ -38,6 +40,7 @@ from jemkit.metrics.figures import Figure, joined, near_chance
 from jemkit.metrics.outputs import probe_outputs
 from jemkit.metrics.record_file import Record
 from jemkit.runtime import distributed
+from jemkit.runtime.lock import in_use
 from jemkit.runtime.microbatch import MicroBatch, retry_on_oom
 from jemkit.runtime.modes import eval_mode, preserved_random_state
 from jemkit.runtime.precision import judging
@@ -87,8 +90,9 @@ def judge(
     Raises ConfigError or DataError before any slow work, and Preempted if `stop` returns true:
     finished batches are saved, and the same call continues.
     """
-    if subject.folder is not None:
-        records.check_place(subject.folder)
+    folder = subject.folder
+    if folder is not None:
+        records.check_place(folder)
     evaluators = evaluators_of(settings, registry)
     attacks = attacks_of(settings, registry)
     plain = subject.model
@@ -104,17 +108,28 @@ def judge(
         ctx.notes.warnings.append(lacking)
     ctx.notes.warnings.extend(unattacked(subject.model, attacks))
     ctx = replace(ctx, shard=shard, progress=progress or no_progress, stop=stop or bool)
-    for name, attack in attacks.items():  # errors are raised before anything slow
-        as_model_attack(attack, name).bind(subject.model, ctx.threat)
+    _check_attacks(attacks, subject.model, ctx.threat, data)
     cores = max(torch.get_num_threads(), os.cpu_count() or 1)
     threads = min(subject.threads or torch.get_num_threads(), cores)  # the same in all processes
     own_draws = preserved_random_state()  # a model may draw from torch's global generators
-    with judging(ctx.rng.device, threads=threads), own_draws, MicroBatch().active():
+    used = nullcontext() if folder is None or not folder.exists() else in_use(folder)
+    with used, judging(ctx.rng.device, threads=threads), own_draws, MicroBatch().active():
         first = data.take(torch.arange(min(len(data.y), settings.batch_size))).to(ctx.rng.device)
         with eval_mode(subject.model):
             retry_on_oom(partial(check_subject, subject.model, first.unit(), subject.n_classes))
             ctx = retry_on_oom(partial(_looked_at, plain, data, ctx))
         return _Judgement(subject, settings, ctx, data).run(evaluators, keep_adversarial)
+
+
+def _check_attacks(
+    attacks: Mapping[str, AnyAttack], model: PixelModel, threat: Threat, data: Images
+) -> None:
+    """MisfitError, before anything slow, for an attack that does not support this."""
+    _, channels, height, width = data.x.shape
+    for name, attack in attacks.items():
+        as_model_attack(attack, name).bind(model, threat)
+        if isinstance(attack, ChecksImages):
+            attack.check_images((channels, height, width), threat)
 
 
 def _looked_at(model: PixelModel, data: Images, ctx: Context) -> Context:
@@ -234,6 +249,7 @@ def _context(
         code=subject.about["sha256"],
         attacks=attacks,
         images=subject.images,
+        held_out=subject.known_splits,
         others=subject.others,
         quick=settings.quick,
         work=None if subject.folder is None else subject.folder / records.WORK,

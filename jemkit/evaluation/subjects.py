@@ -54,6 +54,7 @@ class EvalTarget(NamedTuple):
     trained_on: int = 0  # number of test images on which it was trained or validated
     warnings: tuple[str, ...] = ()
     threads: int | None = None  # of the CPU, from its recipe; None: torch's own choice
+    known_splits: bool = False  # whether it was not trained on the validation images
 
 
 def subject_at(
@@ -103,6 +104,7 @@ def subject_at(
         trained_on,
         tuple(warnings),
         run.recipe.run.threads,
+        known_splits=True,
     )
 
 

@@ -19,6 +19,7 @@ from jemkit.data import Images
 from jemkit.errors import MisfitError, NotFinite
 from jemkit.metrics.evaluator import AnyAttack, Context, batches, no_progress
 from jemkit.metrics.figures import Figure, joined, share
+from jemkit.metrics.identity import code_of
 from jemkit.runtime.microbatch import retry_on_oom
 from jemkit.runtime.modes import preserved_random_state
 from jemkit.runtime.timing import settle
@@ -54,9 +55,11 @@ def attacked(
     with torch.no_grad(), preserved_random_state():
         n_classes = subject(first.unit()).shape[1]
     own = {"attack": name, **ctx.threat._asdict(), **whole.card(ctx.threat, n_classes)}
+    if code := code_of(attack):
+        own["implementation"] = code
     card = {**joined(ctx.card, own), "batch_size": ctx.batch_size}
     protocol = with_departures(card, departures(attack, ctx.threat))
-    cache = ctx.result_cache(_fingerprint(subject, attack, data, ctx, name))
+    cache = ctx.result_cache({**_fingerprint(subject, attack, data, ctx, name), "card": own})
     run = AttackRun(subject, data, ctx, cache, name)
     stages = run.run(whole.bind(subject, ctx.threat), everyone=whole.everyone)
     x, x_adv = data.unit().cpu(), run.x_adv

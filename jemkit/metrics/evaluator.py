@@ -64,6 +64,7 @@ class Context:
     code: str = ""  # what cached work depends on besides the weights: see `identity_of`
     attacks: Mapping[str, AnyAttack] = field(default_factory=dict)  # requested, by name
     images: Callable[[str], Images] | None = None  # train, valid and test, as far as they exist
+    held_out: bool = True  # whether the model was not trained on the validation images
     others: Callable[[], Mapping[str, Images]] = dict  # test images of other data sets beside it
     quick: bool = False  # quick: evaluators use few images
     no_logits: str | None = None  # why the model's outputs are not logits, if that was detected

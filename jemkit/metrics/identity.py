@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from jemkit.attacks.pixel_model import PixelModel
 from jemkit.errors import memory_ran_out
+from jemkit.runtime.files import file_hash
 from jemkit.runtime.preemption import PreemptionCheck
 
 MODULE_STATE = frozenset(nn.Module().__dict__)
@@ -222,6 +223,17 @@ def version_of(module: str) -> str | None:
         return str(getattr(sys.modules.get(top), "__version__", ""))
     shipped = not file.name or file.is_relative_to(sysconfig.get_path("stdlib"))
     return "" if top in sys.stdlib_module_names and shipped else None
+
+
+def code_of(part: object) -> str:
+    """Which code of others computes a part: the version of its package, or the SHA-256 of its file
+    if it is not installed or is being edited; empty for jemkit's own."""
+    module = type(part).__module__
+    version = version_of(module)
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if version is None and file is not None:
+        return file_hash(Path(file))
+    return version or ""
 
 
 def _nested(code: types.CodeType) -> Iterator[types.CodeType]:

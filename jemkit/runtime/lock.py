@@ -46,6 +46,31 @@ def locked(path: Path, what: str, *, patience: float = 0.0) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def in_use(folder: Path, *, alone: bool = False) -> Iterator[None]:
+    """Use a folder inside the block, beside other users of it, or `alone`; raise if that cannot be.
+
+    Nothing is written: the kernel knows the users until their processes end.
+    """
+    there = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(there, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(there)
+        other = "evaluates" if alone else "deletes"
+        raise ConfigError(
+            f"{folder} is in use: another process {other} it. Wait for it to end"
+        ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            os.close(there)
+            raise
+    try:
+        yield
+    finally:
+        os.close(there)
+
+
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock file `path`; nothing is written.
 

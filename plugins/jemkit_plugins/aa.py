@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from jemkit import (
-    Attack, ModelAttack, Norm, Options, Perturb, PixelModel, Threat, hookimpl, nonstandard,
+    Attack, ModelAttack, Norm, Options, Perturb, PixelModel, Shape, Threat, hookimpl, nonstandard,
 )  # fmt: skip
 from jemkit.attacks.autoattack import QUERIES, Stage, package
 
@@ -37,6 +37,10 @@ class AutoAttack(Options):
     def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
         parts = stages(self.version, threat.norm)
         return {stage.name: stage.bind(subject, threat) for stage in parts}
+
+    def check_images(self, shape: Shape, threat: Threat) -> None:
+        for stage in stages(self.version, threat.norm):
+            stage.check_images(shape, threat.norm)
 
     def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
         parts = stages(self.version, threat.norm)

@@ -13,13 +13,16 @@ from jemkit import (
     ConfigError, Context, DataError, Evaluator, Figure, Images, Options, PixelModel, batches,
     hookimpl,
 )  # fmt: skip
-from jemkit.metrics.figures import plain
+from jemkit.metrics.figures import joined, plain
 
 COLDEST, HOTTEST = 0.01, 100.0
 """The range in which the temperature is fitted."""
 
 QUICK = 512
 """Validation images with --quick."""
+
+
+UNKNOWN = "the model may have been trained on the images that its temperature is fitted on"
 
 
 class Calibration(Options):
@@ -58,6 +61,8 @@ class Calibration(Options):
             )
         after = reliability(logits / t, y, self.bins)
         card = {**card, "fitted_on": "valid", "fitted_images": len(labels)}
+        if not ctx.held_out:
+            card = joined(card, {"standard": False, "why": UNKNOWN})
         values = {"temperature": t, "ece_scaled": after.ece, "nll_scaled": nll(logits / t, y)}
         ns = {"temperature": len(labels)}
         cards = {"temperature": {**card, "split": "valid"}}

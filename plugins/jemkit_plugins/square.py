@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from jemkit import Attack, ModelAttack, Options, Perturb, PixelModel, Threat, hookimpl
+from jemkit import Attack, ModelAttack, Options, Perturb, PixelModel, Shape, Threat, hookimpl
 from jemkit.attacks.autoattack import QUERIES, Stage, package
 
 
@@ -27,6 +27,9 @@ class Square(Options):
 
     def bind(self, subject: PixelModel, threat: Threat) -> Mapping[str, Perturb]:
         return {"square": self._stage().bind(subject, threat)}
+
+    def check_images(self, shape: Shape, threat: Threat) -> None:
+        self._stage().check_images(shape, threat.norm)
 
     def card(self, threat: Threat, n_classes: int) -> dict[str, Any]:
         return {

@@ -15,12 +15,12 @@ from strategies import seeds, uniform
 from torch import Tensor, nn
 from toys import gen, linear_model
 
-from jemkit.attacks.autoattack import QUERIES, Stage
+from jemkit.attacks.autoattack import QUERIES, Stage, squares_fit
 from jemkit.attacks.base import ModelAttack, Norm, Threat
 from jemkit.attacks.pgd import PGD
 from jemkit.attacks.pixel_model import UNIT, PixelModel, pixel_model
 from jemkit.data import Images
-from jemkit.errors import DataError
+from jemkit.errors import DataError, MisfitError
 from jemkit.metrics.attack_runner import Attacked, attacked
 from jemkit.metrics.evaluator import AnyAttack, Context
 from jemkit.runtime.modes import eval_mode, frozen
@@ -363,3 +363,22 @@ def test_on_published_classifiers_every_image_ends_as_under_the_packages_driver(
     share = float(right.float().mean())
     # published on all 10,000 images: 0 at 8/255; verified 26.88 % and PGD 54.82 % at 2/255
     assert share == 0 if name == "resnet20" else 0.20 < share < 0.62
+
+
+@pytest.mark.parametrize("norm", ["L2", "L1"])
+@pytest.mark.parametrize("side", range(5, 33))
+def test_square_begins_on_the_image_sizes_that_it_is_said_to(side: int, norm: Norm) -> None:
+    shape = (1, 1, side, side)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(side * side, 3))
+    subject, x = pixel_model(model), uniform(side, *shape, low=0)
+    perturb = Stage("square", steps=1).bind(subject, Threat(norm, 51.0))
+    y = subject(x).argmax(1)
+    if squares_fit(side, side, norm):
+        assert perturb(x, y, gen()).shape == shape
+        return
+    with pytest.raises(RuntimeError):  # pyautoattack's own
+        perturb(x, y, gen())
+    for attack in (Square(), AutoAttack()):
+        with pytest.raises(MisfitError, match=f"fails on images of {side} x {side} px in {norm}"):
+            attack.check_images(shape[1:], Threat(norm, 51.0))
+        attack.check_images(shape[1:], Threat("Linf", 8.0))

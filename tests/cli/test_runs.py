@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cli_tools import Outcome, jemkit, one_line
 
-from jemkit.runtime.lock import LOCK, locked
+from jemkit.runtime.lock import LOCK, in_use, locked
 
 EPOCHS = [{"event": "epoch", "epoch": e, "step": 10 * e, "time": 100.0 + e} for e in (1, 2, 3)]
 START, END = {"event": "start", "step": 0, "time": 100.0}, {"event": "end", "figures": []}
@@ -262,3 +262,11 @@ class _Terminal:
     def readline(self, *_: Any) -> str:
         answer, self.answer = self.answer, ""
         return answer
+
+
+@pytest.mark.usefixtures("runs")
+def test_a_run_that_is_being_evaluated_is_not_deleted() -> None:
+    with in_use(Path("runs/a")):
+        done = jemkit("rm", "runs/a", "--yes")
+    assert "is in use: another process evaluates it" in one_line(done, 3)
+    assert Path("runs/a/config.json").exists()

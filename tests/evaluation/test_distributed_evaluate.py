@@ -11,9 +11,11 @@ from forked import commands
 from ranks import every_rank, torchrun
 from terminated import sigterm_after_a_piece
 
-from jemkit import ConfigError
+from jemkit import ConfigError, MisfitError
+from jemkit.evaluation.subjects import EvalTarget
 from jemkit.runtime import distributed
 from jemkit.sampling.fresh import TOGETHER
+from jemkit_cli import evaluate as evaluate_command
 
 PGD = ("--attack", "pgd", "--only", "robustness", "--set", "robustness.indicators=false")
 
@@ -137,3 +139,21 @@ def test_an_error_of_rank_0_too_is_reported_by_rank_0_alone(tmp_path: Path) -> N
     assert every_rank(prepared, str(tmp_path)) == [
         ["wrong, False", "ready", "ready", "2"], ["wrong, True", "wrong, False", "ready", "2"],
     ]  # fmt: skip
+
+
+def agreed(hashed: bool) -> list[str]:
+    """What processes with models of different hashes agree on."""
+    about = {"sha256": f"{distributed.shard().rank}" * 64}
+    about = about if hashed else {**about, "identity": "it cannot be hashed"}
+    nothing: Any = None
+    target = EvalTarget(nothing, nothing, 2, 8.0, None, about, None)
+    try:
+        return [evaluate_command._agreed(target).about["sha256"]]
+    except MisfitError as error:
+        return [str(error)[:62]]
+
+
+def test_processes_with_different_models_do_not_share_an_evaluation() -> None:
+    refused = "1 of the processes built another model than the first: its code"
+    assert every_rank(agreed, True) == [[refused[:62]]] * 2
+    assert every_rank(agreed, False) == [["0" * 64]] * 2

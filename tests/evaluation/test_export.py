@@ -383,3 +383,11 @@ def test_images_of_bytes_as_floats_are_refused_by_a_loaded_model_and_not_while_i
     record = evaluate(model, images, registry=parts, only=("accuracy",), n_classes=3)
     assert record.value("clean") == clean(averaged, parts)
     assert pixel_model(model)(255 * x).isfinite().all()
+
+
+def test_pictures_behind_a_link_are_not_exported(averaged: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(averaged, tmp_path / "run")
+    shutil.move(run / "samples", tmp_path / "elsewhere")
+    (run / "samples").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="samples"):
+        export(run, out=tmp_path / "model")

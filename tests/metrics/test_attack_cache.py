@@ -1,6 +1,7 @@
 """Stopped, killed and shared attacks: their finished pieces, and a run left alone."""
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +25,10 @@ from jemkit.attacks.pgd import PGD
 from jemkit.attacks.pixel_model import pixel_model
 from jemkit.data import Images
 from jemkit.errors import DataError, Preempted
+from jemkit.metrics import attack_runner
 from jemkit.metrics.attack_runner import Attacked, attacked
 from jemkit.metrics.evaluator import Context
+from jemkit.runtime.files import file_hash
 from jemkit.runtime.modes import eval_mode, frozen
 from jemkit.runtime.work_cache import Piece, ResultCache, Shard
 from jemkit_plugins.aa import AutoAttack
@@ -312,3 +315,15 @@ def test_a_run_that_is_killed_ends_as_one_left_in_peace(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_autoattack_killed_ten_times_ends_as_one_left_in_peace(tmp_path: Path) -> None:
     killed_and_again(tmp_path, 10, "aa", 60, 0.0)
+
+
+def test_no_piece_of_an_attack_serves_its_changed_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = file_hash(Path(sys.modules[Noisy.__module__].__file__ or ""))
+    assert run(work=tmp_path).protocol["implementation"] == code
+    assert "implementation" not in run(attack=PGD(steps=1)).protocol
+    CALLS.clear()
+    monkeypatch.setattr(attack_runner, "code_of", lambda attack: "changed")
+    assert run(work=tmp_path).protocol["implementation"] == "changed"
+    assert CALLS

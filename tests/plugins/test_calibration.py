@@ -147,3 +147,12 @@ def test_without_validation_images_the_rest_is_measured_with_a_warning() -> None
 
 def test_calibration_keeps_the_laws_of_an_evaluator() -> None:
     testing.check_evaluator(Calibration())
+
+
+def test_a_temperature_fitted_on_possible_training_images_is_not_standard() -> None:
+    for held_out in (True, False):
+        ctx = context(images=TASK.images, held_out=held_out)
+        measured = figures(TASK.images("train"), ctx).values()
+        fitted = {f.name: f.protocol.get("standard", True) for f in measured}
+        assert fitted["ece"] is fitted["nll"] is True
+        assert fitted["temperature"] is fitted["ece_scaled"] is fitted["nll_scaled"] is held_out

@@ -12,7 +12,7 @@ import pytest
 from waiting import SAFETY
 
 from jemkit import ConfigError
-from jemkit.runtime.lock import LOCK, locked
+from jemkit.runtime.lock import LOCK, in_use, locked
 
 HOLDER = """
 import sys, time
@@ -82,3 +82,14 @@ def test_a_lock_that_is_waited_for_comes_when_its_holder_ends(tmp_path: Path) ->
 def test_a_lock_is_waited_for_so_long_and_no_longer(tmp_path: Path) -> None:
     with locked(tmp_path / LOCK, "trains here"), pytest.raises(ConfigError, match="trains here"):
         locked(tmp_path / LOCK, "waits", patience=0.1).__enter__()
+
+
+def test_a_folder_has_several_users_or_one_alone(tmp_path: Path) -> None:
+    evaluated = pytest.raises(ConfigError, match="another process evaluates it")
+    with in_use(tmp_path), in_use(tmp_path), evaluated:
+        in_use(tmp_path, alone=True).__enter__()
+    with in_use(tmp_path, alone=True), pytest.raises(ConfigError, match="deletes it"):
+        in_use(tmp_path).__enter__()
+    with in_use(tmp_path):
+        pass
+    assert [*tmp_path.iterdir()] == []

@@ -100,8 +100,9 @@ def _is_ours(path: Path) -> bool:
 
 def _lock(path: Path, held: ExitStack) -> None:
     """Hold the locks of training and evaluation in a run, or raise."""
-    from jemkit.runtime.lock import EVALUATION_LOCK, LOCK, locked
+    from jemkit.runtime.lock import EVALUATION_LOCK, LOCK, in_use, locked
 
+    held.enter_context(in_use(path, alone=True))
     for name in (LOCK, EVALUATION_LOCK):
         held.enter_context(locked(path / name, f"deletes in {path}"))
 

@@ -4,6 +4,7 @@ import base64
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from jemkit.errors import DataError
 from jemkit.metrics import charts
 from jemkit.metrics import record as records
 from jemkit.metrics.charts import Axes, Key, Panel, Series
@@ -15,6 +16,7 @@ from jemkit_cli.study.table import Line, Table, record_of
 
 SETS = {"clean": "clean", "adversarial": "under PGD-20", "generated": "generated"}
 LARGEST = 2**26
+PNG = b"\x89PNG\r\n\x1a\n"
 """Largest picture that is read, in bytes."""
 
 
@@ -106,7 +108,10 @@ def _samples(table: Table) -> list[Panel]:
 
 
 def _embedded(path: Path) -> Html:
-    content = base64.b64encode(read_file(path, LARGEST)).decode()
+    picture = read_file(path, LARGEST)
+    if not picture.startswith(PNG):
+        raise DataError(f"{path} is not a PNG")
+    content = base64.b64encode(picture).decode()
     return tag(
         "image", href=f"data:image/png;base64,{content}", x=0, y=0, width=charts.HEIGHT,
         height=charts.HEIGHT,

@@ -79,7 +79,9 @@ def _newest_samples(folder: Path) -> dict[str, Path]:
 
     It is chosen by name, not by time, so that a copy of the run gives the same page.
     """
-    names = ((re.fullmatch(r"epoch-(\d+)", p.stem), p) for p in (folder / "samples").glob("*.png"))
+    place = folder / "samples"
+    own = [] if place.is_symlink() else [p for p in place.glob("*.png") if not p.is_symlink()]
+    names = ((re.fullmatch(r"epoch-(\d+)", path.stem), path) for path in own)
     numbered = [(int(match[1]), path) for match, path in names if match]
     return {f"During training, after epoch {n}": path for n, path in sorted(numbered)[-1:]}
 

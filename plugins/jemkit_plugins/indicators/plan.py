@@ -78,14 +78,16 @@ def cost(name: str, n: int, sizes: Sizes, batch_size: int) -> int:
 
 
 def planned(
-    n: int, *, quick: bool, ascents: bool, batch_size: int, budget: int | None = None
-) -> Plan:
-    """The probes that run on at most n images.
+    n: int, *, quick: bool, ascents: bool, search: bool = True, batch_size: int,
+    budget: int | None = None,
+) -> Plan:  # fmt: skip
+    """The probes that run on at most n images, without those that these do not allow.
 
     All of them if there is no budget, or if it suffices. Otherwise the core probes run on as many
     images as the budget allows, and the others if some of the budget is left.
     """
-    order = tuple(name for name in ORDER if ascents or name not in ASCENTS)
+    never = (*(() if ascents else ASCENTS), *(() if search else ("search",)))
+    order = tuple(name for name in ORDER if name not in never)
     kinds = (SMALL,) if quick else (FULL, SMALL)
     for sizes in kinds if budget is not None else kinds[:1]:
         passes = sum(cost(name, n, sizes, batch_size) for name in order)

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from jemkit.sampling.kernels import perturbed
-from jemkit.attacks.autoattack import Stage
+from jemkit.attacks.autoattack import Stage, squares_fit
 from jemkit.attacks.base import Threat
 from jemkit.attacks.pixel_model import UNIT, PixelModel
 from jemkit.data import Images
@@ -70,6 +70,7 @@ def probe(
         min(n_images, len(data.y)),
         quick=ctx.quick,
         ascents=ctx.threat.norm != "L1",
+        search=squares_fit(data.x.shape[2], data.x.shape[3], ctx.threat.norm),
         batch_size=ctx.batch_size,
         budget=budget,
     )
