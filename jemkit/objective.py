@@ -149,6 +149,13 @@ class Conditional(Protocol):
 
 
 @runtime_checkable
+class SetsChainSteps(Protocol):
+    """An objective that chooses the number of steps of its chains, not the backbone."""
+
+    sets_chain_steps: ClassVar[bool]
+
+
+@runtime_checkable
 class StatefulObjective(Protocol):
     """An objective with its own state (a teacher, a momentum), made by `build(task, rng)`."""
 

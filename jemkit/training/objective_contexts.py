@@ -10,7 +10,7 @@ from torch import Generator
 
 from jemkit.backbone import Backbone
 from jemkit.data import Batch
-from jemkit.objective import Objective, StatefulObjective, Terms
+from jemkit.objective import Objective, SetsChainSteps, StatefulObjective, Terms
 from jemkit.sampling.compile import CompiledGradient
 from jemkit.sampling.kernels import gradients_by
 
@@ -25,6 +25,8 @@ class ObjectiveInContext:
     ) -> None:
         self.inner, self.drawing, self.losing = inner, drawing, losing
         self.needs_density = inner.needs_density
+        if isinstance(inner, SetsChainSteps):
+            self.sets_chain_steps = inner.sets_chain_steps
         if isinstance(inner, StatefulObjective):
             self.after, self.parameters = inner.after, inner.parameters
             self.state_dict, self.load_state_dict = inner.state_dict, inner.load_state_dict

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Generator
 
 from jemkit.errors import DataError
+from jemkit.objective import SetsChainSteps
 from jemkit.runtime import checkpoint, distributed
 from jemkit.runtime.divergence_monitor import Finding, Remedy, Sentinel
 from jemkit.runtime.rng import generator
@@ -32,6 +33,7 @@ class RollbackPolicy:
         self.monitor = HealthMonitor(options, parts)
         self.tried: list[dict[str, Any]] = []  # one entry per rollback
         self.chains = self.monitor.chains
+        self.sets_steps = isinstance(parts.objective, SetsChainSteps)
         self._steps = self.chains.steps if self.chains else 0
         self._epoch = parts.loader.steps_per_epoch
 
@@ -135,7 +137,7 @@ class RollbackPolicy:
         if remedy == "rate":
             return True
         if remedy == "steps":
-            return self.chains is not None and self.chains.steps > 0
+            return self.chains is not None and self.chains.steps > 0 and not self.sets_steps
         lighter = penalty_of(self.chains) < PENALTY and not self._times("penalty")
         return isinstance(self.chains, Penalised) and lighter
 
@@ -173,7 +175,7 @@ def diagnosis(
         if policy.chains is not None:
             lighter = penalty_of(policy.chains) < PENALTY
             penalty = f" or backbone.density.penalty = {PENALTY}" if lighter else ""
-            lines[-1] += f", more backbone.steps{penalty}"
+            lines[-1] += ("" if policy.sets_steps else ", more backbone.steps") + penalty
     if where is not None and step_of(where) > 0:
         lines.append(f"--init-from {where} starts from its weights, of step {step_of(where)}")
     return "\n  - ".join([f"{head}; {cause}" if cause else head, *lines])

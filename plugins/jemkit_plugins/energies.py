@@ -13,15 +13,14 @@ from torch import Generator, Tensor
 from jemkit import (
     Context, Evaluator, Figure, Images, Options, PixelModel, ball_of, batches, chain, hookimpl,
 )  # fmt: skip
-from jemkit.metrics.attack_runner import attacked
-from jemkit.sampling.density import together
-from jemkit.sampling.fresh import in_batches
-from jemkit.metrics.figures import plain
-from jemkit.metrics.figures import BINS, bin_edges, histograms, shares
 from jemkit.attacks.pgd import cross_entropy, negated
 from jemkit.attacks.pixel_model import UNIT
+from jemkit.metrics.attack_runner import attacked
 from jemkit.metrics.energy_gap import PGD20, energies, energy_gaps
+from jemkit.metrics.figures import BINS, bin_edges, histograms, plain, shares
 from jemkit.runtime.rng import generator
+from jemkit.sampling.density import together
+from jemkit.sampling.fresh import in_batches
 from jemkit.sampling.init_dists import start_name
 
 SHORT = {"clean": "clean", "adversarial": "adv", "generated": "gen"}

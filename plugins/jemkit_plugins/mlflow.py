@@ -5,8 +5,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from jemkit import ConfigError, Figures, Options, ScalarTracker, Status, TrackedRun, hookimpl
-from jemkit import Tracker, TrackerSpec
+from jemkit import (
+    ConfigError, Figures, Options, ScalarTracker, Status, TrackedRun, Tracker, TrackerSpec,
+    hookimpl,
+)  # fmt: skip
 from jemkit.config.layers import flat
 from jemkit.runtime.extras import install
 

@@ -10,10 +10,9 @@ from jemkit import (
     Context, Dataset, Evaluator, Figure, Images, MisfitError, Options, PartOf, PixelModel,
     batches, gradient, hookimpl,
 )  # fmt: skip
-from jemkit.metrics.figures import Z
-from jemkit.metrics.figures import histograms
-from jemkit.runtime.work_cache import tensors_hash
+from jemkit.metrics.figures import Z, histograms
 from jemkit.runtime.rng import generator
+from jemkit.runtime.work_cache import tensors_hash
 
 Made = Literal["interpolation", "uniform", "gaussian", "constant", "rotation"]
 """Image sets that need no files."""

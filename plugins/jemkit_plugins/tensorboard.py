@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jemkit import ConfigError, Figures, Options, ScalarTracker, Status, TrackedRun, hookimpl
-from jemkit import Tracker, TrackerSpec
+from jemkit import (
+    ConfigError, Figures, Options, ScalarTracker, Status, TrackedRun, Tracker, TrackerSpec,
+    hookimpl,
+)  # fmt: skip
 from jemkit.runtime.extras import install
 
 

@@ -4,8 +4,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from jemkit import ConfigError, Figures, Options, ScalarTracker, Status, TrackedRun, hookimpl
-from jemkit import Tracker, TrackerSpec
+from jemkit import (
+    ConfigError, Figures, Options, ScalarTracker, Status, TrackedRun, Tracker, TrackerSpec,
+    hookimpl,
+)  # fmt: skip
 from jemkit.runtime.extras import install
 
 CODES: Mapping[Status, int] = {"finished": 0, "failed": 1, "preempted": 5}

@@ -19,9 +19,11 @@ from jemkit import Diverged, Guard, Options, Plain, Terms, Trainer, hookimpl, tr
 from jemkit.config.registry import Plugin
 from jemkit.errors import NotFinite
 from jemkit.runtime.checkpoint import complete, load
+from jemkit.runtime.divergence_monitor import Finding
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.testing import toy_batch, toy_task
-from jemkit.training.rollback import step_of
+from jemkit.training.build import build_run
+from jemkit.training.rollback import RollbackPolicy, step_of
 from jemkit.training.validation import Validator
 
 EPOCH, AT = 6, 8  # steps; the one that is not finite
@@ -188,3 +190,16 @@ def test_no_step_is_taken_up_to_step_zero(tmp_path: Path) -> None:
     trainer = Trainer(toy_recipe(REGISTRY, "classifier", "ce"), RunFolder.create(tmp_path / "run"))
     trainer.run(until=0)
     assert trainer.step == 0
+
+
+@pytest.mark.parametrize(("parts", "remedy"), [
+    (("jem", "jem"), "steps"), (("dat", "dat"), "rate"), (("classifier", "ce"), "rate"),
+])  # fmt: skip
+def test_longer_chains_are_a_remedy_where_the_backbone_sets_their_length(
+    parts: tuple[str, str], remedy: str
+) -> None:
+    recipe = toy_recipe(REGISTRY, *parts, "plain", 'sentinel.policy=["steps"]').recipe
+    policy = RollbackPolicy(recipe.sentinel, build_run(recipe), 0)
+    entry = policy.try_next(Finding("outputs", 0, "not finite"), 3, 0)
+    assert entry["remedy"] == remedy
+    assert ("steps per chain" in entry["with"]) == (remedy == "steps")

@@ -60,6 +60,7 @@ class DATObjective:
     """Keeps the length of the chains and their last AUCs."""
 
     needs_density: ClassVar[bool] = True
+    sets_chain_steps: ClassVar[bool] = True
     streams: ClassVar[tuple[Stream, ...]] = ("x_pos", "x_neg", "x_adv")
 
     def __init__(self, options: DAT) -> None:

@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from jemkit.sampling.kernels import perturbed
 from jemkit.attacks.base import Threat, ball_of
 from jemkit.attacks.pgd import PGD, margin
 from jemkit.attacks.pixel_model import UNIT
 from jemkit.models.networks import MLP, seeded_init
-from jemkit.sampling.kernels import run
+from jemkit.sampling.kernels import perturbed, run
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Maps logits [B, K] and labels [B] to a loss [B]; higher is worse."""
