@@ -205,21 +205,28 @@ def _judged(
 def _agreed(subject: "EvalTarget") -> "EvalTarget":
     """The model with rank 0's hash, by which processes share work; MisfitError if models differ.
 
-    What cannot be hashed has a random one in each process.
+    What cannot be hashed has a random hash in each process; its weights are compared.
     """
+    from jemkit.attacks.pixel_model import weights_hash
     from jemkit.errors import MisfitError
     from jemkit.runtime import distributed
 
     about = subject.about
-    first = distributed.on_rank_zero(lambda: about["sha256"])
-    (differing,) = distributed.total(first != about["sha256"] and "identity" not in about)
-    if differing:
-        raise MisfitError(
-            f"{differing} of the processes built another model than the first: its code may draw "
-            "from a generator that torch.manual_seed does not seed, such as numpy's. Seed that, or "
-            "evaluate in one process"
-        )
-    return subject._replace(about={**about, "sha256": first})
+    if distributed.shard().size == 1:
+        return subject
+    code = "" if "identity" in about else about["sha256"]
+    models = distributed.gather({"code": code, "weights": weights_hash(subject.model)})
+
+    def check() -> str:
+        if differing := sum(model != models[0] for model in models):
+            raise MisfitError(
+                f"{differing} of the processes built another model than the first: its code may "
+                "draw from a generator that torch.manual_seed does not seed, such as numpy's, or "
+                "keep something of its process, such as a device. Or evaluate in one process"
+            )
+        return str(about["sha256"])
+
+    return subject._replace(about={**about, "sha256": distributed.on_rank_zero(check)})
 
 
 def _prepared(

@@ -150,7 +150,8 @@ def evaluators_of(settings: Settings, registry: Registry) -> dict[str, Evaluator
     selected = {*settings.only, "accuracy"} if settings.only else set(shelf)
     names = [n for n in (*ORDER, *rest) if n in selected and n not in settings.skip]
     attacks = attacks_of(settings, registry)
-    _check_options(settings, registry, names if names == ["accuracy"] else [*attacks, *names])
+    attacking = any(getattr(registry["evaluator"][name], "runs_attacks", True) for name in names)
+    _check_options(settings, registry, [*attacks, *names] if attacking else names)
     return {name: _built(registry, "evaluator", name, settings.options) for name in names}
 
 

@@ -124,7 +124,7 @@ def judge(
 def _check_attacks(
     attacks: Mapping[str, AnyAttack], model: PixelModel, threat: Threat, data: Images
 ) -> None:
-    """MisfitError, before anything slow, for an attack that does not support this."""
+    """Raise MisfitError if an attack does not support the model, the threat or the images."""
     _, channels, height, width = data.x.shape
     for name, attack in attacks.items():
         as_model_attack(attack, name).bind(model, threat)

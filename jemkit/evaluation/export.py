@@ -19,7 +19,7 @@ from jemkit.metrics import record
 from jemkit.metrics.record_file import Record
 from jemkit.runtime import checkpoint
 from jemkit.runtime.files import load_tensors, new_folder, read_json, write_bytes
-from jemkit.runtime.opening import read_file, refuse_link
+from jemkit.runtime.opening import read_file
 from jemkit.runtime.pytree import same
 from jemkit.runtime.run_dir import RunFolder
 from jemkit.sampling.init_dists import MomentStart
@@ -279,9 +279,10 @@ def _without_home(value: Any) -> Any:
 
 
 def _samples(run: Path) -> dict[str, bytes]:
-    """The newest sample grid of the run, in a folder of its own."""
-    refuse_link(run / "samples")
-    grids = [p for p in (run / "samples").glob("*.png") if p.is_file() and not p.is_symlink()]
+    """The newest sample grid of the run; links are not followed."""
+    folder = run / "samples"
+    pictures = [] if folder.is_symlink() else folder.glob("*.png")
+    grids = [p for p in pictures if p.is_file() and not p.is_symlink()]
     newest = max(grids, key=lambda p: (p.stat().st_mtime, p.name), default=None)
     if newest is None or newest.stat().st_size > LARGEST_PICTURE:
         return {}

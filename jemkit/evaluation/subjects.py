@@ -104,7 +104,7 @@ def subject_at(
         trained_on,
         tuple(warnings),
         run.recipe.run.threads,
-        known_splits=True,
+        known_splits=run.pin is not None and run.pin.table.train is not None,
     )
 
 

@@ -21,7 +21,7 @@ from jemkit.metrics.evaluator import AnyAttack, Context, batches, no_progress
 from jemkit.metrics.figures import Figure, joined, share
 from jemkit.metrics.identity import code_of
 from jemkit.runtime.microbatch import retry_on_oom
-from jemkit.runtime.modes import preserved_random_state
+from jemkit.runtime.modes import preserved_random_state, seeded_random_state
 from jemkit.runtime.timing import settle
 from jemkit.runtime.work_cache import Piece, ResultCache, tensors_hash
 
@@ -180,11 +180,7 @@ def counted(model: nn.Module, on_pass: Callable[[], None]) -> Iterator[list[int]
 @contextmanager
 def repeatable(rng: Generator) -> Iterator[None]:
     """Let a model use torch's global generators, seeded from `rng`, and restore them afterwards."""
-    with preserved_random_state():
-        if rng.device.type == "cuda":
-            torch.cuda.set_rng_state(rng.get_state(), rng.device)
-        cpu = Generator().manual_seed(rng.initial_seed())
-        torch.set_rng_state(cpu.get_state())
+    with preserved_random_state(), seeded_random_state(rng):
         yield
 
 

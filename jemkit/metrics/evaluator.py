@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Generator, Tensor
@@ -142,6 +142,8 @@ def batches(data: Images, ctx: Context, what: str = "") -> Iterator[tuple[Tensor
 
 class Accuracy(Options):
     """The share of correctly classified images, with its 95 % Wilson interval."""
+
+    runs_attacks: ClassVar[bool] = False
 
     def __call__(self, subject: PixelModel, data: Images, ctx: Context) -> list[Figure]:
         right = []

@@ -11,6 +11,7 @@ import sysconfig
 import types
 import weakref
 from collections.abc import Iterable, Iterator
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -226,14 +227,27 @@ def version_of(module: str) -> str | None:
 
 
 def code_of(part: object) -> str:
-    """Which code of others computes a part: the version of its package, or the SHA-256 of its file
-    if it is not installed or is being edited; empty for jemkit's own."""
-    module = type(part).__module__
-    version = version_of(module)
-    file = getattr(sys.modules.get(module), "__file__", None)
-    if version is None and file is not None:
+    """Which code of others computes a part; empty for jemkit's own.
+
+    It is the version of its package, or a SHA-256: of its file if that is not installed or is being
+    edited, of its bytecode if it has none.
+    """
+    kind = type(part)
+    top = kind.__module__.split(".")[0]
+    if top in BY_NAME:
+        return ""
+    if version_of(kind.__module__) is not None:
+        for name in packages_distributions().get(top, []):
+            return f"{name} {version(name)}"
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    if file is not None:
         return file_hash(Path(file))
-    return version or ""
+    try:
+        return _Walk([kind.__name__]).digest(kind)
+    except Exception as error:  # as in `identity_of`
+        if memory_ran_out(error):
+            raise
+        return secrets.token_hex(32)
 
 
 def _nested(code: types.CodeType) -> Iterator[types.CodeType]:

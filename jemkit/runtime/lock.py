@@ -57,7 +57,7 @@ def in_use(folder: Path, *, alone: bool = False) -> Iterator[None]:
         fcntl.flock(there, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(there)
-        other = "evaluates" if alone else "deletes"
+        other = "evaluates or deletes" if alone else "deletes"
         raise ConfigError(
             f"{folder} is in use: another process {other} it. Wait for it to end"
         ) from None

@@ -33,7 +33,8 @@ class RollbackPolicy:
         self.monitor = HealthMonitor(options, parts)
         self.tried: list[dict[str, Any]] = []  # one entry per rollback
         self.chains = self.monitor.chains
-        self.sets_steps = isinstance(parts.objective, SetsChainSteps)
+        own = parts.objective
+        self.sets_steps = isinstance(own, SetsChainSteps) and own.sets_chain_steps
         self._steps = self.chains.steps if self.chains else 0
         self._epoch = parts.loader.steps_per_epoch
 
@@ -173,7 +174,7 @@ def diagnosis(
         below = f"optimizer.lr below {rate * policy.rate:.3g}"
         lines.append(f"start a new run with {below}, or a longer warm-up")
         if policy.chains is not None:
-            lighter = penalty_of(policy.chains) < PENALTY
+            lighter = isinstance(policy.chains, Penalised) and penalty_of(policy.chains) < PENALTY
             penalty = f" or backbone.density.penalty = {PENALTY}" if lighter else ""
             lines[-1] += ("" if policy.sets_steps else ", more backbone.steps") + penalty
     if where is not None and step_of(where) > 0:

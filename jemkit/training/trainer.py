@@ -168,13 +168,13 @@ class Trainer:
             group["lr"] = self.recipe.optimizer.lr * factor
             if momentum is not None and "momentum" in group:
                 group["momentum"] = momentum
-        before = self.loader.state_dict()
+        before, stream = self.loader.state_dict(), self.rollback.stream("network", step)
         try:
             with distributed.together():
                 batch = self.loader.batch()
                 take = partial(
-                    seeded_step, self.rollback.stream("network", step), self.backbone,
-                    self.objective, self.updater, batch, self.rng, self.guard, run.theta_steps,
+                    seeded_step, stream, self.backbone, self.objective, self.updater, batch,
+                    self.rng, self.guard, run.theta_steps,
                 )  # fmt: skip
                 log = partial(self.folder.event, "memory", step=step)
                 terms = self.parts.micro.retry_on_oom(

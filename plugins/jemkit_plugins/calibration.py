@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ class Calibration(Options):
 
     The temperature is fitted on validation images only; without any, its figures are omitted.
     """
+
+    runs_attacks: ClassVar[bool] = False  # those of --attack
 
     bins: int = Field(20, ge=1)  # of equal width, as in the JEM papers
 

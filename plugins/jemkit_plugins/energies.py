@@ -42,6 +42,7 @@ class Energies(Options):
     images. PGD-20 does not support L1, so in L1 only clean and generated images are compared.
     """
 
+    runs_attacks: ClassVar[bool] = False  # those of --attack
     standard_at_any: ClassVar = frozenset({"path_images"})
 
     n: int | None = Field(None, ge=2)  # chains; None: 500, in a quick look 64

@@ -38,6 +38,7 @@ class OOD(Options):
     instead: --set ood.against=[{use="svhn",dir="data"}]
     """
 
+    runs_attacks: ClassVar[bool] = False  # those of --attack
     standard_at_any: ClassVar = frozenset({"made"})  # each set has its own figures
 
     made: tuple[Made, ...] | None = None  # None: all; rotation only for greyscale images

@@ -131,6 +131,8 @@ class TestSample:
         run = str(trained[0] / "runs" / "latest")
         assert "'10': expected a number of 0..9" in one_line(jemkit("sample", run, "--class=10"), 3)
         assert "'x': expected a number" in one_line(jemkit("sample", run, "--class=x"), 3)
+        twice = jemkit("sample", run, "--class=3", "--class=1", "--class=3")
+        assert "class 3 is requested twice" in one_line(twice, 2)
         for label in ("\u00b2", "9" * 5000):  # a digit that is no number, a number without end
             done = jemkit("sample", run, f"--class={label}")
             assert "expected a number" in one_line(done, 3)

@@ -15,7 +15,7 @@ from jemkit.errors import ConfigError
 from jemkit.metrics import record as records
 from jemkit.metrics.evaluator import Notes
 from jemkit.metrics.record_file import Record
-from jemkit.runtime.files import read_json, write_json
+from jemkit.runtime.files import file_hash, read_json, write_json
 from jemkit_cli.study.images import check_images
 from jemkit_cli.study.running import run_all, state_of
 from jemkit_cli.study.table import table_of
@@ -92,9 +92,7 @@ def test_commands_get_the_device_and_the_folder_that_the_images_are_in_now(tmp_p
         assert ("--data-dir" in evaluate) == (folder == "there")
 
 
-def test_a_run_on_other_images_is_not_found_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_on_other_images_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for at, name in enumerate(("cats", "dogs")):
         sorted_folder(tmp_path / name, n=10, seed=1000 * at)
@@ -126,6 +124,10 @@ def test_another_file_of_generated_images_is_another_study(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match=r"b\.npz is another file than its extra\.file"):
         check_images([changed])
     check_images([unit])
+    write_json(unit.folder / "config.json", {
+        "recipe": tables, "extra_data": {"sha256": file_hash(tmp_path / "b.npz")},
+    })  # fmt: skip
+    check_images([changed])  # the same file elsewhere
 
 
 def test_a_sweep_has_the_seed_of_its_recipe(tmp_path: Path) -> None:

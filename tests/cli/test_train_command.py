@@ -213,3 +213,12 @@ class TestResume:
 
     def test_a_folder_that_is_no_run_cannot_be_resumed(self) -> None:
         assert "no config.json" in one_line(jemkit("train", "--resume"), 6)
+
+
+def test_a_run_that_torchrun_may_restart_needs_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    done = jemkit("train", "--epochs=1", "--dry-run")
+    assert "continues the run in --out: name the folder" in one_line(done, 2)

@@ -27,6 +27,7 @@ from jemkit.metrics.figures import paired_difference
 from jemkit.metrics.record_file import Record
 from jemkit.runtime.distributed import shard
 from jemkit.runtime.files import load_tensors
+from jemkit.runtime.lock import in_use
 from jemkit.testing import toy_task
 
 TASK = toy_task()
@@ -335,3 +336,18 @@ def test_a_run_is_judged_with_the_threads_of_its_recipe_and_torch_gets_its_own_b
         assert set(recorded) == {threads or before}
         recorded.clear()
     assert torch.get_num_threads() == before
+
+
+def test_a_folder_is_in_use_while_a_model_is_evaluated_into_it(tmp_path: Path) -> None:
+    refused = list[str]()
+
+    def progress(*_: object) -> None:
+        with pytest.raises(ConfigError, match="evaluates") as caught:
+            in_use(tmp_path, alone=True).__enter__()
+        refused.append(str(caught.value))
+
+    subject = PixelModel(linear_model(64, 3))
+    api.evaluate(subject, DATA, only=("accuracy",), out=tmp_path, progress=progress)
+    assert refused
+    with in_use(tmp_path, alone=True):
+        pass

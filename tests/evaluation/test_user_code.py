@@ -236,6 +236,7 @@ def test_the_command_judges_a_users_model(file: Path) -> None:
         (["my.py:build", "--key=ema"], 3, "name it with --weights"),
         (["my.py:build", "--checkpoint=last"], 3, "only a run has a last checkpoint"),
         (["my.py:build", "--attack=aa", "--set=aa.version=plus"], 3, "it does not run"),
+        (["my.py:build", "--only=calibration", "--set=pgd.steps=3"], 3, "it does not run"),
         (["my.py:build", "--network=wrn-16-2"], 3, "builds its own network"),
         (["my.py:none"], 3, "has no none"),
         (["my.py:narrow"], 3, "expected logits ["),

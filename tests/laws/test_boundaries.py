@@ -216,6 +216,7 @@ CLASSES = {"RunFolder"}
 OPENED_ELSEWHERE = {
     ("opening.py", "os.open"),  # the one module that opens
     ("files.py", "os.open"),  # a folder, to sync it
+    ("lock.py", "os.open"),  # a folder, to lock it
     ("__main__.py", "os.open"),  # os.devnull
     ("process.py", "os.open"),
     ("extras.py", "distribution.read_text"),  # of this package's own metadata

@@ -255,3 +255,12 @@ def test_between_two_readings_a_run_waits_for_its_guard_alone(tmp_path: Path) ->
         for _ in range(3):
             trainer.one_step()
     assert mode.waits - before == {"aten._local_scalar_dense": 3}
+
+
+def test_a_perturbation_of_a_checkpoint_is_brought_to_the_images() -> None:
+    """A checkpoint holds TDAT's on the CPU."""
+    backbone, objective = far_backbone("classifier", "tdat"), objective_of("tdat")
+    objective.load_state_dict({"m": torch.zeros(far_batch().x.shape)})
+    with elsewhere():
+        draws = objective.draw(backbone, far_batch(), rng())
+    assert isinstance(draws.m, Far)

@@ -192,7 +192,7 @@ def test_a_buffer_that_no_state_dict_shows_is_part_of_the_model(tmp_path: Path) 
     assert len({piece.parent for piece in pieces_in(tmp_path)}) == 2
 
 
-def test_a_ledger_waits_for_a_piece_and_a_stop_ends_the_wait(tmp_path: Path) -> None:
+def test_a_cache_waits_for_a_piece_and_a_stop_ends_the_wait(tmp_path: Path) -> None:
     cache = ResultCache(tmp_path, {}, Shard(1, 2))
 
     def poll() -> None:

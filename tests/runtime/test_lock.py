@@ -85,7 +85,7 @@ def test_a_lock_is_waited_for_so_long_and_no_longer(tmp_path: Path) -> None:
 
 
 def test_a_folder_has_several_users_or_one_alone(tmp_path: Path) -> None:
-    evaluated = pytest.raises(ConfigError, match="another process evaluates it")
+    evaluated = pytest.raises(ConfigError, match="another process evaluates or deletes it")
     with in_use(tmp_path), in_use(tmp_path), evaluated:
         in_use(tmp_path, alone=True).__enter__()
     with in_use(tmp_path, alone=True), pytest.raises(ConfigError, match="deletes it"):

@@ -16,8 +16,8 @@ from jemkit_cli.study.table import Line, Table, record_of
 
 SETS = {"clean": "clean", "adversarial": "under PGD-20", "generated": "generated"}
 LARGEST = 2**26
-PNG = b"\x89PNG\r\n\x1a\n"
 """Largest picture that is read, in bytes."""
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def drawing(table: Table, title: Callable[[str], str]) -> str:

@@ -66,6 +66,8 @@ def _command(unit: Unit, path: Path, options: Sequence[str]) -> list[str]:
     where = ["--data-dir", str(data["dir"])] if data.get("dir") else []
     settings = [(k, v) for k, v in flat(data) if k not in PLACE and v is not None]
     more = [text for k, v in settings for text in ("--set", f"data.{k}={json.dumps(v)}")]
+    device = unit.resolved.recipe.run.device
+    where += [] if device == "auto" else ["--device", device]
     name, out = str(data["use"]), ["--out", str(path), "--json"]
     return ["fid-stats", name, *options, *where, *more, *out]
 

@@ -118,8 +118,8 @@ def _evaluated(group: Sequence[Unit], study: Study) -> dict[int, Judged]:
     complete: dict[Path, Record] = {}
     for unit in group:
         state = state_of(unit)
-        record = record_of(unit.folder, state.weights)
-        if state.complete(study.evaluations(unit.row)) and record is not None:
+        whole = state.complete(study.evaluations(unit.row))
+        if whole and (record := record_of(unit.folder, state.weights)) is not None:
             seeds.append(unit.seed)
             complete[unit.folder.resolve()] = record
     runs = read_runs(list(complete), complete.__getitem__) if complete else []

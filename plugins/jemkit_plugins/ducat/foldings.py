@@ -1,7 +1,7 @@
 """The accuracy of a model with dummy classes, by what is attacked."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,6 +18,8 @@ class Foldings(Options):
 
     An attack on 2K logits is misled: it counts the dummy of the true class as a success.
     """
+
+    runs_attacks: ClassVar[bool] = False  # those of --attack
 
     steps: int = Field(20, ge=0)  # steps of PGD
 

@@ -54,6 +54,7 @@ class Generation(Options):
     the evaluated model itself: this is not FID, and cannot be compared between models.
     """
 
+    runs_attacks: ClassVar[bool] = False  # those of --attack
     standard_at_any: ClassVar = frozenset({"n", "inception"})  # both are part of the protocol
 
     n: int = Field(2_500, ge=16)  # papers take 10,000 or 50,000: fewer make every distance larger

@@ -81,7 +81,7 @@ def planned(
     n: int, *, quick: bool, ascents: bool, search: bool = True, batch_size: int,
     budget: int | None = None,
 ) -> Plan:  # fmt: skip
-    """The probes that run on at most n images, without those that these do not allow.
+    """The probes that run on at most n images; without `ascents` or `search`, without those.
 
     All of them if there is no budget, or if it suffices. Otherwise the core probes run on as many
     images as the budget allows, and the others if some of the budget is left.
