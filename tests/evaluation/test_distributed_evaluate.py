@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cli_tools import Outcome, jemkit, short_run
 from forked import commands
 from ranks import every_rank, torchrun
 from terminated import sigterm_after_a_piece
+from toys import linear_model
 
-from jemkit import ConfigError, MisfitError
+from jemkit import ConfigError, Images, MisfitError, PixelModel
 from jemkit.evaluation.subjects import EvalTarget
 from jemkit.runtime import distributed
 from jemkit.sampling.fresh import TOGETHER
@@ -141,19 +143,22 @@ def test_an_error_of_rank_0_too_is_reported_by_rank_0_alone(tmp_path: Path) -> N
     ]  # fmt: skip
 
 
-def agreed(hashed: bool) -> list[str]:
+def agreed(hashed: bool, same_weights: bool) -> list[str]:
     """What processes with models of different hashes agree on."""
-    about = {"sha256": f"{distributed.shard().rank}" * 64}
-    about = about if hashed else {**about, "identity": "it cannot be hashed"}
-    nothing: Any = None
-    target = EvalTarget(nothing, nothing, 2, 8.0, None, about, None)
+    rank = distributed.shard().rank
+    about = {"sha256": f"{rank}" * 64} | ({} if hashed else {"identity": "it cannot be hashed"})
+    model = PixelModel(linear_model(4, 2, 0 if same_weights else rank))
+    images = Images(torch.zeros(1, 1, 2, 2), torch.zeros(1, dtype=torch.long))
     try:
+        target = EvalTarget(model, images, 2, 8.0, None, about, None)
         return [evaluate_command._agreed(target).about["sha256"]]
     except MisfitError as error:
-        return [str(error)[:62]]
+        return [str(error)[:62], str(error.reported)]
 
 
 def test_processes_with_different_models_do_not_share_an_evaluation() -> None:
     refused = "1 of the processes built another model than the first: its code"
-    assert every_rank(agreed, True) == [[refused[:62]]] * 2
-    assert every_rank(agreed, False) == [["0" * 64]] * 2
+    for hashed, same_weights in ((True, True), (False, False)):
+        first, second = every_rank(agreed, hashed, same_weights)
+        assert (first, second) == ([refused[:62], "False"], [refused[:62], "True"])
+    assert every_rank(agreed, False, True) == [["0" * 64]] * 2

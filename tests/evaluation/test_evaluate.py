@@ -306,7 +306,7 @@ def test_a_stranger_without_a_density_or_other_images_is_judged_all_the_same() -
 
 
 def test_options_of_what_does_not_run_are_refused() -> None:
-    with pytest.raises(ConfigError, match="does not run; running are pgd, accuracy"):
+    with pytest.raises(ConfigError, match="does not run; running are accuracy"):
         measured(only=("accuracy",), options={"robustness": {"indicators": False}})
 
 

@@ -108,7 +108,7 @@ def test_csv_jsonl_and_tensorboard_have_the_same_figures_also_after_a_resumption
             wanted.setdefault(name.replace(" ", "/"), {})[step] = value
     for entry in events(out, "epoch"):
         for name in ("accuracy", "pgd10", "seconds"):
-            wanted.setdefault(f"valid/{name}", {})[entry["step"]] = entry[name]
+            wanted.setdefault(f"valid/{name}", {})[entry["step"] - 1] = entry[name]
     (end,) = events(out, "end")
     for figure in end["figures"]:
         wanted[f"test/{figure['name']}"] = {6: figure["value"]}
