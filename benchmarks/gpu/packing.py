@@ -21,12 +21,12 @@ from pathlib import Path
 import images
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 60 * 2**20
+LIMIT = 50 * 2**20
 """Bytes of the kit; the rest of the images makes a folder of its own."""
 
 PACKAGES = (
-    "pydantic", "pydantic_core", "annotated-types", "typing-inspection", "lpips",
-    "torch_fidelity", "pyautoattack",
+    "pydantic", "pydantic_core", "annotated-types", "typing-inspection", "typing_extensions",
+    "lpips", "torch_fidelity", "pyautoattack",
 )  # fmt: skip
 UNUSED = {"pyautoattack": "pyautoattack/examples/"}
 """Folders inside a wheel that jemkit does not use: 40 MB of example checkpoints."""

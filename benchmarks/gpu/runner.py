@@ -56,6 +56,7 @@ def main() -> int:
     if problem := _problem(given):
         print(f"error: {problem}", file=sys.stderr)
         return 2
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products need it
     if given.rehearse:  # probes run side by side, on few cores
         os.environ["OMP_NUM_THREADS"] = "1"
     given.out.mkdir(parents=True, exist_ok=True)

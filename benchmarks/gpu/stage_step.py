@@ -27,9 +27,9 @@ BATCH, EPOCHS, IMAGES = 128, 100, 45_000
 GIB = 2**30
 
 CONTESTANTS = (
-    ("wrn-16-4", "bf16"), ("wrn-16-4", "bf16+compile"), ("wrn-28-10", "bf16+compile"),
-    ("wrn-28-10", "bf16"), ("wrn-28-10", "fp32"), ("wrn-28-10", "released"), ("wrn-28-10", "tf32"),
-    ("wrn-16-4", "fp32"), ("wrn-16-4", "tf32"), ("wrn-16-4", "released"),
+    ("wrn-16-4", "bf16"), ("wrn-28-10", "bf16"), ("wrn-28-10", "released"),
+    ("wrn-28-10", "bf16+compile"), ("wrn-28-10", "fp32"), ("wrn-16-4", "bf16+compile"),
+    ("wrn-28-10", "tf32"), ("wrn-16-4", "released"), ("wrn-16-4", "fp32"), ("wrn-16-4", "tf32"),
 )  # fmt: skip
 REHEARSED = (("wrn-28-10", "fp32"), ("wrn-28-10", "released"))
 PROFILED = ("wrn-28-10", "fp32"), ("wrn-28-10", "bf16+compile")
@@ -58,7 +58,10 @@ def step_of(setting: argparse.Namespace, variant: str) -> Callable[[], Any]:
 
 
 def contest(given: Given, network: str, variant: str) -> Iterator[dict[str, Any]]:
-    """Seconds and memory of a step, the first one, which compiles, by itself; then its profile."""
+    """Seconds and memory of a step, the first one, which compiles, by itself; then its profile.
+
+    They are given after every step, so that a process which is ended has those so far.
+    """
     device, settings = torch.device(given.device), setting(network, given)
     step = step_of(settings, variant)
     with numerics(precision="tf32" if variant == "tf32" else "fp32"):
@@ -68,15 +71,15 @@ def contest(given: Given, network: str, variant: str) -> Iterator[dict[str, Any]
         times: list[float] = []
         while len(times) < 3 or (sum(times) < 4 and len(times) < 50):
             times.append(_seconds(step, device))
-        figures: dict[str, Any] = {
-            "first_s": first,
-            "step_s": statistics.median(times),
-            "steps": len(times),
-            "images_per_s": settings.batch / statistics.median(times),
-        }
-        if device.type == "cuda":
-            figures["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
-        yield figures
+            figures: dict[str, Any] = {
+                "first_s": first,
+                "step_s": statistics.median(times),
+                "steps": len(times),
+                "images_per_s": settings.batch / statistics.median(times),
+            }
+            if device.type == "cuda":
+                figures["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+            yield figures
         if (network, variant) in PROFILED:
             yield figures | {"profile": profile(step, device)}
 
@@ -111,17 +114,19 @@ def rates(given: Given) -> dict[str, float]:
         with numerics():
             figures[f"product_{name}"] = product_rate(device, dtype)
     size = GIB if device.type == "cuda" else 2**20
-    source = torch.zeros(size // 4, device=device)
+    source = torch.empty(size // 4, device=device).normal_(
+        generator=torch.Generator(device).manual_seed(0)
+    )
     target = torch.empty_like(source)
     figures["bandwidth"] = 2 * size / fastest(lambda: target.copy_(source), device)
     return figures
 
 
 def work_of(given: Given, network: str) -> float:
-    """FLOP of jemkit's step of a network, counted; they are the same on any device."""
+    """FLOP of jemkit's step of a network, counted while one is taken."""
     import steps
 
-    settings = steps.changed(setting(network, given), device="cpu")
+    settings = setting(network, given)
     backbone, batch = steps.built(settings)
     spec = Plain() if settings.updater == "plain" else SAM()
     return float(flops(step_work(backbone, steps.objective_of(settings), spec, batch).whole))
@@ -143,8 +148,9 @@ def measure(given: Given, record: Record) -> None:
         done = processes.run([*command, "--result", str(result)], min(LIMIT, given.left - 2))
         figures: dict[str, Any] = {"status": done.status}
         if result.exists():
-            work[network] = work.get(network) or work_of(given, network)
             figures |= json.loads(result.read_text())
+            record.add(**{name: figures})
+            work[network] = work.get(network) or work_of(given, network)
             figures |= forecast(figures["step_s"], work[network], device["product_bf16"], given)
         if not done.passed:
             figures["output"] = done.output[-2000:]

@@ -22,6 +22,7 @@ def measure(given: Given, record: Record) -> None:
     selected += [name for name in marked(KIT / "tests") if not given.toy or "test_cuda" in name]
     shared = ["-n", "4", "--dist", "worksteal"] if find_spec("xdist") and not given.toy else []
     report = ["-rfEs", "--tb=short", "-p", "no:cacheprovider", "-o", "timeout=60"]
+    report += ["-o", "timeout_method=thread"]  # a signal does not reach a blocked C++ call
     command = processes.python("-P", "-m", "pytest", *report, *shared, *selected)
     done = processes.run(command, given.left - 2, cwd=KIT, log=given.out / "tests.txt")
     counted = re.findall(r"(\d+) (passed|failed|skipped|errors?|deselected)", done.output)

@@ -63,30 +63,40 @@ def slow_precision(precision: Precision, device: torch.device) -> str | None:
 
 @contextmanager
 def as_trained(
-    device_type: str, precision: Precision, *, deterministic: bool, threads: int | None
-) -> Iterator[None]:
+    device_type: str, precision: Precision, *, deterministic: bool, threads: int | None,
+    tuned: bool = True,
+) -> Iterator[None]:  # fmt: skip
     """Torch's settings, and autocast, as a run has them while it trains."""
     narrow = torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16")
-    with numerics(precision=precision, deterministic=deterministic, threads=threads), narrow:
+    with (
+        numerics(precision=precision, deterministic=deterministic, threads=threads, tuned=tuned),
+        narrow,
+    ):
         yield
 
 
 def judging(
     device: torch.device, *, deterministic: bool = False, threads: int | None = None
 ) -> AbstractContextManager[None]:
-    """Torch's settings for every figure, also inside a caller's autocast."""
-    return as_trained(device.type, JUDGED_IN, deterministic=deterministic, threads=threads)
+    """Torch's settings for every figure, also inside a caller's autocast.
+
+    cuDNN does not try its algorithms out: the batches of an attack have many sizes.
+    """
+    return as_trained(
+        device.type, JUDGED_IN, deterministic=deterministic, threads=threads, tuned=False
+    )
 
 
 @contextmanager
 def numerics(
-    *, precision: Precision = "fp32", deterministic: bool = False, threads: int | None = None
-) -> Iterator[None]:
-    """Torch's settings for a run, restored afterwards."""
+    *, precision: Precision = "fp32", deterministic: bool = False, threads: int | None = None,
+    tuned: bool = True,
+) -> Iterator[None]:  # fmt: skip
+    """Torch's settings for a run, restored afterwards; `tuned`: cuDNN tries its algorithms out."""
     strict, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     threads_before = torch.get_num_threads()
     with _float32(precision):
-        torch.backends.cudnn.benchmark = not deterministic
+        torch.backends.cudnn.benchmark = tuned and not deterministic
         _be_deterministic(deterministic)
         torch.set_num_threads(threads or threads_before)
         try:

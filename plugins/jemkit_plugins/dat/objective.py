@@ -86,7 +86,7 @@ class DATObjective:
             )
         bce = logistic_loss(scores["x_pos"].energy, scores["x_neg"].energy)
         ce = F.cross_entropy(scores["x_adv"].logits, batch.y)
-        scalars = {**watched(scores, batch.y), "AUC": draws.auc, "T": bce.new_tensor(self.steps)}
+        scalars = {**watched(scores, batch.y), "AUC": draws.auc, "T": bce.new_full((), self.steps)}
         return Terms.weighted({"BCE": (1.0, bce), "p(y|x~)": (1.0, ce)}, scalars)
 
     def after(self, backbone: Backbone, batch: Batch, draws: Draws, rng: Generator) -> None:
