@@ -15,16 +15,16 @@ from imagefolders import split_folder
 from toys import gen, toy_recipe, toy_registry
 
 import jemkit as api
-from jemkit import ConfigError, DataError, MisfitError, from_pretrained, load, train
+from jemkit import ConfigError, DataError, Images, MisfitError, from_pretrained, load, train
 from jemkit.config.registry import Registry
 from jemkit.errors import UsageError
 from jemkit.evaluation.export import export
 from jemkit.evaluation.sample import sample
-from jemkit.evaluation.subjects import subject_of
+from jemkit.evaluation.subjects import subject_at, subject_of
 from jemkit.runtime.extras import install
 from jemkit.runtime.files import read_json, write_tensors
 from jemkit.splits import Splits
-from jemkit.training import pinned
+from jemkit.training import pinned, restore
 from jemkit.training.model_folder import FILES, verify
 
 
@@ -345,3 +345,14 @@ def test_the_hub_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyP
         from_pretrained("me/model")
     assert install("hub") in str(error.value)
     assert "me/model is not a folder here" in str(error.value)
+
+
+def test_the_splits_of_a_run_are_known_and_those_of_other_models_are_not(
+    run: Path, parts: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert subject_at(run, parts, torch.device("cpu")).known_splits
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))
+    images = Images(torch.rand(2, 1, 8, 8, generator=gen()), torch.tensor([0, 1]))
+    assert not subject_of(module, images).known_splits
+    monkeypatch.setattr(restore, "read", lambda *_: None)  # an import, or a run of jemkit 0.1
+    assert not subject_at(run, parts, torch.device("cpu")).known_splits
