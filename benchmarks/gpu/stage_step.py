@@ -60,7 +60,7 @@ def step_of(setting: argparse.Namespace, variant: str) -> Callable[[], Any]:
 def contest(given: Given, network: str, variant: str) -> Iterator[dict[str, Any]]:
     """Seconds and memory of a step, the first one, which compiles, by itself; then its profile.
 
-    They are given after every step, so that a process which is ended has those so far.
+    They are given after every step, so that a process that is ended leaves those so far.
     """
     device, settings = torch.device(given.device), setting(network, given)
     step = step_of(settings, variant)

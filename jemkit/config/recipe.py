@@ -67,7 +67,7 @@ class Run(Options):
     threads: int | None = Field(None, ge=1, le=4096)  # of the CPU; None: torch's own choice
     eval_images: int = Field(256, ge=1)  # validation images for PGD-10 after each epoch
     select: Select = "pgd10"  # what selects the best epoch on validation
-    test_images: int | None = Field(None, ge=1)  # of the final evaluation; None: 1,000, or more
+    test_images: int | None = Field(None, ge=1)  # of the final evaluation; None: 1,000 or more
     shard: bool = False  # with torchrun: FSDP-sharded weights
     keep: int = Field(2, ge=1)  # newest checkpoints to keep, besides the best and the sentinel's
 

@@ -63,7 +63,7 @@ class Identity(NamedTuple):
         return {"identity": note} if self.unknown else {}
 
 
-def identity_of(module: nn.Module) -> Identity:
+def identity_of(module: nn.Module | type) -> Identity:
     """The identity of a model: equal in all processes for equal weights, code and attributes.
 
     Code is the bytecode of its classes and of the functions that they call, with closures, defaults
@@ -242,12 +242,7 @@ def code_of(part: object) -> str:
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
     if file is not None:
         return file_hash(Path(file))
-    try:
-        return _Walk([kind.__name__]).digest(kind)
-    except Exception as error:  # as in `identity_of`
-        if memory_ran_out(error):
-            raise
-        return secrets.token_hex(32)
+    return identity_of(kind).sha256
 
 
 def _nested(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from toys import linear_model
 
-from jemkit import PixelModel
-from jemkit.metrics.identity import identity_of, version_of
+from jemkit import PGD, PixelModel
+from jemkit.metrics.identity import code_of, identity_of, version_of
 from jemkit.runtime.preemption import PreemptionCheck
 
 FACTOR = 2.0
@@ -285,3 +285,13 @@ def test_memory_that_runs_out_is_no_unknown_model() -> None:
     model.large = Large()  # type: ignore[assignment]
     with pytest.raises(MemoryError):
         identity_of(model)
+
+
+def test_a_part_of_a_notebook_is_identified_by_its_code() -> None:
+    def defined(result: int) -> Any:
+        scope: dict[str, Any] = {"__name__": "a_notebook"}
+        exec(f"class Mine:\n    def card(self):\n        return {result}", scope)
+        return scope["Mine"]()
+
+    assert code_of(defined(1)) == code_of(defined(1)) != code_of(defined(2))
+    assert code_of(PGD()) == ""

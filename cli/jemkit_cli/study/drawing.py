@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jemkit.errors import DataError
+from jemkit.evaluation.report.gallery import PNG
 from jemkit.metrics import charts
 from jemkit.metrics import record as records
 from jemkit.metrics.charts import Axes, Key, Panel, Series
@@ -17,7 +18,6 @@ from jemkit_cli.study.table import Line, Table, record_of
 SETS = {"clean": "clean", "adversarial": "under PGD-20", "generated": "generated"}
 LARGEST = 2**26
 """Largest picture that is read, in bytes."""
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def drawing(table: Table, title: Callable[[str], str]) -> str:
